@@ -1,0 +1,227 @@
+"""LLaMA, written out: every module and parameter carries the name it has in Hugging Face.
+
+So a Hugging Face checkpoint loads with no mapping, and what is trained here loads there. The block
+is the paper's (section 3.1): `x' = x + MHSA(RMSNorm(x))`, `y = x' + FFN(RMSNorm(x'))`.
+
+Shapes: B batch, T query length, S key length (past + T), C hidden size, H query heads, KV key/value
+heads, D head dim, F FFN size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llamapro import ops
+from llamapro.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """`ops.rms_norm` with its weight (C,)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of buffers per layer.
+
+    Attributes:
+        keys, values: per layer (B, capacity, KV, D).
+        length: how many positions are filled; `LlamaModel.forward` advances it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (batch_size, capacity, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.length = 0
+        self.capacity = capacity
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new k, v (B, T, KV, D); returns all its positions (B, S, KV, D)."""
+        end = self.length + k.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"KV cache holds {self.capacity} positions, asked for {end}")
+        self.keys[layer][:, self.length : end] = k
+        self.values[layer][:, self.length : end] = v
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
+class Attention(nn.Module):
+    """MHSA of the paper; grouped-query when KV < H. `o_proj` is the paper's W_O."""
+
+    def __init__(self, config: ModelConfig, layer_index: int):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        H, KV = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.layer_index = D, layer_index
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, KV * D, bias=False)
+        self.v_proj = nn.Linear(C, KV * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).view(heads)  # (B, T, H, D)
+        k = self.k_proj(x).view(heads)  # (B, T, KV, D)
+        v = self.v_proj(x).view(heads)  # (B, T, KV, D)
+        q, k = ops.rope(q, k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer_index, k, v)  # (B, S, KV, D)
+        return self.o_proj(ops.attention(q, k, v).flatten(2))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """FFN of the paper: `(SiLU(x W_1) * x W_2) W_3` = gate_proj, up_proj, down_proj."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, F, bias=False)
+        self.up_proj = nn.Linear(C, F, bias=False)
+        self.down_proj = nn.Linear(F, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """One block. With `o_proj` and `down_proj` zero, both sums add exactly 0: the identity.
+
+    Attributes:
+        recompute: do not keep this block's activations for backward but compute them again
+            (activation checkpointing, Chen et al. 2016). Set by the trainer.
+    """
+
+    def __init__(self, config: ModelConfig, layer_index: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
+        # Below the first new block nothing needs a gradient, so there is nothing to save.
+        needs_graph = x.requires_grad or self.mlp.down_proj.weight.requires_grad
+        if self.recompute and needs_graph and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, cos, sin, cache, use_reentrant=False)
+        return self._forward(x, cos, sin, cache)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Embedding, blocks and final norm: token ids (B, T) to hidden states (B, T, C)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        T, past = input_ids.shape[1], cache.length if cache is not None else 0
+        positions = torch.arange(past, past + T, device=input_ids.device)
+        cos, sin = ops.rope_table(  # (T, D)
+            positions, self.config.head_dim, self.config.rope_theta, x.dtype
+        )
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    """The language model: token ids to logits, or, given targets, to the summed loss."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes lm_head share the embedding's weight where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Computes logits or loss.
+
+        Args:
+            input_ids: (B, T) token ids.
+            targets: (B, T) the ids that should follow, `ops.IGNORE_INDEX` where none counts.
+            cache: past keys and values; advanced by T positions.
+            last_only: compute the logits of the last position alone (generation).
+
+        Returns:
+            Without targets: logits (B, T, V), or (B, 1, V), in the weights' dtype.
+            With targets: (loss_sum, count), as `ops.linear_cross_entropy`.
+        """
+        x = self.model(input_ids, cache)  # (B, T, C)
+        if targets is not None:
+            return ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return self.lm_head(x[:, -1:] if last_only else x)
+
+
+def build_on_meta(config: ModelConfig) -> LlamaForCausalLM:
+    """Returns the model with shapes only: no memory until tensors are assigned to it."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def load_tensors(model: LlamaForCausalLM, tensors: dict[str, Tensor]) -> None:
+    """Assigns the named tensors to a model on the meta device: their storage, no copy.
+
+    Args:
+        tensors: every parameter under its Hugging Face name; `lm_head.weight` only if not tied.
+    """
+    if model.config.tie_word_embeddings:
+        tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.tie_weights()
+
+
+def init_random(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """Fresh fp32 weights: N(0, initializer_range) for matrices, 1 for norms, as Hugging Face.
+
+    Returns:
+        Name -> tensor for every parameter; a function of (config, seed) alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, meta in build_on_meta(config).named_parameters():  # a tied weight appears once
+        tensors[name] = torch.ones(meta.shape)
+        if meta.ndim == 2:
+            tensors[name].normal_(0.0, config.initializer_range, generator=generator)
+    return tensors
