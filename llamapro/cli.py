@@ -1,0 +1,47 @@
+"""What every command shares: errors become one message and exit status 2, results go to stdout."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+from llamapro.config import UserError
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a command and exits: 0 on success, 2 on a user's mistake, 130 or 143 on a signal.
+
+    SIGTERM is raised as SystemExit, so that partial output is removed as after Ctrl-C.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        _exit(f"{type(error).__name__}: {error}", 2)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output went away ('| head'): nothing is left to say to anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    _exit("terminated", 143)
+
+
+def _exit(message: str, status: int) -> NoReturn:
+    # Under torchrun every rank meets the same mistake; one of them tells.
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """Prints the result on standard output: one JSON object, or the text for people."""
+    print(json.dumps(result) if as_json else text, flush=True)

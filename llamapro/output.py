@@ -1,0 +1,204 @@
+"""Writing: safetensors streamed shard by shard into a directory that is complete or not there.
+
+Memory stays at one piece of one tensor, because the header only needs names, dtypes and shapes.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llamapro.checkpoint import INDEX_FILE, SINGLE_FILE, ChunksOf, TensorSpec
+from llamapro.config import CheckpointError, ConfigError, ModelConfig
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@contextmanager
+def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """Gives a new directory beside `path` that takes its place only if the body succeeds.
+
+    A failure, an interrupt or a full disk removes what was written; with `force` the existing
+    directory is replaced, and only then.
+
+    Raises:
+        ConfigError: `path` exists, is not empty, and `force` is not given.
+        CheckpointError: writing failed; the message names the file.
+    """
+    path = Path(path).resolve()  # a link to another disk: written there, and the link stays
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: exists and is not a directory")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise ConfigError(f"{path}: exists and is not empty; choose another or pass --force")
+    if path.is_dir() and any(path.iterdir()) and not _is_checkpoint(path):
+        raise ConfigError(f"{path}: holds no checkpoint; --force replaces checkpoints only")
+    prefix = f".{path.name}.partial-{socket.gethostname()}-"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(prefix + "*"):  # left by a killed process of this machine
+            if not _is_alive(stale.name.removeprefix(prefix)):
+                shutil.rmtree(stale, ignore_errors=True)
+        aside = path.parent / f"{prefix}{os.getpid()}"
+        aside.mkdir()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be created: {error.strerror}") from None
+    try:
+        yield aside
+        for file in aside.iterdir():
+            _fsync(file)
+        _fsync(aside)
+        _put_in_place(aside, path)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise CheckpointError(
+            f"{error.filename or path}: {'disk full' if full else error.strerror or error} while "
+            f"writing {path}; the partial output was removed, the source is untouched"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    """Renames; an existing directory is moved away first and removed last."""
+    old = aside.with_name(aside.name.replace(".partial-", ".replaced-"))
+    # Between the two renames `path` does not exist; a signal must not land there.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        if path.exists():
+            path.rename(old)
+        try:
+            aside.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "config.json").exists() or (path / "params.json").exists()
+
+
+def _is_alive(pid: str) -> bool:
+    if pid == str(os.getpid()):  # numbers come again, in a container at every start
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, PermissionError):
+        pass
+    return True
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_safetensors(
+    file: Path,
+    specs: Sequence[TensorSpec],
+    chunks_of: ChunksOf,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes one safetensors file, tensor after tensor.
+
+    Args:
+        file: the file to create.
+        specs: what it holds, in order.
+        metadata: text that goes into the header.
+        chunks_of: gives a tensor's bytes in pieces, which are written at once and may be reused.
+
+    Raises:
+        OSError: the file cannot be written; `filename` names it.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    at = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
+        }
+        at += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
+    try:
+        with open(file, "wb", buffering=0) as out:
+            _write_all(out.fileno(), len(text).to_bytes(8, "little") + text)
+            for spec in specs:
+                written = sum(_write_all(out.fileno(), chunk) for chunk in chunks_of(spec))
+                if written != spec.nbytes:
+                    raise AssertionError(f"{spec.name}: {written} bytes, expected {spec.nbytes}")
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+
+
+def _write_all(fd: int, data: memoryview | bytes) -> int:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    return len(data)
+
+
+def write_checkpoint(
+    directory: Path,
+    specs: Sequence[TensorSpec],
+    chunks_of: ChunksOf,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    label: str = "write",
+) -> None:
+    """Writes `model*.safetensors`, with Hugging Face's index if it takes more than one file.
+
+    Args:
+        directory: an existing directory, usually from `output_directory`.
+        specs, chunks_of: as for `write_safetensors`.
+        max_shard_bytes: a file is closed before it would pass this; one tensor always fits.
+        label: shown by the progress bar.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+    total = sum(s.nbytes for s in specs)
+    weight_map: dict[str, str] = {}
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+
+        def counted(spec: TensorSpec) -> Iterator[memoryview | bytes]:
+            for chunk in chunks_of(spec):
+                yield chunk
+                bar.update(len(chunk))
+
+        for number, shard in enumerate(shards, 1):
+            name = SINGLE_FILE
+            if len(shards) > 1:
+                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(directory / name, shard, counted)
+            weight_map |= {spec.name: name for spec in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]) -> None:
+    """Writes `config.json` and copies tokenizer, generation and licence files beside it."""
+    (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, directory / file.name)
