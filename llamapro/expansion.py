@@ -1,0 +1,231 @@
+"""Block expansion (LLaMA Pro, section 3.2): where new blocks go, what they hold, what trains.
+
+The L blocks of the base are split into N groups of M = L / N. On top of each group, copies of its
+top P blocks are stacked, so L becomes L + N * P. In each copy `o_proj` (the paper's W_O) and
+`down_proj` (W_3) are zero: both residual branches add exactly 0, and the expanded model computes
+what the base computes, to the bit. Every other tensor, both norms included, is copied. (A norm's
+weight of 0 would also give the identity, but its gradient would stay 0 for ever: Appendix A.)
+
+At the first step only the two zero matrices have a gradient; from the second, all nine tensors do.
+
+Everything here works on names and layer numbers; the bytes are moved by whoever holds them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llamapro.config import ConfigError, ExpansionRecord, ModelConfig
+from llamapro.model import LlamaForCausalLM
+
+ZERO_IN_NEW_BLOCKS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of an expanded model, bottom to top.
+
+    Attributes:
+        sources: for each block, the base layer it is or is copied from.
+        new_layers: which of them are new blocks.
+    """
+
+    sources: tuple[int, ...]
+    new_layers: tuple[int, ...]
+
+    @property
+    def base_layers(self) -> tuple[int, ...]:
+        """The index in the expanded model of each base layer, in the base's order."""
+        new = set(self.new_layers)
+        return tuple(i for i in range(len(self.sources)) if i not in new)
+
+    @classmethod
+    def of(cls, record: ExpansionRecord, num_hidden_layers: int) -> "Layout":
+        """Rebuilds the layout from a checkpoint's record."""
+        source_of = dict(zip(record.new_layers, record.source_layers, strict=True))
+        sources, base = [], 0
+        for index in range(num_hidden_layers):
+            sources.append(source_of.get(index, base))
+            base += index not in source_of
+        return cls(tuple(sources), record.new_layers)
+
+
+def _layout(num_layers: int, inserted: Mapping[int, Iterable[int]]) -> Layout:
+    """Builds a layout from: base layer (-1: below all) -> layers copied directly on top of it."""
+    sources: list[int] = []
+    new: list[int] = []
+    for layer in range(-1, num_layers):
+        if layer >= 0:
+            sources.append(layer)
+        for source in inserted.get(layer, ()):
+            new.append(len(sources))
+            sources.append(source)
+    return Layout(tuple(sources), tuple(new))
+
+
+def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) -> Layout:
+    """The paper's placement: copies of the top P blocks of each of N groups, on top of the group.
+
+    Args:
+        num_layers: L of the base.
+        num_new_blocks: N * P, how many blocks are added in all.
+        blocks_per_group: P.
+
+    Raises:
+        ConfigError: the layers do not split into such groups; lists the numbers that work.
+    """
+    P = blocks_per_group
+    fitting = [
+        n * P for n in range(1, num_layers + 1) if num_layers % n == 0 and 1 <= P <= num_layers // n
+    ]
+    if num_new_blocks not in fitting:
+        raise ConfigError(
+            f"--num-new-blocks {num_new_blocks} with --blocks-per-group {P} does not split "
+            f"{num_layers} layers into equal groups; choose one of "
+            f"{', '.join(map(str, fitting)) or 'another P'}, or list base layers with --after"
+        )
+    M = num_layers * P // num_new_blocks
+    tops = range(M - 1, num_layers, M)
+    return _layout(num_layers, {top: range(top - P + 1, top + 1) for top in tops})
+
+
+def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
+    """One new block directly after each listed base layer, copied from it.
+
+    Raises:
+        ConfigError: a layer is listed twice or does not exist.
+    """
+    layers = list(layers)
+    wrong = sorted({i for i in layers if not 0 <= i < num_layers or layers.count(i) > 1})
+    if wrong or not layers:
+        raise ConfigError(
+            f"--after {','.join(map(str, layers))}: {wrong or 'nothing'} listed twice or not among "
+            f"the base layers 0 to {num_layers - 1}"
+        )
+    return _layout(num_layers, {layer: (layer,) for layer in layers})
+
+
+def stack(num_layers: int, num_new_blocks: int, placement: str) -> Layout:
+    """Table 5's comparisons: copies of the bottom blocks below all ("prefix"), or of the top blocks
+    above all ("suffix"). Both train worse than `interleave`.
+
+    Raises:
+        ConfigError: more new blocks than there are layers to copy.
+    """
+    if not 1 <= num_new_blocks <= num_layers:
+        raise ConfigError(
+            f"--num-new-blocks {num_new_blocks}: {placement} placement copies 1 to {num_layers} "
+            "blocks"
+        )
+    if placement == "prefix":
+        return _layout(num_layers, {-1: range(num_new_blocks)})
+    return _layout(num_layers, {num_layers - 1: range(num_layers - num_new_blocks, num_layers)})
+
+
+def expand_config(config: ModelConfig, layout: Layout, base_sha256: str) -> ModelConfig:
+    """Returns the expanded model's configuration, its record keeping the earlier generations."""
+    moved_to = layout.base_layers
+    generations = []
+    if (earlier := config.expansion) is not None:
+        latest = earlier.to_dict()
+        for generation in (*latest.pop("generations"), latest):
+            moved = [moved_to[i] for i in generation["new_layers"]]
+            generations.append(generation | {"new_layers": moved})
+    record = ExpansionRecord(
+        layout.new_layers,
+        tuple(layout.sources[i] for i in layout.new_layers),
+        base_sha256,
+        tuple(generations),
+    )
+    return config.expanded(len(layout.sources), record)
+
+
+def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[str, bool]]:
+    """Says what every tensor of the expanded model is.
+
+    Args:
+        base_names: the parameter names of the base.
+        layout: where the new blocks go.
+
+    Returns:
+        Name in the expanded model -> (name in the base, is_zero): a copy of the base's tensor, or
+        zeros of its shape.
+    """
+    inside: dict[int, list[str]] = {}
+    outside = []
+    for name in base_names:
+        if match := _LAYER.fullmatch(name):
+            inside.setdefault(int(match[1]), []).append(match[2])
+        else:
+            outside.append(name)
+    expanded = {name: (name, False) for name in outside}
+    new = set(layout.new_layers)
+    for index, source in enumerate(layout.sources):
+        for part in inside[source]:
+            is_zero = index in new and part in ZERO_IN_NEW_BLOCKS
+            expanded[f"model.layers.{index}.{part}"] = (f"model.layers.{source}.{part}", is_zero)
+    return expanded
+
+
+def base_names(names: Iterable[str], layout: Layout) -> dict[str, str]:
+    """The inverse for the frozen part: name in the expanded model -> name in the base."""
+    base_index = {index: base for base, index in enumerate(layout.base_layers)}
+    found = {}
+    for name in names:
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            found[name] = name
+        elif int(match[1]) in base_index:
+            found[name] = f"model.layers.{base_index[int(match[1])]}.{match[2]}"
+    return found
+
+
+def is_in_layers(name: str, layers: Iterable[int]) -> bool:
+    """Says whether a parameter belongs to one of these blocks."""
+    match = _LAYER.fullmatch(name)
+    return match is not None and int(match[1]) in set(layers)
+
+
+def expand_state_dict(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Expands a model in memory; new tensors are copies, sharing no storage with their source."""
+    expanded = {}
+    for name, (source, is_zero) in expand_names(tensors, layout).items():
+        is_new = is_in_layers(name, layout.new_layers)
+        tensor = tensors[source]
+        expanded[name] = (
+            torch.zeros_like(tensor) if is_zero else tensor.clone() if is_new else tensor
+        )
+    return expanded
+
+
+def select_trainable(model: LlamaForCausalLM, trainable: str) -> list[str]:
+    """Sets `requires_grad` of every parameter; must come before the model is sharded.
+
+    Args:
+        model: the model; its configuration carries the expansion record.
+        trainable: "new_blocks", the latest generation's, or "all".
+
+    Returns:
+        The names of the parameters that train.
+
+    Raises:
+        ConfigError: "new_blocks" for a model without a record.
+    """
+    record = model.config.expansion
+    if trainable == "new_blocks" and record is None:
+        raise ConfigError(
+            "train.trainable 'new_blocks': this model's config.json has no 'llamapro' record; "
+            "run 'convert.py expand' first, or set train.trainable to 'all'"
+        )
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            trainable == "all" or (record is not None and is_in_layers(name, record.new_layers))
+        )
+        if parameter.requires_grad:
+            names.append(name)
+    return names
