@@ -1,0 +1,240 @@
+"""Converts, expands, merges, inspects and verifies checkpoints.
+
+    python convert.py from-meta META_DIR OUT_DIR            Meta release -> Hugging Face layout
+    python convert.py expand BASE_DIR OUT_DIR --num-new-blocks 8      insert identity blocks
+    python convert.py merge EXPANDED_DIR RUN_DIR OUT_DIR    put trained blocks into a plain model
+    python convert.py to-meta CKPT_DIR OUT_DIR              Hugging Face layout -> Meta release
+    python convert.py inspect DIR                           what is in it, which layers are new
+    python convert.py verify DIR [--base BASE_DIR] [--hf]   is the base intact, do logits agree
+
+Every output directory appears only once it is complete. With --json the result is one JSON object.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from llamapro import cli
+from llamapro.config import ConfigError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(kw_only=True)
+class Output:
+    """Options of the commands that write a directory."""
+
+    force: bool = False
+    """Replace OUT_DIR if it holds a checkpoint, once the new one is complete."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+
+@dataclass(kw_only=True)
+class FromMeta(Output):
+    """Convert a Meta release (params.json, consolidated.NN.pth, tokenizer.model)."""
+
+    meta_dir: Annotated[Positional[Path], arg(metavar="META_DIR")]
+    """The release directory."""
+    out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The checkpoint directory to create, in Hugging Face layout."""
+    dtype: DType | None = None
+    """Dtype of the result; the release's own if not given."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        import torch
+
+        from llamapro.meta import from_meta
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        found = from_meta(self.meta_dir, self.out_dir, dtype, self.force)
+        return found, (
+            f"{self.out_dir}: {found['parameters']:,} parameters in {found['dtype']}, "
+            f"from {found['shards']} shard(s)"
+        )
+
+
+@dataclass(kw_only=True)
+class ToMeta(Output):
+    """Write a checkpoint in Meta's release layout; undoes from-meta byte for byte."""
+
+    ckpt_dir: Annotated[Positional[Path], arg(metavar="CKPT_DIR")]
+    """A checkpoint directory."""
+    out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The release directory to create."""
+    shards: Annotated[int | None, arg(metavar="N")] = None
+    """Model-parallel shards; as many as the release had if not given, else 1."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.meta import to_meta
+
+        found = to_meta(self.ckpt_dir, self.out_dir, self.shards, self.force)
+        return found, (
+            f"{self.out_dir}: {found['parameters']:,} parameters, {found['shards']} shard(s)"
+        )
+
+
+@dataclass(kw_only=True)
+class Expand(Output):
+    """Insert identity blocks (LLaMA Pro, section 3.2); the result's logits are the base's."""
+
+    base_dir: Annotated[Positional[Path], arg(metavar="BASE_DIR")]
+    """The checkpoint to expand."""
+    out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The checkpoint directory to create."""
+    num_new_blocks: Annotated[int | None, arg(metavar="N")] = None
+    """How many blocks to add in all (the paper: 8 for LLaMA-2-7B)."""
+    blocks_per_group: Annotated[int, arg(metavar="P")] = 1
+    """P: how many copies go on top of each group of base layers."""
+    after: Annotated[str | None, arg(metavar="LAYERS")] = None
+    """Instead: base layers, comma-separated, after each of which one new block goes (3,7,11)."""
+    placement: Literal["interleave", "prefix", "suffix"] = "interleave"
+    """Interleaved as in the paper, or all below (prefix) or above (suffix) the base."""
+    max_shard_gb: float = 5.0
+    """Largest safetensors file, in GB (10^9 bytes)."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.checkpoint import Checkpoint
+        from llamapro.streaming import expand_checkpoint
+
+        base = Checkpoint.open(self.base_dir)
+        layout = self.layout(base.config.num_hidden_layers)
+        shard = int(self.max_shard_gb * 1e9)
+        found = expand_checkpoint(base, self.out_dir, layout, self.force, shard)
+        return found, (
+            f"{self.out_dir}: {base.config.num_hidden_layers} -> {found['layers']} layers, "
+            f"{found['bytes'] / 1e9:.3f} GB\n"
+            f"new blocks   {found['new_layers']}\n"
+            f"copied from  {found['source_layers']}\n"
+            f"verified: logits of {found['tokens_compared']} random tokens bit-equal to the base's"
+        )
+
+    def layout(self, num_layers: int) -> Any:
+        from llamapro import expansion
+
+        if (self.num_new_blocks is None) == (self.after is None):
+            raise ConfigError("expand: give either --num-new-blocks N or --after LAYERS")
+        if self.after is not None:
+            try:
+                layers = [int(layer) for layer in self.after.split(",")]
+            except ValueError:
+                raise ConfigError(f"--after {self.after!r}: expected layers like 3,7,11") from None
+            return expansion.insert_after(num_layers, layers)
+        assert self.num_new_blocks is not None
+        if self.placement == "interleave":
+            return expansion.interleave(num_layers, self.num_new_blocks, self.blocks_per_group)
+        return expansion.stack(num_layers, self.num_new_blocks, self.placement)
+
+
+@dataclass(kw_only=True)
+class Merge(Output):
+    """Put the trained blocks into the expanded model: an ordinary checkpoint."""
+
+    expanded_dir: Annotated[Positional[Path], arg(metavar="EXPANDED_DIR")]
+    """The checkpoint that was trained, or the config.json of a run from random weights."""
+    blocks: Annotated[Positional[Path], arg(metavar="BLOCKS")]
+    """A run directory (its latest step), a training checkpoint, or a new-block file."""
+    out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The checkpoint directory to create."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.checkpoint import Checkpoint
+        from llamapro.streaming import assemble_checkpoint, merge_checkpoint
+
+        if self.expanded_dir.is_file():
+            found = assemble_checkpoint(self.expanded_dir, self.blocks, self.out_dir, self.force)
+        else:
+            expanded = Checkpoint.open(self.expanded_dir)
+            found = merge_checkpoint(expanded, self.blocks, self.out_dir, self.force)
+        base = "base tensors intact" if found["base_intact"] else "all tensors trained"
+        return found, (
+            f"{self.out_dir}: {found['tensors_replaced']} trained tensors of step {found['step']} "
+            f"merged, {base}"
+        )
+
+
+@dataclass
+class Inspect:
+    """Show layers, which are new and from where, parameters, dtypes, sizes, hashes."""
+
+    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    """A checkpoint directory, run directory, training checkpoint or new-block file."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.inspect import describe, render
+
+        found = describe(str(self.dir))
+        return found, render(found)
+
+
+@dataclass
+class Verify:
+    """Check all bytes; of an expanded or merged model, that its base is intact."""
+
+    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    """A checkpoint directory."""
+    base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
+    """The base it was expanded from: compare hashes and logits."""
+    hf: bool = False
+    """Run this implementation and transformers' on these weights; print the differences."""
+    dtype: DType | None = None
+    """With --hf: dtype of the computation; the checkpoint's own if not given."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.verify import verify
+
+        found = verify(str(self.dir), str(self.base) if self.base else None)
+        lines = [f"{self.dir}: {found['tensors']} tensors complete and finite"]
+        lines.append(f"sha256 {found['sha256']}")
+        if "base_sha256" in found:
+            lines.append(f"base intact: its tensors hash to {found['base_sha256']}, as recorded")
+            lines.append(f"new blocks {found['new_layers']}: {found['new_blocks']}")
+        if "logits_bit_equal" in found:
+            lines.append(
+                "logits bit-equal to the base's"
+                if found["logits_bit_equal"]
+                else f"logits differ from the base's by up to {found['max_logit_difference']:.3g}"
+            )
+        if self.hf:
+            found["hf"] = self.compare_with_hf()
+            lines += [f"  {key:<40} {value}" for key, value in found["hf"].items()]
+        return found, "\n".join(lines)
+
+    def compare_with_hf(self) -> dict[str, Any]:
+        import torch
+
+        from llamapro.hf_parity import compare_with_hf
+
+        return compare_with_hf(str(self.dir), getattr(torch, self.dtype) if self.dtype else None)
+
+
+Command = (
+    Annotated[FromMeta, tyro.conf.subcommand("from-meta")]
+    | Annotated[Expand, tyro.conf.subcommand("expand")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[ToMeta, tyro.conf.subcommand("to-meta")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
+
+
+def main() -> None:
+    command: Any = tyro.cli(
+        Command,
+        prog="convert.py",
+        description=__doc__,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    result, text = command.run()
+    cli.print_result(result, command.json, text)
+
+
+if __name__ == "__main__":
+    cli.run(main)

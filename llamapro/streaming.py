@@ -1,0 +1,210 @@
+"""Expands and merges checkpoint directories tensor by tensor: memory stays small at any size."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llamapro import expansion
+from llamapro.blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
+from llamapro.checkpoint import (
+    CHUNK_BYTES,
+    DTYPES,
+    Checkpoint,
+    StoredTensor,
+    TensorSpec,
+    combine_hashes,
+    tensor_chunks,
+)
+from llamapro.config import CheckpointError, ModelConfig
+from llamapro.expansion import Layout
+from llamapro.model import build_on_meta
+from llamapro.output import MAX_SHARD_BYTES, output_directory, write_checkpoint, write_companions
+from llamapro.tokenizer import Tokenizer
+from llamapro.verify import compare_logits, contained_base_sha256
+
+Chunks = Iterator[memoryview | bytes]
+
+
+def _hashed(stored: StoredTensor, hashes: dict[str, str]) -> Chunks:
+    """Yields a tensor's bytes and notes their SHA-256: one read serves copy and hash."""
+    digest = hashlib.sha256()
+    for chunk in stored.chunks():
+        digest.update(chunk)
+        yield chunk
+    hashes[stored.name] = digest.hexdigest()
+
+
+def _zeros(spec: TensorSpec) -> Chunks:
+    zeros = bytes(min(CHUNK_BYTES, spec.nbytes))
+    for at in range(0, spec.nbytes, CHUNK_BYTES):
+        yield zeros[: spec.nbytes - at]
+
+
+def expand_checkpoint(
+    base: Checkpoint,
+    out_dir: Path,
+    layout: Layout,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Writes the expanded checkpoint and verifies it before it appears under its name.
+
+    Args:
+        base: the checkpoint to expand.
+        out_dir: the directory to create.
+        layout: where the new blocks go (`llamapro.expansion`).
+        force: replace an existing checkpoint, once the new one is complete.
+        max_shard_bytes: largest safetensors file.
+
+    Returns:
+        JSON-able: layers, new_layers, source_layers, parameters and bytes of the result,
+        base_sha256, logits_bit_equal (True) and tokens_compared.
+
+    Raises:
+        CheckpointError: writing failed, or the result's logits differ from the base's.
+    """
+    names = expansion.expand_names(base.tensors, layout)
+    specs = []
+    for name, (source, _) in names.items():
+        stored = base.tensors[source]
+        specs.append(TensorSpec(name, stored.dtype, stored.shape))
+    hashes: dict[str, str] = {}
+
+    def chunks_of(spec: TensorSpec) -> Chunks:
+        source, is_zero = names[spec.name]
+        if is_zero:
+            return _zeros(spec)
+        stored = base.tensors[source]
+        return stored.chunks() if source in hashes else _hashed(stored, hashes)
+
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(aside, specs, chunks_of, max_shard_bytes, label="expand")
+        base_sha256 = combine_hashes((t, hashes[t.name]) for t in base.tensors.values())
+        config = expansion.expand_config(base.config, layout, base_sha256)
+        write_companions(aside, config, base.companions())
+        logits = compare_logits(base, Checkpoint.open(aside))
+        if not logits.bit_equal:
+            raise CheckpointError(
+                f"{out_dir}: not written: logits differ from the base's by "
+                f"{logits.max_difference:.3e}; the base holds NaN or infinity, or was changed "
+                "while it was read"
+            )
+    return {
+        "path": str(out_dir),
+        "layers": config.num_hidden_layers,
+        "new_layers": list(layout.new_layers),
+        "source_layers": [layout.sources[i] for i in layout.new_layers],
+        "bytes": sum(spec.nbytes for spec in specs),
+        "base_sha256": base_sha256,
+        "logits_bit_equal": True,
+        "tokens_compared": logits.tokens,
+    }
+
+
+def merge_checkpoint(
+    expanded: Checkpoint,
+    blocks_path: str | Path,
+    out_dir: Path,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Writes the expanded model with its trained blocks: an ordinary checkpoint, in its own dtype.
+
+    Args:
+        expanded: the checkpoint the run started from.
+        blocks_path: a run directory, a training checkpoint, or a new-block file.
+        out_dir, force, max_shard_bytes: as for `expand_checkpoint`.
+
+    Returns:
+        JSON-able: path, blocks (the file used), step, tensors_replaced, bytes, base_intact.
+
+    Raises:
+        CheckpointError: the blocks belong to another base, do not fit, or the base inside
+            `expanded` no longer has the bytes its record says.
+    """
+    file = find_blocks(blocks_path)
+    blocks, info = read_blocks(file)
+    expected = _expected_tensors(expanded, info)
+    check_blocks(file, blocks, info, expanded.config, expected)
+    hashes: dict[str, str] = {}
+
+    def chunks_of(spec: TensorSpec) -> Chunks:
+        if spec.name in blocks:  # fp32 masters become the checkpoint's dtype
+            return tensor_chunks(blocks[spec.name].read().to(DTYPES[spec.dtype]))
+        return _hashed(expanded.tensors[spec.name], hashes)
+
+    specs = [TensorSpec(t.name, t.dtype, t.shape) for t in expanded.tensors.values()]
+    config = expanded.config
+    if info.trainable == "all":
+        # The base is no longer inside, so the record that says where it is would be false.
+        raw = {key: value for key, value in config.raw.items() if key != "llamapro"}
+        config = dataclasses.replace(config, expansion=None, raw=raw)
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(aside, specs, chunks_of, max_shard_bytes, label="merge")
+        if config.expansion is not None:
+            found = contained_base_sha256(expanded, hashes)
+            if found != config.expansion.base_sha256:
+                raise CheckpointError(
+                    f"{expanded.path}: the base inside hashes to {found[:16]}..., its record says "
+                    f"{config.expansion.base_sha256[:16]}...: base weights were changed"
+                )
+        write_companions(aside, config, expanded.companions())
+    return {
+        "path": str(out_dir),
+        "blocks": str(file),
+        "step": info.step,
+        "tensors_replaced": len(blocks),
+        "bytes": sum(spec.nbytes for spec in specs),
+        "base_intact": config.expansion is not None,
+    }
+
+
+def assemble_checkpoint(
+    config_file: Path, blocks_path: str | Path, out_dir: Path, force: bool = False
+) -> dict[str, Any]:
+    """Writes the checkpoint of a run that started from a `config.json` alone: all it trained.
+
+    Args:
+        config_file: the `config.json` of the run.
+        blocks_path, out_dir, force: as for `merge_checkpoint`.
+
+    Returns:
+        As `merge_checkpoint`.
+
+    Raises:
+        CheckpointError: the run did not train all weights of this configuration.
+    """
+    config = ModelConfig.from_file(config_file)
+    file = find_blocks(blocks_path)
+    blocks, info = read_blocks(file)
+    expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
+    check_blocks(file, blocks, info, config, expected)
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(
+            aside, list(blocks.values()), lambda spec: blocks[spec.name].chunks(), label="merge"
+        )
+        write_companions(aside, config, [])
+        # The run knows which tokenizer it was trained with.
+        state = json.loads((file.parent / "state.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.load(state["settings"]["model.tokenizer"])
+        shutil.copyfile(tokenizer.path, aside / tokenizer.path.name)
+    return {
+        "path": str(out_dir),
+        "blocks": str(file),
+        "step": info.step,
+        "tensors_replaced": len(blocks),
+        "bytes": sum(tensor.nbytes for tensor in blocks.values()),
+        "base_intact": False,
+    }
+
+
+def _expected_tensors(checkpoint: Checkpoint, info: BlocksInfo) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tensor.shape
+        for name, tensor in checkpoint.tensors.items()
+        if info.trainable == "all" or expansion.is_in_layers(name, info.new_layers)
+    }

@@ -1,0 +1,181 @@
+"""Checks that an expanded checkpoint still contains its base, to the byte and to the bit.
+
+Whole models need not fit in memory: both checkpoints are read and run one block at a time.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llamapro import ops
+from llamapro.checkpoint import Checkpoint, StoredTensor, combine_hashes, hash_tensors
+from llamapro.config import CheckpointError
+from llamapro.expansion import ZERO_IN_NEW_BLOCKS, Layout, base_names
+from llamapro.model import DecoderLayer, RMSNorm
+
+PROBE_SHAPE = (2, 16)  # B, T of the random batch
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """The same random batch through base and expanded model, each in its own dtype on the CPU.
+
+    Attributes:
+        bit_equal: every bit of every logit agrees.
+        max_difference: largest absolute difference of two logits.
+        tokens: how many positions were compared.
+    """
+
+    bit_equal: bool
+    max_difference: float
+    tokens: int
+
+
+def _read(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    return {name: tensor.read() for name, tensor in stored.items()}
+
+
+@torch.no_grad()
+def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
+    with torch.device("meta"):
+        layer = DecoderLayer(checkpoint.config, index)
+    layer.load_state_dict(_read(checkpoint.layer(index)), assign=True)
+    positions = torch.arange(x.shape[1])
+    config = checkpoint.config
+    return layer(x, *ops.rope_table(positions, config.head_dim, config.rope_theta, x.dtype))
+
+
+def _embed(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
+    table = checkpoint.tensors["model.embed_tokens.weight"].read()
+    return table[input_ids].clone()  # the rows, so that the table is freed
+
+
+@torch.no_grad()
+def _logits(checkpoint: Checkpoint, x: Tensor) -> Tensor:
+    with torch.device("meta"):
+        norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
+    norm.load_state_dict({"weight": checkpoint.tensors["model.norm.weight"].read()}, assign=True)
+    tied = checkpoint.config.tie_word_embeddings
+    head = checkpoint.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"].read()
+    return torch.nn.functional.linear(norm(x), head)
+
+
+def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> LogitComparison:
+    """Runs both models side by side on one random batch, one block in memory at a time.
+
+    Args:
+        base: the checkpoint that was expanded.
+        expanded: the result, read back from its files.
+        seed: of the random token ids.
+    """
+    layout = layout_of(expanded)
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(base.config.vocab_size, PROBE_SHAPE, generator=generator)
+    ours, theirs = _embed(expanded, input_ids), _embed(base, input_ids)  # (B, T, C)
+    new = set(layout.new_layers)
+    for index, source in enumerate(tqdm(layout.sources, desc="compare blocks", disable=None)):
+        ours = _layer_output(expanded, index, ours)
+        if index not in new:
+            theirs = _layer_output(base, source, theirs)
+    ours, theirs = _logits(expanded, ours), _logits(base, theirs)  # (B, T, V)
+    # Compared as bytes: -0.0 is not 0.0 here, and a NaN equals itself.
+    bit_equal = ours.dtype == theirs.dtype and torch.equal(
+        ours.view(torch.uint8), theirs.view(torch.uint8)
+    )
+    difference = (ours.float() - theirs.float()).abs().max().item()
+    return LogitComparison(bit_equal, difference, input_ids.numel())
+
+
+def layout_of(checkpoint: Checkpoint) -> Layout:
+    """Returns where the latest generation's new blocks are; CheckpointError without a record."""
+    record = checkpoint.config.expansion
+    if record is None:
+        raise CheckpointError(f"{checkpoint.path}: config.json has no 'llamapro' record")
+    return Layout.of(record, checkpoint.config.num_hidden_layers)
+
+
+def contained_base_sha256(checkpoint: Checkpoint, hashes: dict[str, str]) -> str:
+    """Returns the hash of the base inside an expanded checkpoint: its tensors, renumbered back.
+
+    Args:
+        hashes: name -> SHA-256 of each of the checkpoint's tensors.
+    """
+    names = base_names(checkpoint.tensors, layout_of(checkpoint))
+    parts = []
+    for name, base_name in names.items():
+        stored = checkpoint.tensors[name]
+        renamed = StoredTensor(base_name, stored.dtype, stored.shape, stored.file, stored.offset)
+        parts.append((renamed, hashes[name]))
+    return combine_hashes(parts)
+
+
+def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
+    """Checks a checkpoint, and if it is expanded, the base inside it.
+
+    Args:
+        path: the checkpoint; all its bytes are read.
+        base_path: the base it was expanded from: compared by hash and by logits.
+
+    Returns:
+        What was found, JSON-able: sha256, non_finite (names of tensors with NaN or infinity), and
+        for an expanded checkpoint base_sha256, base_intact, new_blocks ("identity" or "trained"),
+        and with a base logits_bit_equal and max_logit_difference.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity, the base inside was changed, `base_path` is
+            not the base, or untouched new blocks are not the identity.
+    """
+    checkpoint = Checkpoint.open(path)
+    hashes = hash_tensors(checkpoint.tensors.values(), f"hash {checkpoint.path.name}")
+    bad = [t.name for t in checkpoint.tensors.values() if not torch.isfinite(t.read()).all()]
+    if bad:
+        raise CheckpointError(f"{path}: NaN or infinity in {', '.join(bad[:5])}")
+    result: dict[str, Any] = {
+        "path": str(path),
+        "sha256": combine_hashes((t, hashes[t.name]) for t in checkpoint.tensors.values()),
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.nbytes,
+    }
+    record = checkpoint.config.expansion
+    if record is None:
+        if base_path is not None:
+            raise CheckpointError(f"{path}: config.json has no 'llamapro' record: not expanded")
+        return result
+    contained = contained_base_sha256(checkpoint, hashes)
+    identity = all(
+        not checkpoint.layer(index)[part].read().any()
+        for index in record.new_layers
+        for part in ZERO_IN_NEW_BLOCKS
+    )
+    if contained != record.base_sha256:
+        raise CheckpointError(
+            f"{path}: the base inside hashes to {contained[:16]}..., its record says "
+            f"{record.base_sha256[:16]}...: base weights were changed"
+        )
+    result |= {
+        "base_sha256": record.base_sha256,
+        "base_intact": True,
+        "new_layers": list(record.new_layers),
+        "new_blocks": "identity" if identity else "trained",
+    }
+    if base_path is not None:
+        base = Checkpoint.open(base_path)
+        if (found := base.sha256()) != record.base_sha256:
+            raise CheckpointError(
+                f"{base_path}: hashes to {found[:16]}..., but {path} was expanded from "
+                f"{record.base_sha256[:16]}...; this is another base"
+            )
+        logits = compare_logits(base, checkpoint)
+        if identity and not logits.bit_equal:
+            raise CheckpointError(
+                f"{path}: new blocks are zero, yet logits differ from the base's by "
+                f"{logits.max_difference:.3e}"
+            )
+        result |= {
+            "logits_bit_equal": logits.bit_equal,
+            "max_logit_difference": logits.max_difference,
+        }
+    return result
