@@ -1,0 +1,343 @@
+"""Documents of a corpus: found, read, and tokenised once into a cache of token stores.
+
+Files -> documents -> pieces -> token ids, in one order, streamed: memory does not grow with the
+corpus. A store is named after a hash of what it was made of, so it is never out of date.
+"""
+
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import sys
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from llamapro.config import DataError
+from llamapro.data import TokenStore, write_store
+from llamapro.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+# Longer documents are tokenised in pieces, short ones in batches of this length: sentencepiece is
+# half as fast on 4 million characters at once as on 1/4 million, and a file may exceed the memory.
+PIECE_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus; `is_named` if the user gave it or a glob did, not a folder it is in."""
+
+    path: Path
+    is_named: bool
+
+
+@dataclass
+class Counts:
+    """What was read, and what was left out; `bytes` is the UTF-8 length of all text."""
+
+    documents: int = 0
+    bytes: int = 0
+    long_documents: int = 0
+    empty_documents: int = 0
+    blank_lines: int = 0
+    binary_files: int = 0
+
+    def describe(self) -> str:
+        """Returns the counts as text; those of unusual things only where they are not zero."""
+        unusual = {
+            "long documents tokenised in pieces": self.long_documents,
+            "empty documents left out": self.empty_documents,
+            "blank lines skipped": self.blank_lines,
+            "binary or non-UTF-8 files skipped": self.binary_files,
+        }
+        more = "".join(f", {count:,} {name}" for name, count in unusual.items() if count)
+        return f"{self.documents:,} documents, {self.bytes:,} bytes{more}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one document, usually all of it."""
+
+    text: str
+    is_first: bool
+    is_last: bool
+
+
+def find_files(patterns: Sequence[str]) -> list[SourceFile]:
+    """Returns the files that files, globs (`**` allowed) and folders stand for, no file twice.
+
+    A folder is walked with all its folders, by name; hidden entries and `__pycache__` are left out.
+
+    Raises:
+        DataError: a pattern matches no file, or none is given.
+    """
+    found: dict[str, SourceFile] = {}
+    if not patterns:
+        raise DataError("no data given: name files, folders or globs")
+    for pattern in patterns:
+        literal = os.path.expanduser(pattern)
+        # A name that exists is taken as it is, though it may contain '[' or '*'.
+        matches = (
+            [literal] if os.path.exists(literal) else sorted(glob.glob(literal, recursive=True))
+        )
+        files: list[SourceFile] = []
+        for match in matches:
+            if os.path.isdir(match):
+                files += [SourceFile(path, False) for path in _walk(Path(match), set())]
+            elif os.path.isfile(match):
+                files.append(SourceFile(Path(match), True))
+        if not files:
+            problem = "the folder holds no files" if os.path.isdir(literal) else "no such file"
+            raise DataError(f"{pattern}: {problem}; give files, folders or globs like 'd/**/*.py'")
+        for file in files:
+            real = os.path.realpath(file.path)
+            earlier = found.get(real, file)
+            found[real] = SourceFile(earlier.path, earlier.is_named or file.is_named)
+    return list(found.values())
+
+
+def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """Yields the files below a folder, following links, each folder once."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__pycache__":
+            continue
+        if entry.is_dir():
+            yield from _walk(folder / entry.name, seen)
+        elif entry.is_file():
+            yield folder / entry.name
+
+
+def read_pieces(
+    files: Sequence[SourceFile], text_key: str, counts: Counts, label: str
+) -> Iterator[Piece]:
+    """Yields the text of all documents, in order, with a progress bar in bytes of the files.
+
+    One text file is one document; so is one line of a `.jsonl` or `.jsonl.gz` file.
+
+    Args:
+        files: from `find_files`.
+        text_key: key of the text in a JSON line.
+        counts: added to while reading.
+        label: shown by the progress bar.
+
+    Raises:
+        DataError: naming the file, and the line of a JSON file, that cannot be used.
+    """
+    sizes = [os.path.getsize(file.path) for file in files]
+    with tqdm(total=sum(sizes), desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        at = 0  # bytes of the files already read
+        for file, size in zip(files, sizes, strict=True):
+            try:
+                with open(file.path, "rb") as raw:
+                    for piece in _read_file(file, raw, text_key, counts):
+                        counts.bytes += len(piece.text.encode())
+                        bar.update(at + raw.tell() - bar.n)
+                        yield piece
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise DataError(f"{file.path}: truncated or not gzip ({error})") from None
+            except OSError as error:
+                raise DataError(f"{file.path}: cannot be read: {error.strerror}") from None
+            at += size
+            bar.update(at - bar.n)
+
+
+def _read_file(file: SourceFile, raw: IO[bytes], text_key: str, counts: Counts) -> Iterator[Piece]:
+    name = file.path.name.lower()
+    if name.endswith(".jsonl"):
+        yield from _json_pieces(file.path, raw, text_key, counts)
+    elif name.endswith(".jsonl.gz"):
+        with gzip.open(raw) as lines:
+            yield from _json_pieces(file.path, lines, text_key, counts)
+    elif not (problem := _not_text(raw)):
+        yield from _split(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), counts)
+    elif file.is_named:
+        raise DataError(f"{file.path}: {problem}; only UTF-8 text, .jsonl and .jsonl.gz are read")
+    else:
+        counts.binary_files += 1
+
+
+def _not_text(raw: IO[bytes]) -> str:
+    """Returns why a file is not UTF-8 text, "" if it is; leaves it at its start."""
+    decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        while chunk := raw.read(1 << 20):
+            if at == 0 and b"\0" in chunk[:8192]:
+                return "binary (it has zero bytes)"
+            decoder.decode(chunk)
+            at += len(chunk)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} after about {at + error.start:,} bytes)"
+    raw.seek(0)
+    return ""
+
+
+def _split(stream: TextIO, counts: Counts) -> Iterator[Piece]:
+    """Yields a document, cut at line ends if it is long, and counts it."""
+
+    def read() -> str:
+        # A line that is itself too long is cut where the second read ends.
+        return stream.read(PIECE_CHARACTERS) + stream.readline(PIECE_CHARACTERS)
+
+    text, is_first = read(), True
+    counts.documents += bool(text)
+    counts.empty_documents += not text
+    while text:
+        following = read() if len(text) >= PIECE_CHARACTERS else ""
+        counts.long_documents += is_first and bool(following)
+        yield Piece(text, is_first, not following)
+        text, is_first = following, False
+
+
+def _json_pieces(
+    path: Path, lines: Iterable[bytes], text_key: str, counts: Counts
+) -> Iterator[Piece]:
+    """Yields the text of each line of a JSON-lines file."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            counts.blank_lines += 1
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        if text_key not in record:
+            strings = {k: v for k, v in record.items() if isinstance(v, str)}
+            found = ", ".join(repr(k) for k in list(record)[:8]) or "no keys"
+            # The longest string is most likely what is wanted.
+            longest = max(strings, key=lambda k: len(strings[k]), default=None)
+            hint = f"; use --data.text-key {longest}" if longest is not None else ""
+            raise DataError(f"{where}: no {text_key!r} key (found: {found}){hint}")
+        text = record[text_key]
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {text_key!r} is {type(text).__name__}, expected a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: {text_key!r} is not valid Unicode: {error}") from None
+        yield from _split(io.StringIO(text, newline=""), counts)
+
+
+def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of pieces, each document between BOS and EOS."""
+    newline = tokenizer.encode("\n")
+    ids: list[int] = []
+    for piece in pieces:
+        if piece.is_first:
+            ids += tokenizer.encode(piece.text, bos=True, eos=piece.is_last)
+            continue
+        # Sentencepiece puts a space before every text. It goes before a newline that is taken away
+        # again, so that the pieces' tokens are those of the whole document.
+        more = tokenizer.encode("\n" + piece.text, eos=piece.is_last)
+        if more[: len(newline)] == newline:
+            ids += more[len(newline) :]
+        else:  # a vocabulary with tokens that hold newlines: one space more
+            ids += tokenizer.encode(piece.text, eos=piece.is_last)
+    return ids
+
+
+def _encode_all(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: str, workers: int
+) -> Iterator[NDArray[Any]]:
+    """Yields the token ids in the order of the pieces, whatever the number of threads."""
+
+    def encode(batch: list[Piece]) -> NDArray[Any]:
+        return np.array(encode_pieces(batch, tokenizer), dtype=dtype)
+
+    pending: deque[Future[NDArray[Any]]] = deque()
+    batch: list[Piece] = []
+    # Threads, because sentencepiece releases the interpreter lock while it encodes.
+    with ThreadPoolExecutor(workers) as pool:
+        characters = 0
+        for piece in pieces:
+            batch.append(piece)
+            characters += len(piece.text)
+            if characters >= PIECE_CHARACTERS:
+                pending.append(pool.submit(encode, batch))
+                batch, characters = [], 0
+            if len(pending) > 2 * workers:  # bounds what is held in memory
+                yield pending.popleft().result()
+        pending.append(pool.submit(encode, batch))
+        while pending:
+            yield pending.popleft().result()
+
+
+def tokenize(
+    patterns: Sequence[str],
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    text_key: str = "text",
+    workers: int = 0,
+    label: str = "train",
+) -> TokenStore:
+    """Returns the tokens of a corpus, from the cache if files and tokenizer are the same.
+
+    Each document is BOS, its tokens, EOS, where the tokenizer has them. Says on standard error what
+    was read, and what was left out.
+
+    Args:
+        patterns: as for `find_files`.
+        tokenizer: its fingerprint is part of the cache's key, as are sizes and times of the files.
+        cache_dir: where stores are kept.
+        text_key: key of the text in a JSON line.
+        workers: threads; 0 is one per core. The tokens do not depend on it.
+        label: names the corpus in progress and messages.
+
+    Raises:
+        DataError: a file is missing or cannot be used, there is no text, or the disk is full.
+    """
+    files = find_files(patterns)
+    made_of: list[list[Any]] = []
+    for file in files:
+        status = file.path.stat()
+        absolute = os.path.abspath(file.path)
+        made_of.append([absolute, file.is_named, status.st_size, status.st_mtime_ns])
+    key = json.dumps([FORMAT_VERSION, tokenizer.fingerprint, text_key, made_of])
+    directory = Path(cache_dir).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:24]
+    counts = Counts()
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+    def describe() -> dict[str, Any]:
+        if not counts.bytes:
+            raise DataError(f"{', '.join(patterns)}: no text in it: {counts.describe()}")
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": dtype,
+            "text_key": text_key,
+            "counts": asdict(counts),
+            "files": made_of,  # absolute path, is_named, size, time of change in ns
+        }
+
+    if not (is_cached := directory.exists()):
+        pieces = read_pieces(files, text_key, counts, label)
+        arrays = _encode_all(pieces, tokenizer, dtype, workers or os.cpu_count() or 1)
+        write_store(directory, arrays, describe)
+    store = TokenStore(directory, tokenizer.fingerprint)
+    stored = Counts(**store.index["counts"])
+    origin = f", from the cache {directory}" if is_cached else ""
+    print(f"{label}: {store.tokens:,} tokens of {stored.describe()}{origin}", file=sys.stderr)
+    return store

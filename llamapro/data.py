@@ -1,0 +1,296 @@
+"""Training data: stored tokens, cut into full sequences, in an order that depends on seed and step.
+
+`TokenStore` is the token stream of a corpus, `PackedSequences` cuts it, `Mixture` orders several of
+them, and `batch` gives each rank its share. Nothing here has a position to save: sample n is the
+same whoever asks for it, on however many ranks, before or after a restart.
+
+Shapes: T sequence length.
+"""
+
+import bisect
+import errno
+import glob
+import itertools
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llamapro.config import ConfigError, DataError
+from llamapro.ops import IGNORE_INDEX
+
+INDEX_FILE = "index.json"
+SHARD_TOKENS = 1 << 28
+Int64s = NDArray[np.int64]
+
+
+class TokenStore:
+    """The token stream of a corpus, memory-mapped.
+
+    A directory of `shard-00000.bin`, ... (uint16, or uint32 for vocabularies past 65,536, so that
+    none can wrap) and `index.json`, which says what the tokens were made of.
+
+    Attributes:
+        path: the directory.
+        tokens: length of the stream, BOS and EOS included.
+        documents: how many documents it was made of.
+        bytes: UTF-8 length of their text.
+        fingerprint: SHA-256 of the tokenizer's file.
+        index: all of `index.json`.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: str) -> None:
+        """Opens a store made with the tokenizer of this fingerprint.
+
+        Raises:
+            DataError: naming the file, if one is missing, of another size than `index.json` says,
+                or made with another tokenizer.
+        """
+        self.path = Path(path)
+        file = self.path / INDEX_FILE
+        again = f"remove {self.path} and run again"
+        try:
+            self.index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            self.fingerprint: str = self.index["tokenizer_sha256"]
+            self.tokens: int = self.index["tokens"]
+            self.documents: int = self.index["counts"]["documents"]
+            self.bytes: int = self.index["counts"]["bytes"]
+            dtype = np.dtype(self.index["dtype"])
+            shards = [(self.path / s["file"], int(s["tokens"])) for s in self.index["shards"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: not an index of tokens ({error!r}); {again}") from None
+        if self.fingerprint != fingerprint:
+            raise DataError(
+                f"{file}: tokens of another tokenizer ({self.fingerprint[:16]}..., this one is "
+                f"{fingerprint[:16]}...); {again}"
+            )
+        for shard, tokens in shards:
+            size = shard.stat().st_size if shard.exists() else -1
+            if size != tokens * dtype.itemsize:
+                found = "missing" if size < 0 else f"{size:,} bytes"
+                raise DataError(f"{shard}: {found}, {INDEX_FILE} says {tokens:,} tokens; {again}")
+        self._shards = [np.memmap(shard, dtype=dtype, mode="r") for shard, _ in shards]
+        self._ends = list(itertools.accumulate(tokens for _, tokens in shards))
+        if self._ends[-1:] != [self.tokens]:
+            raise DataError(f"{file}: {self.tokens:,} tokens, but its shards differ; {again}")
+
+    def read(self, start: int, stop: int) -> Int64s:
+        """Returns the tokens [start, stop), a copy; raises IndexError outside the stream."""
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
+        out = np.empty(stop - start, dtype=np.int64)
+        at, shard = start, bisect.bisect_right(self._ends, start)
+        while at < stop:
+            end, tokens = self._ends[shard], self._shards[shard]
+            upto = min(stop, end)
+            first = at - (end - tokens.size)
+            out[at - start : upto - start] = tokens[first : first + upto - at]
+            at, shard = upto, shard + 1
+        return out
+
+
+def write_store(
+    directory: Path, arrays: Iterable[NDArray[Any]], describe: Callable[[], dict[str, Any]]
+) -> None:
+    """Writes a store beside `directory` and renames it when it is complete.
+
+    Whoever is second, if two processes write the same store, uses the one that is there.
+
+    Args:
+        directory: the store's name in its cache.
+        arrays: the tokens, in order, all of the dtype that they are stored in.
+        describe: called after the last array; returns what `index.json` says beside the shards.
+
+    Raises:
+        DataError: the disk is full or cannot be written; nothing is left behind.
+    """
+    prefix = f".partial-{socket.gethostname()}-"
+    aside = directory.parent / f"{prefix}{os.getpid()}"
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(directory.parent, prefix)
+        aside.mkdir()
+        shards = _write_shards(aside, arrays)
+        index = describe() | {"tokens": sum(s["tokens"] for s in shards), "shards": shards}
+        (aside / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        for file in aside.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        try:
+            aside.rename(directory)
+        except OSError:
+            if not directory.exists():  # else another process was first, with the same content
+                raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise DataError(
+            f"{directory.parent}: {'disk full' if full else error.strerror} while writing tokens; "
+            "the partial output was removed: make room or choose another --data.cache-dir"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_shards(directory: Path, arrays: Iterable[NDArray[Any]]) -> list[dict[str, Any]]:
+    """Writes shards of `SHARD_TOKENS` tokens, the last one shorter; returns names and counts."""
+    shards: list[dict[str, Any]] = []
+    for array in arrays:
+        while array.size:
+            if not shards or shards[-1]["tokens"] == SHARD_TOKENS:
+                shards.append({"file": f"shard-{len(shards):05d}.bin", "tokens": 0})
+            part = array[: SHARD_TOKENS - shards[-1]["tokens"]]
+            with open(directory / shards[-1]["file"], "ab") as file:
+                file.write(part.tobytes())
+            shards[-1]["tokens"] += part.size
+            array = array[part.size :]
+    return shards
+
+
+def _remove_stale(cache_dir: Path, prefix: str) -> None:
+    """Removes what killed processes of this machine left behind."""
+    for stale in cache_dir.glob(glob.escape(prefix) + "*"):
+        try:
+            # A restarted container gives the same ids again: what has ours is not ours yet.
+            if (pid := int(stale.name.removeprefix(prefix))) != os.getpid():
+                os.kill(pid, 0)
+                continue
+        except ProcessLookupError:
+            pass
+        except (PermissionError, ValueError):  # a living process of another user; not one of ours
+            continue
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+class PackedSequences:
+    """A token stream cut into consecutive windows of T tokens.
+
+    Every token but the first is predicted exactly once: the target of a window's last token is the
+    first of the next. Documents share windows, between BOS and EOS. The last window is padded, with
+    targets `IGNORE_INDEX`.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int) -> None:
+        """Raises DataError if the store holds no two tokens."""
+        if store.tokens < 2:
+            raise DataError(f"{store.path}: {store.tokens} token: nothing to predict")
+        self.store = store
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return math.ceil((self.store.tokens - 1) / self.seq_len)
+
+    def __getitem__(self, index: int) -> tuple[Int64s, Int64s]:
+        """Returns inputs (T,) and targets (T,): the input at t + 1 is the target at t."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        start = index * self.seq_len
+        stop = min(start + self.seq_len + 1, self.store.tokens)
+        tokens = self.store.read(start, stop)  # one more than inputs
+        inputs = np.zeros(self.seq_len, dtype=np.int64)
+        targets = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
+        inputs[: tokens.size - 1] = tokens[:-1]
+        targets[: tokens.size - 1] = tokens[1:]
+        return inputs, targets
+
+
+class Mixture:
+    """Several sources in one endless, shuffled order that is a pure function of the seed.
+
+    A source's weight is how often one epoch passes over it, relative to the others (the paper: 1.0
+    for mathematics, 1.5 for code). Each pass is a fresh permutation, so no sequence repeats
+    within it; an epoch that ends in the middle of a pass is continued by the next one.
+
+    Attributes:
+        seq_len: T, the same for all sources.
+        samples_per_epoch: sequences in one epoch, over all sources.
+        samples_per_source: how many of them each source gives.
+    """
+
+    def __init__(
+        self, sources: Sequence[PackedSequences], weights: Sequence[float], seed: int
+    ) -> None:
+        """Raises ConfigError if there is not one positive weight per source."""
+        if not sources or len(weights) != len(sources):
+            raise ConfigError(
+                f"data.weights has {len(weights)} values for {len(sources)} sources; give one each"
+            )
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise ConfigError(f"data.weights is {list(weights)}, expected positive numbers")
+        if seed < 0:
+            raise ConfigError(f"train.seed is {seed}, expected 0 or more")
+        self._sources = sources
+        self._seed = seed
+        self.seq_len = sources[0].seq_len
+        self.samples_per_source = [
+            max(1, round(weight * len(source)))
+            for source, weight in zip(sources, weights, strict=True)
+        ]
+        self._ends = list(itertools.accumulate(self.samples_per_source))
+        self.samples_per_epoch = self._ends[-1]
+        self._epoch = -1
+        self._orders: dict[tuple[int, ...], Int64s] = {}  # those of one epoch
+
+    def sample(self, index: int) -> tuple[Int64s, Int64s]:
+        """Returns inputs (T,) and targets (T,) of a sample of the endless order."""
+        epoch, at = divmod(index, self.samples_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._orders.clear()
+        slot = self._order(self.samples_per_epoch, 0, epoch)[at]
+        number = bisect.bisect_right(self._ends, slot)
+        source, count = self._sources[number], self.samples_per_source[number]
+        # The source's own stream goes on through the epochs.
+        turn, place = divmod(epoch * count + int(slot) - (self._ends[number] - count), len(source))
+        return source[int(self._order(len(source), 1, number, turn)[place])]
+
+    def _order(self, length: int, *key: int) -> Int64s:
+        """Returns the permutation of `length` that belongs to the seed and this key."""
+        if key not in self._orders:
+            # Sorted raw bits, because numpy promises them to stay as they are through its versions,
+            # unlike `Generator.permutation`.
+            bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=key))
+            self._orders[key] = np.argsort(bits.random_raw(length), kind="stable")
+        return self._orders[key]
+
+
+def batch(
+    mixture: Mixture, start: int, count: int, rank: int, world_size: int
+) -> tuple[Tensor, Tensor]:
+    """Returns a rank's share of the samples [start, start + count): every `world_size`-th.
+
+    The union over the ranks is the same for any world size.
+
+    Returns:
+        inputs, targets: (n, T) int64; n is `count / world_size`, rounded up on the first ranks.
+    """
+    indices = range(start + rank, start + count, world_size)
+    inputs = torch.empty(len(indices), mixture.seq_len, dtype=torch.int64)
+    targets = torch.empty_like(inputs)
+    for row, index in enumerate(indices):
+        input_row, target_row = mixture.sample(index)
+        inputs[row], targets[row] = torch.from_numpy(input_row), torch.from_numpy(target_row)
+    return inputs, targets
+
+
+def parse_named(values: Sequence[str]) -> dict[str, list[str]]:
+    """Reads validation sets given as `NAME=PATH`; a name that repeats has several paths.
+
+    Raises:
+        ConfigError: a value lacks the name, the path or the sign between them.
+    """
+    named: dict[str, list[str]] = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if not name.strip() or not path.strip():
+            raise ConfigError(f"data.val: {value!r} is not NAME=PATH, such as code=data/val/*.py")
+        named.setdefault(name.strip(), []).append(path.strip())
+    return named
