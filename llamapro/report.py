@@ -1,0 +1,350 @@
+"""What training taught and what it cost: a picture and a page for one run or for several.
+
+    python -m llamapro.report runs/pro runs/full --out report
+
+The question is always the same: by how much did the loss fall on the new domain, and by how much
+did it rise on what the base already knew? The base is each run's evaluation at step 0.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tyro
+
+from llamapro import cli
+from llamapro.config import ConfigError
+from llamapro.metrics import (
+    LAST_RECORDS,
+    Run,
+    format_bytes,
+    format_count,
+    format_duration,
+    perplexity,
+    read_run,
+    summarize,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MISSING = "-"
+# Okabe & Ito's colours, told apart by colour-blind readers; black and grey are the base's.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#595959"
+NOT_EVALUATED = (
+    "has no evaluation both before and after training: what it learned or forgot is not known"
+)
+TOKEN_UNITS = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (1, ""))
+
+
+def _show(value: Any, form: Callable[[Any], str] = str) -> str:
+    return MISSING if value is None else form(value)
+
+
+def _verdict(change: float) -> str:
+    if abs(change) < 0.0005:  # what three decimals would show as zero
+        return "kept"
+    return "learned" if change < 0 else "forgot"
+
+
+def _loss_cell(result: dict[str, Any]) -> str:
+    first, last, change = result["initial_loss"], result["final_loss"], result["change"]
+    if first is None and last is None:
+        return MISSING
+    cell = f"{_show(first, '{:.3f}'.format)} -> {_show(last, '{:.3f}'.format)}"
+    return cell if change is None else f"{cell} ({change:+z.3f}, {_verdict(change)})"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table, its columns aligned so that it reads well unrendered too."""
+    cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def result_table(summaries: Sequence[dict[str, Any]], sets: Sequence[str]) -> str:
+    """Returns the Markdown table of what each run trained, learned and forgot."""
+
+    def trainable(summary: dict[str, Any]) -> str:
+        count, total = summary["trainable_parameters"], summary["total_parameters"]
+        share = f" ({count / total:.1%})" if count is not None and total else ""
+        return _show(count, format_count) + share
+
+    rows = [
+        ["run", "trains", "trainable parameters", "tokens", *(f"{s} base -> final" for s in sets)]
+    ]
+    rows += [
+        [s["run"], _show(s["trains"]), trainable(s), _show(s["tokens"], format_count)]
+        + [_loss_cell(s["sets"][name]) for name in sets]
+        for s in summaries
+    ]
+    return _table(rows)
+
+
+def _sentence(summary: dict[str, Any]) -> str:
+    """What the run learned and forgot, in words."""
+    parts = []
+    for name, result in summary["sets"].items():
+        if result["change"] is not None:
+            first, last = (perplexity(result[key]) for key in ("initial_loss", "final_loss"))
+            parts.append(
+                f"{_verdict(result['change'])} `{name}` (loss {result['change']:+z.3f}, "
+                f"perplexity {first:.2f} -> {last:.2f})"
+            )
+    return f"- **{summary['run']}** " + ("; ".join(parts) or NOT_EVALUATED) + "."
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: MISSING if value is None else str(value)}
+    flat: dict[str, str] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _settings_table(runs: Sequence[Run]) -> str:
+    parts = ("settings", "new_layers", "tokens_per_step", "device", "world_size", "versions")
+    flat = []
+    for run in runs:
+        info = {key: run.info[key] for key in parts if key in run.info}
+        flat.append(_flatten(info.pop("settings", None) or {}) | _flatten(info))
+    rows = []
+    for key in dict.fromkeys(key for settings in flat for key in settings):
+        values = [settings.get(key, MISSING) for settings in flat]
+        rows.append([f"**{key}**" if len(set(values)) > 1 else key, *values])
+    rows.sort(key=lambda row: not row[0].startswith("**"))  # what differs comes first
+    return _table([["setting", *(run.name for run in runs)], *rows])
+
+
+def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: str) -> str:
+    """Returns the whole page; `picture` is the image's path relative to it."""
+    sets = list(summaries[0]["sets"])
+    speed = [["run", "steps", "final training loss", "throughput", "time", "peak memory"]]
+    speed += [
+        [
+            s["run"],
+            _show(s["steps"]),
+            _show(s["final_train_loss"], "{:.3f}".format),
+            _show(s["tokens_per_s"], lambda rate: f"{format_count(rate)} tok/s"),
+            _show(s["elapsed_s"], format_duration),
+            _show(s["memory_bytes"], format_bytes),
+        ]
+        for s in summaries
+    ]
+    return "\n\n".join(
+        [
+            "# Training report: " + ", ".join(run.name for run in runs),
+            f"![Validation loss, training loss, learning rate and throughput]({picture})",
+            "## Learned and forgotten",
+            result_table(summaries, sets),
+            "\n".join(map(_sentence, summaries)),
+            "Losses are in nats per token; *base* is the evaluation before the first step. A set "
+            "is *learned* where its loss fell, *forgot* where it rose, *kept* where three decimals "
+            "show no change.",
+            "## Training",
+            _table(speed),
+            f"The final training loss is the mean of the last {LAST_RECORDS} logged steps, the "
+            "throughput the median over all of them.",
+            "## Settings",
+            _settings_table(runs) + ("\n\nWhat differs is in bold." if len(runs) > 1 else ""),
+        ]
+    )
+
+
+def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draws validation losses above, and training loss, learning rate and throughput below.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+        from matplotlib.ticker import EngFormatter, FuncFormatter
+    except ImportError:
+        raise ConfigError(
+            "the report's picture needs matplotlib: pip install 'llamapro[report]'"
+        ) from None
+    sets = list(summaries[0]["sets"])
+    most = max((s["tokens"] or 0 for s in summaries), default=0)
+    unit, unit_name = next((pair for pair in TOKEN_UNITS if most >= pair[0]), TOKEN_UNITS[-1])
+    across = 2 if len(sets) == 4 else min(3, max(1, len(sets)))
+    rows = -(-len(sets) // across)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.02)  # pads in inches
+    tall = 3.4 + 0.2 * len(runs)  # inches: a panel and its legend, a line a run
+    figure = Figure(figsize=(12, 0.6 + tall * rows + 2.9), layout=layout)
+    # Six columns hold one, two or three panels of the same width.
+    grid = figure.add_gridspec(rows + 1, 6, height_ratios=[tall] * rows + [2.9])
+    heading = "Validation loss: below the dashed line is learned, above it is forgotten"
+    figure.suptitle(heading if sets else "Training (no evaluation records)", fontsize=14)
+
+    def panel(row: int, column: int, width: int, title: str, label: str) -> "Axes":
+        axes = figure.add_subplot(grid[row, column * width : (column + 1) * width])
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel(f"tokens trained on{unit_name}")
+        axes.set_ylabel(label)
+        axes.grid(True, color="#e5e5e5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        return axes
+
+    for i, name in enumerate(sets):
+        axes = panel(i // across, i % across, 6 // across, _plain(name), "loss (nats per token)")
+        _draw_losses(axes, name, runs, summaries, unit)
+    loss = panel(rows, 0, 2, "training", "loss (nats per token)")
+    rate = panel(rows, 1, 2, "learning rate", "learning rate")
+    speed = panel(rows, 2, 2, "throughput", "tokens per second")
+    for run, style in zip(runs, _styles(len(runs)), strict=True):
+        x, y = _series(run.train, "tokens", "loss", unit)
+        loss.plot(x, y, **style, alpha=0.2, linewidth=0.8)
+        loss.plot(x, _smooth(y), **style, linewidth=1.8, label=_plain(run.name))
+        rate.plot(*_series(run.train, "tokens", "learning_rate", unit), **style, linewidth=1.8)
+        speed.plot(*_series(run.train, "tokens", "tokens_per_s", unit), **style, linewidth=1.2)
+    if any(run.train for run in runs):
+        loss.legend(fontsize=9, frameon=False)
+    rate.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.1e}" if y else "0"))
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
+    rate.set_ylim(bottom=0)
+    speed.set_ylim(bottom=0)
+    figure.savefig(file, dpi=150, facecolor="white")
+
+
+def _draw_losses(
+    axes: "Axes",
+    name: str,
+    runs: Sequence[Run],
+    summaries: Sequence[dict[str, Any]],
+    unit: float,
+) -> None:
+    """One validation set: a line a run, and a dashed one for each base they began from."""
+    bases: list[float] = []
+    for run, summary, style in zip(runs, summaries, _styles(len(runs)), strict=True):
+        if name not in run.evals:
+            continue
+        result = summary["sets"][name]
+        x, y = _series(run.evals[name], "tokens_seen", "loss", unit)
+        change = "" if result["change"] is None else f" ({result['change']:+z.3f})"
+        label = f"{_plain(run.name)}: {_show(result['final_loss'], '{:.3f}'.format)}{change}"
+        marker = "o" if len(x) <= 40 else None
+        axes.plot(x, y, **style, linewidth=2, marker=marker, markersize=3.5, label=label)
+        base = result["initial_loss"]
+        # Runs of one base begin at one loss, up to the order of summation.
+        if base is not None and not any(abs(base - seen) < 1e-3 for seen in bases):
+            bases.append(base)
+    for base in bases:
+        axes.axhline(base, color=GREY, linestyle="--", linewidth=1.3, label=f"base: {base:.3f}")
+    low, high = axes.get_ylim()
+    if high - low < 0.02:  # a set that does not move should look so
+        middle = (low + high) / 2
+        axes.set_ylim(middle - 0.01, middle + 0.01)
+    # Below the panel: inside, it would hide a line as soon as one falls and another rises.
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.17), fontsize=9, frameon=False)
+    axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    """A colour for each run; past the last colour, the line's dashes tell them apart."""
+    dashes = ("-", "-.", ":")
+    n = len(COLOURS)
+    return [{"color": COLOURS[i % n], "linestyle": dashes[i // n % 3]} for i in range(count)]
+
+
+def _series(
+    records: Sequence[dict[str, Any]], x: str, y: str, unit: float
+) -> tuple[list[float], list[float]]:
+    """The points of a line; a loss that was not finite (null) leaves a gap."""
+    points = [(r[x] / unit, r.get(y)) for r in records if r.get(x) is not None]
+    return [a for a, _ in points], [float("nan") if b is None else b for _, b in points]
+
+
+def _smooth(values: Sequence[float]) -> Sequence[float]:
+    """Running mean over a tenth of the points around each, gaps left out."""
+    if not values:
+        return values
+    window = np.ones(2 * round(len(values) / 20) + 1)
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), window, "same")
+    count = np.convolve(finite, window, "same")
+    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan).tolist()
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # matplotlib would read what stands between as a formula
+
+
+def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
+    """Writes `report.png` and `report.md` for one run or several, side by side.
+
+    Args:
+        run_dirs: the runs, in the order they shall be shown.
+        out: where to write; the first run's directory if None.
+
+    Returns:
+        `runs`, their numbers as `summarize` gives them, and `files`, what was written.
+
+    Raises:
+        ConfigError: no run, the same run twice, no matplotlib, or `out` cannot be written.
+        DataError: a directory is not a run's, or its records are damaged.
+    """
+    if not run_dirs:
+        raise ConfigError("no run directory given; usage: python -m llamapro.report RUN_DIR...")
+    names = _names(run_dirs)
+    runs = [read_run(path, name) for path, name in zip(run_dirs, names, strict=True)]
+    sets = list(dict.fromkeys(name for run in runs for name in run.evals))
+    summaries = [summarize(run, sets) for run in runs]
+    out = run_dirs[0] if out is None else out
+    picture, page = out / "report.png", out / "report.md"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        plot(runs, summaries, picture)
+        page.write_text(markdown(runs, summaries, picture.name) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
+    return {"runs": summaries, "files": [str(picture), str(page)]}
+
+
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """The directories' names, with as many parents as it takes to tell them apart."""
+    paths = [Path(os.path.abspath(path)) for path in run_dirs]
+    if len(set(paths)) < len(paths):
+        twice = next(str(d) for d, p in zip(run_dirs, paths, strict=True) if paths.count(p) > 1)
+        raise ConfigError(f"{twice}: given twice; name each run directory once")
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def report(
+    run_dirs: tyro.conf.Positional[list[Path]],
+    out: Path | None = None,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> None:
+    """Shows what runs learned and forgot: report.png, report.md and a table.
+
+    Args:
+        run_dirs: run directories, for example one of new blocks and one of full fine-tuning.
+        out: where to write; the first run directory by default.
+        json: print one JSON object instead of the table.
+    """
+    result = write_report(run_dirs, out)
+    for file in result["files"]:
+        print(f"wrote {file}", file=sys.stderr)
+    for summary in result["runs"]:
+        if all(numbers["change"] is None for numbers in summary["sets"].values()):
+            print(f"{summary['run']} {NOT_EVALUATED}", file=sys.stderr)
+    sets = list(result["runs"][0]["sets"])
+    cli.print_result(result, json, result_table(result["runs"], sets))
+
+
+if __name__ == "__main__":
+    cli.run(lambda: tyro.cli(report))

@@ -1,0 +1,326 @@
+"""Metrics: what is logged comes back, survives kills and resumes, and reads well."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamapro import metrics
+from llamapro.config import DataError
+from llamapro.metrics import MetricsLog, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides TensorBoard, whose import is slow; its own tests bring it back."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+def train(step: int, **more: Any) -> dict[str, Any]:
+    return {"kind": "train", "step": step, "loss": 4.0 - step / 100, **more}
+
+
+def write_steps(run_dir: Path, steps: range) -> None:
+    with MetricsLog(run_dir, 0) as log:
+        for step in steps:
+            log.log(train(step))
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(run_dir)]
+
+
+def test_records_come_back_as_logged(tmp_path: Path) -> None:
+    """Both kinds of records are read back equal and in order, from a directory made on the way."""
+    records = [
+        {"kind": "eval", "step": 0, "set": "größe", "loss": 1.2, "tokens_seen": 0},
+        train(10, learning_rate=2e-4, tokens=40960),
+    ]
+    with MetricsLog(tmp_path / "a" / "run", 0) as log:
+        for record in records:
+            log.log(record)
+    assert read_metrics(tmp_path / "a" / "run") == records
+
+
+def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    """A record can be read while the log is still open."""
+    log = MetricsLog(tmp_path, 0)
+    log.log(train(1))
+    assert steps_of(tmp_path) == [1]
+    log.close()
+
+
+def test_what_is_not_finite_is_strict_json(tmp_path: Path) -> None:
+    """NaN and infinity become null, which every JSON reader takes."""
+    with MetricsLog(tmp_path, 0) as log:
+        log.log({"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in the log"))
+    assert record == {"kind": "train", "step": 1, "loss": None, "grad_norm": None}
+
+
+def test_resuming_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:
+    """After a resume at step 4, steps 5 and 6 of the killed process are gone."""
+    write_steps(tmp_path, range(1, 7))
+    with MetricsLog(tmp_path, 4) as log:
+        assert steps_of(tmp_path) == [1, 2, 3, 4]
+        log.log(train(5, loss=1.0))
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+    assert read_metrics(tmp_path)[-1]["loss"] == 1.0
+
+
+def test_starting_again_at_step_0_starts_a_new_log(tmp_path: Path) -> None:
+    """A run killed before its first checkpoint does not keep a second evaluation of the base."""
+    write_steps(tmp_path, range(3))
+    with MetricsLog(tmp_path, 0) as log:
+        log.log(train(0))
+    assert steps_of(tmp_path) == [0]
+
+
+def test_resuming_without_a_log_starts_one(tmp_path: Path) -> None:
+    """A checkpoint copied without its metrics can be resumed."""
+    with MetricsLog(tmp_path, 4) as log:
+        log.log(train(5))
+    assert steps_of(tmp_path) == [5]
+
+
+def test_a_half_written_last_line_is_left_out_and_removed_on_resume(tmp_path: Path) -> None:
+    """A kill in the middle of a line costs that line only, and the next one does not join it."""
+    write_steps(tmp_path, range(1, 3))
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write('{"kind": "train", "step": 3, "note": "ü'.encode()[:-1])
+    assert steps_of(tmp_path) == [1, 2]
+    with MetricsLog(tmp_path, 3) as log:
+        log.log(train(4))
+    assert steps_of(tmp_path) == [1, 2, 4]
+
+
+def test_an_interrupted_rewrite_leaves_the_old_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the rename, the records that a resume is about to drop are all there."""
+    write_steps(tmp_path, range(1, 7))
+
+    def killed(_fd: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsLog(tmp_path, 4)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"kind": "tr', "[1, 2]", '{"kind": "train"}', '{"step": 1}', "\xff"]
+)
+def test_damage_before_the_end_names_file_and_line(tmp_path: Path, damage: str) -> None:
+    """A line that is no record is refused with its place, also when resuming."""
+    good = json.dumps(train(1))
+    text = f"{good}\n{damage}\n{good}\n"
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected a JSON object"):
+        read_metrics(tmp_path)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
+        MetricsLog(tmp_path, 1)
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="latin-1") == text
+
+
+def test_a_directory_that_is_no_run_says_so(tmp_path: Path) -> None:
+    """A missing log asks whether this is a run directory."""
+    with pytest.raises(DataError, match=r"no metrics\.jsonl; is this a run directory\?"):
+        read_metrics(tmp_path)
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scalars are named kind/key and kind/set/key; what a resume repeats replaces the old."""
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
+    pytest.importorskip("tensorboard")
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsLog(tmp_path, 0) as log:
+        log.log({"kind": "eval", "step": 0, "set": "general", "loss": 1.5})
+        log.log(train(1))
+        log.log(train(2))
+    with MetricsLog(tmp_path, 1) as log:
+        log.log(train(2, loss=0.25))
+    board = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == {"eval/general/loss", "train/loss"}
+    assert [(e.step, e.value) for e in board.Scalars("eval/general/loss")] == [(0, 1.5)]
+    seen = [(e.step, round(e.value, 4)) for e in board.Scalars("train/loss")]
+    assert seen == [(1, 3.99), (2, 0.25)]
+
+
+def test_without_tensorboard_only_the_log_is_written(tmp_path: Path) -> None:
+    """An absent TensorBoard is no error and leaves no directory."""
+    write_steps(tmp_path, range(1, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_progress_line_shows_every_number_with_its_unit() -> None:
+    """A full record reads as documented; the time left is steps left times seconds per step."""
+    record = {
+        "kind": "train",
+        "step": 1200,
+        "loss": 1.8423,
+        "grad_norm": 0.6123,
+        "learning_rate": 2e-4,
+        "tokens_per_s": 41234.5,
+        "memory_bytes": 61.2 * 2**30,
+        "tokens": 1_258_291_200,
+        "step_s": 18720 / 15800,
+    }
+    assert metrics.progress_line(record, 17000) == (
+        "step 1200/17000 · loss 1.8423 · ppl 6.31 · grad norm 0.61 · lr 2.00e-04 · 41.2k tok/s · "
+        "mem 61.2 GiB · seen 1.26B tok · eta 5h12m"
+    )
+
+
+def test_progress_line_leaves_out_what_is_unknown() -> None:
+    """Missing and null numbers do not appear; a loss that is NaN does."""
+    record = {"step": 3, "loss": math.nan, "memory_bytes": None}
+    assert metrics.progress_line(record, 5) == "step 3/5 · loss nan · ppl nan"
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (12.34, "12.3"),
+        (999, "999"),
+        (999.7, "1.00k"),
+        (1000, "1.00k"),
+        (9_996, "10.0k"),
+        (41_234, "41.2k"),
+        (999_400, "999k"),
+        (999_500, "1.00M"),
+        (1_258_291_200, "1.26B"),
+        (15e12, "15.0T"),
+        (2e15, "2000T"),
+    ],
+)
+def test_counts_have_three_digits(n: float, text: str) -> None:
+    """Counts step to the next unit before they would show a fourth digit."""
+    assert metrics.format_count(n) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(512, "512 B"), (1010, "0.99 KiB"), (1536, "1.50 KiB"), (65_712_999_629, "61.2 GiB")],
+)
+def test_sizes_are_in_binary_units(n: float, text: str) -> None:
+    """1 KiB is 1024 bytes."""
+    assert metrics.format_bytes(n) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0s"),
+        (4.23, "4.2s"),
+        (9.96, "10s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (187, "3m07s"),
+        (3599.7, "1h00m"),
+        (18_725, "5h12m"),
+        (86_399, "1d00h"),
+        (183_600, "2d03h"),
+    ],
+)
+def test_durations_show_their_two_largest_units(seconds: float, text: str) -> None:
+    """Rounding carries into the larger unit: never 60 seconds or 60 minutes."""
+    assert metrics.format_duration(seconds) == text
+
+
+def test_perplexity_is_the_exponential_of_the_loss() -> None:
+    """Losses too large for a float give infinity, not an exception."""
+    assert metrics.perplexity(1.25) == math.exp(1.25)
+    assert metrics.perplexity(1e4) == math.inf
+
+
+def write_run(run_dir: Path, records: list[dict[str, Any]], info: Any = None) -> Path:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "run.json").write_text(json.dumps({} if info is None else info))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return run_dir
+
+
+def test_summary_holds_the_runs_numbers(tmp_path: Path) -> None:
+    """Losses at step 0 and at the end, the mean of the last ten, the median speed, the tokens."""
+    records = [
+        {"kind": "eval", "step": step, "set": "general", "loss": loss, "tokens_seen": step * 100}
+        for step, loss in ((0, 2.0), (6, 1.0), (12, 1.5))
+    ]
+    records += [
+        train(s, loss=float(s), tokens=s * 100, tokens_per_s=float(s * s), elapsed_s=s / 2)
+        for s in range(1, 13)
+    ]
+    info = {"settings": {"train": {"trainable": "all"}}, "parameters": {"total": 8, "trainable": 2}}
+    run = metrics.read_run(write_run(tmp_path, records, info), "pro")
+    assert metrics.summarize(run, ["general", "absent"]) == {
+        "run": "pro",
+        "path": str(tmp_path),
+        "trains": "all",
+        "trainable_parameters": 2,
+        "total_parameters": 8,
+        "steps": 12,
+        "tokens": 1200,
+        "sets": {
+            "general": {"initial_loss": 2.0, "final_loss": 1.5, "change": -0.5},
+            "absent": {"initial_loss": None, "final_loss": None, "change": None},
+        },
+        "final_train_loss": 7.5,
+        "tokens_per_s": 42.5,
+        "elapsed_s": 6.0,
+        "memory_bytes": None,
+    }
+
+
+def test_only_step_0_is_no_final_loss(tmp_path: Path) -> None:
+    """A run that has not trained yet neither learned nor kept anything."""
+    base = {"kind": "eval", "step": 0, "set": "general", "loss": 2.0, "tokens_seen": 0}
+    run = metrics.read_run(write_run(tmp_path, [base]), "pro")
+    assert run.losses("general") == (2.0, None)
+
+
+def test_without_step_0_there_is_no_base(tmp_path: Path) -> None:
+    """The first evaluation there is does not stand in for the base."""
+    later = {"kind": "eval", "step": 5, "set": "general", "loss": 2.0, "tokens_seen": 5}
+    run = metrics.read_run(write_run(tmp_path, [later]), "pro")
+    assert run.losses("general") == (None, 2.0)
+
+
+def test_the_later_of_two_records_of_a_step_counts(tmp_path: Path) -> None:
+    """A resumed run that evaluates its first step again is not shown twice."""
+    again = [
+        {"kind": "eval", "step": 4, "set": "general", "loss": loss, "tokens_seen": 4}
+        for loss in (3.0, 2.0)
+    ]
+    run = metrics.read_run(write_run(tmp_path, [*again, train(5), train(5, loss=1.0)]), "pro")
+    assert [record["loss"] for record in run.evals["general"]] == [2.0]
+    assert [record["loss"] for record in run.train] == [1.0]
+
+
+def test_time_adds_up_over_resumes(tmp_path: Path) -> None:
+    """A clock that starts again at each resume is added to the time before it."""
+    clocks = [10.0, 20.0, 5.0, 15.0]
+    records = [train(step, elapsed_s=clock) for step, clock in enumerate(clocks, 1)]
+    run = metrics.read_run(write_run(tmp_path, records), "pro")
+    assert metrics.summarize(run, [])["elapsed_s"] == 35.0
+
+
+def test_run_json_must_be_a_readable_object(tmp_path: Path) -> None:
+    """A missing, damaged or odd run.json is named."""
+    write_run(tmp_path, [], ["not", "an", "object"])
+    with pytest.raises(DataError, match=r"run\.json: expected an object, found list"):
+        metrics.read_run(tmp_path, "pro")
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(DataError, match=r"run\.json: not readable as JSON"):
+        metrics.read_run(tmp_path, "pro")
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(DataError, match=r"no run\.json; is this a run directory\?"):
+        metrics.read_run(tmp_path, "pro")
