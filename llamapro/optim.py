@@ -1,0 +1,54 @@
+"""AdamW and its schedule, as the paper trains: decay on matrices, warm-up, cosine, clipping."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def build_adamw(
+    parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """Returns AdamW over what trains; the learning rate is set at every step.
+
+    Decay applies to matrices (embeddings included) and not to norms, whose pull is towards 1.
+
+    Args:
+        parameters: those with `requires_grad`; others are left out.
+        betas: of the moving averages.
+        weight_decay: per step, relative to the learning rate.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # lr is a placeholder: `learning_rate` sets it before every step.
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, warmup_steps: int, final_ratio: float
+) -> float:
+    """Linear warm-up, then cosine decay.
+
+    Args:
+        step: optimizer steps already made, 0 to steps - 1.
+        steps: of the whole run.
+        peak: reached at the end of the warm-up.
+        warmup_steps: the first step's rate is peak / warmup_steps.
+        final_ratio: the last rate, as a part of peak.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * (final_ratio + (1 - final_ratio) * cosine)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales gradients to a norm over all ranks of at most `max_norm`; returns what it was, ()."""
+    norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

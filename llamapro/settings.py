@@ -1,0 +1,304 @@
+"""Training settings: a TOML preset, overridden by typed options of the command line.
+
+Every mistake is found before anything starts, and all of them are told in one message.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llamapro.config import ConfigError, suggest
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is trained."""
+
+    path: str = ""
+    """Checkpoint directory to start from (usually made by 'convert.py expand')."""
+    config: str = ""
+    """Instead of path: a config.json to train from random weights."""
+    tokenizer: str = ""
+    """tokenizer.model or its directory; model.path's own if empty."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What it reads: files, globs or folders of text, source code or .jsonl[.gz]."""
+
+    train: tuple[str, ...] = ()
+    """Training sources."""
+    weights: tuple[float, ...] = ()
+    """Passes over each source, relative to one another (paper: 1.0 math, 1.5 code); 1 if empty."""
+    val: tuple[str, ...] = ()
+    """Validation sets as NAME=PATH, watched side by side; a name may repeat."""
+    text_key: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    seq_len: int = 4096
+    """Tokens per sequence; documents are packed to fill it."""
+    cache_dir: str = "~/.cache/llamapro"
+    """Where tokenised corpora are kept."""
+    workers: int = 0
+    """Threads that tokenise; 0: one per core."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long, how much at a time, and which weights."""
+
+    trainable: Literal["new_blocks", "all"] = "new_blocks"
+    """The latest generation's new blocks, or every weight."""
+    steps: int = 0
+    """Optimizer steps; 0: as many as train.epochs take."""
+    epochs: float = 1.0
+    """Passes over the data, if steps is 0."""
+    batch_size: int = 1024
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass of one process; the rest is accumulated."""
+    seed: int = 0
+    """Of the data order and of random weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of computation and frozen weights; auto: bfloat16 on GPU, float32 on CPU."""
+    recompute: bool = False
+    """Activation checkpointing: compute blocks again in backward instead of keeping activations."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW with warm-up, cosine decay and clipping."""
+
+    lr: float = 2e-4
+    """Peak learning rate. The paper's 2e-4 suits LLaMA-2; other bases may need a tenth."""
+    final_lr_ratio: float = 0.0
+    """Last learning rate, as a part of lr."""
+    warmup_ratio: float = 0.06
+    """Part of the steps in which the rate rises from 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW's moving averages."""
+    weight_decay: float = 0.1
+    """On matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Evaluation during training."""
+
+    every: int = 500
+    """Steps between evaluations; also before the first step and after the last."""
+    sequences: int = 0
+    """Evenly spaced sequences of each validation set; 0: all."""
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """Training checkpoints: what trains, with its optimizer state."""
+
+    every: int = 500
+    """Steps between training checkpoints; one is always made after the last step."""
+    keep: int = 2
+    """How many of the latest to keep."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one run."""
+
+    config: str = ""
+    """TOML preset; options given beside it win."""
+    run_dir: str = ""
+    """Where metrics and training checkpoints go; runs/NAME_OF_THE_PRESET if empty. The same command
+    run again resumes from here."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    save: SaveSettings = field(default_factory=SaveSettings)
+    log_every: int = 10
+    """Steps between progress lines."""
+    dry_run: bool = False
+    """Check everything, print the plan, and stop."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def steps(self, samples_per_epoch: int) -> int:
+        """Returns the number of optimizer steps."""
+        if self.train.steps:
+            return self.train.steps
+        return max(1, round(self.train.epochs * samples_per_epoch / self.train.batch_size))
+
+
+# A resumed run may differ in these; everything else decides what is computed.
+FREE_TO_CHANGE = {
+    "config", "run_dir", "log_every", "dry_run", "json", "data.cache_dir", "data.workers",
+    "train.micro_batch_size", "train.device", "train.recompute", "eval.every", "eval.sequences",
+    "save.every", "save.keep",
+}  # fmt: skip
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {"train.steps": 100, ...}."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+def parse(argv: list[str]) -> Settings:
+    """Reads preset and command line.
+
+    Raises:
+        ConfigError: the preset is missing, not TOML, or has unknown keys or values of a wrong type.
+        SystemExit: status 2 on an unknown option, 0 after --help.
+    """
+    import tyro
+
+    preset = ""
+    for at, word in enumerate(argv):
+        if word == "--config" and at + 1 < len(argv):
+            preset = argv[at + 1]
+        elif word.startswith("--config="):
+            preset = word.removeprefix("--config=")
+    default = read_toml(Path(preset)) if preset else Settings()
+    return tyro.cli(
+        Settings,
+        prog="train.py",
+        description="Trains the new blocks of an expanded LLaMA (or all weights); see train.py.",
+        default=default,
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def read_toml(path: Path) -> Settings:
+    """Reads a preset; raises ConfigError with every mistake in it."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        beside = [str(p) for p in path.parent.glob("*.toml")]
+        near = difflib.get_close_matches(str(path), beside, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{path}: no such preset{hint}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    wrong: list[str] = []
+    settings = _build(Settings, raw, "", wrong)
+    if wrong:
+        raise ConfigError(f"{path}: " + "; ".join(wrong))
+    return settings
+
+
+def _build(kind: Any, raw: dict[str, Any], prefix: str, wrong: list[str]) -> Any:
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in raw.items():
+        name = prefix + key
+        if key not in hints:
+            wrong.append(f"unknown key {name!r}{suggest(key, list(hints), cutoff=0.5)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, dict):
+                values[key] = _build(hints[key], value, name + ".", wrong)
+            else:
+                wrong.append(f"{name} is {value!r}, expected a table [{name}]")
+        else:
+            try:
+                values[key] = _convert(value, hints[key])
+            except TypeError as error:
+                wrong.append(f"{name} is {value!r}, expected {error}")
+    return kind(**values)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Returns the value as the annotation says; raises TypeError naming what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise TypeError(" or ".join(map(repr, args)))
+        return value
+    if origin is tuple:
+        size = None if args[-1] is Ellipsis else len(args)
+        if not isinstance(value, list) or (size is not None and len(value) != size):
+            raise TypeError(f"a list of {size or 'any number of'} {args[0].__name__}")
+        return tuple(_convert(item, args[0]) for item in value)
+    if isinstance(hint, types.UnionType):
+        raise AssertionError(f"settings hold no unions: {hint}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise TypeError({str: "text", int: "a whole number", float: "a number"}.get(hint, "a bool"))
+    return value
+
+
+def check(settings: Settings, world_size: int) -> None:
+    """Raises ConfigError with every setting that is impossible, alone or for this world size."""
+    s, wrong = settings, []
+    if bool(s.model.path) == bool(s.model.config):
+        wrong.append(
+            "give model.path (a checkpoint directory) or model.config (a config.json), "
+            + ("not both" if s.model.path else "one is needed")
+        )
+    if s.model.config and not s.model.tokenizer:
+        wrong.append("model.config needs model.tokenizer, the tokenizer.model to train with")
+    if s.model.config and s.train.trainable == "new_blocks":
+        wrong.append("model.config starts from random weights: set train.trainable to 'all'")
+    if not s.data.train:
+        wrong.append("data.train is empty: name files, globs or folders to train on")
+    if s.data.weights and len(s.data.weights) != len(s.data.train):
+        wrong.append(
+            f"data.weights has {len(s.data.weights)} numbers for {len(s.data.train)} sources in "
+            "data.train"
+        )
+    positive = "data.seq_len train.batch_size train.micro_batch_size optim.lr optim.clip".split()
+    positive += ["eval.every", "save.every", "save.keep", "log_every"]
+    if not s.train.steps:
+        positive.append("train.epochs")
+    flat = flatten(s)
+    wrong += [f"{key} is {flat[key]}, expected more than 0" for key in positive if flat[key] <= 0]
+    wrong += [f"data.weights: {w} is not more than 0" for w in s.data.weights if w <= 0]
+    for key, value in flat.items():  # TOML and the command line take nan and inf
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            wrong.append(f"{key} is {value}, expected finite numbers")
+    natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
+    for key in natural:
+        if flat[key] < 0:
+            wrong.append(f"{key} is {flat[key]}, expected 0 or more")
+    if s.train.seed >= 1 << 64:
+        wrong.append(f"train.seed is {s.train.seed}, expected less than 2^64")
+    for key in ("optim.warmup_ratio", "optim.final_lr_ratio"):
+        if not 0 <= flat[key] <= 1:
+            wrong.append(f"{key} is {flat[key]}, expected 0 to 1")
+    if not all(0 <= beta < 1 for beta in s.optim.betas):
+        wrong.append(f"optim.betas is {s.optim.betas}, expected two numbers from 0 to below 1")
+    unit = world_size * max(1, s.train.micro_batch_size)
+    if s.train.batch_size > 0 and s.train.batch_size % unit:
+        below = s.train.batch_size // unit * unit
+        nearest = " and ".join(str(n) for n in (below, below + unit) if n)
+        wrong.append(
+            f"train.batch_size {s.train.batch_size} is not a multiple of {world_size} process(es) "
+            f"x train.micro_batch_size {s.train.micro_batch_size} = {unit}; nearest that are: "
+            f"{nearest}"
+        )
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def main_settings() -> Settings:
+    """Reads `sys.argv`."""
+    return parse(sys.argv[1:])

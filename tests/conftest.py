@@ -1,0 +1,130 @@
+"""What the tests share: paths, a tiny model and its checkpoint, a tokenizer made on the spot.
+
+pytest's importlib mode keeps tests/ off `sys.path`, so the functions below are handed out as
+fixtures instead of being imported.
+"""
+
+import argparse
+import inspect
+import io
+import os
+import shutil
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from torch import Tensor
+
+from llamapro.checkpoint import DTYPE_CODES, TensorSpec, tensor_chunks
+from llamapro.config import ModelConfig
+from llamapro.model import init_random
+from llamapro.output import MAX_SHARD_BYTES, write_checkpoint, write_companions
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("LLAMAPRO_SHARED", ROOT.parent / "shared"))
+VOCAB_SIZE = 400
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real weights and tokenizers, where there are any: the folder may not exist."""
+    return SHARED
+
+
+def _tiny_config(**overrides: Any) -> ModelConfig:
+    return ModelConfig.from_dict(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.1,  # at this width, logits of a real model's size
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        | overrides
+    )
+
+
+def _random_tensors(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Tensor]:
+    tensors = init_random(config, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for tensor in tensors.values():
+        if tensor.ndim == 1:  # norms of all ones would hide a norm that is not applied
+            tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., ModelConfig]:
+    """`tiny_config(**overrides) -> ModelConfig`: 4 layers, C 64; overrides are config.json keys."""
+    return _tiny_config
+
+
+@pytest.fixture(scope="session")
+def random_tensors() -> Callable[..., dict[str, Tensor]]:
+    """`random_tensors(config, dtype=torch.float32, seed=0)`: every parameter, norms not 1."""
+    return _random_tensors
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece tokenizer.model of 400 tokens: BPE with byte fallback, as LLaMA's."""
+    model = io.BytesIO()
+    text = "\n".join(inspect.getsource(module) for module in (argparse, textwrap))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    file.write_bytes(model.getvalue())
+    return file
+
+
+@pytest.fixture(scope="session")
+def write_random_checkpoint(tokenizer_file: Path) -> Callable[..., Path]:
+    """`write_random_checkpoint(path, config, dtype, seed, max_shard_bytes=...) -> path`."""
+
+    def write(
+        path: Path,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> Path:
+        tensors = _random_tensors(config, dtype, seed)
+        specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
+        path.mkdir(parents=True)
+        write_checkpoint(path, specs, lambda s: tensor_chunks(tensors[s.name]), max_shard_bytes)
+        write_companions(path, config, [])
+        shutil.copyfile(tokenizer_file, path / "tokenizer.model")
+        return path
+
+    return write

@@ -1,0 +1,410 @@
+"""The training loop: what it computes does not depend on how it is spread, split or interrupted."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamapro import expansion
+from llamapro.blocks import training_checkpoints
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import CheckpointError, ConfigError, DataError, UserError
+from llamapro.streaming import expand_checkpoint, merge_checkpoint
+from llamapro.verify import verify
+
+STEPS, SAVE_EVERY = 6, 3
+
+
+@pytest.fixture(scope="module")
+def train_file(root: Path) -> Path:
+    return root / "train.py"
+
+
+@pytest.fixture(scope="module")
+def train_module(train_file: Path) -> ModuleType:
+    """train.py as a module: nothing imports it, so it is loaded by its path."""
+    spec = importlib.util.spec_from_file_location("train_under_test", train_file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """A base, its expansion (2 new blocks), a bf16 pair of them, and a small corpus."""
+    home = tmp_path_factory.mktemp("train")
+    for suffix, dtype in (("", torch.float32), ("-bf16", torch.bfloat16)):
+        path = write_random_checkpoint(home / f"base{suffix}", tiny_config(), dtype)
+        expand_checkpoint(Checkpoint.open(path), home / f"pro{suffix}", expansion.interleave(4, 2))
+    for name, module in (("train", argparse_source()), ("val", os_source())):
+        (home / f"{name}.py").write_text(module, encoding="utf-8")
+    return home
+
+
+def argparse_source() -> str:
+    import argparse
+
+    return Path(argparse.__file__).read_text(encoding="utf-8")
+
+
+def os_source() -> str:
+    return Path(os.__file__).read_text(encoding="utf-8")[:8000]
+
+
+def arguments(home: Path, run_dir: Path, **changes: Any) -> list[str]:
+    """The options of a small run; a change of `train_steps=3` gives `--train.steps 3`."""
+    options = {
+        "model.path": home / "pro",
+        "data.train": home / "train.py",
+        "data.val": f"code={home / 'val.py'}",
+        "data.seq_len": 32,
+        "data.cache_dir": home / "cache",
+        "train.steps": STEPS,
+        "train.batch_size": 4,
+        "train.micro_batch_size": 2,
+        "optim.lr": 1e-2,
+        "eval.every": SAVE_EVERY,
+        "eval.sequences": 5,
+        "save.every": SAVE_EVERY,
+        "log_every": 1,
+        "run_dir": run_dir,
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    words = []
+    for key, value in options.items():
+        if value is not None:
+            words += [f"--{key.replace('_', '-')}", *str(value).split()]
+    return words
+
+
+@pytest.fixture
+def run(
+    train_module: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Trains in this process; returns the run directory."""
+
+    def train(name: str = "run", **changes: Any) -> Path:
+        run_dir = tmp_path / name
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments(home, run_dir, **changes)])
+        train_module.main()
+        return run_dir
+
+    return train
+
+
+def torchrun(
+    train_file: Path, processes: int, words: list[str]
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(train_file), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def metrics(run_dir: Path, kind: str, key: str) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [r[key] for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def trained(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(training_checkpoints(run_dir)[-1] / "trainable.safetensors")
+
+
+def test_two_processes_give_the_losses_of_one(
+    run: Callable[..., Path], train_file: Path, home: Path, tmp_path: Path
+) -> None:
+    """The same global batch gives the same losses, whatever the number of processes."""
+    one = run("one")
+    two = tmp_path / "two"
+    done = torchrun(train_file, 2, arguments(home, two, train__micro_batch_size=1))
+    assert done.returncode == 0, done.stderr
+    for kind in ("train", "eval"):
+        expected = torch.tensor(metrics(one, kind, "loss"))
+        found = torch.tensor(metrics(two, kind, "loss"))
+        # fp32 sums in another order: a few units in the last place of a loss near 6.
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    assert metrics(one, "eval", "tokens") == metrics(two, "eval", "tokens")
+    assert "step 6/6" in done.stderr and "new blocks       [2, 5]" in done.stderr
+
+
+def test_accumulating_four_by_one_equals_one_by_four(run: Callable[..., Path]) -> None:
+    """How a batch is split into micro-batches changes rounding only."""
+    split, whole = run("split", train__micro_batch_size=1), run("whole", train__micro_batch_size=4)
+    torch.testing.assert_close(
+        torch.tensor(metrics(split, "train", "loss")),
+        torch.tensor(metrics(whole, "train", "loss")),
+        rtol=2e-6,
+        atol=0,
+    )
+
+
+def test_loss_is_normalised_by_the_valid_tokens_of_the_whole_batch(
+    run: Callable[..., Path], home: Path, tmp_path: Path
+) -> None:
+    """A short last sequence has few valid targets; on its own it must not weigh more."""
+    text = tmp_path / "short.txt"
+    text.write_text((home / "train.py").read_text()[:600])
+    data = {"data__train": text, "train__batch_size": 4, "train__steps": 2}
+    split = run("split", train__micro_batch_size=1, **data)
+    whole = run("whole", train__micro_batch_size=4, **data)
+    for name, tensor in trained(split).items():
+        torch.testing.assert_close(tensor, trained(whole)[name], rtol=1e-3, atol=1e-5)
+    assert metrics(split, "train", "tokens") == metrics(whole, "train", "tokens")
+    assert (
+        metrics(split, "train", "tokens")[0] < 4 * 32 or len(metrics(split, "train", "loss")) == 2
+    )
+
+
+def test_only_new_blocks_train_and_the_base_keeps_its_bytes(
+    run: Callable[..., Path], home: Path, tmp_path: Path
+) -> None:
+    """Saved and optimised are the new blocks alone; after merge every base byte is the base's."""
+    run_dir = run()
+    step = training_checkpoints(run_dir)[-1]
+    names = set(trained(run_dir))
+    assert names and all(name.startswith(("model.layers.2.", "model.layers.5.")) for name in names)
+    moments = set(load_file(step / "optimizer.safetensors"))
+    assert moments == {f"{n}.{m}" for n in names for m in ("exp_avg", "exp_avg_sq")}
+    expanded = Checkpoint.open(home / "pro")
+    for name, tensor in trained(run_dir).items():
+        assert not torch.equal(tensor, expanded.tensors[name].read()), f"{name} did not move"
+    merge_checkpoint(expanded, run_dir, tmp_path / "merged")
+    found = verify(str(tmp_path / "merged"), str(home / "base"))
+    assert found["base_intact"] and found["new_blocks"] == "trained"
+    base, merged = Checkpoint.open(home / "base"), Checkpoint.open(tmp_path / "merged")
+    layout = expansion.Layout.of(merged.config.expansion, 6)  # type: ignore[arg-type]
+    for name, base_name in expansion.base_names(merged.tensors, layout).items():
+        assert merged.tensors[name].sha256() == base.tensors[base_name].sha256()
+
+
+def test_losses_fall_and_start_at_the_base(run: Callable[..., Path], home: Path) -> None:
+    """Before the first step the expanded model scores as the base; after some it is better."""
+    run_dir = run(train__steps=20)
+    losses = metrics(run_dir, "eval", "loss")
+    assert losses[-1] < losses[0] - 0.3
+    base = run("base", model__path=home / "base", train__trainable="all", train__steps=1)
+    assert metrics(base, "eval", "loss")[0] == losses[0]
+
+
+def test_an_interrupted_run_continues_as_if_nothing_happened(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """N steps straight and N/2, stop, N/2 more: weights, moments and log are equal to the bit."""
+    straight = run("straight")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(training_checkpoints(resumed)[-1])  # as if killed after step 5
+    run("resumed")
+    for file in ("trainable.safetensors", "optimizer.safetensors"):
+        first, second = (training_checkpoints(r)[-1] / file for r in (straight, resumed))
+        assert first.read_bytes() == second.read_bytes(), file
+    for kind in ("train", "eval"):
+        assert metrics(straight, kind, "loss") == metrics(resumed, kind, "loss")
+        assert metrics(straight, kind, "step") == metrics(resumed, kind, "step")
+
+
+def test_a_finished_run_is_left_alone(run: Callable[..., Path]) -> None:
+    """The same command after the last step trains nothing and writes nothing new."""
+    run_dir = run()
+    before = {f: f.stat().st_mtime_ns for f in run_dir.rglob("*.safetensors")}
+    run()
+    assert {f: f.stat().st_mtime_ns for f in run_dir.rglob("*.safetensors")} == before
+    assert metrics(run_dir, "train", "step") == list(range(1, STEPS + 1))
+    assert metrics(run_dir, "eval", "step") == [0, 3, 6]
+
+
+def test_old_training_checkpoints_go_and_the_latest_stay(run: Callable[..., Path]) -> None:
+    """`save.keep` counts the latest."""
+    run_dir = run(save__every=1, save__keep=2)
+    assert [p.name for p in training_checkpoints(run_dir)] == ["step-00000005", "step-00000006"]
+
+
+def test_recompute_gives_the_same_losses(run: Callable[..., Path]) -> None:
+    """Activation checkpointing changes memory, not a single bit of the result."""
+    plain, recomputed = run("plain"), run("recomputed", train__recompute="")
+    assert metrics(plain, "train", "loss") == metrics(recomputed, "train", "loss")
+    for name, tensor in trained(plain).items():
+        assert torch.equal(tensor, trained(recomputed)[name])
+
+
+def test_masters_are_fp32_and_the_checkpoint_keeps_bf16(
+    run: Callable[..., Path], home: Path, tmp_path: Path
+) -> None:
+    """In bf16 the new blocks keep fp32 masters; merged, they are rounded once, to bf16."""
+    run_dir = run(model__path=home / "pro-bf16", train__dtype="bfloat16")
+    tensors = trained(run_dir)
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in tensors.values())
+    merge_checkpoint(Checkpoint.open(home / "pro-bf16"), run_dir, tmp_path / "merged")
+    merged = Checkpoint.open(tmp_path / "merged")
+    assert {t.dtype for t in merged.tensors.values()} == {"BF16"}
+    for name, tensor in tensors.items():
+        assert torch.equal(merged.tensors[name].read(), tensor.bfloat16())
+    assert verify(str(tmp_path / "merged"), str(home / "base-bf16"))["base_intact"]
+
+
+def test_training_from_a_config_alone_makes_a_checkpoint(
+    run: Callable[..., Path], home: Path, root: Path, tmp_path: Path
+) -> None:
+    """Without a base all weights train from random ones, and merge writes an ordinary model."""
+    config = home / "base" / "config.json"
+    run_dir = run(
+        model__path=None,
+        model__config=config,
+        model__tokenizer=home / "base",
+        train__trainable="all",
+    )
+    command = [sys.executable, str(root / "convert.py"), "merge"]
+    command += [str(config), str(run_dir), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = Checkpoint.open(tmp_path / "model")
+    assert (tmp_path / "model" / "tokenizer.model").exists()
+    for name, tensor in trained(run_dir).items():
+        assert torch.equal(made.tensors[name].read(), tensor)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Parameters, memory and tokens per step are told; no run directory appears."""
+    run_dir = run(**{"dry_run": "", "json": ""})
+    plan = json.loads(capsys.readouterr().out)
+    assert not run_dir.exists()
+    assert plan["tokens_per_step"] == 4 * 32
+    assert plan["new_layers"] == [2, 5]
+    block = plan["parameters"]["trainable"] // 2
+    assert block == 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 112 + 2 * 64
+    assert plan["memory_bytes"]["AdamW moments"] == 8 * 2 * block
+    assert plan["memory_bytes"]["total"] > plan["memory_bytes"]["fp32 masters"] == 4 * 2 * block
+
+
+def test_settings_that_decide_the_result_cannot_change_on_resume(
+    run: Callable[..., Path],
+) -> None:
+    """The message names each, with both values; intervals may change."""
+    run(train__steps=3)
+    with pytest.raises(ConfigError, match=r"optim\.lr was 0\.01, is 0\.5"):
+        run(train__steps=3, optim__lr=0.5)
+    run(train__steps=3, eval__every=1, train__micro_batch_size=1)
+
+
+def test_a_damaged_training_checkpoint_is_named(run: Callable[..., Path]) -> None:
+    """One flipped byte in what would be resumed stops the run before it starts."""
+    run_dir = run(train__steps=3)
+    file = training_checkpoints(run_dir)[-1] / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: damaged"):
+        run(train__steps=3)
+
+
+def test_blocks_of_another_base_are_refused(
+    run: Callable[..., Path],
+    home: Path,
+    tmp_path: Path,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> None:
+    """Merging into, or resuming on, a model expanded from another base says so."""
+    run_dir = run()
+    shutil.rmtree(training_checkpoints(run_dir)[-1])
+    other = write_random_checkpoint(tmp_path / "other", tiny_config(), seed=7)
+    expand_checkpoint(Checkpoint.open(other), tmp_path / "other-pro", expansion.interleave(4, 2))
+    with pytest.raises(CheckpointError, match="was trained on base sha256"):
+        merge_checkpoint(Checkpoint.open(tmp_path / "other-pro"), run_dir, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    saved = tmp_path / "saved"
+    shutil.move(home / "pro", saved)
+    shutil.copytree(tmp_path / "other-pro", home / "pro")
+    try:
+        with pytest.raises(CheckpointError, match="was trained on base sha256"):
+            run()
+    finally:
+        shutil.rmtree(home / "pro")
+        shutil.move(saved, home / "pro")
+
+
+MISTAKES: list[tuple[dict[str, Any], type[UserError], str]] = [
+    ({"model__path": "nowhere"}, CheckpointError, "nowhere: no such checkpoint directory"),
+    ({"model__path": "{home}/base"}, ConfigError, "no 'llamapro' record; run 'convert.py expand'"),
+    ({"data__train": "{home}/nothing*.py"}, DataError, r"nothing\*\.py"),
+    ({"data__val": "code={home}/gone.py"}, DataError, r"gone\.py"),
+    ({"data__val": "{home}/val.py"}, ConfigError, "NAME=PATH"),
+    ({"data__seq_len": 1024}, ConfigError, "data.seq_len 1024 is over max_position_embeddings 512"),
+    ({"train__batch_size": 5}, ConfigError, "nearest that are: 4 and 6"),
+    ({"data__weights": "1.0 2.0"}, ConfigError, "data.weights has 2 numbers for 1"),
+    ({"model__tokenizer": "{home}/gone"}, DataError, "gone"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), MISTAKES)
+def test_mistakes_are_named_before_anything_is_written(
+    run: Callable[..., Path],
+    home: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    kind: type[UserError],
+    message: str,
+) -> None:
+    """Each wrong setting stops the run with its name, and no run directory appears."""
+    filled = {k: v.format(home=home) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(kind, match=message):
+        run(**filled)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(
+    run: Callable[..., Path],
+    tmp_path: Path,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> None:
+    """More tokens than the model has rows would index past the embedding."""
+    small = write_random_checkpoint(tmp_path / "small", tiny_config(vocab_size=300))
+    with pytest.raises(DataError, match=r"400.*300|300.*400"):
+        run(model__path=small, train__trainable="all")
+
+
+def test_an_empty_corpus_is_refused_on_every_rank(
+    train_file: Path, home: Path, tmp_path: Path
+) -> None:
+    """What one process finds ends all of them: one message, no traceback of ours, no run dir."""
+    (tmp_path / "empty.txt").write_text("")
+    words = arguments(home, tmp_path / "run", data__train=tmp_path / "empty.txt")
+    done = torchrun(train_file, 2, words)
+    assert done.returncode != 0
+    assert done.stderr.count("DataError: ") == 1
+    assert "empty.txt" in done.stderr
+    alone = subprocess.run(
+        [sys.executable, str(train_file), *words], capture_output=True, text=True, timeout=120
+    )
+    assert alone.returncode == 2
+    assert "Traceback" not in alone.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_loss_stops_before_the_update(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A step whose gradient is not finite is never applied; what was saved stays."""
+    with pytest.raises(UserError, match="nothing was updated"):
+        run(optim__lr=1e30, save__every=1, optim__warmup_ratio=0.0, optim__clip=1e30)
+    for tensor in trained(tmp_path / "run").values():
+        assert not tensor.isnan().any()
