@@ -7,7 +7,7 @@ demo: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,0 +1,164 @@
+"""Time and peak memory of from-meta, expand and merge on a 7B-sized checkpoint, beside `cp`.
+
+    python benchmarks/convert.py WORK_DIR [--layers 32] [--repeats 2] [--out RESULT.json]
+
+Makes a release with the shapes of LLaMA-2-7B (13.5 GB in bf16, random weights) in WORK_DIR, which
+must have 50 GB free, and removes all of it again. Each command and a `cp` of the bytes that it
+writes run in turn; the figures are medians, and the largest resident size of the command.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from llamapro.blocks import BlocksInfo, write_blocks
+from llamapro.checkpoint import Checkpoint, TensorSpec, tensor_chunks
+from llamapro.expansion import is_in_layers
+
+ROOT = Path(__file__).resolve().parents[1]
+DIM, FFN, HEADS, VOCAB = 4096, 11008, 32, 32000
+
+
+def make_release(path: Path, layers: int) -> None:
+    """Writes `params.json` and one `consolidated.00.pth` with LLaMA-2-7B's shapes."""
+    path.mkdir(parents=True)
+    params: dict[str, float] = {
+        "dim": DIM,
+        "multiple_of": 256,
+        "n_heads": HEADS,
+        "n_layers": layers,
+    }
+    params |= {"norm_eps": 1e-5, "vocab_size": -1}
+    (path / "params.json").write_text(json.dumps(params))
+    shapes = {"tok_embeddings.weight": (VOCAB, DIM), "norm.weight": (DIM,)}
+    shapes["output.weight"] = (VOCAB, DIM)
+    for i in range(layers):
+        part = f"layers.{i}."
+        for name in ("wq", "wk", "wv", "wo"):
+            shapes[f"{part}attention.{name}.weight"] = (DIM, DIM)
+        shapes[f"{part}feed_forward.w1.weight"] = (FFN, DIM)
+        shapes[f"{part}feed_forward.w2.weight"] = (DIM, FFN)
+        shapes[f"{part}feed_forward.w3.weight"] = (FFN, DIM)
+        shapes |= {f"{part}attention_norm.weight": (DIM,), f"{part}ffn_norm.weight": (DIM,)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in shapes.items():
+        values = torch.empty(shape).normal_(0, 0.02, generator=generator)
+        tensors[name] = (values if len(shape) == 2 else values + 1).to(torch.bfloat16)
+    torch.save(tensors, path / "consolidated.00.pth")
+
+
+def make_run(path: Path, expanded_path: Path) -> None:
+    """Writes a run directory whose new blocks are random, in fp32."""
+    expanded = Checkpoint.open(expanded_path)
+    record = expanded.config.expansion
+    assert record is not None
+    step = path / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    specs = [
+        TensorSpec(name, "F32", tensor.shape)
+        for name, tensor in expanded.tensors.items()
+        if is_in_layers(name, record.new_layers)
+    ]
+
+    def chunks_of(spec: TensorSpec) -> Iterator[memoryview]:
+        return tensor_chunks(torch.empty(spec.shape).normal_(0, 0.02))
+
+    info = BlocksInfo.of(expanded.config, "new_blocks", 1)
+    write_blocks(step / "trainable.safetensors", specs, chunks_of, info)
+
+
+def in_own_process(function: Callable[..., None], *arguments: object) -> None:
+    """Runs a function elsewhere: a command started from here inherits our largest resident size."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__} failed")
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """Runs a command; returns its seconds and its largest resident size in bytes."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed: {errors[-500:]}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+def directory_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def measure(name: str, words: list[str], out: Path, repeats: int) -> dict[str, float | str]:
+    """Runs a convert.py command and `cp -r` of its output in turn; keeps the output."""
+    copy = out.with_name("copy")
+    ours, copies, peaks = [], [], []
+    for _ in range(repeats):
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()
+        seconds, peak = timed([sys.executable, str(ROOT / "convert.py"), *words])
+        ours.append(seconds)
+        peaks.append(peak)
+        os.sync()
+        copies.append(timed(["cp", "-r", str(out), str(copy)])[0])
+        shutil.rmtree(copy)
+    row: dict[str, float | str] = {
+        "command": name,
+        "written_gb": directory_bytes(out) / 1e9,
+        "seconds": statistics.median(ours),
+        "cp_seconds": statistics.median(copies),
+        "ratio_to_cp": statistics.median(ours) / statistics.median(copies),
+        "peak_resident_gb": max(peaks) / 1e9,
+    }
+    print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v:<10}" for k, v in row.items()))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--layers", type=int, default=32, help="of the made base (LLaMA-2-7B: 32)")
+    parser.add_argument("--new-blocks", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    args = parser.parse_args()
+    work = args.work_dir / "convert-benchmark"
+    release, base, pro, merged = (work / n for n in ("release", "base", "pro", "merged"))
+    try:
+        in_own_process(make_release, release, args.layers)
+        rows = [measure("from-meta", ["from-meta", str(release), str(base)], base, args.repeats)]
+        shutil.rmtree(release)
+        words = ["expand", str(base), str(pro), "--num-new-blocks", str(args.new_blocks)]
+        rows.append(measure("expand", words, pro, args.repeats))
+        shutil.rmtree(base)
+        in_own_process(make_run, work / "run", pro)
+        words = ["merge", str(pro), str(work / "run"), str(merged)]
+        rows.append(measure("merge", words, merged, args.repeats))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    result = {"machine": machine, "versions": versions, "layers": args.layers, "rows": rows}
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

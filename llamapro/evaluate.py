@@ -1,0 +1,331 @@
+"""How well a checkpoint predicts files: `python -m llamapro.evaluate DIR --data FILE...`
+
+With `--against BASE_DIR`, base and tuned model side by side, and the paper's token-distribution
+shift (Appendix G): the tuned model writes greedily; each token it chose is ranked by the base.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+from tyro.conf import Positional, arg
+
+from llamapro import cli
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ConfigError
+from llamapro.corpus import Counts, Piece, encode_pieces, find_files, read_pieces
+from llamapro.generate import choose_device, generate
+from llamapro.metrics import perplexity
+from llamapro.model import LlamaForCausalLM
+from llamapro.ops import IGNORE_INDEX
+from llamapro.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """One --data argument, tokenised: a document is BOS and its tokens, with no EOS to predict."""
+
+    name: str
+    documents: list[list[int]]
+    bytes: int
+
+
+def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
+    """Reads a file, folder or glob; says on standard error what was left out."""
+    counts = Counts()
+    documents: list[list[int]] = []
+    pieces: list[Piece] = []
+    for piece in read_pieces(find_files([pattern]), text_key, counts, pattern):
+        pieces.append(piece)
+        if piece.is_last:
+            ids = encode_pieces(pieces, tokenizer)
+            documents.append(ids[:-1] if tokenizer.eos_id is not None else ids)
+            pieces = []
+    print(f"{pattern}: {counts.describe()}", file=sys.stderr)
+    return Text(pattern, documents, counts.bytes)
+
+
+def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Cuts a document into windows in which every token but the first is predicted exactly once.
+
+    Args:
+        length: tokens of the document.
+        context: longest input.
+        stride: how far each window moves; all but the first predict `stride` tokens, each with at
+            least context - stride tokens before it.
+
+    Yields:
+        (start, end, first): inputs are tokens[start:end], and of the tokens that follow each input
+        those from index `first` on count.
+    """
+    first = 1
+    for start in range(0, max(1, length - 1), stride):
+        end = min(start + context, length - 1)
+        if first <= end:
+            yield start, end, first
+        first = end + 1
+        if end == length - 1:
+            return
+
+
+@torch.inference_mode()
+def total_loss(
+    model: LlamaForCausalLM, text: Text, context: int, stride: int, batch_size: int
+) -> tuple[float, int]:
+    """Returns the summed loss (nats) over a text and how many tokens were predicted."""
+    device = model.lm_head.weight.device
+    cut = [
+        (ids[start:end], [IGNORE_INDEX] * (first - 1 - start) + ids[first : end + 1])
+        for ids in text.documents
+        for start, end, first in windows(len(ids), context, stride)
+    ]
+    cut.sort(key=lambda pair: len(pair[0]))  # little padding
+    loss_sum, count = 0.0, 0
+    for at in tqdm(range(0, len(cut), batch_size), desc=text.name, unit="batch", disable=None):
+        part = cut[at : at + batch_size]
+        shape = (len(part), max(len(ids) for ids, _ in part))
+        inputs = torch.zeros(shape, dtype=torch.int64)
+        targets = torch.full(shape, IGNORE_INDEX)
+        for row, (ids, following) in enumerate(part):  # padding comes after: causal, so unseen
+            inputs[row, : len(ids)] = torch.tensor(ids)
+            targets[row, : len(ids)] = torch.tensor(following)
+        part_sum, part_count = model(inputs.to(device), targets.to(device))
+        loss_sum += part_sum.item()
+        count += int(part_count)
+    return loss_sum, count
+
+
+def measure(
+    model: LlamaForCausalLM, text: Text, context: int, stride: int, batch_size: int
+) -> dict[str, float]:
+    """Returns loss (nats per token), perplexity, bits_per_byte and tokens of a text.
+
+    Raises:
+        ConfigError: the text has no token to predict.
+    """
+    loss_sum, tokens = total_loss(model, text, context, stride, batch_size)
+    if not tokens:
+        raise ConfigError(f"{text.name}: has no token to predict")
+    loss = loss_sum / tokens
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": loss_sum / math.log(2) / text.bytes,
+        "tokens": tokens,
+    }
+
+
+@dataclass(frozen=True)
+class ShiftSamples:
+    """What the tuned model wrote greedily: prompts (B, P) and continuations (B, N)."""
+
+    prompts: Tensor
+    continuations: Tensor
+
+
+def write_greedily(
+    model: LlamaForCausalLM, text: Text, prompts: int, prompt_tokens: int, new_tokens: int
+) -> ShiftSamples | None:
+    """Continues prompts cut evenly from a text; None if no document is long enough for one."""
+    places = [
+        (document, start)
+        for document, ids in enumerate(text.documents)
+        for start in range(0, len(ids) - prompt_tokens + 1, prompt_tokens)
+    ]
+    count = min(prompts, len(places))
+    if not count:
+        return None
+    chosen = [places[i * len(places) // count] for i in range(count)]
+    ids = torch.tensor([text.documents[d][s : s + prompt_tokens] for d, s in chosen])
+    steps = list(generate(model, ids, new_tokens))
+    return ShiftSamples(ids, torch.cat(steps, dim=1).cpu())
+
+
+@torch.inference_mode()
+def shift(base: LlamaForCausalLM, samples: ShiftSamples) -> dict[str, float]:
+    """Ranks each token the tuned model chose by the base's probabilities (Appendix G).
+
+    Returns:
+        The shares of unshifted (rank 1), marginal (2 or 3) and shifted (over 3) positions, and how
+        many positions there are. Positions after an end of document do not count.
+    """
+    device = base.lm_head.weight.device
+    ids = torch.cat((samples.prompts, samples.continuations), dim=1)  # (B, P + N)
+    ranks: list[int] = []
+    new_tokens = samples.continuations.shape[1]
+    for row in ids:
+        logits = base(row[None, :-1].to(device))[0, -new_tokens:].float().cpu()  # (N, V)
+        chosen = row[-new_tokens:]
+        above = logits > logits.gather(1, chosen[:, None])
+        row_ranks = (1 + above.sum(1)).tolist()
+        ends = [i for i, t in enumerate(chosen.tolist()) if t in base.config.eos_token_ids]
+        ranks += row_ranks[: ends[0] + 1 if ends else None]
+    return {
+        "unshifted": sum(rank == 1 for rank in ranks) / len(ranks),
+        "marginal": sum(rank in (2, 3) for rank in ranks) / len(ranks),
+        "shifted": sum(rank > 3 for rank in ranks) / len(ranks),
+        "positions": len(ranks),
+    }
+
+
+@dataclass
+class Args:
+    """Measure loss, perplexity and bits per byte of a checkpoint on files."""
+
+    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Checkpoint directory, with its tokenizer.model."""
+    data: tuple[str, ...]
+    """Files, folders or globs: text, source code, .jsonl or .jsonl.gz; each is measured."""
+    against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
+    """A second checkpoint, usually the base: side by side, with the token-distribution shift."""
+    context: int = 0
+    """Longest input in tokens; 0: the model's max_position_embeddings."""
+    stride: int = 0
+    """How far the window moves; 0: half the context."""
+    batch_size: int = 8
+    """Windows per forward pass."""
+    text_key: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    shift_prompts: int = 16
+    """With --against: prompts cut from each file; 0: no token-distribution shift."""
+    shift_prompt_tokens: int = 32
+    """Tokens of each prompt."""
+    shift_new_tokens: int = 64
+    """Tokens written after each prompt."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and computation; auto: the checkpoint's."""
+    json: bool = False
+    """Print the result as one JSON object."""
+
+    def window(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """Returns context and stride; raises ConfigError with every option that is impossible."""
+        limit = checkpoint.config.max_position_embeddings
+        context = self.context or limit
+        stride = self.stride or max(1, context // 2)
+        wrong = []
+        if not 1 <= context <= limit:
+            wrong.append(f"--context {context}: {checkpoint.path} takes 1 to {limit}")
+        if not 1 <= stride <= context:
+            wrong.append(f"--stride {stride}: expected 1 to the context, {context}")
+        if self.batch_size < 1:
+            wrong.append(f"--batch-size {self.batch_size}: expected 1 or more")
+        if self.shift_prompts < 0 or self.shift_prompt_tokens < 1 or self.shift_new_tokens < 1:
+            wrong.append("--shift-...: expected 1 or more (--shift-prompts: 0 or more)")
+        wanted = self.shift_prompt_tokens + self.shift_new_tokens
+        if self.against and self.shift_prompts and wanted > limit:
+            wrong.append(
+                f"--shift-prompt-tokens {self.shift_prompt_tokens} and --shift-new-tokens "
+                f"{self.shift_new_tokens} do not fit the context of {limit}"
+            )
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+        return context, stride
+
+
+def evaluate(args: Args) -> dict[str, Any]:
+    """Measures every text; one model is in memory at a time.
+
+    Returns:
+        JSON-able: model, against, context, stride, and files: name -> loss, perplexity,
+        bits_per_byte, tokens and, with a base, base (the same four) and shift.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: impossible options, a damaged checkpoint, files
+            that cannot be used, or models with different tokenizers.
+    """
+    if not args.data:
+        raise ConfigError("--data: name at least one file, folder or glob")
+    checkpoint = Checkpoint.open(args.dir)
+    base = Checkpoint.open(args.against) if args.against else None
+    context, stride = args.window(checkpoint)
+    tokenizer = Tokenizer.load(args.dir)
+    tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))
+    if base is not None:
+        if Tokenizer.load(base.path).fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"--against {base.path}: its tokenizer is not that of {args.dir}; token losses "
+                "and ranks cannot be compared"
+            )
+        replace(args, context=context, stride=stride).window(base)
+    texts = [read_text(pattern, tokenizer, args.text_key) for pattern in args.data]
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    device = choose_device(args.device)
+
+    model = checkpoint.load(dtype, device)
+    files: dict[str, dict[str, Any]] = {}
+    samples: dict[str, ShiftSamples] = {}
+    for text in texts:
+        files[text.name] = measure(model, text, context, stride, args.batch_size)
+        if base is not None and args.shift_prompts:
+            written = write_greedily(
+                model, text, args.shift_prompts, args.shift_prompt_tokens, args.shift_new_tokens
+            )
+            if written is not None:
+                samples[text.name] = written
+    del model
+    if base is not None:
+        model = base.load(dtype, device)
+        for text in texts:
+            found = files[text.name]
+            found["base"] = measure(model, text, context, stride, args.batch_size)
+            found["shift"] = shift(model, samples[text.name]) if text.name in samples else None
+    return {
+        "model": str(args.dir),
+        "against": str(args.against) if args.against else None,
+        "context": context,
+        "stride": stride,
+        "files": files,
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns the measurements as a table."""
+    width = max(len("file"), *(len(name) for name in result["files"]))
+    columns = f"{'tokens':>10} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}"
+    lines = [
+        f"{result['model']}, context {result['context']}, stride {result['stride']}",
+        f"{'file':<{width}} {'model':<6} {columns}",
+    ]
+
+    def row(name: str, model: str, found: dict[str, Any]) -> str:
+        return (
+            f"{name:<{width}} {model:<6} {found['tokens']:>10,} {found['loss']:>8.4f} "
+            f"{found['perplexity']:>11.3f} {found['bits_per_byte']:>10.4f}"
+        )
+
+    for name, found in result["files"].items():
+        if base := found.get("base"):
+            lines.append(row(name, "base", base))
+            lines.append(row(name, "this", found))
+            change = found["loss"] - base["loss"]
+            verdict = "learned" if change < 0 else "forgot" if change > 0 else "changed"
+            lines.append(f"{'':<{width}} {verdict} {abs(change):.4f} nats per token")
+        else:
+            lines.append(row(name, "this", found))
+        if shift := found.get("shift"):
+            lines.append(
+                f"{'':<{width}} of {shift['positions']:,} tokens written greedily, by their rank "
+                f"in the base: unshifted {shift['unshifted']:.1%}, marginal "
+                f"{shift['marginal']:.1%}, shifted {shift['shifted']:.1%}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    args = tyro.cli(Args, prog="python -m llamapro.evaluate", config=flags)
+    result = evaluate(args)
+    cli.print_result(result, args.json, render(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,134 @@
+"""What every command shares: exit status, where messages go, and cleaning up when stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+
+def script(body: str) -> list[str]:
+    """A command whose `main` has this body."""
+    text = (
+        "import signal, sys, time\n"
+        "from llamapro import cli\n"
+        "from llamapro.config import CheckpointError, ConfigError, DataError\n"
+        "def main():\n" + textwrap.indent(textwrap.dedent(body), "    ") + "\ncli.run(main)\n"
+    )
+    return [sys.executable, "-c", text]
+
+
+def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key != "RANK"} | environment
+    return subprocess.run(script(body), env=env, capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def started(body: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, once it has printed its first line."""
+    process = subprocess.Popen(
+        script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+WAITS = """
+try:
+    print("ready", flush=True)
+    while True:
+        signal.pause()
+finally:
+    print("cleaned up", flush=True)
+"""
+
+
+def test_success_exits_0_with_the_result_alone() -> None:
+    """Standard output has what the command printed and nothing else."""
+    done = run("print('result')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "result\n", "")
+
+
+@pytest.mark.parametrize("kind", ["ConfigError", "CheckpointError", "DataError"])
+def test_users_mistake_is_one_line_and_exit_2(kind: str) -> None:
+    """Kind and message on one line of standard error, no traceback, nothing on standard output."""
+    done = run(f"raise {kind}('x.json: hidden_size is 0, expected more')")
+    assert done.returncode == 2
+    assert done.stderr == f"{kind}: x.json: hidden_size is 0, expected more\n"
+    assert done.stdout == ""
+
+
+def test_programmers_mistake_keeps_its_traceback() -> None:
+    """What is not the user's fault is not dressed up as if it were."""
+    done = run("raise KeyError('oops')")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "KeyError: 'oops'" in done.stderr
+
+
+def test_one_rank_tells_and_all_exit_2() -> None:
+    """Under torchrun, rank 0 prints the message; the others are silent with the same status."""
+    first, second = (run("raise ConfigError('once')", RANK=rank) for rank in "01")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert (first.stderr, second.stderr) == ("ConfigError: once\n", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")],
+)
+def test_signals_clean_up_and_tell_in_one_line(
+    number: signal.Signals, status: int, message: str
+) -> None:
+    """Ctrl-C and SIGTERM run `finally`, so that partial output is removed, and say so briefly."""
+    with started(WAITS) as process:
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (status, "cleaned up\n", message)
+
+
+def test_reader_that_goes_away_is_no_error() -> None:
+    """As in `command | head -1`: the command ends soon, with not a word on standard error."""
+    endless = "print('ready', flush=True)\nwhile True:\n    print('x' * 1000)"
+    with started(endless) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == ""
+
+
+def test_reader_that_goes_away_before_the_last_flush_is_no_error() -> None:
+    """Output still buffered when `main` returns meets the closed pipe silently, too."""
+    late = "print('ready', flush=True)\nprint('kept back')\nsys.stdin.read()"
+    process = subprocess.Popen(
+        script(late),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout and process.stderr
+    assert process.stdout.readline() == "ready\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_result_is_text_or_one_json_object() -> None:
+    """`print_result` prints the text for people, or the object on one line for machines."""
+    body = "cli.print_result({'loss': 1.5, 'name': 'größe'}, %s, 'loss 1.5')"
+    assert run(body % False).stdout == "loss 1.5\n"
+    printed = run(body % True).stdout
+    assert json.loads(printed) == {"loss": 1.5, "name": "größe"}
+    assert printed.count("\n") == 1

@@ -1,0 +1,284 @@
+"""`config.json` is read strictly: what the model cannot compute is refused by its field's name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from llamapro.config import ConfigError, ExpansionRecord, ModelConfig
+
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+SIZES = {
+    key: LLAMA_2_7B[key]
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+}
+RECORD = {"new_layers": [1, 3], "source_layers": [0, 1], "base_sha256": "ab", "generations": []}
+
+
+def message(raw: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(raw, "dir/config.json")
+    assert str(caught.value).startswith("dir/config.json: ")
+    return str(caught.value)
+
+
+def test_transformers_4_style_is_read() -> None:
+    """LLaMA-2-7B's published file: every field, theta's default, one end token."""
+    config = ModelConfig.from_dict(LLAMA_2_7B)
+    assert config == ModelConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        initializer_range=0.02,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    )
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": None},
+        {"rope_theta": 500000},
+        {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+        {"rope_theta": 500000.0, "rope_scaling": {"type": "default"}},
+    ],
+)
+def test_theta_is_found_where_either_generation_writes_it(rope: dict[str, Any]) -> None:
+    """At the top level (transformers 4) or inside rope_parameters (5)."""
+    assert ModelConfig.from_dict(LLAMA_2_7B | rope).rope_theta == 500000.0
+
+
+def test_what_the_installed_transformers_writes_is_read(tmp_path: Path) -> None:
+    """LlamaConfig.save_pretrained -> from_file keeps every field."""
+    transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        rms_norm_eps=3e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
+        max_position_embeddings=777,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=5,
+        eos_token_id=[6, 7],
+    ).save_pretrained(tmp_path)
+    assert ModelConfig.from_file(tmp_path / "config.json") == ModelConfig(
+        300, 64, 112, 3, 4, 2, 24, 3e-6, 12345.0, 777, True, 0.05, 5, (6, 7)
+    )
+
+
+def test_what_is_written_here_is_read_by_transformers(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    """Also with a record, which it carries along without reading it."""
+    record = ExpansionRecord.from_dict(RECORD, 4, "")
+    config = tiny_config(num_hidden_layers=2, rope_theta=777.0, head_dim=24).expanded(4, record)
+    (tmp_path / "config.json").write_text(config.to_json())
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.num_hidden_layers == 4 and theirs.head_dim == 24
+    assert theirs.rope_parameters["rope_theta"] == 777.0
+    assert theirs.to_dict()["llamapro"] == RECORD
+
+
+def test_absent_fields_have_transformers_defaults() -> None:
+    """The five sizes alone give what LlamaConfig gives."""
+    theirs = transformers.LlamaConfig(**SIZES)
+    config = ModelConfig.from_dict(dict(SIZES))
+    for name in (
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "initializer_range",
+        "bos_token_id",
+    ):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.eos_token_ids == (theirs.eos_token_id,)
+    assert config.expansion is None
+
+
+def test_no_end_token_and_several_are_possible() -> None:
+    """`null` is none; a list is all of it."""
+    assert ModelConfig.from_dict(SIZES | {"eos_token_id": None}).eos_token_ids == ()
+    assert ModelConfig.from_dict(SIZES | {"eos_token_id": [2, 9]}).eos_token_ids == (2, 9)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"num_attention_heads": 33}, "4096 is not a multiple of num_attention_heads 33"),
+        ({"num_key_value_heads": 5}, "32 is not a multiple of num_key_value_heads 5"),
+        ({"head_dim": 33}, "head_dim 33 is odd"),
+        ({"vocab_size": 0}, "vocab_size is 0, expected a positive number"),
+        ({"vocab_size": "32000"}, "vocab_size is '32000', expected a positive number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True, expected a positive number"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, expected a whole number"),
+        ({"hidden_size": float("nan")}, "hidden_size is nan, expected a positive number"),
+        ({"hidden_size": float("inf")}, "hidden_size is inf, expected a positive number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, expected a positive number"),
+        ({"rope_theta": 0}, "rope_theta is 0, expected a positive number"),
+        ({"rope_parameters": "default"}, "rope_parameters or rope_scaling is 'default'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or"),
+    ],
+)
+def test_an_impossible_value_is_named(change: dict[str, Any], expected: str) -> None:
+    """The message holds the field and the value found."""
+    assert expected in message(LLAMA_2_7B | change)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", "gpt2"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("attention_dropout", 0.1),
+        ("pretraining_tp", 2),
+        ("quantization_config", {"bits": 4}),
+    ],
+)
+def test_a_field_the_model_does_not_compute_is_refused_by_name(field: str, value: Any) -> None:
+    """Biases, other activations, quantized weights: never loaded and computed wrongly."""
+    assert f"{field} {value!r} is not supported" in message(LLAMA_2_7B | {field: value})
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    ],
+)
+def test_scaled_rope_is_refused_by_its_type(rope: dict[str, Any]) -> None:
+    """Under all three spellings."""
+    inner = next(iter(rope.values()))
+    kind = inner.get("rope_type", inner.get("type"))
+    assert f"rope type {kind!r} is not supported" in message(LLAMA_2_7B | rope)
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_a_missing_size_is_named(key: str) -> None:
+    """None of the five has a default."""
+    assert f"{key} is missing" in message({k: v for k, v in SIZES.items() if k != key})
+
+
+def test_all_mistakes_are_in_one_message() -> None:
+    """Five mistakes, one error."""
+    raw = LLAMA_2_7B | {"head_dim": 7, "mlp_bias": True, "rms_norm_eps": "x", "rope_theta": -1}
+    del raw["vocab_size"]
+    found = message(raw)
+    for field in ("head_dim", "mlp_bias", "rms_norm_eps", "rope_theta", "vocab_size"):
+        assert field in found
+
+
+def test_a_typo_is_answered_with_the_nearest_key() -> None:
+    """Where the right key is absent; beside it, a similar foreign key is no mistake."""
+    raw = SIZES | {"num_key_value_head": 8}
+    assert "unknown key 'num_key_value_head' (did you mean 'num_key_value_heads'?)" in message(raw)
+    assert ModelConfig.from_dict(raw | {"num_key_value_heads": 8}).num_key_value_heads == 8
+
+
+def test_foreign_keys_survive_a_rewrite() -> None:
+    """Expansion changes num_hidden_layers and llamapro, and nothing else of the file."""
+    raw = LLAMA_2_7B | {"my_tool": {"a": [1, None]}}
+    record = ExpansionRecord((32,), (31,), "ab")
+    written = json.loads(ModelConfig.from_dict(raw).expanded(33, record).to_json())
+    assert written == raw | {"num_hidden_layers": 33, "llamapro": written["llamapro"]}
+    assert ModelConfig.from_dict(written).expansion == record
+    assert raw["num_hidden_layers"] == 32, "the base's own mapping is left alone"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"new_layers": []},
+        {"new_layers": [3, 1]},
+        {"new_layers": [1, 1]},
+        {"new_layers": [1, 4]},
+        {"new_layers": [-1, 3]},
+        {"new_layers": None},
+        {"new_layers": ["x", 3]},
+        {"source_layers": [0]},
+        {"source_layers": [0, 2]},
+        {"source_layers": [-1, 0]},
+        {"generations": None},
+        {"generations": [3]},
+    ],
+)
+def test_a_damaged_record_is_refused(damage: dict[str, Any]) -> None:
+    """Two new blocks among four layers: anything that cannot be is a ConfigError."""
+    good = SIZES | {"num_hidden_layers": 4, "llamapro": RECORD}
+    assert ModelConfig.from_dict(good).expansion == ExpansionRecord((1, 3), (0, 1), "ab")
+    assert "'llamapro' record" in message(good | {"llamapro": RECORD | damage})
+
+
+@pytest.mark.parametrize("key", ["new_layers", "source_layers", "base_sha256"])
+def test_a_record_without_one_of_its_keys_is_refused(key: str) -> None:
+    """So is one that is no object at all."""
+    record = {k: v for k, v in RECORD.items() if k != key}
+    assert f"damaged (KeyError('{key}'))" in message(SIZES | {"llamapro": record})
+    assert "is damaged" in message(SIZES | {"llamapro": [1, 3]})
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    """Missing, not JSON, not an object, not text: each a ConfigError that names the file."""
+    file = tmp_path / "config.json"
+    with pytest.raises(ConfigError, match=r"config\.json: no such file.*from-meta"):
+        ModelConfig.from_file(file)
+    file.write_text('{"vocab_size": ')
+    with pytest.raises(ConfigError, match=r"config\.json: not readable as JSON"):
+        ModelConfig.from_file(file)
+    file.write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=r"config\.json: expected a JSON object, found list"):
+        ModelConfig.from_file(file)
+    for damage in (b"\xff\xfe\x00", b"[" * 200_000):
+        file.write_bytes(damage)
+        with pytest.raises(ConfigError, match=r"config\.json: not readable as JSON"):
+            ModelConfig.from_file(file)

@@ -1,0 +1,323 @@
+"""Generation: what is drawn, how it is shown, and when it stops."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamapro import cli
+from llamapro import generate as command
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ModelConfig
+from llamapro.generate import generate, sample
+from llamapro.model import LlamaForCausalLM
+from llamapro.tokenizer import Tokenizer
+
+Config = Callable[..., ModelConfig]
+Write = Callable[..., Path]
+Run = Callable[..., tuple[int, str, str]]
+
+PROBABILITIES = torch.tensor([[0.05, 0.5, 0.15, 0.3]])
+DRAWS = 20_000
+# Four standard deviations of a share near 1/2 in so many draws.
+NOISE = 4 * 0.5 / DRAWS**0.5
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, write_random_checkpoint: Write, tiny_config: Config
+) -> Path:
+    """A random model with a context of 48 tokens, and no end of document to stop at."""
+    path = tmp_path_factory.mktemp("generate") / "ckpt"
+    config = tiny_config(max_position_embeddings=48, eos_token_id=None)
+    return write_random_checkpoint(path, config)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> LlamaForCausalLM:
+    return Checkpoint.open(checkpoint).load()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """`run(*arguments) -> (exit status, stdout, stderr)` of the command, in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments), "--device", "cpu"])
+        with pytest.raises(SystemExit) as caught:
+            cli.run(command.main)
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def change_config(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint with other values in `config.json`."""
+    shutil.copytree(source, target)
+    raw = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(raw | changes))
+    return target
+
+
+def shares(temperature: float, top_p: float, seed: int = 0) -> Tensor:
+    """How often each of the four tokens is drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (PROBABILITIES.log() + 3.0).expand(DRAWS, -1)  # a constant changes nothing
+    drawn = sample(logits, temperature, top_p, generator)
+    assert drawn.shape == (DRAWS, 1)
+    return torch.bincount(drawn[:, 0], minlength=4) / DRAWS
+
+
+def argmax_of_full_forward(model: LlamaForCausalLM, prompt: Tensor, count: int) -> Tensor:
+    """Greedy decoding without a cache: the whole text anew for each token."""
+    ids = prompt
+    for _ in range(count):
+        logits = model(ids)
+        assert isinstance(logits, Tensor)
+        ids = torch.cat((ids, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return ids[:, prompt.shape[1] :]
+
+
+def test_greedy_is_the_argmax_of_the_full_forward_at_each_step(model: LlamaForCausalLM) -> None:
+    """For prompts of 1 and 9 tokens, two at a time, the cache changes no token."""
+    for length in (1, 9):
+        prompt = torch.randint(3, 400, (2, length), generator=torch.Generator().manual_seed(length))
+        written = torch.cat(list(generate(model, prompt, 20)), dim=1)
+        assert torch.equal(written, argmax_of_full_forward(model, prompt, 20))
+
+
+def test_temperature_0_takes_the_most_likely() -> None:
+    """Whatever the seed and top_p."""
+    for seed in range(3):
+        drawn = sample(PROBABILITIES.log(), 0.0, 0.1, torch.Generator().manual_seed(seed))
+        assert drawn.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_is_the_power_of_the_probabilities(temperature: float) -> None:
+    """Shares are p^(1/T) renormalised: below 1 sharper, at 1 the model's own, above 1 flatter."""
+    expected = PROBABILITIES[0] ** (1 / temperature)
+    torch.testing.assert_close(
+        shares(temperature, 1.0), expected / expected.sum(), rtol=0, atol=NOISE
+    )
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.01, [1]), (0.45, [1]), (0.6, [1, 3]), (0.79, [1, 3]), (0.9, [1, 2, 3]), (1.0, range(4))],
+)
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, kept: list[int]) -> None:
+    """Of 0.5, 0.3, 0.15, 0.05: nothing else is ever drawn, and the rest keep their ratios."""
+    expected = torch.zeros(4)
+    expected[list(kept)] = PROBABILITIES[0, list(kept)]
+    found = shares(1.0, top_p)
+    assert found.nonzero().flatten().tolist() == list(kept)
+    torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=NOISE)
+
+
+def test_tiny_temperatures_are_greedy() -> None:
+    """Division by them would overflow; the most likely token is drawn, or one of several equal."""
+    for temperature in (1e-30, 1e-45, 1e-300):
+        assert shares(temperature, 1.0)[1] == 1.0
+
+
+def test_rows_are_drawn_independently() -> None:
+    """Each sequence of a batch has its own distribution."""
+    logits = torch.full((3, 5), -100.0)
+    logits[0, 4] = logits[1, 0] = logits[2, 2] = 100.0
+    drawn = sample(logits, 1.0, 0.9, torch.Generator().manual_seed(0))
+    assert drawn.tolist() == [[4], [0], [2]]
+
+
+def test_same_seed_same_text_other_seed_other_text(checkpoint: Path, run: Run) -> None:
+    """The seed alone decides what is drawn."""
+    options = (checkpoint, "--prompt", "def", "--max-new-tokens", 20, "--temperature", 1.5)
+    first, again, other = (run(*options, "--seed", seed)[1] for seed in (3, 3, 4))
+    assert first == again != other
+    assert run(*options, "--top-p", 1e-6)[1] == run(*options[:-1], 0)[1]
+
+
+@pytest.mark.parametrize("prompt", ["def f(x):", "größe 日本語 ∞", "", "  two\n\nlines "])
+def test_text_shown_as_it_is_written_is_the_decoded_whole(
+    checkpoint: Path, model: LlamaForCausalLM, run: Run, prompt: str
+) -> None:
+    """Prompt and pieces joined are the decoding of all ids, broken characters included."""
+    tokenizer = Tokenizer.load(checkpoint)
+    prompt_ids = tokenizer.encode(prompt, bos=True)
+    broken = 0
+    for seed in range(4):  # a random model's bytes are rarely characters
+        steps = generate(model, torch.tensor([prompt_ids]), 20, 2.0, 1.0, seed)
+        ids = [int(token) for token in steps]
+        options = ("--temperature", 2.0, "--seed", seed, "--max-new-tokens", 20)
+        status, shown, _ = run(checkpoint, "--prompt", prompt, *options)
+        assert status == 0
+        assert shown == tokenizer.decode(prompt_ids + ids) + "\n"
+        broken += shown.count("\N{REPLACEMENT CHARACTER}")
+    assert broken, "no continuation held a broken character: the claim was not tested"
+
+
+def test_pieces_appear_one_by_one(
+    checkpoint: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text is written and flushed while the next tokens are still to come."""
+    seen: list[str] = []
+
+    def note(piece: str = "", end: str = "\n", flush: bool = False) -> None:
+        seen.append(piece + end)
+        assert flush or end == "\n"
+
+    monkeypatch.setattr(command, "print", note, raising=False)
+    tokenizer = Tokenizer.load(checkpoint)
+    args = command.Args(checkpoint, prompt="def", max_new_tokens=10)
+    result = command.write(model, tokenizer, tokenizer.encode("def", bos=True), 10, args)
+    assert len([piece for piece in seen if piece.strip()]) > 5
+    assert "".join(seen) == "def" + result["text"] + "\n"
+
+
+def test_empty_prompt_starts_from_bos(checkpoint: Path, model: LlamaForCausalLM, run: Run) -> None:
+    """The continuation is that of the BOS token alone; no --prompt means the same."""
+    ids = [int(token) for token in generate(model, torch.tensor([[1]]), 8)]
+    expected = Tokenizer.load(checkpoint).decode([1, *ids]) + "\n"
+    assert run(checkpoint, "--max-new-tokens", 8)[:2] == (0, expected)
+    assert run(checkpoint, "--prompt", "", "--max-new-tokens", 8)[:2] == (0, expected)
+
+
+def test_full_context_stops_with_a_note(checkpoint: Path, run: Run) -> None:
+    """48 positions, less the prompt's: that many tokens are written, and the note says why."""
+    prompt = len(Tokenizer.load(checkpoint).encode("def f", bos=True))
+    _, shown, note = run(checkpoint, "--prompt", "def f", "--json")
+    assert json.loads(shown)["tokens"] == 48 - prompt
+    assert note.startswith("context full, ")
+    _, shown, note = run(checkpoint, "--prompt", "def f", "--json", "--max-new-tokens", 5)
+    assert json.loads(shown)["tokens"] == 5
+    assert "context full" not in note
+
+
+def test_end_of_document_stops(
+    checkpoint: Path, model: LlamaForCausalLM, run: Run, tmp_path: Path
+) -> None:
+    """The first of several EOS ids ends the text; it is counted but gives no text."""
+    tokenizer = Tokenizer.load(checkpoint)
+    prompt = tokenizer.encode("def", bos=True)
+    ids = [int(token) for token in generate(model, torch.tensor([prompt]), 20)]
+    eos = next(i for i in ids[3:] if i != ids[0])
+    at = ids.index(eos)
+    ends = change_config(checkpoint, tmp_path / "ends", eos_token_id=[2, eos])
+    _, shown, note = run(ends, "--prompt", "def", "--json")
+    result = json.loads(shown)
+    assert result["tokens"] == at + 1
+    assert "def" + result["text"] == tokenizer.decode(prompt + ids[:at])
+    assert "context full" not in note
+
+
+def test_json_is_one_object_with_the_same_text(checkpoint: Path, run: Run) -> None:
+    """Standard output is one JSON object, speed included; notes go to standard error."""
+    options = (checkpoint, "--prompt", "größe", "--max-new-tokens", 9)
+    status, shown, note = run(*options, "--json")
+    result = json.loads(shown)
+    assert (status, shown.count("\n")) == (0, 1)
+    assert set(result) == {"prompt", "text", "tokens", "tokens_per_s"}
+    assert (result["prompt"], result["tokens"]) == ("größe", 9)
+    assert result["tokens_per_s"] > 0
+    assert "9 tokens, " in note and "tokens/s" in note
+    assert run(*options)[1] == "größe" + result["text"] + "\n"
+
+
+def test_tokenizer_of_another_vocabulary_is_refused(
+    tmp_path: Path, write_random_checkpoint: Write, tiny_config: Config, run: Run
+) -> None:
+    """A model of 300 tokens with a tokenizer of 400 would meet ids it has no row for."""
+    path = write_random_checkpoint(tmp_path / "small", tiny_config(vocab_size=300))
+    status, shown, message = run(path, "--prompt", "def")
+    assert (status, shown) == (2, "")
+    assert "400 tokens" in message and "300" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--temperature", "-1"], "--temperature -1"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--top-p", "0"], "--top-p 0"),
+        (["--top-p", "1.1"], "--top-p 1.1"),
+        (["--top-p", "nan"], "--top-p nan"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(1 << 64)], f"--seed {1 << 64}"),
+        (["--prompt", "x " * 48], "--prompt has"),
+        (["--prompt", "caf\udce9"], "not valid Unicode"),
+        (["--max-new-tokens", "many"], "--max-new-tokens"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--promt", "x"], "--prompt"),
+    ],
+)
+def test_wrong_options_exit_2(checkpoint: Path, run: Run, options: list[str], told: str) -> None:
+    """One message on standard error names the option and the value; nothing is written."""
+    status, shown, message = run(checkpoint, *options)
+    assert (status, shown) == (2, "")
+    assert told in message
+    assert "Traceback" not in message
+
+
+def test_all_wrong_options_come_in_one_message(checkpoint: Path, run: Run) -> None:
+    """Two impossible options, two complaints."""
+    _, _, message = run(checkpoint, "--top-p", 2, "--max-new-tokens", 0)
+    assert "--top-p 2" in message and "--max-new-tokens 0" in message
+
+
+def test_missing_files_exit_2(checkpoint: Path, run: Run, tmp_path: Path) -> None:
+    """No directory, and a directory without tokenizer: each is named."""
+    assert run(tmp_path / "none")[0] == 2
+    bare = change_config(checkpoint, tmp_path / "bare")
+    (bare / "tokenizer.model").unlink()
+    status, shown, message = run(bare)
+    assert (status, shown) == (2, "")
+    assert str(bare) in message and "tokenizer.model" in message
+
+
+def test_prompt_that_fills_the_context_is_refused(checkpoint: Path, run: Run) -> None:
+    """48 tokens leave room for none, 47 for one."""
+    tokenizer = Tokenizer.load(checkpoint)
+    prompt = "7" * 100  # digits are tokens of their own
+    while len(tokenizer.encode(prompt, bos=True)) > 48:
+        prompt = prompt[:-1]
+    assert len(tokenizer.encode(prompt, bos=True)) == 48
+    status, _, message = run(checkpoint, "--prompt", prompt)
+    assert status == 2 and "48 tokens" in message and "shorten" in message
+    status, shown, _ = run(checkpoint, "--prompt", prompt[:-1], "--json")
+    assert status == 0 and json.loads(shown)["tokens"] == 1
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda` without a GPU is a ConfigError, `auto` takes the CPU then; with one, both take it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.choose_device("auto") == command.choose_device("cpu") == "cpu"
+    with pytest.raises(command.ConfigError, match="no GPU"):
+        command.choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert command.choose_device("auto") == command.choose_device("cuda") == "cuda"
+    assert command.choose_device("cpu") == "cpu"
+
+
+def test_command_runs_as_a_module(checkpoint: Path, root: Path) -> None:
+    """`python -m llamapro.generate` writes the text; a mistake exits 2 without a traceback."""
+    base = [sys.executable, "-m", "llamapro.generate", str(checkpoint), "--prompt", "größe"]
+    base += ["--device", "cpu", "--max-new-tokens"]
+    good, bad = (
+        subprocess.run([*base, count], cwd=root, capture_output=True, text=True)
+        for count in ("3", "0")
+    )
+    assert good.returncode == 0 and good.stdout.startswith("größe")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "--max-new-tokens 0" in bad.stderr and "Traceback" not in bad.stderr

@@ -1,0 +1,155 @@
+"""The reference arithmetic against explicit formulas and Hugging Face's own modules."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from llamapro import ops
+
+VOCAB, HIDDEN, TOKENS = 97, 16, 23
+CHUNK_TOKENS = 5  # 23 tokens are four full chunks and one of three
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_LOGIT_CHUNK", VOCAB * CHUNK_TOKENS)
+
+
+def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_()
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator).requires_grad_()
+    return x, weight, torch.randint(VOCAB, (TOKENS,), generator=generator)
+
+
+@pytest.mark.parametrize("ignored", [(), (0, 5, 6, 7, 8, 9, 22)], ids=["none", "some"])
+def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(
+    ignored: tuple[int, ...], small_chunks: None
+) -> None:
+    """Chunks of 5 tokens give the unchunked sum, count and both gradients, a whole one ignored."""
+    x, weight, targets = loss_inputs()
+    targets[list(ignored)] = ops.IGNORE_INDEX
+    loss_sum, count = ops.linear_cross_entropy(x, weight, targets)
+    assert loss_sum.dtype == torch.float32 and count.dtype == torch.int64
+    assert count == TOKENS - len(ignored)
+    found = torch.autograd.grad(loss_sum, (x, weight))
+
+    expected = F.cross_entropy(x @ weight.T, targets, ignore_index=-100, reduction="sum")
+    wanted = torch.autograd.grad(expected, (x, weight))
+    torch.testing.assert_close(loss_sum, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+
+
+def test_all_targets_ignored_is_no_loss_no_count_and_zero_gradients(small_chunks: None) -> None:
+    """Nothing is divided by the number of targets: 0, 0, and finite zero gradients."""
+    x, weight, targets = loss_inputs()
+    loss_sum, count = ops.linear_cross_entropy(
+        x, weight, torch.full_like(targets, ops.IGNORE_INDEX)
+    )
+    assert loss_sum == 0 and count == 0
+    for gradient in torch.autograd.grad(loss_sum, (x, weight)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_chunked_loss_never_keeps_the_logits(small_chunks: None) -> None:
+    """Nothing that waits for backward is as large as one chunk's logits."""
+    x, weight, targets = loss_inputs()
+    largest = 0
+
+    def see(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel() if tensor is not weight else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        ops.linear_cross_entropy(x, weight, targets)
+    assert largest < VOCAB * CHUNK_TOKENS
+
+
+def test_loss_of_bf16_logits_is_taken_in_fp32() -> None:
+    """The sum over bf16 hidden states is that of the bf16 logits cast up, in fp32."""
+    x, weight, targets = (t.bfloat16() if t.is_floating_point() else t for t in loss_inputs())
+    loss_sum, _ = ops.linear_cross_entropy(x, weight, targets)
+    expected = F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
+    assert loss_sum.dtype == torch.float32
+    torch.testing.assert_close(loss_sum, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("H, KV", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("T, S", [(1, 1), (9, 9), (1, 9), (4, 9), (8, 9)])
+def test_attention_is_the_causal_softmax_formula(H: int, KV: int, T: int, S: int) -> None:
+    """Position by position in fp64: query t sees keys up to S - T + t, head h reads h // (H/KV)."""
+    B, D = 2, 8
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, T, H, D, generator=generator, dtype=torch.float64)
+    k = torch.randn(B, S, KV, D, generator=generator, dtype=torch.float64)
+    v = torch.randn(B, S, KV, D, generator=generator, dtype=torch.float64)
+    expected = torch.empty_like(q)
+    for t in range(T):
+        seen = S - T + t + 1
+        for h in range(H):
+            kv = h // (H // KV)
+            scores = torch.einsum("bd,bsd->bs", q[:, t, h], k[:, :seen, kv]) / math.sqrt(D)
+            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+            expected[:, t, h] = torch.einsum("bs,bsd->bd", weights, v[:, :seen, kv])
+    torch.testing.assert_close(ops.attention(q, k, v), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("theta", [100.0, 10000.0, 500000.0])
+def test_rope_is_a_complex_multiplication(theta: float) -> None:
+    """(x_i, x_{i+D/2}) as a complex number is turned by position * theta^(-2i/D)."""
+    B, T, H, KV, D = 2, 5, 4, 2, 16
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, T, H, D, generator=generator, dtype=torch.float64)
+    k = torch.randn(B, T, KV, D, generator=generator, dtype=torch.float64)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 50, 51, 300, 2047]])
+    cos, sin = ops.rope_table(positions, D, theta, torch.float64)
+
+    frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    turn = torch.exp(1j * positions[..., None, None] * frequency)  # (B, T, 1, D / 2)
+    for x, rotated in zip((q, k), ops.rope(q, k, cos, sin), strict=True):
+        turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turn
+        expected = torch.cat((turned.real, turned.imag), dim=-1)
+        # Angles are fp32: a frequency and its product with the position are each a few half-ulps
+        # off, relative to an angle of at most the largest position.
+        slack = 4 * torch.finfo(torch.float32).eps * positions.max() * x.abs().max()
+        assert (rotated - expected).abs().max() < slack
+
+
+def test_rope_scores_depend_on_the_distance_alone() -> None:
+    """Shifting all positions by 1000 leaves every product q . k as it was, to fp32's angles."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 6, 1, 16, generator=generator, dtype=torch.float64)
+    scores = []
+    for start in (0, 1000):
+        table = ops.rope_table(torch.arange(start, start + 6), 16, 10000.0, torch.float64)
+        rotated_q, rotated_k = ops.rope(q, k, *table)
+        scores.append(torch.einsum("bthd,bshd->ts", rotated_q, rotated_k))
+    assert (scores[0] - scores[1]).abs().max() < 16 * 1000 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rms_norm_is_hugging_faces_to_the_bit(dtype: torch.dtype) -> None:
+    """Statistics in fp32, cast back, then times weight: the other order gives other bits."""
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(4, 33, 64, generator=generator)).to(dtype)
+    weight = (1 + 0.3 * torch.randn(64, generator=generator)).to(dtype)
+    reference = LlamaRMSNorm(64, eps=1e-5)
+    reference.weight.data = weight
+    assert torch.equal(ops.rms_norm(x, weight, 1e-5), reference(x))
+    if dtype != torch.float32:
+        cast_last = F.rms_norm(x.float(), (64,), weight.float(), 1e-5).to(dtype)
+        assert not torch.equal(ops.rms_norm(x, weight, 1e-5), cast_last)
+
+
+def test_swiglu_applies_silu_to_the_gate_only() -> None:
+    """gate / (1 + exp(-gate)) * up."""
+    generator = torch.Generator().manual_seed(0)
+    gate, up = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    expected = gate / (1 + torch.exp(-gate)) * up
+    torch.testing.assert_close(ops.swiglu(gate, up), expected, rtol=1e-12, atol=1e-12)

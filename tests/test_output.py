@@ -1,0 +1,309 @@
+"""A written directory is complete or not there; what it replaces survives until the very end."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from llamapro.checkpoint import (
+    DTYPE_CODES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorSpec,
+    read_header,
+    tensor_chunks,
+)
+from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.output import output_directory, write_checkpoint, write_companions, write_safetensors
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below, hidden ones included: nothing may be left beside the result."""
+    return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*.*")}
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A checkpoint directory that is in the way."""
+    directory = tmp_path / "out"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"old weights")
+    return directory
+
+
+def write_something(directory: Path) -> None:
+    (directory / "config.json").write_text('{"new": 1}')
+
+
+@pytest.mark.parametrize("name", ["out", "a/b/out", "out [1]*"])
+def test_the_directory_appears_when_the_body_has_ended(tmp_path: Path, name: str) -> None:
+    """Parents are made; until the end nothing is at the path, afterwards nothing is beside it."""
+    path = tmp_path / name
+    with output_directory(path) as aside:
+        assert aside.parent == path.parent and not path.exists()
+        write_something(aside)
+    assert contents(path) == {"config.json": b'{"new": 1}'}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
+    """Made beforehand by the user, it needs no --force."""
+    (tmp_path / "out").mkdir()
+    with output_directory(tmp_path / "out") as aside:
+        write_something(aside)
+    assert contents(tmp_path) == {"out/config.json": b'{"new": 1}'}
+
+
+def test_a_full_directory_is_refused_without_force(old: Path) -> None:
+    """And left as it was."""
+    before = contents(old.parent)
+    with (
+        pytest.raises(ConfigError, match=r"out: exists and is not empty.*--force"),
+        output_directory(old),
+    ):
+        pytest.fail("the body must not run")
+    assert contents(old.parent) == before
+
+
+def test_force_replaces_only_at_the_end(old: Path) -> None:
+    """Inside the body the old files are all there; afterwards only the new ones."""
+    before = contents(old)
+    with output_directory(old, force=True) as aside:
+        write_something(aside)
+        assert contents(old) == before
+    assert contents(old.parent) == {"out/config.json": b'{"new": 1}'}
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_failure_leaves_the_old_bytes_and_no_partial(old: Path, error: BaseException) -> None:
+    """An error, Ctrl-C and SIGTERM's SystemExit pass through and change nothing."""
+    before = contents(old.parent)
+    with pytest.raises(type(error)), output_directory(old, force=True) as aside:
+        write_something(aside)
+        raise error
+    assert contents(old.parent) == before
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_force_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    """A home directory given by mistake is not deleted."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years")
+    with (
+        pytest.raises(ConfigError, match="holds no checkpoint"),
+        output_directory(tmp_path / "out", force=True),
+    ):
+        pytest.fail("the body must not run")
+    assert contents(tmp_path) == {"out/thesis.txt": b"years"}
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    """At the path itself, force or not, and where a parent should be."""
+    (tmp_path / "out").write_text("mine")
+    for force in (False, True):
+        with (
+            pytest.raises(ConfigError, match="out: exists and is not a directory"),
+            output_directory(tmp_path / "out", force=force),
+        ):
+            pytest.fail("the body must not run")
+    with (
+        pytest.raises(ConfigError, match="cannot be created"),
+        output_directory(tmp_path / "out" / "below"),
+    ):
+        pytest.fail("the body must not run")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_link_is_followed(old: Path, tmp_path: Path) -> None:
+    """What the link points to is replaced, on its own disk; the link stays a link."""
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    with output_directory(link, force=True) as aside:
+        write_something(aside)
+    assert link.is_symlink() and sorted(tmp_path.iterdir()) == [link, old]
+    assert contents(old) == {"config.json": b'{"new": 1}'}
+
+
+def test_a_failed_rename_puts_the_old_directory_back(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between moving the old away and the new in place, an error moves the old back."""
+    before = contents(old.parent)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with (
+        pytest.raises(CheckpointError, match="Input/output error"),
+        output_directory(old, force=True) as aside,
+    ):
+        write_something(aside)
+    assert contents(old.parent) == before
+
+
+@pytest.mark.parametrize(
+    "code, expected", [(errno.ENOSPC, "disk full"), (errno.EIO, "Input/output error")]
+)
+def test_a_full_disk_removes_the_partial_output(
+    code: int, expected: str, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSPC halfway through a tensor: one CheckpointError with the file's name, old bytes kept."""
+    before = contents(old.parent)
+    write, calls = os.write, 0
+
+    def failing(fd: int, data: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the header, a piece of the tensor, and no more
+            raise OSError(code, os.strerror(code))
+        return write(fd, data[:1000])
+
+    monkeypatch.setattr(os, "write", failing)
+    spec = TensorSpec("w", "F32", (1000,))
+    with pytest.raises(CheckpointError) as caught, output_directory(old, force=True) as aside:
+        write_checkpoint(aside, [spec], lambda _: tensor_chunks(torch.ones(1000)))
+    assert calls == 3
+    assert SINGLE_FILE in str(caught.value) and expected in str(caught.value)
+    assert contents(old.parent) == before
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_file_size_limit_removes_the_partial_output(tmp_path: Path) -> None:
+    """The kernel's own refusal (EFBIG), and the command's exit status 2 without a traceback."""
+    script = f"""
+import resource, torch
+from llamapro import cli
+from llamapro.checkpoint import TensorSpec, tensor_chunks
+from llamapro.output import output_directory, write_checkpoint
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    with output_directory({str(tmp_path / "out")!r}) as aside:
+        write_checkpoint(aside, [TensorSpec("w", "F32", (9999,))],
+                         lambda _: tensor_chunks(torch.ones(9999)))
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "CheckpointError" in done.stderr and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_in_the_middle_of_writing_leaves_nothing(old: Path) -> None:
+    """Exit status 143, the old directory as it was, no partial one."""
+    before = contents(old.parent)
+    script = f"""
+import signal
+from llamapro import cli
+from llamapro.output import output_directory
+def main():
+    with output_directory({str(old)!r}, force=True) as aside:
+        (aside / "model.safetensors").write_bytes(b"half")
+        print("writing", flush=True)
+        signal.pause()
+cli.run(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    assert len(list(old.parent.iterdir())) == 2, "the partial directory is there now"
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert stderr == "terminated\n"
+    assert contents(old.parent) == before
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """A dead process's partial, or one whose number is now ours; not one that is being written."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    prefix = f".out.partial-{socket.gethostname()}-"
+    for pid in (dead.pid, os.getpid(), os.getppid()):
+        (tmp_path / f"{prefix}{pid}").mkdir()
+        (tmp_path / f"{prefix}{pid}" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / f".out.partial-other-host-{dead.pid}").mkdir()
+    with output_directory(tmp_path / "out") as aside:
+        write_something(aside)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "out",
+        f"{prefix}{os.getppid()}",
+        f".out.partial-other-host-{dead.pid}",
+    }
+    assert contents(tmp_path / "out") == {"config.json": b'{"new": 1}'}
+
+
+def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
+    """Every dtype, a scalar, an empty tensor, a non-contiguous one, and metadata."""
+    tensors = {
+        "matrix": torch.arange(12.0).view(3, 4).T,
+        "bf16": torch.randn(5).bfloat16(),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "empty": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+        "fp8": torch.randn(4).to(torch.float8_e4m3fn),
+    }
+    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
+    file = tmp_path / "x.safetensors"
+    write_safetensors(file, specs, lambda s: tensor_chunks(tensors[s.name]), {"note": "hi"})
+    with safe_open(file, "pt") as reader:
+        assert reader.metadata() == {"format": "pt", "note": "hi"}
+        assert set(reader.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            found = reader.get_tensor(name)
+            assert found.dtype == tensor.dtype and found.shape == tensor.shape
+            assert torch.equal(found.float(), tensor.float()), name
+    header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0, "the data is aligned, so that it can be mapped"
+    assert {t.offset for t in read_header(file).values() if t.name == "matrix"} == {
+        8 + header_bytes
+    }
+
+
+def test_shards_stay_below_the_limit_and_the_index_lists_all(tmp_path: Path) -> None:
+    """40-byte tensors at 100 bytes a shard: two each; a larger one stands alone."""
+    sizes = {"a": 10, "b": 10, "c": 10, "big": 50, "d": 10}
+    specs = [TensorSpec(name, "F32", (size,)) for name, size in sizes.items()]
+    write_checkpoint(
+        tmp_path, specs, lambda s: tensor_chunks(torch.ones(s.shape)), max_shard_bytes=100
+    )
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(sizes.values())
+    names = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    assert index["weight_map"] == dict(a=names[0], b=names[0], c=names[1], big=names[2], d=names[3])
+    for name in names:
+        held = {n for n, shard in index["weight_map"].items() if shard == name}
+        assert set(read_header(tmp_path / name)) == held
+    assert sorted(f.name for f in tmp_path.iterdir()) == [*names, INDEX_FILE]
+
+
+def test_companions_are_copied_beside_the_configuration(
+    tmp_path: Path, tiny_config: Callable[..., ModelConfig]
+) -> None:
+    """Files keep their bytes; a directory that matched a pattern is passed over."""
+    (tmp_path / "tokenizer.model").write_bytes(b"\0tok")
+    (tmp_path / "tokenizer_cache").mkdir()
+    (tmp_path / "out").mkdir()
+    write_companions(tmp_path / "out", tiny_config(), sorted(tmp_path.glob("tokenizer*")))
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"\0tok"
+    assert ModelConfig.from_file(tmp_path / "out" / "config.json") == tiny_config()
+    assert len(list((tmp_path / "out").iterdir())) == 2
