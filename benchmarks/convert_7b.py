@@ -1,6 +1,6 @@
 """Time and peak memory of from-meta, expand and merge on a 7B-sized checkpoint, beside `cp`.
 
-    python benchmarks/convert.py WORK_DIR [--layers 32] [--repeats 2] [--out RESULT.json]
+    python benchmarks/convert_7b.py WORK_DIR [--layers 32] [--repeats 2] [--out RESULT.json]
 
 Makes a release with the shapes of LLaMA-2-7B (13.5 GB in bf16, random weights) in WORK_DIR, which
 must have 50 GB free, and removes all of it again. Each command and a `cp` of the bytes that it
