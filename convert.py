@@ -43,6 +43,8 @@ class FromMeta(Output):
     """The checkpoint directory to create, in Hugging Face layout."""
     dtype: DType | None = None
     """Dtype of the result; the release's own if not given."""
+    max_position_embeddings: Annotated[int | None, arg(metavar="N")] = None
+    """Context length (Llama 2: 4096, Llama 3: 8192); params.json's if not given, else 2048."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         import torch
@@ -50,7 +52,8 @@ class FromMeta(Output):
         from llamapro.meta import from_meta
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        found = from_meta(self.meta_dir, self.out_dir, dtype, self.force)
+        positions = self.max_position_embeddings
+        found = from_meta(self.meta_dir, self.out_dir, dtype, self.force, positions)
         return found, (
             f"{self.out_dir}: {found['parameters']:,} parameters in {found['dtype']}, "
             f"from {found['shards']} shard(s)"

@@ -21,6 +21,30 @@ from llamapro.config import CheckpointError, ConfigError, ModelConfig
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
+    """Raises ConfigError if writing `out_dir` could destroy what it is made from.
+
+    With `force` an existing directory is replaced: so it must not be a source, contain one, or lie
+    inside one. Links are followed.
+
+    Args:
+        out_dir: the directory to write.
+        sources: the directories and files that are read.
+    """
+    out = Path(out_dir).resolve()
+    for source in sources:
+        path = Path(source).resolve()
+        if out == path:
+            relation = "is also the source"
+        elif path.is_relative_to(out):
+            relation = f"contains the source {source}"
+        elif out.is_relative_to(path):
+            relation = f"lies inside the source {source}"
+        else:
+            continue
+        raise ConfigError(f"{out_dir}: {relation}; choose another output directory")
+
+
 @contextmanager
 def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Gives a new directory beside `path` that takes its place only if the body succeeds.

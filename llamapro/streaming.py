@@ -22,7 +22,13 @@ from llamapro.checkpoint import (
 from llamapro.config import CheckpointError, ModelConfig
 from llamapro.expansion import Layout
 from llamapro.model import build_on_meta
-from llamapro.output import MAX_SHARD_BYTES, output_directory, write_checkpoint, write_companions
+from llamapro.output import (
+    MAX_SHARD_BYTES,
+    output_directory,
+    refuse_source,
+    write_checkpoint,
+    write_companions,
+)
 from llamapro.tokenizer import Tokenizer
 from llamapro.verify import compare_logits, contained_base_sha256
 
@@ -65,8 +71,10 @@ def expand_checkpoint(
         base_sha256, logits_bit_equal (True) and tokens_compared.
 
     Raises:
+        ConfigError: `out_dir` is, contains or lies inside the base; or it exists, without `force`.
         CheckpointError: writing failed, or the result's logits differ from the base's.
     """
+    refuse_source(out_dir, base.path)
     names = expansion.expand_names(base.tensors, layout)
     specs = []
     for name, (source, _) in names.items():
@@ -123,10 +131,12 @@ def merge_checkpoint(
         JSON-able: path, blocks (the file used), step, tensors_replaced, bytes, base_intact.
 
     Raises:
+        ConfigError: as `expand_checkpoint`, of the expanded checkpoint and the new-block file.
         CheckpointError: the blocks belong to another base, do not fit, or the base inside
             `expanded` no longer has the bytes its record says.
     """
     file = find_blocks(blocks_path)
+    refuse_source(out_dir, expanded.path, file)
     blocks, info = read_blocks(file)
     expected = _expected_tensors(expanded, info)
     check_blocks(file, blocks, info, expanded.config, expected)
@@ -176,10 +186,12 @@ def assemble_checkpoint(
         As `merge_checkpoint`.
 
     Raises:
+        ConfigError: as `expand_checkpoint`, of the `config.json` and the new-block file.
         CheckpointError: the run did not train all weights of this configuration.
     """
     config = ModelConfig.from_file(config_file)
     file = find_blocks(blocks_path)
+    refuse_source(out_dir, config_file, file)
     blocks, info = read_blocks(file)
     expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
     check_blocks(file, blocks, info, config, expected)

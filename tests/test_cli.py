@@ -11,6 +11,9 @@ from contextlib import contextmanager
 
 import pytest
 
+# Output to a pipe is buffered and the process is no rank, whatever started the tests.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONUNBUFFERED")}
+
 
 def script(body: str) -> list[str]:
     """A command whose `main` has this body."""
@@ -24,23 +27,24 @@ def script(body: str) -> list[str]:
 
 
 def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if key != "RANK"} | environment
-    return subprocess.run(script(body), env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        script(body), env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60
+    )
 
 
 @contextmanager
 def started(body: str) -> Iterator[subprocess.Popen[str]]:
     """The command, once it has printed its first line."""
-    process = subprocess.Popen(
-        script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        script(body), env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
 
 
 WAITS = """
@@ -98,8 +102,7 @@ def test_signals_clean_up_and_tell_in_one_line(
 
 def test_reader_that_goes_away_is_no_error() -> None:
     """As in `command | head -1`: the command ends soon, with not a word on standard error."""
-    endless = "print('ready', flush=True)\nwhile True:\n    print('x' * 1000)"
-    with started(endless) as process:
+    with started("print('ready', flush=True)\nwhile True:\n    print('x' * 1000)") as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.wait(timeout=60) == 1
@@ -108,21 +111,12 @@ def test_reader_that_goes_away_is_no_error() -> None:
 
 def test_reader_that_goes_away_before_the_last_flush_is_no_error() -> None:
     """Output still buffered when `main` returns meets the closed pipe silently, too."""
-    late = "print('ready', flush=True)\nprint('kept back')\nsys.stdin.read()"
-    process = subprocess.Popen(
-        script(late),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin and process.stdout and process.stderr
-    assert process.stdout.readline() == "ready\n"
-    process.stdout.close()
-    process.stdin.close()
-    assert process.wait(timeout=60) == 1
-    assert process.stderr.read() == ""
-    process.stderr.close()
+    with started("print('ready', flush=True)\nprint('kept back')\nsys.stdin.read()") as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == ""
 
 
 def test_result_is_text_or_one_json_object() -> None:

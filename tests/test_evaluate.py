@@ -118,7 +118,7 @@ def test_windows_predict_every_token_once_with_enough_before_it() -> None:
     for context in range(1, 13):
         for stride in range(1, context + 1):
             for length in range(41):
-                predicted = []
+                predicted: list[int] = []
                 for start, end, first in windows(length, context, stride):
                     assert 0 <= start < first <= end < length
                     assert end - start <= context

@@ -16,7 +16,7 @@ from torch import Tensor
 from llamapro import cli
 from llamapro import generate as command
 from llamapro.checkpoint import Checkpoint
-from llamapro.config import ModelConfig
+from llamapro.config import ConfigError, ModelConfig
 from llamapro.generate import generate, sample
 from llamapro.model import LlamaForCausalLM
 from llamapro.tokenizer import Tokenizer
@@ -127,8 +127,8 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, kept: list[in
 
 
 def test_tiny_temperatures_are_greedy() -> None:
-    """Division by them would overflow; the most likely token is drawn, or one of several equal."""
-    for temperature in (1e-30, 1e-45, 1e-300):
+    """Down to the smallest number: division by it would overflow. The most likely is drawn."""
+    for temperature in (1e-30, 1e-45, 5e-324):
         assert shares(temperature, 1.0)[1] == 1.0
 
 
@@ -303,7 +303,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     """`cuda` without a GPU is a ConfigError, `auto` takes the CPU then; with one, both take it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.choose_device("auto") == command.choose_device("cpu") == "cpu"
-    with pytest.raises(command.ConfigError, match="no GPU"):
+    with pytest.raises(ConfigError, match="no GPU"):
         command.choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert command.choose_device("auto") == command.choose_device("cuda") == "cuda"

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import pickle
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamapro import expansion, meta
+from llamapro import expansion, meta, meta_release
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
 from llamapro.meta import from_meta, to_interleaved, to_meta, to_rotate_half
@@ -290,6 +292,44 @@ def test_config_json_says_what_the_release_says(
     assert (config.max_position_embeddings, config.num_key_value_heads) == (2048, 8)
 
 
+def test_a_given_context_length_wins_and_the_round_trip_keeps_params(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With and without max_seq_len: config.json has the option's, the release's params stay."""
+    for name, extra in {"a": {}, "b": {"max_seq_len": 96}, "c": {"max_seq_len": None}}.items():
+        source = release(tmp_path / name, **extra)
+        from_meta(source, tmp_path / f"hf_{name}", None, max_position_embeddings=4096)
+        assert "max_seq_len" not in capsys.readouterr().err
+        config = ModelConfig.from_file(tmp_path / f"hf_{name}" / "config.json")
+        assert config.max_position_embeddings == 4096
+        to_meta(tmp_path / f"hf_{name}", tmp_path / f"back_{name}")
+        assert_same_release(tmp_path / f"back_{name}", source)
+
+
+def test_the_command_takes_the_context_length(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--max-position-embeddings reaches config.json; without it the note names the option."""
+    source, main = release(tmp_path / "a"), runpy.run_path(str(root / "convert.py"))["main"]
+    for name, options in {"x": [], "y": ["--max-position-embeddings", "8192"]}.items():
+        out = tmp_path / name
+        monkeypatch.setattr(sys, "argv", ["convert.py", "from-meta", str(source), str(out)])
+        sys.argv += options
+        main()
+        expected = 8192 if options else 2048
+        assert ModelConfig.from_file(out / "config.json").max_position_embeddings == expected
+        assert ("--max-position-embeddings" in capsys.readouterr().err) is (not options)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_an_impossible_context_length_is_refused(tmp_path: Path, length: int) -> None:
+    """The option and its value are named, and nothing is written."""
+    source = release(tmp_path / "release")
+    with pytest.raises(ConfigError, match=f"--max-position-embeddings {length}: expected"):
+        from_meta(source, tmp_path / "out", None, max_position_embeddings=length)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tokenizer_is_taken_from_the_parent_directory(tmp_path: Path, tokenizer_file: Path) -> None:
     """Llama 1 and 2 downloads keep one tokenizer beside the sizes' folders."""
     shutil.copyfile(tokenizer_file, tmp_path / "tokenizer.model")
@@ -351,7 +391,7 @@ def test_only_a_small_part_of_the_release_is_resident(
     params = {"dim": 256, "n_layers": 6, "n_heads": 8, "multiple_of": 256, "norm_eps": 1e-5}
     source = write_release(tmp_path / "release", params, make_tensors(params, vocab=4000))
     whole = (source / "consolidated.00.pth").stat().st_size
-    monkeypatch.setattr(meta, "_REMAP_BYTES", 1 << 20)
+    monkeypatch.setattr(meta_release, "REMAP_BYTES", 1 << 20)
     resident = []
 
     def resident_bytes() -> int:
@@ -509,6 +549,11 @@ def test_a_tensor_that_does_not_fit_is_named(
     [
         ({"use_scaled_rope": True}, ConfigError, "use_scaled_rope true .* not supported"),
         ({"dim": None}, ConfigError, "dim is None, expected a whole number"),
+        (
+            {"ffn_dim_multiplier": math.inf},
+            ConfigError,
+            "ffn_dim_multiplier is inf, expected a num",
+        ),
         ({"n_layers": 2.5, "norm_eps": "x"}, ConfigError, "n_layers is 2.5.*norm_eps is 'x'"),
         ({"n_layers": 3}, CheckpointError, r"missing tensor 'layers\.2\.attention\.wk"),
         ({"vocab_size": 500}, CheckpointError, "vocab_size is 500, 'output.weight' has 400"),

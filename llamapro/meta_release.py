@@ -1,0 +1,312 @@
+"""What a Meta release is (`params.json`, `consolidated.NN.pth`), and how it is read safely.
+
+Shard k of n holds the k-th of n equal slices of every matrix, by rows (dim 0) or columns (dim 1),
+and a copy of every norm. The files are mapped, so names and shapes cost no memory; what was read is
+unmapped every 256 MiB, because mapped pages count as resident.
+"""
+
+import json
+import math
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamapro.checkpoint import DTYPE_CODES, tensor_chunks
+from llamapro.config import CheckpointError, ConfigError, ModelConfig
+
+# Meta's name -> (Hugging Face's name, the dimension split over shards), in a release's order.
+_NAMES: dict[str, tuple[str, int | None]] = {
+    "tok_embeddings.weight": ("model.embed_tokens.weight", 1),  # 0 in Llama 3: split by rows
+    "norm.weight": ("model.norm.weight", None),
+    "output.weight": ("lm_head.weight", 0),
+    "layers.*.attention.wq.weight": ("model.layers.*.self_attn.q_proj.weight", 0),
+    "layers.*.attention.wk.weight": ("model.layers.*.self_attn.k_proj.weight", 0),
+    "layers.*.attention.wv.weight": ("model.layers.*.self_attn.v_proj.weight", 0),
+    "layers.*.attention.wo.weight": ("model.layers.*.self_attn.o_proj.weight", 1),
+    "layers.*.feed_forward.w1.weight": ("model.layers.*.mlp.gate_proj.weight", 0),
+    "layers.*.feed_forward.w2.weight": ("model.layers.*.mlp.down_proj.weight", 1),
+    "layers.*.feed_forward.w3.weight": ("model.layers.*.mlp.up_proj.weight", 0),
+    "layers.*.attention_norm.weight": ("model.layers.*.input_layernorm.weight", None),
+    "layers.*.ffn_norm.weight": ("model.layers.*.post_attention_layernorm.weight", None),
+}
+ROPE = "rope.freqs"  # theta^(-2i / D): Meta's loader computes it anew, so it may be absent
+REMAP_BYTES = 256 << 20
+_FLOATS = {dtype for dtype in DTYPE_CODES if dtype.is_floating_point}
+# What torch.load raises for a damaged file, depending on which byte is wrong.
+_DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError)
+
+
+def tensor_names(num_layers: int, split: str) -> dict[str, tuple[str, int | None]]:
+    """Returns Meta's name -> (Hugging Face's name, split dimension) for all tensors, in order.
+
+    Args:
+        num_layers: of the model.
+        split: how the embedding is split over shards, "columns" (LLaMA 1 and 2) or "rows".
+    """
+    names = {}
+    for name in in_order(list(_NAMES), num_layers):
+        hf, dim = _NAMES[_template(name)]
+        names[name] = (hf.replace("*", name.split(".")[1]), dim)
+    if split == "rows":
+        names["tok_embeddings.weight"] = (names["tok_embeddings.weight"][0], 0)
+    return names
+
+
+def _template(name: str) -> str:
+    return re.sub(r"^layers\.\d+\.", "layers.*.", name)
+
+
+def in_order(templates: list[str], num_layers: int) -> list[str]:
+    """Writes the layers' templates out, layer after layer, where the first of them stands."""
+    inside = [t for t in templates if "*" in t]
+    layers = [t.replace("*", str(i)) for i in range(num_layers) for t in inside]
+    before = templates[: templates.index(inside[0])] if inside else templates
+    return before + layers + [t for t in templates[len(before) :] if "*" not in t]
+
+
+def order_template(names: list[str], num_layers: int) -> list[str]:
+    """Undoes `in_order`; an order that has no template is returned as it is."""
+    templates = list(dict.fromkeys(map(_template, names)))
+    return templates if in_order(templates, num_layers) == names else names
+
+
+class Shards:
+    """The `.pth` files of a release, mapped: names and shapes are there, data is read on use.
+
+    Attributes:
+        directory: the release.
+        files: one file per shard.
+        tensors: `tensors[k]` maps names to shard k's tensors, each a slice or a copy.
+
+    Raises:
+        CheckpointError: a shard is missing, damaged, or holds more than plain tensors.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        numbers = [re.fullmatch(r"consolidated\.(\d\d)\.pth", f.name) for f in directory.glob("*")]
+        found = {int(match[1]) for match in numbers if match}
+        for number in range(max(found, default=0) + 1):
+            if number not in found:
+                raise CheckpointError(
+                    f"{directory / f'consolidated.{number:02d}.pth'}: missing; a release's shards "
+                    f"are numbered from 00 without gaps, found {sorted(found) or 'none'}"
+                )
+        self.files = [directory / f"consolidated.{number:02d}.pth" for number in sorted(found)]
+        self._map()
+
+    def _map(self) -> None:
+        self.tensors: list[dict[str, Tensor]] = []  # the old mappings end first
+        self.tensors = [_load(file) for file in self.files]
+        self._touched = 0
+
+    def parts(self, name: str) -> list[Tensor]:
+        """Returns every shard's part of a tensor; keep no reference, or its file stays mapped."""
+        if self._touched > REMAP_BYTES:
+            self._map()
+        parts = [tensors[name] for tensors in self.tensors]
+        self._touched += sum(part.nbytes for part in parts)
+        return parts
+
+    def check(
+        self, expected: dict[str, tuple[tuple[int, ...], int | None]], config: ModelConfig
+    ) -> None:
+        """Compares every part with its share of the full shape, and the copies with each other.
+
+        Args:
+            expected: name -> (full shape, dimension it is split along or None for copies); a
+                tensor that is not in it must be the same in all shards.
+            config: what `rope.freqs`, where there is one, must follow from.
+
+        Raises:
+            CheckpointError: naming the file and tensor of everything that does not fit.
+        """
+        wrong, n = [], len(self.files)
+        for name in self.tensors[0]:
+            parts = [tensors[name] for tensors in self.tensors]
+            full, dim = expected.get(name, (tuple(parts[0].shape), None))
+            share = tuple(size // n if i == dim else size for i, size in enumerate(full))
+            divides = dim is None or full[dim] % n == 0
+            for file, part in zip(self.files, parts, strict=True):
+                at = f"{file.name}: {name!r} is"
+                if tuple(part.shape) != share or not divides:
+                    total = f", {list(full)} over {n} shards" if n > 1 else ""
+                    wrong.append(f"{at} {list(part.shape)}, expected {list(share)}{total}")
+                elif part.dtype not in _FLOATS or part.dtype != parts[0].dtype:
+                    wrong.append(f"{at} {part.dtype}, expected one float dtype in all shards")
+                elif dim is None and to_hex(part) != to_hex(parts[0]):
+                    wrong.append(f"{at} not the copy of {self.files[0].name}'s it must be")
+        _refuse(self.directory, wrong)
+        rope = self.tensors[0].get(ROPE)
+        if rope is not None and not is_rope(rope, config):
+            raise CheckpointError(
+                f"{self.files[0]}: {ROPE!r} {list(rope.shape)} is not theta^(-2i / D) of "
+                f"rope_theta {config.rope_theta} and head_dim {config.head_dim}; correct "
+                "params.json"
+            )
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """Maps one shard; only plain tensors come out of it, whatever its pickle asks for."""
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with open(file, "rb") as handle:
+            magic = handle.read(2)
+        if magic == b"\x80\x02":
+            raise CheckpointError(
+                f"{file}: in PyTorch's format from before 1.6, which cannot be mapped; save it "
+                "again with torch.save(torch.load(OLD, map_location='cpu', weights_only=True), NEW)"
+            )
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{file}: refused; nothing was executed: its pickle "
+            + (f"asks for {asked[1]!r}, not only plain tensors" if asked else "is damaged")
+        ) from None
+    except _DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(
+            f"{file}: {size:,} bytes, not a complete PyTorch file ({reason}); fetch it again"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided and t.ndim
+        for name, t in tensors.items()
+    ):
+        raise CheckpointError(f"{file}: refused; nothing was executed: not only plain tensors")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def read_params(file: Path) -> dict[str, Any]:
+    """Reads `params.json` as it is; raises ConfigError naming every field that is wrong."""
+    try:
+        params = json.loads(file.read_text(encoding="utf-8"))
+        params.items()
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file}: not readable as a release's parameters ({error})") from None
+    wrong = []
+    whole = ("dim", "n_layers", "n_heads", "multiple_of", "n_kv_heads", "max_seq_len")
+    optional = ("n_kv_heads", "max_seq_len", "rope_theta", "ffn_dim_multiplier")
+    for key in (*whole, "norm_eps", "rope_theta", "ffn_dim_multiplier"):
+        value, kind = params.get(key), (int if key in whole else (int, float))
+        kind_name = "a whole number" if key in whole else "a number"
+        if value is None and key in optional:
+            continue
+        # Python's JSON reads NaN and Infinity; neither is a size.
+        if type(value) is bool or not isinstance(value, kind) or not 0 < value < math.inf:
+            wrong.append(f"{key} is {value!r}, expected {kind_name} above 0")
+    if params.get("use_scaled_rope"):
+        wrong.append("use_scaled_rope true (Llama 3.1 and later) is not supported")
+    if wrong:
+        raise ConfigError(f"{file}: " + "; ".join(wrong))
+    return params
+
+
+def ffn_size(params: dict[str, Any]) -> int:
+    """Returns F by Meta's formula (`FeedForward` in its model.py)."""
+    hidden, multiple = int(2 * (4 * params["dim"]) / 3), params["multiple_of"]
+    if params.get("ffn_dim_multiplier") is not None:
+        hidden = int(params["ffn_dim_multiplier"] * hidden)
+    return multiple * ((hidden + multiple - 1) // multiple)
+
+
+def describe(
+    params: dict[str, Any], shards: Shards, max_position_embeddings: int | None
+) -> tuple[dict[str, Any], str]:
+    """Returns the `config.json` of a release and how its embedding is split over shards.
+
+    Args:
+        params: from `read_params`.
+        shards: only names and shapes are looked at.
+        max_position_embeddings: the context length if `params` must not decide it.
+
+    Raises:
+        ConfigError: `max_position_embeddings` is below 1.
+        CheckpointError: a tensor is missing or unexpected, or `params` is another model's.
+    """
+    if max_position_embeddings is not None and max_position_embeddings < 1:
+        raise ConfigError(
+            f"--max-position-embeddings {max_position_embeddings}: expected a whole number above 0"
+        )
+    where, first, n = shards.directory / "params.json", shards.tensors[0], len(shards.files)
+    names = {*tensor_names(params["n_layers"], "columns"), *({ROPE} & set(first))}
+    wrong = []
+    for file, tensors in zip(shards.files, shards.tensors, strict=True):
+        missing, unexpected = names - set(tensors), set(tensors) - names
+        wrong += [f"{file.name}: missing tensor {name!r}" for name in sorted(missing)]
+        wrong += [f"{file.name}: unexpected tensor {name!r}" for name in sorted(unexpected)]
+    _refuse(shards.directory, wrong)
+    dim, rows = params["dim"], first["layers.0.attention.wq.weight"].shape[0]
+    if 0 < rows * n < dim and dim % rows == 0:
+        raise CheckpointError(
+            f"{shards.directory / f'consolidated.{n:02d}.pth'}: missing; the tensors are split "
+            f"over {dim // rows} shards, found {n}"
+        )
+    vocab = first["output.weight"].shape[0] * n
+    ffn = first["layers.0.feed_forward.w1.weight"].shape[0] * n
+    if (params.get("vocab_size") or -1) not in (-1, vocab):
+        wrong.append(f"vocab_size is {params['vocab_size']}, 'output.weight' has {vocab} rows")
+    if ffn_size(params) != ffn:
+        wrong.append(
+            "dim, multiple_of and ffn_dim_multiplier give an intermediate_size of "
+            f"{ffn_size(params)}, 'layers.0.feed_forward.w1.weight' has {ffn} rows"
+        )
+    _refuse(where, wrong)
+    positions = max_position_embeddings or params.get("max_seq_len")
+    if positions is None:
+        print(
+            f"{where}: no max_seq_len; wrote max_position_embeddings 2048, LLaMA 1's; the option "
+            "--max-position-embeddings says otherwise (Llama 2: 4096, Llama 3: 8192)",
+            file=sys.stderr,
+        )
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": dim,
+        "intermediate_size": ffn,
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
+        "head_dim": dim // params["n_heads"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "max_position_embeddings": positions or 2048,
+        "rms_norm_eps": params["norm_eps"],
+        "rope_theta": params.get("rope_theta") or 10000.0,
+        "initializer_range": 0.02,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+    return raw, "rows" if n > 1 and first["tok_embeddings.weight"].shape[-1] == dim else "columns"
+
+
+def is_rope(freqs: Tensor, config: ModelConfig) -> bool:
+    """Says whether `freqs` are theta^(-2i / D) for i < D/2, as closely as their dtype can tell."""
+    D, info = config.head_dim, torch.finfo(freqs.dtype)
+    exact = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
+    # Releases computed them in fp32 or in the dtype itself: a few roundings, not one.
+    return freqs.shape == exact.shape and torch.allclose(
+        freqs.double(), exact, rtol=8 * info.eps, atol=8 * info.tiny * info.eps
+    )
+
+
+def to_hex(tensor: Tensor) -> dict[str, str]:
+    """Returns the dtype's safetensors code and the bytes in hexadecimal: a tensor in JSON."""
+    data = b"".join(map(bytes, tensor_chunks(tensor)))
+    return {"dtype": DTYPE_CODES[tensor.dtype], "hex": data.hex()}
+
+
+def _refuse(where: Path, wrong: list[str]) -> None:
+    """Raises CheckpointError with the first eight mistakes, if there are any."""
+    more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    if wrong:
+        raise CheckpointError(f"{where}: " + "; ".join(wrong[:8]) + more)
