@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The whole path on a laptop, through the public commands, each shown before it runs:
+# train a small base on English, expand it, train the new blocks on code, and beside that fine-tune
+# all weights on as much code; then what each learned and what it forgot.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() { printf '\033[36m$ %s\033[0m\n' "$*"; "$@"; }
+
+PROCESSES=2
+export OMP_NUM_THREADS=1  # one core for each of the two processes
+out=demo-out
+rm -rf "$out"
+started=$SECONDS
+
+step "1. Real text from this Python installation: English (documentation) and code (library source)"
+run python demo/corpus.py $out/corpus
+
+step "2. A tokenizer, and a small base model trained on English"
+run python -m llamapro.tokenizer $out/corpus/english/train $out/corpus/code/train \
+    --vocab-size 2048 --out $out/tokenizer
+run torchrun --nproc-per-node $PROCESSES train.py --config configs/demo-base.toml
+run python convert.py merge configs/demo-base.json $out/runs/base $out/base
+
+step "3. Block expansion: 4 identity blocks between the base's 4; the logits do not change by a bit"
+run python convert.py expand $out/base $out/expanded --num-new-blocks 4
+run python convert.py inspect $out/expanded
+
+step "4. LLaMA Pro: only the new blocks train, on code"
+run torchrun --nproc-per-node $PROCESSES train.py --config configs/demo.toml
+
+step "5. For comparison: fine-tune all weights of the base for the same tokens"
+run torchrun --nproc-per-node $PROCESSES train.py --config configs/demo.toml \
+    --model.path $out/base --train.trainable all --run-dir $out/runs/full
+
+step "6. Back to ordinary checkpoints; the base inside the first is intact, to the byte"
+run python convert.py merge $out/expanded $out/runs/pro $out/pro
+run python convert.py merge $out/base $out/runs/full $out/full
+run python convert.py verify $out/pro --base $out/base
+
+step "7. What was learned and what was forgotten, on all held-out text"
+for model in pro full; do
+    run python -m llamapro.evaluate $out/$model --against $out/base \
+        --data $out/corpus/english/val $out/corpus/code/val
+done
+run python -m llamapro.report $out/runs/pro $out/runs/full --out $out/report
+
+step "8. A sample of each"
+for model in base pro full; do
+    run python -m llamapro.generate $out/$model --prompt "The return value of" --max-new-tokens 60
+    run python -m llamapro.generate $out/$model --prompt "def __init__(self" --max-new-tokens 60
+done
+
+step "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
+echo "table:   $out/report/report.md"
+echo "picture: $out/report/report.png"
+echo "model:   $out/pro (an ordinary LlamaForCausalLM checkpoint)"
