@@ -358,4 +358,4 @@ def peak_memory(ranks: Ranks) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, leave=os._exit)

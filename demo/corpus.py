@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
-MAX_CODE_BYTES = 4_000_000
+MAX_CODE_BYTES = 2_000_000
 
 
 def library_files() -> Iterator[Path]:

@@ -9,7 +9,6 @@ step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '\033[36m$ %s\033[0m\n' "$*"; "$@"; }
 
 PROCESSES=2
-export OMP_NUM_THREADS=1  # one core for each of the two processes
 out=demo-out
 rm -rf "$out"
 started=$SECONDS
@@ -18,9 +17,8 @@ step "1. Real text from this Python installation: English (documentation) and co
 run python demo/corpus.py $out/corpus
 
 step "2. A tokenizer, and a small base model trained on English"
-run python -m llamapro.tokenizer $out/corpus/english/train $out/corpus/code/train \
-    --vocab-size 2048 --out $out/tokenizer
-run torchrun --nproc-per-node $PROCESSES train.py --config configs/demo-base.toml
+run python -m llamapro.tokenizer $out/corpus/english/train --vocab-size 2048 --out $out/tokenizer
+run env OMP_NUM_THREADS=1 torchrun --nproc-per-node $PROCESSES train.py --config configs/demo-base.toml
 run python convert.py merge configs/demo-base.json $out/runs/base $out/base
 
 step "3. Block expansion: 4 identity blocks between the base's 4; the logits do not change by a bit"
@@ -28,10 +26,10 @@ run python convert.py expand $out/base $out/expanded --num-new-blocks 4
 run python convert.py inspect $out/expanded
 
 step "4. LLaMA Pro: only the new blocks train, on code"
-run torchrun --nproc-per-node $PROCESSES train.py --config configs/demo.toml
+run env OMP_NUM_THREADS=1 torchrun --nproc-per-node $PROCESSES train.py --config configs/demo.toml
 
 step "5. For comparison: fine-tune all weights of the base for the same tokens"
-run torchrun --nproc-per-node $PROCESSES train.py --config configs/demo.toml \
+run env OMP_NUM_THREADS=1 torchrun --nproc-per-node $PROCESSES train.py --config configs/demo.toml \
     --model.path $out/base --train.trainable all --run-dir $out/runs/full
 
 step "6. Back to ordinary checkpoints; the base inside the first is intact, to the byte"

@@ -11,35 +11,42 @@ from typing import Any, NoReturn
 from llamapro.config import UserError
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Runs a command and exits: 0 on success, 2 on a user's mistake, 130 or 143 on a signal.
 
     SIGTERM is raised as SystemExit, so that partial output is removed as after Ctrl-C.
+
+    Args:
+        main: the command.
+        leave: what ends the process. `os._exit` skips the interpreter's teardown, during which
+            gloo's threads sometimes abort a process whose work is done.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    status = 0
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        _exit(f"{type(error).__name__}: {error}", 2)
+        status = _fail(f"{type(error).__name__}: {error}", 2)
     except KeyboardInterrupt:
-        _exit("interrupted", 130)
+        status = _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of our output went away ('| head'): nothing is left to say to anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(0)
+        status = 1
+    sys.stderr.flush()
+    leave(status)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    _exit("terminated", 143)
+    sys.exit(_fail("terminated", 143))
 
 
-def _exit(message: str, status: int) -> NoReturn:
+def _fail(message: str, status: int) -> int:
     # Under torchrun every rank meets the same mistake; one of them tells.
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
-    sys.exit(status)
+    return status
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:

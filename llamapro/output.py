@@ -24,8 +24,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
     """Raises ConfigError if writing `out_dir` could destroy what it is made from.
 
-    With `force` an existing directory is replaced: so it must not be a source, contain one, or lie
-    inside one. Links are followed.
+    With `force` an existing directory is replaced: so it must not be a source or contain one. Links
+    are followed.
 
     Args:
         out_dir: the directory to write.
@@ -38,8 +38,6 @@ def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
             relation = "is also the source"
         elif path.is_relative_to(out):
             relation = f"contains the source {source}"
-        elif out.is_relative_to(path):
-            relation = f"lies inside the source {source}"
         else:
             continue
         raise ConfigError(f"{out_dir}: {relation}; choose another output directory")

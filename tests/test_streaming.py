@@ -60,11 +60,10 @@ def home(
         ("pro/../base", "is also the source"),
         ("link", "is also the source"),
         (".", "contains the source .*base"),
-        ("base/pro", "lies inside the source .*base"),
     ],
 )
 def test_expand_never_replaces_its_base(home: Path, out: str, message: str) -> None:
-    """Itself, under another name, around it or inside it: refused, every byte as it was."""
+    """Itself, under another name, or around it: refused, every byte as it was."""
     before = contents(home)
     with pytest.raises(ConfigError, match=f"{message}; choose another output"):
         expand_checkpoint(Checkpoint.open(home / "base"), home / out, LAYOUT, force=True)
@@ -75,7 +74,6 @@ def test_expand_never_replaces_its_base(home: Path, out: str, message: str) -> N
     ("out", "message"),
     [
         ("pro", "is also the source"),
-        ("pro/merged", "lies inside the source .*pro"),
         (".", "contains the source .*pro"),
         ("run", rf"contains the source .*{TRAINABLE_FILE}"),
         ("run/checkpoints/step-00000000", rf"contains the source .*{TRAINABLE_FILE}"),
