@@ -195,7 +195,6 @@ def evaluate(
     for start in range(0, count, rows * ranks.world_size):
         # Every process makes the same number of passes: sharded weights are gathered together.
         mine = chosen[start + ranks.rank * rows :][:rows]
-        mine = mine if start + ranks.rank * rows < count else []
         inputs = torch.zeros(rows, settings.data.seq_len, dtype=torch.int64)
         targets = torch.full_like(inputs, IGNORE_INDEX)
         for row, index in enumerate(mine):

@@ -46,8 +46,7 @@ run python -m llamapro.report $out/runs/pro $out/runs/full --out $out/report
 
 step "8. A sample of each"
 for model in base pro full; do
-    run python -m llamapro.generate $out/$model --prompt "The return value of" --max-new-tokens 60
-    run python -m llamapro.generate $out/$model --prompt "def __init__(self" --max-new-tokens 60
+    run python -m llamapro.generate $out/$model --prompt "This function returns" --max-new-tokens 60
 done
 
 step "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"

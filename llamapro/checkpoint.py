@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -53,7 +54,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20  # read, hashed and written while it is in the cache
 # What reading and parsing a damaged JSON text raises; RecursionError where it nests too deep.
 _UNREADABLE = (OSError, ValueError, RecursionError)
 
@@ -79,7 +80,7 @@ class StoredTensor(TensorSpec):
     offset: int
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yields the bytes in pieces of at most 8 MiB; each is overwritten by the next."""
+        """Yields the bytes in pieces of at most 1 MiB; each is overwritten by the next."""
         buffer = memoryview(bytearray(min(CHUNK_BYTES, self.nbytes)))
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
@@ -103,6 +104,14 @@ class StoredTensor(TensorSpec):
                     raise CheckpointError(f"{self.file}: ends inside tensor {self.name!r}")
                 at += count
         return flat.view(DTYPES[self.dtype]).view(self.shape)
+
+    def map(self) -> Tensor:
+        """Returns the tensor in its file, unread: pages come when touched, and go with it."""
+        if not self.nbytes or self.offset % DTYPES[self.dtype].itemsize:
+            return self.read()  # no tensor may lie at an odd address
+        # Mode "c": a private copy would be made of a page that is written to; none is.
+        pages = np.memmap(self.file, np.uint8, "c", self.offset, (self.nbytes,))
+        return torch.from_numpy(pages).view(DTYPES[self.dtype]).view(self.shape)
 
     def sha256(self) -> str:
         """Returns the SHA-256 of the bytes, in hexadecimal."""

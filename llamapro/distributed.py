@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ class Ranks:
         world_size: how many processes train together.
         device: where this process computes.
         mesh: all of them in one dimension.
+        patient: the same processes, with a timeout of a week instead of minutes: for waiting until
+            the main one has tokenised a corpus or written a file.
     """
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    patient: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +49,7 @@ class Ranks:
     def from_main(self, value: Any) -> Any:
         """Returns the main rank's value on every rank; every rank must call it."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
 
@@ -82,7 +86,8 @@ def process_group(device: str) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     try:
         mesh = init_device_mesh(kind, (dist.get_world_size(),))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), where, mesh)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), where, mesh, patient)
     finally:
         dist.destroy_process_group()
 

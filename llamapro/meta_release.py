@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ class Shards:
                     f"are numbered from 00 without gaps, found {sorted(found) or 'none'}"
                 )
         self.files = [directory / f"consolidated.{number:02d}.pth" for number in sorted(found)]
+        self._lock = Lock()  # of `parts`, which several threads may call
         self._map()
 
     def _map(self) -> None:
@@ -107,10 +109,11 @@ class Shards:
 
     def parts(self, name: str) -> list[Tensor]:
         """Returns every shard's part of a tensor; keep no reference, or its file stays mapped."""
-        if self._touched > REMAP_BYTES:
-            self._map()
-        parts = [tensors[name] for tensors in self.tensors]
-        self._touched += sum(part.nbytes for part in parts)
+        with self._lock:
+            if self._touched > REMAP_BYTES:
+                self._map()
+            parts = [tensors[name] for tensors in self.tensors]
+            self._touched += sum(part.nbytes for part in parts)
         return parts
 
     def check(

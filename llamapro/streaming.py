@@ -81,13 +81,16 @@ def expand_checkpoint(
         stored = base.tensors[source]
         specs.append(TensorSpec(name, stored.dtype, stored.shape))
     hashes: dict[str, str] = {}
+    new = set(layout.new_layers)
 
     def chunks_of(spec: TensorSpec) -> Chunks:
         source, is_zero = names[spec.name]
+        stored = base.tensors[source]
         if is_zero:
             return _zeros(spec)
-        stored = base.tensors[source]
-        return stored.chunks() if source in hashes else _hashed(stored, hashes)
+        return (
+            stored.chunks() if expansion.is_in_layers(spec.name, new) else _hashed(stored, hashes)
+        )
 
     with output_directory(out_dir, force) as aside:
         write_checkpoint(aside, specs, chunks_of, max_shard_bytes, label="expand")

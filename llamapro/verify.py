@@ -34,32 +34,28 @@ class LogitComparison:
     tokens: int
 
 
-def _read(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
-    return {name: tensor.read() for name, tensor in stored.items()}
-
-
 @torch.no_grad()
 def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
     with torch.device("meta"):
         layer = DecoderLayer(checkpoint.config, index)
-    layer.load_state_dict(_read(checkpoint.layer(index)), assign=True)
+    stored = checkpoint.layer(index)
+    layer.load_state_dict({name: t.map() for name, t in stored.items()}, assign=True)
     positions = torch.arange(x.shape[1])
     config = checkpoint.config
     return layer(x, *ops.rope_table(positions, config.head_dim, config.rope_theta, x.dtype))
 
 
 def _embed(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
-    table = checkpoint.tensors["model.embed_tokens.weight"].read()
-    return table[input_ids].clone()  # the rows, so that the table is freed
+    return checkpoint.tensors["model.embed_tokens.weight"].map()[input_ids]
 
 
 @torch.no_grad()
 def _logits(checkpoint: Checkpoint, x: Tensor) -> Tensor:
     with torch.device("meta"):
         norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
-    norm.load_state_dict({"weight": checkpoint.tensors["model.norm.weight"].read()}, assign=True)
+    norm.load_state_dict({"weight": checkpoint.tensors["model.norm.weight"].map()}, assign=True)
     tied = checkpoint.config.tie_word_embeddings
-    head = checkpoint.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"].read()
+    head = checkpoint.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"].map()
     return torch.nn.functional.linear(norm(x), head)
 
 
@@ -130,7 +126,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
     """
     checkpoint = Checkpoint.open(path)
     hashes = hash_tensors(checkpoint.tensors.values(), f"hash {checkpoint.path.name}")
-    bad = [t.name for t in checkpoint.tensors.values() if not torch.isfinite(t.read()).all()]
+    bad = [t.name for t in checkpoint.tensors.values() if not torch.isfinite(t.map()).all()]
     if bad:
         raise CheckpointError(f"{path}: NaN or infinity in {', '.join(bad[:5])}")
     result: dict[str, Any] = {
@@ -146,7 +142,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         return result
     contained = contained_base_sha256(checkpoint, hashes)
     identity = all(
-        not checkpoint.layer(index)[part].read().any()
+        not checkpoint.layer(index)[part].map().any()
         for index in record.new_layers
         for part in ZERO_IN_NEW_BLOCKS
     )

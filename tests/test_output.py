@@ -164,16 +164,16 @@ def test_a_full_disk_removes_the_partial_output(
 ) -> None:
     """ENOSPC halfway through a tensor: one CheckpointError with the file's name, old bytes kept."""
     before = contents(old.parent)
-    write, calls = os.write, 0
+    write, calls = os.pwrite, 0
 
-    def failing(fd: int, data: Any) -> int:
+    def failing(fd: int, data: Any, at: int) -> int:
         nonlocal calls
         calls += 1
         if calls == 3:  # the header, a piece of the tensor, and no more
             raise OSError(code, os.strerror(code))
-        return write(fd, data[:1000])
+        return write(fd, data[:1000], at)
 
-    monkeypatch.setattr(os, "write", failing)
+    monkeypatch.setattr(os, "pwrite", failing)
     spec = TensorSpec("w", "F32", (1000,))
     with pytest.raises(CheckpointError) as caught, output_directory(old, force=True) as aside:
         write_checkpoint(aside, [spec], lambda _: tensor_chunks(torch.ones(1000)))
