@@ -71,7 +71,7 @@ def expand_checkpoint(
         base_sha256, logits_bit_equal (True) and tokens_compared.
 
     Raises:
-        ConfigError: `out_dir` is, contains or lies inside the base; or it exists, without `force`.
+        ConfigError: `out_dir` is or contains the base; or it exists, without `force`.
         CheckpointError: writing failed, or the result's logits differ from the base's.
     """
     refuse_source(out_dir, base.path)

@@ -416,7 +416,7 @@ def test_only_a_small_part_of_the_release_is_resident(
     from_meta(source, tmp_path / "out", None)
     assert whole > 24 << 20
     assert resident[0] < 4 << 20  # the norms, compared between shards, and the pages around them
-    # Two threads hold a tensor each, the embedding's 4 MiB at most, beside what is not yet unmapped.
+    # Two threads hold a tensor each, at most the embedding of 4 MiB, beside what is still mapped.
     assert max(resident) < 12 << 20
     assert max(resident[4:-2]) < 6 << 20  # between embedding and head: small tensors alone
     to_meta(tmp_path / "out", tmp_path / "back")
