@@ -9,6 +9,7 @@ cost one copy, shared between the processes of a machine.
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 from collections import Counter
@@ -17,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -109,9 +109,13 @@ class StoredTensor(TensorSpec):
         """Returns the tensor in its file, unread: pages come when touched, and go with it."""
         if not self.nbytes or self.offset % DTYPES[self.dtype].itemsize:
             return self.read()  # no tensor may lie at an odd address
-        # Mode "c": a private copy would be made of a page that is written to; none is.
-        pages = np.memmap(self.file, np.uint8, "c", self.offset, (self.nbytes,))
-        return torch.from_numpy(pages).view(DTYPES[self.dtype]).view(self.shape)
+        inset = self.offset % mmap.ALLOCATIONGRANULARITY
+        start, size = self.offset - inset, inset + self.nbytes
+        with open(self.file, "rb") as file:
+            # Copy on write, because torch wants writable memory; nothing is written.
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
+        flat = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=inset)
+        return flat.view(DTYPES[self.dtype]).view(self.shape)
 
     def sha256(self) -> str:
         """Returns the SHA-256 of the bytes, in hexadecimal."""
