@@ -383,3 +383,16 @@ def test_a_loaded_model_costs_one_copy_of_its_weights(
     shutil.rmtree(path)
     assert nbytes > 300_000_000
     assert 0.9 * nbytes < peaks["load"] - peaks["open"] < 1.25 * nbytes
+
+
+def test_a_mapped_tensor_is_the_one_that_is_read(tmp_path: Path) -> None:
+    """Wherever it starts in its page; an odd place, at which no fp32 may lie, is read instead."""
+    tensors = {"a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3000, 5)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    for name, stored in read_header(tmp_path / "x.safetensors").items():
+        assert torch.equal(stored.map(), tensors[name])
+        assert torch.equal(stored.read(), tensors[name])
+    data = tensors["b"].numpy().tobytes()
+    (tmp_path / "raw").write_bytes(b"x" * 4099 + data)
+    odd = StoredTensor("b", "F32", (3000, 5), tmp_path / "raw", 4099)
+    assert torch.equal(odd.map(), tensors["b"])
