@@ -16,7 +16,7 @@ from llamapro.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """`ops.rms_norm` with its weight (C,)."""
+    """`ops.rms_norm` and `ops.add_rms_norm` with their weight (C,)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -25,6 +25,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # both (..., C)
+        """Returns `residual + x` and its norm: one pass over memory where a kernel does it."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class KVCache:
@@ -124,8 +128,9 @@ class DecoderLayer(nn.Module):
         return self._forward(x, cos, sin, cache)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x, normed = self.post_attention_layernorm.add(attended, x)
+        return x + self.mlp(normed)
 
 
 class LlamaModel(nn.Module):

@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ import pytest
 import sentencepiece
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: all kernels of this process run in its interpreter. Compiling
+    # them for a GPU is therefore tested in processes of their own (test_kernels_compile.py).
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from llamapro.checkpoint import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.config import ModelConfig
@@ -128,3 +133,113 @@ def write_random_checkpoint(tokenizer_file: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+# ---- Kernels: the error rule, storage layouts, guards around what is written -------------------
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreted),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel is tested: in the interpreter on the CPU, or (`pytest -m gpu`) compiled."""
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip(f"kernels do not run on {request.param} here")
+    return request.param
+
+
+def _assert_as_exact_as_torch(kernel: Tensor, reference: Tensor, exact: Tensor) -> None:
+    assert kernel.dtype == reference.dtype and kernel.shape == reference.shape
+    assert exact.dtype == torch.float64 and exact.shape == reference.shape
+    if not exact.numel():
+        return
+    error = (kernel.double() - exact).abs().max().item()
+    allowed = (reference.double() - exact).abs().max().item()
+    rounding = torch.finfo(kernel.dtype).eps * exact.abs().max().item()
+    assert error <= 2 * allowed + rounding, f"error {error:.3g}, PyTorch's {allowed:.3g}"
+
+
+@pytest.fixture(scope="session")
+def assert_as_exact_as_torch() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """`f(kernel, reference, exact)`: the kernel's error against fp64 is at most twice PyTorch's.
+
+    `reference` is plain PyTorch in the kernel's dtype, `exact` the same in fp64 from the same
+    (rounded) inputs. One rounding of the largest value is allowed on top, as PyTorch's own error
+    can be 0.
+    """
+    return _assert_as_exact_as_torch
+
+
+LAYOUTS = ("contiguous", "offset", "padded", "transposed", "every_other", "expanded")
+
+
+def _in_layout(x: Tensor, layout: str) -> Tensor:
+    wide = float("nan") if x.is_floating_point() else -1
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "offset":
+        out = x.new_full((x.numel() + 1,), wide)[1:].view(x.shape)
+    elif layout == "padded":
+        out = x.new_full((*x.shape[:-1], x.shape[-1] + 3), wide)[..., : x.shape[-1]]
+    elif layout == "transposed":
+        out = x.new_full((x.shape[-1], *x.shape[:-1]), wide).movedim(0, -1)
+    elif layout == "every_other":
+        out = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), wide)[..., ::2]
+    elif layout == "expanded":
+        return x[:1].expand(x.shape)
+    else:
+        raise ValueError(layout)
+    return out.copy_(x)
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    """The name of a storage layout, for `in_layout`."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def in_layout() -> Callable[[Tensor, str], Tensor]:
+    """`in_layout(x, layout)`: x's values in other storage, the gaps in it filled with NaN.
+
+    offset: not 16-byte aligned. padded: rows with a gap between. transposed: the last axis is the
+    slowest. every_other: last stride 2. expanded: x[:1] repeated along the first axis by stride 0
+    (other values than x).
+    """
+    return _in_layout
+
+
+GUARD = 64
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts a margin around all that `torch.empty` and `torch.empty_like` give, and looks after it.
+
+    What a kernel writes outside its output is found when the test ends; what it leaves unwritten
+    inside, or reads from it, is NaN.
+    """
+    empty = torch.empty
+    made: list[tuple[Tensor, int]] = []
+
+    def guarded_empty(*size: Any, **options: Any) -> Tensor:
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        storage = empty(shape.numel() + 2 * GUARD, **options)
+        storage.fill_(float("nan") if storage.is_floating_point() else -77)
+        made.append((storage, shape.numel()))
+        return storage[GUARD : GUARD + shape.numel()].view(shape)
+
+    def guarded_empty_like(x: Tensor, **options: Any) -> Tensor:
+        options.pop("memory_format", None)
+        return guarded_empty(x.shape, **{"dtype": x.dtype, "device": x.device} | options)
+
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    monkeypatch.setattr(torch, "empty_like", guarded_empty_like)
+    yield
+    for storage, size in made:
+        margins = torch.cat((storage[:GUARD], storage[GUARD + size :]))
+        intact = margins.isnan() if margins.is_floating_point() else margins == -77
+        assert intact.all(), f"written outside an output of {size} elements"

@@ -100,6 +100,54 @@ def test_attention_is_the_causal_softmax_formula(H: int, KV: int, T: int, S: int
     torch.testing.assert_close(ops.attention(q, k, v), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 20])
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("T, S", [(9, 9), (4, 9), (1, 9)])
+def test_bounds_are_the_window_and_the_document(
+    window: int | None, is_packed: bool, T: int, S: int
+) -> None:
+    """Pair by pair: i sees j if i - window < j <= i and both are in one document, else not."""
+    documents = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 5], [3] * 9]) if is_packed else None
+    first, last = ops.attention_bounds(T, S, window, documents)
+    assert first.dtype == last.dtype == torch.int32
+    assert first.shape[1] == T and last.shape[1] == S
+    for b in range(len(first)):
+        for i in range(S - T, S):
+            for j in range(S):
+                sees = j <= i and (window is None or i - window < j)
+                if documents is not None:
+                    sees = sees and bool(documents[b, i] == documents[b, j])
+                assert (first[b, i - (S - T)] <= j <= i) == sees
+                assert (j <= i <= last[b, j]) == sees
+
+
+@pytest.mark.parametrize("T, S", [(9, 9), (4, 9), (1, 9)])
+def test_bounded_attention_sees_what_its_bounds_say(T: int, S: int) -> None:
+    """In a window and in documents, each query equals attention over the keys it sees alone."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, T, 4, 8, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, S, 2, 8, generator=generator, dtype=torch.float64)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0, 0, 0, 0]])
+    bounds = ops.attention_bounds(T, S, 4, documents)
+    found = ops.attention(q, k, v, bounds)
+    for b in range(2):
+        for t in range(T):
+            at, start = S - T + t, int(bounds.first[b, t])
+            seen = k[b : b + 1, start : at + 1], v[b : b + 1, start : at + 1]
+            expected = ops.attention(q[b : b + 1, t : t + 1], *seen)
+            torch.testing.assert_close(found[b : b + 1, t : t + 1], expected)
+
+
+def test_adding_and_norming_is_the_sum_and_its_norm() -> None:
+    """`residual + x`, rounded, and `rms_norm` of that."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 3, 5, 16, generator=generator).bfloat16()
+    weight = torch.rand(16, generator=generator).bfloat16()
+    total, normed = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, residual + x)
+    assert torch.equal(normed, ops.rms_norm(total, weight, 1e-5))
+
+
 @pytest.mark.parametrize("theta", [100.0, 10000.0, 500000.0])
 def test_rope_is_a_complex_multiplication(theta: float) -> None:
     """(x_i, x_{i+D/2}) as a complex number is turned by position * theta^(-2i/D)."""

@@ -1,0 +1,43 @@
+"""Where a kernel can run, and which generation of GPU its block sizes are for."""
+
+import torch
+import triton
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _kernel():
+    """Does nothing; what it was made into tells how this process runs kernels."""
+
+
+def is_interpreted() -> bool:
+    """Whether `TRITON_INTERPRET=1` runs the kernels in Python, on CPU tensors: slow, for tests."""
+    return not isinstance(_kernel, triton.JITFunction)
+
+
+def architecture(device: torch.device) -> int:
+    """Returns the generation whose block sizes fit the device: 80 (Ampere, Ada) or 90 (Hopper).
+
+    The interpreter takes the sizes of 80. Later generations do too: theirs are not measured, and
+    what 80 asks for, in shared memory and instructions, every later one has.
+    """
+    if device.type != "cuda":
+        return 80
+    gpu = torch.cuda.get_device_properties(device)
+    return 90 if (gpu.major, gpu.minor) == (9, 0) else 80
+
+
+def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns why no Triton kernel can take tensors of this device and dtype, or None."""
+    if dtype not in FLOATS:
+        return f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, float16, bfloat16"
+    if is_interpreted():
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly"
+        return None if device.type == "cpu" else f"device {device.type} under TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"device is {device.type}, not cuda"
+    # Not get_device_capability: torch.compile takes this one for a constant.
+    gpu = torch.cuda.get_device_properties(device)
+    return None if gpu.major >= 8 else f"compute capability {gpu.major}.{gpu.minor} is below 8.0"
