@@ -1,0 +1,519 @@
+"""The fused output projection and cross-entropy against plain PyTorch and fp64."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamapro import ops
+
+ce = pytest.importorskip("llamapro.kernels.cross_entropy", exc_type=ModuleNotFoundError)
+
+FLOATS = (torch.float32, torch.float16)
+DTYPES = [*FLOATS, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+C, V, N = 16, 97, 23
+IGNORED = [0, 5, 6, 7, 8, 9, 22]  # in chunks of 5 tokens: a whole one, and the first and last row
+Check = Callable[[Tensor, Tensor, Tensor], None]
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+def inputs(
+    device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int, int] = (N, C, V)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight, targets, some of which are ignored; logits up to about 10 in size."""
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+    n, c, v = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, c, generator=generator).to(dtype)
+    weight = torch.randn(v, c, generator=generator).to(dtype)
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[[i for i in IGNORED if i < n - 1]] = ops.IGNORE_INDEX
+    return x.to(device), weight.to(device), targets.to(device)
+
+
+def run(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: float = 1.0,
+    trains: str = "xw",
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Loss, count, and the gradients of x and weight where they train, of scale * loss."""
+    x, weight = x.detach(), weight.detach()
+    x.requires_grad_("x" in trains)
+    weight.requires_grad_("w" in trains)
+    loss_sum, count = function(x, weight, targets)
+    wanted = [t for t in (x, weight) if t.requires_grad]
+    found = list(torch.autograd.grad(loss_sum * scale, wanted)) if wanted else []
+    gradients = (
+        found.pop(0) if "x" in trains else None,
+        found.pop(0) if "w" in trains else None,
+    )
+    return loss_sum.detach(), count, gradients
+
+
+def plain(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    with ops.use("torch"):
+        return ops.linear_cross_entropy(x, weight, targets)
+
+
+def exact(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = x.double() @ weight.double().T
+    loss_sum = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return loss_sum, (targets != -100).sum()
+
+
+def compare(check: Check, *args: Any, **options: Any) -> None:
+    """Loss, count and all gradients of the kernel by the error rule."""
+    ours, count, gradients = run(ce.linear_cross_entropy, *args, **options)
+    theirs, their_count, their_gradients = run(plain, *args, **options)
+    x, weight, targets = args
+    true, _, true_gradients = run(exact, x.double(), weight.double(), targets, **options)
+    assert ours.dtype == torch.float32 and count.dtype == torch.int64 and ours.shape == ()
+    assert torch.equal(count, their_count) and not count.requires_grad
+    check(ours, theirs, true)
+    for found, plains, wanted in zip(gradients, their_gradients, true_gradients, strict=True):
+        if wanted is None:
+            assert found is None
+            continue
+        assert found is not None and found.is_contiguous()
+        check(found, plains, wanted)
+
+
+def launch(
+    logits: Tensor, targets: list[int], block: int = 64, needs_grad: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The kernel alone: per-row losses, and the gradients it makes of the logits."""
+    grads = logits.clone(memory_format=torch.contiguous_format)
+    losses = torch.full((len(targets),), math.nan, device=logits.device)
+    ids = torch.tensor(targets, device=logits.device)
+    ce._cross_entropy_kernel[(len(targets),)](
+        grads, ids, losses, logits.shape[1], NEEDS_GRAD=needs_grad, BLOCK=block
+    )
+    return losses, grads
+
+
+@pytest.fixture
+def chunks_of_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ce, "CHUNK_LOGITS", 5 * V)
+
+
+# ---- Values and gradients ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [(N, C, V), (1, 3, 2), (3, 5, 1), (7, 33, 4096), (3, 8, 2 * 4096 + 5)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_loss_and_gradients_are_as_exact_as_torch(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    scale: float,
+    device: str,
+    assert_as_exact_as_torch: Check,
+) -> None:
+    """One class, one block of classes and several with a rest; upstream gradients of 1 and less."""
+    compare(assert_as_exact_as_torch, *inputs(device, dtype, shape), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("limit", [1, 5 * V, 23 * V - 1, 23 * V], ids=["1", "5", "12", "all"])
+def test_chunks_change_nothing(
+    limit: int,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_as_exact_as_torch: Check,
+) -> None:
+    """A token at a time, chunks with a smaller last one, and one chunk of all."""
+    monkeypatch.setattr(ce, "CHUNK_LOGITS", limit)
+    compare(assert_as_exact_as_torch, *inputs(device, dtype), scale=0.1)
+
+
+def test_logits_are_held_for_equal_chunks_only(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for 11 of 23 tokens makes three chunks of 8, 8 and 7, in one buffer of 8."""
+    monkeypatch.setattr(ce, "CHUNK_LOGITS", 11 * V)
+    empty, made, rows = torch.empty, [], []
+
+    def seen_empty(size: tuple[int, ...], **options: Any) -> Tensor:
+        made.append(tuple(size))
+        return empty(size, **options)
+
+    class Seen:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            rows.append(grid[0])
+            return kernel[grid]
+
+    kernel = ce._cross_entropy_kernel
+    monkeypatch.setattr(torch, "empty", seen_empty)
+    monkeypatch.setattr(ce, "_cross_entropy_kernel", Seen())
+    ce.linear_cross_entropy(*inputs(device))
+    assert [size for size in made if size[-1:] == (V,)] == [(8, V)]
+    assert rows == [8, 8, 7]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("which", ["x", "weight", "targets"])
+def test_any_layout_is_right(
+    which: str,
+    dtype: torch.dtype,
+    layout: str,
+    device: str,
+    chunks_of_5: None,
+    in_layout: Callable[[Tensor, str], Tensor],
+    assert_as_exact_as_torch: Check,
+) -> None:
+    """Unaligned, padded, transposed, strided and expanded inputs; the gaps in them are not read."""
+    x, weight, targets = inputs(device, dtype)
+    if which == "x":
+        x = in_layout(x, layout)
+    elif which == "weight":
+        weight = in_layout(weight, layout)
+    else:
+        targets = in_layout(targets.roll(-1), layout)  # expanded repeats the first: not ignored
+    compare(assert_as_exact_as_torch, x, weight, targets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_written_outside_and_all_inside(
+    dtype: torch.dtype, device: str, chunks_of_5: None, guarded: None
+) -> None:
+    """Margins around logits, losses and gradients stay as they were, and no gap stays NaN."""
+    loss_sum, _, gradients = run(ce.linear_cross_entropy, *inputs(device, dtype))
+    for tensor in (loss_sum, *gradients):
+        assert tensor is not None and tensor.isfinite().all()
+
+
+def test_no_tokens_are_no_loss(device: str) -> None:
+    """N = 0: loss 0, count 0, gradients of the right shapes."""
+    x, weight, targets = inputs(device)
+    loss_sum, count, (grad_x, grad_weight) = run(
+        ce.linear_cross_entropy, x[:0], weight, targets[:0]
+    )
+    assert loss_sum == 0 and count == 0
+    assert grad_x is not None and grad_x.shape == (0, C)
+    assert grad_weight is not None and torch.equal(grad_weight, torch.zeros_like(weight))
+
+
+# ---- Targets -----------------------------------------------------------------------------------
+
+
+def test_ignored_tokens_are_as_if_left_out(device: str, chunks_of_5: None) -> None:
+    """They add no loss and no count, and their gradient is exactly 0."""
+    x, weight, targets = inputs(device)
+    is_counted = targets != ops.IGNORE_INDEX
+    loss_sum, count, (grad_x, grad_weight) = run(ce.linear_cross_entropy, x, weight, targets)
+    assert grad_x is not None and grad_weight is not None
+    assert count == N - len(IGNORED[:-1]) and grad_x[~is_counted].count_nonzero() == 0
+    kept = run(ce.linear_cross_entropy, x[is_counted], weight, targets[is_counted])
+    torch.testing.assert_close(loss_sum, kept[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close((grad_x[is_counted], grad_weight), kept[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_ignored_is_no_loss_and_zero_gradients(dtype: torch.dtype, device: str) -> None:
+    """Nothing is divided by the number of targets; not even infinite logits count."""
+    x, weight, targets = inputs(device, dtype)
+    targets.fill_(ops.IGNORE_INDEX)
+    loss_sum, count, gradients = run(ce.linear_cross_entropy, x, weight, targets)
+    assert loss_sum == 0 and count == 0
+    for gradient in gradients:
+        assert gradient is not None and gradient.count_nonzero() == 0
+    losses, grads = launch(torch.full((1, V), math.inf, dtype=dtype, device=device), [-100])
+    assert losses == 0 and grads.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("target", [-1, -101, V, 2**40])
+def test_a_target_outside_the_vocabulary_is_an_error(target: int, device: str) -> None:
+    """As in PyTorch; a GPU's assertion would end the process, so there only the kernel is asked."""
+    x, weight, targets = inputs(device)
+    losses, grads = launch(x @ weight.T, [target] * N)
+    assert losses.count_nonzero() == 0 and grads.count_nonzero() == 0  # and nothing read for it
+    if device == "cpu":
+        targets[3] = target
+        with pytest.raises(RuntimeError, match=r"below 97 or -100"):
+            ce.linear_cross_entropy(x, weight, targets)
+
+
+def test_the_ignored_id_is_the_references() -> None:
+    """The kernel cannot import it from ops."""
+    assert ce.IGNORE_INDEX == ops.IGNORE_INDEX
+
+
+# ---- Numerics ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [16, 64, 256])
+def test_blocks_of_classes_change_nothing(block: int, device: str) -> None:
+    """Where the largest logit so far rises from block to block, and where it falls."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 200, generator=generator, dtype=torch.float64)
+    slope = torch.linspace(-20, 20, 200)
+    logits[0] += slope
+    logits[1] -= slope
+    targets = torch.tensor([0, 0, 199, 17])
+    losses, grads = launch(logits.float().to(device), targets.tolist(), block)
+    wide = logits.float().double().requires_grad_()
+    expected = F.cross_entropy(wide, targets, reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(losses.cpu().double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grads.cpu().double(), wide.grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_hidden_states_give_the_uniform_loss(dtype: torch.dtype, device: str) -> None:
+    """ln V per token."""
+    x, weight, targets = inputs(device, dtype)
+    loss_sum, count, _ = run(ce.linear_cross_entropy, torch.zeros_like(x), weight, targets)
+    torch.testing.assert_close(loss_sum, count * math.log(V), rtol=1e-6, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype, gap", [(torch.float32, 30.0), (torch.float16, 9.0)])
+def test_the_true_class_keeps_its_gradient_when_the_model_is_sure(
+    dtype: torch.dtype, gap: float, device: str
+) -> None:
+    """Probability - 1 is minus the others' sum, to a rounding, even where the probability is 1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 200, generator=generator)
+    targets = [0, 63, 199]
+    for row, target in enumerate(targets):
+        logits[row, target] = logits[row].max() + gap
+    logits = logits.to(dtype).to(device)
+    _, grads = launch(logits, targets)
+    wide = logits.double().softmax(-1)
+    for row, target in enumerate(targets):
+        wide[row, target] = 0
+        wide[row, target] = -wide[row].sum()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        grads.double(), wide, rtol=4 * eps + 1e-5, atol=2**-24 * (eps > 1e-6)
+    )
+    if dtype == torch.float32:  # the case is one in which the plain formula gives 0
+        assert logits.softmax(-1)[0, 0] == 1 and grads[0, 0] < 0
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, interpreting
+def test_huge_and_infinite_logits_are_stable(device: str) -> None:
+    """Losses and gradients as in fp64, with whole blocks of -inf before and after the others."""
+    logits = torch.full((5, 200), -math.inf)
+    logits[0, 100:110] = torch.linspace(-3, 3, 10) * 1e38
+    logits[1] = torch.linspace(-1e4, 1e4, 200)
+    logits[2] = -1e30
+    logits[3, 150] = 2.0  # the true class alone has a probability
+    logits[4, [3, 190]] = torch.tensor([88.0, 89.0])  # exp of either is all but infinite
+    targets = [109, 199, 7, 150, 3]
+    losses, grads = launch(logits.to(device), targets)
+    wide = logits.double().requires_grad_()
+    expected = F.cross_entropy(wide, torch.tensor(targets), reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(losses.cpu().double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grads.cpu().double(), wide.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_a_true_class_of_probability_zero_is_an_infinite_loss(device: str) -> None:
+    """Its logit -inf: the gradient is -1 there and the softmax elsewhere, as in PyTorch."""
+    logits = torch.zeros(1, 100, device=device)
+    logits[0, :71] = -math.inf  # and a whole block of such
+    losses, grads = launch(logits, [70])
+    assert losses == math.inf and grads[0, 70] == -1 and grads[0, :70].count_nonzero() == 0
+    torch.testing.assert_close(grads.sum(), torch.zeros((), device=device), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy, interpreting
+@pytest.mark.parametrize("where", [0, 70, 99], ids=["another", "true", "last"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_logit_shows_in_the_loss(where: int, value: float, device: str) -> None:
+    """NaN or +inf anywhere in the row makes its loss NaN: training stops, instead of going on."""
+    logits = torch.zeros(2, 100, device=device)
+    logits[0, where] = value
+    losses, _ = launch(logits, [70, 70])
+    assert losses[0].isnan() and losses[1].isfinite()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_upstream_gradient_is_not_rounded(dtype: torch.dtype, device: str) -> None:
+    """1/100003, far below what fp16 has digits for, scales in fp32; one rounding follows."""
+    x, weight, targets = inputs(device, dtype)
+    scale = 1 / 100003
+    _, _, (unscaled, _) = run(ce.linear_cross_entropy, x, weight, targets)
+    _, _, (scaled, _) = run(ce.linear_cross_entropy, x, weight, targets, scale=scale)
+    assert unscaled is not None and scaled is not None
+    exactly = (unscaled.float() * torch.tensor(scale, device=device)).to(dtype)
+    assert torch.equal(scaled, exactly)
+    rounded = (unscaled.float() * torch.tensor(scale, dtype=dtype, device=device)).to(dtype)
+    assert dtype == torch.float32 or not torch.equal(scaled, rounded)
+
+
+def test_the_weights_gradient_is_summed_in_fp32(device: str, chunks_of_5: None) -> None:
+    """Sums over tokens that fp16 could not hold are scaled first; small chunks are not lost."""
+    x = torch.full((20, 1), 30000.0, dtype=torch.float16, device=device)
+    weight = torch.zeros(V, 1, dtype=torch.float16, device=device)
+    targets = torch.zeros(20, dtype=torch.int64, device=device)
+    _, _, (_, gradient) = run(ce.linear_cross_entropy, x, weight, targets, scale=1 / 20)
+    assert gradient is not None and gradient.dtype == torch.float16
+    expected = torch.full((V, 1), 30000.0 / V, dtype=torch.float64)
+    expected[0] -= 30000
+    torch.testing.assert_close(gradient.cpu().double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+def test_offsets_pass_2_to_the_31(device: str) -> None:
+    """The last of 66,000 rows of 32,768 logits is found."""
+    logits = torch.zeros(66000, 32768, dtype=torch.float16, device=device)
+    logits[-1, 5] = 4.0
+    targets = torch.full((66000,), 5, device=device)
+    losses = torch.empty(66000, device=device)
+    ce._cross_entropy_kernel[(66000,)](logits, targets, losses, 32768, NEEDS_GRAD=True, BLOCK=4096)
+    wide = math.log(32767 + math.exp(4)) - 4
+    torch.testing.assert_close(losses[-1].item(), wide, rtol=1e-6, atol=0)
+    assert logits[-1, 5].item() == pytest.approx(-32767 / (32767 + math.exp(4)), rel=1e-3)
+
+
+# ---- What is not asked for is not computed -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "trains, products",
+    [("", ["xW"]), ("x", ["xW", "gW"]), ("w", ["xW", "gx"]), ("xw", ["xW", "gW", "gx"])],
+)
+def test_only_gradients_asked_for_are_computed(
+    trains: str,
+    products: list[str],
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_as_exact_as_torch: Check,
+) -> None:
+    """A frozen embedding costs no product and no V x C buffer; the other gradient stays right."""
+    done = []
+    mm, product = torch.mm, ce._product_in_fp32
+
+    def seen_mm(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        done.append("xW" if b.shape == (C, V) else "gW" if b.shape == (V, C) else "?")
+        return mm(a, b, **options)
+
+    def seen_product(a: Tensor, b: Tensor) -> Tensor:
+        done.append("gx")
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(ce, "_product_in_fp32", seen_product)
+    monkeypatch.setattr(torch, "mm", seen_mm)
+    x, weight, targets = inputs(device)
+    run(ce.linear_cross_entropy, x, weight, targets, trains=trains)
+    assert done == products
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(ce, "_product_in_fp32", product)
+    compare(assert_as_exact_as_torch, x, weight, targets, trains=trains)
+    outputs = ce._forward(x, weight, targets, "x" in trains, "w" in trains)
+    sizes = [N * C * ("x" in trains), V * C * ("w" in trains)]
+    assert [t.numel() for t in outputs[2:]] == sizes
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad_nothing_but_the_loss_is_computed(
+    context: Callable[[], Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if both inputs are of the kind that trains; the loss is the same."""
+    x, weight, targets = inputs(device)
+    expected, _, _ = run(ce.linear_cross_entropy, x, weight, targets)
+    asked = []
+    forward = ce._forward
+    monkeypatch.setattr(ce, "_forward", lambda *args: asked.append(args[3:]) or forward(*args))
+    with context():
+        loss_sum, _ = ce.linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets)
+    assert asked == [(False, False)] and torch.equal(loss_sum, expected)
+    assert not loss_sum.requires_grad
+
+
+# ---- As part of a graph ------------------------------------------------------------------------
+
+
+def test_a_tied_embedding_gets_both_gradients(device: str, assert_as_exact_as_torch: Check) -> None:
+    """The weight as input embedding and output embedding at once."""
+    _, weight, targets = inputs(device)
+    ids = targets.abs() % V
+
+    def gradient(function: Callable[..., Any], weight: Tensor) -> Tensor:
+        weight = weight.detach().requires_grad_()
+        function(F.embedding(ids, weight), weight, targets)[0].backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    assert_as_exact_as_torch(
+        gradient(ce.linear_cross_entropy, weight),
+        gradient(plain, weight),
+        gradient(exact, weight.double()),
+    )
+
+
+def test_backward_can_run_twice_and_changes_no_input(device: str) -> None:
+    """What forward kept is not used up, and x, weight and targets are as they were."""
+    x, weight, targets = inputs(device)
+    before = [t.clone() for t in (x, weight, targets)]
+    x.requires_grad_()
+    weight.requires_grad_()
+    loss_sum, _ = ce.linear_cross_entropy(x, weight, targets)
+    first = torch.autograd.grad(loss_sum, (x, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * loss_sum, (x, weight))
+    for once, twice in zip(first, second, strict=True):
+        assert torch.equal(2 * once, twice)
+    for tensor, was in zip((x, weight, targets), before, strict=True):
+        assert torch.equal(tensor, was)
+
+
+def test_the_same_input_gives_the_same_bits(device: str, chunks_of_5: None) -> None:
+    """No atomics, and sums in a fixed order."""
+    runs = [run(ce.linear_cross_entropy, *inputs(device), scale=0.3) for _ in range(2)]
+    (first, _, first_gradients), (second, _, second_gradients) = runs
+    assert torch.equal(first, second)
+    for a, b in zip(first_gradients, second_gradients, strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("trains", ["x", "xw"])
+def test_it_compiles_into_one_graph(trains: str, device: str) -> None:
+    """torch.compile(fullgraph=True) gives the eager bits, frozen or not."""
+
+    def function(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss_sum, count = ce.linear_cross_entropy(x.sin(), weight, targets)
+        return loss_sum / count, count
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    args = inputs(device)
+    loss, count, gradients = run(compiled, *args, trains=trains)
+    eager_loss, eager_count, eager_gradients = run(function, *args, trains=trains)
+    assert torch.equal(loss, eager_loss) and torch.equal(count, eager_count)
+    for ours, theirs in zip(gradients, eager_gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or theirs is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("need_x, need_weight", [(False, False), (True, False), (True, True)])
+def test_ops_keep_their_contracts(need_x: bool, need_weight: bool, device: str) -> None:
+    """Schemas and shapes under tracing, by torch.library.opcheck, for transposed inputs too."""
+    x, weight, targets = inputs(device, torch.float16)
+    for hidden in (x, x.T.contiguous().T):
+        torch.library.opcheck(ce._forward, (hidden, weight, targets, need_x, need_weight))
+    scale = torch.tensor(0.5, device=device)
+    torch.library.opcheck(ce._scaled, (x, scale, torch.float32))
+    torch.library.opcheck(ce._scaled, (x[:0], scale, torch.float32))
+
+
+def test_it_says_what_it_cannot_run(device: str) -> None:
+    """fp64 and a device without Triton; every vocabulary size is right."""
+    where = torch.device(device)
+    for size in (1, 97, 128256):
+        assert ce.unsupported(where, torch.float32, size) is None
+    assert "float64" in (ce.unsupported(where, torch.float64, V) or "")
+    assert ce.unsupported(torch.device("meta"), torch.float32, V)
