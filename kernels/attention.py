@@ -1,0 +1,286 @@
+"""Causal attention without its T x S matrix: flash attention, forward (Triton).
+
+For each query t of a head, at position p = S - T + t, over the keys n that it sees:
+
+    s_n = q . k_n / sqrt(D),    out = sum_n softmax(s)_n v_n,    lse = sqrt(D) ln sum_n exp(s_n)
+
+and it sees first[t] <= n <= p, where `first` comes from a sliding window or from packed documents
+and is 0 without them. Softmax is computed online (Milakov & Gimelshein, 2018; Dao et al., 2022): a
+running maximum m, sum and output are corrected whenever a tile of keys raises the maximum.
+Everything is in powers of two: 1/sqrt(D) * log2 e is one factor, and exp2 is one instruction.
+
+One program owns one tile of `rows` queries of one head of one batch row. It reads its queries once
+and its keys and values tile after tile, and writes `rows` x D outputs and `rows` log-sum-exps.
+Which keys, is known before it begins: `first` does not decrease, so the tile's first and last row
+bound it. Tiles that no row sees are not visited; those that every row sees need no mask, and only
+the edges, at the diagonal and at `first`, are compared element by element:
+
+                    first edge        unmasked        diagonal
+        tiles   [start ........ a) [a ............ b) [b ....... end)
+
+Grid: (H, B, tiles of queries). Heads are next to each other, so that those of a group read the
+same keys from the L2 cache; the last queries, which see most keys, are begun first, so that no long
+tile is left to the end.
+
+Products are of the tensors' dtype with fp32 sums; softmax is in fp32 and its numerators are rounded
+to the dtype of v before the second product (FlashAttention-2, Dao 2023). fp32 tensors are
+multiplied in fp32, not in TF32. Hopper reads tiles by TMA, see tiles.py (FlashAttention-3, Shah et
+al., 2024).
+
+Shapes: B batch, T query length, S key length, H query heads, KV key/value heads, D head dim.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llamapro.kernels import device, tiles
+from llamapro.kernels.attention_backward import attention_backward
+from llamapro.kernels.tiles import key_tiles, load_rows, store_rows
+
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _attend(
+    acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
+    start, end, a, skip,
+    k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Adds the key tiles start .. end - 1 to the softmax; from tile a on, `skip` tiles further."""
+    for i in tl.range(start, end):
+        n = i * COLUMNS
+        if MASKED:
+            n += tl.where(i < a, 0, skip) * COLUMNS
+        k = load_rows(
+            k_ptr, batch, n, kv_head, S, k_stride_b, k_stride_t, k_stride_h,
+            COLUMNS, D, BLOCK_D, MASKED, TMA,
+        )  # fmt: skip
+        s = tl.dot(q, k.T, input_precision="ieee")  # (ROWS, COLUMNS)
+        if MASKED:
+            keys = n + tl.arange(0, COLUMNS)
+            sees = keys[None, :] <= pos[:, None]
+            if BOUNDED:
+                sees &= keys[None, :] >= first[:, None]
+            s = tl.where(sees, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        subtracted = m_new
+        if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
+            subtracted = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * scale - subtracted[:, None])
+        correction = tl.exp2(m - subtracted)
+        acc = acc * correction[:, None]
+        v = load_rows(
+            v_ptr, batch, n, kv_head, S, v_stride_b, v_stride_t, v_stride_h,
+            COLUMNS, D, BLOCK_D, MASKED, TMA,
+        )  # fmt: skip
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        total = total * correction + tl.sum(p, 1)
+        m = m_new
+    return acc, total, m
+
+
+@triton.jit
+def _attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, T, S, GROUP, scale,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
+    v_stride_b, v_stride_t, v_stride_h, first_stride_b,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head against all the keys it sees (module docstring)."""
+    head = tl.program_id(0)
+    batch = tl.program_id(1)
+    row = (tl.num_programs(2) - 1 - tl.program_id(2)) * ROWS
+    H = tl.num_programs(0)
+    kv_head = head // GROUP
+    rows = row + tl.arange(0, ROWS)
+    pos = S - T + rows
+
+    first = pos  # not read without bounds
+    if BOUNDED:
+        first_ptr += tl.cast(batch, tl.int64) * first_stride_b
+        first = tl.load(first_ptr + rows, mask=rows < T, other=0)
+    start, a, b, end = key_tiles(first_ptr, row, T, S, ROWS, COLUMNS, BOUNDED)
+
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    q = load_rows(
+        q_ptr, batch, row, head, T, q_stride_b, q_stride_t, q_stride_h,
+        ROWS, D, BLOCK_D, True, False,
+    )  # fmt: skip
+    acc, total, m = _attend(
+        acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
+        a, b, a, 0,
+        k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+        COLUMNS, D, BLOCK_D, TMA, False, BOUNDED,
+    )  # fmt: skip
+    acc, total, m = _attend(
+        acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
+        start, end - (b - a), a, b - a,
+        k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+        COLUMNS, D, BLOCK_D, TMA, True, BOUNDED,
+    )  # fmt: skip
+
+    base = (tl.cast(batch, tl.int64) * H + head) * T
+    tl.store(lse_ptr + base + rows, (m + tl.log2(total)) / scale, mask=rows < T)
+    acc = acc / total[:, None]
+    store_rows(
+        out_ptr, acc, batch, row, head, T, tl.cast(T, tl.int64) * H * D, H * D, D,
+        ROWS, D, BLOCK_D, TMA,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("llamapro::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the output (B, T, H, D) and lse (B, H, T), fp32, in the units of q . k."""
+    B, T, H, D = q.shape
+    S, KV = k.shape[1:3]
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out, lse
+    if first is not None:
+        first = first.contiguous()
+    architecture = device.architecture(q.device)
+    tma = tiles.uses_tma(architecture, q.dtype)
+    block_d = tiles.padded(D)
+    tile = tiles.tile("forward", architecture, block_d, q.dtype)
+    q, k, v = (tiles.with_readable_rows(x, tma) for x in (q, k, v))
+    with torch.cuda.device_of(q):
+        _attention_forward_kernel[(H, B, triton.cdiv(T, tile.rows))](
+            q,
+            tiles.described(k, tile.columns, tma),
+            tiles.described(v, tile.columns, tma),
+            tiles.described(out, tile.rows, tma),
+            lse,
+            first,
+            T,
+            S,
+            H // KV,
+            math.log2(math.e) / math.sqrt(D),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            tiles.batch_stride(first),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            D=D,
+            BLOCK_D=block_d,
+            TMA=tma,
+            BOUNDED=first is not None,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Ties forward and backward; which gradients are computed follows from what is trained."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor | None,
+        last: Tensor | None,
+        deterministic: bool,
+    ) -> Tensor:
+        out, lse = attention_forward(q, k, v, first)
+        ctx.save_for_backward(q, k, v, out, lse, first, last)
+        ctx.deterministic = deterministic
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
+        dq, dk, dv = attention_backward(
+            dout, *ctx.saved_tensors, needs_q, needs_k or needs_v, ctx.deterministic
+        )
+        return (
+            dq if needs_q else None,
+            dk if needs_k else None,
+            dv if needs_v else None,
+            None,
+            None,
+            None,
+        )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[Tensor, Tensor] | None = None,
+    deterministic: bool = True,
+) -> Tensor:
+    """Causal softmax(q k^T / sqrt(D)) v with grouped heads, a window, packed documents.
+
+    The queries are the last T of the S positions: query t is at position p = S - T + t and sees the
+    keys first[t] <= n <= p. Flash attention (Dao et al., 2022; Dao, 2023; Shah et al., 2024).
+
+    Args:
+        q: (B, T, H, D), fp32, fp16 or bf16, D a multiple of 8 up to 256. Any strides; copied
+            (k and v too) unless the last is 1, the others and the address multiples of 16 bytes.
+        k, v: (B, S, KV, D), dtype of q; head h of q reads key/value head h // (H / KV).
+        bounds: `first` (B or 1, T), the first key that a query sees, and `last` (B or 1, S), the
+            position of the last query that sees a key; int32 and non-decreasing, two descriptions
+            of the same pairs. None: all keys up to p.
+        deterministic: gradients are the same bits every time; False saves two of seven matrix
+            products in backward, for D up to 128.
+
+    Returns:
+        (B, T, H, D) in the dtype of q, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other.
+    """
+    first, last = (None, None) if bounds is None else bounds
+    _check(q, k, v, first, last)
+    return AttentionFunction.apply(q, k, v, first, last, deterministic)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None) -> None:
+    """A kernel that believed wrong shapes would read other memory."""
+    B, T, H, D = q.shape
+    S, KV = k.shape[1:3]
+    if k.shape != (B, S, KV, D) or v.shape != k.shape or T > S or (KV and H % KV):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v are {shapes}, not (B, T, H, D), (B, S, KV, D) twice, T <= S")
+    if D % 8 or D > MAX_HEAD_DIM:
+        raise ValueError(f"head dim {D} is not a multiple of 8 up to {MAX_HEAD_DIM}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v have different dtypes: {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, bound, length in (("first", first, T), ("last", last, S)):
+        if bound is None:
+            continue
+        if bound.shape not in ((B, length), (1, length)) or bound.dtype != torch.int32:
+            raise ValueError(
+                f"bounds.{name} is {tuple(bound.shape)} {bound.dtype}, "
+                f"not ({B} or 1, {length}) int32"
+            )
+
+
+def unsupported(device_: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """Returns why attention with head dim `size` cannot run there, or None."""
+    reason = device.cannot_run(device_, dtype)
+    if reason is None and (size % 8 or not 0 < size <= MAX_HEAD_DIM):
+        reason = f"head dim {size} is not a multiple of 8 up to {MAX_HEAD_DIM}"
+    return reason

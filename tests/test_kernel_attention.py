@@ -1,0 +1,390 @@
+"""The attention kernels against PyTorch and fp64: values and every gradient."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamapro import ops
+
+attention = pytest.importorskip("llamapro.kernels.attention", exc_type=ModuleNotFoundError)
+tiles = pytest.importorskip("llamapro.kernels.tiles")
+
+Compare = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class Shape(NamedTuple):
+    """B, T, S, H, KV, D."""
+
+    B: int = 1
+    T: int = 50
+    S: int = 50
+    H: int = 2
+    KV: int = 1
+    D: int = 16
+
+
+@pytest.fixture(
+    params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
+    """The dtypes of the kernels; bf16 only where they are compiled."""
+    if device == "cpu" and request.param == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+    return request.param
+
+
+@pytest.fixture
+def half(device: str) -> torch.dtype:
+    """A 16-bit dtype that runs on the device."""
+    return torch.float16 if device == "cpu" else torch.bfloat16
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 queries by 32 keys, so that short sequences take several tiles of either."""
+    monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(16, 32, 4, 2))
+
+
+@pytest.fixture(params=["pointers", "tma"])
+def tma(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways to read a tile; the interpreter can play TMA, a GPU has it or not."""
+    if device == "cpu":
+        architecture = 90 if request.param == "tma" else 80
+        monkeypatch.setattr(attention.device, "architecture", lambda _: architecture)
+    elif (attention.device.architecture(torch.device(device)) == 90) != (request.param == "tma"):
+        pytest.skip("the other way on this GPU")
+    return request.param == "tma"
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """q, k, v and an output gradient."""
+    B, T, S, H, KV, D = shape
+    generator = torch.Generator().manual_seed(T + S + D)
+    sizes = [(B, T, H, D), (B, S, KV, D), (B, S, KV, D), (B, T, H, D)]
+    return tuple(torch.randn(s, generator=generator).to(device, dtype) for s in sizes)
+
+
+def computed(
+    function: Callable[..., Tensor], qkv: tuple[Tensor, ...], dout: Tensor, *options: Any
+) -> list[Tensor]:
+    """The output and the gradients of q, k, v."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out = function(*leaves, *options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def by_torch(*args: Any) -> Tensor:
+    with ops.use("torch"):
+        return ops.attention(*args)
+
+
+def assert_exact(
+    compare: Compare,
+    qkv: tuple[Tensor, ...],
+    dout: Tensor,
+    bounds: ops.AttentionBounds | None = None,
+    deterministic: bool = True,
+) -> None:
+    """Holds the kernels' output and gradients to the error rule."""
+    found = computed(attention.attention, qkv, dout, bounds, deterministic)
+    reference = computed(by_torch, qkv, dout, bounds)
+    exact = computed(by_torch, tuple(x.double() for x in qkv), dout.double(), bounds)
+    for kernel, torch_, fp64 in zip(found, reference, exact, strict=True):
+        compare(kernel, torch_, fp64)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(D=8),
+        Shape(D=40),
+        Shape(D=64),
+        Shape(D=80),
+        Shape(D=96),
+        Shape(D=128),
+        Shape(D=256),
+        Shape(T=1, S=70),
+        Shape(T=37, S=70),
+        Shape(T=64, S=64),
+        Shape(B=2, T=50, S=50),
+    ],
+    ids=str,
+)
+def test_output_and_gradients_are_as_exact_as_torch(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    small_tiles: None,
+    assert_as_exact_as_torch: Compare,
+) -> None:
+    """Every head dim, one query, fewer queries than keys, whole tiles and not."""
+    *qkv, dout = inputs(shape, dtype, device)
+    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout)
+
+
+@pytest.mark.parametrize("shape", [Shape(D=8), Shape(T=37, S=70, D=40), Shape(B=2, D=128)], ids=str)
+def test_tiles_read_by_tma_are_right(
+    shape: Shape,
+    device: str,
+    half: torch.dtype,
+    small_tiles: None,
+    tma: bool,
+    assert_as_exact_as_torch: Compare,
+) -> None:
+    """Incomplete tiles in T, S and D, whichever way they are read."""
+    *qkv, dout = inputs(shape, half, device)
+    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout)
+
+
+def test_tiles_of_the_table_are_right(
+    device: str, half: torch.dtype, tma: bool, assert_as_exact_as_torch: Compare
+) -> None:
+    """The sizes that are launched, on one shape with an incomplete tile."""
+    *qkv, dout = inputs(Shape(T=150, S=200, H=1, D=64), half, device)
+    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (4, 1), (8, 1), (6, 2)], ids=str)
+def test_each_query_head_reads_its_key_head(
+    heads: tuple[int, int],
+    device: str,
+    half: torch.dtype,
+    small_tiles: None,
+    assert_as_exact_as_torch: Compare,
+) -> None:
+    """Groups of 1, 4, 8 and 3; each head's values are of another size, so none passes for another.
+
+    Gradients of a key head are the sum over its group, of all heads and nothing else.
+    """
+    H, KV = heads
+    q, k, v, dout = inputs(Shape(T=33, S=33, H=H, KV=KV), half, device)
+    dout = dout * torch.arange(1, H + 1, device=device).to(half)[:, None]
+    v = v * torch.arange(1, KV + 1, device=device).to(half)[:, None]
+    assert_exact(assert_as_exact_as_torch, (q, k, v), dout)
+
+
+DOCUMENTS = {  # lengths
+    "one": (90,),
+    "three": (33, 1, 56),
+    "short": (1, 1, 5, 40, 16, 26, 1),
+}
+
+
+def bounds_of(
+    lengths: tuple[int, ...] | None, window: int | None, T: int, S: int, device: str
+) -> ops.AttentionBounds:
+    documents = None
+    if lengths is not None:
+        numbers = torch.arange(len(lengths), dtype=torch.int32)
+        documents = numbers.repeat_interleave(torch.tensor(lengths))[None].to(device)
+    return ops.attention_bounds(T, S, window, documents, device)
+
+
+@pytest.mark.parametrize(
+    "documents, window, T",
+    [
+        (None, 7, 90),
+        (None, 32, 90),
+        (None, 50, 41),
+        (None, 90, 90),
+        (None, 1000, 41),
+        ("one", None, 90),
+        ("three", None, 90),
+        ("short", None, 90),
+        ("short", 6, 41),
+        ("three", 32, 90),
+    ],
+)
+def test_bounds_are_kept(
+    documents: str | None,
+    window: int | None,
+    T: int,
+    device: str,
+    half: torch.dtype,
+    small_tiles: None,
+    assert_as_exact_as_torch: Compare,
+) -> None:
+    """Windows of 1 key to more than there are, documents of 1 token and more, and both."""
+    *qkv, dout = inputs(Shape(T=T, S=90), half, device)
+    lengths = DOCUMENTS[documents] if documents else None
+    bounds = bounds_of(lengths, window, T, 90, device)
+    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout, bounds)
+
+
+def test_window_holds_itself_and_no_key_more(device: str, small_tiles: None) -> None:
+    """Position i sees i - window < j <= i: of one-hot values, the output shows exactly those."""
+    T, window = 40, 7
+    q, k, _, _ = inputs(Shape(T=T, S=T, H=1, D=40), torch.float32, device)
+    v = torch.eye(T, device=device)[None, :, None]  # (1, S, 1, D): key j is the unit vector j
+    out = attention.attention(q, k, v, ops.attention_bounds(T, T, window, device=device))
+    t, n = torch.arange(T)[:, None], torch.arange(T)[None]
+    assert torch.equal(out[0, :, 0].cpu() > 0, (n <= t) & (n > t - window))
+
+
+def test_lone_key_gives_its_value_and_no_gradient_of_scores(device: str, small_tiles: None) -> None:
+    """In a window of 1, out is v and dv is dout; dq and dk are 0 but for fp32 rounding.
+
+    The error rule says nothing here: all that is left of either implementation is its rounding.
+    """
+    q, k, v, dout = inputs(Shape(T=40, S=40, H=2, KV=2), torch.float32, device)
+    bounds = ops.attention_bounds(40, 40, 1, device=device)
+    out, dq, dk, dv = computed(attention.attention, (q, k, v), dout, bounds)
+    assert torch.equal(out, v)
+    torch.testing.assert_close(dv, dout, rtol=1e-5, atol=0)  # p is 2^0 but for the rounding of lse
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+
+
+def test_bounds_may_differ_by_batch_row(
+    device: str, half: torch.dtype, small_tiles: None, assert_as_exact_as_torch: Compare
+) -> None:
+    """(B, T) bounds, in any layout; other documents in every row."""
+    *qkv, dout = inputs(Shape(B=2, T=90, S=90, H=1), half, device)
+    each = [bounds_of(DOCUMENTS[name], 30, 90, 90, device) for name in ("three", "short")]
+    rows = (torch.cat(pair) for pair in zip(*each, strict=True))
+    bounds = ops.AttentionBounds(*(x.T.contiguous().T for x in rows))
+    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout, bounds)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_tiles_out_of_sight_are_not_visited(
+    deterministic: bool, device: str, half: torch.dtype, small_tiles: None
+) -> None:
+    """NaN in an unseen document spoils nothing: masked, it would by way of 0 * NaN."""
+    q, k, v, dout = inputs(Shape(T=128, S=128), half, device)
+    lengths = (32, 32, 64)  # whole tiles: none holds keys of two documents
+    poisoned = slice(32, 64)
+    for x in (q, k, v, dout):
+        x[:, poisoned] = float("nan")
+    bounds = bounds_of(lengths, None, 128, 128, device)
+    for x in computed(attention.attention, (q, k, v), dout, bounds, deterministic):
+        assert x[:, poisoned].isnan().all()
+        assert x[:, :32].isfinite().all() and x[:, 64:].isfinite().all()
+
+
+def test_every_layout_is_read(
+    layout: str,
+    in_layout: Callable[[Tensor, str], Tensor],
+    device: str,
+    half: torch.dtype,
+    small_tiles: None,
+    tma: bool,
+    assert_as_exact_as_torch: Compare,
+) -> None:
+    """Of q, k, v and of the output gradient; neither is changed."""
+    shape = Shape(B=2, T=20, S=40, H=2, KV=1, D=24)
+    arguments = [in_layout(x, layout) for x in inputs(shape, half, device)]
+    before = [x.clone() for x in arguments]
+    *qkv, dout = arguments
+    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout)
+    for x, was in zip(arguments, before, strict=True):
+        assert torch.equal(x, was)
+
+
+def test_key_cache_and_fused_projection_are_read_in_place(
+    device: str, half: torch.dtype, tma: bool
+) -> None:
+    """Slices of a cache along S, and heads of one qkv tensor; unaligned rows are copied."""
+    cache = torch.zeros(2, 100, 2, 64, dtype=half, device=device)
+    fused = torch.zeros(2, 100, 6, 64, dtype=half, device=device)
+    for x in (cache[:, :37], fused[:, :, :4], fused[:, :, 5:], cache.transpose(1, 2)):
+        assert tiles.with_readable_rows(x, tma) is x
+    odd = torch.zeros(2, 100, 2, 65, dtype=half, device=device)
+    for x in (cache[..., 1:33], odd[..., :64], cache.transpose(2, 3)):
+        assert tiles.with_readable_rows(x, tma).is_contiguous()
+    expanded = cache[:1].expand(2, -1, -1, -1)  # TMA has no stride 0
+    assert (tiles.with_readable_rows(expanded, tma) is expanded) != tma
+
+
+@pytest.mark.usefixtures("guarded")
+def test_nothing_is_written_outside_and_nothing_left_out(
+    device: str, half: torch.dtype, small_tiles: None, tma: bool, assert_as_exact_as_torch: Compare
+) -> None:
+    """Incomplete tiles in T, S and D, into guarded outputs."""
+    *qkv, dout = inputs(Shape(B=2, T=37, S=70, D=40), half, device)
+    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout, deterministic=False)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+def test_scores_of_any_size_are_finite(device: str, small_tiles: None) -> None:
+    """Scores of +-10^4, whose exponentials are infinite; so are, before the mask, those unseen."""
+    q, k, v, dout = inputs(Shape(T=40, S=40), torch.float32, device)
+    for sign in (1, -1):
+        extreme = (q.abs() * 100 * sign, k.abs() * 100, v)
+        for deterministic in (True, False):
+            found = computed(attention.attention, extreme, dout, None, deterministic)
+            assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("sizes", [Shape(B=0), Shape(T=0, S=0), Shape(T=0, S=5), Shape(H=0, KV=0)])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_no_elements_give_no_output_and_zero_gradients(
+    sizes: Shape, deterministic: bool, device: str
+) -> None:
+    """No batch, no query, no head."""
+    *qkv, dout = inputs(sizes, torch.float32, device)
+    out, *gradients = computed(attention.attention, tuple(qkv), dout, None, deterministic)
+    assert out.shape == qkv[0].shape
+    for x, gradient in zip(qkv, gradients, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+def test_wrong_shapes_and_dtypes_are_refused(device: str) -> None:
+    """They would make a kernel read other memory."""
+    q, k, v, _ = inputs(Shape(T=8, S=8, H=4, KV=2), torch.float32, device)
+    first, last = ops.attention_bounds(8, 8, 4, device=device)
+    for arguments, message in [
+        ((q, k[:, :7], v), "not \\(B, T, H, D\\)"),
+        ((q, k[:, :7], v[:, :7]), "not \\(B, T, H, D\\)"),
+        ((q[:, :, :3], k, v), "not \\(B, T, H, D\\)"),
+        ((q, k[..., :8], v[..., :8]), "not \\(B, T, H, D\\)"),
+        ((q, k.half(), v), "dtypes"),
+        ((q[..., :12], k[..., :12], v[..., :12]), "head dim 12 is not a multiple of 8"),
+        ((q, k, v, (first[:, 1:], last)), "bounds.first"),
+        ((q, k, v, (first, last.long())), "bounds.last"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attention.attention(*arguments)
+
+
+def test_unsupported_says_why(device: str) -> None:
+    """Head dims that no tile fits, on top of what the device says."""
+    where = torch.device(device)
+    assert attention.unsupported(where, torch.float16, 128) is None
+    for size in (0, 12, 264):
+        assert "head dim" in attention.unsupported(where, torch.float16, size)
+    assert "float64" in attention.unsupported(where, torch.float64, 128)
+
+
+def test_attention_compiles_into_one_graph(device: str, small_tiles: None) -> None:
+    """torch.compile(fullgraph=True), the same bits as without."""
+    *qkv, dout = inputs(Shape(T=20, S=20), torch.float32, device)
+    bounds = ops.attention_bounds(20, 20, 7, device=device)
+    compiled = torch.compile(attention.attention, backend="aot_eager", fullgraph=True)
+    expected = computed(attention.attention, tuple(qkv), dout, bounds)
+    for x, wanted in zip(computed(compiled, tuple(qkv), dout, bounds), expected, strict=True):
+        assert torch.equal(x, wanted)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_operator_is_registered_correctly(bounded: bool, device: str, small_tiles: None) -> None:
+    """torch.library.opcheck: the schema, and that fake tensors are like real ones."""
+    q, k, v, _ = inputs(Shape(T=20, S=20), torch.float32, device)
+    first = ops.attention_bounds(20, 20, 7, device=device).first if bounded else None
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(attention.attention_forward, (q, k, v, first), test_utils=tests)
+
+
+def test_lse_is_the_log_of_the_sum_of_exponentials(device: str, small_tiles: None) -> None:
+    """Saved in the units of q . k, that is times sqrt(D)."""
+    q, k, v, _ = inputs(Shape(T=37, S=70, H=2, KV=2), torch.float32, device)
+    _, lse = attention.attention_forward(q, k, v, None)
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double())
+    hidden = torch.ones(37, 70, dtype=torch.bool, device=device).triu(70 - 37 + 1)
+    scores = scores.masked_fill(hidden, float("-inf")) / math.sqrt(16)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1) * 4, rtol=1e-6, atol=1e-5)
