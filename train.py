@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from llamapro import cli
+from llamapro import cli, ops
 from llamapro.blocks import BlocksInfo, training_checkpoints
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig, UserError
@@ -36,7 +36,6 @@ from llamapro.distributed import Ranks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
 from llamapro.metrics import MetricsLog, format_count, perplexity, progress_line
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
-from llamapro.ops import IGNORE_INDEX
 from llamapro.optim import build_adamw, clip_gradients, learning_rate
 from llamapro.plan import make_plan, render
 from llamapro.settings import Settings, check, flatten, parse
@@ -55,13 +54,13 @@ def main() -> None:
     settings = parse(sys.argv[1:])
     check(settings, world_size())
     job = Job.open(settings)
+    plan = make_plan(settings, job.config, job.compute_dtype, job.run_dir, job.resume_from)
     if settings.dry_run:
-        plan = make_plan(settings, job.config, job.compute_dtype, job.run_dir, job.resume_from)
         if os.environ.get("RANK", "0") == "0":
             cli.print_result(plan, settings.json, render(plan, settings))
         return
-    with process_group(settings.train.device) as ranks:
-        found = train(job, ranks)
+    with process_group(settings.train.device) as ranks, ops.use(settings.train.ops):
+        found = train(job, plan, ranks)
     if ranks.is_main:
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in found["eval"].items())
         text = f"{job.run_dir}: {found['step']} steps done"
@@ -196,7 +195,7 @@ def evaluate(
         # Every process makes the same number of passes: sharded weights are gathered together.
         mine = chosen[start + ranks.rank * rows :][:rows]
         inputs = torch.zeros(rows, settings.data.seq_len, dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORE_INDEX)
+        targets = torch.full_like(inputs, ops.IGNORE_INDEX)
         for row, index in enumerate(mine):
             ids, following = sequences[index]
             inputs[row], targets[row] = torch.from_numpy(ids), torch.from_numpy(following)
@@ -228,7 +227,7 @@ def train_step(
     )
     # The loss is the mean over the valid tokens of the *global* batch, so it does not depend on how
     # the batch is split. FSDP averages gradients over the ranks, hence the factor world_size.
-    (valid,) = ranks.sum((targets != IGNORE_INDEX).sum())
+    (valid,) = ranks.sum((targets != ops.IGNORE_INDEX).sum())
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
     for ids, following in zip(
@@ -253,10 +252,9 @@ def train_step(
     return {"loss": loss_mean, "grad_norm": grad_norm, "learning_rate": rate}, int(valid)
 
 
-def train(job: Job, ranks: Ranks) -> dict[str, Any]:
+def train(job: Job, plan: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Runs the job to its last step; returns the result, JSON-able."""
     s, run_dir = job.settings, job.run_dir
-    plan = make_plan(s, job.config, job.compute_dtype, run_dir, job.resume_from)
     say(ranks, render(plan, s))
     # Where the run stands: with the weights and the optimizer, all there is to resume from.
     state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "loss": None, "eval": {}}

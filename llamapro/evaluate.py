@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -19,9 +19,10 @@ from tyro.conf import Positional, arg
 
 from llamapro import cli
 from llamapro.checkpoint import Checkpoint
+from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
 from llamapro.corpus import Counts, Piece, encode_pieces, find_files, read_pieces
-from llamapro.generate import choose_device, generate
+from llamapro.generate import generate
 from llamapro.metrics import perplexity
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX
@@ -176,7 +177,7 @@ def shift(base: LlamaForCausalLM, samples: ShiftSamples) -> dict[str, float]:
 
 
 @dataclass
-class Args:
+class Args(ComputeOptions):
     """Measure loss, perplexity and bits per byte of a checkpoint on files."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
@@ -199,10 +200,6 @@ class Args:
     """Tokens of each prompt."""
     shift_new_tokens: int = 64
     """Tokens written after each prompt."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and computation; auto: the checkpoint's."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -257,10 +254,7 @@ def evaluate(args: Args) -> dict[str, Any]:
             )
         replace(args, context=context, stride=stride).window(base)
     texts = [read_text(pattern, tokenizer, args.text_key) for pattern in args.data]
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    device = choose_device(args.device)
-
-    model = checkpoint.load(dtype, device)
+    model = args.load(checkpoint)
     files: dict[str, dict[str, Any]] = {}
     samples: dict[str, ShiftSamples] = {}
     for text in texts:
@@ -273,7 +267,7 @@ def evaluate(args: Args) -> dict[str, Any]:
                 samples[text.name] = written
     del model
     if base is not None:
-        model = base.load(dtype, device)
+        model = args.load(base)
         for text in texts:
             found = files[text.name]
             found["base"] = measure(model, text, context, stride, args.batch_size)
@@ -323,7 +317,8 @@ def render(result: dict[str, Any]) -> str:
 def main() -> None:
     flags = (tyro.conf.FlagCreatePairsOff,)
     args = tyro.cli(Args, prog="python -m llamapro.evaluate", config=flags)
-    result = evaluate(args)
+    with args.backends():
+        result = evaluate(args)
     cli.print_result(result, args.json, render(result))
 
 

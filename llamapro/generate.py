@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 
 from llamapro import cli
 from llamapro.checkpoint import Checkpoint
+from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.tokenizer import StreamingDecoder, Tokenizer
@@ -76,20 +77,8 @@ def generate(
         yield ids
 
 
-def choose_device(device: str) -> str:
-    """Returns "cpu" or "cuda"; for "auto", "cuda" where there is a GPU.
-
-    Raises:
-        ConfigError: "cuda" without a GPU.
-    """
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ConfigError("--device cuda: no GPU is visible; use auto or cpu")
-    return device if device != "auto" else "cuda" if has_gpu else "cpu"
-
-
 @dataclass
-class Args:
+class Args(ComputeOptions):
     """Continue a prompt with a checkpoint, printing the text as it is written."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
@@ -104,10 +93,6 @@ class Args:
     """Draw from the most likely tokens that make up this much probability."""
     seed: int = 0
     """Of the draws: the same seed writes the same text."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and computation; auto: the checkpoint's."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -143,9 +128,9 @@ def main() -> None:
             f"--prompt has {len(prompt)} tokens; the context of {args.dir} is "
             f"{config.max_position_embeddings}: shorten it"
         )
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = checkpoint.load(dtype, choose_device(args.device))
-    result = write(model, tokenizer, prompt, min(args.max_new_tokens, room), args)
+    with args.backends():
+        model = args.load(checkpoint)
+        result = write(model, tokenizer, prompt, min(args.max_new_tokens, room), args)
     stopped = "context full, " if result["tokens"] == room < args.max_new_tokens else ""
     print(
         f"{stopped}{result['tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s",

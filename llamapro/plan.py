@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from llamapro.config import ModelConfig
+from llamapro import ops
+from llamapro.config import ConfigError, ModelConfig
 from llamapro.distributed import world_size
 from llamapro.expansion import select_trainable
 from llamapro.metrics import format_bytes
@@ -20,8 +21,20 @@ def make_plan(
     run_dir: Path,
     resume_from: Path | None,
 ) -> dict[str, Any]:
-    """Returns the plan, JSON-able; allocates nothing."""
+    """Returns the plan, JSON-able; allocates nothing.
+
+    Raises:
+        ConfigError: a Triton kernel was asked for that cannot run here.
+    """
     t = settings.train
+    has_gpu = torch.cuda.is_available() and t.device != "cpu"
+    try:
+        with ops.use(t.ops):
+            backends = ops.summary(
+                config, torch.device("cuda" if has_gpu else "cpu"), compute_dtype
+            )
+    except ops.BackendError as error:
+        raise ConfigError(f"train.ops {t.ops!r}: {error}; use auto, or torch for this op") from None
     model = build_on_meta(config)
     select_trainable(model, t.trainable)
     total = sum(p.numel() for p in model.parameters())
@@ -37,6 +50,7 @@ def make_plan(
         "steps": t.steps or f"{t.epochs:g} epoch(s)",
         "world_size": world_size(),
         "dtype": str(compute_dtype).removeprefix("torch."),
+        "ops": backends,
         "memory_bytes": estimate_memory(settings, config, compute_dtype, total, trainable),
         "run_dir": str(run_dir),
         "resume_from": str(resume_from) if resume_from else None,
@@ -96,6 +110,7 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
         f"micro-batch(es) x {s.train.micro_batch_size})",
         "length": plan["steps"] if isinstance(plan["steps"], str) else f"{plan['steps']} steps",
         "precision": f"{plan['dtype']}; fp32 masters and gradient reduction",
+        "ops": plan["ops"],
         "memory estimate": ", ".join(f"{name} {format_bytes(n)}" for name, n in memory.items())
         + " per process",
         "training data": " ".join(s.data.train),

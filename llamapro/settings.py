@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llamapro import ops
 from llamapro.config import ConfigError, suggest
 
 
@@ -69,6 +70,9 @@ class TrainSettings:
     """Where to compute."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of computation and frozen weights; auto: bfloat16 on GPU, float32 on CPU."""
+    ops: str = "auto"
+    """What computes: torch, triton, or auto (Triton on a GPU wherever its kernel can run); per op
+    behind it, as in auto,attention=torch."""
     recompute: bool = False
     """Activation checkpointing: compute blocks again in backward instead of keeping activations."""
 
@@ -143,8 +147,8 @@ class Settings:
 # A resumed run may differ in these; everything else decides what is computed.
 FREE_TO_CHANGE = {
     "config", "run_dir", "log_every", "dry_run", "json", "data.cache_dir", "data.workers",
-    "train.micro_batch_size", "train.device", "train.recompute", "eval.every", "eval.sequences",
-    "save.every", "save.keep",
+    "train.micro_batch_size", "train.device", "train.ops", "train.recompute", "eval.every",
+    "eval.sequences", "save.every", "save.keep",
 }  # fmt: skip
 
 
@@ -286,6 +290,10 @@ def check(settings: Settings, world_size: int) -> None:
             wrong.append(f"{key} is {flat[key]}, expected 0 to 1")
     if not all(0 <= beta < 1 for beta in s.optim.betas):
         wrong.append(f"optim.betas is {s.optim.betas}, expected two numbers from 0 to below 1")
+    try:
+        ops.parse(s.train.ops)
+    except ValueError as error:
+        wrong.append(f"train.ops: {error}")
     unit = world_size * max(1, s.train.micro_batch_size)
     if s.train.batch_size > 0 and s.train.batch_size % unit:
         below = s.train.batch_size // unit * unit

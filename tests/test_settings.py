@@ -205,6 +205,8 @@ def test_valid_settings_pass() -> None:
         ({"train__steps": -1}, "train.steps is -1, expected 0 or more"),
         ({"train__seed": -1}, "train.seed is -1, expected 0 or more"),
         ({"train__seed": 1 << 64}, "expected less than 2^64"),
+        ({"train__ops": "tritn"}, "train.ops: 'tritn': no backend 'tritn' (known:"),
+        ({"train__ops": "auto,ropes=torch"}, "no op 'ropes' (known:"),
         ({"optim__lr": 0.0}, "optim.lr is 0.0, expected more than 0"),
         ({"optim__lr": float("nan")}, "optim.lr is nan, expected finite"),
         ({"optim__clip": 0.0}, "optim.clip is 0.0, expected more than 0"),

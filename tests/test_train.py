@@ -23,6 +23,7 @@ from llamapro.streaming import expand_checkpoint, merge_checkpoint
 from llamapro.verify import verify
 
 STEPS, SAVE_EVERY = 6, 3
+O_PROJ = "model.layers.2.self_attn.o_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,44 @@ def test_accumulating_four_by_one_equals_one_by_four(run: Callable[..., Path]) -
         rtol=2e-6,
         atol=0,
     )
+
+
+def test_twenty_steps_on_kernels_give_the_losses_of_torch(
+    run: Callable[..., Path],
+    tmp_path: Path,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> None:
+    """`--train.ops triton`, in the interpreter: forward, backward and update."""
+    base = write_random_checkpoint(tmp_path / "base", tiny_config(num_hidden_layers=2))
+    pro = tmp_path / "pro"
+    expand_checkpoint(Checkpoint.open(base), pro, expansion.interleave(2, 1))
+    small = {"model__path": pro, "data__seq_len": 16, "data__val": None}  # the interpreter is slow
+    small |= {"train__batch_size": 1, "train__micro_batch_size": 1, "train__steps": 20}
+    plain = run("torch", train__ops="torch", **small)
+    fused = run("triton", train__ops="triton", **small)
+    expected = torch.tensor(metrics(plain, "train", "loss"))
+    # fp32 sums in another order; updates carry the difference from step to step.
+    torch.testing.assert_close(
+        torch.tensor(metrics(fused, "train", "loss")), expected, rtol=1e-4, atol=0
+    )
+    assert len(expected) == 20 and not torch.equal(trained(fused)[O_PROJ], torch.zeros(64, 64))
+    plans = [json.loads((run_dir / "run.json").read_text()) for run_dir in (plain, fused)]
+    assert [p["ops"] for p in plans] == ["all: torch (asked for)", "all: triton (asked for)"]
+
+
+def test_a_kernel_that_cannot_run_is_refused_before_anything_starts(
+    train_file: Path, home: Path, tmp_path: Path
+) -> None:
+    """Without a GPU `--train.ops triton` exits 2: option, reason, way out."""
+    words = arguments(home, tmp_path / "run", train__ops="torch,rope=triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(train_file), *words, "--train.device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2 and not done.stdout
+    assert "train.ops 'torch,rope=triton': rope: " in done.stderr
+    assert "device is cpu" in done.stderr and "use auto, or torch" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_loss_is_normalised_by_the_valid_tokens_of_the_whole_batch(

@@ -1,0 +1,62 @@
+"""Where and with what `generate` and `evaluate` compute: the options they share."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from llamapro import ops
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ConfigError
+from llamapro.model import LlamaForCausalLM
+
+
+@dataclass(kw_only=True)
+class ComputeOptions:
+    """Device, dtype and backends."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and computation; auto: the checkpoint's."""
+    ops: str = "auto"
+    """What computes: torch, triton, or auto (Triton on a GPU wherever its kernel can run); per op
+    behind it, as in auto,attention=torch."""
+
+    def choose_device(self) -> str:
+        """Returns "cpu" or "cuda"; raises ConfigError for "cuda" without a GPU."""
+        has_gpu = torch.cuda.is_available()
+        if self.device == "cuda" and not has_gpu:
+            raise ConfigError("--device cuda: no GPU is visible; use auto or cpu")
+        return self.device if self.device != "auto" else "cuda" if has_gpu else "cpu"
+
+    @contextmanager
+    def backends(self) -> Iterator[None]:
+        """Computes as --ops says inside the with-block; raises ConfigError for a wrong choice."""
+        try:
+            ops.parse(self.ops)
+        except ValueError as error:
+            raise ConfigError(f"--ops: {error}") from None
+        with ops.use(self.ops):
+            yield
+
+    def load(self, checkpoint: Checkpoint) -> LlamaForCausalLM:
+        """Loads a model, inside `backends`, and says on standard error what will compute it.
+
+        Raises:
+            ConfigError: no GPU, or a Triton kernel was asked for that cannot run.
+            CheckpointError: as `Checkpoint.load`.
+        """
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        model = checkpoint.load(dtype, self.choose_device())
+        weight = model.lm_head.weight
+        try:
+            chosen = ops.summary(model.config, weight.device, weight.dtype)
+        except ops.BackendError as error:
+            raise ConfigError(f"--ops {self.ops}: {error}; use auto, or torch for it") from None
+        kind = str(weight.dtype).removeprefix("torch.")
+        print(f"{checkpoint.path}: {kind} on {weight.device}; ops: {chosen}", file=sys.stderr)
+        return model

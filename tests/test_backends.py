@@ -1,0 +1,232 @@
+"""The switch between plain PyTorch and the Triton kernels, op by op and for the whole model."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamapro import expansion, ops
+from llamapro.config import ModelConfig
+from llamapro.kernels import device as kernel_device
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+
+
+def gpu(major: int, minor: int) -> SimpleNamespace:
+    return SimpleNamespace(major=major, minor=minor)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def has_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device can run kernels of the three dtypes."""
+    monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu(9, 0))
+
+
+def test_a_choice_names_one_backend_and_exceptions() -> None:
+    """`triton,attention=torch`; the later word wins; blanks do not matter; the default is auto."""
+    assert ops.parse("auto") == dict.fromkeys(ops.OPS, "auto")
+    expected = dict.fromkeys(ops.OPS, "triton") | {"attention": "torch"}
+    assert ops.parse("triton, attention=torch") == expected
+    assert ops.parse("rope=torch") == dict.fromkeys(ops.OPS, "auto") | {"rope": "torch"}
+    for wrong in ("", "cuda", "rope", "rope=", "atention=torch", "triton;rope=torch"):
+        with pytest.raises(ValueError, match="known: "):
+            ops.parse(wrong)
+
+
+def test_a_choice_ends_with_its_block() -> None:
+    """Also when an error ends it."""
+    with ops.use("torch,rope=auto"):
+        with pytest.raises(KeyError), ops.use("triton"):
+            raise KeyError
+        assert ops.choose("rope", CPU, torch.float32, 8) == ("torch", "device is cpu")
+        assert ops.choose("swiglu", CPU, torch.float32, 8) == ("torch", "asked for")
+
+
+@pytest.mark.parametrize(
+    "op, dtype, size, reason",
+    [
+        ("attention", torch.bfloat16, 264, "264"),
+        ("attention", torch.float64, 64, "float64"),
+        ("rms_norm", torch.float64, 64, "float64"),
+        ("rope", torch.int32, 64, "int32"),
+        ("swiglu", torch.float64, 64, "float64"),
+        ("linear_cross_entropy", torch.float64, 64, "float64"),
+    ],
+)
+def test_what_a_kernel_cannot_do_falls_back_under_auto_only(
+    op: str, dtype: torch.dtype, size: int, reason: str, has_gpu: None
+) -> None:
+    """With the reason; `triton` raises it instead, naming the op."""
+    with ops.use("auto"):
+        assert ops.choose(op, CUDA, torch.bfloat16, 64) == ("triton", "device is cuda")
+        backend, why = ops.choose(op, CUDA, dtype, size)
+        assert backend == "torch" and reason in why
+    with (
+        ops.use(f"torch,{op}=triton"),
+        pytest.raises(ops.BackendError, match=rf"{op}: .*{reason}"),
+    ):
+        ops.choose(op, CUDA, dtype, size)
+
+
+def test_old_gpus_and_the_cpu_are_not_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` takes PyTorch there, `triton` says what is missing."""
+    monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu(7, 5))
+    for where, reason in ((CPU, "device is cpu"), (CUDA, "compute capability 7.5")):
+        for op in ops.OPS:
+            with ops.use("auto"):
+                backend, why = ops.choose(op, where, torch.float16, 64)
+                assert backend == "torch" and reason in why
+            with ops.use("triton"), pytest.raises(ops.BackendError, match=reason):
+                ops.choose(op, where, torch.float16, 64)
+
+
+def test_without_triton_everything_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is optional (it exists for Linux only): `auto` does without, `triton` says so."""
+    for name in [name for name in sys.modules if name.startswith("llamapro.kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(f"llamapro.kernels.{name.rpartition('.')[2]}", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with ops.use("auto"):
+        assert ops.choose("rope", CUDA, torch.bfloat16, 64)[0] == "torch"
+    with ops.use("triton"), pytest.raises(ops.BackendError, match="triton is not installed"):
+        ops.rms_norm(torch.ones(2, 16), torch.ones(16), 1e-5)
+
+
+def test_the_summary_groups_ops_by_backend_and_reason(
+    tiny_config: Callable[..., ModelConfig], has_gpu: None
+) -> None:
+    """One line for a start-up block; a single group is called `all`."""
+    config = tiny_config(head_dim=264)
+    with ops.use("auto,swiglu=torch"):
+        line = ops.summary(config, CUDA, torch.bfloat16)
+    assert line.startswith("rms_norm, rope, linear_cross_entropy: triton (device is cuda); ")
+    assert "attention: torch (" in line and "264" in line
+    assert line.endswith("; swiglu: torch (asked for)")
+    assert ops.summary(config, CPU, torch.bfloat16) == "all: torch (device is cpu)"
+
+
+def expanded_model(
+    config: ModelConfig, tensors: dict[str, Tensor], device: str
+) -> LlamaForCausalLM:
+    """3 blocks, of which the last is new, trains, and is no longer the identity."""
+    layout = expansion.interleave(2, 1)
+    tensors = expansion.expand_state_dict(tensors, layout)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if not tensor.count_nonzero():
+            tensors[name] = 0.1 * torch.randn(tensor.shape, generator=generator)
+    model = build_on_meta(expansion.expand_config(config, layout, "0" * 64))
+    load_tensors(model, {name: tensor.to(device) for name, tensor in tensors.items()})
+    expansion.select_trainable(model, "new_blocks")
+    return model
+
+
+@pytest.fixture
+def model(
+    tiny_config: Callable[..., ModelConfig], random_tensors: Any, device: str
+) -> LlamaForCausalLM:
+    config = tiny_config(num_hidden_layers=2, head_dim=24)
+    return expanded_model(config, random_tensors(config), device)
+
+
+@pytest.fixture
+def ids(model: LlamaForCausalLM, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (2, 18), generator=generator).to(device)
+
+
+def loss_of(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    loss_sum, count = model(ids[:, :-1], ids[:, 1:])
+    return loss_sum / count
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the ops that were answered by a kernel."""
+    counted: Counter[str] = Counter()
+    kernel = ops._kernel
+
+    def counting(op: str) -> Any:
+        counted[op] += 1
+        return kernel(op)
+
+    monkeypatch.setattr(ops, "_kernel", counting)
+    return counted
+
+
+def test_the_whole_model_computes_and_trains_on_kernels(
+    model: LlamaForCausalLM, ids: Tensor, calls: Counter[str]
+) -> None:
+    """With `triton` every op is a kernel: loss and gradients are those of PyTorch, to rounding."""
+    found = []
+    for choice in ("torch", "triton"):
+        model.zero_grad()
+        assert not calls
+        with ops.use(choice):
+            loss = loss_of(model, ids)
+            loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients))
+    assert set(calls) == set(ops.OPS)
+    (torch_loss, torch_gradients), (loss, gradients) = found
+    # fp32 sums in another order, through 3 blocks.
+    torch.testing.assert_close(loss, torch_loss, rtol=2e-6, atol=0)
+    assert set(gradients) == set(torch_gradients) and len(gradients) == 9
+    for name, gradient in gradients.items():
+        expected = torch_gradients[name]
+        assert (gradient - expected).norm() < 1e-5 * expected.norm(), name
+
+
+def test_each_op_is_switched_on_its_own(
+    model: LlamaForCausalLM, ids: Tensor, calls: Counter[str]
+) -> None:
+    """Naming one op runs that kernel and no other."""
+    for op in ops.OPS:
+        calls.clear()
+        with ops.use(f"torch,{op}=triton"), torch.no_grad():
+            loss_of(model, ids)
+        assert set(calls) == {op}
+
+
+def test_decoding_leaves_attention_to_torch_unless_asked(
+    calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One query against a cache: `auto` does not start a tile for it, `triton` does."""
+    monkeypatch.setattr(ops, "choose", lambda *_: ("triton", "to see what is left to torch"))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 2, 16, generator=generator)
+    with ops.use("auto"):
+        one = ops.attention(q, k, v)
+        assert not calls
+    with ops.use("triton"):
+        torch.testing.assert_close(ops.attention(q, k, v), one)
+        assert calls == {"attention": 1}
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_the_model_compiles_without_a_graph_break(
+    model: LlamaForCausalLM, ids: Tensor, choice: str
+) -> None:
+    """One graph for forward and one for backward, with the eager loss and gradients."""
+    torch._dynamo.reset()
+    with ops.use(choice):
+        loss = loss_of(model, ids)
+        loss.backward()
+        eager = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+        compiled_loss = compiled(model, ids)
+        compiled_loss.backward()
+    torch.testing.assert_close(compiled_loss, loss)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, eager[name])
