@@ -1,0 +1,341 @@
+"""A whole training step of LLaMA-2-7B with 8 new blocks: tokens/s, time and memory, three ways.
+
+    python benchmarks/train_step.py [--size 7b] [--batch-size 2] [--sides triton torch transformers]
+                                    [--steps 10] [--warmup 3] [--out RESULT.json]
+
+Sides: this implementation with its Triton kernels (`triton`), with plain PyTorch (`torch`), and
+`transformers`' LlamaForCausalLM; the last two have SDPA's attention, cuDNN's where it can run: on
+Hopper PyTorch would take the slower FlashAttention-2 by itself. All get the same random weights,
+the same batch of random tokens, and train the same new blocks by train.py's own code: FSDP2 in a
+process group of one, frozen weights in bf16, fp32 masters, gradients reduced in fp32, clipping,
+fused AdamW. `transformers` differs in the model's forward alone, and so in its backward; its loss
+holds the logits of all tokens, in bf16 and in fp32. That the sides compute the same is seen from
+their losses in the first and the last step.
+
+One side is built, measured and released after the other. Times are medians over the steps, from
+CUDA events; `optimizer` includes clipping. Peak memory is what PyTorch allocated in these steps,
+parameters, gradients and moments included. On a CPU, `--size tiny` in fp32 shows that all runs.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llamapro import cli, ops
+from llamapro.config import ConfigError, ModelConfig
+from llamapro.distributed import Ranks, process_group, shard
+from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
+from llamapro.model import build_on_meta, load_tensors
+from llamapro.optim import build_adamw, clip_gradients
+
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+SIDES = ("triton", "torch", "transformers")
+PARTS = ("forward", "backward", "optimizer")
+BETAS, WEIGHT_DECAY, CLIP, LR = (0.9, 0.95), 0.1, 1.0, 2e-4
+REFERENCES = {
+    "LLaMA Pro, section 4.1: 80 B tokens in 2,830 H800 hours": 7850,
+    "estimate of what one H200 can reach (roofline)": 14400,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A base model, how many blocks are added, and the length of a sequence."""
+
+    base: dict[str, Any]
+    new_blocks: int
+    seq_len: int
+
+
+_COMMON = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
+SIZES = {
+    "7b": Size(
+        _COMMON
+        | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
+        | {"num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096},
+        new_blocks=8,
+        seq_len=4096,
+    ),
+    "tiny": Size(
+        _COMMON
+        | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        | {"num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1},
+        new_blocks=2,
+        seq_len=24,
+    ),
+}
+
+
+# ---- The sides ---------------------------------------------------------------------------------
+
+
+def choose_sides(asked: list[str] | None, size: Size, device: torch.device) -> list[str]:
+    """Returns the sides to measure; by default all, on a CPU `triton` only where interpreted.
+
+    Raises:
+        ConfigError: one of them cannot run here.
+    """
+    sides = list(asked or SIDES)
+    if "triton" in sides:
+        try:
+            with ops.use("triton"):
+                ops.summary(ModelConfig.from_dict(size.base), device, compute_dtype(device))
+        except ops.BackendError as error:
+            if asked:
+                raise ConfigError(f"--sides triton: {error}") from None
+            sides.remove("triton")
+    if "transformers" in sides and find_spec("transformers") is None:
+        raise ConfigError(
+            "the side 'transformers' needs it: pip install 'llamapro[hf]', or leave it out with "
+            "--sides triton torch"
+        )
+    return sides
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Returns what train.py takes for `auto`."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def random_tensors(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """As `init_random`, but made where they are used: 7B in fp32 on the CPU would take 27 GB."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, meta in build_on_meta(config).named_parameters():
+        tensors[name] = torch.ones(meta.shape, dtype=dtype, device=device)
+        if meta.ndim == 2:
+            tensors[name].normal_(0.0, config.initializer_range, generator=generator)
+    return tensors
+
+
+def transformers_model(
+    config: ModelConfig, tensors: dict[str, Tensor], device: torch.device
+) -> nn.Module:
+    """Returns transformers' LLaMA with these tensors."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config.raw | {"attn_implementation": "sdpa"}))
+    model.load_state_dict(tensors, strict=True, assign=True)
+    # Its frequencies are no parameter, so they are still without values.
+    with device:
+        model.model.rotary_emb = LlamaRotaryEmbedding(config=model.config)
+    return model
+
+
+def build(
+    side: str, size: Size, ranks: Ranks, dtype: torch.dtype
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """Returns a side's model, frozen and sharded as train.py does it, and its mean loss."""
+    base = ModelConfig.from_dict(size.base)
+    layout = interleave(base.num_hidden_layers, size.new_blocks)
+    config = expand_config(base, layout, base_sha256="")
+    tensors = expand_state_dict(random_tensors(base, ranks.device, dtype), layout)
+    model: Any = build_on_meta(config)
+    trainable = select_trainable(model, "new_blocks")
+
+    def our_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss_sum, _ = model(inputs, targets)
+        return loss_sum / targets.numel()
+
+    def their_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        # shift_labels: what should follow each token, as our targets.
+        return model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+
+    if side == "transformers":
+        model = transformers_model(config, tensors, ranks.device)
+    else:
+        load_tensors(model, tensors)
+    del tensors  # or what trains would stay in memory twice, in bf16 and in fp32
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    shard(model, ranks, dtype)
+    return model, their_loss if side == "transformers" else our_loss
+
+
+# ---- Measuring ---------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Moments of the GPU's work, without waiting for it, or of the clock on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.is_gpu = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.is_gpu:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def laps(self) -> list[float]:
+        """Returns the seconds between the marks; waits for the last."""
+        pairs = itertools.pairwise(self.marks)
+        if not self.is_gpu:
+            return [end - start for start, end in pairs]
+        self.marks[-1].synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+
+def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Builds one side, runs its steps, and returns its row."""
+    size, device = SIZES[args.size], ranks.device
+    dtype = compute_dtype(device)
+    model, loss_of = build(side, size, ranks, dtype)
+    parameters = list(model.parameters())
+    optimizer = build_adamw(parameters, BETAS, WEIGHT_DECAY)
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (args.batch_size, size.seq_len + 1)
+    ids = torch.randint(size.base["vocab_size"], shape, device=device, generator=generator)
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    laps, losses = [], []
+    for step in range(args.warmup + args.steps):
+        if step == args.warmup and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        watch = Stopwatch(device)
+        watch.mark()
+        loss = loss_of(inputs, targets)
+        watch.mark()
+        loss.backward()
+        watch.mark()
+        clip_gradients(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.mark()
+        laps.append(watch.laps())
+        losses.append(loss.item())
+    measured = laps[args.warmup :]
+    step_s = statistics.median(map(sum, measured))
+    row: dict[str, Any] = {
+        "side": side,
+        "tokens_per_s": inputs.numel() / step_s,
+        "step_s": step_s,
+    }
+    for part, times in zip(PARTS, zip(*measured, strict=True), strict=True):
+        row[f"{part}_s"] = statistics.median(times)
+    on_gpu = device.type == "cuda"
+    row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None
+    row["first_loss"], row["last_loss"] = losses[0], losses[-1]
+    if side != "transformers":
+        row["ops"] = ops.summary(model.config, device, dtype)
+    return row
+
+
+def measure_and_release(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """As `measure`; nothing of the side stays in memory, and one that does not fit says so."""
+    print(f"measuring {side} ...", file=sys.stderr, flush=True)
+    try:
+        with (
+            ops.use("triton" if side == "triton" else "torch"),
+            sdpa_kernel(SDPA_ORDER, set_priority=True),
+        ):
+            row = measure(side, args, ranks)
+    except torch.OutOfMemoryError:
+        row = {"side": side, "failed": "out of memory"}
+    gc.collect()  # FSDP's hooks and modules refer to each other
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+# ---- Report ------------------------------------------------------------------------------------
+
+
+def describe(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Returns machine, versions and settings, JSON-able."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cores = os.cpu_count()
+    machine = {"processor": platform.processor() or platform.machine(), "cores": cores, "gpu": gpu}
+    size = SIZES[args.size]
+    settings = {"size": args.size, **size.base, "new_blocks": size.new_blocks}
+    settings |= {"seq_len": size.seq_len, "batch_size": args.batch_size}
+    settings |= {"steps": args.steps, "warmup": args.warmup}
+    settings["dtype"] = str(compute_dtype(device)).removeprefix("torch.")
+    return {"machine": machine, "versions": versions, "settings": settings}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns the table for people; on a GPU, at full size, with what it may be compared with."""
+    s, gpu = result["settings"], result["machine"]["gpu"]
+    lines = [
+        f"{s['size']}, {s['num_hidden_layers']} blocks + {s['new_blocks']} new, "
+        f"{s['batch_size']} x {s['seq_len']} tokens a step, {s['dtype']} on {gpu or 'CPU'}; "
+        f"median of {s['steps']} steps",
+        f"{'':14}{'tokens/s':>10}{'step s':>9}{'forward':>9}{'backward':>10}{'optimizer':>11}"
+        f"{'peak GB':>9}{'first loss':>12}{'last loss':>11}",
+    ]
+    for row in result["rows"]:
+        if "failed" in row:
+            lines.append(f"{row['side']:14}{row['failed']:>10}")
+            continue
+        peak = row["peak_memory_gb"]
+        lines.append(
+            f"{row['side']:14}{row['tokens_per_s']:>10,.0f}{row['step_s']:>9.4f}"
+            f"{row['forward_s']:>9.4f}{row['backward_s']:>10.4f}{row['optimizer_s']:>11.4f}"
+            f"{'-' if peak is None else format(peak, '.1f'):>9}"
+            f"{row['first_loss']:>12.4f}{row['last_loss']:>11.4f}"
+        )
+    if gpu and s["size"] == "7b":
+        lines.append("For reference, not measured here:")
+        lines += [f"{'':14}{rate:>10,}  {what}" for what, rate in REFERENCES.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, help="default: 7b on a GPU, tiny on a CPU")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences in a step")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: all that run here")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3, help="steps that are not counted")
+    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    args = parser.parse_args()
+    with process_group("auto") as ranks:
+        args.size = args.size or ("7b" if ranks.device.type == "cuda" else "tiny")
+        sides = choose_sides(args.sides, SIZES[args.size], ranks.device)
+        result = describe(args, ranks.device)
+        result["rows"] = [measure_and_release(side, args, ranks) for side in sides]
+    if result["machine"]["gpu"] and args.size == "7b":
+        result["references_tokens_per_s"] = REFERENCES
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(render(result))
+
+
+if __name__ == "__main__":
+    cli.run(main, leave=os._exit)
