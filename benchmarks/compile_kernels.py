@@ -1,0 +1,237 @@
+"""What Triton's compiler makes of every kernel, checked on a machine that needs no GPU.
+
+    python benchmarks/compile_kernels.py [--quick] [--jobs 2] [--json RESULT.json]
+
+The kernels' public functions, forward and backward, run on CPU tensors of real sizes. Nothing is
+computed: a stand-in for Triton's driver says which GPU there is, and a hook takes each launch with
+the specialisation that Triton itself derived from the arguments. Each distinct one is then compiled
+for sm_80 or sm_90. What is checked is therefore what the public functions launch, and no list of
+signatures beside it. Do not set TRITON_INTERPRET: it makes kernels that cannot be compiled.
+
+Checked, and status 1 if one fails:
+- no registers spilled: cuobjdump's STACK and LOCAL bytes are 0;
+- shared memory: 227 KiB on sm_90; 99 KiB on sm_80, so that the same code runs on sm_86 and sm_89;
+- `tl.dot` of 16-bit types became tensor-core instructions: wgmma on sm_90, mma.sync on sm_80;
+- 64-bit offsets: from the recorded grid and integer arguments, some of them of tensors with more
+  than 2^31 elements, an interval is computed for every integer in the kernel (`overflows`), and
+  no addition, subtraction, product or shift in 32 bits, and no narrowing to them, can overflow;
+- the grid: at most 65,535 programs along its second and third axis.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import triton
+from launches import Launch, cases, record
+from overflow import overflows
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
+from triton.compiler import ASTSource
+from triton.runtime.cache import triton_key
+
+from llamapro.kernels import device as kernel_device
+from llamapro.kernels import tiles
+
+SHARED_LIMIT = {80: 101376, 90: 232448}  # bytes per block: of sm_86 and sm_89, of sm_90
+MAX_GRID_YZ = 65535  # programs along the second and third axis; 2^31 - 1 along the first
+_COUNTED = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma_sync": r"mma\.sync",
+    "tma_loads": r"cp\.async\.bulk\.tensor\S*\.shared::(?:cta|cluster)\.global",
+    "tma_stores": r"cp\.async\.bulk\.tensor\S*\.global\.shared::cta",
+    "tma_reductions": r"cp\.reduce\.async\.bulk\.tensor",
+    "loads": r"\b(?:ld\.global|cp\.async\.c[ag])\.",
+    "loads_of_16_bytes": r"ld\.global\S*\.(?:v4\.\w32|v2\.\w64|v8\.\w16)"
+    r"|cp\.async\.c[ag]\.shared\.global[^;]*, 0x10\b",
+}
+
+
+def compiled(launch: Launch) -> dict[str, Any]:
+    """Compiles one launch; returns what it takes of the GPU and what its instructions are."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    target = GPUTarget("cuda", launch.architecture, 32)
+    result = triton.compile(source, target=target, options=options)
+    ptx, ttir = result.asm["ptx"], result.asm["ttir"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        words = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
+    assert threads
+    return {
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_bytes": result.metadata.shared,
+        "threads": int(threads[1]),
+        "has_16_bit_dot": bool(re.search(r"tt\.dot .*xb?f16> \*", ttir)),
+        **{name: len(re.findall(pattern, ptx)) for name, pattern in _COUNTED.items()},
+        "ttir": ttir,
+    }
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled launch, by the rules of the module docstring."""
+    found = []
+    if row["spilled_bytes"]:
+        found.append(f"spills {row['spilled_bytes']} B")
+    limit = SHARED_LIMIT[row["architecture"]]
+    if row["shared_bytes"] > limit:
+        found.append(f"shared memory {row['shared_bytes']} B, above {limit} B")
+    instruction = "wgmma" if row["architecture"] == 90 else "mma_sync"
+    if row["has_16_bit_dot"] and not row[instruction]:
+        found.append(f"a 16-bit product without {instruction}")
+    return found
+
+
+def _describe(launches: list[Launch]) -> dict[str, Any]:
+    first = launches[0]
+    return {
+        "cases": sorted({launch.case for launch in launches}),
+        "kernel": first.kernel.__name__,
+        "architecture": first.architecture,
+        "constants": {
+            first.kernel.arg_names[path[0]]: value
+            for path, value in first.constants.items()
+            if isinstance(value, int | float)
+        },
+        "num_warps": first.num_warps,
+        "num_stages": first.num_stages,
+    }
+
+
+def _compile_into(pipe: Any, errors: Path, launches: list[Launch]) -> None:
+    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
+    row = _describe(launches) | compiled(launches[0])
+    row["problems"] = problems(row)
+    ttir = row.pop("ttir")
+    for launch in launches:
+        if max(launch.grid[1:]) > MAX_GRID_YZ:
+            row["problems"].append(f"grid {launch.grid} in {launch.case}")
+        for text in overflows(ttir, launch.grid, launch.numbers):
+            row["problems"].append(f"32-bit overflow in {launch.case}: {text}")
+    pipe.send(row)
+
+
+def compile_all(
+    launches: list[Launch], jobs: int, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Compiles each distinct launch in a process of its own: on some errors the compiler aborts.
+
+    Args:
+        jobs: processes at a time.
+        progress: is told of each result, and of what the compiler said where there is none.
+
+    Returns:
+        A row per distinct launch, in order. One that does not compile has no figures, and the
+        reason among its "problems".
+    """
+    groups: dict[str, list[Launch]] = {}
+    for launch in launches:
+        groups.setdefault(launch.code(), []).append(launch)
+    # Computed once and kept, here: a hash of all of Triton, and what its tools print of themselves.
+    triton_key(), get_ptxas_version(), triton.knobs.nvidia.cuobjdump
+    context = multiprocessing.get_context("fork")  # a launch cannot be pickled
+    waiting = list(groups)
+    running: dict[Any, tuple[str, Any, Path]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                code = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                errors = Path(folder, str(len(waiting)))
+                process = context.Process(target=_compile_into, args=(theirs, errors, groups[code]))
+                process.start()
+                theirs.close()
+                running[ours] = code, process, errors
+            for pipe in wait(list(running)):
+                code, process, errors = running.pop(pipe)
+                try:
+                    rows[code] = cast(Connection, pipe).recv()
+                except EOFError:
+                    said = errors.read_text(encoding="utf-8", errors="replace")
+                    progress(said)
+                    reasons = re.findall(r"^.*(?:error|assertion).*$", said, re.MULTILINE | re.I)
+                    reason = reasons[-1].strip()[:200] if reasons else "no reason given"
+                    problem = f"does not compile: {reason}"
+                    rows[code] = _describe(groups[code]) | {"problems": [problem]}
+                process.join()
+                first = groups[code][0]
+                progress(f"{len(rows)}/{len(groups)} {first.kernel.__name__} ({first.case})")
+    return [rows[code] for code in groups]
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people: one line per distinct launch."""
+    heads = "kernel,sm,case,blocks,warps,stages,regs,spill,smem KiB,wgmma,mma,TMA,16 B loads".split(
+        ","
+    )
+    lines = [heads]
+    for row in rows:
+        blocks = [str(v) for k, v in row["constants"].items() if type(v) is int and v > 1]
+        others = f" +{len(row['cases']) - 1}" if len(row["cases"]) > 1 else ""
+        line = [row["kernel"], row["architecture"], row["cases"][0] + others, "x".join(blocks)]
+        if "registers" in row:
+            line += [row["num_warps"], row["num_stages"], row["registers"], row["spilled_bytes"]]
+            line += [f"{row['shared_bytes'] / 1024:.0f}", row["wgmma"], row["mma_sync"]]
+            tma = row["tma_loads"] + row["tma_stores"] + row["tma_reductions"]
+            line += [tma, f"{row['loads_of_16_bytes']}/{row['loads']}"]
+        lines.append([str(cell) for cell in line])
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
+        for line in lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one size and dtype per function")
+    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--json", type=Path, help="where the rows go")
+    args = parser.parse_args()
+    if kernel_device.is_interpreted():
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    started = time.perf_counter()
+    launches, taken = record([case for case in cases() if case.is_quick or not args.quick])
+    rows = compile_all(launches, args.jobs, lambda text: print(text, file=sys.stderr, flush=True))
+    bad = [f"{row['kernel']} sm_{row['architecture']} ({row['cases'][0]}): {problem}"
+           for row in rows for problem in row["problems"]]  # fmt: skip
+    if not args.quick:
+        bad += [f"no case takes the tile of {key}" for key in sorted(tiles.TILES.keys() - taken)]
+    print(table(rows))
+    seconds = time.perf_counter() - started
+    print(f"{len(launches)} launches, {len(rows)} distinct, {len(bad)} problems, {seconds:.0f} s")
+    print(*bad, sep="\n", end="\n" if bad else "")
+    if args.json:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        versions["ptxas"] = triton.knobs.nvidia.ptxas.version
+        head = {"versions": versions, "seconds": round(seconds), "problems": bad}
+        head["tiles"] = sorted(taken)
+        lines = ",\n".join(json.dumps(row) for row in rows)  # a row per line
+        text = f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n'
+        args.json.write_text(text, encoding="utf-8")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
