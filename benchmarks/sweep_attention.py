@@ -1,0 +1,206 @@
+"""Which tiles the attention kernels should take: the sweep behind the table in kernels/tiles.py.
+
+    python benchmarks/sweep_attention.py [--kernel forward] [--block-d 128] [--architecture 90]
+                                         [--dtype bf16] [--candidates 128x64x8x3 ...] [--json FILE]
+
+Every candidate (rows x columns x warps x stages) is compiled, plain and with bounds, as the public
+function would launch it; those that spill, take too much shared memory or miss the tensor cores are
+dropped. What is left is timed where there is a GPU of that architecture, on B 2, T 4096, 32 heads,
+8 key/value heads, causal; the best are printed as lines of the table. Without one nothing is timed,
+and the order is a guess from what is known beforehand: first the side of the tile that a program
+keeps while it walks along the other (rows, but columns for "key_value" and "single_pass"), as all
+else is read once per tile of it; then warps per multiprocessor, which hide latency; then the other
+side; then stages.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from compile_kernels import SHARED_LIMIT, compile_all
+from launches import DTYPES, Launch, recording
+
+from llamapro.kernels import attention, device, tiles
+from llamapro.kernels.tiles import Tile
+
+KERNELS = {
+    "forward": "_attention_forward_kernel",
+    "query": "_attention_query_kernel",
+    "key_value": "_attention_key_value_kernel",
+    "single_pass": "_attention_key_value_kernel",
+}
+REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
+B, T, H, KV = 2, 4096, 32, 8
+# Matrix products of T x T x D, of which a causal mask leaves half: 2 in forward.
+PRODUCTS = {"forward": 2, "query": 3, "key_value": 4, "single_pass": 5}
+
+
+class Entry(NamedTuple):
+    """A key of the table, with the dtype in place of its size."""
+
+    kernel: str
+    architecture: int
+    block_d: int
+    dtype: str
+
+
+def candidates(entry: Entry) -> list[Tile]:
+    """The tiles worth compiling: powers of two, 4 or 8 warps, 1 to 3 stages."""
+    sizes = (16, 32, 64) if entry.dtype == "fp32" else (32, 64, 128)
+    return [
+        Tile(rows, columns, num_warps, num_stages)
+        for rows, columns, num_warps, num_stages in itertools.product(
+            sizes, sizes, (4, 8), (1, 2, 3)
+        )
+        if rows * columns <= 2048 * num_warps  # 64 scores per thread
+    ]
+
+
+def call(entry: Entry, where: str, bounded: bool) -> Any:
+    """Runs forward; returns backward as a function that computes what the entry's kernel gives."""
+    dtype = DTYPES[entry.dtype]
+    q, k, v = (
+        torch.empty(B, T, heads, entry.block_d, dtype=dtype, device=where).normal_()
+        if where == "cuda"
+        else torch.empty(B, T, heads, entry.block_d, dtype=dtype)
+        for heads in (H, KV, KV)
+    )
+    bounds = None
+    if bounded:
+        positions = torch.arange(T, dtype=torch.int32, device=where)[None]
+        bounds = (torch.zeros_like(positions), torch.full_like(positions, T - 1))
+    asked = {"query": (q,), "key_value": (k, v)}.get(entry.kernel, (q, k, v))
+    for x in asked:
+        x.requires_grad_(entry.kernel != "forward")
+    is_deterministic = entry.kernel != "single_pass"
+
+    def forward() -> torch.Tensor:
+        return attention.attention(q, k, v, bounds, deterministic=is_deterministic)
+
+    if entry.kernel == "forward":
+        return forward
+    out = forward()
+    dout = torch.empty_like(out)
+    return lambda: torch.autograd.grad(out, asked, dout, retain_graph=True)
+
+
+def taking(entry: Entry, tile: Tile) -> Any:
+    """Within, the entry's kernel takes that tile, and the others what the table says."""
+    choose = tiles.tile
+    return mock.patch.object(
+        tiles, "tile", lambda kernel, *key: tile if kernel == entry.kernel else choose(kernel, *key)
+    )
+
+
+def launch(entry: Entry, tile: Tile, bounded: bool) -> Launch:
+    """The launch of the entry's kernel with that tile."""
+    with (
+        taking(entry, tile),
+        recording(entry.architecture, f"{entry.kernel} {tuple(tile)}") as recorded,
+    ):
+        call(entry, "cpu", bounded)()
+    name = KERNELS[entry.kernel]
+    return next(launch for launch in recorded if launch.kernel.__name__ == name)
+
+
+def programs(result: dict[str, Any], architecture: int) -> int:
+    """How many programs fit a multiprocessor at a time, by registers, threads and memory."""
+    registers = -(-result["registers"] // 8) * 8 * result["threads"]
+    shared = (SHARED_LIMIT[architecture] + 1024) // (result["shared_bytes"] + 1024)
+    return min(REGISTERS // registers, THREADS // result["threads"], shared)
+
+
+def seconds(entry: Entry, tile: Tile) -> float:
+    """The median time of the public function's forward or backward, caches flushed."""
+    with taking(entry, tile):
+        function = call(entry, "cuda", bounded=False)
+        return triton.testing.do_bench(function, warmup=25, rep=200, return_mode="median") / 1e3
+
+
+def sweep(entry: Entry, chosen: list[Tile], jobs: int, has_gpu: bool) -> list[dict[str, Any]]:
+    """Compiles all candidates of an entry, times those that are sound, and puts them in order."""
+    results: dict[Tile, dict[str, Any]] = {
+        tile: {"tile": tuple(tile), "problems": []} for tile in chosen
+    }
+    for bounded in (True, False):  # with bounds first: it takes more registers
+        sound = [tile for tile, result in results.items() if not result["problems"]]
+        recorded = [launch(entry, tile, bounded) for tile in sound]
+        rows = compile_all(recorded, jobs, lambda text: print(text, file=sys.stderr, flush=True))
+        for tile, row in zip(sound, rows, strict=True):
+            result = results[tile]
+            result["problems"] += row["problems"]
+            for name in ("registers", "shared_bytes", "threads"):
+                result[name] = max(row.get(name, 0), result.get(name, 0))
+    for tile, result in results.items():
+        if not result["problems"]:
+            result["programs"] = programs(result, entry.architecture)
+            if has_gpu:
+                result["seconds"] = seconds(entry, tile)
+                flop = PRODUCTS[entry.kernel] * B * H * T * T * entry.block_d
+                result["tflops"] = flop / result["seconds"] / 1e12
+
+    def order(result: dict[str, Any]) -> tuple[float, ...]:
+        if "seconds" in result or result["problems"]:
+            return (len(result["problems"]), result.get("seconds", 0.0))
+        rows, columns, _, num_stages = result["tile"]
+        if entry.kernel in ("key_value", "single_pass"):
+            rows, columns = columns, rows
+        warps = result["programs"] * result["threads"] // 32
+        return (0, -rows, -min(warps, 16), -columns, -num_stages)
+
+    return sorted(results.values(), key=order)
+
+
+def line(entry: Entry, result: dict[str, Any]) -> str:
+    """A result as a line of `tiles.TILES`."""
+    size = DTYPES[entry.dtype].itemsize
+    key = f'("{entry.kernel}", {entry.architecture}, {entry.block_d}, {size})'
+    tile = ", ".join(map(str, result["tile"]))
+    measured = f"{result['tflops']:.0f} TFLOP/s" if "tflops" in result else "not timed"
+    facts = f"{result['registers']} registers, {result['shared_bytes'] // 1024} KiB"
+    return f"    {key}: Tile({tile}),  # {measured}, {facts}, {result['programs']} per SM"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
+    parser.add_argument("--block-d", type=int, choices=(64, 128, 256), nargs="+", default=[128])
+    parser.add_argument("--architecture", type=int, choices=(80, 90), nargs="+")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
+    parser.add_argument("--candidates", nargs="+", help="ROWSxCOLUMNSxWARPSxSTAGES; else all")
+    parser.add_argument("--show", type=int, default=5, help="how many of each entry are printed")
+    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--json", type=Path, help="where all results go")
+    args = parser.parse_args()
+    if device.is_interpreted():
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    own = device.architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+    architectures = args.architecture or ([own] if own else [80, 90])
+    given = [Tile(*map(int, text.split("x"))) for text in args.candidates or []]
+    entries = itertools.product(args.kernel, architectures, args.block_d, args.dtype)
+    results = []
+    for entry in itertools.starmap(Entry, entries):
+        if (*entry[:3], DTYPES[entry.dtype].itemsize) not in tiles.TILES:
+            print(f"{entry}: the table has no such entry", file=sys.stderr)
+            continue
+        ranked = sweep(entry, given or candidates(entry), args.jobs, entry.architecture == own)
+        sound = [result for result in ranked if not result["problems"]]
+        print(f"{entry.kernel} sm_{entry.architecture} BLOCK_D {entry.block_d} {entry.dtype}:"
+              f" {len(sound)} of {len(ranked)} candidates are sound")  # fmt: skip
+        for result in sound[: args.show]:
+            print(line(entry, result), flush=True)
+        results.append({**entry._asdict(), "candidates": ranked})
+    if args.json:
+        gpu = torch.cuda.get_device_name() if own else None
+        text = json.dumps({"gpu": gpu, "triton": triton.__version__, "entries": results}, indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
