@@ -114,9 +114,10 @@ def _cannot_run(op: str, device: torch.device, dtype: torch.dtype, size: int) ->
     try:
         return _kernel(op).unsupported(device, dtype, size)
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        missing = {"triton": "the package triton", "llamapro.kernels": "this project (pip)"}
+        if error.name not in missing:
             raise
-        return "the package triton is not installed"
+        return f"{missing[error.name]} is not installed"
 
 
 def _kernel(op: str) -> ModuleType:

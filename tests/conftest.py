@@ -151,6 +151,17 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(
+    params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=str,
+)
+def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
+    """The dtypes of the kernels; bf16 only where they are compiled."""
+    if device == "cpu" and request.param == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+    return request.param
+
+
 def _assert_as_exact_as_torch(kernel: Tensor, reference: Tensor, exact: Tensor) -> None:
     assert kernel.dtype == reference.dtype and kernel.shape == reference.shape
     assert exact.dtype == torch.float64 and exact.shape == reference.shape

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from llamapro import expansion, ops
 from llamapro.config import ModelConfig
-from llamapro.kernels import device as kernel_device
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from llamapro.kernels import device as kernel_device
 
 
 def gpu(major: int, minor: int) -> SimpleNamespace:
@@ -89,15 +91,24 @@ def test_old_gpus_and_the_cpu_are_not_for_kernels(monkeypatch: pytest.MonkeyPatc
                 ops.choose(op, where, torch.float16, 64)
 
 
-def test_without_triton_everything_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package is optional (it exists for Linux only): `auto` does without, `triton` says so."""
+@pytest.mark.parametrize(
+    "missing, said",
+    [
+        ("triton", "the package triton is not installed"),
+        ("llamapro.kernels", r"this project \(pip\) is not installed"),
+    ],
+)
+def test_without_triton_everything_is_torch(
+    missing: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It exists for Linux only; kernels/ is found once installed. `auto` does without either."""
     for name in [name for name in sys.modules if name.startswith("llamapro.kernels.")]:
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(f"llamapro.kernels.{name.rpartition('.')[2]}", raising=False)
-    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, missing, None)
     with ops.use("auto"):
         assert ops.choose("rope", CUDA, torch.bfloat16, 64)[0] == "torch"
-    with ops.use("triton"), pytest.raises(ops.BackendError, match="triton is not installed"):
+    with ops.use("triton"), pytest.raises(ops.BackendError, match=said):
         ops.rms_norm(torch.ones(2, 16), torch.ones(16), 1e-5)
 
 
@@ -184,6 +195,23 @@ def test_the_whole_model_computes_and_trains_on_kernels(
     for name, gradient in gradients.items():
         expected = torch_gradients[name]
         assert (gradient - expected).norm() < 1e-5 * expected.norm(), name
+
+
+def test_recomputing_on_kernels_changes_no_bit_of_a_gradient(
+    model: LlamaForCausalLM, ids: Tensor
+) -> None:
+    """Activation checkpointing runs each kernel's forward twice, and gets the same."""
+    found = []
+    for recompute in (False, True):
+        for layer in model.model.layers:
+            layer.recompute = recompute
+        model.zero_grad()
+        with ops.use("triton"):
+            loss_of(model, ids).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0] and found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
 
 
 def test_each_op_is_switched_on_its_own(

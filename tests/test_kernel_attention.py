@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llamapro import ops
 
-attention = pytest.importorskip("llamapro.kernels.attention", exc_type=ModuleNotFoundError)
-tiles = pytest.importorskip("llamapro.kernels.tiles")
+pytest.importorskip("triton", reason="Triton is not installed")
+from llamapro.kernels import attention, tiles
 
 Compare = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -25,17 +25,6 @@ class Shape(NamedTuple):
     H: int = 2
     KV: int = 1
     D: int = 16
-
-
-@pytest.fixture(
-    params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
-    ids=str,
-)
-def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
-    """The dtypes of the kernels; bf16 only where they are compiled."""
-    if device == "cpu" and request.param == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
-    return request.param
 
 
 @pytest.fixture
