@@ -169,9 +169,9 @@ def test_twenty_steps_on_kernels_give_the_losses_of_torch(
     plain = run("torch", train__ops="torch", **small)
     fused = run("triton", train__ops="triton", **small)
     expected = torch.tensor(metrics(plain, "train", "loss"))
-    # fp32 sums in another order; updates carry the difference from step to step.
+    # fp32 sums in another order, a few units in the last place; updates hand it on.
     torch.testing.assert_close(
-        torch.tensor(metrics(fused, "train", "loss")), expected, rtol=1e-4, atol=0
+        torch.tensor(metrics(fused, "train", "loss")), expected, rtol=2e-6, atol=0
     )
     assert len(expected) == 20 and not torch.equal(trained(fused)[O_PROJ], torch.zeros(64, 64))
     plans = [json.loads((run_dir / "run.json").read_text()) for run_dir in (plain, fused)]
