@@ -22,7 +22,9 @@ def kernels(root: Path) -> Any:
     spec = importlib.util.spec_from_file_location("bench", root / "benchmarks" / "time_kernels.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "benchmarks")  # where it finds kernel_cases
+        spec.loader.exec_module(module)
     return module
 
 
