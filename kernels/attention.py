@@ -158,29 +158,13 @@ def attention_forward(
     q, k, v = (tiles.with_readable_rows(x, tma) for x in (q, k, v))
     with torch.cuda.device_of(q):
         _attention_forward_kernel[(H, B, triton.cdiv(T, tile.rows))](
-            q,
-            tiles.described(k, tile.columns, tma),
-            tiles.described(v, tile.columns, tma),
-            tiles.described(out, tile.rows, tma),
-            lse,
-            first,
-            T,
-            S,
-            H // KV,
-            math.log2(math.e) / math.sqrt(D),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            tiles.batch_stride(first),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            D=D,
-            BLOCK_D=block_d,
-            TMA=tma,
-            BOUNDED=first is not None,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+            q, tiles.described(k, tile.columns, tma), tiles.described(v, tile.columns, tma),
+            tiles.described(out, tile.rows, tma), lse, first,
+            T, S, H // KV, math.log2(math.e) / math.sqrt(D),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], tiles.batch_stride(first),
+            ROWS=tile.rows, COLUMNS=tile.columns, D=D, BLOCK_D=block_d, TMA=tma,
+            BOUNDED=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     return out, lse
 
 

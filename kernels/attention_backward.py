@@ -327,14 +327,7 @@ def attention_backward(
     with torch.cuda.device_of(q):
         delta = torch.empty_like(lse)
         _delta_kernel[(H, B, triton.cdiv(T, DELTA_ROWS))](
-            out,
-            dout,
-            delta,
-            T,
-            *dout.stride()[:3],
-            ROWS=DELTA_ROWS,
-            D=D,
-            BLOCK_D=block_d,
+            out, dout, delta, T, *dout.stride()[:3], ROWS=DELTA_ROWS, D=D, BLOCK_D=block_d
         )
         in_one_pass = needs_dq and needs_dkv and not deterministic and block_d <= 128
         if needs_dkv:
@@ -348,33 +341,15 @@ def attention_backward(
             if in_one_pass:
                 dq_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
             _attention_key_value_kernel[(KV, B, triton.cdiv(S, tile.columns))](
-                tiles.described(q, tile.rows, tma),
-                k,
-                v,
-                tiles.described(dout, tile.rows, tma),
-                lse,
-                delta,
-                last,
+                tiles.described(q, tile.rows, tma), k, v, tiles.described(dout, tile.rows, tma),
+                lse, delta, last,
                 tiles.described(dq_sum, tile.rows, True) if reduce_by_tma else dq_sum,
-                tiles.described(dk, tile.columns, tma),
-                tiles.described(dv, tile.columns, tma),
-                T,
-                S,
-                H // KV,
-                scale,
-                *strides,
-                tiles.batch_stride(last),
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                D=D,
-                BLOCK_D=block_d,
-                TMA=tma,
-                BOUNDED=last is not None,
-                ACCUMULATE_DQ=in_one_pass,
-                REDUCE_BY_TMA=reduce_by_tma,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+                tiles.described(dk, tile.columns, tma), tiles.described(dv, tile.columns, tma),
+                T, S, H // KV, scale, *strides, tiles.batch_stride(last),
+                ROWS=tile.rows, COLUMNS=tile.columns, D=D, BLOCK_D=block_d, TMA=tma,
+                BOUNDED=last is not None, ACCUMULATE_DQ=in_one_pass, REDUCE_BY_TMA=reduce_by_tma,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
             if dq_sum is not None:
                 torch.mul(dq_sum, 1 / math.sqrt(D), out=dq)
         if needs_dq and not in_one_pass:
@@ -382,29 +357,12 @@ def attention_backward(
                 first = first.contiguous()
             tile = tiles.tile("query", architecture, block_d, q.dtype)
             _attention_query_kernel[(H, B, triton.cdiv(T, tile.rows))](
-                q,
-                tiles.described(k, tile.columns, tma),
-                tiles.described(v, tile.columns, tma),
-                dout,
-                lse,
-                delta,
-                first,
-                tiles.described(dq, tile.rows, tma),
-                T,
-                S,
-                H // KV,
-                scale,
-                *strides,
-                tiles.batch_stride(first),
-                ROWS=tile.rows,
-                COLUMNS=tile.columns,
-                D=D,
-                BLOCK_D=block_d,
-                TMA=tma,
-                BOUNDED=first is not None,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+                q, tiles.described(k, tile.columns, tma), tiles.described(v, tile.columns, tma),
+                dout, lse, delta, first, tiles.described(dq, tile.rows, tma),
+                T, S, H // KV, scale, *strides, tiles.batch_stride(first),
+                ROWS=tile.rows, COLUMNS=tile.columns, D=D, BLOCK_D=block_d, TMA=tma,
+                BOUNDED=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
     return dq, dk, dv
 
 
