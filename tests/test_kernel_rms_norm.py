@@ -243,6 +243,22 @@ def test_the_weight_multiplies_what_is_already_rounded(device: str) -> None:
     assert (uncast != by_torch(x, weight)).float().mean() > 0.1  # what the test would see
 
 
+def test_values_are_those_of_torch_to_the_bit_where_the_order_of_the_sum_does_not_matter(
+    dtype: torch.dtype, device: str
+) -> None:
+    """Small whole numbers, 128 of them: their squares add up exactly in any order."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (
+        torch.randint(-8, 9, (50, 128), generator=generator).to(device, dtype) for _ in range(2)
+    )
+    weight = 1 + normal(128, seed=1, device=device, dtype=dtype)
+    assert torch.equal(by_kernel(x, weight), by_torch(x, weight))
+    with ops.use("torch"):
+        expected = ops.add_rms_norm(x, residual, weight, EPS)
+    for ours, theirs in zip(by_kernel_added(x, residual, weight), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_the_sum_is_rounded_before_it_is_normed(device: str) -> None:
     """s is PyTorch's to the bit, and its norm that of s, as if it had been read again."""
     x, residual = (normal(8, 500, seed=i, device=device, dtype=torch.float16) for i in range(2))
