@@ -12,7 +12,6 @@ The order matters and is the method: load, freeze by the checkpoint's record, sh
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import resource
@@ -36,9 +35,10 @@ from llamapro.distributed import Ranks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
 from llamapro.metrics import MetricsLog, format_count, perplexity, progress_line
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
-from llamapro.optim import build_adamw, clip_gradients, learning_rate
+from llamapro.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
 from llamapro.plan import make_plan, render
 from llamapro.settings import Settings, check, flatten, parse
+from llamapro.stopping import Stopped, StopRequest
 from llamapro.tokenizer import Tokenizer
 from llamapro.train_state import (
     check_settings,
@@ -59,11 +59,18 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             cli.print_result(plan, settings.json, render(plan, settings))
         return
-    with process_group(settings.train.device) as ranks, ops.use(settings.train.ops):
-        found = train(job, plan, ranks)
+    stop = StopRequest()
+    with (
+        stop.listening(),
+        process_group(settings.train.device) as ranks,
+        ops.use(settings.train.ops),
+    ):
+        found = train(job, plan, ranks, stop)
     if ranks.is_main:
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in found["eval"].items())
         text = f"{job.run_dir}: {found['step']} steps done"
+        if found["stopped"]:
+            text += ", stopped by a signal: the same command continues"
         cli.print_result(found, settings.json, f"{text}; {losses}" if losses else text)
 
 
@@ -126,8 +133,15 @@ class Job:
 # ---- Data and model ---------------------------------------------------------------------------
 
 
-def load_data(job: Job, ranks: Ranks) -> tuple[Mixture, dict[str, PackedSequences]]:
-    """Tokenises on the main process what is not yet in the cache; then every process maps it."""
+def load_data(
+    job: Job, ranks: Ranks, stop: StopRequest
+) -> tuple[Mixture, dict[str, PackedSequences]]:
+    """Tokenises on the main process what is not yet in the cache; then every process maps it.
+
+    Raises:
+        DataError: on every rank, if the main one could not.
+        Stopped: on every rank, if a signal came to the main one meanwhile.
+    """
     s = job.settings
 
     def tokenized(patterns: list[str], label: str) -> Path:
@@ -135,14 +149,19 @@ def load_data(job: Job, ranks: Ranks) -> tuple[Mixture, dict[str, PackedSequence
             patterns, job.tokenizer, s.data.cache_dir, s.data.text_key, s.data.workers, label
         ).path
 
-    error, sources, val = None, [], {}
+    error, sources, val, stopped = None, [], {}, False
     if ranks.is_main:
         try:
-            sources = [tokenized([path], f"train {path}") for path in s.data.train]
-            val = {name: tokenized(paths, f"val {name}") for name, paths in job.val.items()}
+            with stop.interrupting():
+                sources = [tokenized([path], f"train {path}") for path in s.data.train]
+                val = {name: tokenized(paths, f"val {name}") for name, paths in job.val.items()}
         except UserError as failure:
             error = str(failure)
-    error, sources, val = ranks.from_main((error, sources, val))
+        except Stopped:
+            stopped = True
+    error, sources, val, stopped = ranks.from_main((error, sources, val, stopped))
+    if stopped:
+        raise Stopped
     if error:
         raise DataError(error)
 
@@ -183,9 +202,17 @@ def build_model(job: Job, ranks: Ranks) -> tuple[LlamaForCausalLM, dict[str, tor
 
 @torch.no_grad()
 def evaluate(
-    model: LlamaForCausalLM, sequences: PackedSequences, settings: Settings, ranks: Ranks
+    model: LlamaForCausalLM,
+    sequences: PackedSequences,
+    settings: Settings,
+    ranks: Ranks,
+    stop: StopRequest,
 ) -> tuple[float, int]:
-    """Returns the mean token loss (nats) over a validation set and how many tokens it has."""
+    """Returns the mean token loss (nats) over a validation set and how many tokens it has.
+
+    Raises:
+        Stopped: on every rank, if a signal came to one of them.
+    """
     count = min(settings.eval.sequences or len(sequences), len(sequences))
     chosen = [i * len(sequences) // count for i in range(count)]
     rows = settings.train.micro_batch_size
@@ -193,6 +220,8 @@ def evaluate(
     tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
     for start in range(0, count, rows * ranks.world_size):
         # Every process makes the same number of passes: sharded weights are gathered together.
+        if any(ranks.sum(bool(stop.signal))):
+            raise Stopped
         mine = chosen[start + ranks.rank * rows :][:rows]
         inputs = torch.zeros(rows, settings.data.seq_len, dtype=torch.int64)
         targets = torch.full_like(inputs, ops.IGNORE_INDEX)
@@ -209,17 +238,21 @@ def evaluate(
 def train_step(
     model: LlamaForCausalLM,
     mixture: Mixture,
-    optimizer: torch.optim.Optimizer,
+    guard: FiniteGuard,
     step: int,
     steps: int,
     settings: Settings,
     ranks: Ranks,
+    stop: StopRequest,
 ) -> tuple[dict[str, Any], int]:
     """One optimizer step on the global batch of this step number, which is all it depends on.
 
     Returns:
-        The step's loss (nats per token), grad_norm (before clipping) and learning_rate, and the
-        number of tokens that were predicted.
+        This rank's part of the loss, (), in nats per token of the global batch; grad_norm, (),
+        before clipping; learning_rate; and the number of tokens that were predicted.
+
+    Raises:
+        Stopped: on every rank and before anything is computed, if a signal came to one of them.
     """
     t, o = settings.train, settings.optim
     inputs, targets = batch(
@@ -227,7 +260,9 @@ def train_step(
     )
     # The loss is the mean over the valid tokens of the *global* batch, so it does not depend on how
     # the batch is split. FSDP averages gradients over the ranks, hence the factor world_size.
-    (valid,) = ranks.sum((targets != ops.IGNORE_INDEX).sum())
+    valid, stopping = ranks.sum((targets != ops.IGNORE_INDEX).sum(), bool(stop.signal))
+    if stopping:
+        raise Stopped
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
     for ids, following in zip(
@@ -236,95 +271,142 @@ def train_step(
         loss, _ = model(ids.to(ranks.device), following.to(ranks.device))
         (loss * scale).backward()
         loss_sum += loss.detach()
-    grad_norm = clip_gradients(model.parameters(), o.clip).item()
-    (total,) = ranks.sum(loss_sum)
-    loss_mean = total / max(1.0, valid)
-    if not math.isfinite(grad_norm) or not math.isfinite(loss_mean):
-        raise ConfigError(
-            f"step {step + 1}: loss {loss_mean}, gradient norm {grad_norm}; nothing was updated. "
-            "Lower optim.lr, or look at the data; the last training checkpoint is intact"
-        )
+    grad_norm = clip_gradients(model.parameters(), o.clip)
     rate = learning_rate(step, steps, o.lr, round(o.warmup_ratio * steps), o.final_lr_ratio)
-    for group in optimizer.param_groups:
+    for group in guard.optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"loss": loss_mean, "grad_norm": grad_norm, "learning_rate": rate}, int(valid)
+    guard.step(grad_norm, step)  # not applied if the norm is not finite
+    guard.optimizer.zero_grad()
+    part = loss_sum / max(1.0, valid)
+    return {"loss": part, "grad_norm": grad_norm, "learning_rate": rate}, int(valid)
 
 
-def train(job: Job, plan: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Runs the job to its last step; returns the result, JSON-able."""
+def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, Any]:
+    """Runs the job to its last step, or to where a signal stops it; returns the result."""
     s, run_dir = job.settings, job.run_dir
     say(ranks, render(plan, s))
     # Where the run stands: with the weights and the optimizer, all there is to resume from.
     state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "loss": None, "eval": {}}
+    state |= {"evaluated": -1, "skipped": 0}
     if job.resume_from is not None:
         state = read_state(job.resume_from)
         check_settings(state, s, run_dir)
-    mixture, val = load_data(job, ranks)
+    try:
+        mixture, val = load_data(job, ranks, stop)
+    except Stopped:
+        return result(run_dir, state, stopped=True)
     steps = s.steps(mixture.samples_per_epoch)
     say(ranks, f"steps            {steps} ({format_count(steps * plan['tokens_per_step'])} tokens)")
-    if state["step"] >= steps:
+    if state["step"] >= steps and state["evaluated"] == state["step"]:
         say(ranks, f"{run_dir} is complete: nothing to do")
         return result(run_dir, state)
 
     model, parameters = build_model(job, ranks)
     optimizer = build_adamw(parameters.values(), s.optim.betas, s.optim.weight_decay)
+    skipped_before = state["skipped"]
     if job.resume_from is not None:
-        load_optimizer(job.resume_from, parameters, optimizer, state["step"])
+        load_optimizer(job.resume_from, parameters, optimizer, state["step"] - skipped_before)
+    guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, ranks.device)
     with open_metrics(run_dir, plan, state["step"], s, ranks) as metrics:
+        window = {"s": 0.0, "tokens": 0, "steps": 0}  # since the last progress line
+        latest: dict[str, Any] = {}  # the last step's numbers, still on the device
 
         def log(record: dict[str, Any]) -> None:
             if metrics is not None:
                 metrics.log(record)
 
+        def settle() -> None:
+            """Waits for the device: notes the loss, and steps that it did not apply."""
+            started = time.perf_counter()
+            if latest:
+                (state["loss"],) = ranks.sum(latest["loss"])
+            skipped, bad, is_stuck = guard.check()
+            if skipped_before + skipped > state["skipped"]:
+                state["skipped"] = skipped_before + skipped
+                where = [
+                    mixture.locate(bad * s.train.batch_size + i) for i in range(s.train.batch_size)
+                ]
+                sequences = [f"{s.data.train[source]}:{number}" for source, number in where]
+                record = {"kind": "bad_step", "step": bad + 1, "skipped": state["skipped"]}
+                log(record | {"sequences": sequences})
+                say(
+                    ranks, f"step {bad + 1}: gradient not finite, not applied ({sequences[0]}, ...)"
+                )
+            if is_stuck:
+                raise ConfigError(
+                    f"step {bad + 1}: the gradient is not finite; neither it nor what followed was "
+                    f"applied. Look at its data ({run_dir}/metrics.jsonl, kind bad_step), lower "
+                    "optim.lr or allow optim.skip_bad_steps; the last training checkpoint is intact"
+                )
+            elapsed = time.perf_counter() - started
+            state["elapsed_s"] += elapsed
+            window["s"] += elapsed
+
         def evaluate_all() -> None:
             for name, sequences in val.items():
-                loss, tokens = evaluate(model, sequences, s, ranks)
+                loss, tokens = evaluate(model, sequences, s, ranks, stop)
                 state["eval"][name] = loss
                 record = {"kind": "eval", "step": state["step"], "set": name, "loss": loss}
                 record |= {"perplexity": perplexity(loss), "tokens": tokens}
                 log(record | {"tokens_seen": state["tokens"]})
+            state["evaluated"] = state["step"]
             shown = " · ".join(f"{name} {loss:.4f}" for name, loss in state["eval"].items())
             say(ranks, f"eval {state['step']}/{steps} · {shown or 'no validation set'}")
 
-        if state["step"] == 0:
-            evaluate_all()
-        window_s, window_tokens, window_steps = 0.0, 0, 0
-        while state["step"] < steps:
-            started = time.perf_counter()
-            record, valid = train_step(model, mixture, optimizer, state["step"], steps, s, ranks)
-            elapsed = time.perf_counter() - started
-            state["step"] += 1
-            state["tokens"] += valid
-            state["elapsed_s"] += elapsed
-            state["loss"] = record["loss"]
-            window_s += elapsed
-            window_tokens += valid
-            window_steps += 1
+        saved, stopped = state["step"], False
+        while True:
             step, is_last = state["step"], state["step"] == steps
-            if step % s.log_every == 0 or is_last:
-                record = {"kind": "train", "step": step, **record, "tokens": state["tokens"]}
-                record |= {"tokens_per_s": window_tokens / window_s}
-                record |= {"step_s": window_s / window_steps, "elapsed_s": state["elapsed_s"]}
-                log(record | {"memory_bytes": peak_memory(ranks)})
-                say(ranks, progress_line(record | {"memory_bytes": peak_memory(ranks)}, steps))
-                window_s, window_tokens, window_steps = 0.0, 0, 0
-            if step % s.eval.every == 0 or is_last:
-                evaluate_all()
-            if step % s.save.every == 0 or is_last:
+            is_due = is_last or step % s.eval.every == 0
+            if is_due and state["evaluated"] != step and not stopped:
+                settle()
+                try:
+                    evaluate_all()
+                except Stopped:
+                    stopped = True
+            if step > saved and (stopped or is_last or step % s.save.every == 0):
+                settle()
                 info = BlocksInfo.of(job.config, s.train.trainable, step)
                 kept = state | {"settings": flatten(s)}
                 say(ranks, f"saved {save(run_dir, step, parameters, optimizer, info, kept, ranks)}")
+                saved = step
                 if ranks.is_main:
                     remove_old(run_dir, s.save.keep)
-    return result(run_dir, state)
+            if stopped or is_last:
+                break
+
+            started = time.perf_counter()
+            try:
+                latest, valid = train_step(model, mixture, guard, step, steps, s, ranks, stop)
+            except Stopped:
+                stopped = True
+                continue
+            state["step"] += 1
+            state["tokens"] += valid
+            elapsed = time.perf_counter() - started
+            state["elapsed_s"] += elapsed
+            window = {
+                "s": window["s"] + elapsed,
+                "tokens": window["tokens"] + valid,
+                "steps": window["steps"] + 1,
+            }
+            if state["step"] % s.log_every == 0 or state["step"] == steps:
+                settle()
+                record = {"kind": "train", "step": state["step"], "loss": state["loss"]}
+                record |= {"grad_norm": latest["grad_norm"].item()}
+                record |= {"learning_rate": latest["learning_rate"], "tokens": state["tokens"]}
+                record |= {"tokens_per_s": window["tokens"] / window["s"]}
+                record |= {"step_s": window["s"] / window["steps"]}
+                record |= {"elapsed_s": state["elapsed_s"], "memory_bytes": peak_memory(ranks)}
+                log(record)
+                say(ranks, progress_line(record, steps))
+                window = {"s": 0.0, "tokens": 0, "steps": 0}
+    return result(run_dir, state, stopped)
 
 
-def result(run_dir: Path, state: dict[str, Any]) -> dict[str, Any]:
+def result(run_dir: Path, state: dict[str, Any], stopped: bool = False) -> dict[str, Any]:
     """Returns what the command answers."""
     kept = {key: state[key] for key in ("step", "tokens", "loss", "eval", "elapsed_s")}
-    return {"run_dir": str(run_dir), **kept}
+    return {"run_dir": str(run_dir), **kept, "stopped": stopped}
 
 
 @contextmanager

@@ -241,6 +241,11 @@ class Mixture:
 
     def sample(self, index: int) -> tuple[Int64s, Int64s]:
         """Returns inputs (T,) and targets (T,) of a sample of the endless order."""
+        number, sequence = self.locate(index)
+        return self._sources[number][sequence]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Returns of which source, and there which sequence, a sample of the endless order is."""
         epoch, at = divmod(index, self.samples_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
@@ -250,7 +255,7 @@ class Mixture:
         source, count = self._sources[number], self.samples_per_source[number]
         # The source's own stream goes on through the epochs.
         turn, place = divmod(epoch * count + int(slot) - (self._ends[number] - count), len(source))
-        return source[int(self._order(len(source), 1, number, turn)[place])]
+        return number, int(self._order(len(source), 1, number, turn)[place])
 
     def _order(self, length: int, *key: int) -> Int64s:
         """Returns the permutation of `length` that belongs to the seed and this key."""

@@ -52,3 +52,43 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """Scales gradients to a norm over all ranks of at most `max_norm`; returns what it was, ()."""
     norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class FiniteGuard:
+    """Makes optimizer steps, but none with a gradient that is not finite.
+
+    Whether it is, stays on the device: the fused optimizer skips its update there, and nobody waits
+    for the answer. Once more than `allowed` steps in a row were skipped nothing is applied any
+    more, until `check` is called and says so: the weights stay as they were before the first.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, allowed: int, device: torch.device):
+        """Guards a fused optimizer.
+
+        Args:
+            optimizer: with `fused=True`.
+            allowed: bad steps in a row that are skipped; with one more, training cannot go on.
+            device: of the gradients.
+        """
+        self.optimizer, self.allowed = optimizer, allowed
+        self._streak = torch.zeros((), dtype=torch.int64, device=device)
+        self._skipped = torch.zeros_like(self._streak)
+        self._last_bad = torch.full_like(self._streak, -1)
+
+    def step(self, norm: Tensor, step: int) -> None:
+        """Updates the weights if `norm`, (), of all gradients is finite and nothing is stuck."""
+        stuck = self._streak > self.allowed
+        bad = ~norm.isfinite() & ~stuck
+        self._streak = torch.where(stuck, self._streak, torch.where(bad, self._streak + 1, 0))
+        self._skipped += bad
+        self._last_bad = torch.where(bad, step, self._last_bad)
+        self.optimizer.found_inf = (bad | stuck).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def check(self) -> tuple[int, int, bool]:
+        """Waits for the device; returns how many steps were skipped, the last of them, and whether
+        training is stuck."""
+        skipped, last_bad, streak = torch.stack(
+            (self._skipped, self._last_bad, self._streak)
+        ).tolist()
+        return skipped, last_bad, streak > self.allowed

@@ -93,6 +93,9 @@ class OptimSettings:
     """On matrices only."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    skip_bad_steps: int = 0
+    """Steps in a row that may be left out because their gradient is not finite; with one more the
+    run ends."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ class Settings:
 # A resumed run may differ in these; everything else decides what is computed.
 FREE_TO_CHANGE = {
     "config", "run_dir", "log_every", "dry_run", "json", "data.cache_dir", "data.workers",
-    "train.micro_batch_size", "train.device", "train.ops", "train.recompute", "eval.every",
-    "eval.sequences", "save.every", "save.keep",
+    "train.micro_batch_size", "train.device", "train.ops", "train.recompute",
+    "optim.skip_bad_steps", "eval.every", "eval.sequences", "save.every", "save.keep",
 }  # fmt: skip
 
 
@@ -280,6 +283,7 @@ def check(settings: Settings, world_size: int) -> None:
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             wrong.append(f"{key} is {value}, expected finite numbers")
     natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
+    natural.append("optim.skip_bad_steps")
     for key in natural:
         if flat[key] < 0:
             wrong.append(f"{key} is {flat[key]}, expected 0 or more")

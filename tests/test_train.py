@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -439,11 +440,41 @@ def test_an_empty_corpus_is_refused_on_every_rank(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_non_finite_loss_stops_before_the_update(
-    run: Callable[..., Path], tmp_path: Path
+def test_a_step_that_is_not_finite_ends_the_run_and_is_not_applied(
+    run: Callable[..., Path], home: Path, tmp_path: Path
 ) -> None:
-    """A step whose gradient is not finite is never applied; what was saved stays."""
-    with pytest.raises(UserError, match="nothing was updated"):
-        run(optim__lr=1e30, save__every=1, optim__warmup_ratio=0.0, optim__clip=1e30)
-    for tensor in trained(tmp_path / "run").values():
-        assert not tensor.isnan().any()
+    """Nor is a later one, before that is noticed; its data is told; what was saved stays."""
+    wild = {"optim__lr": 1e30, "optim__warmup_ratio": 0.0, "optim__clip": 1e30}
+    with pytest.raises(UserError, match="step 2: the gradient is not finite"):
+        run(save__every=1, log_every=5, eval__every=5, **wild)
+    run_dir = tmp_path / "run"
+    assert [path.name for path in training_checkpoints(run_dir)] == ["step-00000001"]
+    for tensor in trained(run_dir).values():
+        assert tensor.isfinite().all()
+    (sequences,) = metrics(run_dir, "bad_step", "sequences")
+    assert len(sequences) == 4 and all(
+        re.fullmatch(rf"{re.escape(str(home / 'train.py'))}:\d+", name) for name in sequences
+    )
+    assert metrics(run_dir, "bad_step", "step") == [2]
+
+
+def test_a_bad_step_can_be_skipped(
+    run: Callable[..., Path], train_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `optim.skip_bad_steps` its update is left out, moments and all, and training goes on."""
+    clip, calls = train_module.clip_gradients, []
+
+    def spoilt(parameters: Any, max_norm: float) -> torch.Tensor:
+        calls.append(1)
+        norm = clip(parameters, max_norm)
+        return norm if len(calls) not in (2, 3) else torch.full_like(norm, float("nan"))
+
+    monkeypatch.setattr(train_module, "clip_gradients", spoilt)
+    run_dir = run(optim__skip_bad_steps=2, log_every=2)
+    assert len(calls) == STEPS and metrics(run_dir, "train", "step")[-1] == STEPS
+    assert metrics(run_dir, "bad_step", "skipped")[-1] == 2
+    state = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
+    assert state["skipped"] == 2
+    calls.clear()
+    with pytest.raises(UserError, match="step 3: the gradient is not finite"):
+        run("stuck", optim__skip_bad_steps=1, log_every=2)

@@ -1,0 +1,166 @@
+"""A signal ends a run in order: everything is saved, and the same command continues."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamapro import expansion
+from llamapro.blocks import training_checkpoints
+from llamapro.checkpoint import Checkpoint
+from llamapro.metrics import read_metrics
+from llamapro.stopping import Stopped, StopRequest
+from llamapro.streaming import expand_checkpoint
+
+# train.py, but one rank sends itself a signal just before the n-th call of one of its functions.
+TRAIN = """
+import importlib.util, os, signal, sys
+file, place, rank, count, name, *sys.argv[1:] = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("train", file)
+train = importlib.util.module_from_spec(spec)
+sys.modules["train"] = train
+spec.loader.exec_module(train)
+original, calls = getattr(train, place), 0
+
+def signalled(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(count) and os.environ["RANK"] == rank:
+        os.kill(os.getpid(), getattr(signal, name))
+    return original(*args, **kwargs)
+
+setattr(train, place, signalled)
+train.cli.run(train.main, leave=os._exit)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """An expanded model and the program that is signalled."""
+    home = tmp_path_factory.mktemp("stopping")
+    base = write_random_checkpoint(home / "base", tiny_config(num_hidden_layers=2))
+    expand_checkpoint(Checkpoint.open(base), home / "pro", expansion.interleave(2, 1))
+    (home / "signalled.py").write_text(TRAIN)
+    return home
+
+
+def torchrun(home: Path, run_dir: Path, *program: str) -> subprocess.CompletedProcess[str]:
+    """4 steps on 2 processes, evaluation and saving every 2."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *program, "--model.path", str(home / "pro")]
+    command += ["--data.train", os.__file__, "--data.val", f"code={signal.__file__}"]
+    command += ["--data.seq-len", "32", "--data.cache-dir", str(run_dir / "cache")]
+    command += ["--train.steps", "4", "--train.batch-size", "4", "--train.micro-batch-size", "2"]
+    command += ["--eval.every", "2", "--eval.sequences", "8", "--save.every", "2"]
+    command += ["--run-dir", str(run_dir)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def evaluated(run_dir: Path) -> list[int]:
+    """The steps at which the run was evaluated to the end."""
+    return [r["step"] for r in read_metrics(run_dir) if r["kind"] == "eval"]
+
+
+@pytest.fixture(scope="module")
+def straight(home: Path, root: Path) -> dict[str, torch.Tensor]:
+    """What 4 steps without a signal give."""
+    done = torchrun(home, home / "straight", str(root / "train.py"))
+    assert done.returncode == 0, done.stderr
+    return load_file(training_checkpoints(home / "straight")[-1] / "trainable.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "call", "name", "saved"),
+    [
+        ("train_step", 1, 2, "SIGTERM", 1),  # it agrees with the others before it computes
+        ("clip_gradients", 1, 3, "SIGINT", 3),  # inside a step, which is finished
+        ("evaluate", 0, 2, "SIGTERM", 2),
+        ("save", 1, 1, "SIGTERM", 2),
+        ("tokenize", 0, 1, "SIGTERM", 0),  # nothing is earned yet
+    ],
+    ids=["step", "in_step", "evaluation", "saving", "data"],
+)
+def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bits(
+    place: str,
+    rank: int,
+    call: int,
+    name: str,
+    saved: int,
+    home: Path,
+    root: Path,
+    tmp_path: Path,
+    straight: dict[str, torch.Tensor],
+) -> None:
+    """Exit status 0 on every rank, wherever it comes; the same command then ends as if without."""
+    train = str(root / "train.py")
+    signalled = [str(home / "signalled.py"), train, place, str(rank), str(call), name]
+    done = torchrun(home, tmp_path, *signalled)
+    assert done.returncode == 0, done.stderr
+    assert f"{saved} steps done, stopped by a signal: the same command continues" in done.stdout
+    found = [path.name for path in training_checkpoints(tmp_path)]
+    assert found[-1:] == ([f"step-{saved:08d}"] if saved else [])
+    assert not list(tmp_path.glob("cache/.partial*"))
+    if place == "evaluate":  # it is left in the middle, and done again below
+        assert evaluated(tmp_path) == [0]
+
+    done = torchrun(home, tmp_path, train)
+    assert done.returncode == 0, done.stderr
+    assert "4 steps done" in done.stdout and "stopped" not in done.stdout
+    assert evaluated(tmp_path) == [0, 2, 4]
+    tensors = load_file(training_checkpoints(tmp_path)[-1] / "trainable.safetensors")
+    assert tensors.keys() == straight.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, straight[key]), key
+
+
+def test_a_first_signal_is_remembered_and_handlers_come_back() -> None:
+    """Two within two seconds are one: a terminal and torchrun both send it."""
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopRequest()
+    with stop.listening():
+        assert stop.signal == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_long_work_is_interrupted() -> None:
+    """By the signal, and at once if it had come before."""
+    stop = StopRequest()
+    with stop.listening():
+        with pytest.raises(Stopped), stop.interrupting():
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped), stop.interrupting():
+            pass
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    """With the status that the signal gives."""
+    script = """
+        import os, signal
+        from llamapro import stopping
+        stopping.SAME_SIGNAL_S = 0.0
+        with stopping.StopRequest().listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("not here", flush=True)
+    """
+    code = textwrap.dedent(script)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "still here\n" and "second signal" in done.stderr
