@@ -31,7 +31,7 @@ from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig, UserError
 from llamapro.corpus import find_files, tokenize
 from llamapro.data import Mixture, PackedSequences, TokenStore, batch, parse_named
-from llamapro.distributed import Ranks, process_group, shard, world_size
+from llamapro.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
 from llamapro.metrics import MetricsLog, format_count, perplexity, progress_line
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
@@ -54,6 +54,7 @@ def main() -> None:
     settings = parse(sys.argv[1:])
     check(settings, world_size())
     job = Job.open(settings)
+    t = settings.train
     plan = make_plan(settings, job.config, job.compute_dtype, job.run_dir, job.resume_from)
     if settings.dry_run:
         if os.environ.get("RANK", "0") == "0":
@@ -62,8 +63,8 @@ def main() -> None:
     stop = StopRequest()
     with (
         stop.listening(),
-        process_group(settings.train.device) as ranks,
-        ops.use(settings.train.ops),
+        process_group(t.device, t.shard_size) as ranks,
+        ops.use(t.ops),
     ):
         found = train(job, plan, ranks, stop)
     if ranks.is_main:
@@ -192,7 +193,9 @@ def build_model(job: Job, ranks: Ranks) -> tuple[LlamaForCausalLM, dict[str, tor
     load_tensors(model, tensors)
     for layer in model.model.layers:
         layer.recompute = s.train.recompute  # type: ignore[assignment]
-    shard(model, ranks, job.compute_dtype)
+    if s.train.compile:
+        compile_blocks(model)
+    shard(model, ranks, job.compute_dtype, s.train.frozen, s.train.offload)
     parameters = dict(model.named_parameters())
     return model, {name: parameters[name] for name in trainable}
 

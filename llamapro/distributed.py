@@ -5,16 +5,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from llamapro.config import ConfigError
 from llamapro.model import LlamaForCausalLM
+
+Frozen = Literal["shard", "gather", "replicate"]  # how frozen weights lie: see `shard`
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Ranks:
         rank: of this process, 0 to world_size - 1.
         world_size: how many processes train together.
         device: where this process computes.
-        mesh: all of them in one dimension.
+        mesh: all of them, in one dimension "shard" or, for HSDP, in two: "replicate", "shard".
         patient: the same processes, with a timeout of a week instead of minutes: for waiting until
             the main one has tokenised a corpus or written a file.
     """
@@ -59,15 +67,26 @@ def world_size() -> int:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[Ranks]:
+def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
     """Joins the processes torchrun started, or makes a group of one: NCCL on GPU, gloo on CPU.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        shard_size: over how many processes the weights are sharded. Such groups, of neighbouring
+            ranks, hold the same and average their gradients (HSDP): gathering stays within a group,
+            best a machine. 0: one group of all.
 
     Raises:
-        ConfigError: "cuda" without a GPU, or more processes on this machine than it has GPUs.
+        ConfigError: "cuda" without a GPU, more processes on this machine than it has GPUs, or a
+            `shard_size` that does not divide the number of processes.
     """
+    world = world_size()
+    if shard_size < 0 or (shard_size and world % shard_size):
+        fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(
+            f"train.shard_size {shard_size} does not divide {world} process(es) into equal groups; "
+            f"choose one of {fitting}, or 0 for one group"
+        )
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and not gpus:
@@ -80,39 +99,101 @@ def process_group(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        # After a restart torchrun's store still has the addresses of the processes before: they
+        # must not be taken for this start's.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     try:
-        mesh = init_device_mesh(kind, (dist.get_world_size(),))
+        shape = {"replicate": world // shard_size} if shard_size else {}
+        shape["shard"] = shard_size or world
+        mesh = init_device_mesh(kind, tuple(shape.values()), mesh_dim_names=tuple(shape))
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         yield Ranks(dist.get_rank(), dist.get_world_size(), where, mesh, patient)
     finally:
         dist.destroy_process_group()
 
 
-def shard(model: LlamaForCausalLM, ranks: Ranks, compute_dtype: torch.dtype) -> None:
-    """Shards the model over the ranks, block by block (FSDP2), and moves the shards to the device.
+def shard(
+    model: LlamaForCausalLM,
+    ranks: Ranks,
+    compute_dtype: torch.dtype,
+    frozen: Frozen = "shard",
+    offload: bool = False,
+) -> None:
+    """Spreads the model over the ranks, block by block (FSDP2), and moves it to the device.
 
-    What trains keeps fp32 masters; what is frozen is stored in the compute dtype. Gradients are
-    reduced in fp32. `requires_grad` must be set already.
+    What trains is always sharded and keeps fp32 masters; what is frozen is stored in the compute
+    dtype, is never reduced and has no gradient. Gradients are reduced in fp32. A block below the
+    first one that trains is gathered at most once per step, for forward: nothing of it is needed in
+    backward. `requires_grad` must be set already.
 
     Args:
-        model: fully loaded, on the CPU; only this rank's shards of it stay in memory.
+        model: fully loaded, on the CPU. Of what is sharded, only this rank's part stays in memory.
         ranks: from `process_group`.
         compute_dtype: of matrix products and activations.
-    """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        frozen: how frozen weights lie. "shard": in parts, gathered for forward and again for
+            backward (least memory). "gather": in parts, but kept whole from forward to backward.
+            "replicate": whole on every rank, without any communication; embeddings and head too.
+        offload: keep the shards, with their gradients and optimizer state, in the memory of the
+            CPU and copy them to the GPU when they are gathered. Replicated weights stay on the GPU.
 
-    def cast(module: nn.Module) -> None:
+    Raises:
+        ConfigError: `offload` without a GPU.
+    """
+    if offload and ranks.device.type != "cuda":
+        raise ConfigError(
+            f"train.offload true: the device is {ranks.device.type}, whose memory the weights are "
+            "in already; set it to false, or train on a GPU"
+        )
+    sharded = partial(
+        fully_shard,
+        mesh=ranks.mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+    )
+    whole: set[nn.Parameter] = set()  # what FSDP leaves alone
+
+    def cast(module: nn.Module) -> bool:
+        """Casts what one unit or a part of it holds; returns whether FSDP is to spread it."""
         trains = any(p.requires_grad for p in module.parameters())
         module.to(torch.float32 if trains else compute_dtype)
+        if trains or frozen != "replicate":
+            return True
+        module.to(ranks.device)
+        whole.update(module.parameters())
+        return False
 
-    for layer in model.model.layers:  # cast just before sharding: one full block at a time
-        cast(layer)
-        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
+    layers = list(model.model.layers)
+    trains = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    first = trains.index(True) if True in trains else len(layers)
+    for index, layer in enumerate(layers):  # cast just before sharding: one full block at a time
+        if cast(layer):
+            is_kept = frozen == "gather" and index > first and not trains[index]
+            unit = sharded(layer, reshard_after_forward=not is_kept)
+            if index == first:
+                # Backward ends here, but FSDP would gather, ahead of time, the unit that ran
+                # before: the block below, or the last one of an evaluation. Naming a unit that is
+                # whole already, this one, leaves nothing to gather.
+                unit.set_modules_to_backward_prefetch([unit])
     # What no block contains belongs to the root unit.
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
         cast(module)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    sharded(model, ignored_params=whole)
+
+
+def compile_blocks(model: LlamaForCausalLM) -> None:
+    """Compiles each block in place (`torch.compile`), so names and checkpoints stay as they are.
+
+    Compilation happens at the first steps, once for each kind of block: frozen below the first new
+    one, new, frozen above. Blocks are the unit because FSDP's hooks run between them, uncompiled.
+
+    Args:
+        model: before or after `shard`.
+    """
+    for layer in model.model.layers:
+        layer.compile()

@@ -1,16 +1,19 @@
 """What a run will do, said before it starts: sizes, tokens per step, and an estimate of memory."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamapro import ops
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.distributed import world_size
+from llamapro.distributed import Frozen, world_size
 from llamapro.expansion import select_trainable
 from llamapro.metrics import format_bytes
-from llamapro.model import build_on_meta
+from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta
 from llamapro.settings import Settings
 
 
@@ -23,20 +26,28 @@ def make_plan(
 ) -> dict[str, Any]:
     """Returns the plan, JSON-able; allocates nothing.
 
+    Args:
+        settings: of the run.
+        config: of the model.
+        compute_dtype: of matrix products, activations and frozen weights.
+        run_dir: of the run.
+        resume_from: a training checkpoint of it.
+
     Raises:
         ConfigError: a Triton kernel was asked for that cannot run here.
     """
     t = settings.train
     has_gpu = torch.cuda.is_available() and t.device != "cpu"
-    try:
-        with ops.use(t.ops):
-            backends = ops.summary(
-                config, torch.device("cuda" if has_gpu else "cpu"), compute_dtype
-            )
-    except ops.BackendError as error:
-        raise ConfigError(f"train.ops {t.ops!r}: {error}; use auto, or torch for this op") from None
+    device = torch.device("cuda" if has_gpu else "cpu")
     model = build_on_meta(config)
     select_trainable(model, t.trainable)
+    spread = Spread(world_size(), t.shard_size, t.frozen, t.offload)
+    try:
+        with ops.use(t.ops):
+            backends = ops.summary(config, device, compute_dtype)
+            memory = estimate_memory(settings, model, compute_dtype, device, spread)
+    except ops.BackendError as error:
+        raise ConfigError(f"train.ops {t.ops!r}: {error}; use auto, or torch for this op") from None
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = config.expansion
@@ -51,48 +62,182 @@ def make_plan(
         "world_size": world_size(),
         "dtype": str(compute_dtype).removeprefix("torch."),
         "ops": backends,
-        "memory_bytes": estimate_memory(settings, config, compute_dtype, total, trainable),
+        "memory_bytes": memory,
         "run_dir": str(run_dir),
         "resume_from": str(resume_from) if resume_from else None,
     }
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How a model is spread over processes: see `process_group` and `shard`.
+
+    Attributes:
+        world_size: how many processes train together.
+        shard_size: over how many of them weights are sharded; 0: over all.
+        frozen: how frozen weights lie.
+        offload: whether shards and optimizer state are in the memory of the CPU.
+    """
+
+    world_size: int
+    shard_size: int = 0
+    frozen: Frozen = "shard"
+    offload: bool = False
+
+
 def estimate_memory(
     settings: Settings,
-    config: ModelConfig,
+    model: LlamaForCausalLM,
     compute_dtype: torch.dtype,
-    total: int,
-    trainable: int,
+    device: torch.device,
+    spread: Spread,
 ) -> dict[str, int]:
-    """Estimates the bytes one process needs at its peak, by part.
+    """Estimates the bytes one process needs at its peak, by part, on the device it computes on.
 
-    Counted for activations is what one block keeps for backward: its input, two normed copies with
-    their fp32 forms, q, k, v and the attention output, gate, up, SiLU and product.
+    The parts are added up although not all of them are largest at the same moment, so the total is
+    on the safe side. The backends of `ops.use` around it count.
+
+    Args:
+        settings: micro-batch, sequence length and recomputation are read.
+        model: on the meta device, `requires_grad` set.
+        compute_dtype: of matrix products, activations and frozen weights.
+        device: where the run will compute; nothing is allocated there.
+        spread: over how many processes, and how.
+
+    Returns:
+        Part -> bytes, and "total".
     """
-    t, size, ranks = settings.train, compute_dtype.itemsize, world_size()
-    tokens = t.micro_batch_size * settings.data.seq_len
-    record = config.expansion
-    # Below the first new block no graph is built, so nothing is kept.
-    first = record.new_layers[0] if record and t.trainable == "new_blocks" else 0
-    heads = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    block = (4 * config.hidden_size + heads + 4 * config.intermediate_size) * size
-    block += 4 * config.hidden_size * 4
-    kept = config.num_hidden_layers - first
-    if t.recompute:  # each block keeps its input; one at a time has the rest
-        activations = tokens * (kept * config.hidden_size * size + block)
-    else:
-        activations = tokens * kept * block
-    layer = sum(p.numel() for p in build_on_meta(config).model.layers[0].parameters())
-    parts = {
-        "frozen weights": (total - trainable) * size // ranks,
-        "fp32 masters": trainable * 4 // ranks,
-        "gradients": trainable * 4 // ranks,
-        "AdamW moments": trainable * 8 // ranks,
-        "gathered blocks": 2 * layer * size if ranks > 1 else 0,
-        "activations": activations,
-        "logits": 3 * 4 * min(1 << 26, tokens * config.vocab_size),
+    t, size = settings.train, compute_dtype.itemsize
+    rows, length = t.micro_batch_size, settings.data.seq_len
+    blocks = [(is_trained(layer), _numel(layer)) for layer in model.model.layers]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trainable
+    root = trainable + frozen - sum(numel for _, numel in blocks)  # embeddings, norm, head
+    root_trains = is_trained(model.model.embed_tokens)
+    first = next((i for i, (trains, _) in enumerate(blocks) if trains), len(blocks))
+
+    parts = spread.shard_size or spread.world_size
+    is_whole = spread.frozen == "replicate"
+    # FSDP keeps a gathered copy beside the shards, even of one process. Two blocks at a time: the
+    # one that computes and, if there is somebody to gather from, the next. The root stays gathered.
+    managed = [numel for trains, numel in blocks if trains or not is_whole]
+    gathered = max(managed, default=0) * (2 if parts > 1 else 1)
+    gathered += root if root_trains or not is_whole else 0
+    if spread.frozen == "gather":
+        gathered += sum(numel for trains, numel in blocks[first:] if not trains)
+    # Of the unit in backward: gradients in the compute dtype and, to be reduced, in fp32.
+    reduced = max([n for trains, n in blocks if trains] + [root if root_trains else 0])
+    state = 0 if spread.offload else 1
+    estimate = {
+        "frozen weights": frozen * size if is_whole else state * frozen * size // parts,
+        "fp32 masters": state * trainable * 4 // parts,
+        "gradients": state * trainable * 4 // parts,
+        "AdamW moments": state * trainable * 8 // parts,
+        "gathered weights": gathered * size,
+        "gradient reduction": reduced * (size + 4),
+        "activations": activation_bytes(model, (rows, length), compute_dtype, device, t.recompute),
+        "logits": _logit_bytes(
+            model.config, rows * length, compute_dtype, device, is_trained(model.lm_head)
+        ),
     }
-    return parts | {"total": sum(parts.values())}
+    return estimate | {"total": sum(estimate.values())}
+
+
+def activation_bytes(
+    model: LlamaForCausalLM,
+    shape: tuple[int, int],
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    recompute: bool,
+) -> int:
+    """Returns how many bytes blocks and final norm keep for backward.
+
+    One block of each kind (the lowest that trains, whose input needs no gradient; trained; frozen)
+    is run on fake tensors, which have a device but no memory, and what autograd saves is counted.
+    So it follows the model's code and the backends chosen by `ops.use`.
+
+    Args:
+        model: on the meta device, `requires_grad` set.
+        shape: (B, T) of a micro-batch.
+        compute_dtype: of activations.
+        device: where the run will compute.
+        recompute: each block keeps its input alone, and one at a time has the rest.
+    """
+    config = model.config
+    trains = [is_trained(layer) for layer in model.model.layers]
+    has_graph = is_trained(model.model.embed_tokens)  # below the first that trains nothing is kept
+    counted: dict[tuple[bool, bool], int] = {}
+    kept: list[int] = []
+    with FakeTensorMode(), torch.device(device):
+        cos, sin = ops.rope_table(
+            torch.arange(shape[1]), config.head_dim, config.rope_theta, compute_dtype
+        )
+        for block_trains in trains:
+            kind = (block_trains, has_graph)
+            has_graph = has_graph or block_trains
+            if not has_graph:
+                continue
+            if kind not in counted:
+                block = DecoderLayer(config, 0)
+                x = torch.empty(*shape, config.hidden_size, dtype=compute_dtype)
+                x.requires_grad_(kind[1])
+                _assign_fake(block, compute_dtype, block_trains)
+                counted[kind] = _saved_bytes(block, x, cos, sin)
+            kept.append(counted[kind])
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        _assign_fake(norm, compute_dtype, is_trained(model.model.norm))
+        x = torch.empty(*shape, config.hidden_size, dtype=compute_dtype, requires_grad=has_graph)
+        final = _saved_bytes(norm, x)
+    if recompute:
+        inputs = len(kept) * x.numel() * compute_dtype.itemsize
+        return inputs + max(kept, default=0) + final
+    return sum(kept) + final
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether anything of a module trains."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _assign_fake(module: nn.Module, dtype: torch.dtype, trains: bool) -> None:
+    """Gives a module fake weights as they are in forward: FSDP casts masters to this dtype."""
+    for child in module.modules():
+        for name, p in child.named_parameters(recurse=False):
+            weight = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=trains)
+            setattr(child, name, weight)
+
+
+def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
+    """Runs a module; returns the bytes of what autograd saves, less weights and shared tables."""
+    shared = {t.untyped_storage()._cdata for t in (*module.parameters(), *inputs[1:])}
+    saved: dict[int, Tensor] = {}  # by storage; the tensor is held, so that none is used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(*inputs)
+    del out
+    return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in shared)
+
+
+def _logit_bytes(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, head_trains: bool
+) -> int:
+    """Plain PyTorch holds a chunk's log-softmax and two gradients of its size, all in fp32; the
+    kernel one chunk in its dtype, and the head's gradients ahead of backward.
+    """
+    logits, C = tokens * config.vocab_size, config.hidden_size
+    backend, _ = ops.choose("linear_cross_entropy", device, dtype, C)
+    if backend == "torch":
+        return 3 * 4 * min(logits, 1 << 26)
+    gradients = tokens * C * dtype.itemsize + head_trains * config.vocab_size * C * 4
+    return min(logits, 1 << 27) * dtype.itemsize + gradients
 
 
 def render(plan: dict[str, Any], settings: Settings) -> str:

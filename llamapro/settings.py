@@ -75,6 +75,16 @@ class TrainSettings:
     behind it, as in auto,attention=torch."""
     recompute: bool = False
     """Activation checkpointing: compute blocks again in backward instead of keeping activations."""
+    frozen: Literal["shard", "gather", "replicate"] = "shard"
+    """Where frozen weights lie: in parts on every process; in parts, but whole from forward to
+    backward; or whole on every process, without communication."""
+    shard_size: int = 0
+    """Processes that share one copy of what is sharded (HSDP), such as those of one machine; 0:
+    all of them."""
+    offload: bool = False
+    """Keep the shards and the optimizer state in the memory of the CPU (with GPUs only)."""
+    compile: bool = False
+    """torch.compile every block."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,7 @@ class Settings:
 FREE_TO_CHANGE = {
     "config", "run_dir", "log_every", "dry_run", "json", "data.cache_dir", "data.workers",
     "train.micro_batch_size", "train.device", "train.ops", "train.recompute",
+    "train.frozen", "train.shard_size", "train.offload", "train.compile",
     "optim.skip_bad_steps", "eval.every", "eval.sequences", "save.every", "save.keep",
 }  # fmt: skip
 
@@ -283,7 +294,7 @@ def check(settings: Settings, world_size: int) -> None:
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             wrong.append(f"{key} is {value}, expected finite numbers")
     natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
-    natural.append("optim.skip_bad_steps")
+    natural += ["optim.skip_bad_steps", "train.shard_size"]
     for key in natural:
         if flat[key] < 0:
             wrong.append(f"{key} is {flat[key]}, expected 0 or more")
@@ -298,6 +309,11 @@ def check(settings: Settings, world_size: int) -> None:
         ops.parse(s.train.ops)
     except ValueError as error:
         wrong.append(f"train.ops: {error}")
+    if s.train.shard_size > 0 and world_size % s.train.shard_size:
+        wrong.append(
+            f"train.shard_size {s.train.shard_size} does not divide {world_size} process(es) into "
+            "equal groups"
+        )
     unit = world_size * max(1, s.train.micro_batch_size)
     if s.train.batch_size > 0 and s.train.batch_size % unit:
         below = s.train.batch_size // unit * unit

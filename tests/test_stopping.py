@@ -33,7 +33,8 @@ original, calls = getattr(train, place), 0
 def signalled(*args, **kwargs):
     global calls
     calls += 1
-    if calls == int(count) and os.environ["RANK"] == rank:
+    is_first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if calls == int(count) and os.environ["RANK"] == rank and is_first_start:
         os.kill(os.getpid(), getattr(signal, name))
     return original(*args, **kwargs)
 
@@ -56,9 +57,12 @@ def home(
     return home
 
 
-def torchrun(home: Path, run_dir: Path, *program: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    home: Path, run_dir: Path, *program: str, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
     """4 steps on 2 processes, evaluation and saving every 2."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--max-restarts", str(restarts)]
     command += ["--nproc-per-node", "2", *program, "--model.path", str(home / "pro")]
     command += ["--data.train", os.__file__, "--data.val", f"code={signal.__file__}"]
     command += ["--data.seq-len", "32", "--data.cache-dir", str(run_dir / "cache")]
@@ -122,6 +126,21 @@ def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bit
     assert evaluated(tmp_path) == [0, 2, 4]
     tensors = load_file(training_checkpoints(tmp_path)[-1] / "trainable.safetensors")
     assert tensors.keys() == straight.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, straight[key]), key
+
+
+def test_torchrun_restarts_a_killed_process_and_the_run_ends_with_the_same_bits(
+    home: Path, root: Path, tmp_path: Path, straight: dict[str, torch.Tensor]
+) -> None:
+    """SIGKILL in the third step: both start again from step 2, by --max-restarts alone."""
+    program = [str(home / "signalled.py"), str(root / "train.py")]
+    program += ["clip_gradients", "1", "3", "SIGKILL"]
+    done = torchrun(home, tmp_path, *program, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000002" in done.stderr and "4 steps done" in done.stdout
+    assert evaluated(tmp_path) == [0, 2, 4]
+    tensors = load_file(training_checkpoints(tmp_path)[-1] / "trainable.safetensors")
     for key, tensor in tensors.items():
         assert torch.equal(tensor, straight[key]), key
 

@@ -144,6 +144,22 @@ def test_two_processes_give_the_losses_of_one(
     assert "step 6/6" in done.stderr and "new blocks       [2, 5]" in done.stderr
 
 
+@pytest.mark.parametrize("frozen", ["gather", "replicate"])
+def test_where_frozen_weights_lie_changes_no_loss(
+    frozen: str, run: Callable[..., Path], train_file: Path, home: Path, tmp_path: Path
+) -> None:
+    """On two processes, each with a copy of its own (HSDP), as on one with everything sharded."""
+    words = arguments(home, tmp_path / "two", train__micro_batch_size=1, train__frozen=frozen)
+    done = torchrun(train_file, 2, [*words, "--train.shard-size", "1"])
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(
+        torch.tensor(metrics(tmp_path / "two", "train", "loss")),
+        torch.tensor(metrics(run("one"), "train", "loss")),
+        rtol=2e-6,
+        atol=0,
+    )
+
+
 def test_accumulating_four_by_one_equals_one_by_four(run: Callable[..., Path]) -> None:
     """How a batch is split into micro-batches changes rounding only."""
     split, whole = run("split", train__micro_batch_size=1), run("whole", train__micro_batch_size=4)
