@@ -37,6 +37,7 @@ from llamapro.metrics import MetricsLog, format_count, perplexity, progress_line
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
 from llamapro.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
 from llamapro.plan import make_plan, render
+from llamapro.resume import check_identity, find_resume_point, locked, make_identity
 from llamapro.settings import Settings, check, flatten, parse
 from llamapro.stopping import Stopped, StopRequest
 from llamapro.tokenizer import Tokenizer
@@ -44,7 +45,6 @@ from llamapro.train_state import (
     check_settings,
     load_optimizer,
     load_trained,
-    read_state,
     remove_old,
     save,
 )
@@ -65,6 +65,7 @@ def main() -> None:
         stop.listening(),
         process_group(t.device, t.shard_size) as ranks,
         ops.use(t.ops),
+        locked(job.run_dir, ranks),
     ):
         found = train(job, plan, ranks, stop)
     if ranks.is_main:
@@ -136,7 +137,7 @@ class Job:
 
 def load_data(
     job: Job, ranks: Ranks, stop: StopRequest
-) -> tuple[Mixture, dict[str, PackedSequences]]:
+) -> tuple[Mixture, dict[str, PackedSequences], dict[str, Any]]:
     """Tokenises on the main process what is not yet in the cache; then every process maps it.
 
     Raises:
@@ -146,21 +147,27 @@ def load_data(
     s = job.settings
 
     def tokenized(patterns: list[str], label: str) -> Path:
-        return tokenize(
+        stores[label] = tokenize(
             patterns, job.tokenizer, s.data.cache_dir, s.data.text_key, s.data.workers, label
-        ).path
+        )
+        return stores[label].path
 
-    error, sources, val, stopped = None, [], {}, False
+    stores: dict[str, TokenStore] = {}
+    error, sources, val, identity, stopped = None, [], {}, {}, False
     if ranks.is_main:
         try:
             with stop.interrupting():
                 sources = [tokenized([path], f"train {path}") for path in s.data.train]
                 val = {name: tokenized(paths, f"val {name}") for name, paths in job.val.items()}
+                trainable = select_trainable(build_on_meta(job.config), s.train.trainable)
+                fingerprint = job.tokenizer.fingerprint
+                identity = make_identity(job.checkpoint, trainable, fingerprint, stores)
         except UserError as failure:
             error = str(failure)
         except Stopped:
             stopped = True
-    error, sources, val, stopped = ranks.from_main((error, sources, val, stopped))
+    found = (error, sources, val, identity, stopped)
+    error, sources, val, identity, stopped = ranks.from_main(found)
     if stopped:
         raise Stopped
     if error:
@@ -171,7 +178,7 @@ def load_data(
 
     weights = s.data.weights or [1.0] * len(sources)
     mixture = Mixture([packed(path) for path in sources], weights, s.train.seed)
-    return mixture, {name: packed(path) for name, path in val.items()}
+    return mixture, {name: packed(path) for name, path in val.items()}, identity
 
 
 def build_model(job: Job, ranks: Ranks) -> tuple[LlamaForCausalLM, dict[str, torch.nn.Parameter]]:
@@ -287,17 +294,25 @@ def train_step(
 def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, Any]:
     """Runs the job to its last step, or to where a signal stops it; returns the result."""
     s, run_dir = job.settings, job.run_dir
+    resume_from, found, damaged = find_resume_point(run_dir, ranks)
+    job = dataclasses.replace(job, resume_from=resume_from)
+    plan = plan | {"resume_from": str(resume_from) if resume_from else None}
     say(ranks, render(plan, s))
+    for text in damaged:
+        say(ranks, f"warning          {text}; resuming from the one before it")
     # Where the run stands: with the weights and the optimizer, all there is to resume from.
     state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "loss": None, "eval": {}}
     state |= {"evaluated": -1, "skipped": 0}
-    if job.resume_from is not None:
-        state = read_state(job.resume_from)
+    if found is not None:
+        state = found
         check_settings(state, s, run_dir)
     try:
-        mixture, val = load_data(job, ranks, stop)
+        mixture, val, identity = load_data(job, ranks, stop)
     except Stopped:
         return result(run_dir, state, stopped=True)
+    if found is not None:
+        check_identity(state, identity, run_dir)
+    state["identity"] = identity
     steps = s.steps(mixture.samples_per_epoch)
     say(ranks, f"steps            {steps} ({format_count(steps * plan['tokens_per_step'])} tokens)")
     if state["step"] >= steps and state["evaluated"] == state["step"]:
@@ -373,7 +388,7 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
                 say(ranks, f"saved {save(run_dir, step, parameters, optimizer, info, kept, ranks)}")
                 saved = step
                 if ranks.is_main:
-                    remove_old(run_dir, s.save.keep)
+                    remove_old(run_dir, s.save.keep, s.save.keep_every)
             if stopped or is_last:
                 break
 

@@ -126,6 +126,8 @@ class SaveSettings:
     """Steps between training checkpoints; one is always made after the last step."""
     keep: int = 2
     """How many of the latest to keep."""
+    keep_every: int = 0
+    """Keep those whose step is a multiple of this, too; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ FREE_TO_CHANGE = {
     "train.micro_batch_size", "train.device", "train.ops", "train.recompute",
     "train.frozen", "train.shard_size", "train.offload", "train.compile",
     "optim.skip_bad_steps", "eval.every", "eval.sequences", "save.every", "save.keep",
+    "save.keep_every",
 }  # fmt: skip
 
 
@@ -294,7 +297,7 @@ def check(settings: Settings, world_size: int) -> None:
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             wrong.append(f"{key} is {value}, expected finite numbers")
     natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
-    natural += ["optim.skip_bad_steps", "train.shard_size"]
+    natural += ["optim.skip_bad_steps", "train.shard_size", "save.keep_every"]
     for key in natural:
         if flat[key] < 0:
             wrong.append(f"{key} is {flat[key]}, expected 0 or more")

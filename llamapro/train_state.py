@@ -3,15 +3,16 @@
     RUN_DIR/checkpoints/step-00000500/
         trainable.safetensors   the trained tensors, fp32 masters: a new-block file (`blocks.py`)
         optimizer.safetensors   AdamW's two moments of each
-        state.json              step, tokens seen, every setting, versions
+        state.json              step, tokens seen, every setting, what the run is made of
         manifest.json           size and SHA-256 of the files above
 
-Written aside and renamed: a directory named step-* is complete. Tensors are gathered one by one,
-so the main process holds one at a time, and the files do not depend on the number of processes.
-Training draws no random numbers (data order is a function of seed and step), so no RNG is kept.
+Written aside and renamed: a directory named step-* is complete. What is hidden (`.step-*`) is being
+written or removed, or was left by a killed process; the next save takes it away, because only one
+process writes into a run directory (`resume.RunLock`). Tensors are gathered one by one, so the main
+process holds one at a time, and the files do not depend on the number of processes. Training draws
+no random numbers (data order is a function of seed and step), so no RNG is kept.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -34,11 +36,16 @@ from llamapro.checkpoint import DTYPE_CODES, TensorSpec, read_header, tensor_chu
 from llamapro.config import CheckpointError, ConfigError, ModelConfig, UserError
 from llamapro.distributed import Ranks
 from llamapro.output import output_directory, write_safetensors
+from llamapro.resume import (
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    file_sha256,
+    newest_intact,
+    read_state,
+)
 from llamapro.settings import FREE_TO_CHANGE, Settings, flatten
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
-MANIFEST_FILE = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Parameters = dict[str, nn.Parameter]
@@ -53,7 +60,9 @@ def save(
     state: dict[str, Any],
     ranks: Ranks,
 ) -> Path:
-    """Writes one training checkpoint; every rank must call it.
+    """Writes one training checkpoint; every rank must call it, the main one with the run locked.
+
+    A damaged training checkpoint of the same step is replaced.
 
     Args:
         run_dir: of the run.
@@ -68,35 +77,88 @@ def save(
         The directory.
 
     Raises:
-        CheckpointError: on every rank, if the main one could not write.
+        CheckpointError: on every rank, with the same message, if one of them has no memory to
+            gather or the main one could not write. Nothing is left of it.
     """
-    gathered = _gather(parameters, optimizer)
+    failures: list[str] = []
+    gathered = _gather(parameters, optimizer, ranks, failures)
     target = run_dir / "checkpoints" / f"step-{step:08d}"
-    error = None
     if ranks.is_main:
         try:
+            _make_way(target)
             with output_directory(target) as aside:
                 _write(aside, parameters, gathered, info, state)
         except UserError as failure:
-            error = str(failure)
-    for _ in gathered:  # the other ranks' part of the gathering, and the rest after a failure
+            failures.append(str(failure))
+    for _ in gathered:  # the other ranks' part of it; on the main one the last vote
         pass
-    if error := ranks.from_main(error):  # one rank's failure is everyone's
-        raise CheckpointError(error)
+    if failures:  # the vote was lost, and the gathering ended, inside the main rank's writing
+        raise CheckpointError(failures[0])
     return target
 
 
-def _gather(parameters: Parameters, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Yields all parameters, then all moments, each whole; a collective operation per tensor."""
+def _gather(
+    parameters: Parameters, optimizer: torch.optim.Optimizer, ranks: Ranks, failures: list[str]
+) -> Iterator[Tensor]:
+    """Yields all parameters, then all moments, each whole; a collective operation per tensor.
 
-    def whole(tensor: Tensor) -> Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    Before each one, and after the last, all ranks vote: a rank that failed on its own would leave
+    the others waiting for it. `failures` holds what has gone wrong on this rank.
+    """
+    named = [(name, parameter.detach()) for name, parameter in parameters.items()]
+    for name, parameter in parameters.items():
+        named += [(f"{name}.{m}", optimizer.state[parameter][m]) for m in MOMENTS]
+    for name, tensor in named:
+        try:
+            if isinstance(tensor, DTensor):
+                _make_room(tensor)
+        except RuntimeError as error:  # PyTorch's out of memory, of any device
+            failures.append(f"rank {ranks.rank}: no memory to gather {name!r} for saving: {error}")
+        _vote(ranks, failures)
+        yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    _vote(ranks, failures)
 
-    for parameter in parameters.values():
-        yield whole(parameter.detach())
-    for parameter in parameters.values():
-        for moment in MOMENTS:
-            yield whole(optimizer.state[parameter][moment])
+
+def _make_room(tensor: Tensor) -> None:
+    """Takes the memory of the whole tensor and gives it back to PyTorch's cache, for just it."""
+    torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _vote(ranks: Ranks, failures: list[str]) -> None:
+    """Raises CheckpointError on every rank, the lowest rank's, if any has a failure."""
+    found: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(found, failures[0] if failures else None, group=ranks.patient)
+    for failure in found:
+        if failure:
+            raise CheckpointError(failure)
+
+
+def _make_way(target: Path) -> None:
+    """Takes away what a killed process left, and a damaged training checkpoint at the target."""
+    _remove_leftovers(target.parent)
+    if not target.exists():
+        return
+    try:
+        read_state(target)
+    except CheckpointError:
+        _remove(target)
+    else:
+        raise CheckpointError(f"{target}: exists and is intact; it is not replaced")
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for stale in directory.glob(".step-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Hides, then deletes: what is named step-* stays complete when the process is killed."""
+    hidden = path.with_name(f".{path.name}.removed")
+    try:
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from None
 
 
 def _write(
@@ -114,44 +176,37 @@ def _write(
     write_safetensors(aside / OPTIMIZER_FILE, moments, lambda _: tensor_chunks(next(gathered)))
     (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     manifest = {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(aside.iterdir())
     }
     (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
+    """Deletes all but the latest training checkpoints and the newest intact one.
 
+    Before anything is deleted the newest is read back from the disk and checked.
 
-def remove_old(run_dir: Path, keep: int) -> None:
-    """Deletes all but the latest `keep` training checkpoints."""
-    for path in training_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(path)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Reads `state.json` after checking every file of the training checkpoint by the manifest.
+    Args:
+        run_dir: of the run; locked.
+        keep: how many of the latest stay.
+        keep_every: those whose step is a multiple of this stay too; 0: none.
 
     Raises:
-        CheckpointError: naming the file that is missing or damaged.
+        CheckpointError: none is intact, or one cannot be removed; the others are left.
     """
-    try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST_FILE}: not readable: {error!r}") from None
-    for name, size, sha256 in expected:
-        file = path / Path(name).name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, but {MANIFEST_FILE} lists it")
-        if file.stat().st_size != size or _sha256(file) != sha256:
-            raise CheckpointError(
-                f"{file}: damaged: {file.stat().st_size:,} bytes of {size:,}, or other content; "
-                f"remove {path} to resume from the training checkpoint before it"
-            )
-    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    _remove_leftovers(run_dir / "checkpoints")
+    old = [
+        path
+        for path in training_checkpoints(run_dir)[:-keep]
+        if not keep_every or int(path.name.removeprefix("step-")) % keep_every
+    ]
+    if not old:
+        return
+    newest, _ = newest_intact(run_dir)
+    for path in old:
+        if path != newest:
+            _remove(path)
 
 
 def check_settings(state: dict[str, Any], settings: Settings, run_dir: Path) -> None:

@@ -360,15 +360,30 @@ def test_settings_that_decide_the_result_cannot_change_on_resume(
     run(train__steps=3, eval__every=1, train__micro_batch_size=1)
 
 
-def test_a_damaged_training_checkpoint_is_named(run: Callable[..., Path]) -> None:
-    """One flipped byte in what would be resumed stops the run before it starts."""
-    run_dir = run(train__steps=3)
-    file = training_checkpoints(run_dir)[-1] / "optimizer.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: damaged"):
-        run(train__steps=3)
+def test_a_damaged_training_checkpoint_is_passed_over(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on from the one before it, says so, and ends with the same bytes; with none
+    left it does not start anew."""
+    straight, run_dir = run("straight"), run("damaged")
+    earlier, last = training_checkpoints(run_dir)
+    for path, other in ((last, earlier), (earlier, None)):
+        file = path / "optimizer.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        if other:
+            capsys.readouterr()
+            run("damaged")
+            told = capsys.readouterr().err
+            assert f"{file}: damaged" in told and f"resume from      {other}" in told
+            for name in ("trainable.safetensors", "optimizer.safetensors"):
+                again = training_checkpoints(straight)[-1] / name
+                assert again.read_bytes() == (last / name).read_bytes()
+            file.write_bytes(data)
+            (last / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no training checkpoint is intact"):
+        run("damaged")
 
 
 def test_blocks_of_another_base_are_refused(
@@ -390,7 +405,7 @@ def test_blocks_of_another_base_are_refused(
     shutil.move(home / "pro", saved)
     shutil.copytree(tmp_path / "other-pro", home / "pro")
     try:
-        with pytest.raises(CheckpointError, match="was trained on base sha256"):
+        with pytest.raises(ConfigError, match="the frozen base model was sha256"):
             run()
     finally:
         shutil.rmtree(home / "pro")
