@@ -1,0 +1,334 @@
+"""A training step on the CPU, in two processes, beside transformers: speed, memory, start-up.
+
+    python benchmarks/train_cpu.py [--size small] [--dtypes float32 bfloat16]
+                                   [--sides ours ddp fsdp2] [--batch-size 2] [--steps 10]
+                                   [--warmup 2] [--rounds 3] [--threads 1] [--out RESULT.json]
+
+Sides: this implementation (`ours`), and `transformers`' LlamaForCausalLM under DDP (`ddp`) and
+under FSDP2 sharded as ours is (`fsdp2`). All get the same random weights, the same batches, and
+train the same new blocks: frozen weights stored in the dtype, fp32 masters, clipping, fused AdamW.
+DDP computes with them under autocast. What they compute is the same: their losses say so.
+
+In each round, every side starts fresh processes, and then all of them take steps in turn, one side
+computing while the others wait: what else the machine does slows all alike, so the ratios hold
+where the seconds do not. A step lasts as long as its slowest process's. Start-up is from starting
+the processes to the end of their first step. Memory is the largest resident size of a process; the
+libraries, which do not grow with the model, are part of it, and `libraries` says how large they are
+once all is imported and nothing built.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from train_step import (
+    BETAS,
+    CLIP,
+    LR,
+    SIZES,
+    WEIGHT_DECAY,
+    Size,
+    build,
+    random_tensors,
+    transformers_model,
+)
+
+from llamapro import cli
+from llamapro.config import ConfigError, ModelConfig
+from llamapro.distributed import Ranks, process_group
+from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
+from llamapro.model import build_on_meta
+from llamapro.optim import build_adamw, clip_gradients
+
+SIDES = ("ours", "ddp", "fsdp2")
+DTYPES = ("float32", "bfloat16")
+PROCESSES = 2
+TARGETS = {"speed": 1.2, "memory": 0.7}  # ours over theirs: at least, at most
+CPU_SIZES = {
+    "tiny": SIZES["tiny"],
+    "small": Size(
+        SIZES["tiny"].base
+        | {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688}
+        | {"num_hidden_layers": 8, "num_attention_heads": 4, "max_position_embeddings": 1024}
+        | {"initializer_range": 0.02},
+        new_blocks=4,
+        seq_len=1024,
+    ),
+}
+LossOf = Callable[[Tensor, Tensor], Tensor]
+
+
+# ---- In the processes that compute -------------------------------------------------------------
+
+
+def build_ddp(size: Size, dtype: torch.dtype) -> tuple[nn.Module, LossOf]:
+    """Returns transformers' model under DDP, frozen as ours, and its mean loss."""
+    base = ModelConfig.from_dict(size.base)
+    layout = interleave(base.num_hidden_layers, size.new_blocks)
+    config = expand_config(base, layout, base_sha256="")
+    device = torch.device("cpu")
+    tensors = expand_state_dict(random_tensors(base, device, dtype), layout)
+    trainable = select_trainable(build_on_meta(config), "new_blocks")
+    tensors |= {name: tensors[name].float() for name in trainable}
+    inner = transformers_model(config, tensors, device)
+    for name, parameter in inner.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    model = nn.parallel.DistributedDataParallel(inner)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            # shift_labels: what should follow each token, as our targets.
+            return model(
+                input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False
+            ).loss
+
+    return model, loss_of
+
+
+def build_side(side: str, size: Size, ranks: Ranks, dtype: torch.dtype) -> tuple[nn.Module, LossOf]:
+    """Returns a side's model, and its mean loss over a batch of this process."""
+    if side == "ddp":
+        return build_ddp(size, dtype)
+    return build("torch" if side == "ours" else "transformers", size, ranks, dtype)
+
+
+def resident_mb() -> float:
+    """Returns the largest resident size so far of this process, in units of 10^6 bytes."""
+    # A child starts with its parent's: the parent imports no more than this has imported by now.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def work(side: str, args: argparse.Namespace) -> None:
+    """Takes a step for each line of standard input and answers with its figures."""
+    if side != "ours":
+        importlib.import_module("transformers.models.llama.modeling_llama")
+    libraries_mb = resident_mb()
+    size = CPU_SIZES[args.size]
+    with process_group("cpu") as ranks:
+        model, loss_of = build_side(side, size, ranks, getattr(torch, args.dtypes[0]))
+        parameters = list(model.parameters())
+        optimizer = build_adamw(parameters, BETAS, WEIGHT_DECAY)
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        generator = torch.Generator().manual_seed(1 + ranks.rank)
+        shape = (args.batch_size, size.seq_len + 1)
+        ids = torch.randint(size.base["vocab_size"], shape, generator=generator)
+        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            loss = loss_of(inputs, targets)
+            loss.backward()
+            clip_gradients(parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            answer = {"step_s": time.perf_counter() - started, "loss": loss.item()}
+            answer |= {"peak_mb": resident_mb(), "libraries_mb": libraries_mb}
+            del loss  # it would hold the graph of this step while the next is computed
+            print(json.dumps(answer), flush=True)
+
+
+# ---- In the process that measures --------------------------------------------------------------
+
+
+class Group:
+    """The processes of one side, which take a step when they are told to.
+
+    Args:
+        side: one of `SIDES`.
+        dtype: one of `DTYPES`.
+        args: of the command line.
+    """
+
+    def __init__(self, side: str, dtype: str, args: argparse.Namespace):
+        self.started = time.perf_counter()
+        self.name = f"{side} in {dtype}"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = ["--worker", side, "--dtypes", dtype, "--size", args.size]
+        words += ["--batch-size", str(args.batch_size)]
+        common = {"WORLD_SIZE": PROCESSES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        common |= {"OMP_NUM_THREADS": args.threads}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ
+                | {key: str(value) for key, value in common.items()}
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(PROCESSES)
+        ]
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends the processes, and waits for them."""
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def step(self) -> dict[str, float]:
+        """Takes one step.
+
+        Returns:
+            step_s, loss (the mean over the processes), peak_mb and libraries_mb.
+
+        Raises:
+            RuntimeError: a process has ended.
+        """
+        for process in self.processes:
+            assert process.stdin is not None
+            try:
+                print("step", file=process.stdin, flush=True)
+            except BrokenPipeError:
+                raise RuntimeError(f"{self.name}: a process ended; see its message") from None
+        answers = []
+        for process in self.processes:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{self.name}: a process ended; see its message")
+            answers.append(json.loads(line))
+        slowest = {key: max(answer[key] for answer in answers) for key in answers[0]}
+        return slowest | {"loss": statistics.mean(answer["loss"] for answer in answers)}
+
+
+def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs all rounds of one dtype; returns a row for each side, the ratios of ours in it."""
+    start_s: dict[str, list[float]] = {side: [] for side in args.sides}
+    steps: dict[str, list[dict[str, float]]] = {side: [] for side in args.sides}
+    losses: dict[str, list[float]] = {}
+    for number in range(args.rounds):
+        print(f"{dtype}: round {number + 1} of {args.rounds} ...", file=sys.stderr, flush=True)
+        order = args.sides[:: -1 if number % 2 else 1]
+        with ExitStack() as stack:
+            groups = {}
+            for side in order:
+                groups[side] = stack.enter_context(Group(side, dtype, args))
+                losses[side] = [groups[side].step()["loss"]]
+                start_s[side].append(time.perf_counter() - groups[side].started)
+            for step in range(1, args.warmup + args.steps):
+                for side in order:
+                    answer = groups[side].step()
+                    losses[side].append(answer["loss"])
+                    if step >= args.warmup:
+                        steps[side].append(answer)
+    tokens = PROCESSES * args.batch_size * CPU_SIZES[args.size].seq_len
+    rows: list[dict[str, Any]] = []
+    for side in args.sides:
+        step_s = statistics.median(step["step_s"] for step in steps[side])
+        row: dict[str, Any] = {"side": side, "dtype": dtype}
+        row |= {"tokens_per_s": tokens / step_s, "step_s": step_s}
+        row |= {key: max(s[key] for s in steps[side]) for key in ("peak_mb", "libraries_mb")}
+        row |= {"start_s": statistics.median(start_s[side])}
+        row |= {"first_loss": losses[side][0], "last_loss": losses[side][-1]}
+        rows.append(row)
+    if "ours" in args.sides:
+        ours = rows[args.sides.index("ours")]
+        for row in rows:
+            if row is not ours:
+                # Of two steps taken one after the other, so that the load of the moment cancels.
+                pairs = zip(steps["ours"], steps[row["side"]], strict=True)
+                row["ours"] = {
+                    "speed": statistics.median(
+                        theirs["step_s"] / s["step_s"] for s, theirs in pairs
+                    ),
+                    "memory": ours["peak_mb"] / row["peak_mb"],
+                    "start": ours["start_s"] / row["start_s"],
+                }
+    return rows
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns machine, versions and settings, JSON-able."""
+    machine: dict[str, Any] = {"processor": platform.processor() or platform.machine()}
+    machine |= {"cores": os.cpu_count(), "load_average_before": os.getloadavg()[0]}
+    packages = ["torch"] if args.sides == ["ours"] else ["torch", "transformers"]
+    versions = {"python": platform.python_version()}
+    versions |= {package: version(package) for package in packages}
+    size = CPU_SIZES[args.size]
+    settings = {"size": args.size, **size.base, "new_blocks": size.new_blocks}
+    settings |= {"seq_len": size.seq_len, "processes": PROCESSES}
+    settings |= {
+        k: getattr(args, k) for k in ("batch_size", "steps", "warmup", "rounds", "threads")
+    }
+    return {"machine": machine, "versions": versions, "settings": settings, "targets": TARGETS}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns the table for people."""
+    s, machine = result["settings"], result["machine"]
+    lines = [
+        f"{s['size']}, {s['num_hidden_layers']} blocks + {s['new_blocks']} new, {PROCESSES} "
+        f"processes x {s['batch_size']} x {s['seq_len']} tokens a step, {s['threads']} thread(s) "
+        f"each on {machine['cores']} cores with a load of {machine['load_average_before']:.1f}",
+        f"{'':16}{'tokens/s':>10}{'step s':>8}{'peak MB':>9}{'libraries':>11}{'start s':>9}"
+        f"{'last loss':>11}   ours: speed  memory  start-up",
+    ]
+    for row in result["rows"]:
+        line = (
+            f"{row['side']:6}{row['dtype']:10}{row['tokens_per_s']:>10,.0f}{row['step_s']:>8.3f}"
+            f"{row['peak_mb']:>9.0f}{row['libraries_mb']:>11.0f}{row['start_s']:>9.2f}"
+            f"{row['last_loss']:>11.4f}"
+        )
+        if ratios := row.get("ours"):
+            line += f"{ratios['speed']:>13.2f}x{ratios['memory']:>7.2f}x{ratios['start']:>9.2f}x"
+        lines.append(line)
+    speed, memory = TARGETS["speed"], TARGETS["memory"]
+    return "\n".join([*lines, f"target: speed at least {speed}x, memory at most {memory}x of ddp"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=CPU_SIZES, default="small")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences in a process's step")
+    parser.add_argument("--steps", type=int, default=10, help="in each round")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes, so many times")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker, args)
+    wrong = [k for k in ("batch_size", "steps", "warmup", "rounds", "threads") if vars(args)[k] < 1]
+    if wrong:
+        options = ", ".join(f"--{name.replace('_', '-')} {vars(args)[name]}" for name in wrong)
+        raise ConfigError(f"{options}: expected 1 or more")
+    if set(args.sides) != {"ours"} and find_spec("transformers") is None:
+        raise ConfigError(
+            "the sides 'ddp' and 'fsdp2' need transformers: pip install 'llamapro[hf]', or leave "
+            "them out with --sides ours"
+        )
+    result = describe(args)
+    result["rows"] = [row for dtype in args.dtypes for row in measure(dtype, args)]
+    result["machine"]["load_average_after"] = os.getloadavg()[0]
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(render(result))
+
+
+if __name__ == "__main__":
+    cli.run(main, leave=os._exit)

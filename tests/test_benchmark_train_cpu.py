@@ -1,0 +1,166 @@
+"""benchmarks/train_cpu.py: its sides compute the same, in processes of their own, and end."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def script(root: Path) -> Path:
+    """The file of the benchmark."""
+    return root / "benchmarks" / "train_cpu.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark(script: Path) -> ModuleType:
+    """The benchmark as a module."""
+    spec = importlib.util.spec_from_file_location("train_cpu_benchmark", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(script.parent)  # where it finds train_step
+        spec.loader.exec_module(module)
+    return module
+
+
+def run(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def done(script: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What one short run of all sides in both dtypes wrote, and what it printed."""
+    out = tmp_path_factory.mktemp("train-cpu") / "result.json"
+    words = ["--size", "tiny", "--rounds", "1", "--steps", "3", "--warmup", "1", "--threads", "1"]
+    process = run(script, *words, "--out", str(out))
+    assert process.returncode == 0, process.stderr
+    return json.loads(out.read_text()), process.stdout
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # fp32: sums in another order. bf16: autocast rounds at other places than FSDP's casts do, so a
+    # token's loss moves by up to a unit in bf16's last place (2^-8); their mean by less than that.
+    [("float32", 1e-5), ("bfloat16", 2**-9)],
+)
+def test_all_sides_train_alike(
+    done: tuple[dict[str, Any], str], dtype: str, tolerance: float
+) -> None:
+    """The losses of the first and the last step agree, and training lowers them."""
+    rows = [row for row in done[0]["rows"] if row["dtype"] == dtype]
+    assert [row["side"] for row in rows] == ["ours", "ddp", "fsdp2"]
+    for row in rows:
+        assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], rel=tolerance)
+        assert row["last_loss"] == pytest.approx(rows[0]["last_loss"], rel=tolerance)
+        assert row["last_loss"] < row["first_loss"] - 0.01
+
+
+def test_every_side_has_its_figures_and_ours_over_it(done: tuple[dict[str, Any], str]) -> None:
+    """Rate, memory and start-up belong together; ratios and targets are told; table and JSON."""
+    result, printed = done
+    assert len(result["rows"]) == 6
+    for row in result["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(2 * 2 * 24 / row["step_s"])
+        assert row["step_s"] < row["start_s"]
+        assert 50 < row["libraries_mb"] < row["peak_mb"]
+        ours = next(r for r in result["rows"] if r["dtype"] == row["dtype"])
+        if row is ours:
+            assert "ours" not in row
+        else:
+            ratios = row["ours"]
+            assert ratios["memory"] == pytest.approx(ours["peak_mb"] / row["peak_mb"])
+            assert ratios["start"] == pytest.approx(ours["start_s"] / row["start_s"])
+            assert f"{ratios['speed']:.2f}x" in printed
+        assert f"{row['side']:6}{row['dtype']}" in printed
+    assert result["targets"] == {"speed": 1.2, "memory": 0.7} and "target: speed" in printed
+    assert result["settings"]["processes"] == 2 and result["settings"]["rounds"] == 1
+    assert result["versions"].keys() == {"python", "torch", "transformers"}
+    assert (
+        result["machine"]["cores"] == os.cpu_count() and "load_average_after" in result["machine"]
+    )
+
+
+def test_speed_compares_steps_that_were_taken_one_after_the_other(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load that slows every other pair of steps fivefold leaves the ratio as it is."""
+    taken: list[str] = []
+
+    class Scripted(benchmark.Group):  # type: ignore[misc, name-defined]
+        def __init__(self, side: str, dtype: str, args: argparse.Namespace):
+            self.started, self.processes, self.side, self.steps = 0.0, [], side, 0
+
+        def step(self) -> dict[str, float]:
+            taken.append(self.side)
+            self.steps += 1
+            seconds = {"ours": 1.0, "ddp": 1.5}[self.side] * (5 if self.steps % 2 else 1)
+            if self.steps <= 5:  # more of them than count, and at another ratio
+                seconds = 1000.0
+            return {"step_s": seconds, "loss": 1.0, "peak_mb": 700.0, "libraries_mb": 300.0}
+
+    monkeypatch.setattr(benchmark, "Group", Scripted)
+    args = argparse.Namespace(sides=["ours", "ddp"], rounds=2, warmup=5, steps=3, batch_size=2)
+    ours, ddp = benchmark.measure("float32", argparse.Namespace(**vars(args), size="tiny"))
+    assert ddp["ours"]["speed"] == pytest.approx(1.5) and ddp["ours"]["memory"] == 1
+    assert ours["step_s"] < 10 and ddp["tokens_per_s"] == pytest.approx(96 / ddp["step_s"])
+    assert taken == ["ours", "ddp"] * 8 + ["ddp", "ours"] * 8
+
+
+def test_a_process_that_ends_stops_its_group(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process does not wait for it: the step fails and says whose it is."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    args = argparse.Namespace(size="tiny", batch_size=1, threads=1)
+    with benchmark.Group("ours", "float32", args) as group:
+        assert group.step()["loss"] > 0
+        group.processes[0].kill()
+        group.processes[0].wait()
+        with pytest.raises(RuntimeError, match="ours in float32: a process ended"):
+            group.step()
+    assert all(process.poll() is not None for process in group.processes)
+
+
+def test_a_process_that_cannot_start_stops_its_group(benchmark: ModuleType) -> None:
+    """It was told to take a step and ends without an answer: that is an error, not a wait."""
+    args = argparse.Namespace(size="unknown", batch_size=1, threads=1)
+    with (
+        benchmark.Group("ddp", "bfloat16", args) as group,
+        pytest.raises(RuntimeError, match="ddp in bfloat16: a process ended"),
+    ):
+        group.step()
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch-size", "--rounds", "--threads"])
+def test_a_number_below_one_is_refused(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """The option and its value are named before anything starts."""
+    monkeypatch.setattr(sys, "argv", ["train_cpu.py", option, "0"])
+    with pytest.raises(benchmark.ConfigError, match=f"{option} 0: expected 1 or more"):
+        benchmark.main()
+
+
+def test_without_transformers_its_sides_are_refused_and_ours_runs(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message names the extra; `--sides ours` does not need it."""
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["train_cpu.py", "--sides", "ddp"])
+    with pytest.raises(benchmark.ConfigError, match=r"pip install 'llamapro\[hf\]'"):
+        benchmark.main()
+    words = ["--size", "tiny", "--sides", "ours", "--dtypes", "float32", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["train_cpu.py", *words, "--steps", "1", "--warmup", "1"])
+    benchmark.main()
+    assert "ours  float32" in capsys.readouterr().out
