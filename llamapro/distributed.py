@@ -49,8 +49,12 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:
-        """Returns each value summed over all ranks; every rank must call it."""
-        total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.device)
+        """Returns each value summed over all ranks; every rank must call it.
+
+        The values, () each, are all of one device. Those on the CPU are summed there: the GPU, with
+        whatever it has still to do, is not waited for.
+        """
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
         dist.all_reduce(total)
         return total.tolist()
 
