@@ -12,6 +12,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -221,6 +222,34 @@ def in_layout() -> Callable[[Tensor, str], Tensor]:
     (other values than x).
     """
     return _in_layout
+
+
+class _Launches:
+    """Stands in for a kernel: launches it, and keeps the arguments by name."""
+
+    def __init__(self, kernel: Any, seen: list[dict[str, Any]]):
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            self.seen.append(named | {"grid": grid})
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.fixture
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """`launches_of(module, *kernel_names)`: their launches' arguments, as they are made."""
+
+    def watch(module: ModuleType, *names: str) -> list[dict[str, Any]]:
+        seen: list[dict[str, Any]] = []
+        for name in names:
+            monkeypatch.setattr(module, name, _Launches(getattr(module, name), seen))
+        return seen
+
+    return watch
 
 
 GUARD = 64

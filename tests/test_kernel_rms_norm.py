@@ -81,28 +81,10 @@ def check(assert_as_exact_as_torch: Callable[[Tensor, Tensor, Tensor], None]) ->
     return compare
 
 
-class Launches:
-    """Stands in for a kernel: launches it, and keeps the arguments by name."""
-
-    def __init__(self, kernel: Any):
-        self.kernel = kernel
-        self.seen: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            self.seen.append(named | {"grid": grid})
-            self.kernel[grid](*args, **kwargs)
-
-        return launch
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def launches(launches_of: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The backward kernel's launches, as they are made."""
-    recorder = Launches(kernel.rms_norm_backward_kernel)
-    monkeypatch.setattr(kernel, "rms_norm_backward_kernel", recorder)
-    return recorder.seen
+    return launches_of(kernel, "rms_norm_backward_kernel")
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -104,27 +104,10 @@ def test_backward_is_the_inverse_rotation(dtype: torch.dtype, device: str) -> No
     assert (q_back - q).abs().max() <= bound and (k_back - k).abs().max() <= bound
 
 
-class Launches:
-    """Stands in for a kernel: launches it, and keeps the arguments by name."""
-
-    def __init__(self, kernel: Any):
-        self.kernel = kernel
-        self.seen: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.seen.append(dict(zip(self.kernel.arg_names, args, strict=False)))
-            self.kernel[grid](*args, **kwargs)
-
-        return launch
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def launches(launches_of: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The kernel's launches, as they are made."""
-    recorder = Launches(kernel.rope_kernel)
-    monkeypatch.setattr(kernel, "rope_kernel", recorder)
-    return recorder.seen
+    return launches_of(kernel, "rope_kernel")
 
 
 @pytest.mark.parametrize("needs_q, needs_k", [(True, True), (True, False), (False, True)])

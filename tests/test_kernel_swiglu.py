@@ -49,27 +49,10 @@ def check(assert_as_exact_as_torch: Callable[[Tensor, Tensor, Tensor], None]) ->
     return compare
 
 
-class Launches:
-    """Stands in for a kernel: launches it, and keeps the arguments by name."""
-
-    def __init__(self, kernel: Any, seen: list[dict[str, Any]]):
-        self.kernel, self.seen = kernel, seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.seen.append(dict(zip(self.kernel.arg_names, args, strict=False)))
-            self.kernel[grid](*args, **kwargs)
-
-        return launch
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def launches(launches_of: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The launches of both kernels, as they are made."""
-    seen = []
-    for name in ("swiglu_forward_kernel", "swiglu_backward_kernel"):
-        monkeypatch.setattr(kernel, name, Launches(getattr(kernel, name), seen))
-    return seen
+    return launches_of(kernel, "swiglu_forward_kernel", "swiglu_backward_kernel")
 
 
 @pytest.mark.parametrize("size", SIZES)
