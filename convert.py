@@ -5,7 +5,7 @@
     python convert.py merge EXPANDED_DIR RUN_DIR OUT_DIR    put trained blocks into a plain model
     python convert.py to-meta CKPT_DIR OUT_DIR              Hugging Face layout -> Meta release
     python convert.py inspect DIR                           what is in it, which layers are new
-    python convert.py verify DIR [--base BASE_DIR] [--hf]   is the base intact, do logits agree
+    python convert.py verify DIR [--base BASE_DIR] [--hf]   is every byte intact, do logits agree
 
 Every output directory appears only once it is complete. With --json the result is one JSON object.
 """
@@ -139,7 +139,7 @@ class Merge(Output):
     expanded_dir: Annotated[Positional[Path], arg(metavar="EXPANDED_DIR")]
     """The checkpoint that was trained, or the config.json of a run from random weights."""
     blocks: Annotated[Positional[Path], arg(metavar="BLOCKS")]
-    """A run directory (its latest step), a training checkpoint, or a new-block file."""
+    """A run directory (its newest intact step), a training checkpoint, or a new-block file."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create."""
 
@@ -177,10 +177,10 @@ class Inspect:
 
 @dataclass
 class Verify:
-    """Check all bytes; of an expanded or merged model, that its base is intact."""
+    """Check all bytes: of an expanded model, that its base is intact; of a run, what it saved."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A checkpoint directory."""
+    """A checkpoint directory, run directory, training checkpoint or new-block file."""
     base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
     """The base it was expanded from: compare hashes and logits."""
     hf: bool = False
@@ -191,8 +191,14 @@ class Verify:
     """Print the result as one JSON object."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.verify import verify
+        from llamapro.blocks import is_training_output
+        from llamapro.verify import verify, verify_run
 
+        if is_training_output(self.dir):
+            if self.base or self.hf:
+                raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
+            found = verify_run(str(self.dir))
+            return found, "\n".join(f"{path}: intact" for path in found["intact"])
         found = verify(str(self.dir), str(self.base) if self.base else None)
         lines = [f"{self.dir}: {found['tensors']} tensors complete and finite"]
         lines.append(f"sha256 {found['sha256']}")

@@ -1,22 +1,35 @@
 """New-block files: what a training run earned, small enough to share, tied to its base by hash.
 
 One safetensors file holds the trained tensors under their names in the expanded model; its metadata
-say which base they belong to. A run keeps one in every training checkpoint:
+say which base they belong to, and the combined SHA-256 of the tensors, so that the file can be
+checked wherever it goes. A run keeps one in every training checkpoint:
 `RUN_DIR/checkpoints/step-00000100/trainable.safetensors`.
 """
 
+import hashlib
 import json
-import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llamapro.checkpoint import ChunksOf, StoredTensor, TensorSpec, read_header
 from llamapro.config import CheckpointError, ModelConfig
+from llamapro.manifest import MANIFEST_FILE, find_damage, newest_intact
+from llamapro.manifest import TRAINABLE_FILE as TRAINABLE_FILE
+from llamapro.manifest import training_checkpoints as training_checkpoints
 from llamapro.output import write_safetensors
+from llamapro.tensor_file import (
+    ChunksOf,
+    StoredTensor,
+    TensorSpec,
+    combine_hashes,
+    hash_tensors,
+    read_header,
+    read_metadata,
+)
 
-TRAINABLE_FILE = "trainable.safetensors"
 _KEY = "llamapro"
+_HASH_KEY = "llamapro_sha256"
 
 
 @dataclass(frozen=True)
@@ -44,51 +57,101 @@ class BlocksInfo:
         return cls(trainable, record.base_sha256, record.new_layers, step)
 
 
-def training_checkpoints(run_dir: Path) -> list[Path]:
-    """Lists a run's complete training checkpoints, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
+def is_training_output(path: Path) -> bool:
+    """Says whether a path is a run directory, training checkpoint or file, not a checkpoint."""
+    return path.is_file() or any(
+        (path / name).exists() for name in ("checkpoints", TRAINABLE_FILE, MANIFEST_FILE)
+    )
 
 
 def find_blocks(path: str | Path) -> Path:
-    """Returns the new-block file of a run directory (its latest), training checkpoint, or file.
+    """Returns the new-block file of a run directory, training checkpoint, or file, if it is intact.
+
+    Of a run it is the newest intact training checkpoint's; standard error says which newer ones are
+    damaged, and why. All of the file is read, and of a training checkpoint every other file too.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
     path = Path(path)
     if path.is_file():
+        check_bytes(path)
         return path
-    steps = training_checkpoints(path)
-    for candidate in [path / TRAINABLE_FILE, *(s / TRAINABLE_FILE for s in reversed(steps))]:
-        if candidate.is_file():
-            return candidate
-    raise CheckpointError(
-        f"{path}: no run directory, training checkpoint or new-block file "
-        f"(looked for {TRAINABLE_FILE} and checkpoints/step-*/{TRAINABLE_FILE})"
-    )
+    if (path / TRAINABLE_FILE).exists() or (path / MANIFEST_FILE).exists():
+        for problem in find_damage(path):
+            raise CheckpointError(f"{problem}; {TRAINABLE_FILE} alone may be given by its own name")
+        return path / TRAINABLE_FILE
+    step, damaged = newest_intact(path)
+    if step is None:
+        raise CheckpointError(
+            f"{path}: no run directory, training checkpoint or new-block file "
+            f"(looked for {TRAINABLE_FILE} and checkpoints/step-*/{TRAINABLE_FILE})"
+        )
+    for problem in damaged:
+        print(f"{problem}; taking {step.name} instead", file=sys.stderr)
+    return step / TRAINABLE_FILE
 
 
 def write_blocks(
     file: Path, specs: list[TensorSpec], chunks_of: ChunksOf, info: BlocksInfo
 ) -> None:
     """Writes a new-block file."""
-    write_safetensors(file, specs, chunks_of, {_KEY: json.dumps(asdict(info))})
+    hashes: list[tuple[TensorSpec, str]] = []
+
+    def hashed(spec: TensorSpec) -> Iterator[memoryview | bytes]:
+        digest = hashlib.sha256()
+        for chunk in chunks_of(spec):
+            digest.update(chunk)
+            yield chunk
+        hashes.append((spec, digest.hexdigest()))
+
+    # The header comes before the tensors, so their hash takes the place of one as long.
+    unknown = "0" * hashlib.sha256().digest_size * 2
+    write_safetensors(file, specs, hashed, {_KEY: json.dumps(asdict(info)), _HASH_KEY: unknown})
+    with open(file, "r+b") as handle:
+        header = handle.read(int.from_bytes(handle.read(8), "little"))
+        handle.seek(8 + header.index(f'"{_HASH_KEY}":"{unknown}"'.encode()) + len(_HASH_KEY) + 4)
+        handle.write(combine_hashes(hashes).encode())
+
+
+def check_bytes(file: Path) -> str:
+    """Compares the tensors of a new-block file with the hash inside it, and returns that.
+
+    Raises:
+        CheckpointError: other bytes than were written, or no new-block file.
+    """
+    tensors, _ = read_blocks(file)
+    hashes = hash_tensors(tensors.values(), f"hash {file.name}")
+    found = combine_hashes((tensor, hashes[tensor.name]) for tensor in tensors.values())
+    if found != (written := read_metadata(file).get(_HASH_KEY)):
+        raise CheckpointError(
+            f"{file}: damaged: its tensors hash to {found[:16]}..., when written to "
+            f"{str(written)[:16]}..."
+        )
+    return found
 
 
 def read_blocks(file: Path) -> tuple[dict[str, StoredTensor], BlocksInfo]:
-    """Opens a new-block file; raises CheckpointError if it is damaged or of another kind."""
-    tensors = read_header(file)
-    with open(file, "rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    """Opens a new-block file; raises CheckpointError if its header is damaged or of another kind.
+
+    The bytes of the tensors are not read: `find_blocks` or the manifest answer for them.
+    """
+    tensors, metadata = read_header(file), read_metadata(file)
     try:
-        raw = json.loads(header["__metadata__"][_KEY])
-        info = BlocksInfo(
-            raw["trainable"], raw["base_sha256"], tuple(raw["new_layers"]), int(raw["step"])
+        raw = json.loads(metadata[_KEY])
+        trainable, base, layers, step = (
+            raw[key] for key in ("trainable", "base_sha256", "new_layers", "step")
         )
-    except (KeyError, TypeError, ValueError):
+        numbers = [step, *layers]
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise CheckpointError(f"{file}: no 'llamapro' metadata: not a new-block file") from None
-    return tensors, info
+    if (
+        trainable not in ("new_blocks", "all")
+        or not isinstance(base, str)
+        or any(type(number) is not int or number < 0 for number in numbers)
+    ):
+        raise CheckpointError(f"{file}: damaged: its 'llamapro' metadata is {str(raw)[:200]}")
+    return tensors, BlocksInfo(trainable, base, tuple(layers), step)
 
 
 def check_blocks(

@@ -1,20 +1,13 @@
-"""Checkpoint directories in Hugging Face layout: opened with every check, read tensor by tensor.
+"""Checkpoint directories in Hugging Face layout: opened with every check.
 
-A safetensors file is 8 bytes of header length, a JSON header (name -> dtype, shape, byte range) and
-the bytes. Tensors are read with plain reads, not mapped, where memory must stay small: mapped pages
-count as resident until the kernel wants them back. Whole models are mapped (`load`), so that they
-cost one copy, shared between the processes of a machine.
+Names, sizes and shapes are checked before memory is taken for them, because whoever made the files
+may be a stranger. Whole models are mapped (`load`), so that they cost one copy, shared between the
+processes of a machine.
 """
 
-import hashlib
-import json
 import math
-import mmap
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +15,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from llamapro.config import CheckpointError, ModelConfig
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.tensor_file import DTYPE_CODES as DTYPE_CODES
+from llamapro.tensor_file import (
+    DTYPES,
+    StoredTensor,
+    combine_hashes,
+    hash_tensors,
+    read_json,
+    refuse_large,
+)
+from llamapro.tensor_file import TensorSpec as TensorSpec
+from llamapro.tensor_file import read_header as read_header
+from llamapro.tensor_file import tensor_chunks as tensor_chunks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,157 +43,6 @@ COMPANION_FILES = (
     "LICENSE*",
     "USE_POLICY*",
 )
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-CHUNK_BYTES = 1 << 20  # read, hashed and written while it is in the cache
-# What reading and parsing a damaged JSON text raises; RecursionError where it nests too deep.
-_UNREADABLE = (OSError, ValueError, RecursionError)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor's name, safetensors dtype code and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class StoredTensor(TensorSpec):
-    """A tensor in a file: its bytes start at `offset`."""
-
-    file: Path
-    offset: int
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yields the bytes in pieces of at most 1 MiB; each is overwritten by the next."""
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, self.nbytes)))
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            left = self.nbytes
-            while left:
-                count = file.readinto(buffer[:left])
-                if not count:
-                    raise CheckpointError(f"{self.file}: ends inside tensor {self.name!r}")
-                yield buffer[:count]
-                left -= count
-
-    def read(self) -> Tensor:
-        """Returns a copy of the tensor in fresh memory."""
-        flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        view, at = memoryview(flat.numpy()), 0  # type: ignore[arg-type]
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            while at < self.nbytes:
-                count = file.readinto(view[at:])
-                if not count:
-                    raise CheckpointError(f"{self.file}: ends inside tensor {self.name!r}")
-                at += count
-        return flat.view(DTYPES[self.dtype]).view(self.shape)
-
-    def map(self) -> Tensor:
-        """Returns the tensor in its file, unread: pages come when touched, and go with it."""
-        if not self.nbytes or self.offset % DTYPES[self.dtype].itemsize:
-            return self.read()  # no tensor may lie at an odd address
-        inset = self.offset % mmap.ALLOCATIONGRANULARITY
-        start, size = self.offset - inset, inset + self.nbytes
-        with open(self.file, "rb") as file:
-            # Copy on write, because torch wants writable memory; nothing is written.
-            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
-        flat = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=inset)
-        return flat.view(DTYPES[self.dtype]).view(self.shape)
-
-    def sha256(self) -> str:
-        """Returns the SHA-256 of the bytes, in hexadecimal."""
-        digest = hashlib.sha256()
-        for chunk in self.chunks():
-            digest.update(chunk)
-        return digest.hexdigest()
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Reads what a safetensors file holds, and checks that all of it is there.
-
-    Raises:
-        CheckpointError: naming the file, if it is missing, truncated or not safetensors.
-    """
-    try:
-        size = os.path.getsize(file)
-        with open(file, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            # Refuse an absurd length before reading it; the format's own limit is 100 MB.
-            if size < 8 or length > min(size - 8, 100_000_000):
-                raise CheckpointError(
-                    f"{file}: not a complete safetensors file: {size:,} bytes, "
-                    f"header claims {length:,}; fetch or convert it again"
-                )
-            header = json.loads(handle.read(length))
-        tensors = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{file}: {name!r} has unknown dtype {entry['dtype']!r}")
-            start, end = entry["data_offsets"]
-            tensor = StoredTensor(
-                name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + start
-            )
-            if start < 0 or end - start != tensor.nbytes:
-                raise CheckpointError(
-                    f"{file}: {name!r} {tensor.dtype} {list(tensor.shape)} has a byte range of "
-                    f"{end - start:,}, expected {tensor.nbytes:,}"
-                )
-            tensors[name] = tensor
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
-    except (*_UNREADABLE, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file ({error})") from None
-    expected = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
-    if size != expected:
-        raise CheckpointError(
-            f"{file}: truncated or damaged: {size:,} bytes, its header describes {expected:,}; "
-            "fetch or convert it again"
-        )
-    return tensors
-
-
-def combine_hashes(hashes: Iterable[tuple[TensorSpec, str]]) -> str:
-    """Returns one SHA-256 for a set of tensors, whatever their order and files."""
-    lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {digest}\n" for t, digest in hashes)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def hash_tensors(tensors: Iterable[StoredTensor], label: str) -> dict[str, str]:
-    """Returns name -> SHA-256 of the bytes, read by two threads, with a progress bar."""
-    tensors = list(tensors)
-    total = sum(t.nbytes for t in tensors)
-    with (
-        ThreadPoolExecutor(2) as pool,
-        tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        hashes = {}
-        for tensor, digest in zip(tensors, pool.map(StoredTensor.sha256, tensors), strict=True):
-            hashes[tensor.name] = digest
-            bar.update(tensor.nbytes)
-    return hashes
 
 
 @dataclass(frozen=True)
@@ -219,10 +72,15 @@ class Checkpoint:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such checkpoint directory")
         files = _weight_files(path)
-        config = ModelConfig.from_file(path / "config.json")
+        if (config_file := path / "config.json").exists():
+            refuse_large(config_file)
+        config = ModelConfig.from_file(config_file)
         stored: dict[str, StoredTensor] = {}
         for file in files:
-            stored.update(read_header(file))
+            found = read_header(file)
+            for name in found.keys() & stored.keys():
+                raise CheckpointError(f"{file}: {name!r} is also in {stored[name].file.name}")
+            stored |= found
         return cls(path, config, _match(path, config, stored))
 
     @property
@@ -279,18 +137,20 @@ def _weight_files(path: Path) -> list[Path]:
     """Lists the shards, from the index if there is one."""
     index = path / INDEX_FILE
     if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (*_UNREADABLE, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from None
-        for name in names:
-            # A name with a path could read files the user never meant to hand over.
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: not a safetensors index: no 'weight_map'")
+        names: set[str] = set()
+        for name in weight_map.values():
+            # A name with a path could read files the user never meant to hand over. A link is
+            # followed: the user made it, or Hugging Face's cache, whose files all are links.
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                raise CheckpointError(f"{index}: shard name {name!r} is not a plain file name")
-            if not (path / name).is_file():
+                shown = repr(name)[:80]
+                raise CheckpointError(f"{index}: shard name {shown} is not a plain file name")
+            if name not in names and not (path / name).is_file():
                 raise CheckpointError(f"{path / name}: missing, but {INDEX_FILE} lists it")
-        return [path / name for name in names]
+            names.add(name)
+        return [path / name for name in sorted(names)]
     if (path / SINGLE_FILE).exists():
         return [path / SINGLE_FILE]
     if any(path.glob("*.pth")):
@@ -306,6 +166,16 @@ def _match(
     path: Path, config: ModelConfig, stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """Checks names and shapes against the configuration; returns them in the model's order."""
+    # Before a model is built, even without memory: a config.json can ask for 10^12 layers.
+    widest = max(config.vocab_size, config.intermediate_size)
+    widest = max(widest, config.num_attention_heads * config.head_dim)
+    numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if config.num_hidden_layers > len(stored) or config.hidden_size * widest > numbers:
+        raise CheckpointError(
+            f"{path / 'config.json'}: describes {config.num_hidden_layers:,} layers and a matrix "
+            f"of {config.hidden_size:,} x {widest:,}, but the files hold {len(stored):,} tensors "
+            f"of {numbers:,} numbers in all"
+        )
     expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
     # Written by old versions of transformers; both are derived, neither is read.
     derived = [n for n in stored if n.endswith("rotary_emb.inv_freq")]
@@ -327,12 +197,3 @@ def _match(
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise CheckpointError(f"{path}: " + "; ".join(wrong[:8]) + more)
     return {name: stored[name] for name in expected}
-
-
-def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """Yields a tensor's bytes in row-major order, without a second copy if it is contiguous."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-ChunksOf = Callable[[TensorSpec], Iterable[memoryview | bytes]]

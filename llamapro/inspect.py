@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llamapro.blocks import TRAINABLE_FILE, find_blocks, read_blocks
-from llamapro.checkpoint import Checkpoint, StoredTensor, combine_hashes, hash_tensors
+from llamapro.blocks import find_blocks, is_training_output, read_blocks
+from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError
 from llamapro.expansion import Layout
+from llamapro.tensor_file import StoredTensor, combine_hashes, hash_tensors
 
 _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")
 
@@ -17,17 +18,18 @@ _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")
 def describe(path: str) -> dict[str, Any]:
     """Reads a checkpoint directory, a run directory or a new-block file, hashes included.
 
+    Of a run it shows the newest intact training checkpoint, as `find_blocks` finds it.
+
     Returns:
         JSON-able: path, kind, parameters, bytes, sha256, config (checkpoints), record (of the
         expansion, or of the new-block file) and rows, one per part: part, origin, parameters,
         dtype, bytes, sha256.
+
+    Raises:
+        CheckpointError: it is damaged, or nothing of this kind.
     """
     directory = Path(path)
-    if (
-        directory.is_file()
-        or (directory / "checkpoints").is_dir()
-        or (directory / TRAINABLE_FILE).is_file()
-    ):
+    if is_training_output(directory):
         file = find_blocks(directory)
         tensors, info = read_blocks(file)
         hashes = hash_tensors(tensors.values(), "hash")
@@ -55,9 +57,14 @@ def _origins(checkpoint: Checkpoint) -> dict[int, str]:
     origins = {index: f"base {base}" for base, index in enumerate(base_layers)}
     generations: list[Any] = [*record.generations, record.to_dict()]
     for number, generation in enumerate(generations, 1):
-        for layer, source in zip(
-            generation["new_layers"], generation["source_layers"], strict=True
-        ):
+        try:
+            pairs = list(zip(generation["new_layers"], generation["source_layers"], strict=True))
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: generation {number} of the 'llamapro' record "
+                "does not say which layers were new, and copied from where"
+            ) from None
+        for layer, source in pairs:
             origins[layer] = f"new, copy of base {source}"
             if len(generations) > 1:
                 origins[layer] += f" (generation {number})"

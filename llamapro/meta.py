@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llamapro.checkpoint import (
-    CHUNK_BYTES,
-    DTYPE_CODES,
-    DTYPES,
-    Checkpoint,
-    TensorSpec,
-    tensor_chunks,
-)
+from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
 from llamapro.meta_release import (
     ROPE,
@@ -40,6 +33,14 @@ from llamapro.meta_release import (
 )
 from llamapro.model import build_on_meta
 from llamapro.output import output_directory, refuse_source, write_checkpoint, write_companions
+from llamapro.tensor_file import (
+    CHUNK_BYTES,
+    DTYPE_CODES,
+    DTYPES,
+    TensorSpec,
+    refuse_large,
+    tensor_chunks,
+)
 
 
 def to_rotate_half(weight: Tensor, num_heads: int) -> Tensor:
@@ -224,6 +225,7 @@ def _read_tokenizer(directory: Path) -> tuple[list[Path], dict[str, Any], dict[s
             file=sys.stderr,
         )
         return [], {"bos_token_id": 1, "eos_token_id": 2}, {}
+    refuse_large(found[0], 1 << 26)  # Llama 3's has 2 MB
     lines = found[0].read_bytes().splitlines()
     if lines and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", lines[0]):
         # Llama 3's BPE ranks; <|begin_of_text|> and <|end_of_text|> are the first two ids after.
@@ -274,9 +276,11 @@ def _release_of(
         names = tensor_names(config.num_hidden_layers, release.get("embedding_split", "columns"))
         if freqs is not None:
             names[ROPE] = (ROPE, None)
-        order = in_order(release.get("tensor_order", []), config.num_hidden_layers)
+        if len(templates := release.get("tensor_order", [])) > len(names):
+            raise ValueError(f"tensor_order lists {len(templates):,}")
+        order = in_order(templates, config.num_hidden_layers)
         recorded = {name: names[name] for name in order if name in names}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{where}: the 'meta_release' record is damaged ({error!r}); remove it"
         ) from None

@@ -5,9 +5,7 @@ and a copy of every norm. The files are mapped, so names and shapes cost no memo
 unmapped every 256 MiB, because mapped pages count as resident.
 """
 
-import json
 import math
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamapro.checkpoint import DTYPE_CODES, tensor_chunks
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.pth_file import load_pth
+from llamapro.tensor_file import DTYPE_CODES, read_json, tensor_chunks
 
 # Meta's name -> (Hugging Face's name, the dimension split over shards), in a release's order.
 _NAMES: dict[str, tuple[str, int | None]] = {
@@ -38,8 +37,6 @@ _NAMES: dict[str, tuple[str, int | None]] = {
 ROPE = "rope.freqs"  # theta^(-2i / D): Meta's loader computes it anew, so it may be absent
 REMAP_BYTES = 256 << 20
 _FLOATS = {dtype for dtype in DTYPE_CODES if dtype.is_floating_point}
-# What torch.load raises for a damaged file, depending on which byte is wrong.
-_DAMAGED = (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError)
 
 
 def tensor_names(num_layers: int, split: str) -> dict[str, tuple[str, int | None]]:
@@ -104,7 +101,7 @@ class Shards:
 
     def _map(self) -> None:
         self.tensors: list[dict[str, Tensor]] = []  # the old mappings end first
-        self.tensors = [_load(file) for file in self.files]
+        self.tensors = [load_pth(file) for file in self.files]
         self._touched = 0
 
     def parts(self, name: str) -> list[Tensor]:
@@ -154,44 +151,13 @@ class Shards:
             )
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    """Maps one shard; only plain tensors come out of it, whatever its pickle asks for."""
-    size = file.stat().st_size if file.exists() else 0
-    try:
-        with open(file, "rb") as handle:
-            magic = handle.read(2)
-        if magic == b"\x80\x02":
-            raise CheckpointError(
-                f"{file}: in PyTorch's format from before 1.6, which cannot be mapped; save it "
-                "again with torch.save(torch.load(OLD, map_location='cpu', weights_only=True), NEW)"
-            )
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{file}: refused; nothing was executed: its pickle "
-            + (f"asks for {asked[1]!r}, not only plain tensors" if asked else "is damaged")
-        ) from None
-    except _DAMAGED as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(
-            f"{file}: {size:,} bytes, not a complete PyTorch file ({reason}); fetch it again"
-        ) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided and t.ndim
-        for name, t in tensors.items()
-    ):
-        raise CheckpointError(f"{file}: refused; nothing was executed: not only plain tensors")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
 def read_params(file: Path) -> dict[str, Any]:
     """Reads `params.json` as it is; raises ConfigError naming every field that is wrong."""
     try:
-        params = json.loads(file.read_text(encoding="utf-8"))
-        params.items()
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{file}: not readable as a release's parameters ({error})") from None
+        params = read_json(file)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise ConfigError(f"{file}: not readable as a release's parameters ({reason})") from None
     wrong = []
     whole = ("dim", "n_layers", "n_heads", "multiple_of", "n_kv_heads", "max_seq_len")
     optional = ("n_kv_heads", "max_seq_len", "rope_theta", "ffn_dim_multiplier")
@@ -237,6 +203,13 @@ def describe(
             f"--max-position-embeddings {max_position_embeddings}: expected a whole number above 0"
         )
     where, first, n = shards.directory / "params.json", shards.tensors[0], len(shards.files)
+    # Before anything is made of that size: params.json can say 10^12.
+    held = {"n_layers": len(first), "dim": max((t.shape[-1] for t in first.values()), default=0)}
+    for key, most in held.items():
+        if params[key] > most * n:
+            raise CheckpointError(
+                f"{where}: {key} is {params[key]:,}, too much for the tensors of {n} shards"
+            )
     names = {*tensor_names(params["n_layers"], "columns"), *({ROPE} & set(first))}
     wrong = []
     for file, tensors in zip(shards.files, shards.tensors, strict=True):

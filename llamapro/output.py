@@ -18,8 +18,9 @@ from threading import Lock
 
 from tqdm import tqdm
 
-from llamapro.checkpoint import INDEX_FILE, SINGLE_FILE, ChunksOf, TensorSpec
+from llamapro.checkpoint import INDEX_FILE, SINGLE_FILE
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.tensor_file import ChunksOf, TensorSpec
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -46,6 +47,21 @@ def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
         raise ConfigError(f"{out_dir}: {relation}; choose another output directory")
 
 
+def make_directory(path: str | Path) -> None:
+    """Makes a directory and those above it, each on the disk before this returns.
+
+    Without that, a power failure could take away a directory whose files were all written.
+
+    Raises:
+        OSError: it cannot be made; `filename` names it.
+    """
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _fsync(folder.parent)
+
+
 @contextmanager
 def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Gives a new directory beside `path` that takes its place only if the body succeeds.
@@ -66,7 +82,7 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
         raise ConfigError(f"{path}: holds no checkpoint; --force replaces checkpoints only")
     prefix = f".{path.name}.partial-{socket.gethostname()}-"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         for stale in path.parent.glob(prefix + "*"):  # left by a killed process of this machine
             if not _is_alive(stale.name.removeprefix(prefix)):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -84,7 +100,7 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CheckpointError(
             f"{error.filename or path}: {'disk full' if full else error.strerror or error} while "
-            f"writing {path}; the partial output was removed, the source is untouched"
+            f"writing {path}; the partial output was removed, nothing else was changed"
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

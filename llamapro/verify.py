@@ -1,9 +1,10 @@
-"""Checks that an expanded checkpoint still contains its base, to the byte and to the bit.
+"""Checks that an expanded checkpoint still contains its base, and a run all that it saved.
 
 Whole models need not fit in memory: both checkpoints are read and run one block at a time.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamapro import ops
-from llamapro.checkpoint import Checkpoint, StoredTensor, combine_hashes, hash_tensors
+from llamapro.blocks import check_bytes
+from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError
 from llamapro.expansion import ZERO_IN_NEW_BLOCKS, Layout, base_names
+from llamapro.manifest import find_damage, load_state, training_checkpoints
 from llamapro.model import DecoderLayer, RMSNorm
+from llamapro.tensor_file import StoredTensor, combine_hashes, hash_tensors
 
 PROBE_SHAPE = (2, 16)  # B, T of the random batch
 
@@ -106,6 +110,41 @@ def contained_base_sha256(checkpoint: Checkpoint, hashes: dict[str, str]) -> str
         renamed = StoredTensor(base_name, stored.dtype, stored.shape, stored.file, stored.offset)
         parts.append((renamed, hashes[name]))
     return combine_hashes(parts)
+
+
+def verify_run(path: str) -> dict[str, Any]:
+    """Checks every file of a run directory's training checkpoints, of one, or a new-block file.
+
+    Args:
+        path: a run directory, a training checkpoint or a new-block file; all its bytes are read.
+
+    Returns:
+        JSON-able: path and intact, the paths of what was checked.
+
+    Raises:
+        CheckpointError: naming all that is damaged, and what is intact beside it.
+    """
+    directory = Path(path)
+    if directory.is_file():
+        return {"path": path, "intact": [path], "sha256": check_bytes(directory)}
+    is_run = (directory / "checkpoints").is_dir()
+    steps = training_checkpoints(directory) if is_run else [directory]
+    if not steps:
+        raise CheckpointError(f"{path}: has no training checkpoint yet")
+    intact: list[str] = []
+    damaged: list[str] = []
+    for step in tqdm(steps, desc="check", disable=None):
+        found = list(find_damage(step))
+        try:
+            if is_run and not found:  # a copy elsewhere may have another name
+                load_state(step)
+        except CheckpointError as error:
+            found = [str(error)]
+        damaged += found
+        intact += [] if found else [str(step)]
+    if damaged:
+        raise CheckpointError(f"{'; '.join(damaged)}; intact: {', '.join(intact) or 'none'}")
+    return {"path": path, "intact": intact}
 
 
 def verify(path: str, base_path: str | None = None) -> dict[str, Any]:

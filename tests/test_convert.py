@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from llamapro import cli
+from llamapro.blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
 from llamapro.checkpoint import Checkpoint
+from llamapro.expansion import is_in_layers
+from llamapro.manifest import LISTED, MANIFEST_FILE, STATE_FILE, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +202,150 @@ def test_an_unknown_option_exits_2_with_the_nearest(
     status, out, error = convert("expand", base, tmp_path / "o", "--num-new-block", 2)
     assert status == 2
     assert "--num-new-blocks" in out + error
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(convert: Convert, base: Path, tmp_path: Path) -> Path:
+    """A run on `pro`, beside it, with training checkpoints of steps 1 to 3: its own blocks."""
+    convert("expand", base, tmp_path / "pro", "--num-new-blocks", 2)
+    pro = Checkpoint.open(tmp_path / "pro")
+    for step in (1, 2, 3):
+        info = BlocksInfo.of(pro.config, "new_blocks", step)
+        path = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        path.mkdir(parents=True)
+        specs = [t for t in pro.tensors.values() if is_in_layers(t.name, info.new_layers)]
+        write_blocks(
+            path / TRAINABLE_FILE, list(specs), lambda s: pro.tensors[s.name].chunks(), info
+        )
+        state = {"step": step, "tokens": 0, "eval": {}, "elapsed_s": 0, "settings": {}, "loss": 1.0}
+        (path / STATE_FILE).write_text(json.dumps(state))
+        for name in LISTED - {TRAINABLE_FILE, STATE_FILE}:
+            (path / name).write_bytes(b"some bytes")
+        write_manifest(path)
+    return tmp_path / "run"
+
+
+def last(run_dir: Path, step: int = 3) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def flip(file: Path) -> None:
+    """Changes a bit of the last byte: in a safetensors file, of a weight."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", sorted(LISTED))
+def test_merge_and_inspect_take_the_newest_intact_blocks(
+    convert: Convert, run_dir: Path, tmp_path: Path, name: str
+) -> None:
+    """Any file of the latest damaged: the one before it, and standard error says why."""
+    flip(last(run_dir) / name)
+    status, out, error = convert("merge", tmp_path / "pro", run_dir, tmp_path / "out", "--json")
+    assert status == 0 and json.loads(out)["step"] == 2
+    said = f"{last(run_dir) / name}: damaged: other bytes than were saved; taking step-00000002"
+    assert said in error
+    status, out, error = convert("inspect", run_dir, "--json")
+    assert status == 0 and json.loads(out)["record"]["step"] == 2
+    assert said in error
+
+
+def test_an_intact_run_is_merged_without_a_word(
+    convert: Convert, run_dir: Path, tmp_path: Path
+) -> None:
+    """Its last step; a copy of a training checkpoint under another name will do as well."""
+    shutil.copytree(last(run_dir), tmp_path / "best")
+    for number, blocks in enumerate((run_dir, last(run_dir), tmp_path / "best")):
+        words = ["merge", tmp_path / "pro", blocks, tmp_path / f"out{number}", "--json"]
+        status, out, error = convert(*words)
+        assert status == 0 and json.loads(out)["step"] == 3 and "damaged" not in error
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect"])
+@pytest.mark.parametrize("name", [*sorted(LISTED), MANIFEST_FILE])
+def test_a_damaged_training_checkpoint_is_refused_where_it_is_named(
+    convert: Convert, run_dir: Path, tmp_path: Path, command: str, name: str
+) -> None:
+    """No other one takes its place; nothing is written."""
+    (last(run_dir) / name).unlink()
+    words = ["merge", tmp_path / "pro", last(run_dir), tmp_path / "out"]
+    status, out, error = convert(*(words if command == "merge" else ["inspect", last(run_dir)]))
+    assert status == 2 and out == "" and f"{last(run_dir) / name}: missing" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_block_file_alone_is_checked_by_the_hash_inside(
+    convert: Convert, run_dir: Path, tmp_path: Path
+) -> None:
+    """Shared without its manifest, it still answers for every byte of its tensors."""
+    file = tmp_path / "mine.safetensors"
+    shutil.copyfile(last(run_dir) / TRAINABLE_FILE, file)
+    status, out, _ = convert("verify", file, "--json")
+    assert status == 0 and json.loads(out)["intact"] == [str(file)]
+    sha256 = json.loads(out)["sha256"]
+    assert sha256 == json.loads(convert("inspect", file, "--json")[1])["sha256"]
+    assert sha256.encode() in file.read_bytes()
+    flip(file)
+    for words in (["merge", tmp_path / "pro", file, tmp_path / "out"], ["verify", file]):
+        status, out, error = convert(*words)
+        assert status == 2 and out == ""
+        assert f"{file}: damaged: its tensors hash to" in error and sha256[:16] in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_names_all_that_is_damaged_in_a_run_and_what_is_not(
+    convert: Convert, run_dir: Path
+) -> None:
+    """A flipped byte, a shortened and a missing file, a directory under another's name."""
+    status, out, _ = convert("verify", run_dir)
+    assert status == 0
+    assert out.splitlines() == [f"{last(run_dir, step)}: intact" for step in (1, 2, 3)]
+    assert convert("verify", last(run_dir))[1] == f"{last(run_dir)}: intact\n"
+
+    flip(last(run_dir, 1) / TRAINABLE_FILE)
+    (last(run_dir, 1) / STATE_FILE).unlink()
+    with open(last(run_dir, 3) / "optimizer.safetensors", "r+b") as file:
+        file.truncate(3)
+    shutil.copytree(last(run_dir, 2), last(run_dir, 4))
+    status, out, error = convert("verify", run_dir)
+    assert status == 2 and out == ""
+    for message in (
+        f"{last(run_dir, 1) / TRAINABLE_FILE}: damaged: other bytes than were saved",
+        f"{last(run_dir, 1) / STATE_FILE}: missing",
+        f"{last(run_dir, 3) / 'optimizer.safetensors'}: damaged: 3 bytes, 10 were saved",
+        f"{last(run_dir, 4) / STATE_FILE}: 'step' is 2, but it lies in step-00000004",
+        f"intact: {last(run_dir, 2)}",
+    ):
+        assert message in error
+    assert (
+        convert("verify", last(run_dir, 1))[0] == 2 and convert("verify", last(run_dir, 2))[0] == 0
+    )
+
+
+def test_verify_compares_a_run_with_no_base(
+    convert: Convert, base: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    """--base and --hf are for checkpoint directories; an empty run has nothing to verify."""
+    status, _, error = convert("verify", run_dir, "--base", base)
+    assert status == 2 and "--base and --hf are for checkpoint directories" in error
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    status, _, error = convert("verify", tmp_path / "new")
+    assert status == 2 and "has no training checkpoint yet" in error
+
+
+def test_inspect_refuses_a_record_of_odd_generations(
+    convert: Convert, base: Path, tmp_path: Path
+) -> None:
+    """What a stranger's config.json says of earlier expansions is checked before it is shown."""
+    convert("expand", base, tmp_path / "pro", "--num-new-blocks", 2)
+    file = tmp_path / "pro" / "config.json"
+    config = json.loads(file.read_text())
+    for generation in ({}, {"new_layers": 3, "source_layers": []}, {"new_layers": [1]}):
+        config["llamapro"]["generations"] = [generation]
+        file.write_text(json.dumps(config))
+        status, out, error = convert("inspect", tmp_path / "pro")
+        assert status == 2 and out == "" and f"{file}: generation 1 of" in error

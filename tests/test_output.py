@@ -24,7 +24,13 @@ from llamapro.checkpoint import (
     tensor_chunks,
 )
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
-from llamapro.output import output_directory, write_checkpoint, write_companions, write_safetensors
+from llamapro.output import (
+    make_directory,
+    output_directory,
+    write_checkpoint,
+    write_companions,
+    write_safetensors,
+)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -55,6 +61,28 @@ def test_the_directory_appears_when_the_body_has_ended(tmp_path: Path, name: str
         write_something(aside)
     assert contents(path) == {"config.json": b'{"new": 1}'}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_every_new_directory_is_on_the_disk_before_it_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What holds it is flushed too, made just now or there before: a run's `checkpoints`, say."""
+    synced: list[tuple[Path, bool]] = []
+    fsync, target = os.fsync, tmp_path / "run" / "checkpoints" / "step"
+
+    def noted(fd: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")), target.exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with output_directory(target) as aside:
+        assert synced == [(tmp_path / "run", False), (tmp_path, False)]
+        write_something(aside)
+    files = [(aside / "config.json", False), (aside, False), (target.parent, True)]
+    assert synced[2:] == files
+    synced.clear()
+    make_directory(target)
+    assert synced == []
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
@@ -179,6 +207,7 @@ def test_a_full_disk_removes_the_partial_output(
         write_checkpoint(aside, [spec], lambda _: tensor_chunks(torch.ones(1000)))
     assert calls == 3
     assert SINGLE_FILE in str(caught.value) and expected in str(caught.value)
+    assert str(caught.value).endswith("partial output was removed, nothing else was changed")
     assert contents(old.parent) == before
     assert list(old.parent.iterdir()) == [old]
 

@@ -1,0 +1,132 @@
+"""Integrity of training checkpoints: every byte that was saved is there, or its file is named.
+
+A training checkpoint holds just the files of `LISTED`, and `manifest.json` with the size and the
+SHA-256 of each. Whoever reads one, to go on training or to merge it, has its files checked here.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llamapro.config import CheckpointError
+from llamapro.tensor_file import read_json
+
+TRAINABLE_FILE = "trainable.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RNG_FILE = "rng.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE}  # by the manifest: just these
+MAX_JSON_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
+
+
+def training_checkpoints(run_dir: Path) -> list[Path]:
+    """Lists a run's complete training checkpoints, oldest first."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def write_manifest(path: Path) -> None:
+    """Writes `manifest.json` of what is in a training checkpoint; the last file to be written."""
+    manifest = {
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(path.iterdir())
+    }
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Finds the newest training checkpoint all of whose files are what was saved.
+
+    Returns:
+        It, or None in a run without any, and one message for each newer one that is damaged.
+
+    Raises:
+        CheckpointError: all are damaged; to start anew would lose them silently.
+    """
+    damaged: list[str] = []
+    for path in reversed(training_checkpoints(run_dir)):
+        try:
+            read_state(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+        else:
+            return path, damaged
+    if damaged:
+        raise CheckpointError(
+            f"{run_dir}: no training checkpoint is intact: {'; '.join(damaged)}. Restore one, or "
+            f"remove {run_dir / 'checkpoints'} to start anew"
+        )
+    return None, []
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Reads `state.json` after checking every file of the training checkpoint by the manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing or damaged.
+    """
+    for problem in find_damage(path):
+        raise CheckpointError(problem)
+    return load_state(path)
+
+
+def find_damage(path: Path) -> Iterator[str]:
+    """Checks a training checkpoint's files one by one; yields what is wrong with each."""
+    file = path / MANIFEST_FILE
+    try:
+        manifest = read_json(file, MAX_JSON_BYTES)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    if set(manifest) != LISTED:
+        other = ", ".join(repr(name[:80]) for name in sorted(set(manifest) ^ LISTED)[:3])
+        yield f"{file}: damaged: lists other files than it must: {other}"
+        return
+    for name, entry in manifest.items():
+        size, sha256 = (entry.get(k) if isinstance(entry, dict) else 0 for k in ("bytes", "sha256"))
+        if type(size) is not int or not re.fullmatch("[0-9a-f]{64}", str(sha256)):
+            yield f"{file}: damaged: {name!r} is {str(entry)[:200]}"
+        elif problem := _compare(path / name, size, str(sha256)):
+            yield problem
+
+
+def _compare(file: Path, size: int, sha256: str) -> str | None:
+    """Says what is wrong with a file, cheapest first; None if nothing is."""
+    if not file.is_file():
+        return f"{file}: missing, but {MANIFEST_FILE} lists it"
+    try:
+        if (found := file.stat().st_size) != size:
+            return f"{file}: damaged: {found:,} bytes, {size:,} were saved"
+        if file_sha256(file) != sha256:
+            return f"{file}: damaged: other bytes than were saved"
+    except OSError as error:
+        return f"{file}: not readable: {error.strerror}"
+    return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads `state.json` of a training checkpoint whose files were checked.
+
+    Raises:
+        CheckpointError: naming the file and the entry that is missing or of a wrong type.
+    """
+    file = path / STATE_FILE
+    state = read_json(file, MAX_JSON_BYTES)
+    kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "eval": (dict,)}
+    kinds |= {"elapsed_s": (int, float), "settings": (dict,), "loss": (int, float, type(None))}
+    for key, allowed in kinds.items():
+        if type(state.get(key)) not in allowed:
+            raise CheckpointError(f"{file}: damaged: {key!r} is {str(state.get(key))[:80]!r}")
+    if path.name != f"step-{state['step']:08d}":
+        raise CheckpointError(f"{file}: 'step' is {state['step']}, but it lies in {path.name}")
+    return state
+
+
+def file_sha256(file: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
