@@ -28,7 +28,7 @@ from llamapro.config import DataError
 from llamapro.data import TokenStore, write_store
 from llamapro.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
 # Longer documents are tokenised in pieces, short ones in batches of this length: sentencepiece is
 # half as fast on 4 million characters at once as on 1/4 million, and a file may exceed the memory.
 PIECE_CHARACTERS = 1 << 18
@@ -192,17 +192,26 @@ def _not_text(raw: IO[bytes]) -> str:
 
 
 def _split(stream: TextIO, counts: Counts) -> Iterator[Piece]:
-    """Yields a document, cut at line ends if it is long, and counts it."""
+    """Yields a document, cut between lines if it is long, and counts it.
 
-    def read() -> str:
-        # A line that is itself too long is cut where the second read ends.
-        return stream.read(PIECE_CHARACTERS) + stream.readline(PIECE_CHARACTERS)
+    A cut is before a line that is not blank: Llama 3's pre-tokenisation joins the blank ones with
+    the end of the line above. A line that is itself too long is cut where the second read ends.
+    """
 
-    text, is_first = read(), True
+    def read(start: str) -> tuple[str, str]:
+        """Returns a piece that starts with `start`, and what the next one starts with."""
+        text = start + stream.read(PIECE_CHARACTERS) + stream.readline(PIECE_CHARACTERS)
+        line = stream.readline(PIECE_CHARACTERS)
+        while line.isspace() and len(text) < 4 * PIECE_CHARACTERS:
+            text, line = text + line, stream.readline(PIECE_CHARACTERS)
+        return text, line
+
+    text, start = read("")
+    is_first = True
     counts.documents += bool(text)
     counts.empty_documents += not text
     while text:
-        following = read() if len(text) >= PIECE_CHARACTERS else ""
+        following, start = read(start) if start else ("", "")
         counts.long_documents += is_first and bool(following)
         yield Piece(text, is_first, not following)
         text, is_first = following, False
@@ -242,19 +251,10 @@ def _json_pieces(
 
 def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
     """Returns the token ids of pieces, each document between BOS and EOS."""
-    newline = tokenizer.encode("\n")
     ids: list[int] = []
     for piece in pieces:
-        if piece.is_first:
-            ids += tokenizer.encode(piece.text, bos=True, eos=piece.is_last)
-            continue
-        # Sentencepiece puts a space before every text. It goes before a newline that is taken away
-        # again, so that the pieces' tokens are those of the whole document.
-        more = tokenizer.encode("\n" + piece.text, eos=piece.is_last)
-        if more[: len(newline)] == newline:
-            ids += more[len(newline) :]
-        else:  # a vocabulary with tokens that hold newlines: one space more
-            ids += tokenizer.encode(piece.text, eos=piece.is_last)
+        first, last = piece.is_first, piece.is_last
+        ids += tokenizer.encode(piece.text, bos=first, eos=last, continues=not first)
     return ids
 
 
@@ -294,6 +294,10 @@ def tokenize(
 ) -> TokenStore:
     """Returns the tokens of a corpus, from the cache if files and tokenizer are the same.
 
+    What comes from the cache is read and compared with the hashes it was written with, because a
+    run goes on from tokens and not from the text: a byte that changed on the disk would change the
+    run in silence. That takes a second for each GB or two; a store just written is not read again.
+
     Each document is BOS, its tokens, EOS, where the tokenizer has them. Says on standard error what
     was read, and what was left out.
 
@@ -306,7 +310,8 @@ def tokenize(
         label: names the corpus in progress and messages.
 
     Raises:
-        DataError: a file is missing or cannot be used, there is no text, or the disk is full.
+        DataError: a file is missing or cannot be used, there is no text, the disk is full, or the
+            store in the cache is damaged.
     """
     files = find_files(patterns)
     made_of: list[list[Any]] = []
@@ -327,6 +332,8 @@ def tokenize(
             "tokenizer_sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "dtype": dtype,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
             "text_key": text_key,
             "counts": asdict(counts),
             "files": made_of,  # absolute path, is_named, size, time of change in ns
@@ -337,6 +344,8 @@ def tokenize(
         arrays = _encode_all(pieces, tokenizer, dtype, workers or os.cpu_count() or 1)
         write_store(directory, arrays, describe)
     store = TokenStore(directory, tokenizer.fingerprint)
+    if is_cached:
+        store.check(f"check {label}")
     stored = Counts(**store.index["counts"])
     origin = f", from the cache {directory}" if is_cached else ""
     print(f"{label}: {store.tokens:,} tokens of {stored.describe()}{origin}", file=sys.stderr)

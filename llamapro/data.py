@@ -10,25 +10,30 @@ Shapes: T sequence length.
 import bisect
 import errno
 import glob
+import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from llamapro.config import ConfigError, DataError
 from llamapro.ops import IGNORE_INDEX
 
 INDEX_FILE = "index.json"
+MAX_INDEX_BYTES = 1 << 28  # it names every file of the corpus: two million of them, and no more
 SHARD_TOKENS = 1 << 28
 Int64s = NDArray[np.int64]
 
@@ -37,7 +42,8 @@ class TokenStore:
     """The token stream of a corpus, memory-mapped.
 
     A directory of `shard-00000.bin`, ... (uint16, or uint32 for vocabularies past 65,536, so that
-    none can wrap) and `index.json`, which says what the tokens were made of.
+    none can wrap) and `index.json`, which says what the tokens were made of, and each shard's
+    SHA-256. To open one compares sizes only, because every rank does; `check` compares the bytes.
 
     Attributes:
         path: the directory.
@@ -45,6 +51,7 @@ class TokenStore:
         documents: how many documents it was made of.
         bytes: UTF-8 length of their text.
         fingerprint: SHA-256 of the tokenizer's file.
+        sha256: of the tokens, as they were written; that of files moved or touched is the same.
         index: all of `index.json`.
     """
 
@@ -59,29 +66,54 @@ class TokenStore:
         file = self.path / INDEX_FILE
         again = f"remove {self.path} and run again"
         try:
+            if (size := file.stat().st_size) > MAX_INDEX_BYTES:
+                raise ValueError(f"{size:,} bytes, over {MAX_INDEX_BYTES:,}")
             self.index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             self.fingerprint: str = self.index["tokenizer_sha256"]
             self.tokens: int = self.index["tokens"]
             self.documents: int = self.index["counts"]["documents"]
             self.bytes: int = self.index["counts"]["bytes"]
-            dtype = np.dtype(self.index["dtype"])
-            shards = [(self.path / s["file"], int(s["tokens"])) for s in self.index["shards"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            dtype = np.dtype({"uint16": "uint16", "uint32": "uint32"}[self.index["dtype"]])
+            shards = [_shard_of(self.path, entry) for entry in self.index["shards"]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file}: not an index of tokens ({error!r}); {again}") from None
         if self.fingerprint != fingerprint:
             raise DataError(
                 f"{file}: tokens of another tokenizer ({self.fingerprint[:16]}..., this one is "
                 f"{fingerprint[:16]}...); {again}"
             )
-        for shard, tokens in shards:
+        for shard, tokens, _ in shards:
             size = shard.stat().st_size if shard.exists() else -1
             if size != tokens * dtype.itemsize:
                 found = "missing" if size < 0 else f"{size:,} bytes"
                 raise DataError(f"{shard}: {found}, {INDEX_FILE} says {tokens:,} tokens; {again}")
-        self._shards = [np.memmap(shard, dtype=dtype, mode="r") for shard, _ in shards]
-        self._ends = list(itertools.accumulate(tokens for _, tokens in shards))
+        self._shards = [np.memmap(shard, dtype=dtype, mode="r") for shard, _, _ in shards]
+        self._ends = list(itertools.accumulate(tokens for _, tokens, _ in shards))
+        self._hashes = {shard: sha256 for shard, _, sha256 in shards}
+        text = " ".join([dtype.name, *self._hashes.values()])
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         if self._ends[-1:] != [self.tokens]:
             raise DataError(f"{file}: {self.tokens:,} tokens, but its shards differ; {again}")
+
+    def check(self, label: str) -> None:
+        """Reads all shards, with a progress bar of this label, and compares them with the index.
+
+        Raises:
+            DataError: naming the shard that has other bytes than were written.
+        """
+        total = sum(tokens.nbytes for tokens in self._shards)
+        with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+            for shard, sha256 in self._hashes.items():
+                digest = hashlib.sha256()
+                with open(shard, "rb") as file:
+                    while piece := file.read(1 << 20):
+                        digest.update(piece)
+                        bar.update(len(piece))
+                if digest.hexdigest() != sha256:
+                    raise DataError(
+                        f"{shard}: damaged: other bytes than were written; remove {self.path} and "
+                        "run again"
+                    )
 
     def read(self, start: int, stop: int) -> Int64s:
         """Returns the tokens [start, stop), a copy; raises IndexError outside the stream."""
@@ -96,6 +128,39 @@ class TokenStore:
             out[at - start : upto - start] = tokens[first : first + upto - at]
             at, shard = upto, shard + 1
         return out
+
+    @cached_property
+    def _starts(self) -> Int64s | None:
+        """Where documents start; None if no token marks it. Found when first asked for."""
+        bos, eos = self.index.get("bos_id"), self.index.get("eos_id")
+        mark = eos if bos is None else bos
+        if mark is None:
+            return None
+        found = [
+            np.flatnonzero(tokens == mark) + (end - tokens.size)
+            for tokens, end in zip(self._shards, self._ends, strict=True)
+        ]
+        starts = np.concatenate(found)
+        return starts if bos is not None else np.concatenate(([0], starts[:-1] + 1))
+
+    def document_of(self, position: int) -> int | None:
+        """Returns the number of the document a token belongs to, in the order of the files.
+
+        The first call reads all tokens, for BOS or EOS. None if the tokenizer has neither.
+        """
+        if self._starts is None:
+            return None
+        return int(np.searchsorted(self._starts, position, side="right")) - 1
+
+
+def _shard_of(directory: Path, entry: dict[str, Any]) -> tuple[Path, int, str]:
+    """Returns file, tokens and SHA-256 of an entry of the index; raises ValueError if it is odd."""
+    name, tokens, sha256 = entry["file"], entry["tokens"], entry["sha256"]
+    if not re.fullmatch(r"shard-\d+\.bin", name) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"shard {str(entry)[:200]}")
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError(f"{name} of {tokens!r} tokens")
+    return directory / name, tokens, sha256
 
 
 def write_store(
@@ -141,18 +206,21 @@ def write_store(
 
 
 def _write_shards(directory: Path, arrays: Iterable[NDArray[Any]]) -> list[dict[str, Any]]:
-    """Writes shards of `SHARD_TOKENS` tokens, the last one shorter; returns names and counts."""
+    """Writes shards of `SHARD_TOKENS` tokens, the last one shorter; returns their entries."""
     shards: list[dict[str, Any]] = []
+    hashes = []
     for array in arrays:
         while array.size:
             if not shards or shards[-1]["tokens"] == SHARD_TOKENS:
                 shards.append({"file": f"shard-{len(shards):05d}.bin", "tokens": 0})
+                hashes.append(hashlib.sha256())
             part = array[: SHARD_TOKENS - shards[-1]["tokens"]]
             with open(directory / shards[-1]["file"], "ab") as file:
-                file.write(part.tobytes())
+                file.write(data := part.tobytes())
+            hashes[-1].update(data)
             shards[-1]["tokens"] += part.size
             array = array[part.size :]
-    return shards
+    return [s | {"sha256": h.hexdigest()} for s, h in zip(shards, hashes, strict=True)]
 
 
 def _remove_stale(cache_dir: Path, prefix: str) -> None:
@@ -201,6 +269,26 @@ class PackedSequences:
         targets[: tokens.size - 1] = tokens[1:]
         return inputs, targets
 
+    def documents(self, index: int) -> list[int | None]:
+        """Returns the first and the last document that a sequence holds a part of."""
+        start = index * self.seq_len
+        last = min(start + self.seq_len, self.store.tokens) - 1
+        return [self.store.document_of(start), self.store.document_of(last)]
+
+
+class Source(Protocol):
+    """What a mixture is made of: sequences of T tokens, by number."""
+
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Int64s, ...]:
+        """Returns inputs (T,), targets (T,) and, if not all see each other, documents (T,)."""
+
+    def documents(self, index: int) -> list[int | None]:
+        """Returns the first and the last document of a sequence."""
+
 
 class Mixture:
     """Several sources in one endless, shuffled order that is a pure function of the seed.
@@ -210,14 +298,13 @@ class Mixture:
     within it; an epoch that ends in the middle of a pass is continued by the next one.
 
     Attributes:
+        sources: as they were given.
         seq_len: T, the same for all sources.
         samples_per_epoch: sequences in one epoch, over all sources.
         samples_per_source: how many of them each source gives.
     """
 
-    def __init__(
-        self, sources: Sequence[PackedSequences], weights: Sequence[float], seed: int
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int) -> None:
         """Raises ConfigError if there is not one positive weight per source."""
         if not sources or len(weights) != len(sources):
             raise ConfigError(
@@ -227,7 +314,7 @@ class Mixture:
             raise ConfigError(f"data.weights is {list(weights)}, expected positive numbers")
         if seed < 0:
             raise ConfigError(f"train.seed is {seed}, expected 0 or more")
-        self._sources = sources
+        self.sources = sources
         self._seed = seed
         self.seq_len = sources[0].seq_len
         self.samples_per_source = [
@@ -239,10 +326,10 @@ class Mixture:
         self._epoch = -1
         self._orders: dict[tuple[int, ...], Int64s] = {}  # those of one epoch
 
-    def sample(self, index: int) -> tuple[Int64s, Int64s]:
-        """Returns inputs (T,) and targets (T,) of a sample of the endless order."""
+    def sample(self, index: int) -> tuple[Int64s, ...]:
+        """Returns what its source gives for a sample of the endless order, (T,) each."""
         number, sequence = self.locate(index)
-        return self._sources[number][sequence]
+        return self.sources[number][sequence]
 
     def locate(self, index: int) -> tuple[int, int]:
         """Returns of which source, and there which sequence, a sample of the endless order is."""
@@ -252,7 +339,7 @@ class Mixture:
             self._orders.clear()
         slot = self._order(self.samples_per_epoch, 0, epoch)[at]
         number = bisect.bisect_right(self._ends, slot)
-        source, count = self._sources[number], self.samples_per_source[number]
+        source, count = self.sources[number], self.samples_per_source[number]
         # The source's own stream goes on through the epochs.
         turn, place = divmod(epoch * count + int(slot) - (self._ends[number] - count), len(source))
         return number, int(self._order(len(source), 1, number, turn)[place])
@@ -269,21 +356,22 @@ class Mixture:
 
 def batch(
     mixture: Mixture, start: int, count: int, rank: int, world_size: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Returns a rank's share of the samples [start, start + count): every `world_size`-th.
 
     The union over the ranks is the same for any world size.
 
     Returns:
-        inputs, targets: (n, T) int64; n is `count / world_size`, rounded up on the first ranks.
+        inputs, targets and, where the sources have them, documents: (n, T) int64; n is
+        `count / world_size`, rounded up on the first ranks.
     """
     indices = range(start + rank, start + count, world_size)
-    inputs = torch.empty(len(indices), mixture.seq_len, dtype=torch.int64)
-    targets = torch.empty_like(inputs)
+    columns = len(mixture.sample(start))
+    rows = torch.empty(columns, len(indices), mixture.seq_len, dtype=torch.int64)
     for row, index in enumerate(indices):
-        input_row, target_row = mixture.sample(index)
-        inputs[row], targets[row] = torch.from_numpy(input_row), torch.from_numpy(target_row)
-    return inputs, targets
+        for column, values in enumerate(mixture.sample(index)):
+            rows[column, row] = torch.from_numpy(values)
+    return rows.unbind()
 
 
 def parse_named(values: Sequence[str]) -> dict[str, list[str]]:

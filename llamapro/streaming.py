@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +9,10 @@ from typing import Any
 
 from llamapro import expansion
 from llamapro.blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
-from llamapro.checkpoint import (
-    CHUNK_BYTES,
-    DTYPES,
-    Checkpoint,
-    StoredTensor,
-    TensorSpec,
-    combine_hashes,
-    tensor_chunks,
-)
+from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ModelConfig
 from llamapro.expansion import Layout
+from llamapro.manifest import MAX_JSON_BYTES, STATE_FILE
 from llamapro.model import build_on_meta
 from llamapro.output import (
     MAX_SHARD_BYTES,
@@ -28,6 +20,15 @@ from llamapro.output import (
     refuse_source,
     write_checkpoint,
     write_companions,
+)
+from llamapro.tensor_file import (
+    CHUNK_BYTES,
+    DTYPES,
+    StoredTensor,
+    TensorSpec,
+    combine_hashes,
+    read_json,
+    tensor_chunks,
 )
 from llamapro.tokenizer import Tokenizer
 from llamapro.verify import compare_logits, contained_base_sha256
@@ -204,9 +205,9 @@ def assemble_checkpoint(
         )
         write_companions(aside, config, [])
         # The run knows which tokenizer it was trained with.
-        state = json.loads((file.parent / "state.json").read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.load(state["settings"]["model.tokenizer"])
-        shutil.copyfile(tokenizer.path, aside / tokenizer.path.name)
+        tokenizer = Tokenizer.load(_tokenizer_of(file.parent))
+        for part in tokenizer.files:
+            shutil.copyfile(part, aside / part.name)
     return {
         "path": str(out_dir),
         "blocks": str(file),
@@ -215,6 +216,14 @@ def assemble_checkpoint(
         "bytes": sum(tensor.nbytes for tensor in blocks.values()),
         "base_intact": False,
     }
+
+
+def _tokenizer_of(step: Path) -> str:
+    """Returns the path of the tokenizer that a training checkpoint was made with."""
+    try:
+        return str(read_json(step / STATE_FILE, MAX_JSON_BYTES)["settings"]["model.tokenizer"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{step / STATE_FILE}: damaged: names no 'model.tokenizer'") from None
 
 
 def _expected_tensors(checkpoint: Checkpoint, info: BlocksInfo) -> dict[str, tuple[int, ...]]:

@@ -274,3 +274,29 @@ def test_large_vocabulary_is_stored_in_32_bits(tmp_path: Path, tokenizer: Tokeni
     assert np.dtype(
         tokenize([str(tmp_path / "a.txt")], tokenizer, tmp_path / "c").index["dtype"]
     ) == (np.uint16)
+
+
+def test_a_changed_byte_in_the_cache_is_found_before_training(
+    tmp_path: Path, make: Tokenize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run would go on from other tokens in silence; a store just written is not read again."""
+    checked: list[str] = []
+    check = data.TokenStore.check
+
+    def noted(self: data.TokenStore, label: str) -> None:
+        checked.append(label)
+        check(self, label)
+
+    monkeypatch.setattr(data.TokenStore, "check", noted)
+    (tmp_path / "a.txt").write_text("the first document\n")
+    store = make(tmp_path / "a.txt")
+    assert checked == []
+    again = make(tmp_path / "a.txt", label="val code")
+    assert checked == ["check val code"] and again.sha256 == store.sha256
+    shard = store.path / "shard-00000.bin"
+    status, content = shard.stat(), bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(DataError, match=r"shard-00000\.bin: damaged: .*remove .* and run again"):
+        make(tmp_path / "a.txt")

@@ -104,6 +104,76 @@ def test_damaged_store_is_refused_by_name(tmp_path: Path) -> None:
             TokenStore(path, FINGERPRINT)
 
 
+def test_a_byte_changed_after_writing_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `check`, which names the shard; opening reads no tokens."""
+    monkeypatch.setattr(data, "SHARD_TOKENS", 4)
+    store = make_store(tmp_path / "s", 13)
+    store.check("check")
+    shard = store.path / "shard-00002.bin"
+    content = bytearray(shard.read_bytes())
+    content[3] ^= 1
+    shard.write_bytes(content)
+    damaged = TokenStore(store.path, FINGERPRINT)
+    assert damaged.sha256 == store.sha256, "what was written, not what is there"
+    with pytest.raises(
+        DataError, match=r"shard-00002\.bin: damaged: .*; remove .*/s and run again"
+    ):
+        damaged.check("check")
+
+
+def test_the_hash_is_of_the_tokens_alone(tmp_path: Path) -> None:
+    """Where a store lies and in which pieces it was written changes nothing; a token does."""
+    hashes = {}
+    for name, tokens, pieces in (("a", 10, 1), ("elsewhere/b", 10, 4), ("other", 11, 4)):
+        stream = np.array_split(np.arange(tokens, dtype=np.uint16), pieces)
+        counts = {"documents": 1, "bytes": tokens}
+        index = {"tokenizer_sha256": FINGERPRINT, "dtype": "uint16", "counts": counts}
+        write_store(tmp_path / name, stream, lambda index=index: index)  # type: ignore[misc]
+        hashes[name] = TokenStore(tmp_path / name, FINGERPRINT).sha256
+    assert hashes["a"] == hashes["elsewhere/b"] != hashes["other"]
+
+
+SHARD = {"file": "shard-00000.bin", "tokens": 10, "sha256": "ab" * 32}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "object"},
+        {"dtype": "float64"},
+        {"shards": [SHARD | {"file": "../s/shard-00000.bin"}]},
+        {"shards": [SHARD | {"file": "/etc/hostname"}]},
+        {"shards": [SHARD | {"tokens": -10}]},
+        {"shards": [SHARD | {"tokens": 10.0}]},
+        {"shards": [SHARD | {"tokens": True}]},
+        {"shards": [SHARD | {"sha256": "ab"}]},
+        {"shards": [{"file": "shard-00000.bin", "tokens": 10}]},
+        {"shards": "shard"},
+        {"counts": None},
+    ],
+    ids=str,
+)
+def test_an_index_of_odd_things_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    """Types numpy would run or wrap, files elsewhere, sizes that are none, no hash."""
+    file = make_store(tmp_path / "s", 10).path / "index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DataError, match=r"index\.json: not an index of tokens"):
+        TokenStore(file.parent, FINGERPRINT)
+
+
+def test_an_absurdly_large_or_deep_index_is_refused(tmp_path: Path) -> None:
+    """By its size, unread; nesting without end is no traceback."""
+    file = make_store(tmp_path / "s", 10).path / "index.json"
+    os.truncate(file, data.MAX_INDEX_BYTES + 1)  # sparse: it takes no room
+    with pytest.raises(DataError, match="268,435,457 bytes, over 268,435,456"):
+        TokenStore(file.parent, FINGERPRINT)
+    file.write_text("[" * 200_000)
+    with pytest.raises(DataError, match="not an index of tokens"):
+        TokenStore(file.parent, FINGERPRINT)
+
+
 def test_second_writer_uses_the_first_one_s_store(tmp_path: Path) -> None:
     """Of two processes that write the same store, the later leaves the earlier's as it is."""
     path = make_store(tmp_path / "s", 5).path

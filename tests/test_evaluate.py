@@ -34,7 +34,8 @@ from llamapro.evaluate import (
 )
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.output import write_checkpoint, write_companions
-from llamapro.tokenizer import Tokenizer, train
+from llamapro.tokenizer import Tokenizer
+from llamapro.train_tokenizer import train
 
 Config = Callable[..., ModelConfig]
 Tensors = Callable[..., dict[str, Tensor]]

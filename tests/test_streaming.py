@@ -1,5 +1,6 @@
 """Expanding and merging never write over what they read, whatever --force says."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from llamapro import expansion
 from llamapro.blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, ModelConfig
+from llamapro.manifest import LISTED, STATE_FILE, write_manifest
 from llamapro.streaming import assemble_checkpoint, expand_checkpoint, merge_checkpoint
 
 LAYOUT = expansion.interleave(4, 2)
@@ -33,6 +35,11 @@ def write_run(path: Path, trained: Checkpoint, trainable: str) -> Path:
     write_blocks(
         step / TRAINABLE_FILE, list(specs), lambda s: trained.tensors[s.name].chunks(), info
     )
+    for name in LISTED - {TRAINABLE_FILE}:
+        (step / name).write_bytes(b"")
+    state = {"step": 0, "tokens": 0, "eval": {}, "elapsed_s": 0.0, "settings": {}, "loss": None}
+    (step / STATE_FILE).write_text(json.dumps(state))
+    write_manifest(step)
     return path
 
 

@@ -1,0 +1,132 @@
+"""Trains sentencepiece tokenizers (BPE with byte fallback, Llama 2's settings) from a corpus.
+
+python -m llamapro.tokenizer FILES... --vocab-size N --out DIR
+"""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from llamapro import cli, corpus
+from llamapro.config import ConfigError, DataError
+from llamapro.tokenizer import FILE_NAME, Tokenizer
+
+# Sentencepiece drops training lines that hold U+2585, its own mark for unknown characters.
+_NOT_TRAINED_ON = re.compile("[\n\u2585]")
+# Characters of one training line; at four bytes each, far below `max_sentence_length`.
+_LINE_CHARACTERS = 1 << 14
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yields lines cut to a length at which sentencepiece drops none; empty ones are left out."""
+    for text in texts:
+        for line in _NOT_TRAINED_ON.split(text):
+            for start in range(0, len(line), _LINE_CHARACTERS):
+                yield line[start : start + _LINE_CHARACTERS]
+
+
+def train(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Trains a BPE model with byte fallback and Llama 2's settings; the same input, the same model.
+
+    Nothing is normalised, so every text comes back from its tokens as it was, except that U+2581,
+    sentencepiece's mark for a space, comes back as a space. All texts are held in memory.
+
+    Args:
+        texts: the corpus.
+        vocab_size: number of tokens, of which 259 are special tokens and bytes.
+
+    Returns:
+        The bytes of a `tokenizer.model`.
+
+    Raises:
+        DataError: there is no text, or the vocabulary is too small or too large for it.
+    """
+    import sentencepiece
+
+    lines = _training_lines(texts)
+    first = next(lines, None)
+    if first is None:
+        raise DataError("no text to train a tokenizer on: all documents are empty")
+
+    def all_lines() -> Iterator[str]:
+        yield first
+        yield from lines
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=all_lines(),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            character_coverage=0.99995,
+            max_sentence_length=8 * _LINE_CHARACTERS,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
+        raise DataError(f"vocabulary of {vocab_size:,} for this text: {reason}") from None
+    return model.getvalue()
+
+
+@dataclass(frozen=True)
+class Args:
+    """Trains a sentencepiece tokenizer (BPE with byte fallback, Llama 2's settings)."""
+
+    files: tyro.conf.Positional[tuple[str, ...]]
+    """Text files, .jsonl or .jsonl.gz files, folders or globs."""
+    vocab_size: int
+    """Number of tokens."""
+    out: Path
+    """Directory to write tokenizer.model to."""
+    text_key: str = "text"
+    """Key of the text in a line of a .jsonl file."""
+    force: bool = False
+    """Replace an existing tokenizer.model."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def main() -> None:
+    """The command; see `Args`."""
+    args = tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,))
+    target = args.out / FILE_NAME
+    if target.exists() and not args.force:
+        raise ConfigError(f"{target}: exists; choose another directory or pass --force")
+    counts = corpus.Counts()
+    pieces = corpus.read_pieces(corpus.find_files(args.files), args.text_key, counts, "train")
+    model = train((piece.text for piece in pieces), args.vocab_size)
+    print(f"tokenizer: trained on {counts.describe()}", file=sys.stderr)
+    aside = target.with_name(f".{FILE_NAME}.partial-{os.getpid()}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(model)
+        os.replace(aside, target)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
+    tokenizer = Tokenizer.load(target)
+    result = {
+        "path": str(target),
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+        "documents": counts.documents,
+        "bytes": counts.bytes,
+    }
+    cli.print_result(result, args.json, f"{target}: {tokenizer.vocab_size:,} tokens")
