@@ -11,43 +11,29 @@ The order matters and is the method: load, freeze by the checkpoint's record, sh
 """
 
 import dataclasses
-import json
 import os
-import platform
-import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from llamapro import cli, ops
-from llamapro.blocks import BlocksInfo, training_checkpoints
-from llamapro.checkpoint import Checkpoint
-from llamapro.config import ConfigError, DataError, ModelConfig, UserError
-from llamapro.corpus import find_files, tokenize
-from llamapro.data import Mixture, PackedSequences, TokenStore, batch, parse_named
+from llamapro.blocks import BlocksInfo
+from llamapro.config import ConfigError, DataError
+from llamapro.data import PackedSequences, batch
 from llamapro.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
-from llamapro.metrics import MetricsLog, format_count, perplexity, progress_line
+from llamapro.job import Job, load_data
+from llamapro.metrics import format_count
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
 from llamapro.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
 from llamapro.plan import make_plan, render
-from llamapro.resume import check_identity, find_resume_point, locked, make_identity
-from llamapro.settings import Settings, check, flatten, parse
+from llamapro.progress import Progress, say
+from llamapro.resume import check_identity, find_resume_point, locked
+from llamapro.rng import load_rng, seed_all
+from llamapro.settings import OptimSettings, Settings, changes, check, flatten, parse
 from llamapro.stopping import Stopped, StopRequest
-from llamapro.tokenizer import Tokenizer
-from llamapro.train_state import (
-    check_settings,
-    load_optimizer,
-    load_trained,
-    remove_old,
-    save,
-)
+from llamapro.train_state import Saver, load_optimizer, load_trained
 
 
 def main() -> None:
@@ -67,118 +53,20 @@ def main() -> None:
         ops.use(t.ops),
         locked(job.run_dir, ranks),
     ):
-        found = train(job, plan, ranks, stop)
+        state = train(job, plan, ranks, stop)
+    if stop.failure:
+        raise DataError(f"{stop.failure}; stopped in order at step {state['step']}")
     if ranks.is_main:
-        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in found["eval"].items())
-        text = f"{job.run_dir}: {found['step']} steps done"
+        found = {key: state[key] for key in ("step", "tokens", "loss", "eval", "elapsed_s")}
+        found |= {"run_dir": str(job.run_dir), "stopped": bool(state.get("stopped"))}
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in state["eval"].items())
+        text = f"{job.run_dir}: {state['step']} steps done"
         if found["stopped"]:
             text += ", stopped by a signal: the same command continues"
         cli.print_result(found, settings.json, f"{text}; {losses}" if losses else text)
 
 
-def say(ranks: Ranks, text: str) -> None:
-    """Progress goes to standard error, from one process."""
-    if ranks.is_main:
-        print(text, file=sys.stderr, flush=True)
-
-
-# ---- What is to be done: opened and checked before anything is computed ------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """The run's inputs, all found and fitting together."""
-
-    settings: Settings
-    run_dir: Path
-    config: ModelConfig
-    checkpoint: Checkpoint | None  # None: random weights from model.config
-    tokenizer: Tokenizer
-    val: dict[str, list[str]]
-    resume_from: Path | None
-
-    @classmethod
-    def open(cls, settings: Settings) -> "Job":
-        """Opens everything the settings name; raises a UserError for what is missing or wrong."""
-        checkpoint, where = None, settings.model.path or settings.model.config
-        if settings.model.path:
-            checkpoint = Checkpoint.open(settings.model.path)
-            config = checkpoint.config
-        else:
-            config = ModelConfig.from_file(settings.model.config)
-        if settings.data.seq_len > config.max_position_embeddings:
-            raise ConfigError(
-                f"data.seq_len {settings.data.seq_len} is over max_position_embeddings "
-                f"{config.max_position_embeddings} of {where}"
-            )
-        if settings.train.trainable == "new_blocks":
-            select_trainable(build_on_meta(config), "new_blocks")  # raises without a record
-        tokenizer = Tokenizer.load(settings.model.tokenizer or settings.model.path)
-        tokenizer.check_fits(config.vocab_size, where)
-        val = parse_named(settings.data.val)
-        for patterns in [settings.data.train, *val.values()]:
-            find_files(patterns)  # raises DataError for a pattern that matches nothing
-        preset = Path(settings.config).stem or "run"
-        run_dir = Path(settings.run_dir or f"runs/{preset}")
-        earlier = training_checkpoints(run_dir)
-        resume_from = earlier[-1] if earlier else None
-        return cls(settings, run_dir, config, checkpoint, tokenizer, val, resume_from)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        if self.settings.train.dtype != "auto":
-            return getattr(torch, self.settings.train.dtype)
-        on_gpu = torch.cuda.is_available() and self.settings.train.device != "cpu"
-        return torch.bfloat16 if on_gpu else torch.float32
-
-
-# ---- Data and model ---------------------------------------------------------------------------
-
-
-def load_data(
-    job: Job, ranks: Ranks, stop: StopRequest
-) -> tuple[Mixture, dict[str, PackedSequences], dict[str, Any]]:
-    """Tokenises on the main process what is not yet in the cache; then every process maps it.
-
-    Raises:
-        DataError: on every rank, if the main one could not.
-        Stopped: on every rank, if a signal came to the main one meanwhile.
-    """
-    s = job.settings
-
-    def tokenized(patterns: list[str], label: str) -> Path:
-        stores[label] = tokenize(
-            patterns, job.tokenizer, s.data.cache_dir, s.data.text_key, s.data.workers, label
-        )
-        return stores[label].path
-
-    stores: dict[str, TokenStore] = {}
-    error, sources, val, identity, stopped = None, [], {}, {}, False
-    if ranks.is_main:
-        try:
-            with stop.interrupting():
-                sources = [tokenized([path], f"train {path}") for path in s.data.train]
-                val = {name: tokenized(paths, f"val {name}") for name, paths in job.val.items()}
-                trainable = select_trainable(build_on_meta(job.config), s.train.trainable)
-                fingerprint = job.tokenizer.fingerprint
-                identity = make_identity(job.checkpoint, trainable, fingerprint, stores)
-        except UserError as failure:
-            error = str(failure)
-        except Stopped:
-            stopped = True
-    found = (error, sources, val, identity, stopped)
-    error, sources, val, identity, stopped = ranks.from_main(found)
-    if stopped:
-        raise Stopped
-    if error:
-        raise DataError(error)
-
-    def packed(path: Path) -> PackedSequences:
-        return PackedSequences(TokenStore(path, job.tokenizer.fingerprint), s.data.seq_len)
-
-    weights = s.data.weights or [1.0] * len(sources)
-    mixture = Mixture([packed(path) for path in sources], weights, s.train.seed)
-    return mixture, {name: packed(path) for name, path in val.items()}, identity
+# ---- Model ------------------------------------------------------------------------------------
 
 
 def build_model(job: Job, ranks: Ranks) -> tuple[LlamaForCausalLM, dict[str, torch.nn.Parameter]]:
@@ -230,7 +118,7 @@ def evaluate(
     tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
     for start in range(0, count, rows * ranks.world_size):
         # Every process makes the same number of passes: sharded weights are gathered together.
-        if any(ranks.sum(bool(stop.signal))):
+        if any(ranks.sum(bool(stop.is_asked))):
             raise Stopped
         mine = chosen[start + ranks.rank * rows :][:rows]
         inputs = torch.zeros(rows, settings.data.seq_len, dtype=torch.int64)
@@ -247,53 +135,51 @@ def evaluate(
 
 def train_step(
     model: LlamaForCausalLM,
-    mixture: Mixture,
     guard: FiniteGuard,
-    step: int,
-    steps: int,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    valid: float,
     settings: Settings,
     ranks: Ranks,
-    stop: StopRequest,
-) -> tuple[dict[str, Any], int]:
-    """One optimizer step on the global batch of this step number, which is all it depends on.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step on this rank's part of a global batch.
+
+    Args:
+        inputs, targets: (n, T) int64.
+        valid: tokens that are predicted in the *global* batch. The loss is their mean, so it does
+            not depend on how the batch is split.
 
     Returns:
-        This rank's part of the loss, (), in nats per token of the global batch; grad_norm, (),
-        before clipping; learning_rate; and the number of tokens that were predicted.
-
-    Raises:
-        Stopped: on every rank and before anything is computed, if a signal came to one of them.
+        This rank's part of the loss, (), in nats per token, and the norm of the gradient before
+        clipping, (); both still on the device.
     """
-    t, o = settings.train, settings.optim
-    inputs, targets = batch(
-        mixture, step * t.batch_size, t.batch_size, ranks.rank, ranks.world_size
-    )
-    # The loss is the mean over the valid tokens of the *global* batch, so it does not depend on how
-    # the batch is split. FSDP averages gradients over the ranks, hence the factor world_size.
-    valid, stopping = ranks.sum((targets != ops.IGNORE_INDEX).sum(), bool(stop.signal))
-    if stopping:
-        raise Stopped
+    rows = settings.train.micro_batch_size
+    # FSDP averages gradients over the ranks, hence the factor world_size.
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
-    for ids, following in zip(
-        inputs.split(t.micro_batch_size), targets.split(t.micro_batch_size), strict=True
-    ):
+    for ids, following in zip(inputs.split(rows), targets.split(rows), strict=True):
         loss, _ = model(ids.to(ranks.device), following.to(ranks.device))
         (loss * scale).backward()
         loss_sum += loss.detach()
-    grad_norm = clip_gradients(model.parameters(), o.clip)
-    rate = learning_rate(step, steps, o.lr, round(o.warmup_ratio * steps), o.final_lr_ratio)
-    for group in guard.optimizer.param_groups:
-        group["lr"] = rate
-    guard.step(grad_norm, step)  # not applied if the norm is not finite
+    norm = clip_gradients(model.parameters(), settings.optim.clip)
+    guard.step(norm)  # not applied if the norm is not finite
     guard.optimizer.zero_grad()
-    part = loss_sum / max(1.0, valid)
-    return {"loss": part, "grad_norm": grad_norm, "learning_rate": rate}, int(valid)
+    return loss_sum / max(1.0, valid), norm
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, steps: int, o: OptimSettings
+) -> float:
+    """Sets and returns the rate of this step number."""
+    rate = learning_rate(step, steps, o.lr, round(o.warmup_ratio * steps), o.final_lr_ratio)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, Any]:
-    """Runs the job to its last step, or to where a signal stops it; returns the result."""
-    s, run_dir = job.settings, job.run_dir
+    """Runs the job to its last step or to where a signal stops it; returns where it then stands."""
+    s, t, run_dir = job.settings, job.settings.train, job.run_dir
     resume_from, found, damaged = find_resume_point(run_dir, ranks)
     job = dataclasses.replace(job, resume_from=resume_from)
     plan = plan | {"resume_from": str(resume_from) if resume_from else None}
@@ -301,157 +187,101 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
     for text in damaged:
         say(ranks, f"warning          {text}; resuming from the one before it")
     # Where the run stands: with the weights and the optimizer, all there is to resume from.
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "loss": None, "eval": {}}
-    state |= {"evaluated": -1, "skipped": 0}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "samples": 0, "elapsed_s": 0.0, "loss": None}
+    state |= {"eval": {}, "evaluated": -1, "skipped": 0, "recent_losses": []}
+    changed: list[str] = []
     if found is not None:
         state = found
-        check_settings(state, s, run_dir)
+        changed = changes(state["settings"], s, str(run_dir))
+    for text in changed:
+        say(ranks, f"changed          {text}")
     try:
-        mixture, val, identity = load_data(job, ranks, stop)
+        data = load_data(job, ranks, stop)
     except Stopped:
-        return result(run_dir, state, stopped=True)
+        return state | {"stopped": True}
     if found is not None:
-        check_identity(state, identity, run_dir)
-    state["identity"] = identity
-    steps = s.steps(mixture.samples_per_epoch)
+        check_identity(state, data.identity, run_dir, s.resume.allow)
+    state["identity"] = data.identity
+    steps = s.steps(data.mixture.samples_per_epoch)
     say(ranks, f"steps            {steps} ({format_count(steps * plan['tokens_per_step'])} tokens)")
     if state["step"] >= steps and state["evaluated"] == state["step"]:
         say(ranks, f"{run_dir} is complete: nothing to do")
-        return result(run_dir, state)
+        return state
 
     model, parameters = build_model(job, ranks)
     optimizer = build_adamw(parameters.values(), s.optim.betas, s.optim.weight_decay)
-    skipped_before = state["skipped"]
     if job.resume_from is not None:
-        load_optimizer(job.resume_from, parameters, optimizer, state["step"] - skipped_before)
+        applied = state["step"] - state["skipped"]
+        load_optimizer(job.resume_from, parameters, optimizer, applied)
+        load_rng(job.resume_from, ranks, s.train.seed, state["step"])
+    else:
+        seed_all(s.train.seed, ranks.rank)
+    progress = Progress(s, data.mixture, steps, state, ranks, stop)
     guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, ranks.device)
-    with open_metrics(run_dir, plan, state["step"], s, ranks) as metrics:
-        window = {"s": 0.0, "tokens": 0, "steps": 0}  # since the last progress line
-        latest: dict[str, Any] = {}  # the last step's numbers, still on the device
-
-        def log(record: dict[str, Any]) -> None:
-            if metrics is not None:
-                metrics.log(record)
+    in_background = s.save.background == "yes" or (
+        s.save.background == "auto" and ranks.device.type == "cuda"
+    )
+    saved, stopped = state["step"], False
+    with (
+        progress.writing(run_dir, plan, changed),
+        Saver(run_dir, s.save.keep, s.save.keep_every, ranks, in_background) as saver,
+    ):
 
         def settle() -> None:
-            """Waits for the device: notes the loss, and steps that it did not apply."""
-            started = time.perf_counter()
-            if latest:
-                (state["loss"],) = ranks.sum(latest["loss"])
-            skipped, bad, is_stuck = guard.check()
-            if skipped_before + skipped > state["skipped"]:
-                state["skipped"] = skipped_before + skipped
-                where = [
-                    mixture.locate(bad * s.train.batch_size + i) for i in range(s.train.batch_size)
-                ]
-                sequences = [f"{s.data.train[source]}:{number}" for source, number in where]
-                record = {"kind": "bad_step", "step": bad + 1, "skipped": state["skipped"]}
-                log(record | {"sequences": sequences})
-                say(
-                    ranks, f"step {bad + 1}: gradient not finite, not applied ({sequences[0]}, ...)"
-                )
+            """Waits for the device, to learn whether all steps so far were applied."""
+            with progress.timed():
+                skipped, is_stuck = guard.check()
+                progress.settle(skipped)
             if is_stuck:
                 raise ConfigError(
-                    f"step {bad + 1}: the gradient is not finite; neither it nor what followed was "
-                    f"applied. Look at its data ({run_dir}/metrics.jsonl, kind bad_step), lower "
-                    "optim.lr or allow optim.skip_bad_steps; the last training checkpoint is intact"
+                    "the gradient is not finite; neither that step nor what followed was applied. "
+                    f"Look at its data ({run_dir}/metrics.jsonl, kind bad_step), lower optim.lr or "
+                    "allow optim.skip_bad_steps; the last training checkpoint is intact"
                 )
-            elapsed = time.perf_counter() - started
-            state["elapsed_s"] += elapsed
-            window["s"] += elapsed
 
-        def evaluate_all() -> None:
-            for name, sequences in val.items():
-                loss, tokens = evaluate(model, sequences, s, ranks, stop)
-                state["eval"][name] = loss
-                record = {"kind": "eval", "step": state["step"], "set": name, "loss": loss}
-                record |= {"perplexity": perplexity(loss), "tokens": tokens}
-                log(record | {"tokens_seen": state["tokens"]})
-            state["evaluated"] = state["step"]
-            shown = " · ".join(f"{name} {loss:.4f}" for name, loss in state["eval"].items())
-            say(ranks, f"eval {state['step']}/{steps} · {shown or 'no validation set'}")
-
-        saved, stopped = state["step"], False
         while True:
             step, is_last = state["step"], state["step"] == steps
             is_due = is_last or step % s.eval.every == 0
             if is_due and state["evaluated"] != step and not stopped:
                 settle()
                 try:
-                    evaluate_all()
+                    for name, sequences in data.val.items():
+                        progress.evaluation(name, *evaluate(model, sequences, s, ranks, stop))
+                    progress.evaluated()
                 except Stopped:
                     stopped = True
             if step > saved and (stopped or is_last or step % s.save.every == 0):
                 settle()
+                progress.saved(saver.finish())
                 info = BlocksInfo.of(job.config, s.train.trainable, step)
                 kept = state | {"settings": flatten(s)}
-                say(ranks, f"saved {save(run_dir, step, parameters, optimizer, info, kept, ranks)}")
+                saver.start(step, parameters, optimizer, info, kept)
                 saved = step
-                if ranks.is_main:
-                    remove_old(run_dir, s.save.keep, s.save.keep_every)
+                if not in_background:
+                    progress.saved(saver.finish())
             if stopped or is_last:
                 break
-
-            started = time.perf_counter()
-            try:
-                latest, valid = train_step(model, mixture, guard, step, steps, s, ranks, stop)
-            except Stopped:
-                stopped = True
-                continue
-            state["step"] += 1
-            state["tokens"] += valid
-            elapsed = time.perf_counter() - started
-            state["elapsed_s"] += elapsed
-            window = {
-                "s": window["s"] + elapsed,
-                "tokens": window["tokens"] + valid,
-                "steps": window["steps"] + 1,
-            }
+            with progress.timed():
+                inputs, targets = batch(
+                    data.mixture, state["samples"], t.batch_size, ranks.rank, ranks.world_size
+                )
+                # What one rank knows, all learn here, at the same step.
+                valid, stopping, is_written = ranks.sum(
+                    (targets != ops.IGNORE_INDEX).sum(), stop.is_asked, saver.is_done
+                )
+                if stopping:
+                    stopped = True
+                    continue
+                rate = set_learning_rate(optimizer, step, steps, s.optim)
+                loss, norm = train_step(model, guard, inputs, targets, valid, s, ranks)
+                progress.step(int(valid), loss, norm)
+            if is_written:
+                progress.saved(saver.finish())
             if state["step"] % s.log_every == 0 or state["step"] == steps:
                 settle()
-                record = {"kind": "train", "step": state["step"], "loss": state["loss"]}
-                record |= {"grad_norm": latest["grad_norm"].item()}
-                record |= {"learning_rate": latest["learning_rate"], "tokens": state["tokens"]}
-                record |= {"tokens_per_s": window["tokens"] / window["s"]}
-                record |= {"step_s": window["s"] / window["steps"]}
-                record |= {"elapsed_s": state["elapsed_s"], "memory_bytes": peak_memory(ranks)}
-                log(record)
-                say(ranks, progress_line(record, steps))
-                window = {"s": 0.0, "tokens": 0, "steps": 0}
-    return result(run_dir, state, stopped)
-
-
-def result(run_dir: Path, state: dict[str, Any], stopped: bool = False) -> dict[str, Any]:
-    """Returns what the command answers."""
-    kept = {key: state[key] for key in ("step", "tokens", "loss", "eval", "elapsed_s")}
-    return {"run_dir": str(run_dir), **kept, "stopped": stopped}
-
-
-@contextmanager
-def open_metrics(
-    run_dir: Path, plan: dict[str, Any], step: int, settings: Settings, ranks: Ranks
-) -> Iterator[MetricsLog | None]:
-    """Writes `run.json`, for the report, and opens the metrics log, on the main process."""
-    if not ranks.is_main:
-        yield None
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    about = plan | {
-        "settings": dataclasses.asdict(settings),
-        "world_size": ranks.world_size,
-        "device": str(ranks.device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-    (run_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    with MetricsLog(run_dir, step) as metrics:
-        yield metrics
-
-
-def peak_memory(ranks: Ranks) -> int:
-    """Returns the most bytes this process has held: of the GPU, else resident."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranks.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                progress.line(norm.item(), rate)
+        progress.saved(saver.finish())
+    return state | {"stopped": stopped}
 
 
 if __name__ == "__main__":

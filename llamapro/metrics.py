@@ -1,18 +1,25 @@
 """A run's metrics: one JSON object a line in `metrics.jsonl`, and the same numbers for people.
 
-Two kinds of records, told apart by `kind`:
+The records, told apart by `kind`; `step` counts the optimizer steps made:
 
 - `train`, one per logging step: `step`, `loss` (nats per token, over the global batch),
   `learning_rate`, `grad_norm`, `tokens` (trained on so far), `tokens_per_s`, `step_s` (mean seconds
   per step since the last record), `elapsed_s`, `memory_bytes` (peak).
 - `eval`, one per validation set each time: `step`, `set` (its name), `loss`, `perplexity`, `tokens`
   (of the set), `tokens_seen` (trained on so far). Step 0 is the model before any update: the base.
+- `save`, one per training checkpoint: `step`, `blocked_s` (what training waited), `total_s`.
+- `resume`, one per start that goes on: `step`, `changed` (settings), `world_size`.
+- `bad_step`, one per step that was not applied (its gradient was not finite), and `spike`, one per
+  step whose `loss` is far over the `median` of those before: `step`, and `sequences`, what its
+  batch was made of: for each `source`, number of the `sequence` there and its `documents`, first
+  and last.
 """
 
 import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,16 +37,18 @@ LAST_RECORDS = 10  # the final training loss is the mean of so many records: one
 class MetricsLog:
     """Appends records to a run's `metrics.jsonl`, and to `tensorboard/` if that is installed.
 
-    One process writes (rank 0). Each line is flushed, so the file can be followed while training.
+    One process writes (rank 0), line by line, so the file can be followed while training.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, resume_step: int, is_evaluated: bool = True) -> None:
         """Opens the log where the run continues.
 
         Args:
             run_dir: the run's directory, created if need be.
             resume_step: the checkpoint's step. Later records are of steps that will be done again
                 and are dropped, as is a half-written last line. 0 starts a new log.
+            is_evaluated: whether the evaluation of that step was done when it was saved; if not it
+                will be done again, and its records are dropped, too.
 
         Raises:
             DataError: the existing log is damaged before its last line.
@@ -49,17 +58,35 @@ class MetricsLog:
         kept: list[dict[str, Any]] = []
         # A run that starts at step 0 evaluates the base again; nothing is left to keep.
         if resume_step > 0 and path.exists():
-            kept = [record for record in read_metrics(run_dir) if record["step"] <= resume_step]
+            again = [] if is_evaluated else [("eval", resume_step)]
+            kept = [
+                record
+                for record in read_metrics(run_dir)
+                if record["step"] <= resume_step and (record["kind"], record["step"]) not in again
+            ]
         _replace(path, "".join(map(_to_line, kept)))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        # Unbuffered: what could not be written is not tried again when the file is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._board = _open_tensorboard(
             run_dir / "tensorboard", resume_step + 1 if resume_step > 0 else 0
         )
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one record; NaN and infinity, which JSON does not have, are written as null."""
-        self._file.write(_to_line(record))
-        self._file.flush()
+        """Appends one record; NaN and infinity, which JSON does not have, are written as null.
+
+        Raises:
+            OSError: the disk is full, or fails; `filename` names the log, which ends with the
+                record before.
+        """
+        start = self._file.tell()
+        try:
+            line = memoryview(_to_line(record).encode())
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), start)
+            error.filename = self._file.name
+            raise
         if self._board is not None:
             group = "/".join(str(record[key]) for key in ("kind", "set") if key in record)
             for key, value in record.items():
@@ -70,7 +97,8 @@ class MetricsLog:
         """Closes the files; nothing can be logged afterwards."""
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # a full disk, which `log` has told
+                self._board.close()
 
     def __enter__(self) -> Self:
         return self

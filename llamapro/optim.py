@@ -73,22 +73,17 @@ class FiniteGuard:
         self.optimizer, self.allowed = optimizer, allowed
         self._streak = torch.zeros((), dtype=torch.int64, device=device)
         self._skipped = torch.zeros_like(self._streak)
-        self._last_bad = torch.full_like(self._streak, -1)
 
-    def step(self, norm: Tensor, step: int) -> None:
+    def step(self, norm: Tensor) -> None:
         """Updates the weights if `norm`, (), of all gradients is finite and nothing is stuck."""
         stuck = self._streak > self.allowed
         bad = ~norm.isfinite() & ~stuck
         self._streak = torch.where(stuck, self._streak, torch.where(bad, self._streak + 1, 0))
         self._skipped += bad
-        self._last_bad = torch.where(bad, step, self._last_bad)
         self.optimizer.found_inf = (bad | stuck).float()  # type: ignore[attr-defined]
         self.optimizer.step()
 
-    def check(self) -> tuple[int, int, bool]:
-        """Waits for the device; returns how many steps were skipped, the last of them, and whether
-        training is stuck."""
-        skipped, last_bad, streak = torch.stack(
-            (self._skipped, self._last_bad, self._streak)
-        ).tolist()
-        return skipped, last_bad, streak > self.allowed
+    def check(self) -> tuple[int, bool]:
+        """Waits for the device; returns how many steps were skipped, and whether it is stuck."""
+        skipped, streak = torch.stack((self._skipped, self._streak)).tolist()
+        return skipped, streak > self.allowed

@@ -5,127 +5,26 @@ their contents are hashed when a run starts, kept in every `state.json`, and com
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from llamapro.blocks import TRAINABLE_FILE, training_checkpoints
-from llamapro.checkpoint import Checkpoint, combine_hashes, hash_tensors
+from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ConfigError
 from llamapro.data import TokenStore
 from llamapro.distributed import Ranks
+from llamapro.manifest import load_state, newest_intact
+from llamapro.output import make_directory
+from llamapro.tensor_file import combine_hashes, hash_tensors
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
-MANIFEST_FILE = "manifest.json"
-LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, STATE_FILE}  # by the manifest: these, nothing else
-MAX_JSON_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
 LOCK_FILE = "lock"
 
 
-# ---- Integrity: what was saved is still there, to the byte --------------------------------------
-
-
-def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Finds the newest training checkpoint all of whose files are what was saved.
-
-    Returns:
-        It, or None in a run without any, and one message for each newer one that is damaged.
-
-    Raises:
-        CheckpointError: all are damaged; to start anew would lose them silently.
-    """
-    damaged: list[str] = []
-    for path in reversed(training_checkpoints(run_dir)):
-        try:
-            read_state(path)
-        except CheckpointError as error:
-            damaged.append(str(error))
-        else:
-            return path, damaged
-    if damaged:
-        raise CheckpointError(
-            f"{run_dir}: no training checkpoint is intact: {'; '.join(damaged)}. Restore one, or "
-            f"remove {run_dir / 'checkpoints'} to start anew"
-        )
-    return None, []
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Reads `state.json` after checking every file of the training checkpoint by the manifest.
-
-    Raises:
-        CheckpointError: naming the file that is missing or damaged.
-    """
-    file = path / MANIFEST_FILE
-    manifest = _read_json(file)
-    if set(manifest) != LISTED:
-        other = ", ".join(repr(name[:80]) for name in sorted(set(manifest) ^ LISTED)[:3])
-        raise CheckpointError(f"{file}: damaged: lists other files than it must: {other}")
-    for name, entry in manifest.items():
-        size, sha256 = (entry.get(k) if isinstance(entry, dict) else 0 for k in ("bytes", "sha256"))
-        if type(size) is not int or not re.fullmatch("[0-9a-f]{64}", str(sha256)):
-            raise CheckpointError(f"{file}: damaged: {name!r} is {str(entry)[:200]}")
-        _check_file(path / name, size, str(sha256))
-    return load_state(path)
-
-
-def _check_file(file: Path, size: int, sha256: str) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing, but {MANIFEST_FILE} lists it")
-    try:
-        found = file.stat().st_size
-        if found != size:
-            raise CheckpointError(f"{file}: damaged: {found:,} bytes, {size:,} were saved")
-        if file_sha256(file) != sha256:
-            raise CheckpointError(f"{file}: damaged: other bytes than were saved")
-    except OSError as error:
-        raise CheckpointError(f"{file}: not readable: {error.strerror}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object of ours; whatever else the file is raises a CheckpointError naming it."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing")
-    try:
-        if (size := file.stat().st_size) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: damaged: {size:,} bytes, over {MAX_JSON_BYTES:,}")
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: damaged: holds no JSON object")
-    return found
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Reads `state.json` of a training checkpoint that `newest_intact` found.
-
-    Raises:
-        CheckpointError: naming the file and the entry that is missing or of a wrong type.
-    """
-    file = path / STATE_FILE
-    state = _read_json(file)
-    kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "eval": (dict,)}
-    kinds |= {"elapsed_s": (int, float), "settings": (dict,), "loss": (int, float, type(None))}
-    for key, allowed in kinds.items():
-        if type(state.get(key)) not in allowed:
-            raise CheckpointError(f"{file}: damaged: {key!r} is {str(state.get(key))[:80]!r}")
-    if path.name != f"step-{state['step']:08d}":
-        raise CheckpointError(f"{file}: 'step' is {state['step']}, but it lies in {path.name}")
-    return state
-
-
-def file_sha256(file: Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+# ---- Where to go on ----------------------------------------------------------------------------
 
 
 def find_resume_point(
@@ -163,13 +62,14 @@ def make_identity(
     tokenizer_sha256: str,
     stores: dict[str, TokenStore],
 ) -> dict[str, Any]:
-    """Hashes what a run is made of; it reads all of the frozen weights and of the tokens.
+    """Hashes what a run is made of; it reads all of the frozen weights.
 
     Args:
         checkpoint: what is trained; None if from random weights.
         trainable: names of its tensors that train; the others are frozen.
         tokenizer_sha256: the tokenizer's fingerprint.
-        stores: label -> tokens of each corpus, such as "train data/code".
+        stores: label -> tokens of each corpus, such as "train data/code", whose bytes are what
+            was written (`corpus.tokenize` sees to it).
 
     Returns:
         JSON-able, for `state["identity"]`: base, tokenizer, data.
@@ -182,29 +82,25 @@ def make_identity(
         "base": combine_hashes((tensor, hashes[tensor.name]) for tensor in frozen),
         "tokenizer": tokenizer_sha256,
         "data": {
-            label: {"tokens": store.tokens, "sha256": _tokens_sha256(store)}
+            label: {"tokens": store.tokens, "sha256": store.sha256}
             for label, store in stores.items()
         },
     }
 
 
-def _tokens_sha256(store: TokenStore) -> str:
-    """Hashes the token stream: files that were only moved or touched give the same."""
-    digest = hashlib.sha256(store.index["dtype"].encode())
-    for shard in store.index["shards"]:
-        with open(store.path / shard["file"], "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
-
-
-def check_identity(state: dict[str, Any], identity: dict[str, Any], run_dir: Path) -> None:
+def check_identity(
+    state: dict[str, Any],
+    identity: dict[str, Any],
+    run_dir: Path,
+    allowed: Sequence[str] = (),
+) -> None:
     """Refuses to go on with other weights, another tokenizer or other tokens.
 
     Args:
         state: of the training checkpoint, with what `make_identity` gave when it was saved.
         identity: what `make_identity` gives now.
         run_dir: of the run.
+        allowed: `resume.allow`: what these settings name may differ.
 
     Raises:
         ConfigError: naming everything that differs.
@@ -218,27 +114,30 @@ def check_identity(state: dict[str, Any], identity: dict[str, Any], run_dir: Pat
             "were made with; choose another --run-dir"
         ) from None
     now = _named(identity)
-    changed = [
-        f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')}"
-        for name in before | now
-        if before.get(name) != now.get(name)
-    ]
+    changed = {
+        thing: f"{thing[1]} was {before.get(thing, 'not there')}, is {now.get(thing, 'not there')}"
+        for thing in before | now
+        if before.get(thing) != now.get(thing) and thing[0] not in allowed
+    }
     if changed:
-        shown = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", "; ".join(changed))
+        shown = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", "; ".join(changed.values()))
+        settings = " ".join(dict.fromkeys(setting for setting, _ in changed))
         raise ConfigError(
             f"{run_dir} holds a run made of other things: {shown}; put them back to continue it, "
-            "or choose another --run-dir"
+            f"choose another --run-dir, or allow them: --resume.allow {settings}"
         )
 
 
-def _named(identity: dict[str, Any]) -> dict[str, str]:
-    """Returns name -> value as text, one entry for each thing that can differ."""
+def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """Returns (setting that names it, name) -> value as text, for each thing that can differ."""
     named = {
-        "the frozen base model": f"sha256 {identity['base']}",
-        "the tokenizer": f"sha256 {identity['tokenizer']}",
+        ("model.path", "the frozen base model"): f"sha256 {identity['base']}",
+        ("model.tokenizer", "the tokenizer"): f"sha256 {identity['tokenizer']}",
     }
     for label, found in identity["data"].items():
-        named[f"data {label!r}"] = f"{found['tokens']:,} tokens (sha256 {found['sha256']})"
+        kind = label.split(" ", 1)[0]  # "train" or "val"
+        text = f"{found['tokens']:,} tokens (sha256 {found['sha256']})"
+        named[f"data.{kind}", f"data {label!r}"] = text
     return named
 
 
@@ -275,7 +174,7 @@ class RunLock:
     def _take(self) -> bool:
         """Opens and locks; False if the file was removed in between, by the one who had it."""
         self._is_new = not self._run_dir.exists()
-        self._run_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(self._run_dir)
         self._fd = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

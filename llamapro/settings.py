@@ -5,6 +5,7 @@ Every mistake is found before anything starts, and all of them are told in one m
 
 import dataclasses
 import difflib
+import json
 import math
 import sys
 import tomllib
@@ -128,6 +129,17 @@ class SaveSettings:
     """How many of the latest to keep."""
     keep_every: int = 0
     """Keep those whose step is a multiple of this, too; 0: none."""
+    background: Literal["auto", "yes", "no"] = "auto"
+    """Write while training goes on, from a copy in the main process's memory (12 bytes for each
+    parameter that trains); auto: with GPUs."""
+
+
+@dataclass(frozen=True)
+class ResumeSettings:
+    """What a run that goes on may do."""
+
+    allow: tuple[str, ...] = ()
+    """Settings that may differ from the run's, although they decide what is computed."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +157,12 @@ class Settings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     save: SaveSettings = field(default_factory=SaveSettings)
+    resume: ResumeSettings = field(default_factory=ResumeSettings)
     log_every: int = 10
     """Steps between progress lines."""
+    log_spikes: float = 6.0
+    """Log a step, with its documents, whose loss is over the median of the latest by more than this
+    many standard deviations (estimated from quartiles); 0: none."""
     dry_run: bool = False
     """Check everything, print the plan, and stop."""
     json: bool = False
@@ -159,14 +175,17 @@ class Settings:
         return max(1, round(self.train.epochs * samples_per_epoch / self.train.batch_size))
 
 
-# A resumed run may differ in these; everything else decides what is computed.
+# A resumed run may differ in these: in how and where it computes, how long, and what it shows.
+# Everything else decides what is computed.
 FREE_TO_CHANGE = {
-    "config", "run_dir", "log_every", "dry_run", "json", "data.cache_dir", "data.workers",
-    "train.micro_batch_size", "train.device", "train.ops", "train.recompute",
-    "train.frozen", "train.shard_size", "train.offload", "train.compile",
-    "optim.skip_bad_steps", "eval.every", "eval.sequences", "save.every", "save.keep",
-    "save.keep_every",
+    "config", "run_dir", "resume.allow", "log_every", "log_spikes", "dry_run", "json",
+    "data.cache_dir", "data.workers",
+    "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
+    "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
+    "optim.final_lr_ratio", "optim.skip_bad_steps", "eval.every", "eval.sequences",
+    "save.every", "save.keep", "save.keep_every", "save.background",
 }  # fmt: skip
+_UNHEARD_OF = {"config", "run_dir", "resume.allow", "dry_run", "json"}  # nobody needs to be told
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -179,6 +198,37 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = value
     return flat
+
+
+def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]:
+    """Compares a run's settings with those it is to go on with.
+
+    Args:
+        before: what `flatten` gave, from JSON.
+        settings: of now.
+        where: names the run in the message.
+
+    Returns:
+        What differs and may, as "train.steps 100 -> 200".
+
+    Raises:
+        ConfigError: naming everything that differs and may not.
+    """
+    flat = json.loads(json.dumps(flatten(settings)))
+    free: list[str] = []
+    refused: list[str] = []
+    for key, value in flat.items():
+        if before.get(key) == value or key in _UNHEARD_OF:
+            continue
+        text = f"{key} {json.dumps(before.get(key))} -> {json.dumps(value)}"
+        (free if key in FREE_TO_CHANGE or key in settings.resume.allow else refused).append(text)
+    if refused:
+        names = " ".join(text.split(" ", 1)[0] for text in refused)
+        raise ConfigError(
+            f"{where} holds a run with other settings: {'; '.join(refused)}; continue it with its "
+            f"own, choose another --run-dir, or allow them: --resume.allow {names}"
+        )
+    return free
 
 
 def parse(argv: list[str]) -> Settings:
@@ -297,12 +347,17 @@ def check(settings: Settings, world_size: int) -> None:
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             wrong.append(f"{key} is {value}, expected finite numbers")
     natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
-    natural += ["optim.skip_bad_steps", "train.shard_size", "save.keep_every"]
+    natural += ["optim.skip_bad_steps", "train.shard_size", "save.keep_every", "log_spikes"]
     for key in natural:
         if flat[key] < 0:
             wrong.append(f"{key} is {flat[key]}, expected 0 or more")
     if s.train.seed >= 1 << 64:
         wrong.append(f"train.seed is {s.train.seed}, expected less than 2^64")
+    wrong += [
+        f"resume.allow: no setting {key!r}{suggest(key, list(flat), cutoff=0.5)}"
+        for key in s.resume.allow
+        if key not in flat
+    ]
     for key in ("optim.warmup_ratio", "optim.final_lr_ratio"):
         if not 0 <= flat[key] <= 1:
             wrong.append(f"{key} is {flat[key]}, expected 0 to 1")

@@ -22,12 +22,24 @@ class StopRequest:
 
     Attributes:
         signal: name of the first SIGTERM or SIGINT, "" before it.
+        failure: why the run itself has to end here, "" if it need not.
     """
 
     def __init__(self) -> None:
         self.signal = ""
+        self.failure = ""
         self._at = 0.0
         self._interrupts = False
+
+    @property
+    def is_asked(self) -> bool:
+        return bool(self.signal or self.failure)
+
+    def fail(self, reason: str) -> None:
+        """Asks for a stop in order, after which the command ends with this as a user's mistake."""
+        if not self.failure:
+            self.failure = reason
+            print(f"{reason}; stopping in order", file=sys.stderr, flush=True)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -3,98 +3,217 @@
     RUN_DIR/checkpoints/step-00000500/
         trainable.safetensors   the trained tensors, fp32 masters: a new-block file (`blocks.py`)
         optimizer.safetensors   AdamW's two moments of each
+        rng.safetensors         every rank's random generators (`rng.py`)
         state.json              step, tokens seen, every setting, what the run is made of
         manifest.json           size and SHA-256 of the files above
 
 Written aside and renamed: a directory named step-* is complete. What is hidden (`.step-*`) is being
 written or removed, or was left by a killed process; the next save takes it away, because only one
-process writes into a run directory (`resume.RunLock`). Tensors are gathered one by one, so the main
-process holds one at a time, and the files do not depend on the number of processes. Training draws
-no random numbers (data order is a function of seed and step), so no RNG is kept.
+process writes into a run directory (`resume.RunLock`). Tensors are gathered whole, one by one, so
+but for the generators the files do not depend on the number of processes.
 """
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llamapro.blocks import (
-    TRAINABLE_FILE,
-    BlocksInfo,
-    check_blocks,
-    read_blocks,
-    training_checkpoints,
-    write_blocks,
-)
+from llamapro.blocks import BlocksInfo, check_blocks, read_blocks, write_blocks
 from llamapro.checkpoint import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
-from llamapro.config import CheckpointError, ConfigError, ModelConfig, UserError
+from llamapro.config import CheckpointError, ModelConfig, UserError
 from llamapro.distributed import Ranks
-from llamapro.output import output_directory, write_safetensors
-from llamapro.resume import (
-    MANIFEST_FILE,
+from llamapro.manifest import (
     OPTIMIZER_FILE,
+    RNG_FILE,
     STATE_FILE,
-    file_sha256,
+    TRAINABLE_FILE,
     newest_intact,
     read_state,
+    training_checkpoints,
+    write_manifest,
 )
-from llamapro.settings import FREE_TO_CHANGE, Settings, flatten
+from llamapro.output import output_directory, write_safetensors
+from llamapro.rng import gather_rng
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Parameters = dict[str, nn.Parameter]
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    parameters: Parameters,
-    optimizer: torch.optim.Optimizer,
-    info: BlocksInfo,
-    state: dict[str, Any],
-    ranks: Ranks,
-) -> Path:
-    """Writes one training checkpoint; every rank must call it, the main one with the run locked.
+class Saver:
+    """Writes the training checkpoints of a run and removes old ones; every rank has one.
 
-    A damaged training checkpoint of the same step is replaced.
+    A save is started and, by all ranks at the same step, finished. In the foreground `start` does
+    all of it, tensor by tensor: the main process holds one at a time. In the background `start`
+    returns as soon as the main process has copied everything into its memory (12 bytes for each
+    trained parameter); a thread writes, hashes and removes while training goes on. The files are
+    the same.
 
-    Args:
-        run_dir: of the run.
-        step: optimizer steps made.
-        parameters: name -> sharded parameter, of all that trains.
-        optimizer: AdamW over just these.
-        info: what the trained tensors belong to.
-        state: JSON-able, kept in `state.json`.
-        ranks: from `process_group`.
-
-    Returns:
-        The directory.
-
-    Raises:
-        CheckpointError: on every rank, with the same message, if one of them has no memory to
-            gather or the main one could not write. Nothing is left of it.
+    As a context it leaves no thread behind: even when the body raises, a save that is under way is
+    written to its end, though no longer reported.
     """
-    failures: list[str] = []
-    gathered = _gather(parameters, optimizer, ranks, failures)
-    target = run_dir / "checkpoints" / f"step-{step:08d}"
-    if ranks.is_main:
-        try:
-            _make_way(target)
-            with output_directory(target) as aside:
-                _write(aside, parameters, gathered, info, state)
-        except UserError as failure:
-            failures.append(str(failure))
-    for _ in gathered:  # the other ranks' part of it; on the main one the last vote
-        pass
-    if failures:  # the vote was lost, and the gathering ended, inside the main rank's writing
-        raise CheckpointError(failures[0])
-    return target
+
+    def __init__(
+        self, run_dir: Path, keep: int, keep_every: int, ranks: Ranks, in_background: bool
+    ) -> None:
+        """Sets up; nothing is written yet.
+
+        Args:
+            run_dir: of the run; locked for as long as this is used.
+            keep: as for `remove_old`.
+            keep_every: as for `remove_old`.
+            ranks: from `process_group`.
+            in_background: see above.
+        """
+        self._run_dir, self._ranks, self._in_background = run_dir, ranks, in_background
+        self._keep, self._keep_every = keep, keep_every
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._writing: Future[None] | None = None  # on the main rank, in the background
+        self._saved: dict[str, Any] | None = None  # what `finish` has still to report
+        self._started_s = self._ended_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def start(
+        self,
+        step: int,
+        parameters: Parameters,
+        optimizer: torch.optim.Optimizer,
+        info: BlocksInfo,
+        state: dict[str, Any],
+    ) -> None:
+        """Saves what everything is now; every rank must call it, the save before it finished.
+
+        A damaged training checkpoint of the same step is replaced.
+
+        Args:
+            step: optimizer steps made.
+            parameters: name -> sharded parameter, of all that trains.
+            optimizer: AdamW over just these.
+            info: what the trained tensors belong to.
+            state: JSON-able, kept in `state.json`.
+
+        Raises:
+            CheckpointError: on every rank, with the same message, if one of them has no memory to
+                gather or, in the foreground, the main one could not write or remove. Of what could
+                not be written nothing is left.
+        """
+        assert self._saved is None, "finish() the save before"
+        self._started_s = time.perf_counter()
+        target = self._run_dir / "checkpoints" / f"step-{step:08d}"
+        specs = [
+            TensorSpec(name, DTYPE_CODES[p.dtype], tuple(p.shape)) for name, p in parameters.items()
+        ]
+        text = json.dumps(state, indent=2) + "\n"  # now: training changes the state
+        rng = gather_rng(self._ranks)
+        failures: list[str] = []
+        gathered = _gather(parameters, optimizer, self._ranks, failures)
+        if self._in_background:
+            copies = iter(_copy(gathered, self._ranks, failures))
+            if self._ranks.is_main:
+                parts = (target, specs, copies, rng, info, text)
+                self._writing = self._pool.submit(self._write, *parts)
+        else:
+            if self._ranks.is_main:
+                try:
+                    self._write(target, specs, gathered, rng, info, text)
+                except UserError as failure:
+                    failures.append(str(failure))
+            for _ in gathered:  # the other ranks' part of it; on the main one the last vote
+                pass
+            if failures:  # the vote was lost, and the gathering ended, inside `_write`
+                raise CheckpointError(failures[0])
+            self._ended_s = time.perf_counter()  # with the last vote
+        blocked_s = time.perf_counter() - self._started_s
+        self._saved = {"path": str(target), "step": step, "blocked_s": blocked_s}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a save in the background that `finish` would not have to wait for.
+
+        Only the main rank knows, so the ranks have to agree: False on every other one.
+        """
+        return self._writing is not None and self._writing.done()
+
+    def finish(self) -> dict[str, Any] | None:
+        """Waits until the save is written and old ones are removed; every rank must call it.
+
+        Returns:
+            On every rank the same, JSON-able: the path and the step; blocked_s, how long training
+            stood still for it, here included; total_s, from its start to its end. None if there
+            was nothing to finish.
+
+        Raises:
+            CheckpointError: on every rank, with the same message, if the main one could not write
+                or remove.
+        """
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return None
+        error, called_s = None, time.perf_counter()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            except UserError as failure:
+                error = str(failure)
+        saved["blocked_s"] += time.perf_counter() - called_s
+        saved["total_s"] = self._ended_s - self._started_s
+        error, saved = self._ranks.from_main((error, saved))
+        if error:
+            raise CheckpointError(error)
+        return saved
+
+    def _write(
+        self,
+        target: Path,
+        specs: list[TensorSpec],
+        tensors: Iterator[Tensor],
+        rng: dict[str, Tensor],
+        info: BlocksInfo,
+        state: str,
+    ) -> None:
+        """Does the main rank's part, in whichever thread; no collective but those of `tensors`."""
+        _make_way(target)
+        moments = [TensorSpec(f"{s.name}.{m}", s.dtype, s.shape) for s in specs for m in MOMENTS]
+        states = [TensorSpec(name, DTYPE_CODES[t.dtype], tuple(t.shape)) for name, t in rng.items()]
+
+        def following(_: TensorSpec) -> Iterator[memoryview]:
+            return tensor_chunks(next(tensors))
+
+        with output_directory(target) as aside:
+            write_blocks(aside / TRAINABLE_FILE, specs, following, info)
+            write_safetensors(aside / OPTIMIZER_FILE, moments, following)
+            write_safetensors(aside / RNG_FILE, states, lambda spec: tensor_chunks(rng[spec.name]))
+            (aside / STATE_FILE).write_text(state, encoding="utf-8")
+            write_manifest(aside)
+        remove_old(self._run_dir, self._keep, self._keep_every)
+        self._ended_s = time.perf_counter()
+
+
+def _copy(tensors: Iterator[Tensor], ranks: Ranks, failures: list[str]) -> list[Tensor]:
+    """Copies on the main rank into its memory; one that does not fit loses the next vote."""
+    copies: list[Tensor] = []
+    for tensor in tensors:
+        if ranks.is_main:
+            try:
+                # Of one process on a CPU, the tensor is the parameter itself: training changes it.
+                copies.append(tensor.to("cpu", copy=True))
+            except RuntimeError as error:
+                failures.append(f"rank 0: no memory to copy what is saved: {error}")
+    return copies
 
 
 def _gather(
@@ -161,27 +280,6 @@ def _remove(path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from None
 
 
-def _write(
-    aside: Path,
-    parameters: Parameters,
-    gathered: Iterator[Tensor],
-    info: BlocksInfo,
-    state: dict[str, Any],
-) -> None:
-    specs = [
-        TensorSpec(name, DTYPE_CODES[p.dtype], tuple(p.shape)) for name, p in parameters.items()
-    ]
-    moments = [TensorSpec(f"{s.name}.{m}", s.dtype, s.shape) for s in specs for m in MOMENTS]
-    write_blocks(aside / TRAINABLE_FILE, specs, lambda _: tensor_chunks(next(gathered)), info)
-    write_safetensors(aside / OPTIMIZER_FILE, moments, lambda _: tensor_chunks(next(gathered)))
-    (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    manifest = {
-        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(aside.iterdir())
-    }
-    (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
 def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
     """Deletes all but the latest training checkpoints and the newest intact one.
 
@@ -207,21 +305,6 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
     for path in old:
         if path != newest:
             _remove(path)
-
-
-def check_settings(state: dict[str, Any], settings: Settings, run_dir: Path) -> None:
-    """Raises ConfigError, naming each, if settings that decide what is computed have changed."""
-    before, now = state["settings"], json.loads(json.dumps(flatten(settings)))
-    changed = [
-        f"{key} was {before.get(key)!r}, is {value!r}"
-        for key, value in now.items()
-        if key not in FREE_TO_CHANGE and before.get(key) != value
-    ]
-    if changed:
-        raise ConfigError(
-            f"{run_dir} holds a run with other settings: {'; '.join(changed)}; "
-            "continue it with its own, or choose another --run-dir"
-        )
 
 
 def load_trained(
@@ -250,7 +333,7 @@ def load_optimizer(
 
     Args:
         path: the training checkpoint.
-        parameters: name -> sharded parameter, as given to `save`.
+        parameters: name -> sharded parameter, as given to `Saver.start`.
         optimizer: fresh AdamW over these.
         step: optimizer steps made.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -324,3 +325,38 @@ def test_run_json_must_be_a_readable_object(tmp_path: Path) -> None:
     (tmp_path / "run.json").unlink()
     with pytest.raises(DataError, match=r"no run\.json; is this a run directory\?"):
         metrics.read_run(tmp_path, "pro")
+
+
+def test_a_record_that_does_not_fit_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    """A limit on the file's size stands for a full disk: no half line, also not on closing."""
+    program = """
+import resource, signal, sys
+from pathlib import Path
+from llamapro.metrics import MetricsLog
+sys.modules["torch.utils.tensorboard"] = None
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = MetricsLog(Path(sys.argv[1]), 0)
+log.log({"kind": "train", "step": 1, "loss": 4.0})
+size = (Path(sys.argv[1]) / "metrics.jsonl").stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
+try:
+    log.log({"kind": "train", "step": 2, "loss": 4.0})
+except OSError as error:
+    print(error.filename)
+log.close()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
+    assert steps_of(tmp_path) == [1]
+
+
+def test_an_evaluation_that_is_done_again_stands_once(tmp_path: Path) -> None:
+    """A run stopped inside an evaluation, after it was resumed and killed there once more."""
+    write_steps(tmp_path, range(1, 4))
+    with MetricsLog(tmp_path, 3) as log:
+        log.log({"kind": "eval", "step": 3, "set": "code", "loss": 2.0})
+    for is_evaluated, kinds in ((True, ["train"] * 3 + ["eval"]), (False, ["train"] * 3)):
+        MetricsLog(tmp_path, 3, is_evaluated).close()
+        assert [record["kind"] for record in read_metrics(tmp_path)] == kinds

@@ -28,7 +28,8 @@ spec = importlib.util.spec_from_file_location("train", file)
 train = importlib.util.module_from_spec(spec)
 sys.modules["train"] = train
 spec.loader.exec_module(train)
-original, calls = getattr(train, place), 0
+owner = train.Job if place == "tokenize" else train
+original, calls = getattr(owner, place), 0
 
 def signalled(*args, **kwargs):
     global calls
@@ -38,7 +39,7 @@ def signalled(*args, **kwargs):
         os.kill(os.getpid(), getattr(signal, name))
     return original(*args, **kwargs)
 
-setattr(train, place, signalled)
+setattr(owner, place, signalled)
 train.cli.run(train.main, leave=os._exit)
 """
 
@@ -89,10 +90,10 @@ def straight(home: Path, root: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("place", "rank", "call", "name", "saved"),
     [
-        ("train_step", 1, 2, "SIGTERM", 1),  # it agrees with the others before it computes
+        ("batch", 1, 2, "SIGTERM", 1),  # it agrees with the others before it computes
         ("clip_gradients", 1, 3, "SIGINT", 3),  # inside a step, which is finished
         ("evaluate", 0, 2, "SIGTERM", 2),
-        ("save", 1, 1, "SIGTERM", 2),
+        ("flatten", 1, 1, "SIGTERM", 2),
         ("tokenize", 0, 1, "SIGTERM", 0),  # nothing is earned yet
     ],
     ids=["step", "in_step", "evaluation", "saving", "data"],

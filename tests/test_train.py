@@ -1,12 +1,13 @@
 """The training loop: what it computes does not depend on how it is spread, split or interrupted."""
 
+import errno
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from llamapro import expansion
 from llamapro.blocks import training_checkpoints
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, DataError, UserError
+from llamapro.metrics import MetricsLog
 from llamapro.streaming import expand_checkpoint, merge_checkpoint
 from llamapro.verify import verify
 
@@ -355,9 +357,45 @@ def test_settings_that_decide_the_result_cannot_change_on_resume(
 ) -> None:
     """The message names each, with both values; intervals may change."""
     run(train__steps=3)
-    with pytest.raises(ConfigError, match=r"optim\.lr was 0\.01, is 0\.5"):
+    with pytest.raises(
+        ConfigError, match=r"optim\.lr 0\.01 -> 0\.5; .* --resume\.allow optim\.lr$"
+    ):
         run(train__steps=3, optim__lr=0.5)
     run(train__steps=3, eval__every=1, train__micro_batch_size=1)
+
+
+def test_a_run_goes_on_with_other_steps_and_with_what_is_allowed(
+    run: Callable[..., Path], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps, intervals and the last learning rate at once; other settings by name: all are told."""
+    run(train__steps=3, optim__warmup_ratio=0.0)
+    changed = {"train__steps": 5, "optim__final_lr_ratio": 0.5, "save__every": 1}
+    allowed = {"optim__lr": 5e-3, "optim__warmup_ratio": 0.0, "train__batch_size": 2}
+    run_dir = run(**changed, **allowed, resume__allow="optim.lr train.batch_size")
+    told = capsys.readouterr().err
+    for text in ("train.steps 3 -> 5", "final_lr_ratio 0.0 -> 0.5", "optim.lr 0.01 -> 0.005"):
+        assert "changed          " in told and text in told
+    (record,) = metrics(run_dir, "resume", "changed")
+    assert "train.batch_size 4 -> 2" in record and len(record) == 5
+    assert metrics(run_dir, "train", "learning_rate")[-1] == pytest.approx(0.5 * 5e-3)
+    # Step 4 reads on where step 3 ended, whatever the batch was then: no sample twice.
+    state = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
+    assert state["samples"] == 3 * 4 + 2 * 2
+    with pytest.raises(ConfigError, match=r"no setting 'optim\.rl' \(did you mean 'optim\.lr'"):
+        run(resume__allow="optim.rl")
+
+
+def test_other_data_is_read_on_only_when_allowed(
+    run: Callable[..., Path], home: Path, tmp_path: Path
+) -> None:
+    """The same path with other text: found by its tokens, and allowed by the setting's name."""
+    text = tmp_path / "text.py"
+    text.write_text(argparse_source())
+    run(data__train=text, train__steps=3)
+    text.write_text(os_source())
+    with pytest.raises(ConfigError, match=r"made of other things: data 'train .*text.py' was"):
+        run(data__train=text)
+    assert metrics(run(data__train=text, resume__allow="data.train"), "train", "step")[-1] == STEPS
 
 
 def test_a_damaged_training_checkpoint_is_passed_over(
@@ -476,21 +514,24 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_not_applied(
 ) -> None:
     """Nor is a later one, before that is noticed; its data is told; what was saved stays."""
     wild = {"optim__lr": 1e30, "optim__warmup_ratio": 0.0, "optim__clip": 1e30}
-    with pytest.raises(UserError, match="step 2: the gradient is not finite"):
+    with pytest.raises(UserError, match="the gradient is not finite"):
         run(save__every=1, log_every=5, eval__every=5, **wild)
     run_dir = tmp_path / "run"
     assert [path.name for path in training_checkpoints(run_dir)] == ["step-00000001"]
     for tensor in trained(run_dir).values():
         assert tensor.isfinite().all()
     (sequences,) = metrics(run_dir, "bad_step", "sequences")
-    assert len(sequences) == 4 and all(
-        re.fullmatch(rf"{re.escape(str(home / 'train.py'))}:\d+", name) for name in sequences
-    )
+    assert len(sequences) == 4
+    for read in sequences:
+        assert read["source"] == str(home / "train.py") and read["documents"] == [0, 0]
     assert metrics(run_dir, "bad_step", "step") == [2]
 
 
 def test_a_bad_step_can_be_skipped(
-    run: Callable[..., Path], train_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Path],
+    train_module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """With `optim.skip_bad_steps` its update is left out, moments and all, and training goes on."""
     clip, calls = train_module.clip_gradients, []
@@ -503,9 +544,67 @@ def test_a_bad_step_can_be_skipped(
     monkeypatch.setattr(train_module, "clip_gradients", spoilt)
     run_dir = run(optim__skip_bad_steps=2, log_every=2)
     assert len(calls) == STEPS and metrics(run_dir, "train", "step")[-1] == STEPS
-    assert metrics(run_dir, "bad_step", "skipped")[-1] == 2
+    assert metrics(run_dir, "bad_step", "skipped") == [1, 2]
+    assert metrics(run_dir, "bad_step", "step") == [2, 3]
     state = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
     assert state["skipped"] == 2
     calls.clear()
-    with pytest.raises(UserError, match="step 3: the gradient is not finite"):
+    with pytest.raises(UserError, match="the gradient is not finite"):
         run("stuck", optim__skip_bad_steps=1, log_every=2)
+    assert metrics(tmp_path / "stuck", "bad_step", "step") == [2, 3]
+
+
+def test_a_spike_is_logged_with_its_documents(
+    run: Callable[..., Path], train_module: ModuleType, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """Whatever the logging interval, with the numbers of the documents that its batch read."""
+    train_step, calls = train_module.train_step, []
+
+    def jumping(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        loss, norm = train_step(*args)
+        return (loss + 5 if len(calls) == 18 else loss), norm
+
+    monkeypatch.setattr(train_module, "train_step", jumping)
+    options = {"log_every": 50, "save__every": 7, "eval__every": 50, "optim__lr": 1e-4}
+    run_dir = run(train__steps=20, **options)
+    assert metrics(run_dir, "spike", "step") == [18]
+    (loss,), (usual,) = (metrics(run_dir, "spike", key) for key in ("loss", "median"))
+    assert usual + 4 < loss < usual + 6
+    (sequences,) = metrics(run_dir, "spike", "sequences")
+    assert [set(read) for read in sequences] == [{"source", "sequence", "documents"}] * 4
+
+
+def test_a_full_disk_under_the_log_stops_the_run_in_order(
+    run: Callable[..., Path],
+    train_module: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is earned is saved, the message names the log, and the same command goes on."""
+    straight, log = run("straight"), MetricsLog.log
+
+    def full(self: MetricsLog, record: dict[str, Any]) -> None:
+        if record["step"] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+        log(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "log", full)
+        with pytest.raises(DataError, match=r"metrics\.jsonl: .*No space left.*step 4"):
+            run()
+    run_dir = run()
+    assert trained(straight).keys() == trained(run_dir).keys()
+    for name, tensor in trained(straight).items():
+        assert torch.equal(tensor, trained(run_dir)[name])
+
+
+def test_a_clock_that_is_set_back_changes_nothing(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are taken from a clock that nobody can set; the run's time only grows."""
+    now = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    elapsed = metrics(run(), "train", "elapsed_s")
+    assert elapsed == sorted(elapsed) and 0 < elapsed[-1] < 600

@@ -1,63 +1,47 @@
-"""A training checkpoint is complete or invisible, whole or refused, and goes on as what it was.
-
-Run as a script, this file is the processes that are killed, that fill the disk, or that hold the
-lock.
+"""A training checkpoint is whole or refused by name; the last good one is never deleted; what is
+saved in the background is what was when the save started.
 """
 
-import errno
-import fcntl
 import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from llamapro import train_state
-from llamapro.blocks import BlocksInfo, read_blocks, training_checkpoints
-from llamapro.checkpoint import Checkpoint
-from llamapro.config import CheckpointError, ConfigError
-from llamapro.corpus import tokenize
+from llamapro.blocks import BlocksInfo, read_blocks
+from llamapro.config import CheckpointError
 from llamapro.distributed import Ranks, process_group
-from llamapro.resume import (
+from llamapro.manifest import (
     MAX_JSON_BYTES,
-    RunLock,
-    check_identity,
     file_sha256,
-    find_resume_point,
-    locked,
-    make_identity,
     newest_intact,
     read_state,
+    training_checkpoints,
 )
-from llamapro.tokenizer import Tokenizer
-from llamapro.train_state import load_optimizer, remove_old, save
+from llamapro.rng import gather_rng, load_rng, seed_all
+from llamapro.train_state import Saver, load_optimizer, remove_old
 
-FILES = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safetensors"]
+FILES = ["manifest.json", "optimizer.safetensors", "rng.safetensors", "state.json"]
+FILES += ["trainable.safetensors"]
 INFO = BlocksInfo("new_blocks", "ab" * 32, (1,), 0)
 SHAPES = {"model.layers.1.a.weight": (5, 3), "model.layers.1.b.weight": (7,)}
-Trained = tuple[dict[str, nn.Parameter], torch.optim.AdamW]
 
 
-def trained(step: int, ranks: Ranks | None = None) -> Trained:
-    """What trains, and AdamW after one step of it; the values depend on the step. Sharded over
-    the ranks, unevenly, if there are any."""
+def trained(step: int) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
+    """What trains, and AdamW after one step of it; the values depend on the step."""
     generator = torch.Generator().manual_seed(step)
-    parameters = {}
-    for name, shape in SHAPES.items():
-        value = torch.randn(shape, generator=generator)
-        whole = value if ranks is None else distribute_tensor(value, ranks.mesh, [Shard(0)])
-        parameters[name] = nn.Parameter(whole)
+    parameters = {
+        name: nn.Parameter(torch.randn(shape, generator=generator))
+        for name, shape in SHAPES.items()
+    }
     optimizer = torch.optim.AdamW(parameters.values())
     for parameter in parameters.values():
         parameter.grad = parameter.detach() * 0.5
@@ -65,10 +49,18 @@ def trained(step: int, ranks: Ranks | None = None) -> Trained:
     return parameters, optimizer
 
 
-def save_step(run_dir: Path, step: int, ranks: Ranks, of: Trained | None = None) -> Path:
-    state = {"step": step, "tokens": 10 * step, "elapsed_s": 1.0, "loss": 2.5, "eval": {}}
-    parameters, optimizer = of or trained(step, ranks)
-    return save(run_dir, step, parameters, optimizer, INFO, state | {"settings": {}}, ranks)
+def state_at(step: int) -> dict[str, Any]:
+    state = {"step": step, "tokens": 10 * step, "elapsed_s": 1.0, "loss": 2.5}
+    return state | {"eval": {"code": 1.0}, "settings": {}}
+
+
+def save_step(run_dir: Path, step: int, ranks: Ranks, in_background: bool = False) -> Path:
+    """Saves what is trained at the step; nothing old is removed."""
+    with Saver(run_dir, 99, 0, ranks, in_background) as saver:
+        saver.start(step, *trained(step), INFO, state_at(step))
+        saved = saver.finish()
+    assert saved is not None
+    return Path(saved["path"])
 
 
 def assert_loads(path: Path, step: int) -> None:
@@ -130,7 +122,7 @@ def cut(file: Path) -> None:
 def test_resume_falls_back_to_the_newest_intact(
     run_dir: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
-    """One flipped byte, one byte less or no file, in any of the four: named, and passed over."""
+    """One flipped byte, one byte less or no file, in any of the five: named, and passed over."""
     if name == "manifest.json" and damage is cut:
         damage = flip  # without its last newline it says the same
     damage(step_dir(run_dir, 3) / name)
@@ -287,370 +279,113 @@ def test_what_is_not_a_plain_file_is_not_opened(run_dir: Path, name: str) -> Non
         read_state(step_dir(run_dir, 3))
 
 
-# ---- Identity -----------------------------------------------------------------------------------
+# ---- In the background: the same files, of the moment at which the save started -----------------
 
 
 @pytest.fixture
-def parts(
-    tmp_path: Path, tiny_config: Callable[..., Any], write_random_checkpoint: Callable[..., Path]
-) -> Path:
-    """A folder with what a run is made of: base/ and corpus.txt."""
-    write_random_checkpoint(tmp_path / "base", tiny_config())
-    (tmp_path / "corpus.txt").write_text("".join(f"line {i}\n" for i in range(100)))
-    return tmp_path
+def let_go(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Whoever writes is held before the first change of a file until this is set."""
+    event, make_way = threading.Event(), train_state._make_way
+
+    def wait(target: Path) -> None:
+        assert event.wait(60)
+        make_way(target)
+
+    monkeypatch.setattr(train_state, "_make_way", wait)
+    return event
 
 
-def identity(parts: Path) -> dict[str, Any]:
-    """As train.py makes it, through JSON as `state.json` keeps it."""
-    checkpoint = Checkpoint.open(parts / "base")
-    trainable = [name for name in checkpoint.tensors if name.startswith("model.layers.3.")]
-    tokenizer = Tokenizer.load(parts / "base")
-    store = tokenize([str(parts / "corpus.txt")], tokenizer, parts / "cache")
-    found = make_identity(checkpoint, trainable, tokenizer.fingerprint, {"train corpus": store})
-    return json.loads(json.dumps(found))
+def test_both_ways_write_the_same_bits(tmp_path: Path, alone: Ranks) -> None:
+    """Every file, generators and manifest included."""
+    one = save_step(tmp_path / "one", 5, alone)
+    two = save_step(tmp_path / "two", 5, alone, in_background=True)
+    assert len(list(one.iterdir())) == 5
+    for file in one.iterdir():
+        assert file.read_bytes() == (two / file.name).read_bytes()
 
 
-def change_tensor(parts: Path, name: str) -> None:
-    tensor = Checkpoint.open(parts / "base").tensors[name]
-    with open(tensor.file, "r+b") as file:
-        file.seek(tensor.offset)
-        first = file.read(1)[0]
-        file.seek(tensor.offset)
-        file.write(bytes([first ^ 1]))
-
-
-def test_the_same_parts_go_on_wherever_they_lie(parts: Path, tmp_path: Path) -> None:
-    """Moved and touched files, and other values of what trains, are no difference."""
-    state = {"identity": identity(parts)}
-    moved = shutil.copytree(parts, tmp_path / "moved", ignore=shutil.ignore_patterns("cache"))
-    change_tensor(moved, "model.layers.3.mlp.up_proj.weight")
-    os.utime(moved / "corpus.txt", (1, 1))
-    check_identity(state, identity(moved), tmp_path)
-
-
-def test_every_other_part_is_refused_by_name(parts: Path, tokenizer_file: Path) -> None:
-    """One bit of a frozen weight, the same lines in another order, another tokenizer: each named,
-    with both values, and only those that differ."""
-    before = identity(parts)
-    state = {"identity": before}
-    change_tensor(parts, "model.layers.2.mlp.up_proj.weight")
-    with pytest.raises(ConfigError, match="the frozen base model was sha256 ") as caught:
-        check_identity(state, identity(parts), parts)
-    assert "data" not in str(caught.value) and "tokenizer" not in str(caught.value)
-    change_tensor(parts, "model.layers.2.mlp.up_proj.weight")
-    (parts / "corpus.txt").write_text("".join(f"line {i}\n" for i in reversed(range(100))))
-    now = identity(parts)
-    assert now["data"]["train corpus"]["tokens"] == before["data"]["train corpus"]["tokens"]
-    with pytest.raises(ConfigError, match=r"data 'train corpus' was .* tokens .*, is ") as caught:
-        check_identity(state, now, parts)
-    assert "base model" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"the tokenizer was sha256 .*, is sha256 cdcdcdcd"):
-        check_identity(state, before | {"tokenizer": "cd" * 32}, parts)
-    with pytest.raises(ConfigError, match=r"data 'train corpus' was .*, is not there"):
-        check_identity(state, before | {"data": {}}, parts)
-
-
-@pytest.mark.parametrize("state", [{}, {"identity": None}, {"identity": {"base": "", "data": []}}])
-def test_a_state_that_names_no_parts_is_refused(tmp_path: Path, state: dict[str, Any]) -> None:
-    """Without a record nothing can be compared."""
-    now = {"base": "ab" * 32, "tokenizer": "cd" * 32, "data": {}}
-    with pytest.raises(CheckpointError, match="do not say which base, tokenizer and data"):
-        check_identity(state, now, tmp_path)
-
-
-# ---- Processes that are killed while they write ------------------------------------------------
-
-
-def arm(run_dir: Path, number: int, log: Path) -> None:
-    """Kills this process at its number-th change of a file in the run directory, or read of one."""
-    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    write, pwrite, left = os.write, os.pwrite, number
-
-    def point(kind: str) -> bool:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            write(out, f"{kind}\n".encode())
-        return left == 0
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def audit(event: str, args: tuple[Any, ...]) -> None:
-        is_ours = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
-            event == "open" and str(args[0]).startswith(str(run_dir))
-        )
-        if is_ours and point(event):
-            die()
-
-    def torn_pwrite(fd: int, data: memoryview, at: int) -> int:
-        if point("pwrite"):
-            pwrite(fd, data[: len(data) // 2], at)
-            die()
-        return pwrite(fd, data, at)
-
-    def dying(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
-
-        def call(*args: Any) -> Any:
-            if point(name):
-                die()
-            return real(*args)
-
-        return call
-
-    os.pwrite = torn_pwrite  # type: ignore[assignment]
-    os.fsync, os.posix_fallocate = dying("fsync"), dying("posix_fallocate")
-    sys.addaudithook(audit)
-
-
-def kill_at_every_point(folder: Path) -> None:
-    """For n = 1, 2, ...: copies the run and lets a fork save step 2 in it and remove the old one,
-    killed at its n-th point, until one gets through."""
-    of = trained(2)
-    for number in range(1, 200):
-        run_dir = folder / f"killed-{number:03d}"
-        shutil.copytree(folder / "run", run_dir)
-        if not (child := os.fork()):
-            with process_group("cpu") as ranks:
-                arm(run_dir, number, folder / "points")
-                save_step(run_dir, 2, ranks, of)
-                remove_old(run_dir, 1)
-                os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            sys.exit(os.WEXITSTATUS(status))
-        assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-def this_file(*words: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes)]
-    command += [__file__, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-
-def test_a_kill_at_any_point_of_saving_loses_nothing(tmp_path: Path, alone: Ranks) -> None:
-    """The one before or the new one is there, whole; the next save cleans up and succeeds."""
-    save_step(tmp_path / "run", 1, alone)
-    done = this_file("kill", tmp_path)
-    assert done.returncode == 0, done.stderr
-    *killed, through = sorted(tmp_path.glob("killed-*"))
-    points = (tmp_path / "points").read_text().split()
-    assert len(points) == len(killed)
-    changes = {"open", "pwrite", "posix_fallocate", "fsync"}
-    assert set(points) == changes | {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-    at = points.index("os.rename")  # four files and their directory before it, the parent after
-    assert points[at - 10 : at] == ["open", "fsync"] * 5
-    assert points[at + 1 : at + 3] == ["open", "fsync"]
-    outcomes = []
-    for run_dir in killed:
-        found, damaged = newest_intact(run_dir)
-        assert found is not None and not damaged
-        for path in training_checkpoints(run_dir):  # the one being removed is hidden first
-            read_state(path)
-        outcomes.append(int(found.name.removeprefix("step-")))
-        assert_loads(found, outcomes[-1])
-        assert_loads(save_step(run_dir, 3, alone), 3)
-        assert steps(run_dir)[-1] == 3  # and nothing hidden
-        remove_old(run_dir, 1)
-        assert steps(run_dir) == [3]
-    assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}
-    assert steps(through) == [2]
-
-
-# ---- Several processes: one's failure is everyone's, and training could go on -------------------
-
-
-def save_with_failures(folder: Path) -> None:
-    """What each of several ranks sees; written to rank-N.json."""
-    seen: dict[str, Any] = {}
-    run_dir = folder / "run"
-
-    with process_group("cpu") as ranks:
-
-        def attempt(name: str, act: Callable[[], object]) -> None:
-            try:
-                seen[name] = str(act())
-            except (CheckpointError, ConfigError) as error:
-                seen[name] = f"{type(error).__name__}: {error}"
-            ranks.from_main(None)  # nobody looks or goes on before all have ended
-            checkpoints = run_dir / "checkpoints"
-            seen[f"{name}: left"] = sorted(p.name for p in checkpoints.iterdir())
-            ranks.from_main(None)
-
-        attempt("first", lambda: save_step(run_dir, 1, ranks))
-
-        pwrite, calls = os.pwrite, []
-
-        def full(fd: int, data: bytes, at: int) -> int:
-            calls.append(at)
-            if len(calls) == 5:  # at the first moment, with four tensors to gather
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return pwrite(fd, data, at)
-
-        os.pwrite = full  # type: ignore[assignment]
-        attempt("disk full", lambda: save_step(run_dir, 2, ranks))
-        os.pwrite = pwrite
-        attempt("room again", lambda: save_step(run_dir, 2, ranks))
-
-        make_room, tensors = train_state._make_room, []
-
-        def no_room(tensor: torch.Tensor) -> None:
-            tensors.append(tensor)
-            if ranks.rank == 1 and len(tensors) == 3:
-                raise torch.OutOfMemoryError("tried to allocate 1.00 GiB")
-            make_room(tensor)
-
-        train_state._make_room = no_room
-        attempt("out of memory", lambda: save_step(run_dir, 3, ranks))
-        train_state._make_room = make_room
-        attempt("memory again", lambda: save_step(run_dir, 3, ranks))
-
-        if ranks.is_main:
-            flip(step_dir(run_dir, 3) / "optimizer.safetensors")
-        attempt("fallen back", lambda: find_resume_point(run_dir, ranks))
-        if ranks.is_main:
-            for step in (1, 2):
-                cut(step_dir(run_dir, step) / "optimizer.safetensors")
-        attempt("nothing left", lambda: find_resume_point(run_dir, ranks))
-
-        def enter() -> None:
-            with locked(run_dir, ranks):
-                raise AssertionError("entered")
-
-        with RunLock(run_dir) if ranks.is_main else nullcontext():
-            attempt("locked", enter)
-        (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(seen))
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two real processes that met every failure."""
-    folder = tmp_path_factory.mktemp("ranks")
-    done = this_file("ranks", folder, processes=2)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture
-def seen(two_ranks: Path) -> dict[str, Any]:
-    """What both ranks saw: the same."""
-    first, second = (json.loads((two_ranks / f"rank-{n}.json").read_text()) for n in (0, 1))
-    assert first == second
-    return first
-
-
-def test_a_full_disk_ends_the_save_on_every_rank(seen: dict[str, Any], two_ranks: Path) -> None:
-    """The main rank's message; nothing is left, and the same save succeeds when there is room."""
-    assert seen["disk full"].startswith("CheckpointError: ")
-    assert "optimizer.safetensors: disk full" in seen["disk full"]
-    assert seen["disk full: left"] == ["step-00000001"]
-    assert seen["room again"] == str(step_dir(two_ranks / "run", 2))
-
-
-def test_a_rank_without_memory_ends_the_save_on_every_rank(
-    seen: dict[str, Any], two_ranks: Path
+def test_what_training_changes_meanwhile_is_not_saved(
+    tmp_path: Path, alone: Ranks, let_go: threading.Event
 ) -> None:
-    """Nobody waits for it in a collective; its message is everyone's."""
-    assert "rank 1: no memory to gather 'model.layers.1.a.weight.exp_avg'" in seen["out of memory"]
-    assert seen["out of memory: left"] == ["step-00000001", "step-00000002"]
-    assert seen["memory again"] == str(step_dir(two_ranks / "run", 3))
+    """Parameters, moments, the state and random numbers go on; the files are of the start."""
+    parameters, optimizer = trained(5)
+    state = state_at(5)
+    seed_all(1, 0)
+    with Saver(tmp_path, 1, 0, alone, in_background=True) as saver:
+        saver.start(5, parameters, optimizer, INFO, state)
+        assert not saver.is_done
+        drawn = torch.rand(3), np.random.rand(3)
+        optimizer.step()
+        state["eval"]["code"] = 0.5
+        let_go.set()
+        saved = saver.finish()
+    assert saved is not None
+    path = Path(saved["path"])
+    assert_loads(path, 5)
+    assert read_state(path) == state_at(5)
+    load_rng(path, alone, seed=0, step=5)
+    assert torch.equal(torch.rand(3), drawn[0]) and (np.random.rand(3) == drawn[1]).all()
 
 
-def test_every_rank_resumes_from_the_same(seen: dict[str, Any]) -> None:
-    """The main rank looks; the others hear where, or why not."""
-    assert "step-00000002'), {'step': 2" in seen["fallen back"]
-    assert "step-00000003/optimizer.safetensors: damaged" in seen["fallen back"]
-    assert "no training checkpoint is intact" in seen["nothing left"]
-
-
-def test_a_held_lock_stops_every_rank(seen: dict[str, Any]) -> None:
-    """The others do not wait for a main rank that was refused."""
-    assert seen["locked"].startswith("ConfigError: ") and "another run is writing" in seen["locked"]
-
-
-def test_the_files_do_not_depend_on_the_number_of_processes(
-    two_ranks: Path, tmp_path: Path, alone: Ranks, seen: dict[str, Any]
+def test_the_end_of_writing_is_seen_without_waiting(
+    tmp_path: Path, alone: Ranks, let_go: threading.Event
 ) -> None:
-    """Shards of uneven length are put together as one process has them."""
-    one = save_step(tmp_path / "run", 3, alone)
-    two = step_dir(two_ranks / "run", 3)
-    for name in ("trainable.safetensors", "state.json", "manifest.json"):
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+    """Then it is finished once; in the foreground nothing is ever left to wait for."""
+    with Saver(tmp_path, 1, 0, alone, in_background=True) as saver:
+        assert not saver.is_done and saver.finish() is None
+        saver.start(5, *trained(5), INFO, state_at(5))
+        assert not saver.is_done and not step_dir(tmp_path, 5).exists()
+        let_go.set()
+        assert saver._writing is not None
+        saver._writing.result()
+        assert saver.is_done and steps(tmp_path) == [5]
+        assert saver.finish() is not None
+        assert not saver.is_done and saver.finish() is None
+    with Saver(tmp_path, 1, 0, alone, in_background=False) as saver:
+        saver.start(6, *trained(6), INFO, state_at(6))
+        assert not saver.is_done and steps(tmp_path) == [6]
 
 
-# ---- The lock -----------------------------------------------------------------------------------
-
-
-def hold_lock(run_dir: Path) -> None:
-    with RunLock(run_dir):
-        print("held", flush=True)
-        sys.stdin.read()
-
-
-def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
-    """It hears who holds the directory; a killed holder holds nothing."""
-    command = [sys.executable, __file__, "lock", str(tmp_path / "run")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as other:  # type: ignore[call-overload]
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError) as caught, RunLock(tmp_path / "run"):
-            pass
-        assert f"pid {other.pid} on {socket.gethostname()}" in str(caught.value)
-        other.kill()
-        other.wait()
-    assert (tmp_path / "run" / "lock").exists()
-    with RunLock(tmp_path / "run"):
-        assert f"pid {os.getpid()} " in (tmp_path / "run" / "lock").read_text()
-
-
-def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
-    """A run directory stays if it was there before, or holds something now."""
-    with RunLock(tmp_path / "a" / "run"):
-        assert (tmp_path / "a" / "run" / "lock").exists()
-    assert not (tmp_path / "a" / "run").exists()
-    (tmp_path / "there").mkdir()
-    with RunLock(tmp_path / "there"):
-        pass
-    assert list((tmp_path / "there").iterdir()) == []
-    with RunLock(tmp_path / "used"):
-        (tmp_path / "used" / "run.json").write_text("{}")
-    assert [path.name for path in (tmp_path / "used").iterdir()] == ["run.json"]
-
-
-def test_a_lock_file_that_is_removed_meanwhile_locks_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_background", [True, False])
+def test_the_time_it_blocks_is_reported(
+    tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch, in_background: bool
 ) -> None:
-    """Between opening it and locking it, its holder may end: the lock is taken on a new file."""
-    flock, calls = fcntl.flock, []
+    """Gathering and waiting for the end block; training on meanwhile does not."""
+    now, is_waited_for = [100.0], threading.Event()
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(train_state, "time", clock)
 
-    def late(fd: int, operation: int) -> None:
-        calls.append(fd)
-        if len(calls) == 1:
-            (tmp_path / "lock").unlink()
-        flock(fd, operation)
+    def gather_for_3_s(ranks: Ranks) -> dict[str, torch.Tensor]:
+        now[0] += 3
+        return gather_rng(ranks)
 
-    monkeypatch.setattr(fcntl, "flock", late)
-    with RunLock(tmp_path):
-        assert len(calls) == 2
-        with pytest.raises(ConfigError, match="another run"), RunLock(tmp_path):
-            pass
+    def remove_for_4_s(*_: object) -> None:
+        assert not in_background or is_waited_for.wait(60)
+        now[0] += 4
+
+    monkeypatch.setattr(train_state, "gather_rng", gather_for_3_s)
+    monkeypatch.setattr(train_state, "remove_old", remove_for_4_s)
+    with Saver(tmp_path, 1, 0, alone, in_background) as saver:
+        saver.start(5, *trained(5), INFO, state_at(5))
+        now[0] += 50  # of training
+        if saver._writing is not None:
+            wait = saver._writing.result
+            saver._writing.result = lambda: (is_waited_for.set(), wait())[1]
+        saved = saver.finish()
+    expected = {"path": str(step_dir(tmp_path, 5)), "step": 5}
+    assert saved == expected | {"blocked_s": 7, "total_s": 57 if in_background else 7}
 
 
-def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
-    """A file in the way of the run directory, for one."""
-    (tmp_path / "run").write_text("")
+def test_an_error_elsewhere_waits_for_the_writing(
+    tmp_path: Path, alone: Ranks, let_go: threading.Event
+) -> None:
+    """The save is whole, and no thread is left that could write when the run is no more locked."""
     with (
-        pytest.raises(ConfigError, match="cannot be locked: File exists"),
-        RunLock(tmp_path / "run"),
+        pytest.raises(KeyError, match="elsewhere"),
+        Saver(tmp_path, 1, 0, alone, in_background=True) as saver,
     ):
-        pass
-
-
-if __name__ == "__main__":
-    modes = {"kill": kill_at_every_point, "ranks": save_with_failures, "lock": hold_lock}
-    modes[sys.argv[1]](Path(sys.argv[2]))
+        saver.start(5, *trained(5), INFO, state_at(5))
+        let_go.set()
+        raise KeyError("elsewhere")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("save")]
+    assert_loads(step_dir(tmp_path, 5), 5)

@@ -1,0 +1,131 @@
+"""A run's inputs: opened and checked before anything is computed, then its data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamapro.blocks import training_checkpoints
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ConfigError, DataError, ModelConfig, UserError
+from llamapro.corpus import find_files, tokenize
+from llamapro.data import Mixture, PackedSequences, TokenStore, parse_named
+from llamapro.distributed import Ranks
+from llamapro.expansion import select_trainable
+from llamapro.model import build_on_meta
+from llamapro.resume import make_identity
+from llamapro.settings import Settings
+from llamapro.stopping import Stopped, StopRequest
+from llamapro.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """The run's inputs, all found and fitting together."""
+
+    settings: Settings
+    run_dir: Path
+    config: ModelConfig
+    checkpoint: Checkpoint | None  # None: random weights from model.config
+    tokenizer: Tokenizer
+    val: dict[str, list[str]]
+    resume_from: Path | None
+
+    @classmethod
+    def open(cls, settings: Settings) -> "Job":
+        """Opens everything the settings name; raises a UserError for what is missing or wrong."""
+        checkpoint, where = None, settings.model.path or settings.model.config
+        if settings.model.path:
+            checkpoint = Checkpoint.open(settings.model.path)
+            config = checkpoint.config
+        else:
+            config = ModelConfig.from_file(settings.model.config)
+        if settings.data.seq_len > config.max_position_embeddings:
+            raise ConfigError(
+                f"data.seq_len {settings.data.seq_len} is over max_position_embeddings "
+                f"{config.max_position_embeddings} of {where}"
+            )
+        if settings.train.trainable == "new_blocks":
+            select_trainable(build_on_meta(config), "new_blocks")  # raises without a record
+        tokenizer = Tokenizer.load(settings.model.tokenizer or settings.model.path)
+        tokenizer.check_fits(config.vocab_size, where)
+        val = parse_named(settings.data.val)
+        for patterns in [settings.data.train, *val.values()]:
+            find_files(patterns)  # raises DataError for a pattern that matches nothing
+        preset = Path(settings.config).stem or "run"
+        run_dir = Path(settings.run_dir or f"runs/{preset}")
+        earlier = training_checkpoints(run_dir)
+        resume_from = earlier[-1] if earlier else None
+        return cls(settings, run_dir, config, checkpoint, tokenizer, val, resume_from)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        if self.settings.train.dtype != "auto":
+            return getattr(torch, self.settings.train.dtype)
+        on_gpu = torch.cuda.is_available() and self.settings.train.device != "cpu"
+        return torch.bfloat16 if on_gpu else torch.float32
+
+    def tokenize(self) -> dict[str, TokenStore]:
+        """Tokenises, or finds in the cache, every corpus; returns label -> its tokens."""
+        s = self.settings
+        corpora: dict[str, Sequence[str]] = {f"train {path}": [path] for path in s.data.train}
+        corpora |= {f"val {name}": paths for name, paths in self.val.items()}
+        return {
+            label: tokenize(
+                paths, self.tokenizer, s.data.cache_dir, s.data.text_key, s.data.workers, label
+            )
+            for label, paths in corpora.items()
+        }
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        mixture: the training samples in their order.
+        val: the sequences of each validation set.
+        identity: hashes of what the run is made of: `resume.make_identity`.
+    """
+
+    mixture: Mixture
+    val: dict[str, PackedSequences]
+    identity: dict[str, Any]
+
+
+def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
+    """Tokenises on the main process what is not yet in the cache; then every process maps it.
+
+    Raises:
+        DataError: on every rank, if the main one could not.
+        Stopped: on every rank, if a signal came to the main one meanwhile.
+    """
+    s = job.settings
+    error, paths, identity, stopped = None, {}, {}, False
+    if ranks.is_main:
+        try:
+            with stop.interrupting():
+                stores = job.tokenize()
+                paths = {label: store.path for label, store in stores.items()}
+                trainable = select_trainable(build_on_meta(job.config), s.train.trainable)
+                fingerprint = job.tokenizer.fingerprint
+                identity = make_identity(job.checkpoint, trainable, fingerprint, stores)
+        except UserError as failure:
+            error = str(failure)
+        except Stopped:
+            stopped = True
+    error, paths, identity, stopped = ranks.from_main((error, paths, identity, stopped))
+    if stopped:
+        raise Stopped
+    if error:
+        raise DataError(error)
+
+    def packed(label: str) -> PackedSequences:
+        return PackedSequences(TokenStore(paths[label], job.tokenizer.fingerprint), s.data.seq_len)
+
+    sources = [packed(f"train {path}") for path in s.data.train]
+    weights = s.data.weights or [1.0] * len(sources)
+    mixture = Mixture(sources, weights, s.train.seed)
+    return Data(mixture, {name: packed(f"val {name}") for name in job.val}, identity)

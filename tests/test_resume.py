@@ -1,0 +1,169 @@
+"""A run goes on only as what it was, and alone.
+
+Run as a script, this file is the process that holds the lock.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import CheckpointError, ConfigError
+from llamapro.corpus import tokenize
+from llamapro.resume import RunLock, check_identity, make_identity
+from llamapro.tokenizer import Tokenizer
+
+# ---- Identity -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(
+    tmp_path: Path, tiny_config: Callable[..., Any], write_random_checkpoint: Callable[..., Path]
+) -> Path:
+    """A folder with what a run is made of: base/ and corpus.txt."""
+    write_random_checkpoint(tmp_path / "base", tiny_config())
+    (tmp_path / "corpus.txt").write_text("".join(f"line {i}\n" for i in range(100)))
+    return tmp_path
+
+
+def identity(parts: Path) -> dict[str, Any]:
+    """As train.py makes it, through JSON as `state.json` keeps it."""
+    checkpoint = Checkpoint.open(parts / "base")
+    trainable = [name for name in checkpoint.tensors if name.startswith("model.layers.3.")]
+    tokenizer = Tokenizer.load(parts / "base")
+    store = tokenize([str(parts / "corpus.txt")], tokenizer, parts / "cache")
+    found = make_identity(checkpoint, trainable, tokenizer.fingerprint, {"train corpus": store})
+    return json.loads(json.dumps(found))
+
+
+def change_tensor(parts: Path, name: str) -> None:
+    tensor = Checkpoint.open(parts / "base").tensors[name]
+    with open(tensor.file, "r+b") as file:
+        file.seek(tensor.offset)
+        first = file.read(1)[0]
+        file.seek(tensor.offset)
+        file.write(bytes([first ^ 1]))
+
+
+def test_the_same_parts_go_on_wherever_they_lie(parts: Path, tmp_path: Path) -> None:
+    """Moved and touched files, and other values of what trains, are no difference."""
+    state = {"identity": identity(parts)}
+    moved = shutil.copytree(parts, tmp_path / "moved", ignore=shutil.ignore_patterns("cache"))
+    change_tensor(moved, "model.layers.3.mlp.up_proj.weight")
+    os.utime(moved / "corpus.txt", (1, 1))
+    check_identity(state, identity(moved), tmp_path)
+
+
+def test_every_other_part_is_refused_by_name(parts: Path, tokenizer_file: Path) -> None:
+    """One bit of a frozen weight, the same lines in another order, another tokenizer: each named,
+    with both values, and only those that differ."""
+    before = identity(parts)
+    state = {"identity": before}
+    change_tensor(parts, "model.layers.2.mlp.up_proj.weight")
+    with pytest.raises(ConfigError, match="the frozen base model was sha256 ") as caught:
+        check_identity(state, identity(parts), parts)
+    assert "data" not in str(caught.value) and "tokenizer" not in str(caught.value)
+    change_tensor(parts, "model.layers.2.mlp.up_proj.weight")
+    (parts / "corpus.txt").write_text("".join(f"line {i}\n" for i in reversed(range(100))))
+    now = identity(parts)
+    assert now["data"]["train corpus"]["tokens"] == before["data"]["train corpus"]["tokens"]
+    with pytest.raises(ConfigError, match=r"data 'train corpus' was .* tokens .*, is ") as caught:
+        check_identity(state, now, parts)
+    assert "base model" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"the tokenizer was sha256 .*, is sha256 cdcdcdcd"):
+        check_identity(state, before | {"tokenizer": "cd" * 32}, parts)
+    with pytest.raises(ConfigError, match=r"data 'train corpus' was .*, is not there"):
+        check_identity(state, before | {"data": {}}, parts)
+    # What its setting allows may differ, and nothing else.
+    check_identity(state, now, parts, ["data.train"])
+    with pytest.raises(ConfigError, match=r"allow them: --resume\.allow data\.train$"):
+        check_identity(state, now, parts, ["data.val", "model.path", "model.tokenizer"])
+
+
+@pytest.mark.parametrize("state", [{}, {"identity": None}, {"identity": {"base": "", "data": []}}])
+def test_a_state_that_names_no_parts_is_refused(tmp_path: Path, state: dict[str, Any]) -> None:
+    """Without a record nothing can be compared."""
+    now = {"base": "ab" * 32, "tokenizer": "cd" * 32, "data": {}}
+    with pytest.raises(CheckpointError, match="do not say which base, tokenizer and data"):
+        check_identity(state, now, tmp_path)
+
+
+# ---- The lock -----------------------------------------------------------------------------------
+
+
+def hold_lock(run_dir: Path) -> None:
+    with RunLock(run_dir):
+        print("held", flush=True)
+        sys.stdin.read()
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    """It hears who holds the directory; a killed holder holds nothing."""
+    command = [sys.executable, __file__, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as other:  # type: ignore[call-overload]
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError) as caught, RunLock(tmp_path / "run"):
+            pass
+        assert f"pid {other.pid} on {socket.gethostname()}" in str(caught.value)
+        other.kill()
+        other.wait()
+    assert (tmp_path / "run" / "lock").exists()
+    with RunLock(tmp_path / "run"):
+        assert f"pid {os.getpid()} " in (tmp_path / "run" / "lock").read_text()
+
+
+def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A run directory stays if it was there before, or holds something now."""
+    with RunLock(tmp_path / "a" / "run"):
+        assert (tmp_path / "a" / "run" / "lock").exists()
+    assert not (tmp_path / "a" / "run").exists()
+    (tmp_path / "there").mkdir()
+    with RunLock(tmp_path / "there"):
+        pass
+    assert list((tmp_path / "there").iterdir()) == []
+    with RunLock(tmp_path / "used"):
+        (tmp_path / "used" / "run.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["run.json"]
+
+
+def test_a_lock_file_that_is_removed_meanwhile_locks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening it and locking it, its holder may end: the lock is taken on a new file."""
+    flock, calls = fcntl.flock, []
+
+    def late(fd: int, operation: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            (tmp_path / "lock").unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with RunLock(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(ConfigError, match="another run"), RunLock(tmp_path):
+            pass
+
+
+def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    """A file in the way of the run directory, for one."""
+    (tmp_path / "run").write_text("")
+    with (
+        pytest.raises(ConfigError, match="cannot be locked: File exists"),
+        RunLock(tmp_path / "run"),
+    ):
+        pass
+
+
+if __name__ == "__main__":
+    hold_lock(Path(sys.argv[1]))
