@@ -70,6 +70,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def make_mesh(kind: str, world_size: int, shard_size: int = 0) -> DeviceMesh:
+    """Arranges all processes as `Ranks.mesh` says.
+
+    Args:
+        kind: "cpu" or "cuda".
+        world_size: how many there are, in the process group that was made before.
+        shard_size: over how many of them the weights are sharded; 0: over all.
+    """
+    shape = {"replicate": world_size // shard_size} if shard_size else {}
+    shape["shard"] = shard_size or world_size
+    return init_device_mesh(kind, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+
 @contextmanager
 def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
     """Joins the processes torchrun started, or makes a group of one: NCCL on GPU, gloo on CPU.
@@ -113,9 +126,7 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     try:
-        shape = {"replicate": world // shard_size} if shard_size else {}
-        shape["shard"] = shard_size or world
-        mesh = init_device_mesh(kind, tuple(shape.values()), mesh_dim_names=tuple(shape))
+        mesh = make_mesh(kind, world, shard_size)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         yield Ranks(dist.get_rank(), dist.get_world_size(), where, mesh, patient)
     finally:
