@@ -1,0 +1,214 @@
+"""benchmarks/faults.py: its judge sees what is lost or changed, and real faults come out clean."""
+
+import importlib.util
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def script(root: Path) -> Path:
+    """The file of the benchmark."""
+    return root / "benchmarks" / "faults.py"
+
+
+@pytest.fixture(scope="module")
+def faults(script: Path) -> ModuleType:
+    """The benchmark as a module."""
+    spec = importlib.util.spec_from_file_location("faults_benchmark", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_dir(faults: ModuleType, tmp_path: Path) -> Path:
+    """A run as the judge sees it: two training checkpoints, the last one final, and a log."""
+    run_dir = tmp_path / "run"
+    for step in (2, faults.STEPS):
+        path = run_dir / "checkpoints" / f"step-{step:08d}"
+        path.mkdir(parents=True)
+        for name in (*faults.TENSOR_FILES, "state.json", "manifest.json"):
+            (path / name).write_text(f"{name} of step {step}\n")
+    records = [
+        {"kind": "train", "step": step, "loss": 1 / step, "elapsed_s": 0.1 * step}
+        for step in (1, 2, faults.STEPS)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return run_dir
+
+
+def output(faults: ModuleType, *lines: str, status: int = 0) -> object:
+    return faults.Start(list(lines), status)
+
+
+def test_a_run_like_the_straight_one_has_no_differences(faults: ModuleType, run_dir: Path) -> None:
+    """Times may differ, state.json with them, and a last line may be cut off."""
+    truth = faults.Truth.of(run_dir)
+    log = run_dir / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"elapsed_s": 0.1', '"elapsed_s": 7.5') + '{"kind": "t')
+    (run_dir / "checkpoints" / "step-00000002" / "state.json").write_text("other times\n")
+    assert truth.differences(run_dir, set(), True) == []
+
+
+def test_one_other_bit_of_a_tensor_file_is_seen(faults: ModuleType, run_dir: Path) -> None:
+    """In every training checkpoint, unless a fault is known to have damaged it."""
+    truth = faults.Truth.of(run_dir)
+    path = run_dir / "checkpoints" / "step-00000002"
+    file = path / "optimizer.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    assert truth.differences(run_dir, set(), True) == ["step-00000002/optimizer.safetensors"]
+    assert truth.differences(run_dir, {faults.digest(path)}, True) == []
+    file.unlink()
+    assert truth.differences(run_dir, set(), True) == ["step-00000002/optimizer.safetensors"]
+
+
+def test_another_loss_is_seen_wherever_it_stands(faults: ModuleType, run_dir: Path) -> None:
+    """The last bit of one record, alone or beside the right one; a record too many; one missing."""
+    truth = faults.Truth.of(run_dir)
+    log = run_dir / "metrics.jsonl"
+    right = log.read_text()
+    log.write_text(right.replace("0.5,", "0.5000000000000001,"))
+    (found,) = truth.differences(run_dir, set(), True)
+    assert found.startswith("log: train 2 is") and "0.5000000000000001" in found
+    log.write_text(right + json.dumps({"kind": "train", "step": 2, "loss": 0.25}) + "\n")
+    (found,) = truth.differences(run_dir, set(), True)
+    assert found.startswith("log: train 2 was") and "0.25" in found
+    log.write_text(right + json.dumps({"kind": "bad_step", "step": 2}) + "\n")
+    assert len(truth.differences(run_dir, set(), True)) == 1
+    log.write_text(right.split("\n", 1)[1])
+    assert truth.differences(run_dir, set(), True) == ["log: train 1 is missing"]
+    assert truth.differences(run_dir, set(), False) == []  # it has not come so far
+
+
+def test_a_run_that_ended_without_its_last_checkpoint_is_seen(
+    faults: ModuleType, run_dir: Path
+) -> None:
+    """Exit status 0 alone does not make it complete."""
+    truth = faults.Truth.of(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / f"step-{faults.STEPS:08d}")
+    assert len(truth.differences(run_dir, set(), True)) == 1
+
+
+RESUMED = "resume from      runs/a/checkpoints/step-00000004"
+TOLD = "warning          runs/a/checkpoints/step-00000006/state.json: missing; resuming from"
+
+
+@pytest.mark.parametrize(
+    ("lines", "newest", "lost", "differences"),
+    [
+        ([RESUMED], 4, 0, 0),
+        ([RESUMED, TOLD], 4, 0, 0),
+        ([RESUMED], 6, 2, 0),
+        (["resume from      new run"], 6, 6, 0),
+        ([RESUMED], 2, 0, 1),
+    ],
+    ids=["at_the_newest", "passed_over", "too_early", "started_anew", "from_a_damaged_one"],
+)
+def test_steps_lost_on_resume_are_counted(
+    faults: ModuleType, lines: list[str], newest: int, lost: int, differences: int
+) -> None:
+    """From the newest undamaged training checkpoint to where the run went on."""
+    fault = faults.Fault("flip a bit", 0, "")
+    fault.judge_resume(output(faults, *lines), newest, [])
+    assert (fault.lost_steps, len(fault.differences), fault.broken) == (lost, differences, [])
+
+
+def test_a_damaged_checkpoint_must_be_named(faults: ModuleType) -> None:
+    """To resume from the one before it in silence is a silent difference."""
+    for lines, count in (([RESUMED, TOLD], 0), ([RESUMED], 1)):
+        fault = faults.Fault("flip a bit", 0, "")
+        fault.judge_resume(output(faults, *lines), 4, ["step-00000006"])
+        assert len(fault.differences) == count
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "is_right"),
+    [
+        ("CheckpointError: no training checkpoint is intact: ...", 1, True),
+        ("CheckpointError: no training checkpoint is intact: ...", 0, False),
+        ("Traceback (most recent call last):", 1, False),
+        ("resume from      new run", 0, False),
+    ],
+)
+def test_a_run_with_nothing_intact_must_refuse(
+    faults: ModuleType, line: str, status: int, is_right: bool
+) -> None:
+    """With its message and an exit status."""
+    fault = faults.Fault("flip a bit", 0, "")
+    fault.judge_resume(output(faults, line, status=status), None, ["step-00000006"])
+    assert fault.refused is is_right and len(fault.broken) == (not is_right)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "newest", "lost", "broken"),
+    [
+        ("SIGKILL rank 0", 1, 4, 0, 0),  # step 5 was never saved
+        ("SIGKILL rank 0", 1, 2, 2, 0),  # step 4 was said to be
+        ("SIGTERM to a worker", 0, 5, 0, 0),
+        ("SIGTERM to torchrun", 1, 5, 0, 0),
+        ("SIGTERM to torchrun", 1, 4, 1, 0),
+        ("SIGINT to a worker", 1, 5, 0, 1),
+        ("ENOSPC while writing", 1, 4, 0, 0),
+        ("EIO while writing", 0, 4, 0, 1),
+    ],
+)
+def test_what_was_announced_and_what_a_signal_leaves_must_be_there(
+    faults: ModuleType, kind: str, status: int, newest: int, lost: int, broken: int
+) -> None:
+    """A kill may cost what was not saved; a signal costs nothing; a failed write is no success."""
+    lines = [
+        "resume from      new run",
+        f"step 4/{faults.STEPS} · loss 1.0",
+        "saved a/step-00000004",
+    ]
+    lines += [f"step 5/{faults.STEPS} · loss 1.0"]
+    fault = faults.Fault(kind, 0, "")
+    fault.judge_end(output(faults, *lines, status=status), newest)
+    assert (fault.lost_steps, len(fault.broken)) == (lost, broken)
+
+
+@pytest.mark.parametrize("name", ["lost_steps", "differences", "broken", "unprovoked"])
+def test_one_broken_promise_fails_the_campaign(faults: ModuleType, name: str) -> None:
+    """And none does not."""
+    totals = {"lost_steps": 0, "differences": 0, "broken": 0}
+    assert faults.is_kept({"totals": totals, "unprovoked": []})
+    unprovoked = ["a difference"] if name == "unprovoked" else []
+    assert not faults.is_kept({"totals": totals | {name: 1}, "unprovoked": unprovoked})
+
+
+def test_every_damage_changes_the_digest_and_can_be_undone(
+    faults: ModuleType, run_dir: Path
+) -> None:
+    """Whatever file and place is drawn."""
+    path = run_dir / "checkpoints" / "step-00000002"
+    before, rng = faults.digest(path), random.Random(0)
+    for kind in faults.DAMAGE * 20:
+        file, data = faults.damage(kind, path, rng)
+        assert faults.newest_undamaged(run_dir, {faults.digest(path)}) == faults.STEPS
+        assert faults.digest(path) != before
+        file.write_bytes(data)
+        assert faults.digest(path) == before
+
+
+def test_real_faults_lose_and_change_nothing(script: Path, tmp_path: Path) -> None:
+    """A short campaign over a real run: all faults come, the run ends, the promises hold."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(script), "--faults", "2", "--seed", "3", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["totals"]["faults"] == len(result["faults"]) == 2
+    assert result["totals"]["runs"] == 1 and result["totals"]["lost_steps"] == 0
+    for fault in result["faults"]:  # the next start went on, or refused
+        assert fault["resumed"] is not None or fault["refused"]
+    assert "2 faults over 1 runs" in done.stdout and "0 lost steps" in done.stdout

@@ -1,0 +1,461 @@
+"""A run that was killed and goes on, on as many processes or on others, is the run that was not.
+
+Run as a script, this file has PyTorch and train.py imported once and forks every process of every
+run from there. Hooks of PyTorch note what the model is really given, what the optimizer really
+holds, and kill the process in the middle of an accumulation window.
+
+Shapes: rows of a sharded weight are 30, 6, 50, 403: over 4 processes uneven, or none on the last.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from llamapro import cli, expansion
+from llamapro.blocks import training_checkpoints
+from llamapro.checkpoint import Checkpoint
+from llamapro.metrics import read_metrics
+from llamapro.model import LlamaForCausalLM
+from llamapro.streaming import expand_checkpoint
+
+STEPS, BATCH, MICRO_BATCHES = 9, 12, 3
+MOMENTS = ("exp_avg", "exp_avg_sq")
+NEW = ("model.layers.1.", "model.layers.3.")
+
+# ---- The processes -----------------------------------------------------------------------------
+
+
+def serve(train_file: Path) -> None:
+    """Answers each request, a line of JSON, with the exit statuses of its processes."""
+    spec = importlib.util.spec_from_file_location("train", train_file)
+    assert spec and spec.loader
+    train = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = train
+    spec.loader.exec_module(train)
+    import sentencepiece  # noqa: F401 (these two each process would import for itself)
+    import torch._dynamo  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        ranks: dict[int, int] = {}
+        for rank in range(request["processes"]):
+            if not (pid := os.fork()):
+                be_rank(train, rank, request)
+            ranks[pid] = rank
+        statuses: dict[int, int] = {}
+        while len(statuses) < len(ranks):
+            pid, status = os.wait()
+            statuses[pid] = os.waitstatus_to_exitcode(status)
+            if statuses[pid]:  # the others wait for it: end them, as torchrun does
+                for other in ranks.keys() - statuses.keys():
+                    os.kill(other, signal.SIGKILL)
+        print(json.dumps([statuses[pid] for pid in ranks]), flush=True)
+
+
+def be_rank(train: ModuleType, rank: int, request: dict[str, Any]) -> None:
+    """Is `python train.py WORDS`, under torchrun if there are several; does not return."""
+    signal.alarm(240)  # ends it if it waits for ever; nothing else here looks at a clock
+    log = Path(request["log"])
+    with open(log / f"output-{rank}", "wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    if request["processes"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(request["processes"]), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(request["port"]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    # No two processes start alike: that they draw the same can only be the run's doing.
+    random.seed(os.getpid())
+    np.random.seed(os.getpid())
+    torch.manual_seed(os.getpid())
+    doomed, forward = request["die"]
+    watch(log, rank, forward if rank == doomed else 0)
+    sys.argv = ["train.py", *request["words"]]
+    try:
+        cli.run(train.main, leave=os._exit)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(70)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of it this rank holds."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def sha256(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def watch(log: Path, rank: int, die_at: int) -> None:
+    """Notes a line of every optimizer step and, at the first, the state it starts from.
+
+    Args:
+        log: folder of the notes.
+        rank: of this process.
+        die_at: forward pass in training, counted from 1, before which it is killed; 0: none.
+    """
+    steps = open(log / f"steps-{rank}", "w", encoding="utf-8")  # noqa: SIM115 (as long as we live)
+    models: list[LlamaForCausalLM] = []
+    rows: list[str] = []
+    drawn: list[float] = []
+    forwards = 0
+
+    def before_forward(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal forwards
+        if isinstance(module, LlamaForCausalLM) and torch.is_grad_enabled():
+            forwards += 1
+            if forwards == die_at:
+                (log / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            models[:] = [module]
+            rows.extend(sha256(*row) for row in zip(*args[:2], strict=True))  # inputs, targets
+            # The normal ones come in pairs, of which Python and NumPy keep the second.
+            drawn.extend((random.gauss(0, 1), np.random.randn(), torch.rand(()).item()))
+
+    def named(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        names = {id(p): name for name, p in models[0].named_parameters()}
+        return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        file = log / f"loaded-{rank}.pt"
+        if file.exists():
+            return
+        found: dict[str, Tensor] = {}
+        for name, parameter in named(optimizer).items():
+            found[name] = local(parameter).clone()
+            for key, value in optimizer.state[parameter].items():
+                found[f"{name}.{key}"] = local(value).clone()
+        torch.save(found, file)
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        trained = named(optimizer)
+        frozen = {n: sha256(local(p)) for n, p in models[0].named_parameters() if n not in trained}
+        note = {"rows": rows, "drawn": drawn, "trained": list(trained), "frozen": frozen}
+        print(json.dumps(note), file=steps, flush=True)
+        rows.clear()
+        drawn.clear()
+
+    register_module_forward_pre_hook(before_forward)
+    register_optimizer_step_pre_hook(before_step)
+    register_optimizer_step_post_hook(after_step)
+
+
+# ---- What pytest runs --------------------------------------------------------------------------
+
+
+class Run:
+    """A run directory and what was seen of every start of it.
+
+    Attributes:
+        path: the run directory.
+        starts: per start, per rank, a line of every optimizer step.
+    """
+
+    def __init__(self, ask: Callable[[dict[str, Any]], list[int]], home: Path, path: Path) -> None:
+        self.ask, self.home, self.path = ask, home, path
+        self.starts: list[list[list[dict[str, Any]]]] = []
+
+    def go(self, processes: int, die: tuple[int, int] = (0, 0), **changes: Any) -> "Run":
+        """Starts or continues it.
+
+        Args:
+            processes: how many.
+            die: rank that is killed, and before which of its forward passes; 0: none is.
+            changes: `save__every=2` is `--save.every 2`.
+        """
+        log = self.path.parent / f"{self.path.name}-{len(self.starts)}"
+        log.mkdir(parents=True)
+        options = {
+            "model.path": self.home / "pro",
+            "data.train": f"{self.home}/a.txt {self.home}/b.txt",
+            "data.weights": "1.0 1.5",
+            "data.val": f"code={self.home}/val.txt",
+            "data.seq_len": 16,
+            "data.cache_dir": self.home / "cache",
+            "data.workers": 1,
+            "train.device": "cpu",
+            "train.steps": STEPS,
+            "train.batch_size": BATCH,
+            "train.micro_batch_size": BATCH // MICRO_BATCHES // processes,
+            "optim.lr": 1e-2,
+            "eval.every": 3,
+            "eval.sequences": 5,
+            "save.every": 3,
+            "save.keep": STEPS,
+            "log_every": 1,
+            "run_dir": self.path,
+        } | {key.replace("__", "."): value for key, value in changes.items()}
+        words = []
+        for key, value in options.items():
+            words += [f"--{key.replace('_', '-')}", *str(value).split()]
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
+        request = {"processes": processes, "port": store.port, "log": str(log)}
+        statuses = self.ask(request | {"die": die, "words": words})
+        told = "\n".join(file.read_text() for file in sorted(log.glob("output-*")))
+        if die[1]:
+            assert statuses[die[0]] == -signal.SIGKILL and (log / "killed").exists(), told
+        else:
+            assert statuses == [0] * processes, told
+        notes = [(log / f"steps-{rank}").read_text() for rank in range(processes)]
+        self.starts.append([[json.loads(line) for line in note.splitlines()] for note in notes])
+        return self
+
+    def samples(self, start: int = -1) -> list[Counter[str]]:
+        """What the model was given in each step of a start, on all ranks together."""
+        return [
+            Counter(row for note in notes for row in note["rows"])
+            for notes in zip(*self.starts[start], strict=True)
+        ]
+
+    def loaded(self, ranks: range) -> dict[str, Tensor]:
+        """What the last start's optimizer began with, put together of these ranks' shards."""
+        log = self.path.parent / f"{self.path.name}-{len(self.starts) - 1}"
+        parts = [torch.load(log / f"loaded-{rank}.pt", weights_only=True) for rank in ranks]
+        whole = {}
+        for name in parts[0]:
+            shards = [part[name] for part in parts]
+            whole[name] = shards[0] if name.endswith(".step") else torch.cat(shards)
+        return whole
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def last(self) -> int:
+        """The step of the latest training checkpoint."""
+        return int(training_checkpoints(self.path)[-1].name.removeprefix("step-"))
+
+    def metrics(self, kind: str, *keys: str) -> dict[int, tuple[float, ...]]:
+        """Step -> values of the records of a kind."""
+        records = [r for r in read_metrics(self.path) if r["kind"] == kind]
+        found = {r["step"]: tuple(r[key] for key in keys) for r in records}
+        assert len(found) == len(records), "a step is told twice"
+        return found
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """A model of odd shapes with 2 new blocks, and sources that last for less than 9 steps."""
+    home = tmp_path_factory.mktemp("resume")
+    odd = {"hidden_size": 30, "intermediate_size": 50, "vocab_size": 403, "num_hidden_layers": 2}
+    odd |= {"num_attention_heads": 5, "num_key_value_heads": 1}
+    base = write_random_checkpoint(home / "base", tiny_config(**odd))
+    expand_checkpoint(Checkpoint.open(base), home / "pro", expansion.interleave(2, 2))
+    text = Path(textwrap.__file__).read_text(encoding="utf-8")
+    (home / "a.txt").write_text(text[:1500])
+    (home / "b.txt").write_text(text[1500:2500])
+    (home / "val.txt").write_text(text[2500:4000])
+    return home
+
+
+@pytest.fixture(scope="module")
+def start(
+    home: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Run]]:
+    """`start(processes, die=..., **changes) -> Run`: a new run."""
+    command = [sys.executable, __file__, str(root / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+        assert server.stdin and server.stdout
+
+        def ask(request: dict[str, Any]) -> list[int]:
+            assert server.stdin and server.stdout
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
+
+        def start(*args: Any, **changes: Any) -> Run:
+            run = Run(ask, home, tmp_path_factory.mktemp("runs") / "run")
+            return run.go(*args, **changes)
+
+        yield start
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def straight(start: Callable[..., Run]) -> Callable[..., Run]:
+    """`straight(processes, **changes) -> Run`: 9 steps that nothing disturbs, run once."""
+    return cache(start)
+
+
+@pytest.fixture(scope="module")
+def resumed(start: Callable[..., Run]) -> Callable[[int], Run]:
+    """`resumed(processes) -> Run`: killed in the seventh step, before the third of its three
+    micro-batches; from step 5 on it logs, saves and evaluates at other intervals."""
+
+    @cache
+    def run(processes: int) -> Run:
+        die = (processes - 1, 6 * MICRO_BATCHES + 3)
+        run = start(processes, die=die, save__every=5, eval__every=4)
+        assert run.last() == 5 and len(run.samples()) == 6
+        return run.go(processes, log_every=3, save__every=4, eval__every=3)
+
+    return run
+
+
+def assert_goes_on_from(run: Run, path: Path, ranks: range) -> None:
+    """The last start's optimizer began with the very bytes of this training checkpoint."""
+    loaded, step = run.loaded(ranks), int(path.name.removeprefix("step-"))
+    stored = load_file(path / "trainable.safetensors") | load_file(path / "optimizer.safetensors")
+    names = [name for name in stored if not name.endswith(MOMENTS)]
+    assert loaded.keys() == stored.keys() | {f"{name}.step" for name in names}
+    for name, tensor in loaded.items():
+        expected = torch.tensor(float(step)) if name.endswith(".step") else stored[name]
+        assert torch.equal(tensor, expected), name
+
+
+def assert_same_up_to_rounding(run: Run, other: Run) -> None:
+    """All losses of all steps; tokens and learning rates are the same.
+
+    Matrix products of other sizes and sums over ranks add the same fp32 numbers in another order.
+    Among so few (sums of 16, 30, 50 and 192 terms) that is a few units in the last place of a loss
+    near 6, and the updates hand it on: 2e-6 is 17 of them.
+    """
+    for kind in ("train", "eval"):
+        found, expected = run.metrics(kind, "loss"), other.metrics(kind, "loss")
+        assert found.keys() == expected.keys()
+        for step, value in found.items():
+            assert value == pytest.approx(expected[step], rel=2e-6, abs=0), f"{kind} {step}"
+    assert run.metrics("train", "tokens", "learning_rate") == other.metrics(
+        "train", "tokens", "learning_rate"
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_while_it_accumulates_ends_with_the_same_bits(
+    processes: int, resumed: Callable[[int], Run], straight: Callable[..., Run]
+) -> None:
+    """SIGKILL in an accumulation window, other intervals after it: all numbers, weights, moments
+    and data are those of the run that was left alone."""
+    whole, run = straight(processes), resumed(processes)
+    assert_goes_on_from(run, run.checkpoint(5), range(processes))
+    assert run.samples(0) == whole.samples()[:6]
+    assert run.samples(1) == whole.samples()[5:]
+    keys = ("loss", "grad_norm", "learning_rate", "tokens")
+    found, expected = run.metrics("train", *keys), whole.metrics("train", *keys)
+    assert list(found) == [1, 2, 3, 4, 5, 6, 9] and list(expected) == [*range(1, 10)]
+    assert found.items() <= expected.items()
+    found, expected = run.metrics("eval", "loss"), whole.metrics("eval", "loss")
+    assert list(found) == [0, 4, 6, 9] and list(expected) == [0, 3, 6, 9]
+    assert [found[step] for step in (0, 6, 9)] == [expected[step] for step in (0, 6, 9)]
+    for file in ("trainable.safetensors", "optimizer.safetensors"):
+        first, second = (r.checkpoint(STEPS) / file for r in (whole, run))
+        assert first.read_bytes() == second.read_bytes(), file
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_random_generator_goes_on_where_it_was(
+    processes: int, resumed: Callable[[int], Run], straight: Callable[..., Run]
+) -> None:
+    """Python's, NumPy's and PyTorch's give each rank its own numbers, the same after the kill as
+    without it, though two of them had a number in store when they were saved."""
+    ranks = [[note["drawn"] for note in notes] for notes in straight(processes).starts[0]]
+    first, second = resumed(processes).starts
+    for rank, drawn in enumerate(ranks):
+        assert [note["drawn"] for note in first[rank]] == drawn[:6]
+        assert [note["drawn"] for note in second[rank]] == drawn[5:]
+    assert len({number for drawn in ranks for numbers in drawn for number in numbers}) == (
+        processes * STEPS * MICRO_BATCHES * 3
+    )
+
+
+@pytest.mark.parametrize("trainable", ["new_blocks", "all"])
+def test_four_processes_then_two_then_one_are_one_run(
+    trainable: str, start: Callable[..., Run], straight: Callable[..., Run]
+) -> None:
+    """Each killed in the middle of a step and continued on half as many: every step has its
+    samples, weights and moments are resharded to the bit, and losses differ by rounding."""
+    changes: dict[str, Any] = {"train__trainable": trainable}
+    whole = straight(1, **changes)
+    run = start(4, die=(2, 3 * MICRO_BATCHES + 2), **changes)
+    samples = run.samples()[:3]
+    assert run.last() == 3
+    run.go(2, die=(0, 3 * MICRO_BATCHES + 3), **changes)
+    assert_goes_on_from(run, run.checkpoint(3), range(2))
+    samples += run.samples()[:3]
+    assert run.last() == 6
+    run.go(1, **changes)
+    assert_goes_on_from(run, run.checkpoint(6), range(1))
+    assert samples + run.samples() == whole.samples()
+    assert_same_up_to_rounding(run, whole)
+
+
+def test_other_ways_to_spread_the_model_go_on_from_each_other(
+    start: Callable[..., Run], straight: Callable[..., Run]
+) -> None:
+    """From one process to two groups of two with frozen weights on each (HSDP), to two processes
+    that keep them gathered: one run."""
+    whole = straight(1)
+    run = start(1, die=(0, 3 * MICRO_BATCHES + 2))
+    run.go(4, die=(3, 3 * MICRO_BATCHES + 2), train__shard_size=2, train__frozen="replicate")
+    for group in (range(2), range(2, 4)):
+        assert_goes_on_from(run, run.checkpoint(3), group)
+    assert run.samples()[:3] == whole.samples()[3:6] and run.last() == 6
+    run.go(2, train__frozen="gather")
+    assert_goes_on_from(run, run.checkpoint(6), range(2))
+    assert run.samples() == whole.samples()[6:]
+    assert_same_up_to_rounding(run, whole)
+
+
+def test_samples_are_a_function_of_the_step_across_an_epoch(straight: Callable[..., Run]) -> None:
+    """Each is a whole batch, no two are alike, and some sequences come again; on 1 process as on
+    2."""
+    samples = straight(1).samples()
+    assert len(samples) == STEPS and all(step.total() == BATCH for step in samples)
+    assert len({frozenset(step) for step in samples}) == STEPS
+    assert sum(samples, Counter()).most_common(1)[0][1] > 1  # some are seen again
+    assert straight(2).samples() == samples
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_in_memory_too_only_the_new_blocks_move(
+    processes: int, straight: Callable[..., Run], home: Path
+) -> None:
+    """After every step each frozen tensor has the bytes of the checkpoint; the optimizer holds the
+    new blocks and nothing else."""
+    tensors = Checkpoint.open(home / "pro").tensors
+    ranks = straight(processes).starts[0]
+    first = [notes[0]["frozen"] for notes in ranks]
+    if processes == 1:
+        assert first[0] == {n: t.sha256() for n, t in tensors.items() if not n.startswith(NEW)}
+    for notes, frozen in zip(ranks, first, strict=True):
+        assert len(notes) == STEPS and len(frozen) + 2 * 9 == len(tensors)
+        for note in notes:
+            assert note["frozen"] == frozen
+            assert set(note["trained"]) == {name for name in tensors if name.startswith(NEW)}
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
