@@ -1,7 +1,8 @@
 """The model's configuration: Hugging Face's `config.json`, read strictly, and the expansion record.
 
-What cannot be represented by `llamapro/model.py` (biases, other activations, scaled RoPE, ...) is
-refused with the field's name: a model that would be computed wrongly is never loaded.
+LLaMA 1 to 3.2, Code Llama, TinyLlama and Mistral differ in these numbers only. What cannot be
+represented by `llamapro/model.py` (biases, other activations, experts, ...) is refused with the
+field's name: a model that would be computed wrongly is never loaded.
 """
 
 import dataclasses
@@ -64,7 +65,7 @@ class ExpansionRecord:
                 str(raw["base_sha256"]),
                 tuple(raw.get("generations", ())),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{where}: the 'llamapro' record is damaged ({error!r})") from None
         layers, sources = record.new_layers, record.source_layers
         if (
@@ -87,10 +88,41 @@ class ExpansionRecord:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched for longer contexts: see `ops.rope_frequencies`.
+
+    Attributes:
+        kind: "linear" (Chen et al., 2023) or "llama3" (Llama 3.1).
+        factor: by which the frequencies, in "llama3" the low ones alone, are divided.
+        low_freq_factor, high_freq_factor: "llama3": a wave that fits this often into the original
+            context is low, or high; between the two it is blended.
+        original_max_position_embeddings: "llama3": the context before, in tokens.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_max_position_embeddings: int = 0
+
+
+# What transformers assumes of an absent field, where the two kinds differ.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
 # Fields that must have exactly this value (or be absent), because the model computes nothing else.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
     "hidden_act": ("silu",),
+    "partial_rotary_factor": (1, 1.0, None),
+    "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0, 1),
+    "layer_types": (None,),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "attention_dropout": (0, 0.0),
@@ -111,6 +143,9 @@ class ModelConfig:
     """A LLaMA's hyper-parameters under Hugging Face's names.
 
     Attributes:
+        model_type: "llama" or "mistral".
+        sliding_window: how many positions a token sees, itself included (Mistral 7B v0.1); None:
+            all before it.
         raw: the whole `config.json` this was read from; keys unknown to this class survive a
             rewrite, so other tools find what they put there.
         expansion: the `llamapro` record, or None for a model that was never expanded.
@@ -131,6 +166,9 @@ class ModelConfig:
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     expansion: ExpansionRecord | None = None
+    model_type: str = "llama"
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -160,6 +198,13 @@ class ModelConfig:
         """
         wrong: list[str] = []
 
+        model_type = raw.get("model_type", "llama")
+        if model_type not in _DEFAULTS:
+            supported = " and ".join(map(repr, _DEFAULTS))
+            raise ConfigError(
+                f"{where}: model_type {model_type!r} is not supported (only {supported})"
+            )
+        raw_or_default = _DEFAULTS[model_type] | raw
         known = [f.name for f in dataclasses.fields(cls)] + ["eos_token_id", *_ONLY_SUPPORTED]
         for key in raw:
             # Foreign keys are fine; a near miss of a key that is absent is a typo that would
@@ -169,14 +214,14 @@ class ModelConfig:
                 wrong.append(f"unknown key {key!r} (did you mean {near[0]!r}?)")
 
         def number(key: str, default: Any = None, kind: type = int, value: Any = None) -> Any:
-            value = raw.get(key) if value is None else value
+            value = raw_or_default.get(key) if value is None else value
             value = default if value is None else value
             if value is None:
                 wrong.append(f"{key} is missing")
                 return 1
-            # Python's JSON reads NaN and Infinity; neither is a size.
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                wrong.append(f"{key} is {value!r}, expected a positive number")
+            # Python's JSON reads NaN and Infinity, and integers too long for a float.
+            if type(value) not in (int, float) or not 0 < value < 1e300:
+                wrong.append(f"{key} is {value!r:.80}, expected a positive number")
                 return 1
             if kind is int and value != int(value):
                 wrong.append(f"{key} is {value!r}, expected a whole number")
@@ -206,10 +251,11 @@ class ModelConfig:
         if not isinstance(rope, dict):
             wrong.append(f"rope_parameters or rope_scaling is {rope!r}, expected a JSON object")
             rope = {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            wrong.append(f"rope type {rope_type!r} is not supported (only 'default')")
         rope_theta = number("rope_theta", 10000.0, float, rope.get("rope_theta"))
+        rope_scaling = _read_rope_scaling(rope, wrong)
+        window = raw_or_default.get("sliding_window") if model_type == "mistral" else None
+        if window is not None:
+            window = number("sliding_window")
 
         tied = raw.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
@@ -219,7 +265,7 @@ class ModelConfig:
             "rms_norm_eps": number("rms_norm_eps", 1e-6, float),
             "initializer_range": number("initializer_range", 0.02, float),
         }
-        max_positions = number("max_position_embeddings", 2048)
+        max_positions = number("max_position_embeddings")
         if wrong:
             raise ConfigError(f"{where}: " + "; ".join(wrong))
         expansion = None
@@ -231,7 +277,10 @@ class ModelConfig:
             **sizes,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
+            model_type=model_type,
             rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            sliding_window=window,
             max_position_embeddings=max_positions,
             tie_word_embeddings=tied,
             bos_token_id=raw.get("bos_token_id", 1),
@@ -249,5 +298,46 @@ class ModelConfig:
         )
 
     def to_json(self) -> str:
-        """Returns the text of `config.json`."""
-        return json.dumps(self.raw, indent=2) + "\n"
+        """Returns the text of `config.json`, for transformers 4 and 5 alike."""
+        raw, rope = dict(self.raw), self.raw.get("rope_parameters")
+        if rope and "rope_theta" not in raw:
+            # Version 4 would not see `rope_parameters`, and compute with its defaults in silence.
+            raw["rope_theta"] = self.rope_theta
+            raw["rope_scaling"] = rope if self.rope_scaling else None
+        return json.dumps(raw, indent=2) + "\n"
+
+
+def _read_rope_scaling(rope: dict[str, Any], wrong: list[str]) -> RopeScaling | None:
+    """Reads `rope_scaling` or `rope_parameters`; adds to `wrong` what is impossible in it."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if (part := rope.get("partial_rotary_factor", 1)) != 1:
+        wrong.append(f"partial_rotary_factor {part!r} is not supported (only 1)")
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }.get(kind)
+    if needed is None:
+        wrong.append(f"rope type {kind!r} is not supported (only default, linear and llama3)")
+        return None
+    values: dict[str, Any] = {key: rope.get(key) for key in needed}
+    bad = {
+        key: value
+        for key, value in values.items()
+        if type(value) not in (int, float) or not 0 < value < math.inf
+    }
+    wrong += [f"rope {kind}: {key} is {bad[key]!r}, expected a positive number" for key in bad]
+    if kind == "default" or bad:
+        return None
+    scaling = RopeScaling(kind, **values)
+    if scaling.low_freq_factor > 0 and scaling.low_freq_factor >= scaling.high_freq_factor:
+        wrong.append(
+            f"rope {kind}: low_freq_factor {scaling.low_freq_factor} is not below "
+            f"high_freq_factor {scaling.high_freq_factor}"
+        )
+    return scaling

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from llamapro.config import ConfigError, ExpansionRecord, ModelConfig
+from llamapro.config import ConfigError, ExpansionRecord, ModelConfig, RopeScaling
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -156,6 +156,7 @@ def test_no_end_token_and_several_are_possible() -> None:
         ({"head_dim": 33}, "head_dim 33 is odd"),
         ({"vocab_size": 0}, "vocab_size is 0, expected a positive number"),
         ({"vocab_size": "32000"}, "vocab_size is '32000', expected a positive number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True, expected a positive number"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5, expected a whole number"),
         ({"hidden_size": float("nan")}, "hidden_size is nan, expected a positive number"),
@@ -175,6 +176,10 @@ def test_an_impossible_value_is_named(change: dict[str, Any], expected: str) -> 
     "field, value",
     [
         ("model_type", "gpt2"),
+        ("model_type", "mixtral"),
+        ("num_local_experts", 8),
+        ("partial_rotary_factor", 0.5),
+        ("layer_types", ["sliding_attention", "full_attention"]),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
@@ -191,12 +196,12 @@ def test_a_field_the_model_does_not_compute_is_refused_by_name(field: str, value
 @pytest.mark.parametrize(
     "rope",
     [
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
     ],
 )
-def test_scaled_rope_is_refused_by_its_type(rope: dict[str, Any]) -> None:
+def test_other_scaled_rope_is_refused_by_its_type(rope: dict[str, Any]) -> None:
     """Under all three spellings."""
     inner = next(iter(rope.values()))
     kind = inner.get("rope_type", inner.get("type"))
@@ -239,6 +244,7 @@ def test_foreign_keys_survive_a_rewrite() -> None:
     "damage",
     [
         {"new_layers": []},
+        {"new_layers": [float("inf"), 3]},
         {"new_layers": [3, 1]},
         {"new_layers": [1, 1]},
         {"new_layers": [1, 4]},
@@ -282,3 +288,65 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
         file.write_bytes(damage)
         with pytest.raises(ConfigError, match=r"config\.json: not readable as JSON"):
             ModelConfig.from_file(file)
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA_3},
+        {"rope_parameters": LLAMA_3 | {"rope_theta": 500000.0}},
+    ],
+)
+def test_llama_3_scaling_is_found_where_either_generation_writes_it(rope: dict[str, Any]) -> None:
+    """Beside theta (transformers 4) or with it (5), the same numbers."""
+    config = ModelConfig.from_dict(LLAMA_2_7B | rope)
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert config.rope_theta == 500000.0
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"factor": None}, "rope llama3: factor is None, expected a positive number"),
+        ({"factor": "8"}, "rope llama3: factor is '8', expected a positive number"),
+        ({"low_freq_factor": 4.0}, "low_freq_factor 4.0 is not below high_freq_factor 4.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    ],
+)
+def test_impossible_scaling_is_named(change: dict[str, Any], expected: str) -> None:
+    """A number that is missing is not replaced by a default."""
+    assert expected in message(LLAMA_2_7B | {"rope_scaling": LLAMA_3 | change})
+
+
+def test_mistral_has_its_own_defaults() -> None:
+    """Those of transformers' MistralConfig; a window of null, as in v0.3, is none."""
+    sizes = SIZES | {"model_type": "mistral"}
+    theirs = transformers.MistralConfig(**SIZES)
+    config = ModelConfig.from_dict(sizes)
+    for name in ("num_key_value_heads", "max_position_embeddings", "sliding_window"):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.sliding_window == 4096
+    assert ModelConfig.from_dict(sizes | {"sliding_window": None}).sliding_window is None
+    assert "sliding_window is -1" in message(sizes | {"sliding_window": -1})
+
+
+def test_what_is_written_is_read_by_transformers_4_too() -> None:
+    """It knows no `rope_parameters`: theta and scaling stand beside them."""
+    config = ModelConfig.from_dict(
+        SIZES | {"rope_parameters": LLAMA_3 | {"rope_theta": 5e5}, "num_key_value_heads": 8}
+    )
+    written = json.loads(config.to_json())
+    assert written["rope_theta"] == 5e5 and written["rope_scaling"]["factor"] == 8.0
+    assert ModelConfig.from_dict(written) == config
+    plain = SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    written = json.loads(ModelConfig.from_dict(plain).to_json())
+    assert written["rope_theta"] == 1e6 and written["rope_scaling"] is None

@@ -1,0 +1,268 @@
+"""Conversations to be trained on: read from files of several forms, and checked in one pass.
+
+Files -> rows -> messages. What cannot be used is noted with its file and row and reading goes on,
+so that one run names everything that has to be repaired.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamapro.config import DataError
+from llamapro.corpus import SourceFile
+
+Message = dict[str, str]  # role and content
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+# What a row may hold a conversation under: a list of turns, or a question and its answer.
+_FORMS = (
+    ("messages",),
+    ("conversations",),  # ShareGPT
+    ("instruction", "output"),  # Alpaca, with an optional "input"
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("query", "response"),  # MetaMathQA
+)
+_KEYS = {"input", "system", "tools"}.union(*_FORMS)
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+_EXPECTED = "expected messages, conversations, instruction and output, or prompt and response"
+
+
+class Problems:
+    """What is wrong with the data, gathered to be raised as one error.
+
+    Attributes:
+        count: how many there are; the first `limit` of them are kept to be named.
+    """
+
+    def __init__(self, limit: int = 20) -> None:
+        self.count = 0
+        self._limit = limit
+        self._lines: list[str] = []
+
+    def add(self, where: str, problem: str) -> None:
+        """Notes a problem; `where` is "file:row"."""
+        self.count += 1
+        if len(self._lines) < self._limit:
+            self._lines.append(f"  {where}: {problem}")
+
+    def check(self) -> None:
+        """Raises DataError with a line for each problem, if there are any."""
+        if not self.count:
+            return
+        lines = [f"{self.count:,} problem{'s' if self.count > 1 else ''} in the conversations:"]
+        lines += self._lines
+        if self.count > len(self._lines):
+            lines.append(f"  and {self.count - len(self._lines):,} more")
+        raise DataError("\n".join(lines))
+
+
+@dataclass
+class ConversationCounts:
+    """What was read; `bytes` is the UTF-8 length of all messages.
+
+    `documents` is the number of conversations, under the name that `TokenStore` knows.
+    """
+
+    documents: int = 0
+    turns: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    untrained_conversations: int = 0
+    other_files: int = 0
+
+    def describe(self) -> str:
+        """Returns the counts as text; those of what was left out only where they are not zero."""
+        unusual = {
+            "conversations without a trained token left out": self.untrained_conversations,
+            f"files that are not {', '.join(SUFFIXES)} skipped": self.other_files,
+        }
+        more = "".join(f", {count:,} {name}" for name, count in unusual.items() if count)
+        share = self.trained_tokens / max(1, self.tokens)
+        return (
+            f"{self.documents:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} of them trained ({share:.0%}){more}"
+        )
+
+
+def read_conversations(
+    files: Sequence[SourceFile],
+    problems: Problems,
+    counts: ConversationCounts,
+) -> Iterator[tuple[str, list[Message]]]:
+    """Yields the conversations of the files, in order.
+
+    A file is `.jsonl` or `.jsonl.gz` (a conversation per line), `.json` (a list of them) or
+    `.parquet`. Each row is recognised by its keys: `messages` (role, content), `conversations`
+    (ShareGPT: from, value), `instruction`/`input`/`output`, or `prompt` or `query` with `response`
+    or `completion`; a `system` beside them becomes the first message.
+
+    Args:
+        files: from `corpus.find_files`.
+        problems: gets what cannot be read, by file and row; nothing is raised here.
+        counts: `other_files` is added to: files of a folder that are not of these kinds.
+
+    Yields:
+        "file:row", counted from 1, and the messages, each with a `role` and a `content`. Whether
+        roles and turns make sense is for the chat template to say.
+    """
+    for file in files:
+        if not file.path.name.lower().endswith(SUFFIXES):
+            if file.is_named:
+                problems.add(str(file.path), f"not one of {', '.join(SUFFIXES)}")
+            counts.other_files += not file.is_named
+            continue
+        for where, row in _rows(file.path, problems):
+            messages, found = to_messages(row)
+            for problem in found:
+                problems.add(where, problem)
+            if not found:
+                yield where, messages
+
+
+def to_messages(row: Any) -> tuple[list[Message], list[str]]:
+    """Returns a row's messages and no problem, or no messages and what is wrong with its form.
+
+    Contents that are lists of text parts are joined.
+    """
+    if not isinstance(row, dict):
+        return [], [f"expected a JSON object, found {type(row).__name__}"]
+    row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
+    form = _form(row)
+    if form is None:
+        return [], [f"no conversation (found keys: {_names(row)}); {_EXPECTED}"]
+    if row.get("tools"):
+        return [], ["'tools' are not supported: remove the row, or the key"]
+    if len(form) == 1:
+        turns = row[form[0]]
+        if not isinstance(turns, list):
+            return [], [f"{form[0]!r} is {type(turns).__name__}, expected a list of turns"]
+    else:
+        question, answer = (row[key] for key in form)
+        if form[0] == "instruction" and row.get("input"):
+            if not isinstance(question, str) or not isinstance(row["input"], str):
+                return [], ["'instruction' and 'input' are not both strings"]
+            question = f"{question}\n\n{row['input']}"
+        turns = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    if row.get("system"):
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    messages: list[Message] = []
+    problems: list[str] = []
+    for number, turn in enumerate(turns, 1):
+        message, problem = _message(turn)
+        messages.append(message)
+        if problem:
+            problems.append(f"turn {number}: {problem}")
+    return ([], problems) if problems else (messages, [])
+
+
+def _form(keys: Container[str]) -> tuple[str, ...] | None:
+    """Returns the first of the forms whose keys are all there."""
+    return next((form for form in _FORMS if all(key in keys for key in form)), None)
+
+
+def _names(keys: Any) -> str:
+    return ", ".join(repr(key) for key in list(keys)[:8]) or "none"
+
+
+def _message(turn: Any) -> tuple[Message, str]:
+    """Returns a turn's role and content, and what is wrong with it, "" if nothing."""
+    if not isinstance(turn, dict):
+        return {}, f"expected role and content, found {type(turn).__name__}"
+    if turn.get("tool_calls"):
+        return {}, "'tool_calls' are not supported: remove the conversation, or write them as text"
+    role, content = turn.get("role"), turn.get("content")
+    if role is None and "from" in turn:
+        role, content = turn["from"], turn.get("value")
+        role = _ROLES.get(role, role) if isinstance(role, str) else role
+    if not isinstance(role, str):
+        return {}, f"no role and content, or from and value (found keys: {_names(turn)})"
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        if kinds := {str(part.get("type")) for part in parts} - {"text"}:
+            found = ", ".join(sorted(kinds))
+            return {}, f"the content has a part of type {found}; only text is trained on"
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if len(texts) < len(parts):
+            return {}, "the content has a part of type text without a text"
+        content = "".join(texts)
+    if not isinstance(content, str):
+        return {}, f"the content is {type(content).__name__}, expected a string"
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        return {}, f"the content is not valid Unicode ({error.reason})"
+    return {"role": role, "content": content}, ""
+
+
+def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """Yields "file:row" and what stands there; notes what cannot be read."""
+    name, row = path.name.lower(), 0
+    try:
+        if name.endswith(".parquet"):
+            yield from _parquet_rows(path, problems)
+        elif name.endswith(".json"):
+            values = json.loads(path.read_bytes().decode("utf-8-sig"))
+            if not isinstance(values, list):
+                found = type(values).__name__
+                problems.add(f"{path}:1", f"expected a list of conversations, found {found}")
+                return
+            for row, value in enumerate(values, 1):
+                yield f"{path}:{row}", value
+        else:
+            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as lines:
+                for row, line in enumerate(lines, 1):
+                    if not line.strip():
+                        continue
+                    text = line.decode("utf-8-sig")
+                    try:
+                        value = json.loads(text)
+                    except (ValueError, RecursionError) as error:
+                        problems.add(f"{path}:{row}", f"not a line of JSON ({error})")
+                        continue
+                    yield f"{path}:{row}", value
+    except UnicodeDecodeError as error:
+        # All of such a file is in the other encoding: one problem, and what follows is not read.
+        line_number = max(row, 1) + error.object[: error.start].count(b"\n")
+        problem = f"not UTF-8 ({error.reason}); convert the file, as with iconv -t UTF-8"
+        problems.add(f"{path}:{line_number}", problem)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        problems.add(f"{path}:{row + 1}", f"truncated or not gzip ({error})")
+    except OSError as error:
+        problems.add(f"{path}:{row + 1}", f"cannot be read: {error.strerror}")
+    except (ValueError, RecursionError) as error:
+        line_number = getattr(error, "lineno", 1)
+        hint = "; a conversation per line is a .jsonl file" if line_number == 2 else ""
+        problems.add(f"{path}:{line_number}", f"not JSON ({error}){hint}")
+
+
+def _parquet_rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a parquet file, of the columns that mean something here."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        problems.add(str(path), "needs pyarrow: pip install 'llamapro[data]'")
+        return
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = table.schema_arrow.names
+            if _form(columns) is None:
+                found = f"no column of a conversation (found: {_names(columns)}); {_EXPECTED}"
+                problems.add(f"{path}:1", found)
+                return
+            wanted = [column for column in columns if column in _KEYS]
+            for part in table.iter_batches(batch_size=1024, columns=wanted):
+                for value in part.to_pylist():
+                    row += 1
+                    yield f"{path}:{row}", value
+    except (pyarrow.ArrowException, OSError) as error:
+        problems.add(f"{path}:{row + 1}", f"not a parquet file, or a damaged one ({error})")

@@ -1,0 +1,226 @@
+"""Chat files: every form is read, and every mistake is named with its file and row in one pass."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamapro.config import DataError
+from llamapro.conversations import (
+    ConversationCounts,
+    Message,
+    Problems,
+    read_conversations,
+    to_messages,
+)
+from llamapro.corpus import find_files
+
+ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+ROW = {"messages": ASKED}
+IN_PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+
+
+def read(*paths: Path) -> tuple[list[tuple[str, list[Message]]], Problems]:
+    """Returns what is read from files or folders, and the problems."""
+    problems, counts = Problems(), ConversationCounts()
+    files = find_files([str(path) for path in paths])
+    return list(read_conversations(files, problems, counts)), problems
+
+
+def lines_of(problems: Problems) -> list[str]:
+    """Returns the problems' lines of the error that they become."""
+    with pytest.raises(DataError) as raised:
+        problems.check()
+    return str(raised.value).splitlines()[1:]
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": ASKED},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"conversations": ASKED, "messages": None},
+        {"instruction": "Hi", "output": "Hello"},
+        {"instruction": "Hi", "input": "", "output": "Hello"},
+        {"prompt": "Hi", "response": "Hello"},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"query": "Hi", "response": "Hello", "type": "MATH"},
+        {"messages": [{"role": "user", "content": IN_PARTS}, ASKED[1]]},
+    ],
+)
+def test_every_form_of_a_row_gives_the_same_messages(row: dict[str, Any]) -> None:
+    """messages, ShareGPT, Alpaca, prompt and answer, and contents in parts mean the same."""
+    assert to_messages(row) == (ASKED, [])
+
+
+def test_input_and_system_become_part_of_the_conversation() -> None:
+    """Alpaca's input follows the instruction; a system text is the first message."""
+    row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief."}
+    messages, problems = to_messages(row)
+    assert not problems
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "Be brief."),
+        ("user", "Add\n\n1 2"),
+        ("assistant", "3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ([1], "found list"),
+        ({"text": "x"}, "no conversation (found keys: 'text')"),
+        ({"instruction": "x"}, "no conversation"),
+        ({"messages": "x"}, "'messages' is str"),
+        ({"messages": ["x"]}, "turn 1: expected role and content, found str"),
+        ({"messages": [ASKED[0], {"role": "assistant"}]}, "turn 2: the content is NoneType"),
+        ({"messages": [{"content": "x"}]}, "turn 1: no role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type image"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "without a text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid Unicode"),
+        ({"messages": [{**ASKED[1], "tool_calls": [1]}]}, "turn 1: 'tool_calls' are not supported"),
+        ({**ROW, "tools": [{"name": "f"}]}, "'tools' are not supported"),
+        ({"instruction": "x", "input": 3, "output": "y"}, "'instruction' and 'input'"),
+        ({"prompt": "x", "response": 3}, "turn 2: the content is int"),
+    ],
+)
+def test_row_of_another_form_is_refused_not_guessed(row: Any, problem: str) -> None:
+    """What cannot be trained on as it stands is a problem that says what was found."""
+    messages, problems = to_messages(row)
+    assert messages == []
+    assert len(problems) == 1 and problem in problems[0]
+
+
+def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
+    """Lines, compressed lines and lists give the rows with their numbers; blank lines count."""
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("\ufeff" + json.dumps(ROW) + "\n\n" + json.dumps(ROW))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps(ROW) + "\n")
+    (tmp_path / "c.json").write_text(json.dumps([ROW, ROW], indent=1))
+    (tmp_path / "readme.md").write_text("about the data")
+    counts, problems = ConversationCounts(), Problems()
+    found = list(read_conversations(find_files([str(tmp_path)]), problems, counts))
+    problems.check()
+    assert [where.removeprefix(f"{tmp_path}/") for where, _ in found] == [
+        "a.jsonl:1",
+        "a.jsonl:3",
+        "b.jsonl.gz:1",
+        "c.json:1",
+        "c.json:2",
+    ]
+    assert all(messages == ASKED for _, messages in found)
+    assert counts.other_files == 1
+    assert "1 files that are not" in counts.describe()
+
+
+def test_parquet_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
+    """Rows come with their numbers; a missing column and damage are told with the file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def write_table(name: str, rows: list[dict[str, Any]]) -> Path:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+        return tmp_path / name
+
+    good = write_table("good.parquet", [{**ROW, "id": 1}, {"messages": None, "id": 2}, ROW])
+    share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    write_table("share.parquet", [{"conversations": share}])
+    columns = write_table("text.parquet", [{"text": "x", "n": 1}])
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(good.read_bytes()[:-20])
+    found, problems = read(good, tmp_path / "share.parquet", columns, broken)
+    rows = [(where.removeprefix(f"{tmp_path}/"), messages) for where, messages in found]
+    assert rows == [
+        ("good.parquet:1", ASKED),
+        ("good.parquet:3", ASKED),
+        ("share.parquet:1", ASKED),
+    ]
+    lines = lines_of(problems)
+    assert f"{good}:2: no conversation" in lines[0]
+    assert f"{columns}:1: no column of a conversation (found: 'text', 'n')" in lines[1]
+    assert f"{broken}:1: not a parquet file, or a damaged one" in lines[2]
+    assert len(lines) == 3
+
+
+def test_missing_pyarrow_is_told_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the extra, a parquet file is a problem that says what to install."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    _, problems = read(tmp_path / "a.parquet")
+    assert "pip install 'llamapro[data]'" in lines_of(problems)[0]
+
+
+def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None:
+    """Each bad row is named with file and number, good ones between them are still read."""
+    bad_turns = [{"role": "user"}, {"name": "x"}, ASKED[1]]
+    rows = write(tmp_path / "rows.jsonl", ROW, {"messages": bad_turns}, ROW, {"text": "x"})
+    with rows.open("a") as file:
+        file.write("{not json\n" + json.dumps(ROW) + "\n")
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(json.dumps(ROW).encode() + b'\n{"messages": "caf\xe9"}\n')
+    wide = tmp_path / "wide.json"
+    wide.write_bytes(json.dumps([ROW]).encode("utf-16"))
+    single = tmp_path / "single.json"
+    single.write_text(json.dumps(ROW))
+    stacked = write(tmp_path / "stacked.json", ROW, ROW)
+    cut = tmp_path / "cut.jsonl.gz"
+    whole = gzip.compress(b"".join(json.dumps([i]).encode() + b"\n" for i in range(3)), mtime=0)
+    cut.write_bytes(whole[:-9])
+    plain = tmp_path / "plain.jsonl.gz"
+    plain.write_text(json.dumps(ROW))
+    other = tmp_path / "data.csv"
+    other.write_text("a,b")
+    found, problems = read(rows, latin, wide, single, stacked, plain, other)
+    assert [where for where, _ in found] == [f"{rows}:1", f"{rows}:3", f"{rows}:6", f"{latin}:1"]
+    expected = [
+        f"{rows}:2: turn 1: the content is NoneType",
+        f"{rows}:2: turn 2: no role",
+        f"{rows}:4: no conversation (found keys: 'text')",
+        f"{rows}:5: not a line of JSON",
+        f"{latin}:2: not UTF-8",
+        f"{wide}:1: not UTF-8",
+        f"{single}:1: expected a list of conversations, found dict",
+        f"{stacked}:2: not JSON (Extra data",
+        f"{plain}:1: truncated or not gzip",
+        f"{other}: not one of .jsonl",
+    ]
+    lines = lines_of(problems)
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.strip().startswith(start)
+    assert "a conversation per line is a .jsonl file" in lines[7]
+    assert "truncated or not gzip" in lines_of(read(cut)[1])[-1]
+
+
+def test_encoding_error_ends_its_file_with_its_line(tmp_path: Path) -> None:
+    """A file of another encoding is one problem, not one for each of its lines."""
+    path = tmp_path / "a.json"
+    path.write_bytes(json.dumps([ROW, ROW], indent=1).encode() + b"\n\xe9\n\xe9")
+    line_number = path.read_bytes().count(b"\n")
+    assert f"{path}:{line_number}: not UTF-8" in lines_of(read(path)[1])[0]
+    lines = tmp_path / "b.jsonl"
+    lines.write_bytes(b'"\xe9"\n' * 50)
+    assert read(lines)[1].count == 1
+
+
+def test_long_lists_of_problems_are_cut_and_counted(tmp_path: Path) -> None:
+    """The first twenty problems are named, the number of the others is told."""
+    _, problems = read(write(tmp_path / "a.jsonl", *[{"x": 1}] * 33))
+    lines = lines_of(problems)
+    assert len(lines) == 21
+    assert f"{tmp_path}/a.jsonl:20:" in lines[19]
+    assert lines[20].strip() == "and 13 more"
+    with pytest.raises(DataError, match=r"^33 problems"):
+        problems.check()
+    Problems().check()
