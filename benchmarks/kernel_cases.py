@@ -140,7 +140,11 @@ class Cases:
 
     def rope(self) -> Iterator[Case]:
         B, T, D = (2, 4096, 128) if self.is_gpu else (1, 32, 16)
-        cos, sin = ops.rope_table(torch.arange(T, device=self.device), D, 10000.0, self.dtype)
+        cos, sin = ops.rope_table(
+            torch.arange(T, device=self.device),
+            ops.rope_frequencies(D, 10000.0, device=self.device),
+            self.dtype,
+        )
         functions = self._functions(
             rope,
             D,

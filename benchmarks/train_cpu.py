@@ -4,8 +4,9 @@
                                    [--sides ours ddp fsdp2] [--batch-size 2] [--steps 10]
                                    [--warmup 2] [--rounds 3] [--threads 1] [--out RESULT.json]
 
-Sides: this implementation (`ours`), and `transformers`' LlamaForCausalLM under DDP (`ddp`) and
-under FSDP2 sharded as ours is (`fsdp2`). All get the same random weights, the same batches, and
+Sides: this implementation (`ours`, with `train.frozen replicate`: frozen weights are whole in every
+process, as under DDP), and `transformers`' LlamaForCausalLM under DDP (`ddp`) and under FSDP2, all
+of it sharded (`fsdp2`). All get the same random weights, the same batches, and
 train the same new blocks: frozen weights stored in the dtype, fp32 masters, clipping, fused AdamW.
 DDP computes with them under autocast. What they compute is the same: their losses say so.
 
@@ -105,7 +106,9 @@ def build_side(side: str, size: Size, ranks: Ranks, dtype: torch.dtype) -> tuple
     """Returns a side's model, and its mean loss over a batch of this process."""
     if side == "ddp":
         return build_ddp(size, dtype)
-    return build("torch" if side == "ours" else "transformers", size, ranks, dtype)
+    if side == "ours":  # frozen weights whole in every process, as under DDP
+        return build("torch", size, ranks, dtype, frozen="replicate")
+    return build("transformers", size, ranks, dtype)
 
 
 def resident_mb() -> float:

@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llamapro import cli, ops
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.distributed import Ranks, process_group, shard
+from llamapro.distributed import Frozen, Ranks, process_group, shard
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.optim import build_adamw, clip_gradients
@@ -148,7 +148,7 @@ def transformers_model(
 
 
 def build(
-    side: str, size: Size, ranks: Ranks, dtype: torch.dtype
+    side: str, size: Size, ranks: Ranks, dtype: torch.dtype, frozen: Frozen = "shard"
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """Returns a side's model, frozen and sharded as train.py does it, and its mean loss."""
     base = ModelConfig.from_dict(size.base)
@@ -173,7 +173,7 @@ def build(
     del tensors  # or what trains would stay in memory twice, in bf16 and in fp32
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
-    shard(model, ranks, dtype)
+    shard(model, ranks, dtype, frozen)
     return model, their_loss if side == "transformers" else our_loss
 
 

@@ -11,8 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llamapro import ops
+from llamapro import functional, ops
 from llamapro.config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without a bias, and with `functional.linear` for its product."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return functional.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -72,12 +82,19 @@ class Attention(nn.Module):
         C, D = config.hidden_size, config.head_dim
         H, KV = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.layer_index = D, layer_index
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, KV * D, bias=False)
-        self.v_proj = nn.Linear(C, KV * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = Linear(C, H * D)
+        self.k_proj = Linear(C, KV * D)
+        self.v_proj = Linear(C, KV * D)
+        self.o_proj = Linear(H * D, C)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bounds: ops.AttentionBounds | None,
+        cache: KVCache | None,
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(heads)  # (B, T, H, D)
         k = self.k_proj(x).view(heads)  # (B, T, KV, D)
@@ -85,7 +102,7 @@ class Attention(nn.Module):
         q, k = ops.rope(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer_index, k, v)  # (B, S, KV, D)
-        return self.o_proj(ops.attention(q, k, v).flatten(2))  # (B, T, C)
+        return self.o_proj(ops.attention(q, k, v, bounds).flatten(2))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -94,9 +111,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, F, bias=False)
-        self.up_proj = nn.Linear(C, F, bias=False)
-        self.down_proj = nn.Linear(F, C, bias=False)
+        self.gate_proj = Linear(C, F)
+        self.up_proj = Linear(C, F)
+        self.down_proj = Linear(F, C)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -119,18 +136,37 @@ class DecoderLayer(nn.Module):
         self.recompute = False
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bounds: ops.AttentionBounds | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
         # Below the first new block nothing needs a gradient, so there is nothing to save.
         needs_graph = x.requires_grad or self.mlp.down_proj.weight.requires_grad
         if self.recompute and needs_graph and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, cos, sin, cache, use_reentrant=False)
-        return self._forward(x, cos, sin, cache)
+            return checkpoint(self._forward, x, cos, sin, bounds, cache, use_reentrant=False)
+        return self._forward(x, cos, sin, bounds, cache)
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def _forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bounds: ops.AttentionBounds | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, bounds, cache)
         x, normed = self.post_attention_layernorm.add(attended, x)
         return x + self.mlp(normed)
+
+
+def rope_table(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns `ops.rope_table` with the frequencies of this configuration."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    frequencies = ops.rope_frequencies(config.head_dim, theta, scaling, positions.device)
+    return ops.rope_table(positions, frequencies, dtype)
 
 
 class LlamaModel(nn.Module):
@@ -145,15 +181,21 @@ class LlamaModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, C)
         T, past = input_ids.shape[1], cache.length if cache is not None else 0
-        positions = torch.arange(past, past + T, device=input_ids.device)
-        cos, sin = ops.rope_table(  # (T, D)
-            positions, self.config.head_dim, self.config.rope_theta, x.dtype
-        )
+        S, window = past + T, self.config.sliding_window
+        bounds, positions = None, torch.arange(past, S, device=x.device)  # (T,)
+        if documents is not None:
+            bounds = ops.attention_bounds(T, S, None, documents)
+            positions = positions - bounds.first  # (B, T): each document starts at 0
+        if window is not None and window < S:
+            bounds = ops.attention_bounds(T, S, window, documents, x.device)
+        cos, sin = rope_table(self.config, positions, x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache)
+            x = layer(x, cos, sin, bounds, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -180,6 +222,7 @@ class LlamaForCausalLM(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        documents: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Computes logits or loss.
 
@@ -188,12 +231,14 @@ class LlamaForCausalLM(nn.Module):
             targets: (B, T) the ids that should follow, `ops.IGNORE_INDEX` where none counts.
             cache: past keys and values; advanced by T positions.
             last_only: compute the logits of the last position alone (generation).
+            documents: (B, S) the number of each position's document, non-decreasing, past ones
+                included: documents do not see one another, and each starts at position 0.
 
         Returns:
             Without targets: logits (B, T, V), or (B, 1, V), in the weights' dtype.
             With targets: (loss_sum, count), as `ops.linear_cross_entropy`.
         """
-        x = self.model(input_ids, cache)  # (B, T, C)
+        x = self.model(input_ids, cache, documents)  # (B, T, C)
         if targets is not None:
             return ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         return self.lm_head(x[:, -1:] if last_only else x)

@@ -9,6 +9,7 @@ Shapes: B batch, T query length, S key length (past + T), C hidden size, H query
 heads, D head dim, F FFN size, V vocabulary, N tokens.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -18,11 +19,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100
-# Logits exist for this many elements at a time in `linear_cross_entropy`: 256 MiB in fp32.
-_LOGIT_CHUNK = 1 << 26
+from llamapro import functional
+from llamapro.config import RopeScaling
+from llamapro.functional import IGNORE_INDEX as IGNORE_INDEX
 
 OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")  # can be switched
 _backends: dict[str, str] = dict.fromkeys(OPS, "auto")
@@ -163,13 +163,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: (..., C).
         weight: (C,).
     """
-    return _normed(x, weight, eps)
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    return functional.RMSNorm.apply(x, weight, eps)
 
 
 @_switched("rms_norm")
@@ -184,22 +178,55 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         s and its norm, both (..., C); s is rounded to x's dtype before it is normed.
     """
     total = residual + x
-    return total, _normed(total, weight, eps)
+    return total, functional.RMSNorm.apply(total, weight, eps)
 
 
-def rope_table(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rope_frequencies(
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Angles per position of the pairs of a head, in fp32 (Su et al., 2021).
+
+    Args:
+        head_dim: D.
+        theta: of the slowest pair.
+        scaling: for contexts longer than the model was first trained with. "linear" slows all
+            pairs down. "llama3" (Llama 3.1) does so with those whose wave is long against the
+            original context, keeps those whose wave is short, and blends between the two.
+        device: of the result.
+
+    Returns:
+        (D / 2,).
+    """
+    exponent = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    frequency = 1.0 / theta**exponent
+    if scaling is None:
+        return frequency
+    slow = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    context = scaling.original_max_position_embeddings
+    wavelength = 2 * math.pi / frequency  # in positions
+    share = (context / wavelength - low) / (high - low)
+    blended = (1 - share) * slow + share * frequency
+    is_long, is_short = wavelength > context / low, wavelength < context / high
+    return torch.where(is_long, slow, torch.where(is_short, frequency, blended))
+
+
+def rope_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, computed in fp32 and then cast (Su et al., 2021).
 
     Args:
         positions: (B, T) or (T,) integer positions.
+        frequencies: (D / 2,), from `rope_frequencies`.
 
     Returns:
         cos, sin: positions.shape + (D,), both halves of the last axis equal (rotate-half layout).
     """
-    exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angle = positions.float()[..., None] * (1.0 / theta**exponent)  # (..., T, D / 2)
+    angle = positions.float()[..., None] * frequencies  # (..., T, D / 2)
     angle = torch.cat((angle, angle), dim=-1)  # (..., T, D)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -214,12 +241,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         cos, sin: (B, T, D) or (T, D), from `rope_table`.
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # broadcast over heads
-
-    def rotate(x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-right, left), dim=-1) * sin
-
-    return rotate(q), rotate(k)
+    return functional.Rotate.apply(q, cos, sin), functional.Rotate.apply(k, cos, sin)
 
 
 class AttentionBounds(NamedTuple):
@@ -298,15 +320,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: AttentionBounds | None = 
 @_switched("swiglu")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up (Shazeer, 2020). Both (..., F)."""
-    return F.silu(gate) * up
+    return functional.SwiGLU.apply(gate, up)
 
 
 @_switched("linear_cross_entropy")
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the token losses of `softmax(x @ weight.T)`, without holding all logits at once.
 
-    The logits of one chunk of tokens live at a time, in forward and, recomputed, in backward.
-    Softmax and sum are in fp32.
+    The logits of one chunk of tokens live at a time, and are computed once: forward computes the
+    gradient as well. Softmax and sum are in fp32.
 
     Args:
         x: (N, C).
@@ -318,16 +340,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
         count: () int64, the number of targets that are not ignored.
     """
 
-    def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(x, weight).float()  # (n, V)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-
-    loss_sum = torch.zeros((), dtype=torch.float32, device=x.device)
-    size = max(1, _LOGIT_CHUNK // weight.shape[0])
-    for part, part_targets in zip(x.split(size), targets.split(size), strict=True):
-        if x.shape[0] > size and torch.is_grad_enabled():
-            part_sum = checkpoint(chunk_loss, part, part_targets, use_reentrant=False)
-        else:
-            part_sum = chunk_loss(part, part_targets)
-        loss_sum = loss_sum + part_sum
+    rows = max(1, logits_at_once(x.device) // weight.shape[0])
+    has_graph = torch.is_grad_enabled()  # a Function's own flags do not know of no_grad
+    needs = (has_graph and x.requires_grad, has_graph and weight.requires_grad)
+    loss_sum = functional.LinearCrossEntropy.apply(x, weight, targets, rows, needs)
     return loss_sum, (targets != IGNORE_INDEX).sum()
+
+
+def logits_at_once(device: torch.device) -> int:
+    """How many logits plain PyTorch holds at a time: 256 MiB in fp32, or what a CPU's cache has."""
+    return 1 << 20 if device.type == "cpu" else 1 << 26

@@ -13,7 +13,7 @@ from llamapro.config import ConfigError, ModelConfig
 from llamapro.distributed import Frozen, world_size
 from llamapro.expansion import select_trainable
 from llamapro.metrics import format_bytes
-from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta
+from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta, rope_table
 from llamapro.settings import Settings
 
 
@@ -169,9 +169,7 @@ def activation_bytes(
     counted: dict[tuple[bool, bool], int] = {}
     kept: list[int] = []
     with FakeTensorMode(), torch.device(device):
-        cos, sin = ops.rope_table(
-            torch.arange(shape[1]), config.head_dim, config.rope_theta, compute_dtype
-        )
+        cos, sin = rope_table(config, torch.arange(shape[1]), compute_dtype)
         for block_trains in trains:
             kind = (block_trains, has_graph)
             has_graph = has_graph or block_trains
@@ -189,7 +187,8 @@ def activation_bytes(
         x = torch.empty(*shape, config.hidden_size, dtype=compute_dtype, requires_grad=has_graph)
         final = _saved_bytes(norm, x)
     if recompute:
-        inputs = len(kept) * x.numel() * compute_dtype.itemsize
+        # The one that has the rest has counted its input already.
+        inputs = max(len(kept) - 1, 0) * x.numel() * compute_dtype.itemsize
         return inputs + max(kept, default=0) + final
     return sum(kept) + final
 
@@ -229,14 +228,14 @@ def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
 def _logit_bytes(
     config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, head_trains: bool
 ) -> int:
-    """Plain PyTorch holds a chunk's log-softmax and two gradients of its size, all in fp32; the
-    kernel one chunk in its dtype, and the head's gradients ahead of backward.
+    """Both hold the head's gradients ahead of backward, and of logits a chunk: the kernel in its
+    dtype, plain PyTorch in fp32 as well.
     """
     logits, C = tokens * config.vocab_size, config.hidden_size
     backend, _ = ops.choose("linear_cross_entropy", device, dtype, C)
-    if backend == "torch":
-        return 3 * 4 * min(logits, 1 << 26)
     gradients = tokens * C * dtype.itemsize + head_trains * config.vocab_size * C * 4
+    if backend == "torch":
+        return min(logits, ops.logits_at_once(device)) * (4 + dtype.itemsize) + gradients
     return min(logits, 1 << 27) * dtype.itemsize + gradients
 
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llamapro import ops
 from llamapro.blocks import check_bytes
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError
 from llamapro.expansion import ZERO_IN_NEW_BLOCKS, Layout, base_names
 from llamapro.manifest import find_damage, load_state, training_checkpoints
-from llamapro.model import DecoderLayer, RMSNorm
+from llamapro.model import DecoderLayer, RMSNorm, rope_table
 from llamapro.tensor_file import StoredTensor, combine_hashes, hash_tensors
 
 PROBE_SHAPE = (2, 16)  # B, T of the random batch
@@ -45,8 +44,7 @@ def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
     stored = checkpoint.layer(index)
     layer.load_state_dict({name: t.map() for name, t in stored.items()}, assign=True)
     positions = torch.arange(x.shape[1])
-    config = checkpoint.config
-    return layer(x, *ops.rope_table(positions, config.head_dim, config.rope_theta, x.dtype))
+    return layer(x, *rope_table(checkpoint.config, positions, x.dtype))
 
 
 def _embed(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:

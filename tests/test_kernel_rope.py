@@ -26,7 +26,7 @@ def table(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of positions that differ in every token of every batch."""
     positions = 3 + 5 * torch.arange(torch.Size(shape).numel(), device=device).view(shape)
-    return ops.rope_table(positions, size, 10_000.0, dtype)
+    return ops.rope_table(positions, ops.rope_frequencies(size, 10_000.0), dtype)
 
 
 def by_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -182,7 +182,9 @@ def test_norms_and_swiglu_of_more_than_2_31_elements(gpu: torch.device) -> None:
 def check_rope_of_many(device: torch.device, dtype: torch.dtype, shape: Any) -> None:
     B, T, H, KV, D = shape
     q, k = (random(B, T, n, D, device=device, dtype=dtype) for n in (H, KV))
-    cos, sin = ops.rope_table(torch.arange(T, device=device), D, 10000.0, dtype)
+    cos, sin = ops.rope_table(
+        torch.arange(T, device=device), ops.rope_frequencies(D, 10000.0, device=device), dtype
+    )
     found = rope.rope(q, k, cos, sin)
     expected = rope.rope(q[-1:].contiguous(), k[-1:].contiguous(), cos, sin)
     for x, y in zip(found, expected, strict=True):
@@ -250,7 +252,9 @@ EVERY_KERNEL = """
         backward(rms_norm.add_rms_norm(x, y, weight, 1e-5), x, y, weight)
         backward(swiglu.swiglu(x, y), x, y)
         q, k = random(3, 13, 5, 24, dtype=dtype), random(3, 13, 1, 24, dtype=dtype)
-        cos, sin = ops.rope_table(torch.arange(13, device=where), 24, 10000.0, dtype)
+        cos, sin = ops.rope_table(
+            torch.arange(13, device=where), ops.rope_frequencies(24, 1e4, device=where), dtype
+        )
         backward(rope.rope(q, k, cos, sin), q, k)
         x, weight = random(9, 24, dtype=dtype), random(1003, 24, dtype=dtype)
         targets = torch.tensor([0, 1, 1002, -100, 5, 6, -100, 8, 9], device=where)

@@ -1,6 +1,8 @@
 """The reference arithmetic against explicit formulas and Hugging Face's own modules."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llamapro import ops
+from llamapro import functional, ops
 
 VOCAB, HIDDEN, TOKENS = 97, 16, 23
 CHUNK_TOKENS = 5  # 23 tokens are four full chunks and one of three
@@ -16,7 +18,7 @@ CHUNK_TOKENS = 5  # 23 tokens are four full chunks and one of three
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_LOGIT_CHUNK", VOCAB * CHUNK_TOKENS)
+    monkeypatch.setattr(ops, "logits_at_once", lambda device: VOCAB * CHUNK_TOKENS)
 
 
 def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -57,8 +59,9 @@ def test_all_targets_ignored_is_no_loss_no_count_and_zero_gradients(small_chunks
 
 
 def test_chunked_loss_never_keeps_the_logits(small_chunks: None) -> None:
-    """Nothing that waits for backward is as large as one chunk's logits."""
+    """Under a frozen head, nothing that waits for backward is as large as one chunk's logits."""
     x, weight, targets = loss_inputs()
+    weight.requires_grad_(False)  # its gradient, made in forward, would wait
     largest = 0
 
     def see(tensor: Tensor) -> Tensor:
@@ -78,6 +81,84 @@ def test_loss_of_bf16_logits_is_taken_in_fp32() -> None:
     expected = F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
     assert loss_sum.dtype == torch.float32
     torch.testing.assert_close(loss_sum, expected, rtol=1e-6, atol=0)
+
+
+def double(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def turned(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.rope(q, k, *ops.rope_table(torch.arange(5), ops.rope_frequencies(8, 100.0), q.dtype))
+
+
+# What each op computes, of which inputs, and how many elements it may keep beside them.
+KEPT: dict[str, tuple[Callable[..., Any], list[Tensor], int]] = {
+    "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), [double(2, 5, 8), double(8, seed=1)], 0),
+    "swiglu": (ops.swiglu, [double(2, 5, 8), double(2, 5, 8, seed=1)], 0),
+    "rope": (turned, [double(2, 5, 3, 8), double(2, 5, 1, 8, seed=1)], 2 * 5 * 8),
+    "linear": (functional.linear, [double(2, 5, 8), double(3, 8, seed=1)], 0),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_gradients_are_those_of_the_formula(name: str) -> None:
+    """By finite differences in fp64, of every input."""
+    function, given, _ = KEPT[name]
+    assert torch.autograd.gradcheck(function, given)
+
+
+@pytest.mark.parametrize("ignored", [(), (0, 5, 6, 7, 8, 9, 22)], ids=["none", "some"])
+def test_gradients_of_the_loss_are_those_of_its_chunks(
+    ignored: tuple[int, ...], small_chunks: None
+) -> None:
+    """By finite differences in fp64, of hidden states and head."""
+    x, weight, targets = loss_inputs()
+    targets[list(ignored)] = ops.IGNORE_INDEX
+    given = [t[..., :3].detach().double().requires_grad_() for t in (x, weight)]
+    assert torch.autograd.gradcheck(lambda *xw: ops.linear_cross_entropy(*xw, targets)[0], given)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_nothing_but_inputs_and_tables_waits_for_backward(name: str) -> None:
+    """Autograd would keep up to three tensors more of the size of the input."""
+    function, given, extra = KEPT[name]
+    kept = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        function(*given)
+    for tensor in given:
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    assert sum(tensor.numel() for tensor in kept.values()) <= extra
+
+
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_fp32_products_are_as_exact_as_torchs(
+    has_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and both gradients, of strided rows too; with a graph and without, the same bits."""
+    monkeypatch.setattr(functional, "_HAS_ONEDNN", has_onednn and functional._HAS_ONEDNN)
+    x, weight, grad = (
+        double(*shape, seed=i).detach()
+        for i, shape in enumerate([(2, 33, 64), (48, 64), (2, 33, 48)])
+    )
+
+    def results(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+        given = [t.to(dtype).requires_grad_() for t in (x[:, ::2], weight)]
+        y = function(*given)
+        if function is functional.linear and has_onednn:  # torch's own are not always the same
+            assert torch.equal(y, function(*(t.detach() for t in given)))
+        return [y, *torch.autograd.grad(y, given, grad[:, ::2].to(dtype))]
+
+    exact = results(F.linear, torch.float64)
+    found, plain = results(functional.linear, torch.float32), results(F.linear, torch.float32)
+    for ours, theirs, true in zip(found, plain, exact, strict=True):
+        rounding = torch.finfo(torch.float32).eps * true.abs().max()
+        assert (ours - true).abs().max() <= 2 * (theirs - true).abs().max() + rounding
 
 
 @pytest.mark.parametrize("H, KV", [(4, 4), (6, 2), (4, 1)])
@@ -156,7 +237,7 @@ def test_rope_is_a_complex_multiplication(theta: float) -> None:
     q = torch.randn(B, T, H, D, generator=generator, dtype=torch.float64)
     k = torch.randn(B, T, KV, D, generator=generator, dtype=torch.float64)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 50, 51, 300, 2047]])
-    cos, sin = ops.rope_table(positions, D, theta, torch.float64)
+    cos, sin = ops.rope_table(positions, ops.rope_frequencies(D, theta), torch.float64)
 
     frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     turn = torch.exp(1j * positions[..., None, None] * frequency)  # (B, T, 1, D / 2)
@@ -175,7 +256,9 @@ def test_rope_scores_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 6, 1, 16, generator=generator, dtype=torch.float64)
     scores = []
     for start in (0, 1000):
-        table = ops.rope_table(torch.arange(start, start + 6), 16, 10000.0, torch.float64)
+        table = ops.rope_table(
+            torch.arange(start, start + 6), ops.rope_frequencies(16, 1e4), torch.float64
+        )
         rotated_q, rotated_k = ops.rope(q, k, *table)
         scores.append(torch.einsum("bthd,bshd->ts", rotated_q, rotated_k))
     assert (scores[0] - scores[1]).abs().max() < 16 * 1000 * torch.finfo(torch.float32).eps

@@ -101,7 +101,7 @@ def test_activations_are_what_autograd_saves(
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 def test_activations_follow_the_backend(config: ModelConfig, device: str, choice: str) -> None:
-    """The kernels save less than plain PyTorch, and the estimate knows how much less."""
+    """The kernels save a little else than plain PyTorch, and the estimate knows what."""
     config = dataclasses.replace(config, num_hidden_layers=3)  # the interpreter is slow
     model = build_on_meta(config).requires_grad_(False)
     real_model = build_on_meta(config)
@@ -115,7 +115,7 @@ def test_activations_follow_the_backend(config: ModelConfig, device: str, choice
         assert found == pytest.approx(saved_bytes(real_model), rel=0.1)
     with ops.use("torch"):
         plain = activation_bytes(model, SHAPE, torch.float32, where, False)
-    assert found < plain if choice == "triton" else found == plain
+    assert (found == plain) == (choice == "torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

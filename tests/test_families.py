@@ -1,0 +1,178 @@
+"""Every LLaMA-shaped base computes what transformers' own class does, and expands to itself.
+
+The configurations are the published ones with small sizes: what makes a family different is kept.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from llamapro import expansion
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ModelConfig
+from llamapro.model import KVCache, LlamaForCausalLM
+from llamapro.streaming import expand_checkpoint
+
+SIZES = {
+    "vocab_size": 403,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "hidden_act": "silu",
+    "initializer_range": 0.1,  # with 0.02 blocks this narrow would hardly do anything
+}
+LLAMA_3_SCALING = {  # of Llama 3.1, with an original context that the tests go beyond
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-1": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "llama-2": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "torch_dtype": "float16"},
+    "code-llama": {"rope_theta": 1000000, "max_position_embeddings": 16384},
+    "tinyllama": {"num_key_value_heads": 1, "max_position_embeddings": 2048},
+    "llama-3": {"num_key_value_heads": 2, "rope_theta": 500000.0, "rope_scaling": None},
+    "llama-3.1": {
+        "num_key_value_heads": 2,
+        "rope_theta": 500000.0,
+        "rope_scaling": LLAMA_3_SCALING,
+        "max_position_embeddings": 131072,
+        "eos_token_id": [2, 3],
+    },
+    "llama-3.2": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rope_parameters": LLAMA_3_SCALING | {"rope_theta": 500000.0, "factor": 32.0},
+        "max_position_embeddings": 131072,
+        "dtype": "bfloat16",
+    },
+    "linear": {
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "max_position_embeddings": 8192,
+    },
+    "mistral-v0.1": {
+        "model_type": "mistral",
+        "num_key_value_heads": 2,
+        "sliding_window": 8,
+        "max_position_embeddings": 32768,
+    },
+    "mistral-v0.3": {
+        "model_type": "mistral",
+        "num_key_value_heads": 2,
+        "sliding_window": None,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 32768,
+    },
+}
+LENGTH = 24  # past the window and the original context
+
+
+@pytest.fixture(params=FAMILIES)
+def base(
+    request: pytest.FixtureRequest, tmp_path: Path, write_random_checkpoint: Callable[..., Path]
+) -> Path:
+    """A random checkpoint of one family."""
+    raw = {"model_type": "llama"} | SIZES | FAMILIES[request.param]
+    name = "Mistral" if raw["model_type"] == "mistral" else "Llama"
+    raw["architectures"] = [f"{name}ForCausalLM"]
+    return write_random_checkpoint(tmp_path / "base", ModelConfig.from_dict(raw))
+
+
+def theirs(path: Path) -> transformers.PreTrainedModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval()
+
+
+def random_ids(shape: tuple[int, int] = (2, LENGTH)) -> Tensor:
+    return torch.randint(3, 400, shape, generator=torch.Generator().manual_seed(0))
+
+
+def logits_and_gradients(model: Any, logits_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Of the mean loss on the next tokens, by name; double where the model is."""
+    ids = random_ids()
+    logits = logits_of(ids)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    return found | {"logits": logits.detach()}
+
+
+def test_logits_and_gradients_are_those_of_transformers(base: Path) -> None:
+    """Against transformers in fp64, the error is at most twice that of transformers in fp32."""
+    model = Checkpoint.open(base).load().requires_grad_()
+    ours = logits_and_gradients(model, model)
+    reference = theirs(base)
+    expected = logits_and_gradients(reference, lambda ids: reference(ids).logits)
+    double = theirs(base).double()
+    exact = logits_and_gradients(double, lambda ids: double(ids).logits)
+    assert ours.keys() == exact.keys()
+    for name, value in exact.items():
+        allowed = 2 * (expected[name] - value).abs().max() + 1e-7 * value.abs().max()
+        assert (ours[name] - value).abs().max() <= allowed, name
+
+
+def test_an_expanded_export_is_the_base_in_transformers_too(base: Path, tmp_path: Path) -> None:
+    """The same class reads it, and its logits are the base's to the bit; so are ours."""
+    expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", expansion.interleave(4, 2))
+    assert type(theirs(tmp_path / "pro")) is type(theirs(base))
+    ids = random_ids()
+    with torch.no_grad():
+        assert torch.equal(theirs(tmp_path / "pro")(ids).logits, theirs(base)(ids).logits)
+        ours = [Checkpoint.open(path).load()(ids) for path in (tmp_path / "pro", base)]
+    assert torch.equal(*ours)
+    written = json.loads((tmp_path / "pro" / "config.json").read_text())
+    assert "rope_theta" in written or "rope_parameters" not in written
+
+
+@torch.no_grad()
+def test_a_cache_gives_the_logits_of_the_whole_text(base: Path) -> None:
+    """Token by token, past the window's end."""
+    model = Checkpoint.open(base).load()
+    ids = random_ids()
+    cache = KVCache(model.config, 2, LENGTH, torch.float32)
+    one_by_one = torch.cat([model(ids[:, i : i + 1], cache=cache) for i in range(LENGTH)], dim=1)
+    assert torch.allclose(one_by_one, model(ids), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_documents_in_one_sequence_are_as_if_alone(base: Path) -> None:
+    """Also with a window, and also continued from a cache: neither text nor place is shared."""
+    model: LlamaForCausalLM = Checkpoint.open(base).load()
+    ids = random_ids((1, LENGTH))
+    documents = torch.tensor([[0] * 10 + [3] * 13 + [4]])
+    alone = torch.cat([model(part) for part in ids.split([10, 13, 1], dim=1)], dim=1)
+    packed = model(ids, documents=documents)
+    assert torch.allclose(packed, alone, rtol=0, atol=2e-5)
+    assert not torch.allclose(packed, model(ids), rtol=0, atol=1e-2)
+    cache = KVCache(model.config, 1, LENGTH, torch.float32)
+    parts = [
+        model(ids[:, start:end], cache=cache, documents=documents[:, :end])
+        for start, end in ((0, 7), (7, 8), (8, 20), (20, 24))
+    ]
+    assert torch.allclose(torch.cat(parts, dim=1), alone, rtol=0, atol=2e-5)
+
+
+def test_a_document_starts_at_position_0(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoPE is relative, so the logits alone would not tell."""
+    from llamapro import ops
+
+    seen, table = [], ops.rope_table
+
+    def watched(positions: Tensor, *rest: Any) -> Any:
+        seen.append(positions.tolist())
+        return table(positions, *rest)
+
+    monkeypatch.setattr(ops, "rope_table", watched)
+    model = Checkpoint.open(base).load()
+    model(random_ids((1, 6)), documents=torch.tensor([[0, 0, 1, 1, 1, 2]]))
+    assert seen == [[[0, 1, 0, 1, 2, 0]]]
