@@ -13,14 +13,16 @@ The order matters and is the method: load, freeze by the checkpoint's record, sh
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from llamapro import cli, ops
 from llamapro.blocks import BlocksInfo
 from llamapro.config import ConfigError, DataError
-from llamapro.data import PackedSequences, batch
+from llamapro.data import Source, batch, stack
 from llamapro.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
 from llamapro.job import Job, load_data
@@ -44,6 +46,8 @@ def main() -> None:
     plan = make_plan(settings, job.config, job.compute_dtype, job.run_dir, job.resume_from)
     if settings.dry_run:
         if os.environ.get("RANK", "0") == "0":
+            if settings.data.format == "chat":
+                job.tokenize()  # finds every conversation that cannot be used
             cli.print_result(plan, settings.json, render(plan, settings))
         return
     stop = StopRequest()
@@ -98,10 +102,18 @@ def build_model(job: Job, ranks: Ranks) -> tuple[LlamaForCausalLM, dict[str, tor
 # ---- Training ---------------------------------------------------------------------------------
 
 
+def forward(
+    model: LlamaForCausalLM, columns: Sequence[torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns loss sum (nats), (), and number of targets, (), of inputs, targets [, documents]."""
+    inputs, targets, *documents = (column.to(device) for column in columns)
+    return model(inputs, targets, documents=documents[0] if documents else None)
+
+
 @torch.no_grad()
 def evaluate(
     model: LlamaForCausalLM,
-    sequences: PackedSequences,
+    sequences: Source,
     settings: Settings,
     ranks: Ranks,
     stop: StopRequest,
@@ -120,13 +132,11 @@ def evaluate(
         # Every process makes the same number of passes: sharded weights are gathered together.
         if any(ranks.sum(bool(stop.is_asked))):
             raise Stopped
-        mine = chosen[start + ranks.rank * rows :][:rows]
-        inputs = torch.zeros(rows, settings.data.seq_len, dtype=torch.int64)
-        targets = torch.full_like(inputs, ops.IGNORE_INDEX)
-        for row, index in enumerate(mine):
-            ids, following = sequences[index]
-            inputs[row], targets[row] = torch.from_numpy(ids), torch.from_numpy(following)
-        part_sum, part_count = model(inputs.to(ranks.device), targets.to(ranks.device))
+        mine = [sequences[i] for i in chosen[start + ranks.rank * rows :][:rows]]
+        ids, following, *more = sequences[0]
+        nothing = (ids, np.full_like(following, ops.IGNORE_INDEX), *more)
+        columns = stack(mine + [nothing] * (rows - len(mine)))
+        part_sum, part_count = forward(model, columns, ranks.device)
         loss_sum += part_sum
         tokens += part_count
     total, valid = ranks.sum(loss_sum, tokens)
@@ -136,8 +146,7 @@ def evaluate(
 def train_step(
     model: LlamaForCausalLM,
     guard: FiniteGuard,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
+    columns: Sequence[torch.Tensor],
     valid: float,
     settings: Settings,
     ranks: Ranks,
@@ -145,7 +154,7 @@ def train_step(
     """One optimizer step on this rank's part of a global batch.
 
     Args:
-        inputs, targets: (n, T) int64.
+        columns: inputs, targets and, of conversations, documents, each (n, T) int64.
         valid: tokens that are predicted in the *global* batch. The loss is their mean, so it does
             not depend on how the batch is split.
 
@@ -157,8 +166,8 @@ def train_step(
     # FSDP averages gradients over the ranks, hence the factor world_size.
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
-    for ids, following in zip(inputs.split(rows), targets.split(rows), strict=True):
-        loss, _ = model(ids.to(ranks.device), following.to(ranks.device))
+    for micro_batch in zip(*(column.split(rows) for column in columns), strict=True):
+        loss, _ = forward(model, micro_batch, ranks.device)
         (loss * scale).backward()
         loss_sum += loss.detach()
     norm = clip_gradients(model.parameters(), settings.optim.clip)
@@ -202,6 +211,8 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
     if found is not None:
         check_identity(state, data.identity, run_dir, s.resume.allow)
     state["identity"] = data.identity
+    for text in data.about:
+        say(ranks, text)
     steps = s.steps(data.mixture.samples_per_epoch)
     say(ranks, f"steps            {steps} ({format_count(steps * plan['tokens_per_step'])} tokens)")
     if state["step"] >= steps and state["evaluated"] == state["step"]:
@@ -262,18 +273,18 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
             if stopped or is_last:
                 break
             with progress.timed():
-                inputs, targets = batch(
+                columns = batch(
                     data.mixture, state["samples"], t.batch_size, ranks.rank, ranks.world_size
                 )
                 # What one rank knows, all learn here, at the same step.
                 valid, stopping, is_written = ranks.sum(
-                    (targets != ops.IGNORE_INDEX).sum(), stop.is_asked, saver.is_done
+                    (columns[1] != ops.IGNORE_INDEX).sum(), stop.is_asked, saver.is_done
                 )
                 if stopping:
                     stopped = True
                     continue
                 rate = set_learning_rate(optimizer, step, steps, s.optim)
-                loss, norm = train_step(model, guard, inputs, targets, valid, s, ranks)
+                loss, norm = train_step(model, guard, columns, valid, s, ranks)
                 progress.step(int(valid), loss, norm)
             if is_written:
                 progress.saved(saver.finish())

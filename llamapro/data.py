@@ -287,7 +287,7 @@ class Source(Protocol):
         """Returns inputs (T,), targets (T,) and, if not all see each other, documents (T,)."""
 
     def documents(self, index: int) -> list[int | None]:
-        """Returns the first and the last document of a sequence."""
+        """Returns the numbers of a sequence's documents, of consecutive ones first and last."""
 
 
 class Mixture:
@@ -365,13 +365,15 @@ def batch(
         inputs, targets and, where the sources have them, documents: (n, T) int64; n is
         `count / world_size`, rounded up on the first ranks.
     """
-    indices = range(start + rank, start + count, world_size)
-    columns = len(mixture.sample(start))
-    rows = torch.empty(columns, len(indices), mixture.seq_len, dtype=torch.int64)
-    for row, index in enumerate(indices):
-        for column, values in enumerate(mixture.sample(index)):
-            rows[column, row] = torch.from_numpy(values)
-    return rows.unbind()
+    samples = [mixture.sample(i) for i in range(start + rank, start + count, world_size)]
+    if not samples:  # more ranks than samples
+        return tuple(column[:0] for column in stack([mixture.sample(start)]))
+    return stack(samples)
+
+
+def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:
+    """Returns each column of n samples, (T,), as one tensor (n, T)."""
+    return tuple(torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True))
 
 
 def parse_named(values: Sequence[str]) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 """A run's inputs: opened and checked before anything is computed, then its data."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 import torch
 
 from llamapro.blocks import training_checkpoints
+from llamapro.chat import ChatTemplate
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig, UserError
 from llamapro.corpus import find_files, tokenize
-from llamapro.data import Mixture, PackedSequences, TokenStore, parse_named
+from llamapro.data import Mixture, PackedSequences, Source, TokenStore, parse_named
 from llamapro.distributed import Ranks
 from llamapro.expansion import select_trainable
 from llamapro.model import build_on_meta
+from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.resume import make_identity
 from llamapro.settings import Settings
 from llamapro.stopping import Stopped, StopRequest
@@ -30,6 +33,7 @@ class Job:
     config: ModelConfig
     checkpoint: Checkpoint | None  # None: random weights from model.config
     tokenizer: Tokenizer
+    template: ChatTemplate | None  # of conversations
     val: dict[str, list[str]]
     resume_from: Path | None
 
@@ -49,8 +53,13 @@ class Job:
             )
         if settings.train.trainable == "new_blocks":
             select_trainable(build_on_meta(config), "new_blocks")  # raises without a record
-        tokenizer = Tokenizer.load(settings.model.tokenizer or settings.model.path)
+        source = Path(settings.model.tokenizer or settings.model.path)
+        tokenizer = Tokenizer.load(source)
         tokenizer.check_fits(config.vocab_size, where)
+        template = None
+        if settings.data.format == "chat":
+            directory = source if source.is_dir() else source.parent
+            template = ChatTemplate.load(directory, tokenizer, settings.data.chat_template)
         val = parse_named(settings.data.val)
         for patterns in [settings.data.train, *val.values()]:
             find_files(patterns)  # raises DataError for a pattern that matches nothing
@@ -58,7 +67,7 @@ class Job:
         run_dir = Path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)
         resume_from = earlier[-1] if earlier else None
-        return cls(settings, run_dir, config, checkpoint, tokenizer, val, resume_from)
+        return cls(settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -68,10 +77,17 @@ class Job:
         return torch.bfloat16 if on_gpu else torch.float32
 
     def tokenize(self) -> dict[str, TokenStore]:
-        """Tokenises, or finds in the cache, every corpus; returns label -> its tokens."""
+        """Tokenises, or finds in the cache, every corpus; returns label -> its tokens.
+
+        Raises:
+            DataError: naming what cannot be used, of conversations everything at once.
+        """
         s = self.settings
         corpora: dict[str, Sequence[str]] = {f"train {path}": [path] for path in s.data.train}
         corpora |= {f"val {name}": paths for name, paths in self.val.items()}
+        if self.template is not None:
+            fingerprint = self.tokenizer.fingerprint
+            return tokenize_conversations(corpora, self.template, fingerprint, s.data.cache_dir)
         return {
             label: tokenize(
                 paths, self.tokenizer, s.data.cache_dir, s.data.text_key, s.data.workers, label
@@ -88,11 +104,13 @@ class Data:
         mixture: the training samples in their order.
         val: the sequences of each validation set.
         identity: hashes of what the run is made of: `resume.make_identity`.
+        about: lines for people: how conversations were packed, and one with what trains marked.
     """
 
     mixture: Mixture
-    val: dict[str, PackedSequences]
+    val: dict[str, Source]
     identity: dict[str, Any]
+    about: list[str]
 
 
 def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
@@ -122,10 +140,21 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
     if error:
         raise DataError(error)
 
-    def packed(label: str) -> PackedSequences:
-        return PackedSequences(TokenStore(paths[label], job.tokenizer.fingerprint), s.data.seq_len)
+    about: list[str] = []
+
+    def packed(label: str) -> Source:
+        store = TokenStore(paths[label], job.tokenizer.fingerprint)
+        if job.template is None:
+            return PackedSequences(store, s.data.seq_len)
+        conversations = PackedConversations(store, s.data.seq_len, s.data.too_long)
+        about.append(f"{label}: {conversations.describe()}")
+        if len(about) == 1:
+            decode, is_terminal = job.tokenizer.decode, sys.stderr.isatty()
+            about.append(mark_trained(conversations[0], decode, is_terminal))
+        return conversations
 
     sources = [packed(f"train {path}") for path in s.data.train]
     weights = s.data.weights or [1.0] * len(sources)
     mixture = Mixture(sources, weights, s.train.seed)
-    return Data(mixture, {name: packed(f"val {name}") for name in job.val}, identity)
+    val = {name: packed(f"val {name}") for name in job.val}
+    return Data(mixture, val, identity, about)

@@ -199,8 +199,9 @@ class PackedConversations:
         self.left_out = 0
         count = store.documents
         sizes = store.read(store.tokens - count, store.tokens)
+        self._starts = np.cumsum(sizes) - sizes
         # (conversations, 2): where each starts in the store, and how many positions it takes
-        spans = np.stack([np.cumsum(sizes) - sizes, sizes - 1], axis=1)
+        spans = np.stack([self._starts, sizes - 1], axis=1)
         fits = sizes - 1 <= seq_len
         self.too_long = count - int(fits.sum())
         parts: list[list[int]] = []
@@ -249,6 +250,12 @@ class PackedConversations:
             documents[at : at + size] = number
             at += size
         return inputs, targets, documents
+
+    def documents(self, index: int) -> list[int | None]:
+        """Returns the numbers of a window's conversations, in the order of the files."""
+        first = self._ends[index - 1] if index else 0
+        starts = self._pieces[self._order[first : self._ends[index]], 0]
+        return (np.searchsorted(self._starts, starts, side="right") - 1).tolist()
 
     def describe(self) -> str:
         """Returns the number of windows, how full they are and what was done to long ones."""

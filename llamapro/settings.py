@@ -33,7 +33,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What it reads: files, globs or folders of text, source code or .jsonl[.gz]."""
+    """What it reads: files, globs or folders of text, source code, .jsonl[.gz] or .parquet."""
 
     train: tuple[str, ...] = ()
     """Training sources."""
@@ -41,10 +41,17 @@ class DataSettings:
     """Passes over each source, relative to one another (paper: 1.0 math, 1.5 code); 1 if empty."""
     val: tuple[str, ...] = ()
     """Validation sets as NAME=PATH, watched side by side; a name may repeat."""
+    format: Literal["text", "chat"] = "text"
+    """text: every token trains. chat: conversations, of which the assistant's tokens train: .jsonl,
+    .json or .parquet with messages, ShareGPT's conversations, or instruction, input and output."""
     text_key: str = "text"
     """Field of a .jsonl line that holds the text."""
+    chat_template: str = ""
+    """Of chats: llama2, llama3, mistral, chatml or a .jinja file; the model's own if empty."""
+    too_long: Literal["drop", "truncate", "split"] = "drop"
+    """What is done with a conversation that is longer than a sequence."""
     seq_len: int = 4096
-    """Tokens per sequence; documents are packed to fill it."""
+    """Tokens per sequence; documents, or whole conversations, are packed to fill it."""
     cache_dir: str = "~/.cache/llamapro"
     """Where tokenised corpora are kept."""
     workers: int = 0

@@ -268,7 +268,7 @@ def test_mixture_orders_packed_conversations(tmp_path: Path) -> None:
         PackedConversations(make_store(tmp_path / str(k), [5] * count), 8)
         for k, count in enumerate((8, 4))
     ]
-    mixture = Mixture(sources, [1.0, 1.5], 0)  # type: ignore[arg-type]
+    mixture = Mixture(sources, [1.0, 1.5], 0)
     assert mixture.samples_per_source == [4, 3]
     for index in range(7):
         inputs, targets, documents = mixture.sample(index)  # type: ignore[misc]

@@ -1,0 +1,175 @@
+"""The Instruct stage: conversations train by the same loop, on the assistant's tokens alone."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llamapro import expansion
+from llamapro.chat import ChatTemplate
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ModelConfig
+from llamapro.metrics import read_metrics
+from llamapro.streaming import expand_checkpoint
+from llamapro.tokenizer import Tokenizer
+
+TURNS = [("user", "What is {n} + {n}?"), ("assistant", "It is {m}."), ("user", "Sure?")]
+TURNS += [("assistant", "Yes: {n} + {n} = {m}.")]
+
+
+def conversations(count: int) -> list[list[dict[str, str]]]:
+    return [
+        [{"role": role, "content": text.format(n=n, m=2 * n)} for role, text in TURNS]
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., ModelConfig],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """A base, its expansion, a corpus, and 12 + 3 conversations in two forms."""
+    home = tmp_path_factory.mktemp("sft")
+    config = tiny_config(num_hidden_layers=2, max_position_embeddings=256)
+    base = write_random_checkpoint(home / "base", config)
+    expand_checkpoint(Checkpoint.open(base), home / "pro", expansion.interleave(2, 1))
+    lines = [json.dumps({"messages": messages}) for messages in conversations(12)]
+    (home / "train.jsonl").write_text("\n".join(lines))
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [
+        {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in messages]}
+        for messages in conversations(3)
+    ]
+    (home / "val.json").write_text(json.dumps(shared))
+    (home / "corpus.txt").write_text(Path(os.__file__).read_text()[:6000])
+    return home
+
+
+def options(home: Path, out: Path, *more: str) -> list[str]:
+    words = ["--data.format", "chat", "--data.chat-template", "llama2", "--data.seq-len", "160"]
+    words += ["--data.train", str(home / "train.jsonl"), "--data.val", f"chat={home / 'val.json'}"]
+    words += ["--data.cache-dir", str(home / "cache"), "--run-dir", str(out), "--train.steps", "4"]
+    words += ["--train.batch-size", "4", "--train.micro-batch-size", "2", "--log-every", "1"]
+    return [*words, "--eval.every", "2", "--save.every", "2", *more]
+
+
+def train(root: Path, words: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "train.py"), *words]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command[1:1] = [*launcher, str(processes)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@torch.no_grad()
+def loss_by_hand(path: Path, messages: list[list[dict[str, str]]]) -> tuple[float, int]:
+    """Each conversation alone, its trained tokens one by one."""
+    model, tokenizer = Checkpoint.open(path).load(), Tokenizer.load(path)
+    template = ChatTemplate.load(path, tokenizer, "llama2")
+    total, count = 0.0, 0
+    for conversation in messages:
+        ids, trained = template.encode(conversation)
+        scores = model(torch.tensor([ids]))[0].log_softmax(-1)
+        for at in range(1, len(ids)):
+            if trained[at]:
+                total -= scores[at - 1, ids[at]].item()
+                count += 1
+    return total / count, count
+
+
+@pytest.mark.parametrize("trainable", ["all", "new_blocks"])
+def test_the_loss_is_that_of_the_assistants_tokens(
+    trainable: str, home: Path, root: Path, tmp_path: Path
+) -> None:
+    """Of the untrained model, packed, on two processes: each conversation's alone, by hand; it then
+    falls, and the start-up shows what trains."""
+    words = [
+        "--model.path",
+        str(home / "pro"),
+        "--train.trainable",
+        trainable,
+        "--optim.lr",
+        "1e-2",
+    ]
+    done = train(root, options(home, tmp_path / "run", *words), processes=2)
+    assert done.returncode == 0, done.stderr
+    records = read_metrics(tmp_path / "run")
+    evals = [record for record in records if record["kind"] == "eval"]
+    loss, count = loss_by_hand(home / "pro", conversations(3))
+    assert evals[0]["loss"] == pytest.approx(loss, rel=1e-5) and evals[0]["tokens"] == count
+    assert evals[-1]["loss"] < evals[0]["loss"] - 0.2
+    assert "12 conversations, 48 turns" in done.stderr
+    assert "sequences of 160 tokens" in done.stderr and "Yes: " in done.stderr
+    assert done.stderr.count("⟦") == done.stderr.count("⟧") >= 2
+
+
+def test_what_cannot_be_used_is_found_before_training(
+    home: Path, root: Path, tmp_path: Path
+) -> None:
+    """By --dry-run, all of it in one message with file and row; nothing is written to the run."""
+    rows: list[Any] = [
+        {"messages": [{"role": "user", "content": "hi"}]},
+        {"messages": [{"role": "robot", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+        {"messages": conversations(1)[0]},
+        {"text": "no conversation"},
+        {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "ho"}]},
+    ]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--model.path", str(home / "pro"), "--data.train", str(bad), "--dry-run"]
+    done = train(root, options(home, tmp_path / "run", *words))
+    assert done.returncode == 2, done.stderr
+    for row in (1, 2, 4, 5):
+        assert f"{bad}:{row}: " in done.stderr
+    assert f"{bad}:3: " not in done.stderr and "robot" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_template_is_told_what_to_give(
+    home: Path, root: Path, tmp_path: Path
+) -> None:
+    """And a template of another model's tokens is refused."""
+    words = options(home, tmp_path / "run", "--model.path", str(home / "pro"))
+    for template, expected in (("", "no chat template"), ("llama3", "<|start_header_id|>")):
+        changed = [*words, "--data.chat-template", template, "--dry-run"]
+        done = train(root, changed)
+        assert done.returncode == 2 and expected in done.stderr, done.stderr
+
+
+def test_the_whole_chain_from_base_to_instruct_model(
+    home: Path, root: Path, tmp_path: Path
+) -> None:
+    """demo/recipe.sh: expand, domain stage, merge, SFT, merge; done again it does nothing twice."""
+    small = "--data.seq-len 64 --train.steps 2 --train.batch-size 2"
+    small += f" --data.cache-dir {home / 'cache'} --optim.lr 1e-3 --save.every 2 --eval.every 2"
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PROCESSES": "1",
+        "NEW_BLOCKS": "1",
+        "DOMAIN_OPTIONS": small,
+        "SFT_OPTIONS": f"{small} --data.chat-template llama2",
+    }
+    words = ["bash", str(root / "demo" / "recipe.sh"), str(home / "base"), str(tmp_path / "out")]
+    words += [str(home / "corpus.txt"), str(home / "train.jsonl")]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "base intact" in done.stdout
+    domain, instruct = (Checkpoint.open(tmp_path / "out" / n) for n in ("domain", "instruct"))
+    assert domain.config.expansion is not None and instruct.config.num_hidden_layers == 3
+    assert domain.sha256() != instruct.sha256()
+    again = run()
+    assert again.returncode == 0 and again.stderr.count("is complete: nothing to do") == 2
+    few = subprocess.run(words[:3], capture_output=True, text=True)
+    assert few.returncode == 2 and "recipe.sh BASE_DIR OUT_DIR" in few.stderr
