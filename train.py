@@ -166,7 +166,10 @@ def train_step(
     # FSDP averages gradients over the ranks, hence the factor world_size.
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
-    for micro_batch in zip(*(column.split(rows) for column in columns), strict=True):
+    micro_batches = list(zip(*(column.split(rows) for column in columns), strict=True))
+    for left, micro_batch in enumerate(micro_batches, 1 - len(micro_batches)):
+        # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
+        model.set_requires_all_reduce(left == 0)  # type: ignore[operator]
         loss, _ = forward(model, micro_batch, ranks.device)
         (loss * scale).backward()
         loss_sum += loss.detach()

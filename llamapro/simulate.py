@@ -88,7 +88,9 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
         row = traffic.setdefault(
             key, fields | {"calls": 0, "sent_bytes": 0.0, "between_nodes_bytes": 0.0}
         )
-        times = 1 if each.phase == "step" else micro_batches
+        # Gradients leave their group with the last micro-batch, as `train_step` has it.
+        once = each.phase == "step" or each.operation == "all-reduce"
+        times = 1 if once else micro_batches
         row["calls"] += times
         row["sent_bytes"] += times * each.sent
         row["between_nodes_bytes"] += times * each.sent * between[each.ranks]
