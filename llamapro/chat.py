@@ -5,102 +5,20 @@ A template is the model's own (`chat_template` of its Hugging Face files), a .ji
 stricter: names of control tokens in what people wrote ("<|eot_id|>") stay plain characters.
 """
 
-import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamapro.chat_templates import BUILT_IN, END, MARK, START, environment, tagged_spans
 from llamapro.config import DataError, suggest
 from llamapro.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 
-# From the formats' public descriptions: Meta's llama and llama3 repositories, Mistral's and
-# OpenAI's. {% generation %} is transformers' tag for what the assistant wrote.
-BUILT_IN = {
-    "llama2": """\
-{%- if messages[0].role == 'system' -%}
-    {%- set system = '<<SYS>>\\n' + messages[0].content | trim + '\\n<</SYS>>\\n\\n' -%}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {%- set system, turns = '', messages -%}
-{%- endif -%}
-{%- for turn in turns -%}
-    {%- if turn.role != ('user' if loop.index0 is even else 'assistant') -%}
-        {{- raise_exception('turns must be user, assistant, user, ... after an optional system') -}}
-    {%- endif -%}
-    {%- if turn.role == 'user' -%}
-        {{- bos_token + '[INST] ' + (system if loop.first else '') -}}
-        {{- turn.content | trim + ' [/INST]' -}}
-    {%- else -%}
-        {%- generation -%}
-        {{- ' ' + turn.content | trim + ' ' + eos_token -}}
-        {%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}
-""",
-    "llama3": """\
-{{- bos_token -}}
-{%- for turn in messages -%}
-    {%- set role = 'ipython' if turn.role == 'tool' else turn.role -%}
-    {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' -}}
-    {%- if turn.role == 'assistant' -%}
-        {%- generation -%}
-        {{- turn.content | trim + '<|eot_id|>' -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {{- turn.content | trim + '<|eot_id|>' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
-{%- endif -%}
-""",
-    "mistral": """\
-{%- if messages[0].role == 'system' -%}
-    {%- set system, turns = messages[0].content + '\\n\\n', messages[1:] -%}
-{%- else -%}
-    {%- set system, turns = '', messages -%}
-{%- endif -%}
-{{- bos_token -}}
-{%- for turn in turns -%}
-    {%- if turn.role != ('user' if loop.index0 is even else 'assistant') -%}
-        {{- raise_exception('turns must be user, assistant, user, ... after an optional system') -}}
-    {%- endif -%}
-    {%- if turn.role == 'user' -%}
-        {{- '[INST] ' + (system if loop.first else '') + turn.content + ' [/INST]' -}}
-    {%- else -%}
-        {%- generation -%}
-        {{- ' ' + turn.content + eos_token -}}
-        {%- endgeneration -%}
-    {%- endif -%}
-{%- endfor -%}
-""",
-    "chatml": """\
-{%- for turn in messages -%}
-    {{- '<|im_start|>' + turn.role + '\\n' -}}
-    {%- if turn.role == 'assistant' -%}
-        {%- generation -%}
-        {{- turn.content + '<|im_end|>' -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {{- turn.content + '<|im_end|>' -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-""",
-}
-
-# Unicode's noncharacters, which no text has: put into names of control tokens that people wrote,
-# and around what is inside {% generation %}.
-_MARK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"
-_RESERVED = re.compile(f"[{_MARK}{_START}{_END}]")
+_RESERVED = re.compile(f"[{MARK}{START}{END}]")
 
 
 class ChatTemplate:
@@ -139,7 +57,7 @@ class ChatTemplate:
             **{key: names.get(i) for key, i in frame.items() if i is not None},
         }
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{where}: line {error.lineno}: {error.message}") from None
         # The first character of each name, overlapping ones too.
@@ -210,7 +128,7 @@ class ChatTemplate:
         """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))
-        return self._tokenize(re.sub(f"[{_START}{_END}]", "", self._render(messages, True)))[0]
+        return self._tokenize(re.sub(f"[{START}{END}]", "", self._render(messages, True)))[0]
 
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Returns the token ids of a conversation and which of them the assistant wrote.
@@ -232,10 +150,10 @@ class ChatTemplate:
         if problems := check_messages(messages):
             raise DataError("; ".join(problems))
         marked = self._render(messages)
-        text = re.sub(f"[{_START}{_END}]", "", marked)
+        text = re.sub(f"[{START}{END}]", "", marked)
         ids, extents = self._tokenize(text)
-        has_tags = _START in marked
-        spans = _tagged_spans(marked) if has_tags else self._added_spans(messages)
+        has_tags = START in marked
+        spans = tagged_spans(marked) if has_tags else self._added_spans(messages)
         if not has_tags:
             spans = [self._without_tail(span, ids, extents) for span in spans]
         trained = [False] * len(ids)
@@ -260,7 +178,7 @@ class ChatTemplate:
     def _protect(self, value: Any) -> Any:
         """Returns a message with the names of control tokens broken by marks."""
         if isinstance(value, str):
-            return self._names.sub(rf"\1{_MARK}", value)
+            return self._names.sub(rf"\1{MARK}", value)
         if isinstance(value, Mapping):
             return {key: self._protect(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -272,7 +190,7 @@ class ChatTemplate:
         ids: list[int] = []
         extents: list[tuple[int, int]] = []
         at = 0
-        for part, more in self._tokenizer.encode_parts(text, _MARK):
+        for part, more in self._tokenizer.encode_parts(text, MARK):
             size = len(part.encode())
             ids += more
             pieces = [self._tokenizer.bytes_of(i) for i in more]
@@ -382,50 +300,3 @@ def _read(file: Path, hint: str = "") -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise DataError(f"{file}: the chat template cannot be read: {reason}{hint}") from None
-
-
-def _tagged_spans(marked: str) -> list[tuple[int, int]]:
-    """Returns where {% generation %} was, in bytes of the text without marks."""
-    spans, at, first = [], 0, 0
-    for part in re.split(f"([{_START}{_END}])", marked.replace(_MARK, "")):
-        if part == _START:
-            first = at
-        elif part == _END:
-            spans.append((first, at))
-        else:
-            at += len(part.encode())
-    return spans
-
-
-def _environment() -> Any:
-    """Returns Jinja set up as in transformers' `apply_chat_template`: sandboxed, no more rights."""
-    import jinja2.ext
-    import jinja2.sandbox
-    from jinja2 import nodes
-
-    class Generation(jinja2.ext.Extension):
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = nodes.CallBlock(self.call_method("_enclose"), [], [], body)
-            return call.set_lineno(line)
-
-        def _enclose(self, caller: Any) -> str:
-            return f"{_START}{caller()}{_END}"
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
-        return text.replace("\\ufdd0", _MARK)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from llamapro.chat import BUILT_IN, ChatTemplate, check_messages
 from llamapro.config import DataError
-from llamapro.tokenizer import LLAMA_3_PATTERN, Tokenizer
+from llamapro.tokenizer import Tokenizer
+from llamapro.vocabulary import LLAMA_3_PATTERN
 
 NAMES = [
     *("<s>", "</s>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"),

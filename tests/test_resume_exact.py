@@ -1,172 +1,38 @@
 """A run that was killed and goes on, on as many processes or on others, is the run that was not.
 
-Run as a script, this file has PyTorch and train.py imported once and forks every process of every
-run from there. Hooks of PyTorch note what the model is really given, what the optimizer really
-holds, and kill the process in the middle of an accumulation window.
+The processes are those of resume_worker.py, which notes what they are really given and hold.
 
 Shapes: rows of a sharded weight are 30, 6, 50, 403: over 4 processes uneven, or none on the last.
 """
 
-import hashlib
-import importlib.util
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import textwrap
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
-from llamapro import cli, expansion
+from llamapro import expansion
 from llamapro.blocks import training_checkpoints
 from llamapro.checkpoint import Checkpoint
 from llamapro.metrics import read_metrics
-from llamapro.model import LlamaForCausalLM
 from llamapro.streaming import expand_checkpoint
 
 STEPS, BATCH, MICRO_BATCHES = 9, 12, 3
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NEW = ("model.layers.1.", "model.layers.3.")
-
-# ---- The processes -----------------------------------------------------------------------------
-
-
-def serve(train_file: Path) -> None:
-    """Answers each request, a line of JSON, with the exit statuses of its processes."""
-    spec = importlib.util.spec_from_file_location("train", train_file)
-    assert spec and spec.loader
-    train = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = train
-    spec.loader.exec_module(train)
-    import sentencepiece  # noqa: F401 (these two each process would import for itself)
-    import torch._dynamo  # noqa: F401
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        ranks: dict[int, int] = {}
-        for rank in range(request["processes"]):
-            if not (pid := os.fork()):
-                be_rank(train, rank, request)
-            ranks[pid] = rank
-        statuses: dict[int, int] = {}
-        while len(statuses) < len(ranks):
-            pid, status = os.wait()
-            statuses[pid] = os.waitstatus_to_exitcode(status)
-            if statuses[pid]:  # the others wait for it: end them, as torchrun does
-                for other in ranks.keys() - statuses.keys():
-                    os.kill(other, signal.SIGKILL)
-        print(json.dumps([statuses[pid] for pid in ranks]), flush=True)
-
-
-def be_rank(train: ModuleType, rank: int, request: dict[str, Any]) -> None:
-    """Is `python train.py WORDS`, under torchrun if there are several; does not return."""
-    signal.alarm(240)  # ends it if it waits for ever; nothing else here looks at a clock
-    log = Path(request["log"])
-    with open(log / f"output-{rank}", "wb") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    if request["processes"] > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        os.environ |= {"WORLD_SIZE": str(request["processes"]), "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= {"MASTER_PORT": str(request["port"]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    # No two processes start alike: that they draw the same can only be the run's doing.
-    random.seed(os.getpid())
-    np.random.seed(os.getpid())
-    torch.manual_seed(os.getpid())
-    doomed, forward = request["die"]
-    watch(log, rank, forward if rank == doomed else 0)
-    sys.argv = ["train.py", *request["words"]]
-    try:
-        cli.run(train.main, leave=os._exit)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(70)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What of it this rank holds."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def sha256(*tensors: Tensor) -> str:
-    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
-
-
-def watch(log: Path, rank: int, die_at: int) -> None:
-    """Notes a line of every optimizer step and, at the first, the state it starts from.
-
-    Args:
-        log: folder of the notes.
-        rank: of this process.
-        die_at: forward pass in training, counted from 1, before which it is killed; 0: none.
-    """
-    steps = open(log / f"steps-{rank}", "w", encoding="utf-8")  # noqa: SIM115 (as long as we live)
-    models: list[LlamaForCausalLM] = []
-    rows: list[str] = []
-    drawn: list[float] = []
-    forwards = 0
-
-    def before_forward(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal forwards
-        if isinstance(module, LlamaForCausalLM) and torch.is_grad_enabled():
-            forwards += 1
-            if forwards == die_at:
-                (log / "killed").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            models[:] = [module]
-            rows.extend(sha256(*row) for row in zip(*args[:2], strict=True))  # inputs, targets
-            # The normal ones come in pairs, of which Python and NumPy keep the second.
-            drawn.extend((random.gauss(0, 1), np.random.randn(), torch.rand(()).item()))
-
-    def named(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        names = {id(p): name for name, p in models[0].named_parameters()}
-        return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-
-    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        file = log / f"loaded-{rank}.pt"
-        if file.exists():
-            return
-        found: dict[str, Tensor] = {}
-        for name, parameter in named(optimizer).items():
-            found[name] = local(parameter).clone()
-            for key, value in optimizer.state[parameter].items():
-                found[f"{name}.{key}"] = local(value).clone()
-        torch.save(found, file)
-
-    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        trained = named(optimizer)
-        frozen = {n: sha256(local(p)) for n, p in models[0].named_parameters() if n not in trained}
-        note = {"rows": rows, "drawn": drawn, "trained": list(trained), "frozen": frozen}
-        print(json.dumps(note), file=steps, flush=True)
-        rows.clear()
-        drawn.clear()
-
-    register_module_forward_pre_hook(before_forward)
-    register_optimizer_step_pre_hook(before_step)
-    register_optimizer_step_post_hook(after_step)
-
-
-# ---- What pytest runs --------------------------------------------------------------------------
+WORKER = Path(__file__).with_name("resume_worker.py")
 
 
 class Run:
@@ -284,7 +150,7 @@ def start(
     home: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Run]]:
     """`start(processes, die=..., **changes) -> Run`: a new run."""
-    command = [sys.executable, __file__, str(root / "train.py")]
+    command = [sys.executable, str(WORKER), str(root / "train.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
@@ -455,7 +321,3 @@ def test_in_memory_too_only_the_new_blocks_move(
         for note in notes:
             assert note["frozen"] == frozen
             assert set(note["trained"]) == {name for name in tensors if name.startswith(NEW)}
-
-
-if __name__ == "__main__":
-    serve(Path(sys.argv[1]))

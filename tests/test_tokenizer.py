@@ -1,25 +1,22 @@
-"""Tokenizers: text comes back as it was, streamed or not, and wrong files are refused by name."""
+"""Tokenizers: text comes back as it was, streamed or not, with the libraries' ids."""
 
 import base64
-import hashlib
 import json
 import random
-import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from llamapro.config import DataError
-from llamapro.tokenizer import LLAMA_3_PATTERN, LLAMA_3_RANKS, StreamingDecoder, Tokenizer
+from llamapro.tokenizer import StreamingDecoder, Tokenizer
 from llamapro.train_tokenizer import train
+from llamapro.vocabulary import LLAMA_3_PATTERN, LLAMA_3_RANKS
 
 TEXTS = [
     "",
@@ -277,186 +274,6 @@ def test_runs_of_any_length_are_encoded(ranks_file: Path) -> None:
         assert ids == tokenizer.encode(text[:25_000]) * 40
 
 
-def copy_of(source: Path, target: Path, **files: Any) -> Path:
-    """Copies a tokenizer into a directory, beside JSON files (`name=content`, .json left out)."""
-    target.mkdir(exist_ok=True)
-    shutil.copy(source, target / source.name)
-    for name, content in files.items():
-        (target / f"{name}.json").write_text(json.dumps(content))
-    return target
-
-
-def test_added_tokens_and_frame_are_the_checkpoint_s(tmp_path: Path, tokenizer_file: Path) -> None:
-    """Tokens, BOS and EOS that the files beside the vocabulary name; each changes fingerprints."""
-    plain = Tokenizer.load(tokenizer_file)
-    assert plain.fingerprint == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-    config = {
-        "added_tokens_decoder": {
-            "1": {"content": "<s>", "special": True},
-            "400": {"content": "<|im_end|>", "special": True},
-            "402": {"content": "<tool>", "special": False},
-        },
-        "bos_token": None,
-        "eos_token": {"content": "<|im_end|>"},
-    }
-    added = {"<pad>": 401, "word": 403}
-    path = copy_of(
-        tokenizer_file,
-        tmp_path / "a",
-        tokenizer_config=config,
-        added_tokens=added,
-        special_tokens_map={"pad_token": "<pad>"},
-    )
-    tokenizer = Tokenizer.load(path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (None, 400, 404)
-    assert tokenizer.token_id("<pad>") == 401 and "word" not in tokenizer.special_tokens
-    # Words are found in any text, control tokens where they are asked for.
-    for special in (False, True):
-        ids = tokenizer.encode("a word<pad> b<tool>", special=special)
-        assert (401 in ids) == special and {402, 403} <= set(ids)
-    assert tokenizer.decode(ids) == "a word b<tool>"
-    assert [file.name for file in tokenizer.files] == [
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "added_tokens.json",
-        "special_tokens_map.json",
-    ]
-    others = [
-        {"tokenizer_config": {"eos_token": "<s>"}},
-        {"tokenizer_config": {"bos_token": None}},
-        {"added_tokens": {"<pad>": 400}},
-        {"added_tokens": {"<pad>": 401}},
-    ]
-    prints = [
-        Tokenizer.load(copy_of(tokenizer_file, tmp_path / f"f{i}", **files)).fingerprint
-        for i, files in enumerate(others)
-    ]
-    assert len({*prints, tokenizer.fingerprint, plain.fingerprint}) == 6
-    # What says nothing new changes nothing: stores of tokens stay valid.
-    same = {"bos_token": "<s>", "chat_template": "x", "added_tokens_decoder": {}}
-    same["added_tokens_decoder"] = {str(i): config["added_tokens_decoder"]["1"] for i in (1,)}
-    path = copy_of(tokenizer_file, tmp_path / "same", tokenizer_config=same)
-    assert Tokenizer.load(path).fingerprint == plain.fingerprint
-
-
-def test_added_tokens_are_found_as_their_files_say(tmp_path: Path, tokenizer_file: Path) -> None:
-    """The longest first, with the white space they take; a reserved one goes by its new name."""
-    listed = {
-        "1": {"content": "<bos>", "special": True},
-        "400": {"content": "<x>", "special": True, "lstrip": True, "rstrip": True},
-        "401": {"content": "<x>y", "special": True},
-    }
-    config = {"added_tokens_decoder": listed, "bos_token": "<bos>"}
-    tokenizer = Tokenizer.load(copy_of(tokenizer_file, tmp_path, tokenizer_config=config))
-    assert tokenizer.bos_id == 1 and "<s>" not in tokenizer.special_tokens
-    ids = tokenizer.encode("a <x>\n b<x>y <bos>", special=True)
-    space = tokenizer.encode(" ", continues=True)
-    b = tokenizer.encode("b", continues=True)
-    assert ids == [*tokenizer.encode("a"), 400, *b, 401, *space, 1]
-
-
-def test_space_after_control_tokens_is_the_checkpoint_s(tmp_path: Path, real: Tokenizer) -> None:
-    """None unless "legacy" says so: the same ids as transformers', whose switch it is."""
-    text = "<s>[INST] hi</s>a b</s>\n c"
-    for legacy in (False, True):
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
-        config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        path = copy_of(real.path, tmp_path / str(legacy), tokenizer_config=config)
-        expected = AutoTokenizer.from_pretrained(path).encode(text, add_special_tokens=False)
-        assert Tokenizer.load(path).encode(text, special=True) == expected
-
-
-def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer.json of a sentencepiece model's tokens, with Llama 2's components."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
-    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    made = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return json.loads(made.to_str())
-
-
-def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, real: Tokenizer) -> None:
-    """Of both, if they agree: its ids; the other's added tokens and its spaces."""
-    raw = sentencepiece_json(real)
-    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": real.vocab_size, "content": "<x>"})
-    tokenizer = Tokenizer.load(copy_of(real.path, tmp_path, tokenizer=raw))
-    assert tokenizer.path.name == "tokenizer.model"
-    assert tokenizer.encode("x  y") == real.encode("x  y")
-    assert tokenizer.token_id("<x>") == real.vocab_size
-    assert tokenizer.encode("<s>[", special=True)[1:] == real.encode("[")
-    # Alone it is read with its library, which has no merges here: characters.
-    (tmp_path / "tokenizer.model").unlink()
-    alone = Tokenizer.load(tmp_path)
-    assert alone.path.name == "tokenizer.json" and alone.adds_space
-    assert (alone.bos_id, alone.eos_id) == (1, 2)
-    assert alone.decode(alone.encode(" a é😀")) == " a é😀"
-
-
-def test_files_that_contradict_each_other_are_refused(tmp_path: Path, real: Tokenizer) -> None:
-    """Two vocabularies, two ids for a name, a BOS that does not exist: the files are named."""
-    raw = sentencepiece_json(real)
-    vocab = raw["model"]["vocab"]
-    names = list(vocab)
-    vocab[names[300]], vocab[names[301]] = vocab[names[301]], vocab[names[300]]
-    two_ids = {"added_tokens": {"<x>": 9}, "tokenizer_config": {"added_tokens_decoder": {}}}
-    two_ids["tokenizer_config"]["added_tokens_decoder"] = {"8": {"content": "<x>"}}
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"tokenizer": raw}, r"tokenizer\.json are of different vocabularies"),
-        (two_ids, r"added_tokens\.json: '<x>' is token 9, but .* says 8"),
-        ({"tokenizer_config": {"bos_token": "<bos>"}}, "bos_token is '<bos>', which is no token"),
-        ({"tokenizer_config": [1]}, "tokenizer_config.json: expected a JSON object, found list"),
-        ({"added_tokens": {"<x>": "one"}}, r"added_tokens\.json: added token .*'one'"),
-    ]
-    for number, (files, message) in enumerate(cases):
-        path = copy_of(real.path, tmp_path / str(number), **files)
-        with pytest.raises(DataError, match=message) as error:
-            Tokenizer.load(path)
-        assert str(path) in str(error.value)
-
-
-def rank_lines(count: int, skip: int = -1) -> bytes:
-    """Ranks of all bytes but one, then of pairs."""
-    tokens = [bytes([b]) for b in range(256) if b != skip]
-    tokens += [bytes(divmod(i, 256)) for i in range(count - len(tokens))]
-    return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokenizer.model", rank_lines(300, skip=65), "lack 1 of the 256 bytes"),
-        ("tokenizer.model", rank_lines(300) + b"QUJD 1000\n", "or some ranks; damaged"),
-        ("tokenizer.model", rank_lines(300) + b"QUJD", r"tokenizer.model:301: not a token and"),
-        ("tokenizer.model", b"", "not a sentencepiece model"),
-        ("tokenizer.model", b"version https://git-lfs", "not a sentencepiece model"),
-        ("tokenizer.json", b"{}", "not a tokenizer of the tokenizers library"),
-        ("tokenizer.json", b"{", "not a JSON file"),
-        ("other", b"", "no tokenizer.model or tokenizer.json"),
-    ],
-)
-def test_wrong_tokenizer_is_refused_by_name(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    """Each kind of wrong file has a message that says what it is."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
-        Tokenizer.load(tmp_path)
-    assert str(tmp_path) in str(error.value)
-
-
-def test_ranks_of_another_model_are_refused(tmp_path: Path) -> None:
-    """More than Llama 3's are cut by another pattern, which the file does not hold."""
-    tokens = [i.to_bytes(3, "big").lstrip(b"\0") or b"\0" for i in range(LLAMA_3_RANKS + 1)]
-    lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
-    with pytest.raises(DataError, match="128,001 BPE ranks, Llama 3 has 128,000"):
-        Tokenizer.load(tmp_path)
-
-
 def test_word_piece_is_refused(tmp_path: Path, byte_level: tokenizers.Tokenizer) -> None:
     """A tokenizer.json whose tokens are not bytes of text is of no LLaMA."""
     raw = json.loads(byte_level.to_str()) | {"decoder": {"type": "WordPiece", "prefix": "##"}}
@@ -493,41 +310,3 @@ def test_tokenizer_larger_than_the_model_is_refused(real: Tokenizer) -> None:
         real.check_fits(105, "some/model")
     for part in (str(real.path), "some/model", f"{real.vocab_size:,}", "105"):
         assert part in str(error.value)
-
-
-def test_training_is_deterministic_and_of_the_size_asked(trained: Tokenizer) -> None:
-    """The same text gives the same bytes, with Llama 2's special tokens."""
-    assert train([Path(__file__).read_text(encoding="utf-8")], 400) == trained.path.read_bytes()
-    assert (trained.vocab_size, trained.bos_id, trained.eos_id) == (400, 1, 2)
-
-
-def test_training_drops_no_long_lines(tmp_path: Path) -> None:
-    """Lines longer than sentencepiece's limits, or with U+2585, shape the vocabulary too."""
-    file = tmp_path / "tokenizer.model"
-    file.write_bytes(train(["ox " * 60_000 + "zebra" * 60_000, "\u2585 giraffe" * 20], 285))
-    tokenizer = Tokenizer.load(file)
-    assert len(tokenizer.encode("zebra" * 100)) < 200
-    assert len(tokenizer.encode("giraffe")) < 7
-
-
-@pytest.mark.parametrize(
-    ("texts", "size"), [([], 300), (["\n\n"], 300), (["abc"], 9), (["a"], 999)]
-)
-def test_impossible_training_is_refused(texts: list[str], size: int) -> None:
-    """No text, or a vocabulary too small or too large for it, is told in one message."""
-    with pytest.raises(DataError, match=r"no text|too high|smaller"):
-        train(texts, size)
-
-
-def test_command_writes_a_tokenizer_once(tmp_path: Path) -> None:
-    """The command writes, prints one JSON object, and refuses to replace without --force."""
-    words = [sys.executable, "-m", "llamapro.tokenizer", __file__, "--vocab-size", "400"]
-    words += ["--out", str(tmp_path / "new"), "--json"]
-    first = subprocess.run(words, capture_output=True, text=True, check=True)
-    result = json.loads(first.stdout)
-    assert (result["vocab_size"], result["documents"]) == (400, 1)
-    assert [f.name for f in (tmp_path / "new").iterdir()] == ["tokenizer.model"]
-    assert Tokenizer.load(tmp_path / "new").fingerprint == result["fingerprint"]
-    second = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert second.returncode == 2 and "--force" in second.stderr and not second.stdout
-    assert subprocess.run([*words, "--force"], capture_output=True, check=False).returncode == 0

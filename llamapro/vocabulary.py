@@ -1,0 +1,314 @@
+"""The vocabulary files of LLaMA-shaped models, and the files beside them that name tokens.
+
+sentencepiece `tokenizer.model`, Llama 3's `tokenizer.model` of BPE ranks, `tokenizer.json`: each
+read with its library and checked; `llamapro.tokenizer` makes one tokenizer of what they say.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamapro.config import DataError
+
+JSON_NAME = "tokenizer.json"
+# Files beside the vocabulary that name tokens; they count where they exist.
+COMPANIONS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+# A line of Llama 3's vocabulary: a token's bytes in base64 and its rank.
+_RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+# Meta's llama3 `tokenizer.py`: how text is cut before the merges, and how many ranks there are.
+LLAMA_3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_3_RANKS = 128_000
+# That file also cuts longer runs with or without white space: tiktoken dies of 10^6 spaces.
+_RUN = 25_000
+_LONG_RUN = re.compile(rf"(?<!\s)\s{{{_RUN + 1},}}|(?<!\S)\S{{{_RUN + 1},}}")
+# The names of Llama 3.1 and later; 3.0 has reserved ones where these have a use.
+_LLAMA_3_SPECIAL = [
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    *("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+]
+# Where no file says which tokens begin and end a document: the first of these that there is.
+_BOS_NAMES = ("<s>", "<|begin_of_text|>")
+_EOS_NAMES = ("</s>", "<|end_of_text|>")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is not of the vocabulary's own making; the names are tokenizer.json's."""
+
+    id: int
+    special: bool  # a control token: gives no text, and its name in a text is plain characters
+    lstrip: bool = False  # takes the white space before it
+    rstrip: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a vocabulary file says, whichever library reads it.
+
+    Attributes:
+        encode: text to ids; names of control tokens are plain characters.
+        pieces: id to the bytes of text it stands for; control tokens have none.
+        added: control tokens, and others that `encode` finds by itself.
+        bos_id, eos_id: of the file itself, or None.
+    """
+
+    encode: Callable[[str], list[int]]
+    pieces: dict[int, bytes]
+    added: dict[str, AddedToken]
+    bos_id: int | None
+    eos_id: int | None
+
+
+# ---- The three kinds of vocabulary file --------------------------------------------------------
+
+
+def read_vocabulary(path: Path, content: bytes, raw_json: dict[str, Any]) -> Vocabulary:
+    """Reads a vocabulary file of any kind.
+
+    Args:
+        path: the file; one that ends in .json is a tokenizer.json.
+        content: its bytes.
+        raw_json: what the tokenizer.json holds, if it is one.
+
+    Raises:
+        DataError: naming the file, if it is damaged, of another kind, or if the library that reads
+            it is not installed.
+    """
+    if path.suffix == ".json":
+        return _read_json(path, content, raw_json)
+    if _RANK_LINE.match(content):
+        return _read_ranks(path, content)
+    return _read_sentencepiece(path, content)
+
+
+def _read_sentencepiece(path: Path, content: bytes) -> Vocabulary:
+    import sentencepiece
+
+    try:
+        if not content:
+            raise RuntimeError("the file is empty")
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise DataError(f"{path}: not a sentencepiece model ({error})") from None
+    pieces: dict[int, bytes] = {}
+    added: dict[str, AddedToken] = {}
+    for i in range(model.vocab_size()):
+        piece: str = model.id_to_piece(i)
+        if model.is_control(i) or model.is_unknown(i):
+            added[piece] = AddedToken(i, special=True)
+        elif model.is_byte(i):
+            pieces[i] = bytes.fromhex(piece[3:5])  # "<0x0A>"
+        else:
+            pieces[i] = piece.replace("\u2581", " ").encode()
+    bos, eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
+    return Vocabulary(model.encode, pieces, added, bos, eos)
+
+
+def _read_ranks(path: Path, content: bytes) -> Vocabulary:
+    try:
+        import tiktoken
+    except ImportError:
+        raise DataError(_needs(path, "BPE ranks (Llama 3)", "tiktoken")) from None
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines()):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise DataError(f"{path}:{number + 1}: not a token and its rank; damaged") from None
+    missing = sum(bytes([byte]) not in ranks for byte in range(256))
+    if missing or sorted(ranks.values()) != list(range(len(ranks))):
+        raise DataError(
+            f"{path}: BPE ranks that lack {missing} of the 256 bytes or some ranks; damaged"
+        )
+    if len(ranks) > LLAMA_3_RANKS:
+        raise DataError(
+            f"{path}: {len(ranks):,} BPE ranks, Llama 3 has {LLAMA_3_RANKS:,}: another model's, "
+            f"whose way of cutting text is not in the file; use its {JSON_NAME}"
+        )
+    special = {name: len(ranks) + i for i, name in enumerate(_LLAMA_3_SPECIAL)}
+    encoding = tiktoken.Encoding(
+        path.name, pat_str=LLAMA_3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+
+    def encode(text: str) -> list[int]:
+        ids, at = [], 0
+        for run in _LONG_RUN.finditer(text):
+            for cut in range(run.start() + _RUN, run.end(), _RUN):
+                ids += encoding.encode_ordinary(text[at:cut])
+                at = cut
+        return ids + encoding.encode_ordinary(text[at:])
+
+    return Vocabulary(
+        encode,
+        {rank: token for token, rank in ranks.items()},
+        {name: AddedToken(i, special=True) for name, i in special.items()},
+        special[_BOS_NAMES[1]],
+        special[_EOS_NAMES[1]],
+    )
+
+
+def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError(_needs(path, JSON_NAME, "tokenizers")) from None
+    try:
+        model = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:
+        if type(error) is not ValueError and type(error) is not Exception:
+            raise
+        # The library has no class of its own for what it raises.
+        raise DataError(f"{path}: not a tokenizer of the tokenizers library ({error})") from None
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True  # their names are plain characters
+    added = {
+        token.content: AddedToken(i, token.special, token.lstrip, token.rstrip)
+        for i, token in model.get_added_tokens_decoder().items()
+    }
+
+    def encode(text: str) -> list[int]:
+        return model.encode(text, add_special_tokens=False).ids
+
+    bos, eos = (
+        next((added[name].id for name in names if name in added), None)
+        for names in (_BOS_NAMES, _EOS_NAMES)
+    )
+    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos)
+
+
+def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
+    """Returns id to bytes of the tokens in a tokenizer.json, without the added ones.
+
+    Raises:
+        DataError: its decoder is none of a LLaMA-shaped model.
+    """
+    kinds = {part.get("type") for part in _parts(raw.get("decoder"), "decoders")}
+    if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+        raise DataError(
+            f"{path}: its decoder is {sorted(map(str, kinds))}, expected ByteLevel, ByteFallback "
+            f"or Metaspace: not the tokenizer of a LLaMA-shaped model"
+        )
+    listed = raw["model"]["vocab"]  # of BPE a mapping to ids, of Unigram a list with scores
+    tokens = (
+        listed.items() if isinstance(listed, dict) else ((t[0], i) for i, t in enumerate(listed))
+    )
+    to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
+    added = {token["id"] for token in raw.get("added_tokens", [])}
+    pieces: dict[int, bytes] = {}
+    for token, i in tokens:
+        if i in added:
+            continue
+        if "ByteLevel" in kinds:
+            pieces[i] = bytes(to_byte[character] for character in token)
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            pieces[i] = bytes.fromhex(token[3:5])
+        else:
+            pieces[i] = token.replace("\u2581", " ").encode()
+    return pieces
+
+
+def _needs(path: Path, what: str, library: str) -> str:
+    return f"{path}: {what}, read with {library}: pip install 'llamapro[tokenizers]'"
+
+
+def _parts(raw: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Returns a component of a tokenizer.json, or those it is a sequence of."""
+    return raw.get(key, [raw]) if raw else []
+
+
+def has_space_everywhere(raw: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a space before each text between control tokens."""
+    normalizers = _parts(raw.get("normalizer"), "normalizers")
+    cutters = _parts(raw.get("pre_tokenizer"), "pretokenizers")
+    return any(part.get("type") == "Prepend" for part in normalizers) or any(
+        part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") == "always"
+        for part in cutters
+    )
+
+
+def _byte_characters() -> str:
+    """Returns GPT-2's printable characters for the bytes 0 to 255 (its `bytes_to_unicode`)."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in shown else next(others)) for byte in range(256))
+
+
+# ---- The files beside it -----------------------------------------------------------------------
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file, or {} if there is no such file.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(raw, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def name_of(token: Any) -> str | None:
+    """Returns a token's name, written as a string or as an object with `content`."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def added_tokens(
+    directory: Path, names: dict[str, Any], raw_json: dict[str, Any]
+) -> dict[str, AddedToken]:
+    """Returns the tokens that the files of a directory add to its vocabulary, or rename.
+
+    Args:
+        directory: of the vocabulary's file.
+        names: `special_tokens_map.json` and `tokenizer_config.json` there, as one object.
+        raw_json: `tokenizer.json` there; {} if there is none.
+
+    Raises:
+        DataError: naming the file, if an entry is no token, or two files disagree about its id.
+    """
+    lists = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    roles = {name_of(token) for key, token in names.items() if key.endswith("_token")}
+    roles |= {name_of(token) for tokens in lists for token in tokens}
+    sources: dict[str, list[dict[str, Any]]] = {
+        JSON_NAME: raw_json.get("added_tokens", []),
+        COMPANIONS[0]: [
+            {"id": i, **token} for i, token in names.get("added_tokens_decoder", {}).items()
+        ],
+        COMPANIONS[1]: [
+            {"id": i, "content": name, "special": name in roles}
+            for name, i in read_object(directory / COMPANIONS[1]).items()
+        ],
+    }
+    added: dict[str, AddedToken] = {}
+    for source, tokens in sources.items():
+        for raw in tokens:
+            try:
+                name, flags = raw["content"], (raw.get(k, False) for k in ("lstrip", "rstrip"))
+                token = AddedToken(int(raw["id"]), bool(raw.get("special", False)), *flags)
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{directory / source}: added token {raw!r}: {error!r}") from None
+            if name not in added:
+                added[name] = token
+            elif added[name].id != token.id:
+                raise DataError(
+                    f"{directory / source}: {name!r} is token {token.id}, but another file there "
+                    f"says {added[name].id}; remove the one that is not of the model"
+                )
+    return added
