@@ -1,16 +1,19 @@
-"""Converts, expands, merges, inspects and verifies checkpoints.
+"""Converts, expands, merges, strips, inspects and verifies checkpoints.
 
     python convert.py from-meta META_DIR OUT_DIR            Meta release -> Hugging Face layout
     python convert.py expand BASE_DIR OUT_DIR --num-new-blocks 8      insert identity blocks
     python convert.py merge EXPANDED_DIR RUN_DIR OUT_DIR    put trained blocks into a plain model
+    python convert.py merge EXPANDED_DIR BLOCKS BLOCKS OUT_DIR        of several domains, into one
+    python convert.py strip EXPANDED_DIR OUT_DIR            take the new blocks out: the base again
     python convert.py to-meta CKPT_DIR OUT_DIR              Hugging Face layout -> Meta release
     python convert.py inspect DIR                           what is in it, which layers are new
     python convert.py verify DIR [--base BASE_DIR] [--hf]   is every byte intact, do logits agree
 
+A checkpoint that is read may be hf://owner/name[@revision] (pip install 'llamapro[hub]').
 Every output directory appears only once it is complete. With --json the result is one JSON object.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,16 +68,17 @@ class ToMeta(Output):
     """Write a checkpoint in Meta's release layout; undoes from-meta byte for byte."""
 
     ckpt_dir: Annotated[Positional[Path], arg(metavar="CKPT_DIR")]
-    """A checkpoint directory."""
+    """A checkpoint directory, or hf://owner/name."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The release directory to create."""
     shards: Annotated[int | None, arg(metavar="N")] = None
     """Model-parallel shards; as many as the release had if not given, else 1."""
 
     def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.hub import resolve
         from llamapro.meta import to_meta
 
-        found = to_meta(self.ckpt_dir, self.out_dir, self.shards, self.force)
+        found = to_meta(resolve(self.ckpt_dir), self.out_dir, self.shards, self.force)
         return found, (
             f"{self.out_dir}: {found['parameters']:,} parameters, {found['shards']} shard(s)"
         )
@@ -85,7 +89,7 @@ class Expand(Output):
     """Insert identity blocks (LLaMA Pro, section 3.2); the result's logits are the base's."""
 
     base_dir: Annotated[Positional[Path], arg(metavar="BASE_DIR")]
-    """The checkpoint to expand."""
+    """The checkpoint to expand, or hf://owner/name."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create."""
     num_new_blocks: Annotated[int | None, arg(metavar="N")] = None
@@ -101,9 +105,13 @@ class Expand(Output):
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoint import Checkpoint
+        from llamapro.hub import repository, resolve
         from llamapro.streaming import expand_checkpoint
 
-        base = Checkpoint.open(self.base_dir)
+        base = Checkpoint.open(resolve(self.base_dir))
+        if name := repository(self.base_dir):  # what the model card will call the base
+            raw = base.config.raw | {"_name_or_path": name}
+            base = replace(base, config=replace(base.config, raw=raw))
         layout = self.layout(base.config.num_hidden_layers)
         shard = int(self.max_shard_gb * 1e9)
         found = expand_checkpoint(base, self.out_dir, layout, self.force, shard)
@@ -134,28 +142,69 @@ class Expand(Output):
 
 @dataclass(kw_only=True)
 class Merge(Output):
-    """Put the trained blocks into the expanded model: an ordinary checkpoint."""
+    """Put trained blocks into their base: an ordinary checkpoint, with a model card.
+
+    Several new-block files may have been trained apart, on different domains and in different
+    layouts, if only on the same base: each layer of it is followed by the blocks of every file.
+    """
 
     expanded_dir: Annotated[Positional[Path], arg(metavar="EXPANDED_DIR")]
     """The checkpoint that was trained, or the config.json of a run from random weights."""
     blocks: Annotated[Positional[Path], arg(metavar="BLOCKS")]
     """A run directory (its newest intact step), a training checkpoint, or a new-block file."""
+    more_and_out: Annotated[Positional[tuple[Path, ...]], arg(metavar="[BLOCKS ...] OUT_DIR")]
+    """More of these, then the checkpoint directory to create."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.checkpoint import Checkpoint
+        from llamapro.hub import resolve
+        from llamapro.merging import merge_many
+        from llamapro.streaming import assemble_checkpoint, merge_checkpoint
+
+        # Options may follow the last words only if these are one list.
+        if not self.more_and_out:
+            raise ConfigError("merge: OUT_DIR is missing: give EXPANDED_DIR BLOCKS OUT_DIR")
+        *more, out_dir = self.more_and_out
+        if more:
+            files = [self.blocks, *more]
+            expanded = Checkpoint.open(resolve(self.expanded_dir))
+            found = merge_many(expanded, files, out_dir, self.force)
+            return found, (
+                f"{out_dir}: {found['layers']} layers, base tensors intact\n"
+                f"new blocks   {found['new_layers']} of {len(files)} files\n"
+                f"copied from  {found['source_layers']}"
+            )
+        if self.expanded_dir.is_file():
+            found = assemble_checkpoint(self.expanded_dir, self.blocks, out_dir, self.force)
+        else:
+            expanded = Checkpoint.open(resolve(self.expanded_dir))
+            found = merge_checkpoint(expanded, self.blocks, out_dir, self.force)
+        base = "base tensors intact" if found["base_intact"] else "all tensors trained"
+        return found, (
+            f"{out_dir}: {found['tensors_replaced']} trained tensors of step {found['step']} "
+            f"merged, {base}"
+        )
+
+
+@dataclass(kw_only=True)
+class Strip(Output):
+    """Take the new blocks out of a model: its base again, byte for byte."""
+
+    expanded_dir: Annotated[Positional[Path], arg(metavar="EXPANDED_DIR")]
+    """An expanded or merged checkpoint, or hf://owner/name."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoint import Checkpoint
-        from llamapro.streaming import assemble_checkpoint, merge_checkpoint
+        from llamapro.hub import resolve
+        from llamapro.merging import strip_checkpoint
 
-        if self.expanded_dir.is_file():
-            found = assemble_checkpoint(self.expanded_dir, self.blocks, self.out_dir, self.force)
-        else:
-            expanded = Checkpoint.open(self.expanded_dir)
-            found = merge_checkpoint(expanded, self.blocks, self.out_dir, self.force)
-        base = "base tensors intact" if found["base_intact"] else "all tensors trained"
+        expanded = Checkpoint.open(resolve(self.expanded_dir))
+        found = strip_checkpoint(expanded, self.out_dir, self.force)
         return found, (
-            f"{self.out_dir}: {found['tensors_replaced']} trained tensors of step {found['step']} "
-            f"merged, {base}"
+            f"{self.out_dir}: {found['layers']} layers, new blocks {found['removed_layers']} taken "
+            f"out\nsha256 {found['sha256']}, the base's"
         )
 
 
@@ -164,14 +213,16 @@ class Inspect:
     """Show layers, which are new and from where, parameters, dtypes, sizes, hashes."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A checkpoint directory, run directory, training checkpoint or new-block file."""
+    """A checkpoint directory or hf://owner/name, run directory, training checkpoint or new-block
+    file."""
     json: bool = False
     """Print the result as one JSON object."""
 
     def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.hub import resolve
         from llamapro.inspect import describe, render
 
-        found = describe(str(self.dir))
+        found = describe(str(resolve(self.dir)))
         return found, render(found)
 
 
@@ -180,7 +231,8 @@ class Verify:
     """Check all bytes: of an expanded model, that its base is intact; of a run, what it saved."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A checkpoint directory, run directory, training checkpoint or new-block file."""
+    """A checkpoint directory or hf://owner/name, run directory, training checkpoint or new-block
+    file."""
     base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
     """The base it was expanded from: compare hashes and logits."""
     hf: bool = False
@@ -192,15 +244,17 @@ class Verify:
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.blocks import is_training_output
+        from llamapro.hub import resolve
         from llamapro.verify import verify, verify_run
 
-        if is_training_output(self.dir):
+        directory = resolve(self.dir)
+        if is_training_output(directory):
             if self.base or self.hf:
-                raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
-            found = verify_run(str(self.dir))
+                raise ConfigError(f"{directory}: --base and --hf are for checkpoint directories")
+            found = verify_run(str(directory))
             return found, "\n".join(f"{path}: intact" for path in found["intact"])
-        found = verify(str(self.dir), str(self.base) if self.base else None)
-        lines = [f"{self.dir}: {found['tensors']} tensors complete and finite"]
+        found = verify(str(directory), str(resolve(self.base)) if self.base else None)
+        lines = [f"{directory}: {found['tensors']} tensors complete and finite"]
         lines.append(f"sha256 {found['sha256']}")
         if "base_sha256" in found:
             lines.append(f"base intact: its tensors hash to {found['base_sha256']}, as recorded")
@@ -212,22 +266,23 @@ class Verify:
                 else f"logits differ from the base's by up to {found['max_logit_difference']:.3g}"
             )
         if self.hf:
-            found["hf"] = self.compare_with_hf()
+            found["hf"] = self.compare_with_hf(directory)
             lines += [f"  {key:<40} {value}" for key, value in found["hf"].items()]
         return found, "\n".join(lines)
 
-    def compare_with_hf(self) -> dict[str, Any]:
+    def compare_with_hf(self, directory: Path) -> dict[str, Any]:
         import torch
 
         from llamapro.hf_parity import compare_with_hf
 
-        return compare_with_hf(str(self.dir), getattr(torch, self.dtype) if self.dtype else None)
+        return compare_with_hf(str(directory), getattr(torch, self.dtype) if self.dtype else None)
 
 
 Command = (
     Annotated[FromMeta, tyro.conf.subcommand("from-meta")]
     | Annotated[Expand, tyro.conf.subcommand("expand")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Strip, tyro.conf.subcommand("strip")]
     | Annotated[ToMeta, tyro.conf.subcommand("to-meta")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]

@@ -41,12 +41,15 @@ class BlocksInfo:
         base_sha256: of the frozen base; "" if all trained or the model was never expanded.
         new_layers: the layers that are new blocks; empty as above.
         step: optimizer steps made.
+        source_layers: for each new block, the layer of the base it was copied from; empty as above,
+            and in files that were written before this was noted.
     """
 
     trainable: str
     base_sha256: str
     new_layers: tuple[int, ...]
     step: int
+    source_layers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig, trainable: str, step: int) -> "BlocksInfo":
@@ -54,7 +57,7 @@ class BlocksInfo:
         record = config.expansion
         if trainable == "all" or record is None:
             return cls(trainable, "", (), step)
-        return cls(trainable, record.base_sha256, record.new_layers, step)
+        return cls(trainable, record.base_sha256, record.new_layers, step, record.source_layers)
 
 
 def is_training_output(path: Path) -> bool:
@@ -142,16 +145,18 @@ def read_blocks(file: Path) -> tuple[dict[str, StoredTensor], BlocksInfo]:
         trainable, base, layers, step = (
             raw[key] for key in ("trainable", "base_sha256", "new_layers", "step")
         )
-        numbers = [step, *layers]
+        sources = raw.get("source_layers", [])
+        numbers = [step, *layers, *sources]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise CheckpointError(f"{file}: no 'llamapro' metadata: not a new-block file") from None
     if (
         trainable not in ("new_blocks", "all")
         or not isinstance(base, str)
         or any(type(number) is not int or number < 0 for number in numbers)
+        or len(sources) not in (0, len(layers))
     ):
         raise CheckpointError(f"{file}: damaged: its 'llamapro' metadata is {str(raw)[:200]}")
-    return tensors, BlocksInfo(trainable, base, tuple(layers), step)
+    return tensors, BlocksInfo(trainable, base, tuple(layers), step, tuple(sources))
 
 
 def check_blocks(

@@ -33,7 +33,8 @@ from llamapro.tensor_file import tensor_chunks as tensor_chunks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What travels with the weights: tokenizer, generation settings, licence texts.
+BASE_CARD_FILE = "BASE_README.md"  # the model card of the base, where README.md is another's
+# What travels with the weights: tokenizer, generation settings, licence texts, the base's card.
 COMPANION_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -42,6 +43,7 @@ COMPANION_FILES = (
     "chat_template*",
     "LICENSE*",
     "USE_POLICY*",
+    BASE_CARD_FILE,
 )
 
 

@@ -181,7 +181,7 @@ class Args(ComputeOptions):
     """Measure loss, perplexity and bits per byte of a checkpoint on files."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Checkpoint directory, with its tokenizer.model."""
+    """Checkpoint directory, with its tokenizer (tokenizer.model or tokenizer.json)."""
     data: tuple[str, ...]
     """Files, folders or globs: text, source code, .jsonl or .jsonl.gz; each is measured."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None

@@ -1,4 +1,7 @@
-"""Writes text with a checkpoint: `python -m llamapro.generate DIR --prompt "Once upon a time"`."""
+"""Writes text with a checkpoint: `python -m llamapro.generate DIR --prompt "Once upon a time"`.
+
+With `--chat`, answers turns of a conversation; see `llamapro.talk`.
+"""
 
 import math
 import sys
@@ -52,24 +55,28 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | torch.Generator = 0,
+    cache: KVCache | None = None,
 ) -> Iterator[Tensor]:
     """Continues prompts of one length, one token at a time.
 
     Args:
         model: in evaluation mode.
-        prompt: (B, T) token ids, T >= 1.
+        prompt: (B, T) token ids, T >= 1; with a cache, those that follow the ones in it.
         max_new_tokens: how many steps are made; the caller may stop sooner.
         temperature, top_p: as for `sample`.
-        seed: of the draws.
+        seed: of the draws; or a generator, for draws that follow earlier ones.
+        cache: of the tokens before the prompt, with room for T + max_new_tokens - 1 more. It is
+            filled with all tokens but the last one yielded.
 
     Yields:
         (B, 1): each step's token ids.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     weight = model.lm_head.weight
-    capacity = prompt.shape[1] + max_new_tokens
-    cache = KVCache(model.config, prompt.shape[0], capacity, weight.dtype, weight.device)
+    if cache is None:
+        capacity = prompt.shape[1] + max_new_tokens
+        cache = KVCache(model.config, prompt.shape[0], capacity, weight.dtype, weight.device)
     ids = prompt.to(weight.device)
     for _ in range(max_new_tokens):
         logits = model(ids, cache=cache, last_only=True)[:, 0]  # (B, V)
@@ -79,14 +86,23 @@ def generate(
 
 @dataclass
 class Args(ComputeOptions):
-    """Continue a prompt with a checkpoint, printing the text as it is written."""
+    """Continue a prompt, or a conversation, with a checkpoint: text is printed as it is written."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Checkpoint directory, with its tokenizer.model."""
+    """Checkpoint directory, with its tokenizer (tokenizer.model or tokenizer.json)."""
     prompt: str = ""
-    """Text to continue; empty: start a new document."""
+    """Text to continue; empty: start a new document. With --chat: the first turn."""
+    chat: bool = False
+    """Answer turns of a conversation. On a terminal, they are asked for: an empty line, /exit or
+    Ctrl-D ends, /reset forgets. Elsewhere --prompt is the only turn, or else each line of standard
+    input is one."""
+    system: str = ""
+    """With --chat: the system's turn, before all others."""
+    chat_template: str = ""
+    """With --chat: a .jinja file, or llama2, llama3, mistral or chatml; empty: the model's own."""
     max_new_tokens: int = 256
-    """Stop after this many tokens, at the end of the document, or when the context is full."""
+    """Stop after this many tokens, at the end of the document (with --chat: of the answer), or when
+    the context is full."""
     temperature: float = 0.0
     """0: always the most likely token; higher: more varied."""
     top_p: float = 1.0
@@ -98,7 +114,11 @@ class Args(ComputeOptions):
 
     def check(self) -> None:
         """Raises ConfigError with every option that is impossible."""
-        wrong = []
+        wrong = [
+            f"{name}: is of use with --chat only"
+            for name, value in [("--system", self.system), ("--chat-template", self.chat_template)]
+            if value and not self.chat
+        ]
         if self.max_new_tokens < 1:
             wrong.append(f"--max-new-tokens {self.max_new_tokens}: expected 1 or more")
         if not 0 <= self.temperature < math.inf:
@@ -116,17 +136,32 @@ def main() -> None:
     args = tyro.cli(Args, prog="python -m llamapro.generate", config=flags)
     args.check()
     checkpoint = Checkpoint.open(args.dir)
-    config = checkpoint.config
     tokenizer = Tokenizer.load(args.dir)
-    tokenizer.check_fits(config.vocab_size, str(args.dir))
+    tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))
+    if args.chat:
+        from llamapro import talk  # which imports this module
+
+        result = talk.chat(checkpoint, tokenizer, args)
+    else:
+        result = continue_prompt(checkpoint, tokenizer, args)
+    if args.json:
+        cli.print_result(result, True, "")
+
+
+def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) -> dict[str, Any]:
+    """Loads the model and continues --prompt; returns as `write`.
+
+    Raises:
+        ConfigError: the prompt is empty or too long.
+    """
     prompt = tokenizer.encode(args.prompt, bos=True)
     if not prompt:
         raise ConfigError(f"{args.dir}: its tokenizer has no BOS token; give a --prompt")
-    room = config.max_position_embeddings - len(prompt)
+    context = checkpoint.config.max_position_embeddings
+    room = context - len(prompt)
     if room < 1:
         raise ConfigError(
-            f"--prompt has {len(prompt)} tokens; the context of {args.dir} is "
-            f"{config.max_position_embeddings}: shorten it"
+            f"--prompt has {len(prompt)} tokens; the context of {args.dir} is {context}: shorten it"
         )
     with args.backends():
         model = args.load(checkpoint)
@@ -136,8 +171,7 @@ def main() -> None:
         f"{stopped}{result['tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s",
         file=sys.stderr,
     )
-    if args.json:
-        cli.print_result(result, True, "")
+    return result
 
 
 def write(

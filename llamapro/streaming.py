@@ -9,6 +9,7 @@ from typing import Any
 
 from llamapro import expansion
 from llamapro.blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
+from llamapro.card import Training, keep_base_card, write_card
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ModelConfig
 from llamapro.expansion import Layout
@@ -36,8 +37,8 @@ from llamapro.verify import compare_logits, contained_base_sha256
 Chunks = Iterator[memoryview | bytes]
 
 
-def _hashed(stored: StoredTensor, hashes: dict[str, str]) -> Chunks:
-    """Yields a tensor's bytes and notes their SHA-256: one read serves copy and hash."""
+def hashed_chunks(stored: StoredTensor, hashes: dict[str, str]) -> Chunks:
+    """Yields a tensor's bytes; notes their SHA-256 in `hashes`: one read serves copy and hash."""
     digest = hashlib.sha256()
     for chunk in stored.chunks():
         digest.update(chunk)
@@ -90,7 +91,9 @@ def expand_checkpoint(
         if is_zero:
             return _zeros(spec)
         return (
-            stored.chunks() if expansion.is_in_layers(spec.name, new) else _hashed(stored, hashes)
+            stored.chunks()
+            if expansion.is_in_layers(spec.name, new)
+            else hashed_chunks(stored, hashes)
         )
 
     with output_directory(out_dir, force) as aside:
@@ -98,6 +101,7 @@ def expand_checkpoint(
         base_sha256 = combine_hashes((t, hashes[t.name]) for t in base.tensors.values())
         config = expansion.expand_config(base.config, layout, base_sha256)
         write_companions(aside, config, base.companions())
+        keep_base_card(base.path, aside)
         logits = compare_logits(base, Checkpoint.open(aside))
         if not logits.bit_equal:
             raise CheckpointError(
@@ -126,6 +130,8 @@ def merge_checkpoint(
 ) -> dict[str, Any]:
     """Writes the expanded model with its trained blocks: an ordinary checkpoint, in its own dtype.
 
+    A model card (`llamapro/card.py`) is written beside it.
+
     Args:
         expanded: the checkpoint the run started from.
         blocks_path: a run directory, a training checkpoint, or a new-block file.
@@ -149,7 +155,7 @@ def merge_checkpoint(
     def chunks_of(spec: TensorSpec) -> Chunks:
         if spec.name in blocks:  # fp32 masters become the checkpoint's dtype
             return tensor_chunks(blocks[spec.name].read().to(DTYPES[spec.dtype]))
-        return _hashed(expanded.tensors[spec.name], hashes)
+        return hashed_chunks(expanded.tensors[spec.name], hashes)
 
     specs = [TensorSpec(t.name, t.dtype, t.shape) for t in expanded.tensors.values()]
     config = expanded.config
@@ -160,13 +166,9 @@ def merge_checkpoint(
     with output_directory(out_dir, force) as aside:
         write_checkpoint(aside, specs, chunks_of, max_shard_bytes, label="merge")
         if config.expansion is not None:
-            found = contained_base_sha256(expanded, hashes)
-            if found != config.expansion.base_sha256:
-                raise CheckpointError(
-                    f"{expanded.path}: the base inside hashes to {found[:16]}..., its record says "
-                    f"{config.expansion.base_sha256[:16]}...: base weights were changed"
-                )
+            check_base(expanded, hashes)
         write_companions(aside, config, expanded.companions())
+        write_card(aside, out_dir.resolve().name, config, [Training.of(file, info)])
     return {
         "path": str(out_dir),
         "blocks": str(file),
@@ -175,6 +177,22 @@ def merge_checkpoint(
         "bytes": sum(spec.nbytes for spec in specs),
         "base_intact": config.expansion is not None,
     }
+
+
+def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
+    """Raises CheckpointError if the base inside no longer has the bytes that its record says.
+
+    Args:
+        expanded: a checkpoint with a `llamapro` record.
+        hashes: name -> SHA-256 of each of its tensors that is not in a new block.
+    """
+    assert expanded.config.expansion is not None
+    found, recorded = contained_base_sha256(expanded, hashes), expanded.config.expansion.base_sha256
+    if found != recorded:
+        raise CheckpointError(
+            f"{expanded.path}: the base inside hashes to {found[:16]}..., its record says "
+            f"{recorded[:16]}...: base weights were changed"
+        )
 
 
 def assemble_checkpoint(
@@ -208,6 +226,7 @@ def assemble_checkpoint(
         tokenizer = Tokenizer.load(_tokenizer_of(file.parent))
         for part in tokenizer.files:
             shutil.copyfile(part, aside / part.name)
+        write_card(aside, out_dir.resolve().name, config, [Training.of(file, info)])
     return {
         "path": str(out_dir),
         "blocks": str(file),

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,10 @@ def convert(
 
 
 Convert = Callable[..., tuple[int, str, str]]
+HUB_ERRORS = (
+    "HfHubHTTPError GatedRepoError RepositoryNotFoundError RevisionNotFoundError "
+    "LocalEntryNotFoundError OfflineModeIsEnabled"
+).split()
 
 
 def test_expand_says_what_it_did_and_copies_companions(
@@ -349,3 +354,71 @@ def test_inspect_refuses_a_record_of_odd_generations(
         file.write_text(json.dumps(config))
         status, out, error = convert("inspect", tmp_path / "pro")
         assert status == 2 and out == "" and f"{file}: generation 1 of" in error
+
+
+# ---- Several new-block files, and the way back --------------------------------------------------
+
+
+def test_merge_takes_several_files_and_strip_gives_the_base_back(
+    convert: Convert, base: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    """OUT_DIR comes last, options before or after; `verify` shows the base inside."""
+    files = [tmp_path / f"{name}.safetensors" for name in ("code", "law")]
+    for file in files:
+        shutil.copyfile(last(run_dir) / TRAINABLE_FILE, file)
+    status, out, _ = convert("merge", tmp_path / "pro", *files, tmp_path / "both", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["blocks"] == [str(file) for file in files]
+    assert found["new_layers"] == [2, 3, 6, 7] and found["steps"] == [3, 3]
+    words = ["merge", tmp_path / "pro", *files, run_dir, tmp_path / "both"]
+    status, out, _ = convert(words[0], "--force", *words[1:])
+    assert status == 0 and "10 layers, base tensors intact" in out and "of 3 files" in out
+
+    sha256 = Checkpoint.open(base).sha256()
+    assert f"base intact: its tensors hash to {sha256}" in convert("verify", tmp_path / "both")[1]
+    status, out, _ = convert("strip", tmp_path / "both", tmp_path / "back")
+    assert status == 0 and f"sha256 {sha256}, the base's" in out
+    assert f"sha256 {sha256}" in convert("verify", tmp_path / "back")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["merge", "{tmp}/pro", "{tmp}/run"], "OUT_DIR is missing"),
+        (["merge", "{base}", "{tmp}/run", "{tmp}/run", "{tmp}/o"], "no 'llamapro' record"),
+        (["strip", "{base}", "{tmp}/o"], "no 'llamapro' record"),
+        (["expand", "hf://owner", "{tmp}/o", "--num-new-blocks", "2"], "hf://owner/name"),
+    ],
+)
+def test_mistakes_of_merge_and_strip_write_nothing(
+    convert: Convert, base: Path, run_dir: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    """One message, exit status 2."""
+    status, out, error = convert(*[word.format(base=base, tmp=tmp_path) for word in words])
+    assert status == 2 and out == "" and message in error and "Traceback" not in error
+    assert not (tmp_path / "o").exists()
+
+
+def test_every_command_that_reads_a_checkpoint_takes_one_from_the_hub(
+    convert: Convert,
+    base: Path,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """expand notes the name of its base, which the model card then says."""
+    places = {"jo/base": base, "jo/pro": tmp_path / "hub-pro"}
+    hub = ModuleType("huggingface_hub")
+    hub.errors = SimpleNamespace(**{name: OSError for name in HUB_ERRORS})  # type: ignore[attr-defined]
+    hub.snapshot_download = lambda repo, **_: str(places[repo])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    words = ["expand", "hf://jo/base", places["jo/pro"], "--num-new-blocks", 2]
+    assert convert(*words)[0] == 0
+    assert convert("verify", "hf://jo/pro", "--base", "hf://jo/base")[0] == 0
+    assert "expanded checkpoint" in convert("inspect", "hf://jo/pro")[1]
+    assert convert("merge", "hf://jo/pro", run_dir, tmp_path / "out")[0] == 0
+    assert "base_model: jo/base\n" in (tmp_path / "out" / "README.md").read_text()
+    assert convert("merge", "hf://jo/pro", run_dir, last(run_dir, 1), tmp_path / "two")[0] == 0
+    assert "base_model: jo/base\n" in (tmp_path / "two" / "README.md").read_text()
+    assert convert("strip", "hf://jo/pro", tmp_path / "back")[0] == 0
+    assert convert("to-meta", "hf://jo/base", tmp_path / "meta")[0] == 0

@@ -18,7 +18,7 @@ from llamapro import generate as command
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.generate import generate, sample
-from llamapro.model import LlamaForCausalLM
+from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]
@@ -95,6 +95,18 @@ def test_greedy_is_the_argmax_of_the_full_forward_at_each_step(model: LlamaForCa
         prompt = torch.randint(3, 400, (2, length), generator=torch.Generator().manual_seed(length))
         written = torch.cat(list(generate(model, prompt, 20)), dim=1)
         assert torch.equal(written, argmax_of_full_forward(model, prompt, 20))
+
+
+def test_generation_goes_on_from_a_cache_and_a_generator(model: LlamaForCausalLM) -> None:
+    """A prompt read in two parts, tokens drawn in two calls: the same as all at once."""
+    prompt = torch.randint(3, 400, (1, 9), generator=torch.Generator().manual_seed(5))
+    whole = torch.cat(list(generate(model, prompt, 12, 1.5, 1.0, 3)), dim=1)
+    cache, generator = KVCache(model.config, 1, 24, torch.float32), torch.Generator().manual_seed(3)
+    model(prompt[:, :4], cache=cache)
+    first = torch.cat(list(generate(model, prompt[:, 4:], 7, 1.5, 1.0, generator, cache)), dim=1)
+    assert cache.length == 9 + 7 - 1
+    then = torch.cat(list(generate(model, first[:, -1:], 5, 1.5, 1.0, generator, cache)), dim=1)
+    assert torch.equal(torch.cat((first, then), dim=1), whole)
 
 
 def test_temperature_0_takes_the_most_likely() -> None:
@@ -254,6 +266,8 @@ def test_tokenizer_of_another_vocabulary_is_refused(
         (["--top-p", "1.1"], "--top-p 1.1"),
         (["--top-p", "nan"], "--top-p nan"),
         (["--seed", "-1"], "--seed -1"),
+        (["--system", "Be brief."], "--system: is of use with --chat only"),
+        (["--chat-template", "llama2"], "--chat-template: is of use with --chat only"),
         (["--seed", str(1 << 64)], f"--seed {1 << 64}"),
         (["--prompt", "x " * 48], "--prompt has"),
         (["--prompt", "caf\udce9"], "not valid Unicode"),

@@ -1,0 +1,208 @@
+"""The model card of a merged model: base, new blocks, data, settings, measured losses.
+
+What it says comes from the checkpoint's record, from the `state.json` beside each new-block file
+and from the run's `metrics.jsonl`. A new-block file that came alone has neither: then the card says
+which blocks it holds, and no more. Paths of data are cut to their last part: a card is published.
+"""
+
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamapro.blocks import BlocksInfo
+from llamapro.checkpoint import BASE_CARD_FILE
+from llamapro.config import CheckpointError, DataError, ModelConfig
+from llamapro.manifest import MAX_JSON_BYTES, STATE_FILE, TRAINABLE_FILE
+from llamapro.metrics import METRICS_FILE, perplexity, read_metrics
+from llamapro.tensor_file import read_json
+
+CARD_FILE = "README.md"
+SETTINGS = (
+    "data.weights data.seq_len train.trainable train.batch_size train.dtype train.seed optim.lr "
+    "optim.final_lr_ratio optim.warmup_ratio optim.betas optim.weight_decay optim.clip"
+).split()
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the blocks of one new-block file came about.
+
+    Attributes:
+        info: the file's own metadata.
+        state: `state.json` of its training checkpoint; empty if the file came alone.
+        initial: each validation set's loss at step 0 (nats per token), where the run's log says.
+    """
+
+    info: BlocksInfo
+    state: dict[str, Any]
+    initial: dict[str, float]
+
+    @classmethod
+    def of(cls, file: Path, info: BlocksInfo) -> "Training":
+        """Reads what lies around a new-block file; what is damaged is told and left out."""
+        state: dict[str, Any] = {}
+        initial: dict[str, float] = {}
+        if file.name != TRAINABLE_FILE or not (file.parent / STATE_FILE).exists():
+            return cls(info, state, initial)
+        try:
+            state = read_json(file.parent / STATE_FILE, MAX_JSON_BYTES)
+            checkpoints = file.resolve().parent.parent
+            run_dir = checkpoints.parent
+            if checkpoints.name == "checkpoints" and (run_dir / METRICS_FILE).exists():
+                initial = _numbers(
+                    (str(record.get("set")), record.get("loss"))
+                    for record in read_metrics(run_dir)
+                    if record["kind"] == "eval" and record["step"] == 0
+                )
+        except (CheckpointError, DataError) as error:
+            # The weights are checked elsewhere: they are worth merging without their story.
+            print(f"{error}; left out of the model card", file=sys.stderr)
+        return cls(info, state, initial)
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Returns a JSON object inside the state, empty if there is none."""
+        found = self.state.get(name)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The fingerprint of the tokenizer it was trained with, if the state says."""
+        found = self.part("identity").get("tokenizer")
+        return found if isinstance(found, str) else None
+
+
+def write_card(
+    directory: Path,
+    title: str,
+    config: ModelConfig,
+    trainings: Sequence[Training],
+) -> None:
+    """Writes the model card of a merged checkpoint; it names the base's own beside it.
+
+    Args:
+        directory: of the merged checkpoint, being written; its companions are there.
+        title: the model's name.
+        config: the merged model's.
+        trainings: one for each new-block file, in the order they were given.
+    """
+    text = render(title, config, trainings, (directory / BASE_CARD_FILE).exists())
+    (directory / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def keep_base_card(base: Path, directory: Path) -> None:
+    """Copies the base's model card under a name that leaves room for the expanded model's."""
+    if (base / CARD_FILE).is_file():
+        shutil.copyfile(base / CARD_FILE, directory / BASE_CARD_FILE)
+
+
+def render(
+    title: str, config: ModelConfig, trainings: Sequence[Training], has_base_card: bool
+) -> str:
+    """Returns the card: Hugging Face's front matter, then a short page in Markdown.
+
+    Args:
+        title, config, trainings: as for `write_card`.
+        has_base_card: the base's own card lies beside it.
+    """
+    record = config.expansion
+    name = str(config.raw.get("_name_or_path", ""))
+    base = name if _HUB_NAME.fullmatch(name) else None
+    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front += [f"base_model: {base}"] if base else []
+    front += ["tags:", "- llamapro"]
+    page = [f"# {_cell(title)}", ""]
+    if record is None:
+        page += ["All weights of this model were trained; none of a base is left as it was.", ""]
+    else:
+        count = len(record.new_layers)
+        page += [
+            f"A base of {config.num_hidden_layers - count} frozen blocks and {count} new ones, put "
+            "between them and trained alone (LLaMA Pro, arXiv:2401.02415).",
+            "",
+            "## Base",
+            "",
+            *([f"- model: {base}"] if base else []),
+            f"- sha256 of its tensors: `{_cell(record.base_sha256)}`",
+            "- `convert.py verify` shows that they are inside, unchanged; `convert.py strip` takes "
+            "the new blocks out again",
+            "",
+            "## New blocks",
+            "",
+            *_table(
+                ("layer", "copied from layer of the base"),
+                zip(record.new_layers, record.source_layers, strict=True),
+            ),
+            "",
+        ]
+    if has_base_card:
+        page += [f"The base's own model card, with its licence, is `{BASE_CARD_FILE}`.", ""]
+    for number, training in enumerate(trainings, 1):
+        heading = (
+            "## Training" if len(trainings) == 1 else f"## Training of new-block file {number}"
+        )
+        page += [heading, "", *_training(training)]
+    if len(trainings) > 1:
+        page += [
+            "Each file was trained and measured on the base alone. What the blocks do together was "
+            "not measured here: `python -m llamapro.evaluate` tells.",
+            "",
+        ]
+    return "\n".join(["---", *front, "---", "", *page])
+
+
+def _training(training: Training) -> list[str]:
+    """Steps, data, settings and losses of one new-block file, as lines."""
+    state, settings = training.state, training.part("settings")
+    steps = f"{training.info.step:,} optimizer steps"
+    tokens = state.get("tokens")
+    lines = [steps + (f" on {tokens:,} tokens." if type(tokens) is int else "."), ""]
+    rows: list[tuple[Any, ...]] = []
+    data = training.part("identity").get("data")
+    for label, found in data.items() if isinstance(data, dict) else ():
+        kind, _, path = label.partition(" ")
+        about = found if isinstance(found, dict) else {}
+        rows.append((kind, _last_part(path), about.get("tokens"), str(about.get("sha256"))[:16]))
+    if rows:
+        lines += [*_table(("data", "source", "tokens", "sha256"), rows), ""]
+    if rows := [(key, settings[key]) for key in SETTINGS if key in settings]:
+        lines += [*_table(("setting", "value"), rows), ""]
+    # `eval` is of the latest evaluation, which may have been before the training checkpoint.
+    if evaluated := state.get("evaluated"):
+        rows = []
+        for name, after in _numbers(training.part("eval").items()).items():
+            before = training.initial.get(name)
+            change = None if before is None else f"{after - before:+.3f}"
+            rows.append((name, _loss(before), _loss(after), change))
+        head = ("validation set", "before training", f"after step {_cell(evaluated)}", "change")
+        if rows:
+            lines += ["Loss in nats per token (perplexity):", "", *_table(head, rows), ""]
+    return lines
+
+
+def _numbers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
+    return {name: float(value) for name, value in pairs if type(value) in (int, float)}
+
+
+def _loss(loss: float | None) -> str | None:
+    return None if loss is None else f"{loss:.3f} ({perplexity(loss):.2f})"
+
+
+def _last_part(path: str) -> str:
+    """A validation set's name, or the last part of a path: the rest says whose machine it was."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _cell(value: Any) -> str:
+    """Text for one cell or line: what a file says can be no Markdown of its own."""
+    shown = "-" if value is None else f"{value:,}" if type(value) is int else str(value)
+    return re.sub(r"([\\`*<>|\[\]#])", r"\\\1", " ".join(shown.split()))[:200]
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]

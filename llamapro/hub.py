@@ -1,0 +1,81 @@
+"""Checkpoints by name: `hf://owner/name[@revision]` is fetched from the Hugging Face hub.
+
+Only what is read here is fetched: weights as safetensors, JSON, tokenizer and licence files; never
+pickled weights. The library keeps them in its cache, so a second call costs nothing.
+"""
+
+import re
+from pathlib import Path
+
+from llamapro.checkpoint import COMPANION_FILES, INDEX_FILE
+from llamapro.config import CheckpointError, ConfigError
+
+ALLOWED = ["config.json", "model*.safetensors", INDEX_FILE, "README.md", *COMPANION_FILES]
+NEVER = ["*.bin", "*.pth", "*.pt", "*.pkl"]
+# `Path("hf://owner/name")` has one slash left.
+_SCHEME = re.compile(r"hf:/{1,2}")
+_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def repository(path: str | Path) -> str | None:
+    """Returns `owner/name` of an `hf://` path, None of any other.
+
+    Raises:
+        ConfigError: it starts with `hf:/` but names no repository.
+    """
+    found = _parse(path)
+    return found and found["repo"]
+
+
+def _parse(path: str | Path) -> re.Match[str] | None:
+    text = str(path)
+    if (scheme := _SCHEME.match(text)) is None:
+        return None
+    if (found := _NAME.fullmatch(text, scheme.end())) is None:
+        raise ConfigError(f"{text}: expected hf://owner/name or hf://owner/name@revision")
+    return found
+
+
+def resolve(path: str | Path) -> Path:
+    """Returns a local directory: the path itself, or where its repository now lies.
+
+    Args:
+        path: a path, which is returned as it is, or `hf://owner/name`, with `@` a branch, tag or
+            commit.
+
+    Raises:
+        ConfigError: the name is not of that form, or `huggingface_hub` is not installed.
+        CheckpointError: there is no such repository or revision, it is gated, or the hub cannot be
+            reached and the cache does not have it.
+    """
+    found = _parse(path)
+    if found is None:
+        return Path(path)
+    repo, revision = found["repo"], found["revision"]
+    shown = f"hf://{repo}" + (f"@{revision}" if revision else "")
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        raise ConfigError(
+            f"{shown}: needs huggingface_hub: pip install 'llamapro[hub]'; or give a directory"
+        ) from None
+    # The bases are those of the HTTP library's own errors, another library in every version.
+    unreachable: tuple[type[Exception], ...] = (OSError, ValueError)
+    unreachable += errors.HfHubHTTPError.__bases__
+    try:
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=ALLOWED, ignore_patterns=NEVER
+        )
+    except errors.GatedRepoError:
+        fix = "gated: accept its licence on its page, then run 'hf auth login'"
+    except errors.RepositoryNotFoundError:
+        fix = "no such repository, or a private one: check the name, or run 'hf auth login'"
+    except errors.RevisionNotFoundError:
+        fix = f"has no revision {revision!r}: check the branch, tag or commit"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        fix = "not in the cache, and the hub cannot be reached: go online, or give a directory"
+    except unreachable as error:
+        fix = f"cannot be fetched: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    else:
+        return Path(folder)
+    raise CheckpointError(f"{shown}: {fix}")

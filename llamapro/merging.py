@@ -1,0 +1,276 @@
+"""Puts new blocks trained on different domains into one model; takes all of them out again.
+
+Each new-block file was trained alone, on the same base. A new block adds to the residual stream, so
+the blocks of all files can stand in one model: on top of each base layer those of the first file,
+then those of the second, and so on. Two files of 8 blocks on 32 base layers give 48 layers.
+To a later training they are one generation: all of them would train.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamapro import expansion
+from llamapro.blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
+from llamapro.card import CARD_FILE, Training, write_card
+from llamapro.checkpoint import BASE_CARD_FILE, Checkpoint
+from llamapro.config import CheckpointError, ConfigError, ExpansionRecord, ModelConfig
+from llamapro.expansion import Layout
+from llamapro.output import (
+    MAX_SHARD_BYTES,
+    output_directory,
+    refuse_source,
+    write_checkpoint,
+    write_companions,
+)
+from llamapro.streaming import Chunks, check_base, hashed_chunks
+from llamapro.tensor_file import DTYPES, StoredTensor, TensorSpec, tensor_chunks
+from llamapro.verify import layout_of
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A new-block file, found to fit the base.
+
+    Attributes:
+        file: its path.
+        info: its metadata; `source_layers` are filled in.
+        tensors: name in the file's own expanded model -> where it is stored.
+    """
+
+    file: Path
+    info: BlocksInfo
+    tensors: dict[str, StoredTensor]
+
+    def on_top_of(self, base_layer: int) -> list[tuple[int, int]]:
+        """Returns (layer, source) of the blocks directly above a base layer; -1: below all."""
+        pairs = zip(self.info.new_layers, self.info.source_layers, strict=True)
+        # Below the n-th new block there are n others, and base layers.
+        return [pair for n, pair in enumerate(pairs) if pair[0] - n - 1 == base_layer]
+
+
+def _open_blocks(path: Path, expanded: Checkpoint) -> _Blocks:
+    """Opens a new-block file; raises CheckpointError unless it fits the base inside `expanded`."""
+    record = expanded.config.expansion
+    assert record is not None
+    file = find_blocks(path)
+    tensors, info = read_blocks(file)
+    if info.trainable == "all" or not info.base_sha256:
+        raise CheckpointError(
+            f"{file}: holds all weights of a model, not new blocks of a base; merge it alone"
+        )
+    if len(info.new_layers) > len(tensors):  # before names are made for millions of layers
+        raise CheckpointError(
+            f"{file}: damaged: its metadata name {len(info.new_layers):,} new blocks, but it holds "
+            f"{len(tensors):,} tensors"
+        )
+    # Its layout may be another than that of `expanded`; only the base has to be the same.
+    its_record = dataclasses.replace(record, new_layers=info.new_layers)
+    config = dataclasses.replace(expanded.config, expansion=its_record)
+    expected = {
+        f"model.layers.{index}.{part}": stored.shape
+        for index in info.new_layers
+        for part, stored in expanded.layer(0).items()
+    }
+    check_blocks(file, tensors, info, config, expected)
+    sources = info.source_layers
+    if not sources and info.new_layers == record.new_layers:
+        sources = record.source_layers
+    base_layers = expanded.config.num_hidden_layers - len(record.new_layers)
+    its_layers = base_layers + len(info.new_layers)
+    where = f"{file}: its metadata"
+    if not sources:
+        raise CheckpointError(
+            f"{where} do not say from which layers its blocks were copied; merge it alone, into "
+            "the expanded checkpoint it was trained on"
+        )
+    raw = {"new_layers": info.new_layers, "source_layers": sources, "base_sha256": ""}
+    ExpansionRecord.from_dict(raw, its_layers, where)  # raises for impossible layers
+    return _Blocks(file, dataclasses.replace(info, source_layers=sources), tensors)
+
+
+def merge_many(
+    expanded: Checkpoint,
+    blocks_paths: Sequence[Path],
+    out_dir: Path,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Writes the base with the new blocks of several files, and a model card beside it.
+
+    Args:
+        expanded: an expanded checkpoint; the base inside it is used, its own new blocks are not.
+        blocks_paths: run directories, training checkpoints or new-block files, all trained on this
+            base, in whichever layouts.
+        out_dir, force, max_shard_bytes: as for `streaming.expand_checkpoint`.
+
+    Returns:
+        JSON-able: path, blocks (the files used), steps (of each), layers, new_layers,
+        source_layers, tensors_replaced, bytes, base_intact (True).
+
+    Raises:
+        ConfigError: as `streaming.expand_checkpoint`; or a file is given twice.
+        CheckpointError: `expanded` has no record or its base was changed; or a file was trained on
+            another base or tokenizer than the others, or does not fit.
+    """
+    layout_of(expanded)  # raises without a record
+    files = [_open_blocks(path, expanded) for path in blocks_paths]
+    refuse_source(out_dir, expanded.path, *(blocks.file for blocks in files))
+    trainings = [Training.of(blocks.file, blocks.info) for blocks in files]
+    _check_together(files, trainings)
+    layout, trained = _combine(files, base_config(expanded).num_hidden_layers)
+    base_of = expansion.base_names(expanded.tensors, layout_of(expanded))
+    stored_as = {base: expanded.tensors[name] for name, base in base_of.items()}
+    source_of = {
+        name: stored_as[source]
+        for name, (source, _) in expansion.expand_names(stored_as, layout).items()
+    }
+    specs = [TensorSpec(name, like.dtype, like.shape) for name, like in source_of.items()]
+    hashes: dict[str, str] = {}
+
+    def chunks_of(spec: TensorSpec) -> Chunks:
+        if spec.name in trained:  # fp32 masters become the checkpoint's dtype
+            return tensor_chunks(trained[spec.name].read().to(DTYPES[spec.dtype]))
+        return hashed_chunks(source_of[spec.name], hashes)
+
+    assert expanded.config.expansion is not None
+    base_sha256 = expanded.config.expansion.base_sha256
+    config = expansion.expand_config(base_config(expanded), layout, base_sha256)
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(aside, specs, chunks_of, max_shard_bytes, label="merge")
+        check_base(expanded, hashes)
+        write_companions(aside, config, expanded.companions())
+        write_card(aside, out_dir.resolve().name, config, trainings)
+    return {
+        "path": str(out_dir),
+        "blocks": [str(blocks.file) for blocks in files],
+        "steps": [blocks.info.step for blocks in files],
+        "layers": config.num_hidden_layers,
+        "new_layers": list(layout.new_layers),
+        "source_layers": [layout.sources[i] for i in layout.new_layers],
+        "tensors_replaced": len(trained),
+        "bytes": sum(spec.nbytes for spec in specs),
+        "base_intact": True,
+    }
+
+
+def _check_together(files: Sequence[_Blocks], trainings: Sequence[Training]) -> None:
+    """Refuses the same file twice, and files that were trained with different tokenizers."""
+    paths = [blocks.file.resolve() for blocks in files]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ConfigError(f"{path}: given twice; its blocks would be added twice")
+    known = {t.tokenizer: str(b.file) for b, t in zip(files, trainings, strict=True) if t.tokenizer}
+    if len(known) > 1:
+        which = "; ".join(f"{file} with {sha256[:16]}..." for sha256, file in known.items())
+        raise CheckpointError(f"trained with different tokenizers (sha256): {which}")
+
+
+def _combine(files: Sequence[_Blocks], base_layers: int) -> tuple[Layout, dict[str, StoredTensor]]:
+    """Stacks the blocks of all files on the layers of the base, in the order of the files.
+
+    Returns:
+        The layout of the merged model, and by name there each trained tensor.
+    """
+    sources: list[int] = []
+    new_layers: list[int] = []
+    trained: dict[str, StoredTensor] = {}
+    for base_layer in range(-1, base_layers):
+        if base_layer >= 0:
+            sources.append(base_layer)
+        for blocks in files:
+            for layer, source in blocks.on_top_of(base_layer):
+                before, now = f"model.layers.{layer}.", f"model.layers.{len(sources)}."
+                trained |= {
+                    now + name.removeprefix(before): stored
+                    for name, stored in blocks.tensors.items()
+                    if name.startswith(before)
+                }
+                new_layers.append(len(sources))
+                sources.append(source)
+    return Layout(tuple(sources), tuple(new_layers)), trained
+
+
+def strip_checkpoint(
+    expanded: Checkpoint,
+    out_dir: Path,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Writes the base that is inside an expanded checkpoint: its tensors byte for byte.
+
+    Of a model that was expanded several times, the latest generation is taken out.
+
+    Args:
+        expanded: an expanded or merged checkpoint.
+        out_dir, force, max_shard_bytes: as for `streaming.expand_checkpoint`.
+
+    Returns:
+        JSON-able: path, layers, removed_layers, sha256 (the base's, as recorded), bytes.
+
+    Raises:
+        ConfigError: as `streaming.expand_checkpoint`, of the expanded checkpoint.
+        CheckpointError: there is no record of new blocks, or the base was changed.
+    """
+    layout = layout_of(expanded)
+    refuse_source(out_dir, expanded.path)
+    names = expansion.base_names(expanded.tensors, layout)
+    stored_as = {base: expanded.tensors[name] for name, base in names.items()}
+    specs = [TensorSpec(name, stored.dtype, stored.shape) for name, stored in stored_as.items()]
+    config = base_config(expanded)
+    hashes: dict[str, str] = {}
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(
+            aside,
+            specs,
+            lambda spec: hashed_chunks(stored_as[spec.name], hashes),
+            max_shard_bytes,
+            label="strip",
+        )
+        check_base(expanded, hashes)
+        write_companions(aside, config, expanded.companions())
+        if (aside / BASE_CARD_FILE).exists():
+            (aside / BASE_CARD_FILE).rename(aside / CARD_FILE)
+        sha256 = Checkpoint.open(aside).sha256()  # read back from the files
+        assert expanded.config.expansion is not None
+        if sha256 != expanded.config.expansion.base_sha256:
+            raise CheckpointError(f"{out_dir}: not written: its files were changed meanwhile")
+    return {
+        "path": str(out_dir),
+        "layers": config.num_hidden_layers,
+        "removed_layers": list(layout.new_layers),
+        "sha256": sha256,
+        "bytes": sum(spec.nbytes for spec in specs),
+    }
+
+
+def base_config(expanded: Checkpoint) -> ModelConfig:
+    """Returns the configuration of the base inside: undoes `expansion.expand_config`.
+
+    Raises:
+        CheckpointError: there is no record, or what it says of earlier generations is impossible.
+    """
+    config, layout = expanded.config, layout_of(expanded)
+    assert config.expansion is not None
+    layers = len(layout.base_layers)
+    if not config.expansion.generations:
+        raw = {key: value for key, value in config.raw.items() if key != "llamapro"}
+        raw["num_hidden_layers"] = layers
+        return dataclasses.replace(config, num_hidden_layers=layers, expansion=None, raw=raw)
+    number = {index: base for base, index in enumerate(layout.base_layers)}
+    where = f"{expanded.path / 'config.json'}"
+    try:
+        *earlier, latest = [
+            generation | {"new_layers": [number[i] for i in generation["new_layers"]]}
+            for generation in config.expansion.generations
+        ]
+    except (KeyError, TypeError):
+        shown = json.dumps(config.expansion.generations)[:200]
+        raise CheckpointError(
+            f"{where}: the 'llamapro' record has impossible generations {shown}"
+        ) from None
+    record = ExpansionRecord.from_dict(latest | {"generations": earlier}, layers, where)
+    return config.expanded(layers, record)
