@@ -23,6 +23,7 @@ from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
 from llamapro.corpus import Counts, Piece, encode_pieces, find_files, read_pieces
 from llamapro.generate import generate
+from llamapro.hub import resolve
 from llamapro.metrics import perplexity
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX
@@ -241,10 +242,10 @@ def evaluate(args: Args) -> dict[str, Any]:
     """
     if not args.data:
         raise ConfigError("--data: name at least one file, folder or glob")
-    checkpoint = Checkpoint.open(args.dir)
-    base = Checkpoint.open(args.against) if args.against else None
+    checkpoint = Checkpoint.open(resolve(args.dir))
+    base = Checkpoint.open(resolve(args.against)) if args.against else None
     context, stride = args.window(checkpoint)
-    tokenizer = Tokenizer.load(args.dir)
+    tokenizer = Tokenizer.load(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))
     if base is not None:
         if Tokenizer.load(base.path).fingerprint != tokenizer.fingerprint:

@@ -20,6 +20,7 @@ from llamapro import cli
 from llamapro.checkpoint import Checkpoint
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
+from llamapro.hub import resolve
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.tokenizer import StreamingDecoder, Tokenizer
 
@@ -135,8 +136,8 @@ def main() -> None:
     flags = (tyro.conf.FlagCreatePairsOff,)
     args = tyro.cli(Args, prog="python -m llamapro.generate", config=flags)
     args.check()
-    checkpoint = Checkpoint.open(args.dir)
-    tokenizer = Tokenizer.load(args.dir)
+    checkpoint = Checkpoint.open(resolve(args.dir))
+    tokenizer = Tokenizer.load(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))
     if args.chat:
         from llamapro import talk  # which imports this module

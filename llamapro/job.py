@@ -16,6 +16,7 @@ from llamapro.corpus import find_files, tokenize
 from llamapro.data import Mixture, PackedSequences, Source, TokenStore, parse_named
 from llamapro.distributed import Ranks
 from llamapro.expansion import select_trainable
+from llamapro.hub import resolve
 from llamapro.model import build_on_meta
 from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.resume import make_identity
@@ -42,7 +43,7 @@ class Job:
         """Opens everything the settings name; raises a UserError for what is missing or wrong."""
         checkpoint, where = None, settings.model.path or settings.model.config
         if settings.model.path:
-            checkpoint = Checkpoint.open(settings.model.path)
+            checkpoint = Checkpoint.open(resolve(settings.model.path))
             config = checkpoint.config
         else:
             config = ModelConfig.from_file(settings.model.config)
@@ -53,7 +54,7 @@ class Job:
             )
         if settings.train.trainable == "new_blocks":
             select_trainable(build_on_meta(config), "new_blocks")  # raises without a record
-        source = Path(settings.model.tokenizer or settings.model.path)
+        source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
         tokenizer.check_fits(config.vocab_size, where)
         template = None

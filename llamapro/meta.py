@@ -101,7 +101,7 @@ def from_meta(
     shapes = {n: tuple(p.shape) for n, p in build_on_meta(config).named_parameters()}
     shards.check({meta: (shapes[hf], dim) for meta, (hf, dim) in names.items()}, config)
     first, rope = shards.tensors[0], shards.tensors[0].get(ROPE)
-    tokenizer, ids, tokenizer_config = _read_tokenizer(meta_dir)
+    tokenizer, ids = _read_tokenizer(meta_dir)
     raw |= ids
     raw["torch_dtype"] = str(dtype or first["tok_embeddings.weight"].dtype).removeprefix("torch.")
     raw["meta_release"] = {
@@ -133,8 +133,6 @@ def from_meta(
         legal = [*meta_dir.glob("LICENSE*"), *meta_dir.glob("USE_POLICY*")]
         write_companions(aside, config, [*legal, *tokenizer])
         _write_json(aside / "generation_config.json", ids)
-        if tokenizer_config:
-            _write_json(aside / "tokenizer_config.json", tokenizer_config)
     return {
         "parameters": sum(math.prod(spec.shape) for spec in specs),
         "bytes": sum(spec.nbytes for spec in specs),
@@ -215,8 +213,8 @@ def to_meta(
     }
 
 
-def _read_tokenizer(directory: Path) -> tuple[list[Path], dict[str, Any], dict[str, Any]]:
-    """Finds `tokenizer.model`; returns it, its BOS and EOS ids, and a `tokenizer_config.json`."""
+def _read_tokenizer(directory: Path) -> tuple[list[Path], dict[str, Any]]:
+    """Finds `tokenizer.model`; returns it, and its BOS and EOS ids."""
     folders = (directory, directory.absolute().parent)  # Llama 1 and 2: beside the sizes' folders
     found = [f / "tokenizer.model" for f in folders if (f / "tokenizer.model").is_file()][:1]
     if not found:
@@ -224,7 +222,7 @@ def _read_tokenizer(directory: Path) -> tuple[list[Path], dict[str, Any], dict[s
             f"{directory}: no tokenizer.model, here or one level up; copy one into the result",
             file=sys.stderr,
         )
-        return [], {"bos_token_id": 1, "eos_token_id": 2}, {}
+        return [], {"bos_token_id": 1, "eos_token_id": 2}
     refuse_large(found[0], 1 << 26)  # Llama 3's has 2 MB
     lines = found[0].read_bytes().splitlines()
     if lines and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", lines[0]):
@@ -233,27 +231,15 @@ def _read_tokenizer(directory: Path) -> tuple[list[Path], dict[str, Any], dict[s
             f"{found[0]}: BPE ranks; transformers needs its tokenizer.json, which is not written",
             file=sys.stderr,
         )
-        return found, {"bos_token_id": len(lines), "eos_token_id": len(lines) + 1}, {}
+        return found, {"bos_token_id": len(lines), "eos_token_id": len(lines) + 1}
     from sentencepiece import SentencePieceProcessor
 
     try:
         model = SentencePieceProcessor(model_file=str(found[0]))
     except (OSError, RuntimeError):
         raise DataError(f"{found[0]}: neither a sentencepiece model nor BPE ranks") from None
-    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
-    used = {token: i for token, i in ids.items() if i >= 0}
-    return (
-        found,
-        {f"{token}_token_id": used.get(token) for token in ("bos", "eos")},
-        {
-            "tokenizer_class": "LlamaTokenizer",
-            **{f"{token}_token": model.id_to_piece(i) for token, i in used.items()},
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "legacy": False,
-        },
-    )
+    ids = {"bos": model.bos_id(), "eos": model.eos_id()}
+    return found, {f"{token}_token_id": i if i >= 0 else None for token, i in ids.items()}
 
 
 def _release_of(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from llamapro.checkpoint import INDEX_FILE, SINGLE_FILE
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.hf_tokenizer import tokenizer_files
 from llamapro.tensor_file import ChunksOf, TensorSpec
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -262,8 +263,16 @@ def write_checkpoint(
 
 
 def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]) -> None:
-    """Writes `config.json` and copies tokenizer, generation and licence files beside it."""
+    """Writes `config.json` and copies tokenizer, generation and licence files beside it.
+
+    A sentencepiece model that comes alone gets the files that transformers needs with it.
+    """
     (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
     for file in files:
         if file.is_file():
             shutil.copyfile(file, directory / file.name)
+    vocabulary = directory / "tokenizer.model"
+    if vocabulary.exists() and not any(directory.glob("tokenizer*.json")):
+        for name, content in tokenizer_files(vocabulary).items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (directory / name).write_text(text, encoding="utf-8")

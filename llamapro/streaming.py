@@ -31,8 +31,9 @@ from llamapro.tensor_file import (
     read_json,
     tensor_chunks,
 )
-from llamapro.tokenizer import Tokenizer
+from llamapro.tokenizer import FILE_NAME, Tokenizer
 from llamapro.verify import compare_logits, contained_base_sha256
+from llamapro.vocabulary import JSON_NAME
 
 Chunks = Iterator[memoryview | bytes]
 
@@ -221,11 +222,11 @@ def assemble_checkpoint(
         write_checkpoint(
             aside, list(blocks.values()), lambda spec: blocks[spec.name].chunks(), label="merge"
         )
-        write_companions(aside, config, [])
-        # The run knows which tokenizer it was trained with.
-        tokenizer = Tokenizer.load(_tokenizer_of(file.parent))
-        for part in tokenizer.files:
-            shutil.copyfile(part, aside / part.name)
+        # The run knows which tokenizer it was trained with; its file may have any name.
+        vocabulary, *beside = Tokenizer.load(_tokenizer_of(file.parent)).files
+        name = JSON_NAME if vocabulary.suffix == ".json" else FILE_NAME
+        shutil.copyfile(vocabulary, aside / name)
+        write_companions(aside, config, beside)
         write_card(aside, out_dir.resolve().name, config, [Training.of(file, info)])
     return {
         "path": str(out_dir),

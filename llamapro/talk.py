@@ -159,7 +159,7 @@ def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) -> dict[str, 
             with a turn is said, and the conversation goes on without it.
     """
     try:
-        template = ChatTemplate.load(args.dir, tokenizer, args.chat_template)
+        template = ChatTemplate.load(checkpoint.path, tokenizer, args.chat_template)
     except DataError as error:
         raise DataError(f"--chat-template: {error}") from None
     is_terminal = sys.stdin.isatty()

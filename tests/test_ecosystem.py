@@ -1,0 +1,253 @@
+"""What `merge` writes is taken by other programs: transformers 4.57, llama.cpp and its converter.
+
+    pip install llama-cpp-python     # from its source package, whose vendor/llama.cpp is kept:
+    LLAMAPRO_LLAMA_CPP=.../vendor/llama.cpp \\
+    LLAMAPRO_TRANSFORMERS_4_PYTHON=.../bin/python \\
+        python -m pytest -m ecosystem tests/test_ecosystem.py
+"""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llamapro.blocks import BlocksInfo, write_blocks
+from llamapro.checkpoint import Checkpoint
+from llamapro.expansion import insert_after, is_in_layers
+from llamapro.generate import generate
+from llamapro.meta import from_meta
+from llamapro.streaming import expand_checkpoint, merge_checkpoint
+from llamapro.tensor_file import TensorSpec, tensor_chunks
+from llamapro.tokenizer import Tokenizer
+from llamapro.train_tokenizer import train
+
+pytestmark = pytest.mark.ecosystem
+
+WINDOW = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "mistral": WINDOW,
+    "mistral without a window": WINDOW | {"sliding_window": None},
+}
+TEXTS = [
+    "Once upon a time",
+    "  two spaces first,  two inside, two last  ",
+    "if a == b:\n    return {1: 22}\n",
+    "Grüße aus Köln, où ça?",
+    "Привет, мир",
+    "你好，世界 こんにちは 한국어",
+    "العربية हिन्दी emoji 😀👩\u200d👧",
+    "a <s> and </s>",  # plain characters, as from a stranger
+]
+STORIES = ["Once upon a time", "One day, Lily went to the", "Tom had a big red"]
+TOKENS = 40
+
+
+def merged(base: Path, work: Path, noise: float) -> Path:
+    """Expands by two blocks, adds noise to them, and merges."""
+    opened = Checkpoint.open(base)
+    top = opened.config.num_hidden_layers - 1
+    expand_checkpoint(opened, work / "pro", insert_after(top + 1, [1, top]))
+    pro = Checkpoint.open(work / "pro")
+    info = BlocksInfo.of(pro.config, "new_blocks", 1)
+    generator = torch.Generator().manual_seed(1)
+    changed = {
+        name: tensor + noise * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in pro.state_dict().items()
+        if is_in_layers(name, info.new_layers)
+    }
+    specs = [TensorSpec(name, "F32", tuple(t.shape)) for name, t in changed.items()]
+    blocks = work / "blocks.safetensors"
+    write_blocks(blocks, specs, lambda spec: tensor_chunks(changed[spec.name]), info)
+    merge_checkpoint(pro, blocks, work / "merged")
+    return work / "merged"
+
+
+@pytest.fixture(scope="module")
+def export(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> Callable[[str], Path]:
+    """`export(kind)`: a random model with a tokenizer of this project's own training."""
+    home = tmp_path_factory.mktemp("export")
+
+    def make(kind: str) -> Path:
+        if (home / kind / "merged").exists():
+            return home / kind / "merged"
+        base = write_random_checkpoint(home / kind / "base", tiny_config(**KINDS[kind]))
+        vocabulary = train([inspect.getsource(textwrap), "Grüße, мир"], 400)
+        (base / "tokenizer.model").write_bytes(vocabulary)
+        return merged(base, home / kind, noise=0.05)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model: Meta's layout, converted, expanded, its new blocks changed a little."""
+    release = shared / "checkpoints" / "tinystories-1m"
+    if not release.is_dir():
+        pytest.skip(f"needs a release of a small trained model in {release} (or LLAMAPRO_SHARED)")
+    work = tmp_path_factory.mktemp("stories")
+    from_meta(release, work / "base", None)
+    return merged(work / "base", work, noise=0.01)
+
+
+def greedy(path: Path, prompt: list[int]) -> list[int]:
+    """Returns our continuation, with the token that ends it if one does."""
+    checkpoint = Checkpoint.open(path)
+    ids: list[int] = []
+    for token in generate(checkpoint.load(), torch.tensor([prompt]), TOKENS):
+        ids.append(int(token))
+        if ids[-1] in checkpoint.config.eos_token_ids:
+            break
+    return ids
+
+
+# ---- transformers 4 ----------------------------------------------------------------------------
+
+LOAD = """
+import json, sys
+import torch
+import transformers
+path, prompt, texts = json.load(sys.stdin)
+model, report = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
+print(json.dumps({
+    "version": transformers.__version__,
+    "class": type(model).__name__,
+    "report": [f"{name}: {found}" for name, found in report.items() if found],
+    "window": getattr(model.config, "sliding_window", None),
+    "ids": [tokenizer.encode(text, split_special_tokens=True) for text in texts],
+    "greedy": ids[0, len(prompt):].tolist(),
+}))
+"""
+
+
+def in_transformers_4(path: Path, prompt: list[int]) -> dict[str, Any]:
+    """Loads model and tokenizer with it, in a process of its own."""
+    python = os.environ.get("LLAMAPRO_TRANSFORMERS_4_PYTHON")
+    if not python:
+        pytest.skip(
+            "set LLAMAPRO_TRANSFORMERS_4_PYTHON to the python of an environment with torch, "
+            "'transformers>=4.57,<5', sentencepiece and protobuf"
+        )
+    done = subprocess.run(
+        [python, "-c", LOAD],
+        input=json.dumps([str(path), prompt, TEXTS]),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "mistral"])
+def test_transformers_4_loads_model_and_tokenizer(export: Callable[[str], Path], kind: str) -> None:
+    """The class, every tensor, Mistral's window, our ids in many scripts, our greedy tokens."""
+    path = export(kind)
+    prompt = list(range(1, 25))
+    found = in_transformers_4(path, prompt)
+    assert found["version"].startswith("4.57.")
+    assert found["class"] == f"{kind.replace('tied', 'llama').title()}ForCausalLM"
+    assert found["report"] == []
+    assert found["window"] == (16 if kind == "mistral" else None)
+    ours = Tokenizer.load(path)
+    assert found["ids"] == [ours.encode(text, bos=True) for text in TEXTS]
+    assert found["greedy"] == greedy(path, prompt)
+
+
+def test_transformers_4_continues_stories_as_we_do(stories: Path) -> None:
+    """A trained model, through from-meta, expand and merge."""
+    prompt = Tokenizer.load(stories).encode(STORIES[0], bos=True)
+    found = in_transformers_4(stories, prompt)
+    assert found["report"] == []
+    assert found["ids"][0] == prompt
+    assert found["greedy"] == greedy(stories, prompt)
+
+
+# ---- llama.cpp ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
+    """`gguf(path) -> llama_cpp.Llama`: converted by llama.cpp's own script, in fp32."""
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="pip install llama-cpp-python (from its source package)"
+    )
+    source = os.environ.get("LLAMAPRO_LLAMA_CPP")
+    if not source:
+        pytest.skip("set LLAMAPRO_LLAMA_CPP to llama.cpp's source, with convert_hf_to_gguf.py")
+    home = tmp_path_factory.mktemp("gguf")
+
+    def convert(path: Path) -> Any:
+        file = home / f"{path.parent.name}.gguf"
+        script = Path(source) / "convert_hf_to_gguf.py"
+        line = [sys.executable, script, path, "--outtype", "f32", "--outfile", file]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, verbose=False)
+
+    return convert
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "mistral without a window"])
+def test_gguf_has_our_ids_and_our_greedy_tokens(
+    export: Callable[[str], Path], gguf: Callable[[Path], Any], kind: str
+) -> None:
+    """From text to 40 tokens: code, runs of spaces, many scripts, names of control tokens."""
+    path = export(kind)
+    theirs, ours = gguf(path), Tokenizer.load(path)
+    for text in TEXTS:
+        prompt = ours.encode(text, bos=True)
+        assert theirs.tokenize(text.encode(), add_bos=True, special=False) == prompt
+        expected = greedy(path, prompt)
+        stream = theirs.generate(prompt, temp=0.0, repeat_penalty=1.0)
+        assert [next(stream) for _ in expected] == expected
+
+
+def test_gguf_writes_the_text_that_generate_prints(
+    stories: Path, gguf: Callable[[Path], Any], root: Path
+) -> None:
+    """Of a trained model, by the command; an empty prompt starts from BOS."""
+    theirs = gguf(stories)
+    for prompt in STORIES:
+        line = [sys.executable, "-m", "llamapro.generate", stories, "--prompt", prompt, "--json"]
+        done = subprocess.run(
+            [*map(str, line), "--max-new-tokens", str(TOKENS)],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer = theirs.create_completion(
+            prompt, max_tokens=TOKENS, temperature=0.0, repeat_penalty=1.0
+        )
+        text = json.loads(done.stdout)["text"]
+        assert answer["choices"][0]["text"] == text and len(text) > TOKENS // 2
+
+
+def test_gguf_names_the_tokens_that_begin_and_end_a_text(
+    export: Callable[[str], Path], gguf: Callable[[Path], Any]
+) -> None:
+    """And that one is put before every text, none after."""
+    theirs, ours = gguf(export("llama")), Tokenizer.load(export("llama"))
+    assert (theirs.token_bos(), theirs.token_eos()) == (ours.bos_id, ours.eos_id)
+    assert theirs.metadata["tokenizer.ggml.add_bos_token"] == "true"
+    assert theirs.metadata["tokenizer.ggml.add_eos_token"] == "false"
+    assert int(theirs.metadata["llama.vocab_size"]) == ours.vocab_size
