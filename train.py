@@ -30,10 +30,11 @@ from llamapro.metrics import format_count
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
 from llamapro.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
 from llamapro.plan import make_plan, render
+from llamapro.preset import parse
 from llamapro.progress import Progress, say
 from llamapro.resume import check_identity, find_resume_point, locked
 from llamapro.rng import load_rng, seed_all
-from llamapro.settings import OptimSettings, Settings, changes, check, flatten, parse
+from llamapro.settings import OptimSettings, Settings, changes, check, flatten
 from llamapro.stopping import Stopped, StopRequest
 from llamapro.train_state import Saver, load_optimizer, load_trained
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from llamapro.config import DataError
 from llamapro.corpus import SourceFile
+from llamapro.parquet import SUFFIXES as TABLES
+from llamapro.parquet import TableError, read_rows
 
 Message = dict[str, str]  # role and content
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", *TABLES)
 # What a row may hold a conversation under: a list of turns, or a question and its answer.
 _FORMS = (
     ("messages",),
@@ -96,10 +98,10 @@ def read_conversations(
 ) -> Iterator[tuple[str, list[Message]]]:
     """Yields the conversations of the files, in order.
 
-    A file is `.jsonl` or `.jsonl.gz` (a conversation per line), `.json` (a list of them) or
-    `.parquet`. Each row is recognised by its keys: `messages` (role, content), `conversations`
-    (ShareGPT: from, value), `instruction`/`input`/`output`, or `prompt` or `query` with `response`
-    or `completion`; a `system` beside them becomes the first message.
+    A file is `.jsonl` or `.jsonl.gz` (a conversation per line), `.json` (a list of them),
+    `.parquet` or `.arrow`. Each row is recognised by its keys: `messages` (role, content),
+    `conversations` (ShareGPT: from, value), `instruction`/`input`/`output`, or `prompt` or `query`
+    with `response` or `completion`; a `system` beside them becomes the first message.
 
     Args:
         files: from `corpus.find_files`.
@@ -206,8 +208,8 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
     """Yields "file:row" and what stands there; notes what cannot be read."""
     name, row = path.name.lower(), 0
     try:
-        if name.endswith(".parquet"):
-            yield from _parquet_rows(path, problems)
+        if name.endswith(TABLES):
+            yield from _table_rows(path, problems)
         elif name.endswith(".json"):
             values = json.loads(path.read_bytes().decode("utf-8-sig"))
             if not isinstance(values, list):
@@ -243,26 +245,17 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
         problems.add(f"{path}:{line_number}", f"not JSON ({error}){hint}")
 
 
-def _parquet_rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a parquet file, of the columns that mean something here."""
+def _table_rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a table, of the columns that mean something here."""
+
+    def choose(columns: list[str]) -> list[str]:
+        if _form(columns) is None:
+            found = f"no column of a conversation (found: {_names(columns)}); {_EXPECTED}"
+            raise TableError(f"{path}:1", found)
+        return [column for column in columns if column in _KEYS]
+
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        problems.add(str(path), "needs pyarrow: pip install 'llamapro[data]'")
-        return
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            columns = table.schema_arrow.names
-            if _form(columns) is None:
-                found = f"no column of a conversation (found: {_names(columns)}); {_EXPECTED}"
-                problems.add(f"{path}:1", found)
-                return
-            wanted = [column for column in columns if column in _KEYS]
-            for part in table.iter_batches(batch_size=1024, columns=wanted):
-                for value in part.to_pylist():
-                    row += 1
-                    yield f"{path}:{row}", value
-    except (pyarrow.ArrowException, OSError) as error:
-        problems.add(f"{path}:{row + 1}", f"not a parquet file, or a damaged one ({error})")
+        with open(path, "rb") as raw:
+            yield from read_rows(path, raw, choose)
+    except TableError as error:
+        problems.add(error.where, error.problem)

@@ -6,7 +6,8 @@ where no Triton kernel does, and has the meaning of each.
 
 They also make few temporaries: the C library of a CPU does not reuse the hole that an aligned
 tensor leaves for another of its size, so that what is made between two tensors that autograd keeps
-costs memory as if it were kept. So buffers are written twice, and products are done in place.
+costs memory as if it were kept. So buffers are written twice, and products are done in place. What
+was written in place is given back as a view: the compiler of PyTorch 2.11 would lose its gradient.
 
 Shapes: C hidden size, D head dim, F FFN size, V vocabulary, N tokens, n tokens of one chunk.
 """
@@ -91,7 +92,8 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _normed(x, eps)[0].to(x.dtype).mul_(weight)
+        y = _normed(x, eps)[0].to(x.dtype).mul_(weight)
+        return y.view_as(y)  # see above
 
     @staticmethod
     @once_differentiable
@@ -150,7 +152,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        y = F.silu(gate).mul_(up)
+        return y.view_as(y)  # see above
 
     @staticmethod
     @once_differentiable
@@ -189,7 +192,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             largest = logits.amax(1, keepdim=True)
             exps = logits.sub_(largest).exp_()
             total = exps.sum(1, keepdim=True)
-            loss_sum += (largest + total.log() - of_target).where(counts, 0).sum()
+            loss_sum = loss_sum + (largest + total.log() - of_target).where(counts, 0).sum()
             if not any(needs):
                 continue
             grad = exps.mul_(counts / total).scatter_add_(1, index, -counts.to(dtype)).to(x.dtype)

@@ -1,5 +1,8 @@
 """A run's metrics: one JSON object a line in `metrics.jsonl`, and the same numbers for people.
 
+They also go to TensorBoard, W&B or trackio where `log_to` names them, as KIND/NUMBER or, of a
+validation set, eval/SET/NUMBER.
+
 The records, told apart by `kind`; `step` counts the optimizer steps made:
 
 - `train`, one per logging step: `step`, `loss` (nats per token, over the global batch),
@@ -15,15 +18,15 @@ The records, told apart by `kind`; `step` counts the optimizer steps made:
   and last.
 """
 
+import hashlib
+import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import pairwise
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
-from statistics import fmean, median
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,16 +34,24 @@ from llamapro.config import DataError
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
-LAST_RECORDS = 10  # the final training loss is the mean of so many records: one batch is noise
+PROJECT = "llamapro"  # at W&B and trackio
 
 
 class MetricsLog:
-    """Appends records to a run's `metrics.jsonl`, and to `tensorboard/` if that is installed.
+    """Appends records to a run's `metrics.jsonl`, and sends their numbers to trackers.
 
-    One process writes (rank 0), line by line, so the file can be followed while training.
+    One process writes (rank 0), line by line, so the file can be followed while training. The file
+    is what a run stands on; a tracker that fails is said once on standard error and left alone.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int, is_evaluated: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int,
+        is_evaluated: bool = True,
+        log_to: Sequence[str] = (),
+        config: dict[str, Any] | None = None,
+    ) -> None:
         """Opens the log where the run continues.
 
         Args:
@@ -49,6 +60,9 @@ class MetricsLog:
                 and are dropped, as is a half-written last line. 0 starts a new log.
             is_evaluated: whether the evaluation of that step was done when it was saved; if not it
                 will be done again, and its records are dropped, too.
+            log_to: trackers, of "tensorboard" (files in `tensorboard/`), "wandb" and "trackio". A
+                step that a resumed run does again replaces the old one in TensorBoard only.
+            config: the run's settings, shown by the trackers that show such.
 
         Raises:
             DataError: the existing log is damaged before its last line.
@@ -67,9 +81,9 @@ class MetricsLog:
         _replace(path, "".join(map(_to_line, kept)))
         # Unbuffered: what could not be written is not tried again when the file is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._board = _open_tensorboard(
-            run_dir / "tensorboard", resume_step + 1 if resume_step > 0 else 0
-        )
+        self._trackers = [
+            _Tracker(name, run_dir, resume_step, config or {}) for name in dict.fromkeys(log_to)
+        ]
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one record; NaN and infinity, which JSON does not have, are written as null.
@@ -87,18 +101,20 @@ class MetricsLog:
             os.ftruncate(self._file.fileno(), start)
             error.filename = self._file.name
             raise
-        if self._board is not None:
-            group = "/".join(str(record[key]) for key in ("kind", "set") if key in record)
-            for key, value in record.items():
-                if key != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{group}/{key}", value, record["step"])
+        group = "/".join(str(record[key]) for key in ("kind", "set") if key in record)
+        numbers = {
+            f"{group}/{key}": value
+            for key, value in record.items()
+            if key != "step" and isinstance(value, (int, float))
+        }
+        for tracker in self._trackers:
+            tracker.log(numbers, record["step"])
 
     def close(self) -> None:
         """Closes the files; nothing can be logged afterwards."""
         self._file.close()
-        if self._board is not None:
-            with suppress(OSError):  # a full disk, which `log` has told
-                self._board.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def __enter__(self) -> Self:
         return self
@@ -110,6 +126,15 @@ class MetricsLog:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def is_installed(tracker: str) -> bool:
+    """Returns whether the package of a tracker can be imported; imports nothing."""
+    if tracker in sys.modules:
+        return sys.modules[tracker] is not None
+    spec = importlib.util.find_spec(tracker)
+    # A mere folder of this name, as wandb leaves where it ran, is also a package, without a file.
+    return spec is not None and spec.origin is not None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -168,119 +193,95 @@ def _replace(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def _open_tensorboard(directory: Path, purge_step: int) -> Any:
-    """Returns a SummaryWriter that hides what was logged from `purge_step` on, or None."""
-    try:
+class _Tracker:
+    """Another place for the numbers. As a context it says and stops what its library raises."""
+
+    def __init__(self, name: str, run_dir: Path, resume_step: int, config: dict[str, Any]) -> None:
+        self._name = name
+        self._run: Any = None  # has `log` and `finish`; None: not to be used (any more)
+        with self, self._output():
+            if name == "tensorboard":
+                self._run = _Board(run_dir / "tensorboard", resume_step)
+            else:
+                self._run = _start_online(name, run_dir, config)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        if self._run is not None and numbers:
+            with self, self._output():
+                self._run.log(numbers, step=step)
+
+    def finish(self) -> None:
+        if self._run is not None:
+            with self, self._output():
+                self._run.finish()
+
+    def _output(self) -> AbstractContextManager[Any]:
+        """Standard output is for the run's result, but trackio greets there."""
+        return redirect_stdout(sys.stderr) if self._name == "trackio" else nullcontext()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        # Whatever it is: what these libraries raise, also from below them, has no base in common,
+        # and none of it is worth a week of training. A signal is no `Exception` and goes on.
+        if not isinstance(error, Exception):
+            return False
+        self._run = None
+        problem = f"{type(error).__name__}: {error}"
+        print(
+            f"warning: {self._name} failed ({problem}); nothing more is logged there, "
+            f"{METRICS_FILE} goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
+
+
+class _Board:
+    """TensorBoard, with the methods of the other trackers' runs."""
+
+    def __init__(self, directory: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory), purge_step=purge_step)
+
+        # Hides what was logged of the steps that are done again.
+        purge_step = resume_step + 1 if resume_step > 0 else 0
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run directory, read.
+def _start_online(name: str, run_dir: Path, config: dict[str, Any]) -> Any:
+    """Starts the run at W&B or trackio, or goes on with the one of this directory."""
+    place = os.path.abspath(run_dir)
+    shown, key = os.path.basename(place), hashlib.sha256(place.encode()).hexdigest()[:16]
+    if name == "trackio":
+        import trackio
 
-    Attributes:
-        name: told apart from the other runs' names.
-        path: the directory.
-        info: `run.json`.
-        train: `train` records by step, in order of steps.
-        evals: per validation set, `eval` records by step, in order of steps.
-    """
+        # A name is all that tells its runs apart: directories of one name need two.
+        name = f"{shown}-{key[:6]}"
+        return trackio.init(project=PROJECT, name=name, config=config, resume="allow")
+    import wandb
 
-    name: str
-    path: Path
-    info: dict[str, Any]
-    train: list[dict[str, Any]]
-    evals: dict[str, list[dict[str, Any]]]
-
-    def setting(self, *keys: str) -> Any:
-        """Returns `run.json`'s value under these nested keys, None where it has none."""
-        value: Any = self.info
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
-    def losses(self, name: str) -> tuple[float | None, float | None]:
-        """Returns a validation set's loss at step 0 and at the end, None where not evaluated."""
-        records = self.evals.get(name, [])
-        first = next((r.get("loss") for r in records if r["step"] == 0), None)
-        last = records[-1].get("loss") if records and records[-1]["step"] > 0 else None
-        return first, last
-
-
-def read_run(path: Path, name: str) -> Run:
-    """Reads a run directory.
-
-    Raises:
-        DataError: `run.json` or `metrics.jsonl` is missing or damaged.
-    """
-    try:
-        info = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no {RUN_FILE}; is this a run directory?") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path / RUN_FILE}: not readable as JSON: {error}") from None
-    if not isinstance(info, dict):
-        raise DataError(f"{path / RUN_FILE}: expected an object, found {type(info).__name__}")
-    train: dict[int, dict[str, Any]] = {}
-    evals: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in read_metrics(path):
-        # A resumed run may evaluate its first step again: the later record counts.
-        if record["kind"] == "train":
-            train[record["step"]] = record
-        elif record["kind"] == "eval":
-            evals.setdefault(str(record.get("set", "")), {})[record["step"]] = record
-    return Run(
-        name,
-        path,
-        info,
-        [record for _, record in sorted(train.items())],
-        {key: [r for _, r in sorted(records.items())] for key, records in evals.items()},
+    return wandb.init(
+        project=PROJECT,
+        name=shown,
+        id=key,
+        resume="allow",
+        dir=place,
+        config=config,
+        allow_val_change=True,  # some settings may differ when a run goes on
     )
-
-
-def summarize(run: Run, sets: Sequence[str]) -> dict[str, Any]:
-    """Returns a run's numbers: losses in nats per token, times in seconds, None where unknown."""
-    results = {}
-    for name in sets:
-        first, last = run.losses(name)
-        results[name] = {
-            "initial_loss": first,
-            "final_loss": last,
-            "change": None if first is None or last is None else last - first,
-        }
-    evals = [record for records in run.evals.values() for record in records]
-    tokens = _values(run.train, "tokens") + _values(evals, "tokens_seen")
-    losses = _values(run.train, "loss")[-LAST_RECORDS:]
-    speeds = _values(run.train, "tokens_per_s")
-    return {
-        "run": run.name,
-        "path": str(run.path),
-        "trains": run.setting("settings", "train", "trainable"),
-        "trainable_parameters": run.setting("parameters", "trainable"),
-        "total_parameters": run.setting("parameters", "total"),
-        "steps": max((record["step"] for record in run.train + evals), default=None),
-        "tokens": max(tokens, default=None),
-        "sets": results,
-        "final_train_loss": fmean(losses) if losses else None,
-        "tokens_per_s": median(speeds) if speeds else None,
-        "elapsed_s": _total_time(_values(run.train, "elapsed_s")),
-        "memory_bytes": max(_values(run.train, "memory_bytes"), default=None),
-    }
-
-
-def _values(records: Sequence[dict[str, Any]], key: str) -> list[Any]:
-    return [record[key] for record in records if record.get(key) is not None]
-
-
-def _total_time(elapsed: Sequence[float]) -> float | None:
-    """Adds up the processes of a resumed run: where the clock falls back, another one began."""
-    if not elapsed:
-        return None
-    ends = [a for a, b in pairwise(elapsed) if b < a]
-    return sum(ends) + elapsed[-1]
 
 
 def progress_line(record: dict[str, Any], total_steps: int) -> str:

@@ -124,7 +124,9 @@ class Progress:
                 text = json.dumps(about, indent=2) + "\n"
                 (run_dir / RUN_FILE).write_text(text, encoding="utf-8")
                 step = self.state["step"]
-                self._metrics = MetricsLog(run_dir, step, self.state["evaluated"] == step)
+                is_evaluated = self.state["evaluated"] == step
+                log_to, config = self._settings.log_to, about["settings"]
+                self._metrics = MetricsLog(run_dir, step, is_evaluated, log_to, config)
             except OSError as failure:
                 error = f"{failure.filename or run_dir}: cannot be written: {failure.strerror}"
             except DataError as failure:

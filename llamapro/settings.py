@@ -4,19 +4,14 @@ Every mistake is found before anything starts, and all of them are told in one m
 """
 
 import dataclasses
-import difflib
 import json
 import math
-import sys
-import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from llamapro import ops
 from llamapro.config import ConfigError, suggest
+from llamapro.metrics import is_installed
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What it reads: files, globs or folders of text, source code, .jsonl[.gz] or .parquet."""
+    """What it reads: text, source code, .jsonl[.gz], .parquet, .arrow: files, globs, folders."""
 
     train: tuple[str, ...] = ()
     """Training sources."""
@@ -45,7 +40,7 @@ class DataSettings:
     """text: every token trains. chat: conversations, of which the assistant's tokens train: .jsonl,
     .json or .parquet with messages, ShareGPT's conversations, or instruction, input and output."""
     text_key: str = "text"
-    """Field of a .jsonl line that holds the text."""
+    """Field of a .jsonl line, or column of a table, that holds the text."""
     chat_template: str = ""
     """Of chats: llama2, llama3, mistral, chatml or a .jinja file; the model's own if empty."""
     too_long: Literal["drop", "truncate", "split"] = "drop"
@@ -167,6 +162,8 @@ class Settings:
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     log_every: int = 10
     """Steps between progress lines."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log there; metrics.jsonl is always written."""
     log_spikes: float = 6.0
     """Log a step, with its documents, whose loss is over the median of the latest by more than this
     many standard deviations (estimated from quartiles); 0: none."""
@@ -185,7 +182,7 @@ class Settings:
 # A resumed run may differ in these: in how and where it computes, how long, and what it shows.
 # Everything else decides what is computed.
 FREE_TO_CHANGE = {
-    "config", "run_dir", "resume.allow", "log_every", "log_spikes", "dry_run", "json",
+    "config", "run_dir", "resume.allow", "log_every", "log_to", "log_spikes", "dry_run", "json",
     "data.cache_dir", "data.workers",
     "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
     "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
@@ -236,91 +233,6 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
             f"own, choose another --run-dir, or allow them: --resume.allow {names}"
         )
     return free
-
-
-def parse(argv: list[str]) -> Settings:
-    """Reads preset and command line.
-
-    Raises:
-        ConfigError: the preset is missing, not TOML, or has unknown keys or values of a wrong type.
-        SystemExit: status 2 on an unknown option, 0 after --help.
-    """
-    import tyro
-
-    preset = ""
-    for at, word in enumerate(argv):
-        if word == "--config" and at + 1 < len(argv):
-            preset = argv[at + 1]
-        elif word.startswith("--config="):
-            preset = word.removeprefix("--config=")
-    default = read_toml(Path(preset)) if preset else Settings()
-    return tyro.cli(
-        Settings,
-        prog="train.py",
-        description="Trains the new blocks of an expanded LLaMA (or all weights); see train.py.",
-        default=default,
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-
-
-def read_toml(path: Path) -> Settings:
-    """Reads a preset; raises ConfigError with every mistake in it."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        beside = [str(p) for p in path.parent.glob("*.toml")]
-        near = difflib.get_close_matches(str(path), beside, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{path}: no such preset{hint}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
-    wrong: list[str] = []
-    settings = _build(Settings, raw, "", wrong)
-    if wrong:
-        raise ConfigError(f"{path}: " + "; ".join(wrong))
-    return settings
-
-
-def _build(kind: Any, raw: dict[str, Any], prefix: str, wrong: list[str]) -> Any:
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in raw.items():
-        name = prefix + key
-        if key not in hints:
-            wrong.append(f"unknown key {name!r}{suggest(key, list(hints), cutoff=0.5)}")
-        elif dataclasses.is_dataclass(hints[key]):
-            if isinstance(value, dict):
-                values[key] = _build(hints[key], value, name + ".", wrong)
-            else:
-                wrong.append(f"{name} is {value!r}, expected a table [{name}]")
-        else:
-            try:
-                values[key] = _convert(value, hints[key])
-            except TypeError as error:
-                wrong.append(f"{name} is {value!r}, expected {error}")
-    return kind(**values)
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """Returns the value as the annotation says; raises TypeError naming what was expected."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            raise TypeError(" or ".join(map(repr, args)))
-        return value
-    if origin is tuple:
-        size = None if args[-1] is Ellipsis else len(args)
-        if not isinstance(value, list) or (size is not None and len(value) != size):
-            raise TypeError(f"a list of {size or 'any number of'} {args[0].__name__}")
-        return tuple(_convert(item, args[0]) for item in value)
-    if isinstance(hint, types.UnionType):
-        raise AssertionError(f"settings hold no unions: {hint}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise TypeError({str: "text", int: "a whole number", float: "a number"}.get(hint, "a bool"))
-    return value
 
 
 def check(settings: Settings, world_size: int) -> None:
@@ -379,6 +291,11 @@ def check(settings: Settings, world_size: int) -> None:
             f"train.shard_size {s.train.shard_size} does not divide {world_size} process(es) into "
             "equal groups"
         )
+    wrong += [
+        f"log_to: {name} is not installed: pip install 'llamapro[{name}]'"
+        for name in dict.fromkeys(s.log_to)
+        if not is_installed(name)
+    ]
     unit = world_size * max(1, s.train.micro_batch_size)
     if s.train.batch_size > 0 and s.train.batch_size % unit:
         below = s.train.batch_size // unit * unit
@@ -390,8 +307,3 @@ def check(settings: Settings, world_size: int) -> None:
         )
     if wrong:
         raise ConfigError("; ".join(wrong))
-
-
-def main_settings() -> Settings:
-    """Reads `sys.argv`."""
-    return parse(sys.argv[1:])

@@ -26,7 +26,8 @@ from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.metrics import format_bytes, format_count, format_duration
 from llamapro.model import LlamaForCausalLM, build_on_meta
 from llamapro.plan import Spread, estimate_memory, is_trained
-from llamapro.settings import DataSettings, Settings, check, parse
+from llamapro.preset import parse
+from llamapro.settings import DataSettings, Settings, check
 from llamapro.traffic import fake_ranks, links_between_nodes, record_micro_batch
 
 

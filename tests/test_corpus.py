@@ -1,9 +1,12 @@
 """Corpora: every document is found, tokenised once, and nothing is left out in silence."""
 
+import base64
 import errno
 import gzip
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from llamapro import corpus, data
 from llamapro.config import DataError
 from llamapro.corpus import find_files, tokenize
+from llamapro.parquet import read_rows
 from llamapro.tokenizer import Tokenizer
 
 Tokenize = Callable[..., data.TokenStore]
@@ -178,6 +182,295 @@ def test_long_document_has_the_tokens_of_the_whole(
         llama = Tokenizer.load(file)
         store = tokenize([str(tmp_path / "a.txt")], llama, tmp_path / "cache")
         assert tokens_of(store) == llama.encode(text, bos=True, eos=True)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Tokenizer:
+    """Llama 3's tokenizer where it is at hand, else a small one whose tokens span line ends too."""
+    file = shared / "tokenizers" / "llama-3" / "tokenizer.model"
+    if not file.exists():
+        tokens = [bytes([byte]) for byte in range(256)]
+        for whole in (b"    ", b";\n\n\n\n", b"\r\n\r\n", b" word", b"word", b"1234", b"\r\r"):
+            tokens += [whole[:end] for end in range(2, len(whole) + 1)]
+        unique = sorted(dict.fromkeys(tokens), key=len)
+        lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(unique)]
+        file = tmp_path_factory.mktemp("ranks") / "tokenizer.model"
+        file.write_bytes(b"".join(lines))
+    return Tokenizer.load(file)
+
+
+LONG_DOCUMENTS = {
+    "blank lines": "x = 1;\n\n\n    \n\t\n\n    word word;\n" * 30,
+    "CRLF": "word;\r\n\r\n  word 123\r\n\r\n\r\n" * 30,
+    "long lines": ("word word12 " * 30 + "12345 word's; (word)\n") * 4,
+    "one line": "word word 1234 'word' word;word  word   word\t" * 40,
+    "lone CR": "word word\r\rword\r" * 40,
+    "no last line end": "word\n" * 60 + "word " * 60,
+    "other scripts": "日本語 word é\u0301 word\u2028 ना word\n\u3000\n" * 30,
+    "longer blanks": ("word" + "\n" * 40 + "word") * 25,
+}
+
+
+@pytest.mark.parametrize("kind", LONG_DOCUMENTS)
+@pytest.mark.parametrize("size", [24, 64, 100])
+def test_pieces_have_llama_3s_tokens_of_the_whole(
+    ranks: Tokenizer,
+    tokenizer: Tokenizer,
+    kind: str,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No cut falls inside what pre-tokenisation, or sentencepiece, would have joined."""
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", size)
+    text, counts = LONG_DOCUMENTS[kind], corpus.Counts()
+    pieces = list(corpus._split(io.StringIO(text, newline=""), counts))
+    assert len(pieces) > 3 and "".join(piece.text for piece in pieces) == text
+    assert [piece.is_first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    for each in (ranks, tokenizer):
+        assert corpus.encode_pieces(pieces, each) == each.encode(text, bos=True, eos=True)
+
+
+def test_a_word_without_end_is_cut_where_reading_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory stays bounded though there is no good place; nothing is lost."""
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 64)
+    for text in ("a b\n" + "x" * 5000, "a\n" + "\n" * 5000):
+        pieces = list(corpus._split(io.StringIO(text, newline=""), corpus.Counts()))
+        assert "".join(piece.text for piece in pieces) == text
+        assert max(len(piece.text) for piece in pieces) <= 5 * 64
+
+
+def test_a_space_where_reading_ends_goes_with_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next character, which tells that a word begins, is looked at, too."""
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 64)
+    text = io.StringIO("x" * 127 + " word")
+    assert [p.text for p in corpus._split(text, corpus.Counts())] == ["x" * 127, " word"]
+
+
+# ---- Tables -----------------------------------------------------------------------------------
+
+TEXTS = ["one\n", "", "two 'é'\r\n", *(f"text {i} " * (i % 7 + 1) for i in range(600)), "last"]
+
+
+def save_dataset(folder: Path, *parts: list[str], column: str = "text") -> Path:
+    """Writes what `datasets.save_to_disk` does: Arrow streams, and what is in them as JSON."""
+    pyarrow = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
+    for name, part in zip(names, parts, strict=True):
+        table = pyarrow.table({"id": range(len(part)), column: part})
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table, max_chunksize=100)
+    (folder / "dataset_info.json").write_text('{"features": {}}')
+    listed = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps({"_data_files": listed, "_split": None}))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved dataset", "arrow file"])
+def test_tables_have_the_tokens_of_the_same_texts_as_json_lines(
+    tmp_path: Path, make: Tokenize, form: str
+) -> None:
+    """Whatever the batches and row groups, and beside other columns."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"id": range(len(TEXTS)), "body": TEXTS})
+    if form == "saved dataset":
+        source = save_dataset(tmp_path / "saved", TEXTS[:300], TEXTS[300:], column="body")
+        (source / "cache-1234.arrow").write_bytes(b"what a filter left here is not listed")
+    elif form == "parquet":
+        source = tmp_path / "a.parquet"
+        parquet.write_table(table, source, row_group_size=250)
+    else:
+        source = tmp_path / "a.arrow"
+        with pyarrow.ipc.new_file(source, table.schema) as file:
+            file.write_table(table, max_chunksize=70)
+    lines = json_lines(tmp_path / "a.jsonl", *({"body": text} for text in TEXTS))
+    store, expected = make(source, text_key="body"), make(lines, text_key="body")
+    assert tokens_of(store) == tokens_of(expected)
+    assert store.index["counts"] == expected.index["counts"]
+    assert store.documents == len(TEXTS) - 1
+
+
+@pytest.mark.parametrize("form", ["parquet", "one row group", "stream", "file"])
+def test_tables_are_read_batch_by_batch(tmp_path: Path, form: str) -> None:
+    """The first row is there when little of the file has been read."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rng = np.random.default_rng(0)
+    table = pyarrow.table({"id": range(8000), "text": [rng.bytes(500).hex() for _ in range(8000)]})
+    path = tmp_path / ("a.arrow" if form in ("stream", "file") else "a.parquet")
+    if path.suffix == ".parquet":
+        size = 8000 if form == "one row group" else 400
+        parquet.write_table(table, path, row_group_size=size, use_dictionary=False)
+    else:
+        writer = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
+        with writer(path, table.schema) as file:
+            file.write_table(table, max_chunksize=400)
+
+    class Counted(io.FileIO):
+        total = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            part = super().read(size)
+            self.total += len(part)
+            return part
+
+    with Counted(path) as raw:
+        rows = read_rows(path, raw, lambda names: names[1:])
+        assert next(rows) == (f"{path}:1", {"text": table["text"][0].as_py()})
+        assert 0 < raw.total < path.stat().st_size / 3
+        assert list(rows)[-1] == (f"{path}:8000", {"text": table["text"][7999].as_py()})
+        assert raw.total > 0.9 * path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"id": [7], "title": ["short"], "content": ["long text"]}, None),
+        ({"text": ["a"] * 300 + [None]}, r"a\.parquet:301: 'text' is null, expected a string"),
+        ({"text": [1, 2]}, r"a\.parquet:1: 'text' is int, expected a string"),
+        ({"text": [["a"], ["b"]]}, r"a\.parquet:1: 'text' is list, expected a string"),
+        ({"text": [b"a", b"\xff"]}, r"a\.parquet:1: 'text' is bytes, expected a string"),
+    ],
+)
+def test_unusable_table_is_refused_by_file_and_row(
+    tmp_path: Path, make: Tokenize, rows: dict[str, list[object]], message: str | None
+) -> None:
+    """A missing column names those there, and the one that is most likely meant."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    message = message or (
+        r"a\.parquet:1: no 'text' column \(found: 'id', 'title', 'content'\); "
+        r"use --data\.text-key content$"
+    )
+    with pytest.raises(DataError, match=message):
+        make(tmp_path / "a.parquet")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_damaged_table_is_refused_by_name(tmp_path: Path, make: Tokenize, name: str) -> None:
+    """Cut off, or of another kind altogether."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["some text"] * 1000})
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as stream:
+            stream.write_table(table)
+    content = (tmp_path / name).read_bytes()
+    for damaged in (content[: len(content) // 2], b"plain text, of some length\n" * 9, b""):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{name}:1: not an? \w+ file, or a damaged one"):
+            make(tmp_path / name)
+
+
+def test_missing_pyarrow_is_told_with_the_command(
+    tmp_path: Path, make: Tokenize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the extra, a table is refused and not skipped, also in a folder."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"a\.parquet: needs pyarrow: .*'llamapro\[data\]'"):
+        make(tmp_path / "folder")
+
+
+def test_a_saved_dataset_of_one_split_is_that_split(tmp_path: Path, make: Tokenize) -> None:
+    """Its JSON files are not text to train on."""
+    top = tmp_path / "top"
+    save_dataset(top / "train", TEXTS[:3])
+    (top / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert [file.path.name for file in find_files([str(top)])] == ["data-00000-of-00001.arrow"]
+    assert make(top).documents == make(top / "train").documents == 2
+
+
+def test_splits_of_a_saved_dataset_are_to_be_named(tmp_path: Path) -> None:
+    """Training on all of it would be training on the test split."""
+    top = tmp_path / "top"
+    for split in ("train", "test"):
+        save_dataset(top / split, TEXTS[:3])
+    (top / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match="several splits") as error:
+        find_files([str(top)])
+    assert f"{top / 'train'}, {top / 'test'}" in str(error.value)
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Names in the JSON file lead nowhere outside the folder."""
+    save_dataset(tmp_path / "elsewhere", TEXTS[:3])
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / "dataset_dict.json").write_text('{"splits": ["../elsewhere"]}')
+    with pytest.raises(DataError, match=r"dataset_dict\.json: its splits are"):
+        find_files([str(tmp_path / "top")])
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["{", "[]", "{}", '{"_data_files": [{"filename": "../x"}]}', '{"_data_files": [{}]}'],
+)
+def test_a_saved_dataset_that_is_not_whole_is_refused(tmp_path: Path, state: str) -> None:
+    """A list of files that is damaged, or names what is not in the folder."""
+    folder = save_dataset(tmp_path / "saved", TEXTS[:3])
+    (tmp_path / "x").write_text("not of this dataset")
+    (folder / "state.json").write_text(state)
+    with pytest.raises(DataError, match=r"state\.json: "):
+        find_files([str(folder)])
+
+
+def test_the_mistakes_of_all_files_are_told_before_any_is_read(
+    tmp_path: Path, make: Tokenize
+) -> None:
+    """One run names every file that has to be repaired; a file's later lines are for later."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    json_lines(folder / "a.jsonl", {"content": "long text"})
+    json_lines(folder / "b.jsonl", {"text": "good"})
+    (folder / "c.jsonl.gz").write_bytes(b"not gzip")
+    parquet.write_table(pyarrow.table({"body": ["x"]}), folder / "d.parquet")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")  # of a folder: left out
+    named = tmp_path / "latin.txt"
+    named.write_bytes(b"caf\xe9 " * 9)
+    with pytest.raises(DataError) as error:
+        make(folder, named)
+    first, *lines = str(error.value).splitlines()
+    assert first == "4 files cannot be used:"
+    for line, name, problem in zip(
+        lines,
+        ("folder/a.jsonl:1", "folder/c.jsonl.gz", "folder/d.parquet:1", "latin.txt"),
+        ("--data.text-key content", "not gzip", "--data.text-key body", "not UTF-8"),
+        strict=True,
+    ):
+        assert line.startswith(f"  {tmp_path / name}: ") and problem in line
+
+
+def test_a_text_is_looked_at_only_where_it_starts(tmp_path: Path, make: Tokenize) -> None:
+    """A character may lie across the end of the first MiB; later mistakes wait for their turn."""
+    (tmp_path / "good.txt").write_text("x" + "é" * (1 << 19) + "x")
+    assert make(tmp_path / "good.txt").documents == 1
+    (tmp_path / "late.txt").write_bytes(b"x" * (1 << 20) + b"\xff")
+    (tmp_path / "start.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=rf"^{tmp_path / 'start.txt'}: not UTF-8"):
+        make(tmp_path / "late.txt", tmp_path / "start.txt")
+    with pytest.raises(DataError, match=r"late\.txt: not UTF-8"):
+        make(tmp_path / "late.txt")
+
+
+def test_many_unusable_files_are_counted(tmp_path: Path, make: Tokenize) -> None:
+    """The first twenty are named."""
+    for i in range(25):
+        json_lines(tmp_path / f"{i:02}.jsonl", {"body": "x"})
+    with pytest.raises(DataError) as error:
+        make(tmp_path / "*.jsonl")
+    lines = str(error.value).splitlines()
+    assert lines[0] == "25 files cannot be used:" and len(lines) == 22
+    assert "19.jsonl" in lines[20] and lines[21] == "  and 5 more"
 
 
 def test_tokens_do_not_depend_on_workers(

@@ -14,12 +14,6 @@ from llamapro.config import DataError
 from llamapro.metrics import MetricsLog, read_metrics
 
 
-@pytest.fixture(autouse=True)
-def no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hides TensorBoard, whose import is slow; its own tests bring it back."""
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-
-
 def train(step: int, **more: Any) -> dict[str, Any]:
     return {"kind": "train", "step": step, "loss": 4.0 - step / 100, **more}
 
@@ -135,31 +129,6 @@ def test_a_directory_that_is_no_run_says_so(tmp_path: Path) -> None:
         read_metrics(tmp_path)
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scalars are named kind/key and kind/set/key; what a resume repeats replaces the old."""
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
-    pytest.importorskip("tensorboard")
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with MetricsLog(tmp_path, 0) as log:
-        log.log({"kind": "eval", "step": 0, "set": "general", "loss": 1.5})
-        log.log(train(1))
-        log.log(train(2))
-    with MetricsLog(tmp_path, 1) as log:
-        log.log(train(2, loss=0.25))
-    board = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert set(board.Tags()["scalars"]) == {"eval/general/loss", "train/loss"}
-    assert [(e.step, e.value) for e in board.Scalars("eval/general/loss")] == [(0, 1.5)]
-    seen = [(e.step, round(e.value, 4)) for e in board.Scalars("train/loss")]
-    assert seen == [(1, 3.99), (2, 0.25)]
-
-
-def test_without_tensorboard_only_the_log_is_written(tmp_path: Path) -> None:
-    """An absent TensorBoard is no error and leaves no directory."""
-    write_steps(tmp_path, range(1, 2))
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
 def test_progress_line_shows_every_number_with_its_unit() -> None:
     """A full record reads as documented; the time left is steps left times seconds per step."""
     record = {
@@ -243,97 +212,12 @@ def test_perplexity_is_the_exponential_of_the_loss() -> None:
     assert metrics.perplexity(1e4) == math.inf
 
 
-def write_run(run_dir: Path, records: list[dict[str, Any]], info: Any = None) -> Path:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "run.json").write_text(json.dumps({} if info is None else info))
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return run_dir
-
-
-def test_summary_holds_the_runs_numbers(tmp_path: Path) -> None:
-    """Losses at step 0 and at the end, the mean of the last ten, the median speed, the tokens."""
-    records = [
-        {"kind": "eval", "step": step, "set": "general", "loss": loss, "tokens_seen": step * 100}
-        for step, loss in ((0, 2.0), (6, 1.0), (12, 1.5))
-    ]
-    records += [
-        train(s, loss=float(s), tokens=s * 100, tokens_per_s=float(s * s), elapsed_s=s / 2)
-        for s in range(1, 13)
-    ]
-    info = {"settings": {"train": {"trainable": "all"}}, "parameters": {"total": 8, "trainable": 2}}
-    run = metrics.read_run(write_run(tmp_path, records, info), "pro")
-    assert metrics.summarize(run, ["general", "absent"]) == {
-        "run": "pro",
-        "path": str(tmp_path),
-        "trains": "all",
-        "trainable_parameters": 2,
-        "total_parameters": 8,
-        "steps": 12,
-        "tokens": 1200,
-        "sets": {
-            "general": {"initial_loss": 2.0, "final_loss": 1.5, "change": -0.5},
-            "absent": {"initial_loss": None, "final_loss": None, "change": None},
-        },
-        "final_train_loss": 7.5,
-        "tokens_per_s": 42.5,
-        "elapsed_s": 6.0,
-        "memory_bytes": None,
-    }
-
-
-def test_only_step_0_is_no_final_loss(tmp_path: Path) -> None:
-    """A run that has not trained yet neither learned nor kept anything."""
-    base = {"kind": "eval", "step": 0, "set": "general", "loss": 2.0, "tokens_seen": 0}
-    run = metrics.read_run(write_run(tmp_path, [base]), "pro")
-    assert run.losses("general") == (2.0, None)
-
-
-def test_without_step_0_there_is_no_base(tmp_path: Path) -> None:
-    """The first evaluation there is does not stand in for the base."""
-    later = {"kind": "eval", "step": 5, "set": "general", "loss": 2.0, "tokens_seen": 5}
-    run = metrics.read_run(write_run(tmp_path, [later]), "pro")
-    assert run.losses("general") == (None, 2.0)
-
-
-def test_the_later_of_two_records_of_a_step_counts(tmp_path: Path) -> None:
-    """A resumed run that evaluates its first step again is not shown twice."""
-    again = [
-        {"kind": "eval", "step": 4, "set": "general", "loss": loss, "tokens_seen": 4}
-        for loss in (3.0, 2.0)
-    ]
-    run = metrics.read_run(write_run(tmp_path, [*again, train(5), train(5, loss=1.0)]), "pro")
-    assert [record["loss"] for record in run.evals["general"]] == [2.0]
-    assert [record["loss"] for record in run.train] == [1.0]
-
-
-def test_time_adds_up_over_resumes(tmp_path: Path) -> None:
-    """A clock that starts again at each resume is added to the time before it."""
-    clocks = [10.0, 20.0, 5.0, 15.0]
-    records = [train(step, elapsed_s=clock) for step, clock in enumerate(clocks, 1)]
-    run = metrics.read_run(write_run(tmp_path, records), "pro")
-    assert metrics.summarize(run, [])["elapsed_s"] == 35.0
-
-
-def test_run_json_must_be_a_readable_object(tmp_path: Path) -> None:
-    """A missing, damaged or odd run.json is named."""
-    write_run(tmp_path, [], ["not", "an", "object"])
-    with pytest.raises(DataError, match=r"run\.json: expected an object, found list"):
-        metrics.read_run(tmp_path, "pro")
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(DataError, match=r"run\.json: not readable as JSON"):
-        metrics.read_run(tmp_path, "pro")
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(DataError, match=r"no run\.json; is this a run directory\?"):
-        metrics.read_run(tmp_path, "pro")
-
-
 def test_a_record_that_does_not_fit_leaves_the_log_as_it_was(tmp_path: Path) -> None:
     """A limit on the file's size stands for a full disk: no half line, also not on closing."""
     program = """
 import resource, signal, sys
 from pathlib import Path
 from llamapro.metrics import MetricsLog
-sys.modules["torch.utils.tensorboard"] = None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = MetricsLog(Path(sys.argv[1]), 0)
 log.log({"kind": "train", "step": 1, "loss": 4.0})

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llamapro.config import ConfigError
-from llamapro.settings import FREE_TO_CHANGE, Settings, check, flatten, parse, read_toml
+from llamapro.preset import parse, read_toml
+from llamapro.settings import FREE_TO_CHANGE, Settings, check, flatten
 
 PRESETS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
 

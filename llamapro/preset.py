@@ -1,0 +1,98 @@
+"""Presets and the command line, read into `Settings`; every mistake in a preset is told at once."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from llamapro.config import ConfigError, suggest
+from llamapro.settings import Settings
+
+
+def parse(argv: list[str]) -> Settings:
+    """Reads preset and command line.
+
+    Raises:
+        ConfigError: the preset is missing, not TOML, or has unknown keys or values of a wrong type.
+        SystemExit: status 2 on an unknown option, 0 after --help.
+    """
+    import tyro
+
+    preset = ""
+    for at, word in enumerate(argv):
+        if word == "--config" and at + 1 < len(argv):
+            preset = argv[at + 1]
+        elif word.startswith("--config="):
+            preset = word.removeprefix("--config=")
+    default = read_toml(Path(preset)) if preset else Settings()
+    return tyro.cli(
+        Settings,
+        prog="train.py",
+        description="Trains the new blocks of an expanded LLaMA (or all weights); see train.py.",
+        default=default,
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def read_toml(path: Path) -> Settings:
+    """Reads a preset; raises ConfigError with every mistake in it."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        beside = [str(p) for p in path.parent.glob("*.toml")]
+        near = difflib.get_close_matches(str(path), beside, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{path}: no such preset{hint}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    wrong: list[str] = []
+    settings = _build(Settings, raw, "", wrong)
+    if wrong:
+        raise ConfigError(f"{path}: " + "; ".join(wrong))
+    return settings
+
+
+def _build(kind: Any, raw: dict[str, Any], prefix: str, wrong: list[str]) -> Any:
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in raw.items():
+        name = prefix + key
+        if key not in hints:
+            wrong.append(f"unknown key {name!r}{suggest(key, list(hints), cutoff=0.5)}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, dict):
+                values[key] = _build(hints[key], value, name + ".", wrong)
+            else:
+                wrong.append(f"{name} is {value!r}, expected a table [{name}]")
+        else:
+            try:
+                values[key] = _convert(value, hints[key])
+            except TypeError as error:
+                wrong.append(f"{name} is {value!r}, expected {error}")
+    return kind(**values)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """Returns the value as the annotation says; raises TypeError naming what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise TypeError(" or ".join(map(repr, args)))
+        return value
+    if origin is tuple:
+        size = None if args[-1] is Ellipsis else len(args)
+        if not isinstance(value, list) or (size is not None and len(value) != size):
+            of = " or ".join(map(repr, typing.get_args(args[0]))) or args[0].__name__
+            raise TypeError(f"a list of {size or 'any number of'} {of}")
+        return tuple(_convert(item, args[0]) for item in value)
+    if isinstance(hint, types.UnionType):
+        raise AssertionError(f"settings hold no unions: {hint}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise TypeError({str: "text", int: "a whole number", float: "a number"}.get(hint, "a bool"))
+    return value
