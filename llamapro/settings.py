@@ -59,6 +59,8 @@ class TrainSettings:
 
     trainable: Literal["new_blocks", "all"] = "new_blocks"
     """The latest generation's new blocks, or every weight."""
+    new_tokens: bool = False
+    """With new_blocks: the rows of added tokens in embedding and head train, too."""
     steps: int = 0
     """Optimizer steps; 0: as many as train.epochs take."""
     epochs: float = 1.0

@@ -600,6 +600,22 @@ def test_a_full_disk_under_the_log_stops_the_run_in_order(
         assert torch.equal(tensor, trained(run_dir)[name])
 
 
+def test_a_missing_validation_file_is_named_and_the_run_can_go_on(
+    run: Callable[..., Path], home: Path, tmp_path: Path
+) -> None:
+    """Before anything is computed or written; put back, the run resumes."""
+    val = tmp_path / "val.txt"
+    val.write_text(os_source())
+    run_dir = run(data__val=f"text={val}", train__steps=3)
+    before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
+    moved = val.rename(tmp_path / "moved.txt")
+    with pytest.raises(DataError, match=r"val\.txt: no such file; give files, folders or globs"):
+        run(data__val=f"text={val}")
+    assert {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")} == before
+    moved.rename(val)
+    assert metrics(run(data__val=f"text={val}"), "eval", "step") == [0, 3, 6]
+
+
 def test_a_clock_that_is_set_back_changes_nothing(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
