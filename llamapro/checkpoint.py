@@ -37,6 +37,7 @@ BASE_CARD_FILE = "BASE_README.md"  # the model card of the base, where README.md
 # What travels with the weights: tokenizer, generation settings, licence texts, the base's card.
 COMPANION_FILES = (
     "tokenizer*",
+    "original/tokenizer.model",  # Llama 3's ranks
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",

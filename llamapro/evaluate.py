@@ -1,11 +1,13 @@
 """How well a checkpoint predicts files: `python -m llamapro.evaluate DIR --data FILE...`
 
-With `--against BASE_DIR`, base and tuned model side by side, and the paper's token-distribution
-shift (Appendix G): the tuned model writes greedily; each token it chose is ranked by the base.
+With `--choices FILE...`, how well it chooses between answers. With `--against BASE_DIR`, base and
+tuned model side by side, and the paper's token-distribution shift (Appendix G): the tuned model
+writes greedily; each token it chose is ranked by the base.
 """
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from tyro.conf import Positional, arg
 
 from llamapro import cli
 from llamapro.checkpoint import Checkpoint
+from llamapro.choices import baselines, measure_choices, read_choices, render_choices
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
 from llamapro.corpus import Counts, Piece, encode_pieces, find_files, read_pieces
@@ -179,12 +182,16 @@ def shift(base: LlamaForCausalLM, samples: ShiftSamples) -> dict[str, float]:
 
 @dataclass
 class Args(ComputeOptions):
-    """Measure loss, perplexity and bits per byte of a checkpoint on files."""
+    """Measure loss, perplexity and bits per byte of a checkpoint on files, or let it choose."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
     """Checkpoint directory, with its tokenizer (tokenizer.model or tokenizer.json)."""
-    data: tuple[str, ...]
+    data: tuple[str, ...] = ()
     """Files, folders or globs: text, source code, .jsonl or .jsonl.gz; each is measured."""
+    choices: tuple[str, ...] = ()
+    """Questions: .jsonl, .json or .parquet with question (or prompt), choices and answer."""
+    shots: int = 0
+    """Questions at the start of each of --choices shown as examples, and not asked."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
     """A second checkpoint, usually the base: side by side, with the token-distribution shift."""
     context: int = 0
@@ -216,10 +223,12 @@ class Args(ComputeOptions):
             wrong.append(f"--stride {stride}: expected 1 to the context, {context}")
         if self.batch_size < 1:
             wrong.append(f"--batch-size {self.batch_size}: expected 1 or more")
+        if self.shots < 0 or (self.shots and not self.choices):
+            wrong.append(f"--shots {self.shots}: expected 0 or more, with --choices")
         if self.shift_prompts < 0 or self.shift_prompt_tokens < 1 or self.shift_new_tokens < 1:
             wrong.append("--shift-...: expected 1 or more (--shift-prompts: 0 or more)")
         wanted = self.shift_prompt_tokens + self.shift_new_tokens
-        if self.against and self.shift_prompts and wanted > limit:
+        if self.data and self.against and self.shift_prompts and wanted > limit:
             wrong.append(
                 f"--shift-prompt-tokens {self.shift_prompt_tokens} and --shift-new-tokens "
                 f"{self.shift_new_tokens} do not fit the context of {limit}"
@@ -230,18 +239,19 @@ class Args(ComputeOptions):
 
 
 def evaluate(args: Args) -> dict[str, Any]:
-    """Measures every text; one model is in memory at a time.
+    """Measures every text and set of questions; one model is in memory at a time.
 
     Returns:
-        JSON-able: model, against, context, stride, and files: name -> loss, perplexity,
-        bits_per_byte, tokens and, with a base, base (the same four) and shift.
+        JSON-able: model, against, context, stride; files: name -> loss, perplexity, bits_per_byte,
+        tokens and, with a base, base (the same four) and shift; choices: name -> accuracy,
+        accuracy_sum, stderr, `baselines` and, with a base, base (the same three), gained and lost.
 
     Raises:
         ConfigError, CheckpointError, DataError: impossible options, a damaged checkpoint, files
             that cannot be used, or models with different tokenizers.
     """
-    if not args.data:
-        raise ConfigError("--data: name at least one file, folder or glob")
+    if not args.data and not args.choices:
+        raise ConfigError("--data: name at least one file, folder or glob; or questions: --choices")
     checkpoint = Checkpoint.open(resolve(args.dir))
     base = Checkpoint.open(resolve(args.against)) if args.against else None
     context, stride = args.window(checkpoint)
@@ -255,6 +265,7 @@ def evaluate(args: Args) -> dict[str, Any]:
             )
         replace(args, context=context, stride=stride).window(base)
     texts = [read_text(pattern, tokenizer, args.text_key) for pattern in args.data]
+    questions = {p: read_choices(p, tokenizer, context, args.shots) for p in args.choices}
     model = args.load(checkpoint)
     files: dict[str, dict[str, Any]] = {}
     samples: dict[str, ShiftSamples] = {}
@@ -266,6 +277,11 @@ def evaluate(args: Args) -> dict[str, Any]:
             )
             if written is not None:
                 samples[text.name] = written
+    choices: dict[str, dict[str, Any]] = {}
+    correct: dict[str, list[bool]] = {}
+    for name, asked in questions.items():
+        marks, correct[name] = measure_choices(model, asked, args.batch_size, name)
+        choices[name] = marks | baselines(asked)
     del model
     if base is not None:
         model = args.load(base)
@@ -273,23 +289,28 @@ def evaluate(args: Args) -> dict[str, Any]:
             found = files[text.name]
             found["base"] = measure(model, text, context, stride, args.batch_size)
             found["shift"] = shift(model, samples[text.name]) if text.name in samples else None
+        for name, asked in questions.items():
+            marks, before = measure_choices(model, asked, args.batch_size, name)
+            turned = Counter(zip(before, correct[name], strict=True))
+            gained, lost = turned[False, True], turned[True, False]
+            choices[name] |= {"base": marks, "gained": gained, "lost": lost}
     return {
         "model": str(args.dir),
         "against": str(args.against) if args.against else None,
         "context": context,
         "stride": stride,
         "files": files,
+        "choices": choices,
     }
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns the measurements as a table."""
-    width = max(len("file"), *(len(name) for name in result["files"]))
+    """Returns the measurements as tables: of texts, of questions."""
+    width = max(map(len, ("file", *result["files"])))
     columns = f"{'tokens':>10} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}"
-    lines = [
-        f"{result['model']}, context {result['context']}, stride {result['stride']}",
-        f"{'file':<{width}} {'model':<6} {columns}",
-    ]
+    lines = [f"{result['model']}, context {result['context']}, stride {result['stride']}"]
+    if result["files"]:
+        lines.append(f"{'file':<{width}} {'model':<6} {columns}")
 
     def row(name: str, model: str, found: dict[str, Any]) -> str:
         return (
@@ -312,6 +333,8 @@ def render(result: dict[str, Any]) -> str:
                 f"in the base: unshifted {shift['unshifted']:.1%}, marginal "
                 f"{shift['marginal']:.1%}, shifted {shift['shifted']:.1%}"
             )
+    if result["choices"]:
+        lines += render_choices(result["choices"])
     return "\n".join(lines)
 
 

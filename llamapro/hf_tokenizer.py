@@ -1,35 +1,53 @@
-"""The tokenizer files that `transformers` needs beside a sentencepiece `tokenizer.model`.
+"""The tokenizer files that `transformers` needs beside a `tokenizer.model`.
 
 From that file alone, or with a `tokenizer_config.json`, transformers 4 and 5 make different
 tokenizers: without BOS, without the space before a text, with merges in the order of the ids and
-not of the scores. A `tokenizer.json` leaves nothing to be made: both read it as it is.
+not of the scores. A `tokenizer.json` leaves nothing to be made: both read it as it is. Of Llama 3's
+BPE ranks neither makes one that has BOS and EOS; Meta's own repositories ship a tokenizer.json.
 """
 
 from pathlib import Path
 from typing import Any
 
+from llamapro.config import DataError
+from llamapro.vocabulary import (
+    JSON_NAME,
+    LLAMA_3_PATTERN,
+    LLAMA_3_SPECIAL,
+    byte_characters,
+    is_ranks,
+    parse_ranks,
+)
+
+CONFIG_NAME = "tokenizer_config.json"
 # Changed by every normalisation that sentencepiece has: runs of spaces, NFKC, case.
 _PROBE = "  A  ﬁ e\u0301 "
 _LONGEST = 256  # characters of a piece; sentencepiece's own limit is 16
 SPACE = "\u2581"
 
 
-def tokenizer_files(model_file: Path) -> dict[str, dict[str, Any]]:
-    """Returns what belongs beside a sentencepiece model, file name -> JSON object.
+def tokenizer_files(model_file: Path, max_length: int | None = None) -> dict[str, dict[str, Any]]:
+    """Returns what belongs beside a `tokenizer.model`, file name -> JSON object.
 
-    The ids of plain text are sentencepiece's own. The names of control tokens in a text are those
-    tokens, as everywhere in transformers; after one, no space is put before the text.
+    The ids of plain text are sentencepiece's or tiktoken's own. The names of control tokens in a
+    text are those tokens, as everywhere in transformers; after one, no space is put before it.
 
     Args:
-        model_file: a `tokenizer.model`.
+        model_file: a `tokenizer.model`, of sentencepiece or of Llama 3's BPE ranks.
+        max_length: the model's context in tokens, which Llama 3's files tell.
 
     Returns:
-        `tokenizer_config.json`, and `tokenizer.json` if the model can be written as one: BPE that
-        changes nothing in a text but for one space before it, as LLaMA's. Nothing for other kinds
-        of file, such as Llama 3's BPE ranks.
+        `tokenizer_config.json`, and `tokenizer.json` if the model can be written as one: ranks, or
+        BPE that changes nothing in a text but for one space before it, as LLaMA's. Nothing for
+        damaged files and those of other kinds.
     """
     from sentencepiece import SentencePieceProcessor
 
+    if is_ranks(content := model_file.read_bytes()):
+        try:
+            return _ranks_files(parse_ranks(model_file, content), max_length)
+        except DataError:
+            return {}
     try:
         model = SentencePieceProcessor(model_file=str(model_file))
     except (OSError, RuntimeError):
@@ -45,10 +63,10 @@ def tokenizer_files(model_file: Path) -> dict[str, dict[str, Any]]:
         "legacy": False,
     }
     if not _is_plain_bpe(model):
-        return {"tokenizer_config.json": config}
+        return {CONFIG_NAME: config}
     # Version 5's LlamaTokenizer would replace parts of tokenizer.json by its own.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    return {"tokenizer_config.json": config, "tokenizer.json": _tokenizer_json(model)}
+    return {CONFIG_NAME: config, JSON_NAME: _tokenizer_json(model)}
 
 
 def _is_plain_bpe(model: Any) -> bool:
@@ -81,25 +99,11 @@ def _tokenizer_json(model: Any) -> dict[str, Any]:
         if piece[:at] in usable and piece[at:] in usable
     ]
     bos = model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else None
-    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
-    second = [{"SpecialToken": {"id": bos, "type_id": 1}}] if bos else []
-    text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": name,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for name, i in sorted(control.items(), key=lambda item: item[1])
-        ],
+        "added_tokens": _control_tokens(control),
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         # Metaspace leaves a text alone that starts with its mark. No text starts with " " by now,
         # so the first puts a space before every text; the second turns that into the mark.
@@ -115,14 +119,7 @@ def _tokenizer_json(model: Any) -> dict[str, Any]:
                 for mark, scheme in ((" ", "first"), (SPACE, "never"))
             ],
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*first, text],
-            "pair": [*first, text, *second, other],
-            "special_tokens": {bos: {"id": bos, "ids": [model.bos_id()], "tokens": [bos]}}
-            if bos
-            else {},
-        },
+        "post_processor": _bos_first(bos, model.bos_id()),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -144,4 +141,90 @@ def _tokenizer_json(model: Any) -> dict[str, Any]:
             "vocab": vocab,
             "merges": merges,
         },
+    }
+
+
+def _ranks_files(ranks: dict[bytes, int], max_length: int | None) -> dict[str, dict[str, Any]]:
+    """Returns both files of Llama 3's ranks, as in Meta's repositories."""
+    shown = byte_characters()
+    names = {token: "".join(shown[byte] for byte in token) for token in ranks}
+    control = {name: i for i, name in enumerate(LLAMA_3_SPECIAL, len(ranks))}
+    bos, eos = LLAMA_3_SPECIAL[:2]
+    # tiktoken merges any two parts whose whole has a rank, the lowest first; here pairs have ranks.
+    merges = [
+        (rank, ranks[token[:at]], ranks[token[at:]], f"{names[token[:at]]} {names[token[at:]]}")
+        for token, rank in ranks.items()
+        for at in range(1, len(token))
+        if token[:at] in ranks and token[at:] in ranks
+    ]
+    cut = {
+        "type": "Split",
+        "pattern": {"Regex": LLAMA_3_PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,  # true would take spaces away from decoded text
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    raw = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _control_tokens(control),
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [cut, plain | {"use_regex": False}],
+        },
+        "post_processor": {
+            "type": "Sequence",
+            "processors": [
+                plain | {"trim_offsets": False, "use_regex": True},
+                _bos_first(bos, control[bos]),
+            ],
+        },
+        "decoder": {**plain, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            # As tiktoken: a piece that is a token is that token, even if no merges lead to it.
+            "ignore_merges": True,
+            "vocab": {names[token]: rank for token, rank in ranks.items()},
+            "merges": [pair for *_, pair in sorted(merges)],
+        },
+    }
+    return {CONFIG_NAME: config, JSON_NAME: raw}
+
+
+def _control_tokens(ids: dict[str, int]) -> list[dict[str, Any]]:
+    """Returns the `added_tokens` of a tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [
+        {"id": i, "content": name, **flags, "special": True}
+        for name, i in sorted(ids.items(), key=lambda item: item[1])
+    ]
+
+
+def _bos_first(bos: str | None, bos_id: int) -> dict[str, Any]:
+    """Returns the part of a tokenizer.json that puts BOS before every text, if there is one."""
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    second = [{"SpecialToken": {"id": bos, "type_id": 1}}] if bos else []
+    text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, text],
+        "pair": [*first, text, *second, other],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}} if bos else {},
     }

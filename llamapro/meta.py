@@ -4,9 +4,9 @@ They differ in names, in shards, and in the order of wq's and wk's rows, because
 other pairs. What Hugging Face's layout cannot say is kept in `config.json` under `meta_release`.
 """
 
+import dataclasses
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
 from llamapro.meta_release import (
+    LLAMA_3_VOCAB,
     ROPE,
     Shards,
     describe,
@@ -28,6 +29,7 @@ from llamapro.meta_release import (
     is_rope,
     order_template,
     read_params,
+    rope_scaling,
     tensor_names,
     to_hex,
 )
@@ -41,6 +43,7 @@ from llamapro.tensor_file import (
     refuse_large,
     tensor_chunks,
 )
+from llamapro.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
 
 
 def to_rotate_half(weight: Tensor, num_heads: int) -> Tensor:
@@ -72,15 +75,16 @@ def from_meta(
     force: bool = False,
     max_position_embeddings: int | None = None,
 ) -> dict[str, Any]:
-    """Converts a Meta release (LLaMA 1 to 3) into a checkpoint directory.
+    """Converts a Meta release (LLaMA 1 to 3.3, text) into a checkpoint directory.
 
     Args:
         meta_dir: `params.json`, `consolidated.NN.pth`; there or one level up, `tokenizer.model`.
         out_dir: the directory to create; it appears only once it is complete.
         dtype: of the result; None keeps each tensor's own.
         force: replace an existing checkpoint, once the new one is complete.
-        max_position_embeddings: the context length (Llama 2: 4096, Llama 3: 8192); None for
-            `max_seq_len` of `params.json`, or 2048 if it has none, as in most releases.
+        max_position_embeddings: the context length (Llama 2: 4096); None for `max_seq_len` of
+            `params.json`; if that has none, as in most releases, 8192 for Llama 3, 131072 from 3.1
+            on, else 2048.
 
     Returns:
         JSON-able: parameters and bytes of the result, shards read, dtype.
@@ -99,9 +103,10 @@ def from_meta(
     names = tensor_names(config.num_hidden_layers, split)
     meta_of = {hf: meta for meta, (hf, _) in names.items()}
     shapes = {n: tuple(p.shape) for n, p in build_on_meta(config).named_parameters()}
-    shards.check({meta: (shapes[hf], dim) for meta, (hf, dim) in names.items()}, config)
+    all_shapes = {"lm_head.weight": shapes["model.embed_tokens.weight"]} | shapes  # tied: not in it
+    shards.check({meta: (all_shapes[hf], dim) for meta, (hf, dim) in names.items()}, config)
     first, rope = shards.tensors[0], shards.tensors[0].get(ROPE)
-    tokenizer, ids = _read_tokenizer(meta_dir)
+    tokenizer, ids = _read_tokenizer(meta_dir, config.vocab_size)
     raw |= ids
     raw["torch_dtype"] = str(dtype or first["tok_embeddings.weight"].dtype).removeprefix("torch.")
     raw["meta_release"] = {
@@ -160,8 +165,8 @@ def to_meta(
         JSON-able: parameters, bytes written, shards, dtype.
 
     Raises:
-        ConfigError: the model does not split into `shards` (lists the numbers that fit), Meta's
-            layout cannot express its head_dim, or the `meta_release` record is damaged.
+        ConfigError: the model does not split into `shards` (lists those that fit), Meta's layout
+            cannot say its head_dim or rope_scaling, or the `meta_release` record is damaged.
         CheckpointError: the checkpoint is damaged, or writing failed.
     """
     refuse_source(out_dir, ckpt_dir)
@@ -213,7 +218,7 @@ def to_meta(
     }
 
 
-def _read_tokenizer(directory: Path) -> tuple[list[Path], dict[str, Any]]:
+def _read_tokenizer(directory: Path, vocab_size: int) -> tuple[list[Path], dict[str, Any]]:
     """Finds `tokenizer.model`; returns it, and its BOS and EOS ids."""
     folders = (directory, directory.absolute().parent)  # Llama 1 and 2: beside the sizes' folders
     found = [f / "tokenizer.model" for f in folders if (f / "tokenizer.model").is_file()][:1]
@@ -222,16 +227,13 @@ def _read_tokenizer(directory: Path) -> tuple[list[Path], dict[str, Any]]:
             f"{directory}: no tokenizer.model, here or one level up; copy one into the result",
             file=sys.stderr,
         )
-        return [], {"bos_token_id": 1, "eos_token_id": 2}
+        bos = LLAMA_3_RANKS if vocab_size == LLAMA_3_VOCAB else 1
+        return [], {"bos_token_id": bos, "eos_token_id": bos + 1}
     refuse_large(found[0], 1 << 26)  # Llama 3's has 2 MB
-    lines = found[0].read_bytes().splitlines()
-    if lines and re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", lines[0]):
-        # Llama 3's BPE ranks; <|begin_of_text|> and <|end_of_text|> are the first two ids after.
-        print(
-            f"{found[0]}: BPE ranks; transformers needs its tokenizer.json, which is not written",
-            file=sys.stderr,
-        )
-        return found, {"bos_token_id": len(lines), "eos_token_id": len(lines) + 1}
+    if is_ranks(content := found[0].read_bytes()):
+        # Llama 3's: <|begin_of_text|> and <|end_of_text|> are the first two ids after the ranks.
+        bos = len(parse_ranks(found[0], content))
+        return found, {"bos_token_id": bos, "eos_token_id": bos + 1}
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -252,6 +254,13 @@ def _release_of(
             f"{where}: head_dim {config.head_dim} times num_attention_heads {H} is not hidden_size "
             f"{C}, as it must be in Meta's layout"
         )
+    if (scaling := config.rope_scaling) is not None:
+        scaled = rope_scaling(config.tie_word_embeddings)
+        if dataclasses.astuple(scaling) != tuple(scaled.values()):
+            raise ConfigError(
+                f"{where}: {scaling} cannot be said in Meta's layout, whose use_scaled_rope "
+                f"stands for {scaled}"
+            )
     release, freqs = config.raw.get("meta_release") or {}, None
     try:
         params = _params_for(config, release)
@@ -284,13 +293,14 @@ def _params_for(config: ModelConfig, release: dict[str, Any]) -> dict[str, Any]:
         "n_kv_heads": config.num_key_value_heads,
         "norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
+        "use_scaled_rope": config.rope_scaling is not None,
     }
     if not params or (params.get("vocab_size") or -1) > 0:
         now["vocab_size"] = config.vocab_size
     positions = config.max_position_embeddings
     if "max_seq_len" in params and positions != release.get("max_position_embeddings"):
         now["max_seq_len"] = positions
-    default = {"n_kv_heads": H, "rope_theta": 10000.0}
+    default = {"n_kv_heads": H, "rope_theta": 10000.0, "use_scaled_rope": False}
     params |= {k: v for k, v in now.items() if (params.get(k) or default.get(k)) != v}
     if "multiple_of" not in params or ffn_size(params) != F:
         params.pop("ffn_dim_multiplier", None)

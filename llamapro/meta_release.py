@@ -18,6 +18,7 @@ from torch import Tensor
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 from llamapro.pth_file import load_pth
 from llamapro.tensor_file import DTYPE_CODES, read_json, tensor_chunks
+from llamapro.vocabulary import LLAMA_3_RANKS, LLAMA_3_SPECIAL
 
 # Meta's name -> (Hugging Face's name, the dimension split over shards), in a release's order.
 _NAMES: dict[str, tuple[str, int | None]] = {
@@ -36,6 +37,7 @@ _NAMES: dict[str, tuple[str, int | None]] = {
 }
 ROPE = "rope.freqs"  # theta^(-2i / D): Meta's loader computes it anew, so it may be absent
 REMAP_BYTES = 256 << 20
+LLAMA_3_VOCAB = LLAMA_3_RANKS + len(LLAMA_3_SPECIAL)
 _FLOATS = {dtype for dtype in DTYPE_CODES if dtype.is_floating_point}
 
 
@@ -169,8 +171,8 @@ def read_params(file: Path) -> dict[str, Any]:
         # Python's JSON reads NaN and Infinity; neither is a size.
         if type(value) is bool or not isinstance(value, kind) or not 0 < value < math.inf:
             wrong.append(f"{key} is {value!r}, expected {kind_name} above 0")
-    if params.get("use_scaled_rope"):
-        wrong.append("use_scaled_rope true (Llama 3.1 and later) is not supported")
+    if (scaled := params.get("use_scaled_rope")) not in (None, False, True):
+        wrong.append(f"use_scaled_rope is {scaled!r}, expected true or false")
     if wrong:
         raise ConfigError(f"{file}: " + "; ".join(wrong))
     return params
@@ -182,6 +184,31 @@ def ffn_size(params: dict[str, Any]) -> int:
     if params.get("ffn_dim_multiplier") is not None:
         hidden = int(params["ffn_dim_multiplier"] * hidden)
     return multiple * ((hidden + multiple - 1) // multiple)
+
+
+def rope_scaling(is_tied: bool) -> dict[str, Any]:
+    """Returns `use_scaled_rope` of Llama 3.1 and later in a `config.json`'s words.
+
+    The factor is no field of `params.json`: 8, and 32 in Llama 3.2's small models (Meta's Hugging
+    Face repositories), which are those with tied embeddings.
+    """
+    return {
+        "rope_type": "llama3",
+        "factor": 32.0 if is_tied else 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _is_tied(shards: Shards) -> bool:
+    """Says whether output.weight repeats the embedding, row after row until one differs."""
+    pairs = zip(*map(shards.parts, ("tok_embeddings.weight", "output.weight")), strict=True)
+    return all(
+        one.shape == other.shape
+        and all(to_hex(a) == to_hex(b) for a, b in zip(one, other, strict=True))
+        for one, other in pairs
+    )
 
 
 def describe(
@@ -233,11 +260,14 @@ def describe(
             f"{ffn_size(params)}, 'layers.0.feed_forward.w1.weight' has {ffn} rows"
         )
     _refuse(where, wrong)
+    is_tied, is_scaled = _is_tied(shards), bool(params.get("use_scaled_rope"))
     positions = max_position_embeddings or params.get("max_seq_len")
+    if positions is None and (is_scaled or vocab == LLAMA_3_VOCAB):
+        positions = 131072 if is_scaled else 8192
     if positions is None:
         print(
             f"{where}: no max_seq_len; wrote max_position_embeddings 2048, LLaMA 1's; the option "
-            "--max-position-embeddings says otherwise (Llama 2: 4096, Llama 3: 8192)",
+            "--max-position-embeddings says otherwise (Llama 2: 4096)",
             file=sys.stderr,
         )
     raw = {
@@ -257,9 +287,10 @@ def describe(
         "max_position_embeddings": positions or 2048,
         "rms_norm_eps": params["norm_eps"],
         "rope_theta": params.get("rope_theta") or 10000.0,
+        **({"rope_scaling": rope_scaling(is_tied)} if is_scaled else {}),
         "initializer_range": 0.02,
         "pretraining_tp": 1,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": is_tied,
         "use_cache": True,
     }
     return raw, "rows" if n > 1 and first["tok_embeddings.weight"].shape[-1] == dim else "columns"

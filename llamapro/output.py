@@ -22,6 +22,7 @@ from llamapro.checkpoint import INDEX_FILE, SINGLE_FILE
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 from llamapro.hf_tokenizer import tokenizer_files
 from llamapro.tensor_file import ChunksOf, TensorSpec
+from llamapro.vocabulary import RANKS_NAME, is_ranks
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -93,7 +94,7 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
         raise ConfigError(f"{path}: cannot be created: {error.strerror}") from None
     try:
         yield aside
-        for file in aside.iterdir():
+        for file in aside.rglob("*"):
             _fsync(file)
         _fsync(aside)
         _put_in_place(aside, path)
@@ -265,14 +266,21 @@ def write_checkpoint(
 def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]) -> None:
     """Writes `config.json` and copies tokenizer, generation and licence files beside it.
 
-    A sentencepiece model that comes alone gets the files that transformers needs with it.
+    A `tokenizer.model` that comes alone gets the files that transformers needs with it. One of
+    Llama 3's ranks goes to `original`, as in Meta's repositories: transformers and llama.cpp take
+    what lies beside a tokenizer.json for sentencepiece's.
     """
     (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
     for file in files:
         if file.is_file():
             shutil.copyfile(file, directory / file.name)
     vocabulary = directory / "tokenizer.model"
-    if vocabulary.exists() and not any(directory.glob("tokenizer*.json")):
-        for name, content in tokenizer_files(vocabulary).items():
+    if not vocabulary.exists():
+        return
+    if not any(directory.glob("tokenizer*.json")):
+        for name, content in tokenizer_files(vocabulary, config.max_position_embeddings).items():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (directory / name).write_text(text, encoding="utf-8")
+    if is_ranks(vocabulary.read_bytes()):
+        (directory / RANKS_NAME).parent.mkdir()
+        vocabulary.rename(directory / RANKS_NAME)

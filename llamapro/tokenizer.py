@@ -20,6 +20,7 @@ from llamapro.config import DataError, suggest
 from llamapro.vocabulary import (
     COMPANIONS,
     JSON_NAME,
+    RANKS_NAME,
     AddedToken,
     Vocabulary,
     added_tokens,
@@ -49,10 +50,15 @@ class Tokenizer:
     """
 
     def __init__(
-        self, files: Sequence[Path], content: bytes, vocabulary: Vocabulary, raw: dict[str, Any]
+        self,
+        directory: Path,
+        files: Sequence[Path],
+        content: bytes,
+        vocabulary: Vocabulary,
+        raw: dict[str, Any],
     ) -> None:
         self.path, self.files = files[0], tuple(files)
-        directory = self.path.parent
+        self._directory = directory
         config = read_object(directory / "tokenizer_config.json")
         names = read_object(directory / "special_tokens_map.json") | config
         added = dict(vocabulary.added)
@@ -96,18 +102,19 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Loads a vocabulary file, or the one in a directory, with what the files beside it say.
 
-        In a directory, `tokenizer.model` comes before `tokenizer.json`: it is what the model was
-        trained with and needs no extra; the other was made from it. They must agree. Added tokens,
-        BOS and EOS are those of the Hugging Face files beside it.
+        In a directory, `tokenizer.model`, then Llama 3's in `original`, comes before
+        `tokenizer.json`: it is what the model was trained with; the other was made from it. They
+        must agree. Added tokens, BOS and EOS are those of the directory's Hugging Face files.
 
         Raises:
             DataError: naming the file, if it is missing, damaged, of another kind, in contradiction
                 to one beside it, or if the library that reads it is not installed.
         """
         path = Path(path)
+        directory = path if path.is_dir() else path.parent
         if path.is_dir():
-            directory = path
-            present = [directory / n for n in (FILE_NAME, JSON_NAME) if (directory / n).exists()]
+            names = (FILE_NAME, RANKS_NAME, JSON_NAME)
+            present = [directory / name for name in names if (directory / name).exists()]
             if not present:
                 raise DataError(
                     f"{directory}: no {FILE_NAME} or {JSON_NAME} in this directory; put the "
@@ -121,10 +128,10 @@ class Tokenizer:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         # Also beside a tokenizer.model, whose added tokens it may name.
-        json_path = path if path.suffix == ".json" else path.with_name(JSON_NAME)
+        json_path = path if path.suffix == ".json" else directory / JSON_NAME
         raw = read_object(json_path)
         vocabulary = read_vocabulary(path, content, raw)
-        files = [path, *(path.with_name(n) for n in COMPANIONS if path.with_name(n).exists())]
+        files = [path, *(directory / n for n in COMPANIONS if (directory / n).exists())]
         if raw and path is not json_path:
             files.append(json_path)
             if json_pieces(json_path, raw) != vocabulary.pieces:
@@ -132,7 +139,7 @@ class Tokenizer:
                     f"{path} and {json_path.name} are of different vocabularies; remove the one "
                     f"that is not the model's"
                 )
-        return cls(files, content, vocabulary, raw)
+        return cls(directory, files, content, vocabulary, raw)
 
     def check_fits(self, vocab_size: int, where: str) -> None:
         """Raises DataError if a model of `vocab_size`, from `where`, lacks some of the tokens."""
@@ -258,7 +265,7 @@ class Tokenizer:
         if name is None:
             return None
         if name not in self._tokens:
-            raise DataError(f"{self.path.parent}: {key} is {name!r}, which is no token of it")
+            raise DataError(f"{self._directory}: {key} is {name!r}, which is no token of it")
         return self._tokens[name].id
 
 

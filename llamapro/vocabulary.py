@@ -15,6 +15,9 @@ from typing import Any
 from llamapro.config import DataError
 
 JSON_NAME = "tokenizer.json"
+# Where Meta's own Hugging Face repositories keep Llama 3's ranks: programs that find a
+# `tokenizer.model` beside a tokenizer.json take it for a sentencepiece model.
+RANKS_NAME = "original/tokenizer.model"
 # Files beside the vocabulary that name tokens; they count where they exist.
 COMPANIONS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 # A line of Llama 3's vocabulary: a token's bytes in base64 and its rank.
@@ -29,7 +32,7 @@ LLAMA_3_RANKS = 128_000
 _RUN = 25_000
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_RUN + 1},}}|(?<!\S)\S{{{_RUN + 1},}}")
 # The names of Llama 3.1 and later; 3.0 has reserved ones where these have a use.
-_LLAMA_3_SPECIAL = [
+LLAMA_3_SPECIAL = [
     *("<|begin_of_text|>", "<|end_of_text|>"),
     *("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>"),
@@ -86,7 +89,7 @@ def read_vocabulary(path: Path, content: bytes, raw_json: dict[str, Any]) -> Voc
     """
     if path.suffix == ".json":
         return _read_json(path, content, raw_json)
-    if _RANK_LINE.match(content):
+    if is_ranks(content):
         return _read_ranks(path, content)
     return _read_sentencepiece(path, content)
 
@@ -114,11 +117,21 @@ def _read_sentencepiece(path: Path, content: bytes) -> Vocabulary:
     return Vocabulary(model.encode, pieces, added, bos, eos)
 
 
-def _read_ranks(path: Path, content: bytes) -> Vocabulary:
-    try:
-        import tiktoken
-    except ImportError:
-        raise DataError(_needs(path, "BPE ranks (Llama 3)", "tiktoken")) from None
+def is_ranks(content: bytes) -> bool:
+    """Whether a `tokenizer.model` holds BPE ranks, as Llama 3's, and no sentencepiece model."""
+    return _RANK_LINE.match(content) is not None
+
+
+def parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+    """Returns the tokens of Llama 3's `tokenizer.model` and their ranks, which are their ids.
+
+    Args:
+        path: named in messages.
+        content: of the file.
+
+    Raises:
+        DataError: the file is damaged, or another model's.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines()):
         try:
@@ -136,7 +149,16 @@ def _read_ranks(path: Path, content: bytes) -> Vocabulary:
             f"{path}: {len(ranks):,} BPE ranks, Llama 3 has {LLAMA_3_RANKS:,}: another model's, "
             f"whose way of cutting text is not in the file; use its {JSON_NAME}"
         )
-    special = {name: len(ranks) + i for i, name in enumerate(_LLAMA_3_SPECIAL)}
+    return ranks
+
+
+def _read_ranks(path: Path, content: bytes) -> Vocabulary:
+    try:
+        import tiktoken
+    except ImportError:
+        raise DataError(_needs(path, "BPE ranks (Llama 3)", "tiktoken")) from None
+    ranks = parse_ranks(path, content)
+    special = {name: len(ranks) + i for i, name in enumerate(LLAMA_3_SPECIAL)}
     encoding = tiktoken.Encoding(
         path.name, pat_str=LLAMA_3_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
@@ -204,7 +226,7 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
     tokens = (
         listed.items() if isinstance(listed, dict) else ((t[0], i) for i, t in enumerate(listed))
     )
-    to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
+    to_byte = {character: byte for byte, character in enumerate(byte_characters())}
     added = {token["id"] for token in raw.get("added_tokens", [])}
     pieces: dict[int, bytes] = {}
     for token, i in tokens:
@@ -238,7 +260,7 @@ def has_space_everywhere(raw: dict[str, Any]) -> bool:
     )
 
 
-def _byte_characters() -> str:
+def byte_characters() -> str:
     """Returns GPT-2's printable characters for the bytes 0 to 255 (its `bytes_to_unicode`)."""
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

@@ -37,6 +37,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "mistral": WINDOW,
     "mistral without a window": WINDOW | {"sliding_window": None},
+    "llama 3": {
+        "vocab_size": 128256,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
 }
 TEXTS = [
     "Once upon a time",
@@ -46,6 +59,7 @@ TEXTS = [
     "Привет, мир",
     "你好，世界 こんにちは 한국어",
     "العربية हिन्दी emoji 😀👩\u200d👧",
+    "So , it is n't ?",  # which "clean up" would change
     "a <s> and </s>",  # plain characters, as from a stranger
 ]
 STORIES = ["Once upon a time", "One day, Lily went to the", "Tom had a big red"]
@@ -77,15 +91,23 @@ def export(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
+    shared: Path,
 ) -> Callable[[str], Path]:
-    """`export(kind)`: a random model with a tokenizer of this project's own training."""
+    """`export(kind)`: a random model with a tokenizer of our own training, or Llama 3's ranks."""
     home = tmp_path_factory.mktemp("export")
 
     def make(kind: str) -> Path:
         if (home / kind / "merged").exists():
             return home / kind / "merged"
+        ranks = shared / "tokenizers" / "llama-3" / "tokenizer.model"
+        if kind == "llama 3" and not ranks.exists():
+            pytest.skip(f"needs {ranks} (or LLAMAPRO_SHARED): llama.cpp knows no other ranks")
         base = write_random_checkpoint(home / kind / "base", tiny_config(**KINDS[kind]))
-        vocabulary = train([inspect.getsource(textwrap), "Grüße, мир"], 400)
+        vocabulary = (
+            ranks.read_bytes()
+            if kind == "llama 3"
+            else train([inspect.getsource(textwrap), "Grüße, мир"], 400)
+        )
         (base / "tokenizer.model").write_bytes(vocabulary)
         return merged(base, home / kind, noise=0.05)
 
@@ -130,6 +152,7 @@ print(json.dumps({
     "report": [f"{name}: {found}" for name, found in report.items() if found],
     "window": getattr(model.config, "sliding_window", None),
     "ids": [tokenizer.encode(text, split_special_tokens=True) for text in texts],
+    "texts": [tokenizer.decode(tokenizer.encode(t, add_special_tokens=False)) for t in texts[:-1]],
     "greedy": ids[0, len(prompt):].tolist(),
 }))
 """
@@ -156,18 +179,19 @@ def in_transformers_4(path: Path, prompt: list[int]) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "mistral", "llama 3"])
 def test_transformers_4_loads_model_and_tokenizer(export: Callable[[str], Path], kind: str) -> None:
     """The class, every tensor, Mistral's window, our ids in many scripts, our greedy tokens."""
     path = export(kind)
     prompt = list(range(1, 25))
     found = in_transformers_4(path, prompt)
     assert found["version"].startswith("4.57.")
-    assert found["class"] == f"{kind.replace('tied', 'llama').title()}ForCausalLM"
+    assert found["class"] == f"{'Mistral' if kind == 'mistral' else 'Llama'}ForCausalLM"
     assert found["report"] == []
     assert found["window"] == (16 if kind == "mistral" else None)
     ours = Tokenizer.load(path)
     assert found["ids"] == [ours.encode(text, bos=True) for text in TEXTS]
+    assert found["texts"] == TEXTS[:-1]
     assert found["greedy"] == greedy(path, prompt)
 
 
@@ -205,7 +229,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     return convert
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "mistral without a window"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "mistral without a window", "llama 3"])
 def test_gguf_has_our_ids_and_our_greedy_tokens(
     export: Callable[[str], Path], gguf: Callable[[Path], Any], kind: str
 ) -> None:
@@ -242,12 +266,15 @@ def test_gguf_writes_the_text_that_generate_prints(
         assert answer["choices"][0]["text"] == text and len(text) > TOKENS // 2
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama 3"])
 def test_gguf_names_the_tokens_that_begin_and_end_a_text(
-    export: Callable[[str], Path], gguf: Callable[[Path], Any]
+    export: Callable[[str], Path], gguf: Callable[[Path], Any], kind: str
 ) -> None:
-    """And that one is put before every text, none after."""
-    theirs, ours = gguf(export("llama")), Tokenizer.load(export("llama"))
+    """And that one is put before every text, none after; Llama 3's cut of texts is recognised."""
+    theirs, ours = gguf(export(kind)), Tokenizer.load(export(kind))
     assert (theirs.token_bos(), theirs.token_eos()) == (ours.bos_id, ours.eos_id)
+    pattern = "llama-bpe" if kind == "llama 3" else "default"
+    assert theirs.metadata["tokenizer.ggml.pre"] == pattern
     assert theirs.metadata["tokenizer.ggml.add_bos_token"] == "true"
     assert theirs.metadata["tokenizer.ggml.add_eos_token"] == "false"
     assert int(theirs.metadata["llama.vocab_size"]) == ours.vocab_size

@@ -378,6 +378,62 @@ def test_file_too_short_for_a_prompt_has_no_shift(args: Args, tmp_path: Path) ->
     assert "short.txt" in command.render(result)
 
 
+# ---- Questions --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> str:
+    """Six short prompts with two choices, of which the first is right."""
+    file = tmp_path / "law.jsonl"
+    choices = [["self", "parser"], ["x", "return x"], ["no", "for x in parser"]] * 2
+    rows = [{"prompt": f"def {i}(", "choices": c, "answer": 0} for i, c in enumerate(choices)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_questions_alone_need_no_data(args: Args, questions: str, run: Run) -> None:
+    """Only --choices: no text is measured, and --against asks for no room for the shift."""
+    options = ("--choices", questions, "--shots", 1, "--against", args.dir, "--json")
+    status, shown, _ = run(args.dir, *options)
+    assert status == 0
+    result = json.loads(shown)
+    assert result["files"] == {}
+    found = result["choices"][questions]
+    marks = {"accuracy", "accuracy_sum", "stderr"}
+    assert set(found["base"]) == marks
+    shared = {"questions", "cut", "chance", "majority", "base", "gained", "lost"}
+    assert set(found) == marks | shared
+    assert (found["questions"], found["chance"], found["majority"]) == (5, 0.5, 1.0)
+    assert (found["gained"], found["lost"]) == (0, 0)
+    assert found["base"] == {key: found[key] for key in marks}
+    lines = command.render(result).splitlines()
+    assert len(lines) == 5 and "perplexity" not in lines[1] and "per token" in lines[1]
+
+
+def test_answers_are_compared_with_the_bases_one_by_one(
+    args: Args, questions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This: right right wrong; base: wrong wrong right. Two gained, one lost; texts beside."""
+    answers = iter(
+        [({"accuracy": 2 / 3}, [True, True, False]), ({"accuracy": 1 / 3}, [False, False, True])]
+    )
+    monkeypatch.setattr(command, "measure_choices", lambda *_: next(answers))
+    result = evaluate(replace(args, choices=(questions,), against=args.dir))
+    found = result["choices"][questions]
+    assert (found["accuracy"], found["base"]) == (2 / 3, {"accuracy": 1 / 3})
+    assert (found["gained"], found["lost"]) == (2, 1)
+    assert only(result)["tokens"] > 0
+
+
+def test_context_and_batch_size_hold_for_questions_too(args: Args, questions: str) -> None:
+    """Prompts are cut to --context; how many are computed at once changes nothing."""
+    asked = replace(args, data=(), choices=(questions,), context=16, shots=2)
+    found = [evaluate(replace(asked, batch_size=n))["choices"][questions] for n in (1, 8)]
+    assert found[0] == found[1]
+    assert found[0]["cut"] == 4
+    assert evaluate(replace(asked, shots=0))["choices"][questions]["cut"] == 0
+
+
 # ---- The command ------------------------------------------------------------------------------
 
 
@@ -406,7 +462,8 @@ def test_command_prints_one_json_object(checkpoint: Path, text_file: Path, root:
     assert done.returncode == 0
     result = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1
-    assert set(result) == {"model", "against", "context", "stride", "files"}
+    assert set(result) == {"model", "against", "context", "stride", "files", "choices"}
+    assert result["choices"] == {}
     assert (result["model"], result["against"]) == (str(checkpoint), None)
     assert set(result["files"]) == {str(text_file)}
     assert set(only(result)) == {"loss", "perplexity", "bits_per_byte", "tokens"}
@@ -431,6 +488,8 @@ def test_command_prints_a_table(run: Run, args: Args, text_file: Path) -> None:
         (["--context", "8", "--stride", "9"], "--stride 9"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--shift-new-tokens", "0"], "--shift"),
+        (["--choices", "x", "--shots", "-1"], "--shots -1"),
+        (["--shots", "1"], "--shots 1: expected 0 or more, with --choices"),
         (["--against", "{dir}"], "--shift-prompt-tokens 32 and --shift-new-tokens 64"),
         (["--against", "nowhere"], "nowhere"),
         (["--text-key"], "--text-key"),
@@ -454,10 +513,10 @@ def test_wrong_options_exit_2(
 
 def test_no_data_exits_2(run: Run, checkpoint: Path) -> None:
     """Neither an absent --data nor one with nothing after it measures anything."""
-    for options in ([], ["--data"]):
+    for options in ([], ["--data"], ["--choices"]):
         status, shown, message = run(checkpoint, *options)
         assert (status, shown) == (2, "")
-        assert "--data" in message
+        assert "--data: name at least one file, folder or glob" in message
 
 
 def test_all_wrong_options_come_in_one_message(args: Args) -> None:

@@ -3,11 +3,13 @@
 The same with transformers 4 and with llama.cpp is in test_ecosystem.py.
 """
 
+import base64
 import inspect
 import json
 import random
 import shutil
 import struct
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 
 from llamapro.blocks import BlocksInfo, write_blocks
 from llamapro.checkpoint import Checkpoint
+from llamapro.config import DataError
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
 from llamapro.output import write_companions
@@ -195,6 +198,33 @@ def test_a_model_trained_from_its_configuration_alone_has_a_tokenizer_by_the_usu
     assert theirs.encode(TEXTS[2]) == ours.encode(TEXTS[2], bos=True)
 
 
+@pytest.mark.parametrize("says", [{}, {"torch_dtype": "bfloat16"}, {"dtype": "float16"}], ids=str)
+def test_an_assembled_models_config_says_the_dtype_it_is_stored_in(
+    export: Callable[..., Path], vocabulary: Path, tmp_path: Path, says: dict[str, str]
+) -> None:
+    """Whatever the run's own said: transformers loads the trained fp32 weights unrounded."""
+    start = Checkpoint.open(export("llama"))
+    tensors = start.state_dict()
+    write_blocks(
+        tmp_path / "trainable.safetensors",
+        list(start.tensors.values()),
+        lambda spec: tensor_chunks(tensors[spec.name]),
+        BlocksInfo.of(start.config, "all", 1),
+    )
+    state = {"step": 1, "settings": {"model.tokenizer": str(vocabulary)}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    raw = json.loads((start.path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | says))
+    out = tmp_path / "out"
+    assemble_checkpoint(tmp_path / "config.json", tmp_path / "trainable.safetensors", out)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    assert theirs.dtype == torch.float32
+    written = json.loads((out / "config.json").read_text())
+    assert {written.get(key, "float32") for key in ("torch_dtype", "dtype")} == {"float32"}
+    loaded = theirs.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
 def test_files_that_come_with_a_vocabulary_are_all_there_is(
     export: Callable[..., Path], vocabulary: Path, tmp_path: Path, name: str
@@ -240,18 +270,148 @@ def test_a_vocabulary_that_tokenizer_json_would_not_repeat_gets_none(
     assert config["tokenizer_class"] == "LlamaTokenizer" and config["bos_token"] == "<s>"
 
 
-def test_a_vocabulary_of_another_kind_gets_no_files(
-    tmp_path: Path, tiny_config: Callable[..., Any]
+@pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b"\0"], ids=["ranks", "bytes"])
+def test_a_damaged_vocabulary_gets_no_files(
+    tmp_path: Path, tiny_config: Callable[..., Any], content: bytes
 ) -> None:
-    """Llama 3's ranks are copied as they are."""
-    ranks = tmp_path / "tokenizer.model"
-    ranks.write_text("IQ== 0\nIg== 1\n")
+    """It is copied as it is; what is wrong with it is told where it is used."""
+    (tmp_path / "tokenizer.model").write_bytes(content)
     (tmp_path / "out").mkdir()
-    write_companions(tmp_path / "out", tiny_config(), [ranks])
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
-        "config.json",
-        "tokenizer.model",
+    write_companions(tmp_path / "out", tiny_config(), [tmp_path / "tokenizer.model"])
+    assert not list((tmp_path / "out").glob("tokenizer*.json"))
+    [copy] = (tmp_path / "out").rglob("tokenizer.model")
+    assert copy.read_bytes() == content
+
+
+# ---- Llama 3's ranks ---------------------------------------------------------------------------
+
+
+def small_ranks() -> bytes:
+    """BPE ranks whose longer tokens repeat, overlap, and end where others begin."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    words = (
+        " the",
+        "the",
+        " return",
+        "self",
+        "ing",
+        "        ",
+        "\n\n\n",
+        "1234",
+        "Grü",
+        "世界",
+        "aaaaa",
+    )
+    for word in words:
+        whole = word.encode()
+        tokens += [whole[:end] for end in range(2, len(whole) + 1)]
+    tokens += [b"urn", b"tu", b"el", b"lf", b"\xbc\xc3"]  # no merges of lower ones lead to "urn"
+    return b"".join(
+        base64.b64encode(token) + b" %d\n" % rank
+        for rank, token in enumerate(dict.fromkeys(tokens))
+    )
+
+
+@pytest.fixture(scope="module", params=["small", "real"])
+def llama_3(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., Any],
+    shared: Path,
+) -> Path:
+    """A directory written from BPE ranks alone: small ones, and Llama 3's where they are."""
+    home = tmp_path_factory.mktemp(request.param)
+    file = shared / "tokenizers" / "llama-3" / "tokenizer.model"
+    if request.param == "small":
+        file = home / "tokenizer.model"
+        file.write_bytes(small_ranks())
+    elif not file.exists():
+        pytest.skip(f"needs {file}; the small one of its kind is tested")
+    (home / "out").mkdir()
+    write_companions(home / "out", tiny_config(), [file])
+    assert (home / "out" / "original" / "tokenizer.model").read_bytes() == file.read_bytes()
+    return home / "out"
+
+
+def test_auto_tokenizer_gives_tiktokens_ids_with_llama_3s_ranks(llama_3: Path) -> None:
+    """BOS first, of its own name, and the context; the texts come back."""
+    theirs = transformers.AutoTokenizer.from_pretrained(llama_3, local_files_only=True)
+    ours = Tokenizer.load(llama_3 / "original" / "tokenizer.model")
+    assert (theirs.bos_token, theirs.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert (theirs.model_max_length, len(theirs)) == (512, ours.vocab_size)
+    assert theirs.convert_tokens_to_ids(list(ours.special_tokens)) == list(
+        ours.special_tokens.values()
+    )
+    blanks = [
+        "\n" * 300,
+        " " * 300 + "x",
+        "a" * 301,
+        "12345678 1",
+        "urn (urn)",
+        inspect.getsource(textwrap),
     ]
+    for text in [*TEXTS, *blanks, *random_texts(500)]:
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs.encode(text) == [ours.bos_id, *ids]
+        assert theirs.decode(ids) == ours.decode(ids)
+    named = "a<|eot_id|>\n\nb <|begin_of_text|>"
+    assert theirs.encode(named, add_special_tokens=False) == ours.encode(named, special=True)
+
+
+def test_llama_3s_directory_is_read_by_its_ranks(
+    llama_3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the tokenizers library; the fingerprint is that of the release's own file."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    ours = Tokenizer.load(llama_3)
+    alone = Tokenizer.load(llama_3 / "original" / "tokenizer.model")
+    assert ours.path == alone.path and ours.fingerprint == alone.fingerprint
+    assert {file.name for file in ours.files} >= {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_directory_of_ranks_and_another_tokenizer_json_is_refused(
+    llama_3: Path, tmp_path: Path
+) -> None:
+    """As beside a sentencepiece file."""
+    shutil.copytree(llama_3, tmp_path / "copy")
+    raw = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
+    vocab = raw["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    (tmp_path / "copy" / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=r"tokenizer\.json are of different vocabularies"):
+        Tokenizer.load(tmp_path / "copy")
+
+
+def test_expand_merge_and_assemble_carry_llama_3s_ranks_along(
+    llama_3: Path,
+    tmp_path: Path,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> None:
+    """Into `original` again, with the files that were made of them, none of them changed."""
+    base = write_random_checkpoint(tmp_path / "base", tiny_config())
+    (base / "tokenizer.model").unlink()
+    shutil.copytree(llama_3, base, dirs_exist_ok=True)
+    names = ("original/tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+    expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", insert_after(4, [1]))
+    pro = Checkpoint.open(tmp_path / "pro")
+    blocks, tensors = tmp_path / "trainable.safetensors", pro.state_dict()
+    write_blocks(
+        blocks,
+        list(pro.tensors.values()),
+        lambda spec: tensor_chunks(tensors[spec.name]),
+        BlocksInfo.of(pro.config, "all", 1),
+    )
+    merge_checkpoint(pro, blocks, tmp_path / "merged")
+    state = {"step": 1, "settings": {"model.tokenizer": str(base)}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assemble_checkpoint(pro.path / "config.json", blocks, tmp_path / "assembled")
+    for result in ("pro", "merged", "assembled"):
+        assert not (tmp_path / result / "tokenizer.model").exists()
+        for name in names:
+            assert (tmp_path / result / name).read_bytes() == (llama_3 / name).read_bytes()
 
 
 # ---- vLLM --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Meta's release layout: read exactly, refused clearly, written back to the byte."""
 
+import base64
 import json
 import math
 import os
@@ -101,11 +102,24 @@ def release(path: Path, shards: int = 1, **overrides: Any) -> Path:
     return write_release(path, params, make_tensors(params), shards)
 
 
-def meta_logits(params: dict[str, Any], w: dict[str, Tensor], ids: Tensor) -> Tensor:
+def scaled(freqs: Tensor, factor: float) -> Tensor:
+    """Llama 3.1's frequencies, one by one (`apply_scaling` in Meta's llama-models)."""
+    out = []
+    for freq in freqs.tolist():
+        waves = 8192 * freq / (2 * math.pi)  # in the context it was first trained with
+        share = min(1.0, max(0.0, (waves - 1) / (4 - 1)))
+        out.append((1 - share) * freq / factor + share * freq)
+    return torch.tensor(out)
+
+
+def meta_logits(
+    params: dict[str, Any], w: dict[str, Tensor], ids: Tensor, factor: float = 8.0
+) -> Tensor:
     """Meta's forward: complex RoPE over neighbouring pairs. ids (T,) -> logits (T, V), fp32."""
     H, T = params["n_heads"], len(ids)
     KV, D = params.get("n_kv_heads") or H, params["dim"] // params["n_heads"]
     freqs = rope_freqs(D, params.get("rope_theta", 10000.0))
+    freqs = scaled(freqs, factor) if params.get("use_scaled_rope") else freqs
     angles = torch.outer(torch.arange(T).float(), freqs)
     freqs_cis = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, D / 2)
 
@@ -339,17 +353,38 @@ def test_tokenizer_is_taken_from_the_parent_directory(tmp_path: Path, tokenizer_
     assert generation == {"bos_token_id": 1, "eos_token_id": 2}
 
 
-def test_bpe_ranks_give_llama_3s_special_ids(tmp_path: Path, shared: Path) -> None:
-    """BOS and EOS are the first two ids after the ranks."""
+def rank_lines(tokens: list[bytes]) -> bytes:
+    """A `tokenizer.model` as Llama 3's: all bytes, and these."""
+    every = [*(bytes([byte]) for byte in range(256)), *tokens]
+    return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(every))
+
+
+def test_bpe_ranks_give_llama_3s_special_ids_and_come_back(tmp_path: Path, shared: Path) -> None:
+    """BOS and EOS are the first two ids after the ranks, whose file the round trip keeps."""
     source = release(tmp_path / "release")
     ranks = shared / "tokenizers" / "llama-3" / "tokenizer.model"
-    text = ranks.read_bytes() if ranks.is_file() else b"".join(b"YQ== %d\n" % i for i in range(9))
+    text = ranks.read_bytes() if ranks.is_file() else rank_lines([b"ab", b"abc"])
     (source / "tokenizer.model").write_bytes(text)
     from_meta(source, tmp_path / "out", None)
     config = ModelConfig.from_file(tmp_path / "out" / "config.json")
     count = text.count(b"\n")
     assert (config.bos_token_id, config.eos_token_ids) == (count, (count + 1,))
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == text
+    assert (tmp_path / "out" / "original" / "tokenizer.model").read_bytes() == text
+    raw = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert raw["added_tokens"][0]["id"] == count
+    to_meta(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == text
+    assert not (tmp_path / "back" / "original").exists()
+
+
+def test_damaged_bpe_ranks_are_refused(tmp_path: Path) -> None:
+    """A line cut short, or a byte that has no token: named before anything is written."""
+    source = release(tmp_path / "release")
+    for text in (rank_lines([b"ab"])[:-2], rank_lines([])[7:]):
+        (source / "tokenizer.model").write_bytes(text)
+        with pytest.raises(DataError, match=r"tokenizer\.model.*damaged"):
+            from_meta(source, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_of_no_known_format_is_refused(tmp_path: Path) -> None:
@@ -548,7 +583,7 @@ def test_a_tensor_that_does_not_fit_is_named(
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"use_scaled_rope": True}, ConfigError, "use_scaled_rope true .* not supported"),
+        ({"use_scaled_rope": 8}, ConfigError, "use_scaled_rope is 8, expected true or false"),
         ({"dim": None}, ConfigError, "dim is None, expected a whole number"),
         (
             {"ffn_dim_multiplier": math.inf},
@@ -682,6 +717,93 @@ def test_tied_embeddings_are_written_twice(
     with torch.no_grad():
         logits = [Checkpoint.open(d).load()(ids) for d in (source, tmp_path / "again")]
     assert torch.equal(*logits)
+    assert Checkpoint.open(tmp_path / "again").sha256() == Checkpoint.open(source).sha256()
+
+
+LLAMA_3 = {
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 400,
+    "multiple_of": 16,
+    "ffn_dim_multiplier": 1.3,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shards", "factor", "positions"),
+    [
+        ("3", 1, None, 2048),
+        ("3.1", 1, 8.0, 131072),
+        ("3.1", 2, 8.0, 131072),
+        ("3.2", 1, 32.0, 131072),
+    ],
+)
+def test_llama_3_releases_compute_metas_formula_in_transformers_too(
+    tmp_path: Path, kind: str, shards: int, factor: float | None, positions: int
+) -> None:
+    """Scaled frequencies, by 8, or by 32 with tied embeddings; and back to every byte."""
+    transformers = pytest.importorskip("transformers")
+    params = LLAMA_3 | ({"use_scaled_rope": True} if factor else {})
+    tensors = make_tensors(params, rope=False)
+    if kind == "3.2":
+        tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
+    source = write_release(tmp_path / "release", params, tensors, shards, rows=True)
+    from_meta(source, tmp_path / "out", None)
+    config = ModelConfig.from_file(tmp_path / "out" / "config.json")
+    assert config.tie_word_embeddings is (kind == "3.2")
+    assert (config.rope_scaling and config.rope_scaling.factor) == factor
+    assert config.max_position_embeddings == positions
+    ids = torch.randint(0, 400, (600,), generator=torch.Generator().manual_seed(1))
+    expected = meta_logits(params, tensors, ids, factor or 0.0)
+    if factor:  # this far into a text another factor is seen
+        other = meta_logits(params, tensors, ids, 1.0)
+        assert (other - expected).abs().max() > 100 * 1e-5 * expected.abs().max()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        mine = Checkpoint.open(tmp_path / "out").load()(ids[None])[0]
+        found = theirs(ids[None]).logits[0]
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, mine, rtol=1e-5, atol=1e-5)
+    to_meta(tmp_path / "out", tmp_path / "back")
+    assert_same_release(tmp_path / "back", source)
+
+
+def test_a_vocabulary_of_llama_3s_size_tells_context_and_control_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where params.json has no max_seq_len, and the tokenizer is not there."""
+    params = {"dim": 8, "n_layers": 1, "n_heads": 2, "multiple_of": 8, "norm_eps": 1e-5}
+    tensors = make_tensors(params, vocab=128256, rope=False)
+    from_meta(write_release(tmp_path / "release", params, tensors), tmp_path / "out", None)
+    config = ModelConfig.from_file(tmp_path / "out" / "config.json")
+    assert config.max_position_embeddings == 8192
+    assert (config.bos_token_id, config.eos_token_ids) == (128000, (128001,))
+    assert "max_seq_len" not in capsys.readouterr().err
+
+
+def test_a_scaling_that_meta_cannot_express_is_refused(
+    tmp_path: Path,
+    tiny_config: Callable[..., ModelConfig],
+    write_random_checkpoint: Callable[..., Path],
+) -> None:
+    """params.json has one bit for it: another kind or factor would be lost in silence."""
+    llama = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama["original_max_position_embeddings"] = 8192
+    linear = {"rope_type": "linear", "factor": 4.0}
+    for number, rope in enumerate([linear, llama | {"factor": 32.0}, llama]):
+        config = tiny_config(rope_scaling=rope)
+        source = write_random_checkpoint(tmp_path / str(number), config)
+        if rope is llama:
+            to_meta(source, tmp_path / "release")
+            params = json.loads((tmp_path / "release" / "params.json").read_text())
+            assert params["use_scaled_rope"] is True
+        else:
+            with pytest.raises(ConfigError, match="cannot be said in Meta's layout"):
+                to_meta(source, tmp_path / "release")
 
 
 def test_an_expanded_checkpoint_becomes_a_release_of_more_layers(tmp_path: Path) -> None:
