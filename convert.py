@@ -100,6 +100,9 @@ class Expand(Output):
     """Instead: base layers, comma-separated, after each of which one new block goes (3,7,11)."""
     placement: Literal["interleave", "prefix", "suffix"] = "interleave"
     """Interleaved as in the paper, or all below (prefix) or above (suffix) the base."""
+    add_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [TOKEN ...]")] = ()
+    """Control tokens that the vocabulary grows by, such as '<|im_start|>' '<|im_end|>'; their rows
+    start as the mean of the base's."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in GB (10^9 bytes)."""
 
@@ -114,12 +117,16 @@ class Expand(Output):
             base = replace(base, config=replace(base.config, raw=raw))
         layout = self.layout(base.config.num_hidden_layers)
         shard = int(self.max_shard_gb * 1e9)
-        found = expand_checkpoint(base, self.out_dir, layout, self.force, shard)
+        tokens = self.add_tokens
+        found = expand_checkpoint(base, self.out_dir, layout, self.force, shard, tokens)
+        added = ", ".join(f"{name} is {i}" for name, i in found["new_tokens"].items())
+        added = f"new tokens   {added}\n" if added else ""
         return found, (
             f"{self.out_dir}: {base.config.num_hidden_layers} -> {found['layers']} layers, "
             f"{found['bytes'] / 1e9:.3f} GB\n"
             f"new blocks   {found['new_layers']}\n"
             f"copied from  {found['source_layers']}\n"
+            f"{added}"
             f"verified: logits of {found['tokens_compared']} random tokens bit-equal to the base's"
         )
 
@@ -204,7 +211,7 @@ class Strip(Output):
         found = strip_checkpoint(expanded, self.out_dir, self.force)
         return found, (
             f"{self.out_dir}: {found['layers']} layers, new blocks {found['removed_layers']} taken "
-            f"out\nsha256 {found['sha256']}, the base's"
+            f"out, new tokens {found['removed_tokens']}\nsha256 {found['sha256']}, the base's"
         )
 
 
@@ -259,6 +266,8 @@ class Verify:
         if "base_sha256" in found:
             lines.append(f"base intact: its tensors hash to {found['base_sha256']}, as recorded")
             lines.append(f"new blocks {found['new_layers']}: {found['new_blocks']}")
+            if found["new_tokens"]:
+                lines.append(f"new tokens {found['new_tokens']}: rows after the base's")
         if "logits_bit_equal" in found:
             lines.append(
                 "logits bit-equal to the base's"

@@ -86,7 +86,7 @@ def build_model(job: Job, ranks: Ranks) -> tuple[LlamaForCausalLM, dict[str, tor
         tensors = init_random(job.config, s.train.seed)
     else:
         tensors = job.checkpoint.state_dict()  # mapped: read when first used
-    trainable = select_trainable(model, s.train.trainable)
+    trainable = select_trainable(model, s.train.trainable, s.train.new_tokens)
     if job.resume_from is not None:
         shapes = {name: tuple(model.get_parameter(name).shape) for name in trainable}
         tensors |= load_trained(job.resume_from, job.config, shapes)

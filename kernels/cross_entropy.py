@@ -21,7 +21,8 @@ Losses"; the running maximum and sum are Milakov & Gimelshein's, 2018):
                      grad_W += logits^T x_chunk      (torch, product and sum in fp32)
 
 The last line is left out where the embedding is frozen, as it is when only new blocks train, and
-both gradients are where nothing asks for them.
+done for its last rows alone where only those of added tokens train; both gradients are left out
+where nothing asks for them.
 
 Shapes: N tokens, n tokens of one chunk, C hidden size, V vocabulary.
 """
@@ -29,6 +30,7 @@ Shapes: N tokens, n tokens of one chunk, C hidden size, V vocabulary.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -116,11 +118,17 @@ def _scale_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 @torch.library.custom_op("llamapro::linear_cross_entropy", mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, targets: Tensor, need_x: bool, need_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    frozen_rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns loss_sum, count, and the gradients of loss_sum, each empty if not needed.
 
-    grad_weight is fp32: a sum over all tokens, which may not fit fp16 before it is scaled.
+    grad_weight is of the rows that are not frozen, in fp32: a sum over all tokens, which may not
+    fit fp16 before it is scaled.
     """
     (N, C), V = x.shape, weight.shape[0]
     targets = targets.contiguous()
@@ -134,7 +142,8 @@ def _forward(
     logits = torch.empty((min(rows, N), V), dtype=x.dtype, device=x.device)
     losses = torch.empty((N,), dtype=torch.float32, device=x.device)
     grad_x = torch.empty((N, C) if need_x else (0,), dtype=x.dtype, device=x.device)
-    grad_weight = weight.new_zeros((V, C) if need_weight else (0,), dtype=torch.float32)
+    trained = (V - frozen_rows, C)
+    grad_weight = weight.new_zeros(trained if need_weight else (0,), dtype=torch.float32)
     for start in range(0, N, rows):
         part = x[start : start + rows]  # (n, C)
         chunk = logits[: part.shape[0]]  # (n, V)
@@ -152,19 +161,25 @@ def _forward(
         if need_x:
             torch.mm(chunk, weight, out=grad_x[start : start + rows])
         if need_weight:
-            grad_weight += _product_in_fp32(chunk.t(), part)
+            grad_weight += _product_in_fp32(chunk[:, frozen_rows:].t(), part)
     return losses.sum(), is_counted.sum(), grad_x, grad_weight
 
 
 @_forward.register_fake
 def _(
-    x: Tensor, weight: Tensor, targets: Tensor, need_x: bool, need_weight: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    frozen_rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    trained = (weight.shape[0] - frozen_rows, weight.shape[1])
     return (
         x.new_empty((), dtype=torch.float32),
         x.new_empty((), dtype=torch.int64),
         x.new_empty(x.shape if need_x else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
+        weight.new_empty(trained if need_weight else (0,), dtype=torch.float32),
     )
 
 
@@ -196,25 +211,35 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, need_x: bool, need_weight: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        need_x: bool,
+        need_weight: bool,
+        frozen_rows: int,
     ) -> tuple[Tensor, Tensor]:
-        loss_sum, count, grad_x, grad_weight = _forward(x, weight, targets, need_x, need_weight)
+        loss_sum, count, grad_x, grad_weight = _forward(
+            x, weight, targets, need_x, need_weight, frozen_rows
+        )
         ctx.save_for_backward(grad_x, grad_weight)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.frozen_rows = weight.dtype, frozen_rows
         return loss_sum, count
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_loss: Tensor, _: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
         scaled_x = _scaled(grad_x, grad_loss, grad_x.dtype) if need_x else None
         scaled_weight = _scaled(grad_weight, grad_loss, ctx.dtype) if need_weight else None
-        return scaled_x, scaled_weight, None, None, None
+        if scaled_weight is not None and ctx.frozen_rows:
+            scaled_weight = F.pad(scaled_weight, (0, 0, ctx.frozen_rows, 0))
+        return scaled_x, scaled_weight, None, None, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, frozen_rows: int = 0
+) -> tuple[Tensor, Tensor]:
     """Sum of the token losses of `softmax(x @ weight.T)`, without holding all logits at once.
 
     Logits are rounded to x's dtype, as `F.linear` does; softmax, losses and their sum are in fp32.
@@ -226,6 +251,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
         weight: (V, C), the output embedding, any strides, in x's dtype.
         targets: (N,) int64 token ids, any strides; `IGNORE_INDEX` (-100) adds neither loss nor
             count.
+        frozen_rows: of the first so many rows of the weight no gradient is computed: it is 0.
 
     Returns:
         loss_sum: () fp32, in nats.
@@ -236,7 +262,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
     """
     needs_graph = torch.is_grad_enabled()  # a Function's own flags do not know of no_grad
     need_x, need_weight = needs_graph and x.requires_grad, needs_graph and weight.requires_grad
-    return _LinearCrossEntropy.apply(x, weight, targets, need_x, need_weight)
+    return _LinearCrossEntropy.apply(x, weight, targets, need_x, need_weight, frozen_rows)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, size: int) -> str | None:

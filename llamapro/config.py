@@ -44,14 +44,17 @@ class ExpansionRecord:
         new_layers: indices of the latest generation's new blocks, in this checkpoint's numbering.
         source_layers: for each of them, the layer of the base it was copied from (base numbering).
         base_sha256: `Checkpoint.sha256()` of the base that was expanded.
-        generations: the earlier expansions, oldest first; each a mapping with the same first three
-            keys, its `new_layers` kept up to date with this checkpoint's numbering.
+        generations: the earlier expansions, oldest first; each a mapping with the same keys, its
+            `new_layers` kept up to date with this checkpoint's numbering.
+        base_vocab_size: how many rows of embedding and head are the base's; those after them are
+            of tokens that were added. None, and absent from the file: the vocabulary did not grow.
     """
 
     new_layers: tuple[int, ...]
     source_layers: tuple[int, ...]
     base_sha256: str
     generations: tuple[dict[str, Any], ...] = ()
+    base_vocab_size: int | None = None
 
     @classmethod
     def from_dict(
@@ -59,13 +62,15 @@ class ExpansionRecord:
     ) -> "ExpansionRecord":
         """Reads the `llamapro` entry of a `config.json`; raises ConfigError naming `where`."""
         try:
+            base_vocab_size = raw.get("base_vocab_size")
             record = cls(
                 tuple(int(i) for i in raw["new_layers"]),
                 tuple(int(i) for i in raw["source_layers"]),
                 str(raw["base_sha256"]),
                 tuple(raw.get("generations", ())),
+                None if base_vocab_size is None else int(base_vocab_size),
             )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{where}: the 'llamapro' record is damaged ({error!r})") from None
         layers, sources = record.new_layers, record.source_layers
         if (
@@ -85,7 +90,10 @@ class ExpansionRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form, the value of `config.json`'s `llamapro` key."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        raw = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.base_vocab_size is None:
+            del raw["base_vocab_size"]
+        return raw
 
 
 @dataclass(frozen=True)
@@ -273,6 +281,12 @@ class ModelConfig:
             expansion = ExpansionRecord.from_dict(
                 raw["llamapro"], sizes["num_hidden_layers"], where
             )
+            base_vocab_size = expansion.base_vocab_size
+            if base_vocab_size is not None and not 0 < base_vocab_size < sizes["vocab_size"]:
+                raise ConfigError(
+                    f"{where}: the 'llamapro' record has base_vocab_size {base_vocab_size}, "
+                    f"impossible for vocab_size {sizes['vocab_size']}"
+                )
         return cls(
             **sizes,
             num_key_value_heads=kv_heads,
@@ -290,12 +304,15 @@ class ModelConfig:
             **floats,
         )
 
-    def expanded(self, num_hidden_layers: int, record: ExpansionRecord) -> "ModelConfig":
-        """Returns this configuration with another number of layers and a `llamapro` record."""
-        raw = dict(self.raw, num_hidden_layers=num_hidden_layers, llamapro=record.to_dict())
-        return dataclasses.replace(
-            self, num_hidden_layers=num_hidden_layers, expansion=record, raw=raw
-        )
+    def resized(
+        self, num_hidden_layers: int, vocab_size: int, record: ExpansionRecord | None
+    ) -> "ModelConfig":
+        """Returns this configuration with other sizes and another `llamapro` record, or none."""
+        sizes: dict[str, Any] = {"num_hidden_layers": num_hidden_layers, "vocab_size": vocab_size}
+        raw = {key: value for key, value in self.raw.items() if key != "llamapro"} | sizes
+        if record is not None:
+            raw["llamapro"] = record.to_dict()
+        return dataclasses.replace(self, **sizes, expansion=record, raw=raw)
 
     def to_json(self) -> str:
         """Returns the text of `config.json`, for transformers 4 and 5 alike."""

@@ -175,20 +175,21 @@ def shard(
 
     def cast(module: nn.Module) -> bool:
         """Casts what one unit or a part of it holds; returns whether FSDP is to spread it."""
-        trains = any(p.requires_grad for p in module.parameters())
-        module.to(torch.float32 if trains else compute_dtype)
-        if trains or frozen != "replicate":
-            return True
-        module.to(ranks.device)
-        whole.update(module.parameters())
-        return False
+        for p in module.parameters():  # of embedding and head, the rows of added tokens may train
+            p.data = p.data.to(torch.float32 if p.requires_grad else compute_dtype)
+            if frozen == "replicate" and not p.requires_grad:
+                p.data = p.data.to(ranks.device)
+                whole.add(p)
+        return any(p not in whole for p in module.parameters())
 
     layers = list(model.model.layers)
     trains = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
     first = trains.index(True) if True in trains else len(layers)
+    if any(p.requires_grad for p in model.model.embed_tokens.parameters()):
+        first = 0  # backward goes through all blocks, down to the embedding
     for index, layer in enumerate(layers):  # cast just before sharding: one full block at a time
         if cast(layer):
-            is_kept = frozen == "gather" and index > first and not trains[index]
+            is_kept = frozen == "gather" and index >= first and not trains[index]
             unit = sharded(layer, reshard_after_forward=not is_kept)
             if index == first:
                 # Backward ends here, but FSDP would gather, ahead of time, the unit that ran

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llamapro.config import ConfigError, ExpansionRecord, ModelConfig
-from llamapro.model import LlamaForCausalLM
+from llamapro.model import NEW_ROWS, LlamaForCausalLM
 
 ZERO_IN_NEW_BLOCKS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -126,8 +126,17 @@ def stack(num_layers: int, num_new_blocks: int, placement: str) -> Layout:
     return _layout(num_layers, {num_layers - 1: range(num_layers - num_new_blocks, num_layers)})
 
 
-def expand_config(config: ModelConfig, layout: Layout, base_sha256: str) -> ModelConfig:
-    """Returns the expanded model's configuration, its record keeping the earlier generations."""
+def expand_config(
+    config: ModelConfig, layout: Layout, base_sha256: str, new_tokens: int = 0
+) -> ModelConfig:
+    """Returns the expanded model's configuration, its record keeping the earlier generations.
+
+    Args:
+        config: the base's.
+        layout: where the new blocks go.
+        base_sha256: `Checkpoint.sha256()` of the base.
+        new_tokens: how many tokens are added to the vocabulary.
+    """
     moved_to = layout.base_layers
     generations = []
     if (earlier := config.expansion) is not None:
@@ -140,8 +149,9 @@ def expand_config(config: ModelConfig, layout: Layout, base_sha256: str) -> Mode
         tuple(layout.sources[i] for i in layout.new_layers),
         base_sha256,
         tuple(generations),
+        config.vocab_size if new_tokens else None,
     )
-    return config.expanded(len(layout.sources), record)
+    return config.resized(len(layout.sources), config.vocab_size + new_tokens, record)
 
 
 def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[str, bool]]:
@@ -190,6 +200,11 @@ def is_in_layers(name: str, layers: Iterable[int]) -> bool:
     return match is not None and int(match[1]) in set(layers)
 
 
+def is_new_rows(name: str) -> bool:
+    """Says whether a parameter holds the rows of added tokens; see `split_vocabulary`."""
+    return name in NEW_ROWS.values()
+
+
 def expand_state_dict(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Expands a model in memory; new tensors are copies, sharing no storage with their source."""
     expanded = {}
@@ -202,18 +217,24 @@ def expand_state_dict(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str
     return expanded
 
 
-def select_trainable(model: LlamaForCausalLM, trainable: str) -> list[str]:
-    """Sets `requires_grad` of every parameter; must come before the model is sharded.
+def select_trainable(
+    model: LlamaForCausalLM, trainable: str, new_tokens: bool = False
+) -> list[str]:
+    """Sets `requires_grad` of every parameter; must come before weights are loaded and sharded.
 
     Args:
         model: the model; its configuration carries the expansion record.
         trainable: "new_blocks", the latest generation's, or "all".
+        new_tokens: with "new_blocks", also the rows of embedding and head of the tokens that this
+            generation added. They become parameters of their own, `new_rows`: the base's stay
+            frozen.
 
     Returns:
         The names of the parameters that train.
 
     Raises:
-        ConfigError: "new_blocks" for a model without a record.
+        ConfigError: "new_blocks" for a model without a record; `new_tokens` for one whose
+            vocabulary did not grow, or with "all".
     """
     record = model.config.expansion
     if trainable == "new_blocks" and record is None:
@@ -221,10 +242,21 @@ def select_trainable(model: LlamaForCausalLM, trainable: str) -> list[str]:
             "train.trainable 'new_blocks': this model's config.json has no 'llamapro' record; "
             "run 'convert.py expand' first, or set train.trainable to 'all'"
         )
+    if new_tokens:
+        if trainable == "all":
+            raise ConfigError("train.new_tokens true: with train.trainable 'all' they train anyway")
+        if record is None or record.base_vocab_size is None:
+            raise ConfigError(
+                "train.new_tokens true: this model's vocabulary did not grow; give "
+                "'convert.py expand' --add-tokens, or set it to false"
+            )
+        model.split_vocabulary(record.base_vocab_size)
     names = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(
-            trainable == "all" or (record is not None and is_in_layers(name, record.new_layers))
+            trainable == "all"
+            or (record is not None and is_in_layers(name, record.new_layers))
+            or is_new_rows(name)
         )
         if parameter.requires_grad:
             names.append(name)

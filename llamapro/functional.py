@@ -172,16 +172,24 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         loss_n = m + log(s) - l_t,    dloss_n / dl_v = exp(l_v - m) / s - [v = t]
 
-    So the logits are computed once, and those of one chunk of tokens live at a time.
+    So the logits are computed once, and those of one chunk of tokens live at a time. The first
+    `frozen_rows` of W have no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, needs: tuple[bool, bool]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: int,
+        needs: tuple[bool, bool],
+        frozen_rows: int,
     ) -> Tensor:
         dtype = _wide(x.dtype)
         grad_x = torch.empty_like(x) if needs[0] else None  # (N, C)
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None  # (V, C)
+        trained = weight[frozen_rows:]
+        grad_weight = torch.zeros_like(trained, dtype=dtype) if needs[1] else None
         loss_sum = torch.zeros((), dtype=dtype, device=x.device)
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
@@ -199,17 +207,19 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 torch.mm(grad, weight, out=grad_x[part])
             if grad_weight is not None:
-                grad_weight += grad.t() @ x[part]
+                grad_weight += grad[:, frozen_rows:].t() @ x[part]
         ctx.save_for_backward(grad_x, grad_weight)
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.frozen_rows = weight.dtype, frozen_rows
         return loss_sum
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         if grad_x is not None:  # a product with a scalar tensor would round that to bf16 first
             grad_x = (grad_x.to(scale.dtype) * scale).to(grad_x.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.dtype)
-        return grad_x, grad_weight, None, None, None
+            if ctx.frozen_rows:
+                grad_weight = F.pad(grad_weight, (0, 0, ctx.frozen_rows, 0))
+        return grad_x, grad_weight, None, None, None, None

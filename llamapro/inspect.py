@@ -10,6 +10,7 @@ from llamapro.blocks import find_blocks, is_training_output, read_blocks
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError
 from llamapro.expansion import Layout
+from llamapro.growing import base_vocab_size
 from llamapro.tensor_file import StoredTensor, combine_hashes, hash_tensors
 
 _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")
@@ -47,14 +48,18 @@ def describe(path: str) -> dict[str, Any]:
     }
 
 
-def _origins(checkpoint: Checkpoint) -> dict[int, str]:
-    """Says for each layer whether it is new, of which generation, and copied from where."""
+def _origins(checkpoint: Checkpoint) -> dict[str, str]:
+    """Says for each layer whether it is new, of which generation, and copied from where; and of
+    embedding and head how many rows are of added tokens.
+    """
     layers = range(checkpoint.config.num_hidden_layers)
     record = checkpoint.config.expansion
     if record is None:
         return {}
     base_layers = Layout.of(record, len(layers)).base_layers
-    origins = {index: f"base {base}" for base, index in enumerate(base_layers)}
+    origins = {f"layer {index}": f"base {base}" for base, index in enumerate(base_layers)}
+    if new_tokens := checkpoint.config.vocab_size - base_vocab_size(checkpoint.config):
+        origins |= dict.fromkeys(("embed_tokens", "lm_head"), f"base, {new_tokens} new rows")
     generations: list[Any] = [*record.generations, record.to_dict()]
     for number, generation in enumerate(generations, 1):
         try:
@@ -65,28 +70,26 @@ def _origins(checkpoint: Checkpoint) -> dict[int, str]:
                 "does not say which layers were new, and copied from where"
             ) from None
         for layer, source in pairs:
-            origins[layer] = f"new, copy of base {source}"
+            origins[f"layer {layer}"] = f"new, copy of base {source}"
             if len(generations) > 1:
-                origins[layer] += f" (generation {number})"
+                origins[f"layer {layer}"] += f" (generation {number})"
     return origins
 
 
 def _rows(
-    tensors: dict[str, StoredTensor], hashes: dict[str, str], origins: dict[int, str]
+    tensors: dict[str, StoredTensor], hashes: dict[str, str], origins: dict[str, str]
 ) -> list[dict[str, Any]]:
     parts: dict[str, list[StoredTensor]] = {}
-    layer_of: dict[str, int] = {}
     for name, tensor in tensors.items():
         words = name.removeprefix("model.").removesuffix(".weight").split(".")
         part = words[0]
         if part == "layers":
             part = f"layer {words[1]}"
-            layer_of[part] = int(words[1])
         parts.setdefault(part, []).append(tensor)
     return [
         {
             "part": part,
-            "origin": origins.get(layer_of[part], "") if part in layer_of else "",
+            "origin": origins.get(part, ""),
             "parameters": sum(math.prod(t.shape) for t in members),
             "dtype": ", ".join(sorted({t.dtype for t in members})),
             "bytes": sum(t.nbytes for t in members),

@@ -53,7 +53,8 @@ class Job:
                 f"{config.max_position_embeddings} of {where}"
             )
         if settings.train.trainable == "new_blocks":
-            select_trainable(build_on_meta(config), "new_blocks")  # raises without a record
+            # Raises without a record.
+            select_trainable(build_on_meta(config), "new_blocks", settings.train.new_tokens)
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
         tokenizer.check_fits(config.vocab_size, where)
@@ -128,7 +129,8 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
             with stop.interrupting():
                 stores = job.tokenize()
                 paths = {label: store.path for label, store in stores.items()}
-                trainable = select_trainable(build_on_meta(job.config), s.train.trainable)
+                model = build_on_meta(job.config)
+                trainable = select_trainable(model, s.train.trainable, s.train.new_tokens)
                 fingerprint = job.tokenizer.fingerprint
                 identity = make_identity(job.checkpoint, trainable, fingerprint, stores)
         except UserError as failure:

@@ -19,6 +19,7 @@ from llamapro.card import CARD_FILE, Training, write_card
 from llamapro.checkpoint import BASE_CARD_FILE, Checkpoint
 from llamapro.config import CheckpointError, ConfigError, ExpansionRecord, ModelConfig
 from llamapro.expansion import Layout
+from llamapro.growing import base_vocab_size, restore_tokenizer
 from llamapro.output import (
     MAX_SHARD_BYTES,
     output_directory,
@@ -28,7 +29,7 @@ from llamapro.output import (
 )
 from llamapro.streaming import Chunks, check_base, hashed_chunks
 from llamapro.tensor_file import DTYPES, StoredTensor, TensorSpec, tensor_chunks
-from llamapro.verify import layout_of
+from llamapro.verify import contained_base, layout_of
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,16 @@ def merge_many(
 
     Raises:
         ConfigError: as `streaming.expand_checkpoint`; or a file is given twice.
-        CheckpointError: `expanded` has no record or its base was changed; or a file was trained on
-            another base or tokenizer than the others, or does not fit.
+        CheckpointError: `expanded` has no record, its base was changed, or tokens were added to
+            its vocabulary; or a file was trained on another base or tokenizer than the others, or
+            does not fit.
     """
     layout_of(expanded)  # raises without a record
+    if base_vocab_size(expanded.config) < expanded.config.vocab_size:
+        raise CheckpointError(
+            f"{expanded.path}: tokens were added to its vocabulary, and each file may have rows of "
+            "its own for them; merge one file, or expand without --add-tokens"
+        )
     files = [_open_blocks(path, expanded) for path in blocks_paths]
     refuse_source(out_dir, expanded.path, *(blocks.file for blocks in files))
     trainings = [Training.of(blocks.file, blocks.info) for blocks in files]
@@ -202,14 +209,16 @@ def strip_checkpoint(
 ) -> dict[str, Any]:
     """Writes the base that is inside an expanded checkpoint: its tensors byte for byte.
 
-    Of a model that was expanded several times, the latest generation is taken out.
+    Of a model that was expanded several times, the latest generation is taken out, with the tokens
+    it added.
 
     Args:
         expanded: an expanded or merged checkpoint.
         out_dir, force, max_shard_bytes: as for `streaming.expand_checkpoint`.
 
     Returns:
-        JSON-able: path, layers, removed_layers, sha256 (the base's, as recorded), bytes.
+        JSON-able: path, layers, removed_layers, removed_tokens (how many), sha256 (the base's, as
+        recorded), bytes.
 
     Raises:
         ConfigError: as `streaming.expand_checkpoint`, of the expanded checkpoint.
@@ -217,8 +226,8 @@ def strip_checkpoint(
     """
     layout = layout_of(expanded)
     refuse_source(out_dir, expanded.path)
-    names = expansion.base_names(expanded.tensors, layout)
-    stored_as = {base: expanded.tensors[name] for name, base in names.items()}
+    inside = contained_base(expanded)
+    stored_as = {base.name: dataclasses.replace(base, name=name) for name, base in inside.items()}
     specs = [TensorSpec(name, stored.dtype, stored.shape) for name, stored in stored_as.items()]
     config = base_config(expanded)
     hashes: dict[str, str] = {}
@@ -232,6 +241,8 @@ def strip_checkpoint(
         )
         check_base(expanded, hashes)
         write_companions(aside, config, expanded.companions())
+        if config.vocab_size < expanded.config.vocab_size:
+            restore_tokenizer(aside)
         if (aside / BASE_CARD_FILE).exists():
             (aside / BASE_CARD_FILE).rename(aside / CARD_FILE)
         sha256 = Checkpoint.open(aside).sha256()  # read back from the files
@@ -242,6 +253,7 @@ def strip_checkpoint(
         "path": str(out_dir),
         "layers": config.num_hidden_layers,
         "removed_layers": list(layout.new_layers),
+        "removed_tokens": expanded.config.vocab_size - config.vocab_size,
         "sha256": sha256,
         "bytes": sum(spec.nbytes for spec in specs),
     }
@@ -255,11 +267,9 @@ def base_config(expanded: Checkpoint) -> ModelConfig:
     """
     config, layout = expanded.config, layout_of(expanded)
     assert config.expansion is not None
-    layers = len(layout.base_layers)
+    layers, vocab_size = len(layout.base_layers), base_vocab_size(config)
     if not config.expansion.generations:
-        raw = {key: value for key, value in config.raw.items() if key != "llamapro"}
-        raw["num_hidden_layers"] = layers
-        return dataclasses.replace(config, num_hidden_layers=layers, expansion=None, raw=raw)
+        return config.resized(layers, vocab_size, None)
     number = {index: base for base, index in enumerate(layout.base_layers)}
     where = f"{expanded.path / 'config.json'}"
     try:
@@ -273,4 +283,4 @@ def base_config(expanded: Checkpoint) -> ModelConfig:
             f"{where}: the 'llamapro' record has impossible generations {shown}"
         ) from None
     record = ExpansionRecord.from_dict(latest | {"generations": earlier}, layers, where)
-    return config.expanded(layers, record)
+    return config.resized(layers, vocab_size, record)

@@ -8,11 +8,18 @@ heads, D head dim, F FFN size, V vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llamapro import functional, ops
 from llamapro.config import ModelConfig
+
+# Embedding and head, and what the rows of added tokens are called where they are apart.
+NEW_ROWS = {
+    "model.embed_tokens.weight": "model.embed_tokens.new_rows",
+    "lm_head.weight": "lm_head.new_rows",
+}
 
 
 class Linear(nn.Linear):
@@ -23,6 +30,44 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return functional.linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding`; the rows of added tokens may be a parameter of their own, `new_rows`."""
+
+    new_rows: nn.Parameter | None
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__(num_embeddings, embedding_dim)
+        self.register_parameter("new_rows", None)
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
+        if self.new_rows is None:
+            return super().forward(ids)
+        # Two look-ups and a choice: the base's rows, V x C, are not copied to be joined.
+        new = ids - self.weight.shape[0]
+        is_new = new >= 0
+        base_rows = F.embedding(ids.masked_fill(is_new, 0), self.weight)
+        return torch.where(
+            is_new[..., None], F.embedding(new.clamp(min=0), self.new_rows), base_rows
+        )
+
+
+class Head(nn.Linear):
+    """`nn.Linear` without a bias: hidden states to logits; `new_rows` as in `Embedding`."""
+
+    new_rows: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.register_parameter("new_rows", None)
+
+    def rows(self) -> Tensor:  # (V, C)
+        """Returns the base's rows and those of added tokens, joined where they are apart."""
+        return self.weight if self.new_rows is None else torch.cat((self.weight, self.new_rows))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        return F.linear(x, self.rows())
 
 
 class RMSNorm(nn.Module):
@@ -175,7 +220,7 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
@@ -208,13 +253,27 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Makes lm_head share the embedding's weight where the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.new_rows = self.model.embed_tokens.new_rows
+
+    def split_vocabulary(self, base_vocab_size: int) -> None:
+        """Makes the rows of added tokens parameters of their own, so that they alone can train.
+
+        The parameters are replaced: this comes before weights are loaded.
+
+        Args:
+            base_vocab_size: how many rows of embedding and head come before them.
+        """
+        for part in (self.model.embed_tokens, self.lm_head):
+            base_rows, new_rows = part.weight.detach().tensor_split((base_vocab_size,))
+            part.weight, part.new_rows = nn.Parameter(base_rows), nn.Parameter(new_rows)
+        self.tie_weights()
 
     def forward(
         self,
@@ -240,7 +299,11 @@ class LlamaForCausalLM(nn.Module):
         """
         x = self.model(input_ids, cache, documents)  # (B, T, C)
         if targets is not None:
-            return ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            head = self.lm_head
+            frozen_rows = 0 if head.new_rows is None else head.weight.shape[0]
+            return ops.linear_cross_entropy(
+                x.flatten(0, 1), head.rows(), targets.flatten(), frozen_rows
+            )
         return self.lm_head(x[:, -1:] if last_only else x)
 
 
@@ -255,9 +318,14 @@ def load_tensors(model: LlamaForCausalLM, tensors: dict[str, Tensor]) -> None:
 
     Args:
         tensors: every parameter under its Hugging Face name; `lm_head.weight` only if not tied.
+            Of a split vocabulary whole; what is named `new_rows` takes the place of its last rows.
     """
     if model.config.tie_word_embeddings:
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    if model.model.embed_tokens.new_rows is not None:
+        for name, new_rows in NEW_ROWS.items():
+            base_rows, rest = tensors[name].tensor_split((model.get_parameter(name).shape[0],))
+            tensors = {new_rows: rest} | tensors | {name: base_rows}
     model.load_state_dict(tensors, strict=True, assign=True)
     model.tie_weights()
 

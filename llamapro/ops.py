@@ -324,7 +324,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @_switched("linear_cross_entropy")
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, frozen_rows: int = 0
+) -> tuple[Tensor, Tensor]:
     """Sum of the token losses of `softmax(x @ weight.T)`, without holding all logits at once.
 
     The logits of one chunk of tokens live at a time, and are computed once: forward computes the
@@ -334,6 +336,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
         x: (N, C).
         weight: (V, C), the output embedding.
         targets: (N,) token ids; `IGNORE_INDEX` (-100) adds neither loss nor count.
+        frozen_rows: of the first so many rows of the weight no gradient is computed: it is 0.
 
     Returns:
         loss_sum: () fp32, in nats.
@@ -343,7 +346,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
     rows = max(1, logits_at_once(x.device) // weight.shape[0])
     has_graph = torch.is_grad_enabled()  # a Function's own flags do not know of no_grad
     needs = (has_graph and x.requires_grad, has_graph and weight.requires_grad)
-    loss_sum = functional.LinearCrossEntropy.apply(x, weight, targets, rows, needs)
+    loss_sum = functional.LinearCrossEntropy.apply(x, weight, targets, rows, needs, frozen_rows)
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 

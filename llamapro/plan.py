@@ -13,7 +13,7 @@ from llamapro.config import ConfigError, ModelConfig
 from llamapro.distributed import Frozen, world_size
 from llamapro.expansion import select_trainable
 from llamapro.metrics import format_bytes
-from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta, rope_table
+from llamapro.model import DecoderLayer, Head, LlamaForCausalLM, RMSNorm, build_on_meta, rope_table
 from llamapro.settings import Settings
 
 
@@ -40,7 +40,7 @@ def make_plan(
     has_gpu = torch.cuda.is_available() and t.device != "cpu"
     device = torch.device("cuda" if has_gpu else "cpu")
     model = build_on_meta(config)
-    select_trainable(model, t.trainable)
+    select_trainable(model, t.trainable, t.new_tokens)
     spread = Spread(world_size(), t.shard_size, t.frozen, t.offload)
     try:
         with ops.use(t.ops):
@@ -113,8 +113,10 @@ def estimate_memory(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trainable
     root = trainable + frozen - sum(numel for _, numel in blocks)  # embeddings, norm, head
-    root_trains = is_trained(model.model.embed_tokens)
+    # All of it, or the rows of added tokens.
+    root_trained = trainable - sum(numel for trains, numel in blocks if trains)
     first = next((i for i, (trains, _) in enumerate(blocks) if trains), len(blocks))
+    first = 0 if root_trained else first
 
     parts = spread.shard_size or spread.world_size
     is_whole = spread.frozen == "replicate"
@@ -122,11 +124,11 @@ def estimate_memory(
     # one that computes and, if there is somebody to gather from, the next. The root stays gathered.
     managed = [numel for trains, numel in blocks if trains or not is_whole]
     gathered = max(managed, default=0) * (2 if parts > 1 else 1)
-    gathered += root if root_trains or not is_whole else 0
+    gathered += root_trained if is_whole else root
     if spread.frozen == "gather":
         gathered += sum(numel for trains, numel in blocks[first:] if not trains)
     # Of the unit in backward: gradients in the compute dtype and, to be reduced, in fp32.
-    reduced = max([n for trains, n in blocks if trains] + [root if root_trains else 0])
+    reduced = max([n for trains, n in blocks if trains] + [root_trained])
     state = 0 if spread.offload else 1
     estimate = {
         "frozen weights": frozen * size if is_whole else state * frozen * size // parts,
@@ -136,9 +138,7 @@ def estimate_memory(
         "gathered weights": gathered * size,
         "gradient reduction": reduced * (size + 4),
         "activations": activation_bytes(model, (rows, length), compute_dtype, device, t.recompute),
-        "logits": _logit_bytes(
-            model.config, rows * length, compute_dtype, device, is_trained(model.lm_head)
-        ),
+        "logits": _logit_bytes(model.config, rows * length, compute_dtype, device, model.lm_head),
     }
     return estimate | {"total": sum(estimate.values())}
 
@@ -226,14 +226,18 @@ def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
 
 
 def _logit_bytes(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, head_trains: bool
+    config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, head: Head
 ) -> int:
     """Both hold the head's gradients ahead of backward, and of logits a chunk: the kernel in its
-    dtype, plain PyTorch in fp32 as well.
+    dtype, plain PyTorch in fp32 as well. Where the rows of added tokens are apart, they are joined
+    with the base's.
     """
     logits, C = tokens * config.vocab_size, config.hidden_size
     backend, _ = ops.choose("linear_cross_entropy", device, dtype, C)
-    gradients = tokens * C * dtype.itemsize + head_trains * config.vocab_size * C * 4
+    trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    gradients = tokens * C * dtype.itemsize + trained * 4
+    if head.new_rows is not None:
+        gradients += config.vocab_size * C * dtype.itemsize
     if backend == "torch":
         return min(logits, ops.logits_at_once(device)) * (4 + dtype.itemsize) + gradients
     return min(logits, 1 << 27) * dtype.itemsize + gradients
@@ -244,6 +248,7 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
     s, sizes = settings, plan["parameters"]
     memory = {name: size for name, size in plan["memory_bytes"].items() if size}
     new = plan["new_layers"] if s.train.trainable == "new_blocks" else "every weight trains"
+    new = f"{new}, and the rows of added tokens" if s.train.new_tokens else new
     lines = {
         "model": f"{plan['model']} ({plan['layers']} layers)",
         "parameters": f"{sizes['total']:,} in all, {sizes['trainable']:,} train, "

@@ -221,6 +221,8 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
         ConfigError: naming everything that differs and may not.
     """
     flat = json.loads(json.dumps(flatten(settings)))
+    # A run of an earlier version did what is now the default of a setting it did not know.
+    before = json.loads(json.dumps(flatten(Settings()))) | before
     free: list[str] = []
     refused: list[str] = []
     for key, value in flat.items():

@@ -63,7 +63,7 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
     t, world = settings.train, options.ranks
     dtype = torch.float32 if t.dtype == "float32" else torch.bfloat16
     model = build_on_meta(config)
-    select_trainable(model, t.trainable)
+    select_trainable(model, t.trainable, t.new_tokens)
     spread = Spread(world, t.shard_size, t.frozen, t.offload)
     with ops.use("torch"):  # which kernels can run, only a GPU of that machine could say
         memory = estimate_memory(settings, model, dtype, torch.device("cpu"), spread)

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from llamapro.card import Training, keep_base_card, write_card
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ModelConfig
 from llamapro.expansion import Layout
+from llamapro.growing import add_tokens, check_tokens, mean_row, split_rows
 from llamapro.manifest import MAX_JSON_BYTES, STATE_FILE
-from llamapro.model import build_on_meta
+from llamapro.model import NEW_ROWS, build_on_meta
 from llamapro.output import (
     MAX_SHARD_BYTES,
     output_directory,
@@ -39,7 +41,10 @@ Chunks = Iterator[memoryview | bytes]
 
 
 def hashed_chunks(stored: StoredTensor, hashes: dict[str, str]) -> Chunks:
-    """Yields a tensor's bytes; notes their SHA-256 in `hashes`: one read serves copy and hash."""
+    """Yields a tensor's bytes; notes their SHA-256 in `hashes`: one read serves copy and hash.
+
+    Of a tensor with rows of added tokens give only the base's: see `growing.split_rows`.
+    """
     digest = hashlib.sha256()
     for chunk in stored.chunks():
         digest.update(chunk)
@@ -59,6 +64,7 @@ def expand_checkpoint(
     layout: Layout,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    new_tokens: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes the expanded checkpoint and verifies it before it appears under its name.
 
@@ -68,21 +74,29 @@ def expand_checkpoint(
         layout: where the new blocks go (`llamapro.expansion`).
         force: replace an existing checkpoint, once the new one is complete.
         max_shard_bytes: largest safetensors file.
+        new_tokens: control tokens that the vocabulary grows by; their ids follow the base's
+            `vocab_size` rows (`llamapro.growing`).
 
     Returns:
-        JSON-able: layers, new_layers, source_layers, parameters and bytes of the result,
-        base_sha256, logits_bit_equal (True) and tokens_compared.
+        JSON-able: layers, new_layers, source_layers, new_tokens (name -> id) and bytes of the
+        result, base_sha256, logits_bit_equal (True) and tokens_compared.
 
     Raises:
-        ConfigError: `out_dir` is or contains the base; or it exists, without `force`.
+        ConfigError: `out_dir` is or contains the base; or it exists, without `force`; or a new
+            token is in the vocabulary already.
+        DataError: the tokenizer cannot take tokens.
         CheckpointError: writing failed, or the result's logits differ from the base's.
     """
     refuse_source(out_dir, base.path)
+    if new_tokens:
+        check_tokens(base.path, new_tokens, base.config.vocab_size)
     names = expansion.expand_names(base.tensors, layout)
     specs = []
     for name, (source, _) in names.items():
         stored = base.tensors[source]
-        specs.append(TensorSpec(name, stored.dtype, stored.shape))
+        more = len(new_tokens) if name in NEW_ROWS else 0
+        shape = (stored.shape[0] + more, *stored.shape[1:])
+        specs.append(TensorSpec(name, stored.dtype, shape))
     hashes: dict[str, str] = {}
     new = set(layout.new_layers)
 
@@ -91,17 +105,20 @@ def expand_checkpoint(
         stored = base.tensors[source]
         if is_zero:
             return _zeros(spec)
-        return (
-            stored.chunks()
-            if expansion.is_in_layers(spec.name, new)
-            else hashed_chunks(stored, hashes)
-        )
+        if expansion.is_in_layers(spec.name, new):
+            return stored.chunks()
+        if spec.shape == stored.shape:
+            return hashed_chunks(stored, hashes)
+        rows = mean_row(stored).expand(len(new_tokens), -1)
+        return chain(hashed_chunks(stored, hashes), tensor_chunks(rows))
 
     with output_directory(out_dir, force) as aside:
         write_checkpoint(aside, specs, chunks_of, max_shard_bytes, label="expand")
         base_sha256 = combine_hashes((t, hashes[t.name]) for t in base.tensors.values())
-        config = expansion.expand_config(base.config, layout, base_sha256)
+        config = expansion.expand_config(base.config, layout, base_sha256, len(new_tokens))
         write_companions(aside, config, base.companions())
+        if new_tokens:
+            add_tokens(aside, new_tokens, base.config.vocab_size)
         keep_base_card(base.path, aside)
         logits = compare_logits(base, Checkpoint.open(aside))
         if not logits.bit_equal:
@@ -115,6 +132,7 @@ def expand_checkpoint(
         "layers": config.num_hidden_layers,
         "new_layers": list(layout.new_layers),
         "source_layers": [layout.sources[i] for i in layout.new_layers],
+        "new_tokens": {t: i for i, t in enumerate(new_tokens, base.config.vocab_size)},
         "bytes": sum(spec.nbytes for spec in specs),
         "base_sha256": base_sha256,
         "logits_bit_equal": True,
@@ -149,14 +167,19 @@ def merge_checkpoint(
     file = find_blocks(blocks_path)
     refuse_source(out_dir, expanded.path, file)
     blocks, info = read_blocks(file)
-    expected = _expected_tensors(expanded, info)
+    expected = _expected_tensors(expanded, blocks, info)
     check_blocks(file, blocks, info, expanded.config, expected)
     hashes: dict[str, str] = {}
 
     def chunks_of(spec: TensorSpec) -> Chunks:
         if spec.name in blocks:  # fp32 masters become the checkpoint's dtype
             return tensor_chunks(blocks[spec.name].read().to(DTYPES[spec.dtype]))
-        return hashed_chunks(expanded.tensors[spec.name], hashes)
+        base_rows, new_rows = split_rows(expanded.tensors[spec.name], expanded.config)
+        base_chunks = hashed_chunks(base_rows, hashes)
+        if new_rows is None:
+            return base_chunks
+        trained = blocks.get(NEW_ROWS[spec.name], new_rows)
+        return chain(base_chunks, tensor_chunks(trained.read().to(DTYPES[spec.dtype])))
 
     specs = [TensorSpec(t.name, t.dtype, t.shape) for t in expanded.tensors.values()]
     config = expanded.config
@@ -185,7 +208,7 @@ def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
 
     Args:
         expanded: a checkpoint with a `llamapro` record.
-        hashes: name -> SHA-256 of each of its tensors that is not in a new block.
+        hashes: name -> SHA-256 of what the base has of each of its tensors.
     """
     assert expanded.config.expansion is not None
     found, recorded = contained_base_sha256(expanded, hashes), expanded.config.expansion.base_sha256
@@ -200,6 +223,8 @@ def assemble_checkpoint(
     config_file: Path, blocks_path: str | Path, out_dir: Path, force: bool = False
 ) -> dict[str, Any]:
     """Writes the checkpoint of a run that started from a `config.json` alone: all it trained.
+
+    In the dtype the run kept it in, which is what the result's `config.json` says.
 
     Args:
         config_file: the `config.json` of the run.
@@ -218,6 +243,10 @@ def assemble_checkpoint(
     blocks, info = read_blocks(file)
     expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
     check_blocks(file, blocks, info, config, expected)
+    # The run's config.json may say another: transformers would load the weights in that one.
+    stored = str(DTYPES[blocks["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
+    keys = {"torch_dtype", *({"dtype"} & config.raw.keys())}  # of transformers 4, and of 5
+    config = dataclasses.replace(config, raw=config.raw | dict.fromkeys(sorted(keys), stored))
     with output_directory(out_dir, force) as aside:
         write_checkpoint(
             aside, list(blocks.values()), lambda spec: blocks[spec.name].chunks(), label="merge"
@@ -246,9 +275,15 @@ def _tokenizer_of(step: Path) -> str:
         raise CheckpointError(f"{step / STATE_FILE}: damaged: names no 'model.tokenizer'") from None
 
 
-def _expected_tensors(checkpoint: Checkpoint, info: BlocksInfo) -> dict[str, tuple[int, ...]]:
-    return {
+def _expected_tensors(
+    checkpoint: Checkpoint, blocks: Iterable[str], info: BlocksInfo
+) -> dict[str, tuple[int, ...]]:
+    expected = {
         name: tensor.shape
         for name, tensor in checkpoint.tensors.items()
         if info.trainable == "all" or expansion.is_in_layers(name, info.new_layers)
     }
+    if not any(map(expansion.is_new_rows, blocks)):
+        return expected
+    rows = {name: split_rows(t, checkpoint.config)[1] for name, t in checkpoint.tensors.items()}
+    return expected | {NEW_ROWS[name]: new.shape for name, new in rows.items() if new}

@@ -3,7 +3,7 @@
 Whole models need not fit in memory: both checkpoints are read and run one block at a time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from llamapro.blocks import check_bytes
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError
 from llamapro.expansion import ZERO_IN_NEW_BLOCKS, Layout, base_names
+from llamapro.growing import base_vocab_size, split_rows
 from llamapro.manifest import find_damage, load_state, training_checkpoints
 from llamapro.model import DecoderLayer, RMSNorm, rope_table
 from llamapro.tensor_file import StoredTensor, combine_hashes, hash_tensors
@@ -52,17 +53,20 @@ def _embed(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(checkpoint: Checkpoint, x: Tensor) -> Tensor:
+def _logits(checkpoint: Checkpoint, x: Tensor, rows: int) -> Tensor:
     with torch.device("meta"):
         norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
     norm.load_state_dict({"weight": checkpoint.tensors["model.norm.weight"].map()}, assign=True)
     tied = checkpoint.config.tie_word_embeddings
     head = checkpoint.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"].map()
-    return torch.nn.functional.linear(norm(x), head)
+    # As many rows in both models: with others a matrix product may sum in another order.
+    return torch.nn.functional.linear(norm(x), head[:rows])
 
 
 def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> LogitComparison:
     """Runs both models side by side on one random batch, one block in memory at a time.
+
+    Of tokens that were added to the expanded model none is in the batch, nor is its logit compared.
 
     Args:
         base: the checkpoint that was expanded.
@@ -78,7 +82,8 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> Log
         ours = _layer_output(expanded, index, ours)
         if index not in new:
             theirs = _layer_output(base, source, theirs)
-    ours, theirs = _logits(expanded, ours), _logits(base, theirs)  # (B, T, V)
+    rows = base.config.vocab_size
+    ours, theirs = _logits(expanded, ours, rows), _logits(base, theirs, rows)  # (B, T, V)
     # Compared as bytes: -0.0 is not 0.0 here, and a NaN equals itself.
     bit_equal = ours.dtype == theirs.dtype and torch.equal(
         ours.view(torch.uint8), theirs.view(torch.uint8)
@@ -95,19 +100,28 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     return Layout.of(record, checkpoint.config.num_hidden_layers)
 
 
+def contained_base(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """Returns the base inside an expanded checkpoint: its tensors, numbered as they were in it.
+
+    Of embedding and head these are the base's own rows, which come before those of added tokens.
+
+    Returns:
+        Name in the expanded model -> where it is stored, under its name in the base.
+    """
+    found = {}
+    for name, base_name in base_names(checkpoint.tensors, layout_of(checkpoint)).items():
+        base_rows, _ = split_rows(checkpoint.tensors[name], checkpoint.config)
+        found[name] = replace(base_rows, name=base_name)
+    return found
+
+
 def contained_base_sha256(checkpoint: Checkpoint, hashes: dict[str, str]) -> str:
-    """Returns the hash of the base inside an expanded checkpoint: its tensors, renumbered back.
+    """Returns the hash of the base inside an expanded checkpoint.
 
     Args:
-        hashes: name -> SHA-256 of each of the checkpoint's tensors.
+        hashes: name in the expanded model -> SHA-256 of what the base has of this tensor.
     """
-    names = base_names(checkpoint.tensors, layout_of(checkpoint))
-    parts = []
-    for name, base_name in names.items():
-        stored = checkpoint.tensors[name]
-        renamed = StoredTensor(base_name, stored.dtype, stored.shape, stored.file, stored.offset)
-        parts.append((renamed, hashes[name]))
-    return combine_hashes(parts)
+    return combine_hashes((t, hashes[name]) for name, t in contained_base(checkpoint).items())
 
 
 def verify_run(path: str) -> dict[str, Any]:
@@ -155,7 +169,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
     Returns:
         What was found, JSON-able: sha256, non_finite (names of tensors with NaN or infinity), and
         for an expanded checkpoint base_sha256, base_intact, new_blocks ("identity" or "trained"),
-        and with a base logits_bit_equal and max_logit_difference.
+        new_tokens (how many were added) and with a base logits_bit_equal and max_logit_difference.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, the base inside was changed, `base_path` is
@@ -177,7 +191,9 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         if base_path is not None:
             raise CheckpointError(f"{path}: config.json has no 'llamapro' record: not expanded")
         return result
-    contained = contained_base_sha256(checkpoint, hashes)
+    grown = [t for t in checkpoint.tensors.values() if split_rows(t, checkpoint.config)[1]]
+    base_rows = [split_rows(t, checkpoint.config)[0] for t in grown]
+    contained = contained_base_sha256(checkpoint, hashes | hash_tensors(base_rows, "hash base"))
     identity = all(
         not checkpoint.layer(index)[part].map().any()
         for index in record.new_layers
@@ -193,6 +209,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         "base_intact": True,
         "new_layers": list(record.new_layers),
         "new_blocks": "identity" if identity else "trained",
+        "new_tokens": checkpoint.config.vocab_size - base_vocab_size(checkpoint.config),
     }
     if base_path is not None:
         base = Checkpoint.open(base_path)

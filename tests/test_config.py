@@ -115,7 +115,8 @@ def test_what_is_written_here_is_read_by_transformers(
 ) -> None:
     """Also with a record, which it carries along without reading it."""
     record = ExpansionRecord.from_dict(RECORD, 4, "")
-    config = tiny_config(num_hidden_layers=2, rope_theta=777.0, head_dim=24).expanded(4, record)
+    config = tiny_config(num_hidden_layers=2, rope_theta=777.0, head_dim=24)
+    config = config.resized(4, config.vocab_size, record)
     (tmp_path / "config.json").write_text(config.to_json())
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.num_hidden_layers == 4 and theirs.head_dim == 24
@@ -231,11 +232,12 @@ def test_a_typo_is_answered_with_the_nearest_key() -> None:
 
 
 def test_foreign_keys_survive_a_rewrite() -> None:
-    """Expansion changes num_hidden_layers and llamapro, and nothing else of the file."""
+    """Expansion changes two sizes and llamapro, and nothing else of the file."""
     raw = LLAMA_2_7B | {"my_tool": {"a": [1, None]}}
     record = ExpansionRecord((32,), (31,), "ab")
-    written = json.loads(ModelConfig.from_dict(raw).expanded(33, record).to_json())
-    assert written == raw | {"num_hidden_layers": 33, "llamapro": written["llamapro"]}
+    written = json.loads(ModelConfig.from_dict(raw).resized(33, 32002, record).to_json())
+    sizes = {"num_hidden_layers": 33, "vocab_size": 32002}
+    assert written == raw | sizes | {"llamapro": written["llamapro"]}
     assert ModelConfig.from_dict(written).expansion == record
     assert raw["num_hidden_layers"] == 32, "the base's own mapping is left alone"
 

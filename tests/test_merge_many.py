@@ -280,9 +280,9 @@ def test_stripping_gives_the_base_back_byte_for_byte(
         for file in ("model.safetensors", "config.json", "tokenizer.model", "LICENSE.txt"):
             assert (back.path / file).read_bytes() == (base.path / file).read_bytes(), file
         assert (back.path / "README.md").read_text() == "# The base"
-        assert sorted(f.name for f in back.path.iterdir()) == sorted(
-            f.name for f in base.path.iterdir()
-        )
+        # What transformers needs beside a tokenizer.model is written wherever it was missing.
+        more = {f.name for f in back.path.iterdir()} ^ {f.name for f in base.path.iterdir()}
+        assert more <= {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_second_generation_is_merged_and_stripped_on_top_of_the_first(

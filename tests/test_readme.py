@@ -4,9 +4,11 @@ import dataclasses
 import re
 from pathlib import Path
 
-from llamapro import evaluate, generate, settings
+from llamapro import evaluate, generate, settings, simulate
 
-TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
+TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--max-restarts"}
+HARNESS = {"--model", "--model_args", "--batch_size", "--tasks", "--num_fewshot"}
+HARNESS |= {"--confirm_run_unsafe_code"}  # lm_eval's own
 
 
 def readme(root: Path) -> str:
@@ -29,10 +31,10 @@ def test_file_map_lists_every_module(root: Path) -> None:
 def test_every_option_it_names_exists(root: Path) -> None:
     """A renamed option would leave a command that does not run as written."""
     known = {"--" + key.replace("_", "-") for key in settings.flatten(settings.Settings())}
-    for kind in (generate.Args, evaluate.Args):
+    for kind in (generate.Args, evaluate.Args, simulate.Options):
         known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)}
     fields = re.findall(r"^    (\w+): ", (root / "convert.py").read_text(), re.MULTILINE)
-    known |= {"--" + name.replace("_", "-") for name in fields} | TORCHRUN | {"--help"}
+    known |= {"--" + name.replace("_", "-") for name in fields} | TORCHRUN | HARNESS | {"--help"}
     for file in (root / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--[\w-]+)"', file.read_text()))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z]", readme(root)))

@@ -10,7 +10,7 @@ import pytest
 
 from llamapro.config import ConfigError
 from llamapro.preset import parse, read_toml
-from llamapro.settings import FREE_TO_CHANGE, Settings, check, flatten
+from llamapro.settings import FREE_TO_CHANGE, Settings, TrainSettings, changes, check, flatten
 
 PRESETS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
 
@@ -279,3 +279,13 @@ def test_presets_parse(path: Path) -> None:
     if not settings.data.train:
         settings = dataclasses.replace(settings, data=valid().data)
     check(settings, world_size=1)
+
+
+def test_a_setting_that_a_run_did_not_know_had_its_default() -> None:
+    """A run begun by an earlier version goes on; a value other than the default is a change."""
+    before = flatten(Settings())
+    del before["train.new_tokens"]
+    assert changes(before, Settings(), "run") == []
+    grown = Settings(train=TrainSettings(new_tokens=True))
+    with pytest.raises(ConfigError, match=r"train\.new_tokens false -> true"):
+        changes(before, grown, "run")

@@ -1,0 +1,165 @@
+"""Growing the vocabulary: rows for added tokens in embedding and head, and names in the tokenizer.
+
+An added token's id is the number of its row, so rows and names go together: the first new id is the
+base's `vocab_size`. Each new row is the mean of the base's: what the model would expect of a token
+it knows nothing about (Hewitt, 2021). The base's rows stay the first, byte for byte.
+
+The tokenizer's files are changed, and what they were is kept beside them, under `BASE_PREFIX`.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamapro.config import ConfigError, ModelConfig
+from llamapro.model import NEW_ROWS
+from llamapro.tensor_file import CHUNK_BYTES, DTYPES, StoredTensor
+from llamapro.tokenizer import Tokenizer
+from llamapro.vocabulary import COMPANIONS, JSON_NAME, read_object
+
+# Matched by `checkpoint.COMPANION_FILES`, so that they travel with the weights.
+BASE_PREFIX = "tokenizer_base."
+_CONFIG_NAME, _ADDED_NAME = COMPANIONS[:2]
+
+
+# ---- Rows --------------------------------------------------------------------------------------
+
+
+def base_vocab_size(config: ModelConfig) -> int:
+    """Returns how many rows of embedding and head are those of the model that was expanded."""
+    record = config.expansion
+    return (record and record.base_vocab_size) or config.vocab_size
+
+
+def split_rows(
+    stored: StoredTensor, config: ModelConfig
+) -> tuple[StoredTensor, StoredTensor | None]:
+    """Splits a tensor of an expanded checkpoint into the base's rows and those of added tokens.
+
+    Args:
+        stored: any of its tensors.
+        config: its configuration.
+
+    Returns:
+        What is the base's, and the rest; of other tensors than embedding and head, and where the
+        vocabulary did not grow, the whole and None.
+    """
+    rows = base_vocab_size(config)
+    if stored.name not in NEW_ROWS or rows == config.vocab_size:
+        return stored, None
+    base_rows = replace(stored, shape=(rows, *stored.shape[1:]))
+    new_shape = (stored.shape[0] - rows, *stored.shape[1:])
+    return base_rows, replace(stored, shape=new_shape, offset=stored.offset + base_rows.nbytes)
+
+
+def mean_row(stored: StoredTensor) -> Tensor:
+    """Returns the mean of a matrix' rows, (C,), summed in fp64 and rounded once to its dtype."""
+    dtype, (rows, size) = DTYPES[stored.dtype], stored.shape
+    row_bytes = size * dtype.itemsize
+    at_once = max(1, CHUNK_BYTES // row_bytes)
+    total = torch.zeros(size, dtype=torch.float64)
+    for start in range(0, rows, at_once):
+        shape = (min(at_once, rows - start), size)
+        part = replace(stored, shape=shape, offset=stored.offset + start * row_bytes)
+        total += part.read().double().sum(0)
+    return (total / rows).to(dtype)
+
+
+# ---- Names -------------------------------------------------------------------------------------
+
+
+def check_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
+    """Finds out whether tokens can be added to a checkpoint's tokenizer.
+
+    Args:
+        directory: of the checkpoint.
+        tokens: their names.
+        vocab_size: rows of its embedding.
+
+    Raises:
+        ConfigError: a name is empty, comes twice, or is one of the vocabulary's already.
+        DataError: there is no tokenizer, or one with more tokens than the model has rows.
+    """
+    tokenizer = Tokenizer.load(directory)
+    tokenizer.check_fits(vocab_size, str(directory))
+    raw = read_object(directory / JSON_NAME)
+    # Named in the vocabulary, or written out by it: the libraries would take that id instead.
+    known = set(raw["model"]["vocab"]) if raw and isinstance(raw["model"]["vocab"], dict) else set()
+    known |= tokenizer.special_tokens.keys()
+    written = {tokenizer.bytes_of(i) for i in range(tokenizer.vocab_size)}
+    for name in tokens:
+        if not name.strip() or tokens.count(name) > 1:
+            raise ConfigError(f"--add-tokens: {name!r} is empty or given twice")
+        if name in known or name.replace("\u2581", " ").encode() in written:
+            raise ConfigError(
+                f"--add-tokens: {name!r} is in the vocabulary of {tokenizer.path} already; leave "
+                "it out: the model has a row for it"
+            )
+
+
+def add_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
+    """Writes control tokens into a checkpoint's tokenizer files; `check_tokens` comes before.
+
+    Where the base's embedding has more rows than its tokenizer has tokens, the rows between get
+    names too ("<|unused_32000|>"): the tokenizers library counts on without a gap, whatever ids a
+    file says.
+
+    Args:
+        directory: of the checkpoint that is written, after `output.write_companions`: a
+            tokenizer.json or tokenizer_config.json is there.
+        tokens: their names.
+        vocab_size: rows of the base's embedding, the id of the first.
+    """
+    files = _changed_files(directory, tokens, vocab_size)
+    for kept in _kept_files(directory)[::-1]:  # of an expansion before
+        kept.rename(directory / f"{BASE_PREFIX}{kept.name}")
+    for name, content in files.items():
+        shutil.copyfile(directory / name, directory / f"{BASE_PREFIX}{name}")
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (directory / name).write_text(text + "\n", encoding="utf-8")
+
+
+def restore_tokenizer(directory: Path) -> None:
+    """Undoes `add_tokens`: the base's files have their names again."""
+    for kept in _kept_files(directory):
+        kept.replace(directory / kept.name.removeprefix(BASE_PREFIX))
+
+
+def _kept_files(directory: Path) -> list[Path]:
+    """Returns the base's files, each before those of the base's base."""
+    return sorted(directory.glob(f"{BASE_PREFIX}*"), key=lambda file: len(file.name))
+
+
+def _changed_files(
+    directory: Path, tokens: Sequence[str], vocab_size: int
+) -> dict[str, dict[str, Any]]:
+    """Returns the tokenizer files that are to change, name -> JSON object."""
+    tokenizer = Tokenizer.load(directory)
+    fill = [f"<|unused_{i}|>" for i in range(tokenizer.vocab_size, vocab_size)]
+    ids = {name: i for i, name in enumerate([*fill, *tokens], tokenizer.vocab_size)}
+    special = ids.keys() | tokenizer.special_tokens.keys()
+
+    def entry(name: str) -> dict[str, Any]:
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        return {"content": name, **flags, "special": name in special}
+
+    found = {name: read_object(directory / name) for name in (JSON_NAME, _CONFIG_NAME, _ADDED_NAME)}
+    raw, config, older = found.values()
+    changed = {}
+    if raw:
+        listed = raw.get("added_tokens", [])
+        listed = [*listed, *({"id": i, **entry(name)} for name, i in ids.items())]
+        changed[JSON_NAME] = raw | {"added_tokens": listed}
+    if config or not raw:
+        # llama.cpp, and transformers without a tokenizer.json, read this table. Where there is one
+        # they read no other, so it must have the older ones.
+        table = {str(i): entry(name) for name, i in (older | ids).items()}
+        table |= config.get("added_tokens_decoder", {})
+        changed[_CONFIG_NAME] = config | {"added_tokens_decoder": table}
+    return changed
