@@ -11,6 +11,19 @@ from typing import Any, Literal
 from llamapro.config import ConfigError, suggest
 from llamapro.settings import Settings
 
+EXAMPLES = """Trains the new blocks of an expanded LLaMA, or all weights, on text or conversations.
+
+Examples:
+
+    python train.py --config configs/demo.toml --dry-run
+    torchrun --nproc-per-node 8 train.py --config configs/llama2-7b.toml \\
+        --data.train corpus/math corpus/code --data.weights 1.0 1.5 --data.val code=held-out.jsonl
+    torchrun --nproc-per-node 8 train.py --config configs/sft.toml --model.path checkpoints/merged \\
+        --data.train chats.jsonl --run-dir runs/instruct
+
+The same command run again resumes.
+"""
+
 
 def parse(argv: list[str]) -> Settings:
     """Reads preset and command line.
@@ -31,7 +44,7 @@ def parse(argv: list[str]) -> Settings:
     return tyro.cli(
         Settings,
         prog="train.py",
-        description="Trains the new blocks of an expanded LLaMA (or all weights); see train.py.",
+        description=EXAMPLES,
         default=default,
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
