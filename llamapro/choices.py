@@ -20,7 +20,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from llamapro.config import DataError
-from llamapro.corpus import find_files
+from llamapro.documents import find_files
 from llamapro.model import LlamaForCausalLM
 from llamapro.parquet import SUFFIXES as TABLES
 from llamapro.parquet import read_rows

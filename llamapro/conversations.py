@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.config import DataError
-from llamapro.corpus import SourceFile
+from llamapro.documents import SourceFile
 from llamapro.parquet import SUFFIXES as TABLES
 from llamapro.parquet import TableError, read_rows
 
@@ -104,7 +104,7 @@ def read_conversations(
     with `response` or `completion`; a `system` beside them becomes the first message.
 
     Args:
-        files: from `corpus.find_files`.
+        files: from `documents.find_files`.
         problems: gets what cannot be read, by file and row; nothing is raised here.
         counts: `other_files` is added to: files of a folder that are not of these kinds.
 

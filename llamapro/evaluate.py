@@ -24,7 +24,8 @@ from llamapro.checkpoint import Checkpoint
 from llamapro.choices import baselines, measure_choices, read_choices, render_choices
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
-from llamapro.corpus import Counts, Piece, encode_pieces, find_files, read_pieces
+from llamapro.corpus import encode_pieces
+from llamapro.documents import Counts, Piece, find_files, read_pieces
 from llamapro.generate import generate
 from llamapro.hub import resolve
 from llamapro.metrics import perplexity

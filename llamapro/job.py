@@ -12,9 +12,10 @@ from llamapro.blocks import training_checkpoints
 from llamapro.chat import ChatTemplate
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig, UserError
-from llamapro.corpus import find_files, tokenize
-from llamapro.data import Mixture, PackedSequences, Source, TokenStore, parse_named
+from llamapro.corpus import tokenize
+from llamapro.data import Mixture, PackedSequences, Source, parse_named
 from llamapro.distributed import Ranks
+from llamapro.documents import find_files
 from llamapro.expansion import select_trainable
 from llamapro.hub import resolve
 from llamapro.model import build_on_meta
@@ -22,6 +23,7 @@ from llamapro.packing import PackedConversations, mark_trained, tokenize_convers
 from llamapro.resume import make_identity
 from llamapro.settings import Settings
 from llamapro.stopping import Stopped, StopRequest
+from llamapro.store import TokenStore
 from llamapro.tokenizer import Tokenizer
 
 

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from llamapro.config import DataError
 from llamapro.conversations import ConversationCounts, Message, Problems, read_conversations
-from llamapro.corpus import find_files
-from llamapro.data import Int64s, TokenStore, write_store
+from llamapro.documents import find_files
 from llamapro.ops import IGNORE_INDEX
+from llamapro.store import Int64s, TokenStore, write_store
 
 FORMAT_VERSION = 1
 TRAINED = 1 << 31  # set in a stored token of an assistant's turn; ids are far below it

@@ -17,9 +17,9 @@ Examples:
 
     python train.py --config configs/demo.toml --dry-run
     torchrun --nproc-per-node 8 train.py --config configs/llama2-7b.toml \\
-        --data.train corpus/math corpus/code --data.weights 1.0 1.5 --data.val code=held-out.jsonl
-    torchrun --nproc-per-node 8 train.py --config configs/sft.toml --model.path checkpoints/merged \\
-        --data.train chats.jsonl --run-dir runs/instruct
+        --data.train corpus/math corpus/code --data.weights 1.0 1.5 --data.val code=code.jsonl
+    torchrun --nproc-per-node 8 train.py --config configs/sft.toml \\
+        --model.path checkpoints/merged --data.train chats.jsonl --run-dir runs/instruct
 
 The same command run again resumes.
 """

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import CheckpointError, ConfigError
-from llamapro.data import TokenStore
 from llamapro.distributed import Ranks
 from llamapro.manifest import load_state, newest_intact
 from llamapro.output import make_directory
+from llamapro.store import TokenStore
 from llamapro.tensor_file import combine_hashes, hash_tensors
 
 LOCK_FILE = "lock"

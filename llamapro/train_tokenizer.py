@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from llamapro import cli, corpus
+from llamapro import cli, documents
 from llamapro.config import ConfigError, DataError
 from llamapro.tokenizer import FILE_NAME, Tokenizer
 
@@ -109,8 +109,8 @@ def main() -> None:
     target = args.out / FILE_NAME
     if target.exists() and not args.force:
         raise ConfigError(f"{target}: exists; choose another directory or pass --force")
-    counts = corpus.Counts()
-    pieces = corpus.read_pieces(corpus.find_files(args.files), args.text_key, counts, "train")
+    counts = documents.Counts()
+    pieces = documents.read_pieces(documents.find_files(args.files), args.text_key, counts, "train")
     model = train((piece.text for piece in pieces), args.vocab_size)
     print(f"tokenizer: trained on {counts.describe()}", file=sys.stderr)
     aside = target.with_name(f".{FILE_NAME}.partial-{os.getpid()}")

@@ -16,7 +16,7 @@ from llamapro.conversations import (
     read_conversations,
     to_messages,
 )
-from llamapro.corpus import find_files
+from llamapro.documents import find_files
 
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 ROW = {"messages": ASKED}

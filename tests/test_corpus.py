@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamapro import corpus, data
+from llamapro import corpus, documents
 from llamapro.config import DataError
-from llamapro.corpus import find_files, tokenize
+from llamapro.corpus import tokenize
+from llamapro.documents import find_files
 from llamapro.parquet import read_rows
+from llamapro.store import TokenStore
 from llamapro.tokenizer import Tokenizer
 
-Tokenize = Callable[..., data.TokenStore]
+Tokenize = Callable[..., TokenStore]
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,14 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 def make(tmp_path: Path, tokenizer: Tokenizer) -> Tokenize:
     """`make(*patterns, **options)`: tokenize with a cache in tmp_path."""
 
-    def tokenized(*patterns: Path, **options: object) -> data.TokenStore:
+    def tokenized(*patterns: Path, **options: object) -> TokenStore:
         names = [str(pattern) for pattern in patterns]
         return tokenize(names, tokenizer, tmp_path / "cache", **options)  # type: ignore[arg-type]
 
     return tokenized
 
 
-def tokens_of(store: data.TokenStore) -> list[int]:
+def tokens_of(store: TokenStore) -> list[int]:
     return store.read(0, store.tokens).tolist()
 
 
@@ -164,7 +166,7 @@ def test_long_document_has_the_tokens_of_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pieces cut at line ends change no token; a line longer than a piece loses no character."""
-    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 64)
     text = "    indented\r\n\n\n\tx = 'é'\n y\n" * 40
     (tmp_path / "a.txt").write_bytes(text.encode())
     json_lines(tmp_path / "a.jsonl", {"text": text})
@@ -221,9 +223,9 @@ def test_pieces_have_llama_3s_tokens_of_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No cut falls inside what pre-tokenisation, or sentencepiece, would have joined."""
-    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", size)
-    text, counts = LONG_DOCUMENTS[kind], corpus.Counts()
-    pieces = list(corpus._split(io.StringIO(text, newline=""), counts))
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", size)
+    text, counts = LONG_DOCUMENTS[kind], documents.Counts()
+    pieces = list(documents._split(io.StringIO(text, newline=""), counts))
     assert len(pieces) > 3 and "".join(piece.text for piece in pieces) == text
     assert [piece.is_first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -233,18 +235,18 @@ def test_pieces_have_llama_3s_tokens_of_the_whole(
 
 def test_a_word_without_end_is_cut_where_reading_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory stays bounded though there is no good place; nothing is lost."""
-    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 64)
     for text in ("a b\n" + "x" * 5000, "a\n" + "\n" * 5000):
-        pieces = list(corpus._split(io.StringIO(text, newline=""), corpus.Counts()))
+        pieces = list(documents._split(io.StringIO(text, newline=""), documents.Counts()))
         assert "".join(piece.text for piece in pieces) == text
         assert max(len(piece.text) for piece in pieces) <= 5 * 64
 
 
 def test_a_space_where_reading_ends_goes_with_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next character, which tells that a word begins, is looked at, too."""
-    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 64)
     text = io.StringIO("x" * 127 + " word")
-    assert [p.text for p in corpus._split(text, corpus.Counts())] == ["x" * 127, " word"]
+    assert [p.text for p in documents._split(text, documents.Counts())] == ["x" * 127, " word"]
 
 
 # ---- Tables -----------------------------------------------------------------------------------
@@ -477,7 +479,7 @@ def test_tokens_do_not_depend_on_workers(
     tmp_path: Path, make: Tokenize, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One thread or five: the same stream."""
-    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 100)
     file = json_lines(tmp_path / "a.jsonl", *({"text": f"document {i} " * i} for i in range(1, 60)))
     one = tokens_of(make(file, workers=1))
     five = tokens_of(tokenize([str(file)], tokenizer, tmp_path / "other", workers=5))
@@ -488,10 +490,10 @@ def test_reading_stays_a_few_pieces_ahead(tokenizer: Tokenizer) -> None:
     """A corpus larger than memory can be tokenised: documents wait for their tokens to be taken."""
     read = 0
 
-    def pieces() -> Iterator[corpus.Piece]:
+    def pieces() -> Iterator[documents.Piece]:
         nonlocal read
         for read in range(1, 101):  # noqa: B007
-            yield corpus.Piece("a" * corpus.PIECE_CHARACTERS, True, True)
+            yield documents.Piece("a" * documents.PIECE_CHARACTERS, True, True)
 
     arrays = corpus._encode_all(pieces(), tokenizer, "uint16", workers=1)
     next(arrays)
@@ -574,13 +576,13 @@ def test_a_changed_byte_in_the_cache_is_found_before_training(
 ) -> None:
     """The run would go on from other tokens in silence; a store just written is not read again."""
     checked: list[str] = []
-    check = data.TokenStore.check
+    check = TokenStore.check
 
-    def noted(self: data.TokenStore, label: str) -> None:
+    def noted(self: TokenStore, label: str) -> None:
         checked.append(label)
         check(self, label)
 
-    monkeypatch.setattr(data.TokenStore, "check", noted)
+    monkeypatch.setattr(TokenStore, "check", noted)
     (tmp_path / "a.txt").write_text("the first document\n")
     store = make(tmp_path / "a.txt")
     assert checked == []

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from llamapro import data
+from llamapro import store as stores
 from llamapro.config import ConfigError, DataError
-from llamapro.data import Mixture, PackedSequences, TokenStore, batch, parse_named, write_store
+from llamapro.data import Mixture, PackedSequences, batch, parse_named
 from llamapro.ops import IGNORE_INDEX
+from llamapro.store import TokenStore, write_store
 
 FINGERPRINT = "ab" * 32
 
@@ -71,7 +72,7 @@ def test_one_token_is_refused(tmp_path: Path) -> None:
 
 def test_reads_cross_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any range of the stream is the same whether or not a shard ends in it."""
-    monkeypatch.setattr(data, "SHARD_TOKENS", 4)
+    monkeypatch.setattr(stores, "SHARD_TOKENS", 4)
     store = make_store(tmp_path / "s", 13)
     assert len(list((tmp_path / "s").glob("shard-*.bin"))) == 4
     for start in range(14):
@@ -108,7 +109,7 @@ def test_a_byte_changed_after_writing_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `check`, which names the shard; opening reads no tokens."""
-    monkeypatch.setattr(data, "SHARD_TOKENS", 4)
+    monkeypatch.setattr(stores, "SHARD_TOKENS", 4)
     store = make_store(tmp_path / "s", 13)
     store.check("check")
     shard = store.path / "shard-00002.bin"
@@ -166,7 +167,7 @@ def test_an_index_of_odd_things_is_refused(tmp_path: Path, change: dict[str, obj
 def test_an_absurdly_large_or_deep_index_is_refused(tmp_path: Path) -> None:
     """By its size, unread; nesting without end is no traceback."""
     file = make_store(tmp_path / "s", 10).path / "index.json"
-    os.truncate(file, data.MAX_INDEX_BYTES + 1)  # sparse: it takes no room
+    os.truncate(file, stores.MAX_INDEX_BYTES + 1)  # sparse: it takes no room
     with pytest.raises(DataError, match="268,435,457 bytes, over 268,435,456"):
         TokenStore(file.parent, FINGERPRINT)
     file.write_text("[" * 200_000)

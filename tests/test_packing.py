@@ -14,10 +14,11 @@ from llamapro import packing
 from llamapro.chat import ChatTemplate
 from llamapro.config import DataError, ModelConfig
 from llamapro.conversations import Message
-from llamapro.data import Int64s, Mixture, TokenStore, write_store
+from llamapro.data import Mixture
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
 from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
+from llamapro.store import Int64s, TokenStore, write_store
 from llamapro.tokenizer import Tokenizer
 
 FINGERPRINT = "ab" * 32
