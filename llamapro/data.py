@@ -1,8 +1,8 @@
 """Training data: stored tokens, cut into full sequences, in an order that depends on seed and step.
 
-`store.TokenStore` is the token stream of a corpus, `PackedSequences` cuts it, `Mixture` orders several of
-them, and `batch` gives each rank its share. Nothing here has a position to save: sample n is the
-same whoever asks for it, on however many ranks, before or after a restart.
+`store.TokenStore` is the token stream of a corpus, `PackedSequences` cuts it, `Mixture` orders
+several of them, and `batch` gives each rank its share. Nothing here has a position to save: sample
+n is the same whoever asks for it, on however many ranks, before or after a restart.
 
 Shapes: T sequence length.
 """
