@@ -131,7 +131,7 @@ def evaluate(
     tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
     for start in range(0, count, rows * ranks.world_size):
         # Every process makes the same number of passes: sharded weights are gathered together.
-        if any(ranks.sum(bool(stop.is_asked))):
+        if any(ranks.sum(stop.is_asked)):
             raise Stopped
         mine = [sequences[i] for i in chosen[start + ranks.rank * rows :][:rows]]
         ids, following, *more = sequences[0]
@@ -168,9 +168,9 @@ def train_step(
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
     micro_batches = list(zip(*(column.split(rows) for column in columns), strict=True))
-    for left, micro_batch in enumerate(micro_batches, 1 - len(micro_batches)):
+    for number, micro_batch in enumerate(micro_batches, 1):
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
-        model.set_requires_all_reduce(left == 0)  # type: ignore[operator]
+        model.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
         loss, _ = forward(model, micro_batch, ranks.device)
         (loss * scale).backward()
         loss_sum += loss.detach()
