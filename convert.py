@@ -116,6 +116,8 @@ class Expand(Output):
             raw = base.config.raw | {"_name_or_path": name}
             base = replace(base, config=replace(base.config, raw=raw))
         layout = self.layout(base.config.num_hidden_layers)
+        if not 0 < self.max_shard_gb < float("inf"):
+            raise ConfigError(f"--max-shard-gb {self.max_shard_gb}: expected more than 0")
         shard = int(self.max_shard_gb * 1e9)
         tokens = self.add_tokens
         found = expand_checkpoint(base, self.out_dir, layout, self.force, shard, tokens)

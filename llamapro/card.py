@@ -5,6 +5,7 @@ and from the run's `metrics.jsonl`. A new-block file that came alone has neither
 which blocks it holds, and no more. Paths of data are cut to their last part: a card is published.
 """
 
+import os
 import re
 import shutil
 import sys
@@ -111,7 +112,8 @@ def render(
     """
     record = config.expansion
     name = str(config.raw.get("_name_or_path", ""))
-    base = name if _HUB_NAME.fullmatch(name) else None
+    # A local directory looks like a name on the hub, too.
+    base = name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else None
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"base_model: {base}"] if base else []
     front += ["tags:", "- llamapro"]

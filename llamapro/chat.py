@@ -227,12 +227,15 @@ class ChatTemplate:
                     f"assistant's text in a template of your own"
                 )
             added, content = after[len(before) :], str(message.get("content") or "").strip()
-            header = added.partition(content)[0] if content else added
-            if "assistant" in header.lower():
+            header, _, tail = added.partition(content) if content else (added, "", "")
+            # Llama 2's and Mistral's ignore it too, but have no header; Llama 3's first template
+            # puts the next one behind every answer.
+            ignored = before == self.render(messages[:index])
+            if ignored and (header.strip() or "assistant" in tail.lower()):
                 raise DataError(
-                    f"{where}: the template ignores add_generation_prompt, so the header "
-                    f"{header!r} would be trained; put {{% generation %}} around the "
-                    f"assistant's text in a template of your own"
+                    f"{where}: the template ignores add_generation_prompt, so a header would be "
+                    f"trained, in {added[:80]!r}; put {{% generation %}} around the assistant's "
+                    f"text in a template of your own"
                 )
             spans.append((len(before.encode()), len(after.encode())))
         return spans

@@ -61,7 +61,7 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
         for where, row in _rows(file.path):
             try:
                 asked.append((where, *_read(json.loads(row) if isinstance(row, bytes) else row)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.append(f"{where}: {error}")
     shown = "".join(p + choices[min(right)] + "\n\n" for _, p, choices, right in asked[:shots])
     questions = []
@@ -101,7 +101,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{path}:{n}", value) for n, value in enumerate(values, 1))
             else:
                 raise DataError(f"{path}: {type(values).__name__}, expected a list of questions")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 

@@ -1,6 +1,8 @@
 """What every command shares: errors become one message and exit status 2, results go to stdout."""
 
+import io
 import json
+import math
 import os
 import signal
 import sys
@@ -22,6 +24,8 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
             gloo's threads sometimes abort a process whose work is done.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # text that a poor terminal cannot show
     status = 0
     try:
         main()
@@ -51,4 +55,13 @@ def _fail(message: str, status: int) -> int:
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Prints the result on standard output: one JSON object, or the text for people."""
-    print(json.dumps(result) if as_json else text, flush=True)
+    print(json.dumps(_finite(result), allow_nan=False) if as_json else text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """Puts null where a number is not finite: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -74,9 +74,22 @@ def _is_plain_bpe(model: Any) -> bool:
     return (
         model.normalize(_PROBE) == SPACE + _PROBE.replace(" ", SPACE)
         and max(map(len, pieces)) <= _LONGEST  # every way to cut a piece is looked at
+        and _has_merges(model, pieces)
         and all(f"<0x{byte:02X}>" in pieces for byte in range(256))
         # BPE's scores are the negative ranks of the merges; unigram's are logarithms.
         and all(model.get_score(i) == int(model.get_score(i)) for i in range(len(pieces)))
+    )
+
+
+def _has_merges(model: Any, pieces: list[str]) -> bool:
+    """Whether merges lead to every piece: to user-defined ones ("<|im_start|>") none do."""
+    known = set(pieces)
+    return all(
+        any(piece[:at] in known and piece[at:] in known for at in range(1, len(piece)))
+        for i, piece in enumerate(pieces)
+        if len(piece) > 1
+        and not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        and not model.is_unused(i)
     )
 
 

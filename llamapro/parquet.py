@@ -104,6 +104,9 @@ def read_rows(
             kind = "an Arrow" if is_arrow else "a parquet"
             problem = f"not {kind} file, or a damaged one ({error})"
             raise TableError(f"{path}:{row + 1}", problem) from None
+        except (ValueError, OverflowError) as error:  # a time that Python's datetime has not
+            problem = f"a column has values that cannot be read ({error})"
+            raise TableError(f"{path}:{row + 1}", problem) from None
         if rows is None:
             return
         for value in rows:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ from llamapro import expansion
 from llamapro.blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.card import Training, keep_base_card, write_card
 from llamapro.checkpoint import Checkpoint
-from llamapro.config import CheckpointError, ModelConfig
+from llamapro.config import CheckpointError, DataError, ModelConfig
 from llamapro.expansion import Layout
 from llamapro.growing import add_tokens, check_tokens, mean_row, split_rows
 from llamapro.manifest import MAX_JSON_BYTES, STATE_FILE
@@ -169,6 +170,8 @@ def merge_checkpoint(
     blocks, info = read_blocks(file)
     expected = _expected_tensors(expanded, blocks, info)
     check_blocks(file, blocks, info, expanded.config, expected)
+    training = Training.of(file, info)
+    _check_tokenizer(expanded, file, training)
     hashes: dict[str, str] = {}
 
     def chunks_of(spec: TensorSpec) -> Chunks:
@@ -192,7 +195,7 @@ def merge_checkpoint(
         if config.expansion is not None:
             check_base(expanded, hashes)
         write_companions(aside, config, expanded.companions())
-        write_card(aside, out_dir.resolve().name, config, [Training.of(file, info)])
+        write_card(aside, out_dir.resolve().name, config, [training])
     return {
         "path": str(out_dir),
         "blocks": str(file),
@@ -201,6 +204,21 @@ def merge_checkpoint(
         "bytes": sum(spec.nbytes for spec in specs),
         "base_intact": config.expansion is not None,
     }
+
+
+def _check_tokenizer(expanded: Checkpoint, file: Path, training: Training) -> None:
+    """Says on standard error if the blocks were trained with another tokenizer than is beside."""
+    try:
+        found = Tokenizer.load(expanded.path).fingerprint
+    except DataError:  # none, or its library is missing: nothing to compare
+        return
+    if training.tokenizer is not None and training.tokenizer != found:
+        print(
+            f"warning: {file} was trained with tokenizer sha256 {training.tokenizer[:16]}..., but "
+            f"{expanded.path} has {found[:16]}..., which goes into the result: copy the run's own "
+            "(model.tokenizer) there",
+            file=sys.stderr,
+        )
 
 
 def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:

@@ -134,7 +134,11 @@ class Tokenizer:
         files = [path, *(directory / n for n in COMPANIONS if (directory / n).exists())]
         if raw and path is not json_path:
             files.append(json_path)
-            if json_pieces(json_path, raw) != vocabulary.pieces:
+            # User-defined pieces are added tokens there.
+            listed = {t.get("id"): name_of(t) for t in raw.get("added_tokens", [])}
+            texts = {i: str(name).replace("\u2581", " ").encode() for i, name in listed.items()}
+            rest = {i: p for i, p in vocabulary.pieces.items() if texts.get(i) != p}
+            if json_pieces(json_path, raw) != rest:
                 raise DataError(
                     f"{path} and {json_path.name} are of different vocabularies; remove the one "
                     f"that is not the model's"

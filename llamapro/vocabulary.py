@@ -222,7 +222,11 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
             f"{path}: its decoder is {sorted(map(str, kinds))}, expected ByteLevel, ByteFallback "
             f"or Metaspace: not the tokenizer of a LLaMA-shaped model"
         )
-    listed = raw["model"]["vocab"]  # of BPE a mapping to ids, of Unigram a list with scores
+    model = raw.get("model")
+    listed = model.get("vocab") if isinstance(model, dict) else None
+    # Of BPE it is a mapping to ids, of Unigram a list with scores.
+    if not isinstance(listed, dict | list):
+        raise DataError(f"{path}: has no vocabulary ('model.vocab')")
     tokens = (
         listed.items() if isinstance(listed, dict) else ((t[0], i) for i, t in enumerate(listed))
     )
@@ -311,7 +315,7 @@ def added_tokens(
     sources: dict[str, list[dict[str, Any]]] = {
         JSON_NAME: raw_json.get("added_tokens", []),
         COMPANIONS[0]: [
-            {"id": i, **token} for i, token in names.get("added_tokens_decoder", {}).items()
+            {"id": i, **token} for i, token in (names.get("added_tokens_decoder") or {}).items()
         ],
         COMPANIONS[1]: [
             {"id": i, "content": name, "special": name in roles}

@@ -384,3 +384,41 @@ def test_missing_jinja_is_told_with_its_extra(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(DataError, match=r"need jinja2: pip install 'llamapro\[tokenizers\]'"):
         ChatTemplate.load("", tokenizer, "llama3")
+
+
+LLAMA_3_FIRST = """\
+{% for m in messages %}{{ bos_token if loop.first else '' }}<|start_header_id|>{{ m.role }}\
+<|end_header_id|>
+
+{{ m.content }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "answer"),
+    [
+        (LLAMA_3_FIRST, "Hello"),
+        ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}</s>{% endfor %}", "Hello"),
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>{% endfor %}", "a"),
+    ],
+    ids=["prompts after every answer", "other header", "answer inside the header"],
+)
+def test_a_header_is_never_trained(tokenizer: Tokenizer, source: str, answer: str) -> None:
+    """Whatever it is called, before the answer or behind it."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    template = ChatTemplate(source, tokenizer, "their.jinja")
+    with pytest.raises(DataError, match="ignores add_generation_prompt"):
+        template.encode(messages)
+
+
+def test_an_answer_may_speak_of_the_assistant(tokenizer: Tokenizer) -> None:
+    """A template that lays the answer out anew hides where it begins; the prompt says it."""
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | replace('#', '') }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    answer = "# I am an assistant"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    ids, trained = ChatTemplate(source, tokenizer, "their.jinja").encode(messages)
+    assert answers_of(tokenizer, ids, trained) == [" I am an assistant<|im_end|>"]

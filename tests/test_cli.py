@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from llamapro import cli
+
 # Output to a pipe is buffered and the process is no rank, whatever started the tests.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONUNBUFFERED")}
 
@@ -126,3 +128,9 @@ def test_result_is_text_or_one_json_object() -> None:
     printed = run(body % True).stdout
     assert json.loads(printed) == {"loss": 1.5, "name": "größe"}
     assert printed.count("\n") == 1
+
+
+def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    """A perplexity that overflows is null, wherever it stands."""
+    cli.print_result({"a": [float("inf"), {"b": float("nan")}], "c": 1.5}, True, "")
+    assert json.loads(capsys.readouterr().out) == {"a": [None, {"b": None}], "c": 1.5}

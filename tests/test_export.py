@@ -248,13 +248,15 @@ def test_files_that_come_with_a_vocabulary_are_all_there_is(
         {"normalization_rule_name": "identity", "byte_fallback": False},
         {"remove_extra_whitespaces": True, "byte_fallback": True},
         {"add_dummy_prefix": False, "byte_fallback": True},
+        {"user_defined_symbols": ["<|im_start|>"], "byte_fallback": True},
     ],
     ids=str,
 )
 def test_a_vocabulary_that_tokenizer_json_would_not_repeat_gets_none(
     tmp_path: Path, tiny_config: Callable[..., Any], settings: dict[str, Any]
 ) -> None:
-    """Unigram, texts that are normalised, bytes that have no token: only the settings."""
+    """Unigram, texts that are normalised, bytes without a token, pieces that no merge makes: only
+    the settings."""
     plain = {"model_type": "bpe", "remove_extra_whitespaces": False, "minloglevel": 2}
     plain |= {"normalization_rule_name": "identity", "vocab_size": 400, "num_threads": 1}
     with open(tmp_path / "tokenizer.model", "wb") as file:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -202,4 +203,41 @@ def test_ranks_of_another_model_are_refused(tmp_path: Path) -> None:
     lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     with pytest.raises(DataError, match="128,001 BPE ranks, Llama 3 has 128,000"):
+        Tokenizer.load(tmp_path)
+
+
+def test_user_defined_pieces_may_be_added_tokens_beside(tmp_path: Path) -> None:
+    """As transformers saves them: the two files are of one vocabulary; of another they are not."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path(io.__file__).read_text().splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        user_defined_symbols=["<|im_start|>"],
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    alone = Tokenizer.load(tmp_path)
+    added = alone.encode("a<|im_start|>")[-1]
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    vocab = {processor.id_to_piece(i): i for i in range(400)}
+    control = [{"id": i, "content": processor.id_to_piece(i), "special": True} for i in range(3)]
+    raw: dict[str, Any] = {
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        "decoder": {"type": "ByteFallback"},
+        "added_tokens": [*control, {"id": added, "content": "<|im_start|>", "special": False}],
+    }
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(raw))
+    assert Tokenizer.load(tmp_path).encode("a<|im_start|>b")[-2] == added
+    raw["added_tokens"][-1]["content"] = "<|other|>"
+    file.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="different vocabularies|<.other.>"):
+        Tokenizer.load(tmp_path)
+    del raw["model"]
+    file.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="has no vocabulary"):
         Tokenizer.load(tmp_path)
