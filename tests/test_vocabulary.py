@@ -235,7 +235,7 @@ def test_user_defined_pieces_may_be_added_tokens_beside(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).encode("a<|im_start|>b")[-2] == added
     raw["added_tokens"][-1]["content"] = "<|other|>"
     file.write_text(json.dumps(raw))
-    with pytest.raises(DataError, match="different vocabularies|<.other.>"):
+    with pytest.raises(DataError, match="different vocabularies"):
         Tokenizer.load(tmp_path)
     del raw["model"]
     file.write_text(json.dumps(raw))
