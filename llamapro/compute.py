@@ -11,6 +11,7 @@ import torch
 from llamapro import ops
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError
+from llamapro.contained import check_contained, load_contained
 from llamapro.model import LlamaForCausalLM
 
 
@@ -25,6 +26,9 @@ class ComputeOptions:
     ops: str = "auto"
     """What computes: torch, triton, or auto (Triton on a GPU wherever its kernel can run); per op
     behind it, as in auto,attention=torch."""
+    skip_new_blocks: bool = False
+    """Leave out the latest generation's new blocks, and the tokens added with them: what computes
+    is the base inside, to the bit."""
 
     def choose_device(self) -> str:
         """Returns "cpu" or "cuda"; raises ConfigError for "cuda" without a GPU."""
@@ -47,16 +51,23 @@ class ComputeOptions:
         """Loads a model, inside `backends`, and says on standard error what will compute it.
 
         Raises:
-            ConfigError: no GPU, or a Triton kernel was asked for that cannot run.
+            ConfigError: no GPU, a Triton kernel was asked for that cannot run, or there are no new
+                blocks to skip.
             CheckpointError: as `Checkpoint.load`.
         """
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        model = checkpoint.load(dtype, self.choose_device())
+        if self.skip_new_blocks:
+            check_contained(checkpoint)
+            model = load_contained(checkpoint, dtype, self.choose_device())
+        else:
+            model = checkpoint.load(dtype, self.choose_device())
         weight = model.lm_head.weight
         try:
             chosen = ops.summary(model.config, weight.device, weight.dtype)
         except ops.BackendError as error:
             raise ConfigError(f"--ops {self.ops}: {error}; use auto, or torch for it") from None
         kind = str(weight.dtype).removeprefix("torch.")
-        print(f"{checkpoint.path}: {kind} on {weight.device}; ops: {chosen}", file=sys.stderr)
+        which = "the base inside, new blocks skipped; " if self.skip_new_blocks else ""
+        where = f"{kind} on {weight.device}"
+        print(f"{checkpoint.path}: {which}{where}; ops: {chosen}", file=sys.stderr)
         return model

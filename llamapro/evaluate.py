@@ -194,7 +194,8 @@ class Args(ComputeOptions):
     shots: int = 0
     """Questions at the start of each of --choices shown as examples, and not asked."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
-    """A second checkpoint, usually the base: side by side, with the token-distribution shift."""
+    """A second checkpoint, usually the base: side by side, with the token-distribution shift. It
+    is whole, also with --skip-new-blocks."""
     context: int = 0
     """Longest input in tokens; 0: the model's max_position_embeddings."""
     stride: int = 0
@@ -285,7 +286,7 @@ def evaluate(args: Args) -> dict[str, Any]:
         choices[name] = marks | baselines(asked)
     del model
     if base is not None:
-        model = args.load(base)
+        model = replace(args, skip_new_blocks=False).load(base)
         for text in texts:
             found = files[text.name]
             found["base"] = measure(model, text, context, stride, args.batch_size)

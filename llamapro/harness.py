@@ -7,7 +7,8 @@ softmax_dtype=float32.
     python -m llamapro.harness --model llamapro --model_args path=DIR,dtype=bfloat16 \\
         --tasks arc_challenge --num_fewshot 25 --batch_size 8
 
---model_args: path, dtype, device, ops (as of `ComputeOptions`), max_length and add_bos_token.
+--model_args: path, dtype, device, ops, skip_new_blocks (as of `ComputeOptions`), max_length and
+add_bos_token.
 
 Shapes: B batch, T length, N positions that count, C hidden size, V vocabulary.
 """
@@ -28,6 +29,7 @@ from llamapro.chat import ChatTemplate
 from llamapro.checkpoint import Checkpoint
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError, DataError, suggest
+from llamapro.contained import check_contained
 from llamapro.generate import generate
 from llamapro.tokenizer import StreamingDecoder, Tokenizer
 from llamapro.vocabulary import JSON_NAME, read_object
@@ -38,7 +40,7 @@ _POSITIONS = 1024
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # What has no meaning where the most likely token is taken.
 _OF_SAMPLING = ("top_p", "top_k", "min_p", "typical_p")
-_MODEL_ARGS = ["path", "dtype", "device", "ops", "max_length", "add_bos_token"]
+_MODEL_ARGS = ["path", "dtype", "device", "ops", "skip_new_blocks", "max_length", "add_bos_token"]
 
 # lm_eval's request: what to call it in the cache, the context's ids and the continuation's.
 _Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -102,6 +104,7 @@ class HarnessModel:
         dtype: str = "auto",
         device: str = "auto",
         ops: str = "auto",
+        skip_new_blocks: bool = False,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         batch_size: int | str = 1,
@@ -112,7 +115,7 @@ class HarnessModel:
 
         Args:
             path: the directory, with its tokenizer.
-            dtype, device, ops: as of `ComputeOptions`.
+            dtype, device, ops, skip_new_blocks: as of `ComputeOptions`.
             max_length: in tokens; None: the model's max_position_embeddings.
             add_bos_token: put BOS before contexts; None: as `adds_bos`.
             batch_size: inputs per forward pass; "auto", with max_batch_size, is not supported.
@@ -134,8 +137,11 @@ class HarnessModel:
         if wrong:
             raise ConfigError(f"--model_args: {'; '.join(wrong)} (known: {', '.join(_MODEL_ARGS)})")
         self.batch_size = int(batch_size)
-        self._options = ComputeOptions(device=device, dtype=dtype, ops=ops)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "ops": ops}
+        self._options = ComputeOptions(**options, skip_new_blocks=skip_new_blocks)
         checkpoint = Checkpoint.open(path)
+        if skip_new_blocks:
+            check_contained(checkpoint, special=True)
         limit = checkpoint.config.max_position_embeddings
         self.max_length = limit if max_length is None else max_length
         if not 1 <= self.max_length <= limit:

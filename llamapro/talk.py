@@ -10,6 +10,7 @@ import torch
 from llamapro.chat import ChatTemplate, check_messages
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError, UserError
+from llamapro.contained import check_contained
 from llamapro.generate import Args, generate
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.tokenizer import StreamingDecoder, Tokenizer
@@ -154,10 +155,12 @@ def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) -> dict[str, 
         messages, tokens (of all answers), tokens_per_s.
 
     Raises:
-        ConfigError: there is no turn, or the context is full.
+        ConfigError: there is no turn, the context is full, or --skip-new-blocks cannot be used.
         DataError: there is no chat template, or it refuses a turn. On a terminal, what is wrong
             with a turn is said, and the conversation goes on without it.
     """
+    if args.skip_new_blocks:
+        check_contained(checkpoint, special=True)
     try:
         template = ChatTemplate.load(checkpoint.path, tokenizer, args.chat_template)
     except DataError as error:
