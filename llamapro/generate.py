@@ -42,6 +42,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     scaled = logits.cpu().double()
     # The largest becomes 0, so that no temperature, however small, makes it overflow.
     probabilities = ((scaled - scaled.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p == 1:  # without the sort, which takes longer than a small model
+        return torch.multinomial(probabilities, 1, generator=generator).to(logits.device)
     ordered, ids = probabilities.sort(descending=True)
     # A token stays if those before it do not reach top_p yet; the first one always stays.
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
