@@ -20,6 +20,7 @@ from llamapro.expansion import select_trainable
 from llamapro.hub import resolve
 from llamapro.model import build_on_meta
 from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
+from llamapro.replay import describe_mix, mix, written_by_base
 from llamapro.resume import make_identity
 from llamapro.settings import Settings
 from llamapro.stopping import Stopped, StopRequest
@@ -65,7 +66,8 @@ class Job:
             directory = source if source.is_dir() else source.parent
             template = ChatTemplate.load(directory, tokenizer, settings.data.chat_template)
         val = parse_named(settings.data.val)
-        for patterns in [settings.data.train, *val.values()]:
+        replay = [settings.replay.data] if settings.replay.data else []
+        for patterns in [settings.data.train, *val.values(), *replay]:
             find_files(patterns)  # raises DataError for a pattern that matches nothing
         preset = Path(settings.config).stem or "run"
         run_dir = Path(settings.run_dir or f"runs/{preset}")
@@ -99,16 +101,31 @@ class Job:
             for label, paths in corpora.items()
         }
 
+    def replay(self, device: torch.device) -> TokenStore:
+        """Returns the text that is replayed: the user's, or what the base writes on this device.
+
+        Raises:
+            ConfigError, DataError: as `written_by_base` and `tokenize`.
+        """
+        s = self.settings
+        if s.replay.data:
+            how = (s.data.cache_dir, s.data.text_key, s.data.workers, "replay")
+            return tokenize(s.replay.data, self.tokenizer, *how)
+        assert self.checkpoint is not None  # else all weights train, which `check` refuses
+        where = (s.data.cache_dir, self.compute_dtype, device)
+        return written_by_base(self.checkpoint, self.tokenizer, s.replay, s.data.seq_len, *where)
+
 
 @dataclass(frozen=True)
 class Data:
     """What a run reads.
 
     Attributes:
-        mixture: the training samples in their order.
+        mixture: the training samples in their order; the replay's source is the last.
         val: the sequences of each validation set.
         identity: hashes of what the run is made of: `resume.make_identity`.
-        about: lines for people: how conversations were packed, and one with what trains marked.
+        about: lines for people: how conversations were packed, and one with what trains marked; how
+            much is replayed.
     """
 
     mixture: Mixture
@@ -118,7 +135,9 @@ class Data:
 
 
 def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
-    """Tokenises on the main process what is not yet in the cache; then every process maps it.
+    """Makes on the main process what is not yet in the cache; then every process maps it.
+
+    Texts are tokenised, and the base writes what is replayed.
 
     Raises:
         DataError: on every rank, if the main one could not.
@@ -130,6 +149,8 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
         try:
             with stop.interrupting():
                 stores = job.tokenize()
+                if s.replay.share:
+                    stores["replay"] = job.replay(ranks.device)
                 paths = {label: store.path for label, store in stores.items()}
                 model = build_on_meta(job.config)
                 trainable = select_trainable(model, s.train.trainable, s.train.new_tokens)
@@ -160,6 +181,10 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
 
     sources = [packed(f"train {path}") for path in s.data.train]
     weights = s.data.weights or [1.0] * len(sources)
-    mixture = Mixture(sources, weights, s.train.seed)
+    if s.replay.share:
+        mixture = mix(sources, weights, s.train.seed, packed("replay"), s.replay.share)
+        about.append(describe_mix(mixture))
+    else:
+        mixture = Mixture(sources, weights, s.train.seed)
     val = {name: packed(f"val {name}") for name in job.val}
     return Data(mixture, val, identity, about)

@@ -262,7 +262,8 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
         "ops": plan["ops"],
         "memory estimate": ", ".join(f"{name} {format_bytes(n)}" for name, n in memory.items())
         + " per process",
-        "training data": " ".join(s.data.train),
+        "training data": " ".join(s.data.train)
+        + (f", {s.replay.share:.1%} replay" if s.replay.share else ""),
         "validation": " ".join(s.data.val) or "none",
         "run dir": plan["run_dir"],
         "resume from": plan["resume_from"] or "new run",

@@ -202,11 +202,11 @@ class Progress:
         if self._metrics is None:
             return
         read = []
+        sources = (*self._settings.data.train, "replay")
         for index in range(first, first + self._settings.train.batch_size):
             number, sequence = self._mixture.locate(index)
             documents = self._mixture.sources[number].documents(sequence)
-            source = self._settings.data.train[number]
-            read.append({"source": source, "sequence": sequence, "documents": documents})
+            read.append({"source": sources[number], "sequence": sequence, "documents": documents})
         self._log({"kind": kind, "step": step + 1} | numbers | {"sequences": read})
 
     def line(self, norm: float, rate: float) -> None:

@@ -68,8 +68,8 @@ def make_identity(
         checkpoint: what is trained; None if from random weights.
         trainable: names of its tensors that train; the others are frozen.
         tokenizer_sha256: the tokenizer's fingerprint.
-        stores: label -> tokens of each corpus, such as "train data/code", whose bytes are what
-            was written (`corpus.tokenize` sees to it).
+        stores: label -> tokens of each corpus, such as "train data/code" or "replay", whose bytes
+            are what was written (`corpus.tokenize` sees to it).
 
     Returns:
         JSON-able, for `state["identity"]`: base, tokenizer, data.
@@ -137,7 +137,8 @@ def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
     for label, found in identity["data"].items():
         kind = label.split(" ", 1)[0]  # "train" or "val"
         text = f"{found['tokens']:,} tokens (sha256 {found['sha256']})"
-        named[f"data.{kind}", f"data {label!r}"] = text
+        setting = "replay.data" if kind == "replay" else f"data.{kind}"
+        named[setting, f"data {label!r}"] = text
     return named
 
 

@@ -54,6 +54,25 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class ReplaySettings:
+    """General text among the training data, against forgetting: the base inside the expanded model
+    writes it, once, or files hold it. With train.trainable new_blocks."""
+
+    share: float = 0.0
+    """Part of the sequences that are replayed; 0: none."""
+    data: tuple[str, ...] = ()
+    """General text of yours, instead of the base's: files, globs, folders."""
+    tokens: int = 1_000_000
+    """How much the base writes; what training takes beyond it repeats."""
+    temperature: float = 1.0
+    """Of the draws; 1: as the base's probabilities are."""
+    seed: int = 0
+    """Of the draws."""
+    batch_size: int = 16
+    """Documents, of up to data.seq_len tokens, that are written at a time."""
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """How long, how much at a time, and which weights."""
 
@@ -157,6 +176,7 @@ class Settings:
     run again resumes from here."""
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -260,6 +280,7 @@ def check(settings: Settings, world_size: int) -> None:
         )
     positive = "data.seq_len train.batch_size train.micro_batch_size optim.lr optim.clip".split()
     positive += ["eval.every", "save.every", "save.keep", "log_every"]
+    positive += ["replay.tokens", "replay.temperature", "replay.batch_size"]
     if not s.train.steps:
         positive.append("train.epochs")
     flat = flatten(s)
@@ -270,12 +291,15 @@ def check(settings: Settings, world_size: int) -> None:
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             wrong.append(f"{key} is {value}, expected finite numbers")
     natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
-    natural += ["optim.skip_bad_steps", "train.shard_size", "save.keep_every", "log_spikes"]
+    natural += "replay.seed optim.skip_bad_steps train.shard_size save.keep_every".split()
+    natural.append("log_spikes")
     for key in natural:
         if flat[key] < 0:
             wrong.append(f"{key} is {flat[key]}, expected 0 or more")
-    if s.train.seed >= 1 << 64:
-        wrong.append(f"train.seed is {s.train.seed}, expected less than 2^64")
+    for key in ("train.seed", "replay.seed"):
+        if flat[key] >= 1 << 64:
+            wrong.append(f"{key} is {flat[key]}, expected less than 2^64")
+    wrong += _check_replay(s)
     wrong += [
         f"resume.allow: no setting {key!r}{suggest(key, list(flat), cutoff=0.5)}"
         for key in s.resume.allow
@@ -311,3 +335,21 @@ def check(settings: Settings, world_size: int) -> None:
         )
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _check_replay(s: Settings) -> list[str]:
+    """Returns what is impossible in `replay` beside the other settings."""
+    share = s.replay.share
+    if not 0 <= share < 1:
+        return [f"replay.share is {share}, expected 0 to below 1"]
+    if not share:
+        return [f"replay.data {s.replay.data} needs replay.share"] if s.replay.data else []
+    wrong = []
+    if s.train.trainable == "all":
+        wrong.append(
+            f"replay.share is {share}: replay goes with train.trainable 'new_blocks', whose base "
+            "stays inside; set it to 0 and name general text in data.train"
+        )
+    if s.data.format == "chat":
+        wrong.append(f"replay.share is {share}: data.format 'chat' has no replay; set it to 0")
+    return wrong

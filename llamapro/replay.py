@@ -1,0 +1,190 @@
+"""Replay: general text among what the new blocks are trained on, against forgetting.
+
+The expanded model contains its base, so there is a source of such text even where nothing is known
+of what the base was trained on: the base itself. It writes documents, each drawn from BOS on, once
+before the training; or the user names files instead. Either is one more source of the mixture,
+with a given share of its samples.
+
+The same idea, with models that write before they learn: Sun et al., LAMOL (2020).
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ConfigError
+from llamapro.contained import load_contained
+from llamapro.data import Mixture, Source, TokenStore, write_store
+from llamapro.generate import generate
+from llamapro.model import LlamaForCausalLM
+from llamapro.settings import ReplaySettings
+from llamapro.tensor_file import hash_tensors
+from llamapro.tokenizer import Tokenizer
+from llamapro.verify import contained_base, contained_base_sha256
+
+FORMAT_VERSION = 1
+
+
+def write_documents(
+    base: LlamaForCausalLM, bos_id: int, end_ids: set[int], length: int, settings: ReplaySettings
+) -> Iterator[list[int]]:
+    """Yields documents that a model writes, without end.
+
+    Args:
+        base: in evaluation mode.
+        bos_id: each document's first token.
+        end_ids: a document ends with any of them.
+        length: tokens of a document at most; one that long has no end.
+        settings: temperature, seed, and how many documents are written at a time.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    prompt = torch.full((settings.batch_size, 1), bos_id)
+    while True:
+        documents = [[bos_id] for _ in prompt]
+        is_open = [True] * len(documents)
+        steps = generate(base, prompt, length - 1, settings.temperature, seed=generator)
+        for step in steps:
+            for row, token_id in enumerate(step[:, 0].tolist()):
+                if is_open[row]:
+                    documents[row].append(token_id)
+                    is_open[row] = token_id not in end_ids
+            if not any(is_open):
+                break
+        yield from documents
+
+
+def written_by_base(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    settings: ReplaySettings,
+    length: int,
+    cache_dir: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> TokenStore:
+    """Returns text that the base inside a checkpoint writes, from the cache if it has been written.
+
+    The cache's key is the base's hash and what decides the text, but for device and dtype: on
+    others a few draws differ, and the text is as good.
+
+    Args:
+        checkpoint: an expanded one; its new blocks are not used.
+        tokenizer: its.
+        settings: how much is written, and how.
+        length: tokens of a document at most.
+        cache_dir: where stores are kept.
+        dtype, device: of the base while it writes; it is there whole.
+
+    Raises:
+        ConfigError: the tokenizer has no BOS to start from.
+        DataError: the disk is full, or the store in the cache is damaged.
+    """
+    if tokenizer.bos_id is None:
+        raise ConfigError(
+            f"replay.share {settings.share}: {tokenizer.path} has no BOS token that the base could "
+            "write from; name text with replay.data instead"
+        )
+    inside = contained_base(checkpoint)
+    hashes = hash_tensors(inside.values(), "hash base")
+    made_of = {
+        "base_sha256": contained_base_sha256(
+            checkpoint, {name: hashes[base.name] for name, base in inside.items()}
+        ),
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "tokens": settings.tokens,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "length": length,
+    }
+    key = hashlib.sha256(json.dumps(["replay", FORMAT_VERSION, made_of]).encode()).hexdigest()
+    directory = Path(cache_dir).expanduser() / key[:24]
+    if is_cached := directory.exists():
+        store = TokenStore(directory, tokenizer.fingerprint)
+        store.check("check replay")
+    else:
+        base = load_contained(checkpoint, dtype, device)
+        ends = set(base.config.eos_token_ids)
+        if tokenizer.eos_id is not None:
+            ends.add(tokenizer.eos_id)
+        documents = write_documents(base, tokenizer.bos_id, ends, length, settings)
+        _store(directory, documents, tokenizer, base.config.vocab_size, made_of)
+        store = TokenStore(directory, tokenizer.fingerprint)
+    origin = f", from the cache {directory}" if is_cached else ""
+    print(
+        f"replay: {store.tokens:,} tokens of {store.documents:,} documents that the base wrote"
+        f"{origin}",
+        file=sys.stderr,
+    )
+    return store
+
+
+def _store(
+    directory: Path,
+    documents: Iterator[list[int]],
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    made_of: dict[str, Any],
+) -> None:
+    """Stores the first `made_of["tokens"]` tokens of the documents, with a progress bar."""
+    wanted = made_of["tokens"]
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    counts = {"documents": 0, "bytes": 0}
+
+    def arrays() -> Iterator[NDArray[Any]]:
+        left = wanted
+        with tqdm(total=wanted, desc="write replay", unit="tok", disable=None) as bar:
+            while left:
+                ids = next(documents)[:left]
+                left -= len(ids)
+                counts["documents"] += 1
+                counts["bytes"] += sum(len(tokenizer.bytes_of(i)) for i in ids)
+                bar.update(len(ids))
+                yield np.array(ids, dtype=dtype)
+
+    def describe() -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "vocab_size": vocab_size,
+            "dtype": dtype,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "counts": counts,
+            "written_by": made_of,
+        }
+
+    write_store(directory, arrays(), describe)
+
+
+def mix(
+    sources: Sequence[Source], weights: Sequence[float], seed: int, replay: Source, share: float
+) -> Mixture:
+    """Returns the mixture of sources and, last, a replay with a share of an epoch's samples.
+
+    Args:
+        sources, weights, seed: as for `Mixture`: an epoch has as many samples of them as without.
+        replay: is passed over as often as it takes.
+        share: of all samples, above 0 and below 1.
+    """
+    others = Mixture(sources, weights, seed).samples_per_epoch
+    passes = others * share / (1 - share) / len(replay)
+    return Mixture([*sources, replay], [*weights, passes], seed)
+
+
+def describe_mix(mixture: Mixture) -> str:
+    """Returns, for people, how much of a mixture its last source is."""
+    samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])
+    return (
+        f"replay           {samples:,} of the {mixture.samples_per_epoch:,} sequences of an epoch, "
+        f"{samples / sequences:.2f} passes over {sequences:,}"
+    )

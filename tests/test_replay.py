@@ -1,0 +1,347 @@
+"""Replay: what the base inside writes, how much of an epoch it is, and resuming with it."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamapro import expansion
+from llamapro import replay as module
+from llamapro.blocks import training_checkpoints
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ConfigError, DataError, ModelConfig
+from llamapro.data import Mixture, TokenStore
+from llamapro.metrics import read_metrics
+from llamapro.replay import describe_mix, mix, write_documents, written_by_base
+from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
+from llamapro.settings import TrainSettings as Train
+from llamapro.streaming import expand_checkpoint
+from llamapro.tokenizer import Tokenizer
+
+LENGTH, TOKENS = 24, 500
+CPU = torch.device("cpu")
+SETTINGS = ReplaySettings(share=0.25, tokens=TOKENS, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., ModelConfig],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """Two bases, their expansions, the first also with an added token; a corpus."""
+    home = tmp_path_factory.mktemp("replay")
+    config = tiny_config(num_hidden_layers=2, max_position_embeddings=64)
+    for number in range(2):
+        base = write_random_checkpoint(home / f"base{number}", config, seed=number)
+        expand_checkpoint(Checkpoint.open(base), home / f"pro{number}", expansion.interleave(2, 1))
+    layout = expansion.interleave(2, 1)
+    expand_checkpoint(Checkpoint.open(home / "base0"), home / "grown", layout, new_tokens=["<|x|>"])
+    (home / "train.txt").write_text("def usage(parser): print(parser.usage)\n" * 60)
+    (home / "general.txt").write_text("It was the best of times, it was the worst of times.\n" * 20)
+    return home
+
+
+@pytest.fixture
+def write(home: Path, tmp_path: Path) -> Callable[..., TokenStore]:
+    """`write(name="pro0", cache=..., **settings)`: the store of what its base writes."""
+
+    def write(name: str = "pro0", cache: str = "cache", **changes: Any) -> TokenStore:
+        checkpoint, settings = Checkpoint.open(home / name), replace(SETTINGS, **changes)
+        where = (tmp_path / cache, torch.float32, CPU)
+        return written_by_base(checkpoint, Tokenizer.load(home / name), settings, LENGTH, *where)
+
+    return write
+
+
+def contents(store: TokenStore) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.path.iterdir()}
+
+
+def documents(store: TokenStore, bos: int = 1) -> list[list[int]]:
+    ids = store.read(0, store.tokens)
+    return [part.tolist() for part in np.split(ids, np.flatnonzero(ids == bos)) if part.size]
+
+
+# ---- What the base writes ------------------------------------------------------------------------
+
+
+def test_the_same_base_and_seed_write_the_same_bytes(write: Callable[..., TokenStore]) -> None:
+    """Each time it is written; another seed or temperature writes something else."""
+    first, again = write(cache="a"), write(cache="b")
+    assert contents(first) == contents(again) and first.tokens == TOKENS
+    for changes in ({"seed": 1}, {"temperature": 0.5}, {"batch_size": 3}):
+        other = write(cache="a", **changes)
+        assert other.path != first.path and other.sha256 != first.sha256
+
+
+def test_another_base_has_text_of_its_own(
+    write: Callable[..., TokenStore], home: Path, tmp_path: Path
+) -> None:
+    """The key follows the base's weights; what is trained on top of them makes no difference."""
+    first, other = write(), write("pro1")
+    assert first.path != other.path and first.sha256 != other.sha256
+    grown = write("grown", cache="grown")
+    assert grown.sha256 == first.sha256
+
+
+def test_what_is_in_the_cache_is_not_written_again(
+    write: Callable[..., TokenStore],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is compared with its hashes; damage is told."""
+    store = write()
+    monkeypatch.setattr(module, "load_contained", None)
+    assert write().sha256 == store.sha256 and "from the cache" in capsys.readouterr().err
+    file = store.path / "shard-00000.bin"
+    file.write_bytes(b"\0" + file.read_bytes()[1:])
+    with pytest.raises(DataError, match="damaged"):
+        write()
+
+
+def test_the_text_is_a_sample_of_the_bases_distribution(
+    write: Callable[..., TokenStore], home: Path
+) -> None:
+    """Its loss under the base is the base's entropy there, up to noise; another base's is not."""
+    batch = np.stack([d for d in documents(write(tokens=4800)) if len(d) == LENGTH])
+    ids = torch.from_numpy(batch)  # (N, T)
+    found = {}
+    for name in ("base0", "base1"):
+        with torch.inference_mode():
+            log_p = Checkpoint.open(home / name).load()(ids)[:, :-1].double().log_softmax(-1)
+        surprise = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        excess = surprise - entropy
+        # Each draw's surprise has the entropy as its mean: four standard deviations of the mean.
+        found[name] = excess.mean() / (4 * excess.std() / excess.numel() ** 0.5)
+    assert found["base0"].abs() < 1 < found["base1"]
+
+
+def test_documents_begin_with_bos_and_end_where_the_base_ends_them(home: Path) -> None:
+    """With the first of the ends, or at the length; nothing after an end is kept."""
+    base = Checkpoint.open(home / "base0").load()
+    ends = set(range(100, 150))
+    written: Iterator[list[int]] = write_documents(base, 1, ends, LENGTH, SETTINGS)
+    some = [next(written) for _ in range(40)]
+    for ids in some:
+        assert ids[0] == 1 and not ends & set(ids[:-1])
+        assert len(ids) == LENGTH or ids[-1] in ends
+    whole = [tuple(ids) for ids in some if len(ids) == LENGTH]
+    assert 0 < len(whole) < 40 and len(set(whole)) == len(whole)
+
+
+def test_no_added_token_is_written(write: Callable[..., TokenStore]) -> None:
+    """The base has 400: of 5,000 draws none is past them."""
+    ids = write("grown", tokens=5000, batch_size=50).read(0, 5000)
+    assert ids.max() < 400 and ids.min() >= 0
+
+
+def test_without_bos_there_is_nothing_to_write_from(home: Path, tmp_path: Path) -> None:
+    """The fix is text of the user's."""
+    tokenizer = Tokenizer.load(home / "pro0")
+    tokenizer.bos_id = None
+    with pytest.raises(ConfigError, match=r"no BOS token.*replay\.data"):
+        where = (LENGTH, tmp_path, torch.float32, CPU)
+        written_by_base(Checkpoint.open(home / "pro0"), tokenizer, SETTINGS, *where)
+
+
+# ---- How much of it is read ----------------------------------------------------------------------
+
+
+class Numbers:
+    """A source of so many sequences."""
+
+    seq_len = 4
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        return (np.full(4, index),)
+
+    def documents(self, index: int) -> list[int | None]:
+        return [index]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("length", [7, 1000])
+def test_an_epoch_holds_the_share(share: float, length: int) -> None:
+    """Counted; the other sources keep their samples, and each pass uses every sequence once."""
+    sources = [Numbers(60), Numbers(40)]
+    alone, mixture = (
+        Mixture(sources, [1.0, 1.5], 3),
+        mix(sources, [1, 1.5], 3, Numbers(length), share),
+    )
+    read = [mixture.locate(i) for i in range(mixture.samples_per_epoch)]
+    replayed = [sequence for number, sequence in read if number == 2]
+    assert mixture.samples_per_source[:2] == alone.samples_per_source == [60, 60]
+    assert len(replayed) == round(120 * share / (1 - share))
+    assert abs(len(replayed) / len(read) - share) < 1 / len(read)
+    counts = np.bincount(replayed, minlength=length)
+    assert counts.max() - counts.min() <= 1
+    assert f"{len(replayed):,} of the {len(read):,} sequences" in describe_mix(mixture)
+
+
+# ---- In a run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def train_module(root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_for_replay", root / "train.py")
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def run(
+    train_module: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`run(name, **changes)` trains in this process; returns the run directory."""
+
+    def run(name: str, **changes: Any) -> Path:
+        options = {
+            "model.path": home / "pro0",
+            "data.train": home / "train.txt",
+            "data.val": f"general={home / 'general.txt'}",
+            "data.seq_len": LENGTH,
+            "data.cache_dir": tmp_path / "cache",
+            "replay.share": 0.25,
+            "replay.tokens": TOKENS,
+            "replay.batch_size": 4,
+            "train.steps": 6,
+            "train.batch_size": 4,
+            "train.device": "cpu",
+            "optim.lr": 1e-2,
+            "eval.every": 3,
+            "save.every": 3,
+            "log_every": 1,
+            "run_dir": tmp_path / name,
+        } | {key.replace("__", "."): value for key, value in changes.items()}
+        words = ["train.py"]
+        for key, value in options.items():
+            words += [f"--{key.replace('_', '-')}", *str(value).split()]
+        monkeypatch.setattr(sys, "argv", words)
+        train_module.main()
+        return tmp_path / name
+
+    return run
+
+
+def losses(run_dir: Path, kind: str = "train") -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(run_dir) if r["kind"] == kind}
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    return json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
+
+
+def test_a_run_with_replay_resumes_exactly(run: Callable[..., Path]) -> None:
+    """From step 3, and its text written anew, to 6: every loss and every byte is the same."""
+    whole = run("whole")
+    assert state(whole)["identity"]["data"]["replay"]["tokens"] == TOKENS
+    shutil.copytree(whole, whole.parent / "again")
+    shutil.rmtree(training_checkpoints(whole.parent / "again")[1])
+    again = run("again", data__cache_dir=whole.parent / "cache2")
+    assert losses(again) == losses(whole) and len(losses(again)) == 6
+    assert [r["step"] for r in read_metrics(again) if r["kind"] == "resume"] == [3]
+    ours, theirs = (
+        load_file(training_checkpoints(d)[-1] / "trainable.safetensors") for d in (again, whole)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(run("without", replay__share=0.0)) != losses(whole)
+
+
+def test_a_run_does_not_go_on_with_other_replayed_text(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Neither with other settings of it nor, under the same ones, with other text."""
+    text = tmp_path / "mine.txt"
+    text.write_text("It was the epoch of belief.\n" * 20)
+    run("other", train__steps=3, replay__data=text)
+    with pytest.raises(ConfigError, match=r"replay\.share 0\.25 -> 0\.5"):
+        run("other", replay__data=text, replay__share=0.5)
+    text.write_text("It was the epoch of incredulity.\n" * 20)
+    with pytest.raises(ConfigError, match=r"data 'replay' was .*--resume\.allow replay\.data"):
+        run("other", replay__data=text)
+
+
+def test_a_spike_names_replayed_text(run: Callable[..., Path], home: Path) -> None:
+    """The replay is a source like the others; and the text can be the user's own."""
+    text = home / "general.txt"
+    # Nothing is learned, and every loss over the median is a spike.
+    changes = {"train__steps": 24, "optim__lr": 1e-9, "log_spikes": 1e-6, "replay__share": 0.5}
+    path = run("spike", replay__data=text, **changes)
+    named = {
+        sequence["source"]
+        for record in read_metrics(path)
+        if record["kind"] == "spike"
+        for sequence in record["sequences"]
+    }
+    assert named == {"replay", str(home / "train.txt")}
+    assert not any("written_by" in f.read_text() for f in path.parent.glob("cache/*/index.json"))
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+VALID = Settings(
+    model=ModelSettings(path="m"), data=DataSettings(train=("t",)), replay=ReplaySettings(share=0.1)
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"replay": ReplaySettings(share=1.0)}, "replay.share is 1.0, expected 0 to below 1"),
+        ({"replay": ReplaySettings(share=-0.1)}, "replay.share is -0.1, expected 0 to below 1"),
+        ({"replay": ReplaySettings(data=("x",))}, "needs replay.share"),
+        ({"replay": ReplaySettings(share=0.1, tokens=0)}, "replay.tokens is 0"),
+        ({"replay": ReplaySettings(share=0.1, temperature=0.0)}, "replay.temperature is 0.0"),
+        ({"replay": ReplaySettings(share=0.1, batch_size=0)}, "replay.batch_size is 0"),
+        ({"replay": ReplaySettings(share=0.1, seed=-1)}, "replay.seed is -1"),
+        ({"replay": ReplaySettings(share=0.1, seed=1 << 64)}, "less than 2^64"),
+        ({"train": Train(trainable="all")}, "replay goes with train.trainable 'new_blocks'"),
+        ({"data": DataSettings(train=("t",), format="chat")}, "'chat' has no replay"),
+        (
+            {
+                "model": ModelSettings(config="c", tokenizer="t"),
+                "train": Train(trainable="all"),
+            },
+            "replay goes with train.trainable 'new_blocks'",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, Any], told: str) -> None:
+    """Random weights and full fine-tuning have no base inside; nothing else is complained about."""
+    check(VALID, 1)
+    with pytest.raises(ConfigError) as caught:
+        check(replace(VALID, **changes), 1)
+    assert told in str(caught.value) and "expected finite" not in str(caught.value)
+
+
+def test_a_model_without_a_record_cannot_replay(run: Callable[..., Path], home: Path) -> None:
+    """It was not expanded."""
+    with pytest.raises(ConfigError, match="no 'llamapro' record"):
+        run("none", model__path=home / "base0")
+
+
+def test_text_that_is_not_there_is_found_before_the_run(run: Callable[..., Path]) -> None:
+    """As for any corpus."""
+    with pytest.raises(DataError, match="nowhere"):
+        run("none", replay__data="nowhere.txt")
