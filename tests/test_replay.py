@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -213,9 +215,13 @@ def train_module(root: Path) -> ModuleType:
 def run(
     train_module: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """`run(name, **changes)` trains in this process; returns the run directory."""
+    """`run(name, processes=1, **changes)` trains, in this process if it is one.
 
-    def run(name: str, **changes: Any) -> Path:
+    Returns:
+        The run directory.
+    """
+
+    def run(name: str, processes: int = 1, **changes: Any) -> Path:
         options = {
             "model.path": home / "pro0",
             "data.train": home / "train.txt",
@@ -234,11 +240,19 @@ def run(
             "log_every": 1,
             "run_dir": tmp_path / name,
         } | {key.replace("__", "."): value for key, value in changes.items()}
-        words = ["train.py"]
+        words = [train_module.__file__ or ""]
         for key, value in options.items():
             words += [f"--{key.replace('_', '-')}", *str(value).split()]
-        monkeypatch.setattr(sys, "argv", words)
-        train_module.main()
+        if processes > 1:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command = [*torchrun, "--nproc-per-node", str(processes), *words]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr
+            assert done.stderr.count("that the base wrote") == 1
+        else:
+            monkeypatch.setattr(sys, "argv", words)
+            train_module.main()
         return tmp_path / name
 
     return run
@@ -266,6 +280,13 @@ def test_a_run_with_replay_resumes_exactly(run: Callable[..., Path]) -> None:
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert losses(run("without", replay__share=0.0)) != losses(whole)
+
+
+def test_two_processes_replay_the_same(run: Callable[..., Path], tmp_path: Path) -> None:
+    """One of them has the base write, the other waits; then they read as one does."""
+    one, two = run("one"), run("two", processes=2, data__cache_dir=tmp_path / "cache2")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert state(two)["identity"] == state(one)["identity"]
 
 
 def test_a_run_does_not_go_on_with_other_replayed_text(
