@@ -23,10 +23,11 @@ from tqdm import tqdm
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError
 from llamapro.contained import load_contained
-from llamapro.data import Mixture, Source, TokenStore, write_store
+from llamapro.data import Mixture, Source
 from llamapro.generate import generate
 from llamapro.model import LlamaForCausalLM
 from llamapro.settings import ReplaySettings
+from llamapro.store import TokenStore, write_store
 from llamapro.tensor_file import hash_tensors
 from llamapro.tokenizer import Tokenizer
 from llamapro.verify import contained_base, contained_base_sha256

@@ -22,11 +22,12 @@ from llamapro import replay as module
 from llamapro.blocks import training_checkpoints
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig
-from llamapro.data import Mixture, TokenStore
+from llamapro.data import Mixture
 from llamapro.metrics import read_metrics
 from llamapro.replay import describe_mix, mix, write_documents, written_by_base
 from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.settings import TrainSettings as Train
+from llamapro.store import TokenStore
 from llamapro.streaming import expand_checkpoint
 from llamapro.tokenizer import Tokenizer
 
