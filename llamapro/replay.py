@@ -144,7 +144,7 @@ def _store(
     def arrays() -> Iterator[NDArray[Any]]:
         left = wanted
         with tqdm(total=wanted, desc="write replay", unit="tok", disable=None) as bar:
-            while left:
+            while left > 0:
                 ids = next(documents)[:left]
                 left -= len(ids)
                 counts["documents"] += 1

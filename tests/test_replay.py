@@ -364,6 +364,6 @@ def test_a_model_without_a_record_cannot_replay(run: Callable[..., Path], home: 
 
 
 def test_text_that_is_not_there_is_found_before_the_run(run: Callable[..., Path]) -> None:
-    """As for any corpus."""
+    """By --dry-run already, as for any corpus."""
     with pytest.raises(DataError, match="nowhere"):
-        run("none", replay__data="nowhere.txt")
+        run("none", replay__data="nowhere.txt", dry_run="")
