@@ -31,7 +31,7 @@ from llamapro.store import TokenStore
 from llamapro.streaming import expand_checkpoint
 from llamapro.tokenizer import Tokenizer
 
-LENGTH, TOKENS = 24, 500
+LENGTH, TOKENS = 24, 501
 CPU = torch.device("cpu")
 SETTINGS = ReplaySettings(share=0.25, tokens=TOKENS, batch_size=4)
 
