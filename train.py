@@ -232,7 +232,8 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
     else:
         seed_all(s.train.seed, ranks.rank)
     progress = Progress(s, data.mixture, steps, state, ranks, stop)
-    guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, ranks.device)
+    of_gradients = next(iter(parameters.values())).device  # the CPU, of those that are offloaded
+    guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, of_gradients)
     in_background = s.save.background == "yes" or (
         s.save.background == "auto" and ranks.device.type == "cuda"
     )
@@ -255,7 +256,7 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
                 )
 
         while True:
-            step, is_last = state["step"], state["step"] == steps
+            step, is_last = state["step"], state["step"] >= steps
             is_due = is_last or step % s.eval.every == 0
             if is_due and state["evaluated"] != step and not stopped:
                 settle()

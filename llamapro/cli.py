@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -47,9 +48,12 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _fail(message: str, status: int) -> int:
-    # Under torchrun every rank meets the same mistake; one of them tells.
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+    # Under torchrun every rank of a machine meets the same mistake; one of them tells. Another
+    # machine may miss what the first one has: a file, a token store.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
+        print(f"{where}{message}", file=sys.stderr, flush=True)
     return status
 
 

@@ -108,8 +108,13 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and not gpus:
         raise ConfigError("train.device 'cuda': no GPU is visible; use 'auto' or 'cpu'")
-    if gpus and local_rank >= gpus:
-        raise ConfigError(f"{local_rank + 1} processes on this machine, but {gpus} GPU(s)")
+    # Of every process the same, so that all end here: rank 0, which tells, among them.
+    local_world = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if gpus and local_world > gpus:
+        raise ConfigError(
+            f"{local_world} processes on this machine, but {gpus} GPU(s); start at most {gpus} "
+            "here, or set train.device to cpu"
+        )
     kind = "cuda" if gpus else "cpu"
     where = torch.device(kind, local_rank) if gpus else torch.device("cpu")
     if gpus:

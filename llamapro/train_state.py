@@ -351,6 +351,6 @@ def load_optimizer(
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(
                     full, parameter.device_mesh, parameter.placements, src_data_rank=None
-                )
+                ).to(parameter.device)  # the mesh's is the GPU, also of what is offloaded
             state[moment] = full
         optimizer.state[parameter] = state

@@ -14,7 +14,9 @@ import pytest
 from llamapro import cli
 
 # Output to a pipe is buffered and the process is no rank, whatever started the tests.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "PYTHONUNBUFFERED")}
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "PYTHONUNBUFFERED")
+}
 
 
 def script(body: str) -> list[str]:
@@ -83,7 +85,8 @@ def test_programmers_mistake_keeps_its_traceback() -> None:
 
 def test_one_rank_tells_and_all_exit_2() -> None:
     """Under torchrun, rank 0 prints the message; the others are silent with the same status."""
-    first, second = (run("raise ConfigError('once')", RANK=rank) for rank in "01")
+    body = "raise ConfigError('once')"
+    first, second = (run(body, RANK=rank, LOCAL_RANK=rank) for rank in "01")
     assert (first.returncode, second.returncode) == (2, 2)
     assert (first.stderr, second.stderr) == ("ConfigError: once\n", "")
 
@@ -134,3 +137,11 @@ def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
     """A perplexity that overflows is null, wherever it stands."""
     cli.print_result({"a": [float("inf"), {"b": float("nan")}], "c": 1.5}, True, "")
     assert json.loads(capsys.readouterr().out) == {"a": [None, {"b": None}], "c": 1.5}
+
+
+def test_the_first_process_of_another_machine_tells_its_own_mistake() -> None:
+    """A file that only it lacks; the others of the machine are silent."""
+    body = "raise ConfigError('no such file')"
+    second = run(body, RANK="8", LOCAL_RANK="0")
+    assert second.returncode == 2 and second.stderr.startswith("rank 8 on ")
+    assert run(body, RANK="9", LOCAL_RANK="1").stderr == ""

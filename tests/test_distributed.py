@@ -386,3 +386,16 @@ def test_offloading_without_a_gpu_is_refused() -> None:
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_more_processes_than_gpus_are_refused_on_every_rank(
+    local_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on the first, which has a GPU: it is the one that tells."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    message = r"2 processes on this machine, but 1 GPU\(s\); start at most 1 here"
+    with pytest.raises(ConfigError, match=message), process_group("auto"):
+        pass

@@ -385,6 +385,15 @@ def test_a_run_goes_on_with_other_steps_and_with_what_is_allowed(
         run(resume__allow="optim.rl")
 
 
+def test_fewer_steps_than_are_done_end_the_run(run: Callable[..., Path]) -> None:
+    """It does not train on towards a number that lies behind it."""
+    run_dir = run(train__steps=4, save__every=2, eval__every=100)
+    before = [path.name for path in training_checkpoints(run_dir)]
+    run(train__steps=3, eval__every=3)
+    assert [path.name for path in training_checkpoints(run_dir)] == before
+    assert metrics(run_dir, "train", "step")[-1] == 4
+
+
 def test_other_data_is_read_on_only_when_allowed(
     run: Callable[..., Path], home: Path, tmp_path: Path
 ) -> None:
