@@ -26,6 +26,7 @@ from llamapro.data import Source, batch, stack
 from llamapro.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
 from llamapro.job import Job, load_data
+from llamapro.manifest import load_state, newest_intact
 from llamapro.metrics import format_count
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
 from llamapro.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
@@ -47,6 +48,9 @@ def main() -> None:
     plan = make_plan(settings, job.config, job.compute_dtype, job.run_dir, job.resume_from)
     if settings.dry_run:
         if os.environ.get("RANK", "0") == "0":
+            earlier, _ = newest_intact(job.run_dir)
+            if earlier is not None:  # what resuming would refuse
+                changes(load_state(earlier)["settings"], settings, str(job.run_dir))
             if settings.data.format == "chat":
                 job.tokenize()  # finds every conversation that cannot be used
             cli.print_result(plan, settings.json, render(plan, settings))

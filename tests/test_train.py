@@ -361,6 +361,8 @@ def test_settings_that_decide_the_result_cannot_change_on_resume(
         ConfigError, match=r"optim\.lr 0\.01 -> 0\.5; .* --resume\.allow optim\.lr$"
     ):
         run(train__steps=3, optim__lr=0.5)
+    with pytest.raises(ConfigError, match=r"optim\.lr 0\.01 -> 0\.5"):
+        run(train__steps=3, optim__lr=0.5, dry_run="")
     run(train__steps=3, eval__every=1, train__micro_batch_size=1)
 
 
