@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
@@ -26,11 +25,11 @@ from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
 from llamapro.corpus import encode_pieces
 from llamapro.documents import Counts, Piece, find_files, read_pieces
-from llamapro.generate import generate
 from llamapro.hub import resolve
 from llamapro.metrics import perplexity
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX
+from llamapro.shift import ShiftSamples, shift, write_greedily
 from llamapro.tokenizer import Tokenizer
 
 
@@ -128,59 +127,6 @@ def measure(
     }
 
 
-@dataclass(frozen=True)
-class ShiftSamples:
-    """What the tuned model wrote greedily: prompts (B, P) and continuations (B, N)."""
-
-    prompts: Tensor
-    continuations: Tensor
-
-
-def write_greedily(
-    model: LlamaForCausalLM, text: Text, prompts: int, prompt_tokens: int, new_tokens: int
-) -> ShiftSamples | None:
-    """Continues prompts cut evenly from a text; None if no document is long enough for one."""
-    places = [
-        (document, start)
-        for document, ids in enumerate(text.documents)
-        for start in range(0, len(ids) - prompt_tokens + 1, prompt_tokens)
-    ]
-    count = min(prompts, len(places))
-    if not count:
-        return None
-    chosen = [places[i * len(places) // count] for i in range(count)]
-    ids = torch.tensor([text.documents[d][s : s + prompt_tokens] for d, s in chosen])
-    steps = list(generate(model, ids, new_tokens))
-    return ShiftSamples(ids, torch.cat(steps, dim=1).cpu())
-
-
-@torch.inference_mode()
-def shift(base: LlamaForCausalLM, samples: ShiftSamples) -> dict[str, float]:
-    """Ranks each token the tuned model chose by the base's probabilities (Appendix G).
-
-    Returns:
-        The shares of unshifted (rank 1), marginal (2 or 3) and shifted (over 3) positions, and how
-        many positions there are. Positions after an end of document do not count.
-    """
-    device = base.lm_head.weight.device
-    ids = torch.cat((samples.prompts, samples.continuations), dim=1)  # (B, P + N)
-    ranks: list[int] = []
-    new_tokens = samples.continuations.shape[1]
-    for row in ids:
-        logits = base(row[None, :-1].to(device))[0, -new_tokens:].float().cpu()  # (N, V)
-        chosen = row[-new_tokens:]
-        above = logits > logits.gather(1, chosen[:, None])
-        row_ranks = (1 + above.sum(1)).tolist()
-        ends = [i for i, t in enumerate(chosen.tolist()) if t in base.config.eos_token_ids]
-        ranks += row_ranks[: ends[0] + 1 if ends else None]
-    return {
-        "unshifted": sum(rank == 1 for rank in ranks) / len(ranks),
-        "marginal": sum(rank in (2, 3) for rank in ranks) / len(ranks),
-        "shifted": sum(rank > 3 for rank in ranks) / len(ranks),
-        "positions": len(ranks),
-    }
-
-
 @dataclass
 class Args(ComputeOptions):
     """Measure loss, perplexity and bits per byte of a checkpoint on files, or let it choose."""
@@ -275,7 +221,11 @@ def evaluate(args: Args) -> dict[str, Any]:
         files[text.name] = measure(model, text, context, stride, args.batch_size)
         if base is not None and args.shift_prompts:
             written = write_greedily(
-                model, text, args.shift_prompts, args.shift_prompt_tokens, args.shift_new_tokens
+                model,
+                text.documents,
+                args.shift_prompts,
+                args.shift_prompt_tokens,
+                args.shift_new_tokens,
             )
             if written is not None:
                 samples[text.name] = written

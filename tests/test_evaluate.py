@@ -22,18 +22,10 @@ from llamapro import cli, expansion
 from llamapro import evaluate as command
 from llamapro.checkpoint import Checkpoint, TensorSpec, tensor_chunks
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
-from llamapro.evaluate import (
-    Args,
-    ShiftSamples,
-    evaluate,
-    measure,
-    read_text,
-    shift,
-    windows,
-    write_greedily,
-)
+from llamapro.evaluate import Args, evaluate, measure, read_text, windows
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.output import write_checkpoint, write_companions
+from llamapro.shift import ShiftSamples, shift, write_greedily
 from llamapro.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 
@@ -355,7 +347,7 @@ def test_prompts_are_cut_evenly_and_continued_greedily(
 ) -> None:
     """Prompts are pieces of the text from all its length; a text too short gives none."""
     text = read_text(str(text_file), Tokenizer.load(args.dir), "text")
-    samples = write_greedily(model, text, 4, 8, 6)
+    samples = write_greedily(model, text.documents, 4, 8, 6)
     assert samples is not None
     places = len(ids) // 8
     starts = [i * places // 4 * 8 for i in range(4)]
@@ -365,7 +357,7 @@ def test_prompts_are_cut_evenly_and_continued_greedily(
         logits = model(whole[:, :-1])
     assert isinstance(logits, Tensor)
     assert torch.equal(samples.continuations, logits[:, 7:].argmax(-1))
-    assert write_greedily(model, text, 4, len(ids) + 1, 6) is None
+    assert write_greedily(model, text.documents, 4, len(ids) + 1, 6) is None
 
 
 def test_file_too_short_for_a_prompt_has_no_shift(args: Args, tmp_path: Path) -> None:
