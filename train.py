@@ -28,11 +28,12 @@ from llamapro.expansion import select_trainable
 from llamapro.job import Job, load_data
 from llamapro.manifest import load_state, newest_intact
 from llamapro.metrics import format_count
-from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
+from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta, init_random, load_tensors
 from llamapro.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
 from llamapro.plan import make_plan, render
 from llamapro.preset import parse
 from llamapro.progress import Progress, say
+from llamapro.replay import split_replayed
 from llamapro.resume import check_identity, find_resume_point, locked
 from llamapro.rng import load_rng, seed_all
 from llamapro.settings import OptimSettings, Settings, changes, check, flatten
@@ -108,11 +109,14 @@ def build_model(job: Job, ranks: Ranks) -> tuple[LlamaForCausalLM, dict[str, tor
 
 
 def forward(
-    model: LlamaForCausalLM, columns: Sequence[torch.Tensor], device: torch.device
+    model: LlamaForCausalLM,
+    columns: Sequence[torch.Tensor],
+    device: torch.device,
+    replayed: Replayed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns loss sum (nats), (), and number of targets, (), of inputs, targets [, documents]."""
     inputs, targets, *documents = (column.to(device) for column in columns)
-    return model(inputs, targets, documents=documents[0] if documents else None)
+    return model(inputs, targets, documents=documents[0] if documents else None, replayed=replayed)
 
 
 @torch.no_grad()
@@ -152,6 +156,7 @@ def train_step(
     model: LlamaForCausalLM,
     guard: FiniteGuard,
     columns: Sequence[torch.Tensor],
+    others: int,
     valid: float,
     settings: Settings,
     ranks: Ranks,
@@ -160,6 +165,7 @@ def train_step(
 
     Args:
         columns: inputs, targets and, of conversations, documents, each (n, T) int64.
+        others: the first so many samples of the global batch are not replayed, or not apart.
         valid: tokens that are predicted in the *global* batch. The loss is their mean, so it does
             not depend on how the batch is split.
 
@@ -172,10 +178,12 @@ def train_step(
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
     micro_batches = list(zip(*(column.split(rows) for column in columns), strict=True))
+    where = (len(micro_batches), rows, ranks.rank, ranks.world_size)
+    replayed = split_replayed(settings.replay, others, *where)
     for number, micro_batch in enumerate(micro_batches, 1):
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
         model.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
-        loss, _ = forward(model, micro_batch, ranks.device)
+        loss, _ = forward(model, micro_batch, ranks.device, replayed[number - 1])
         (loss * scale).backward()
         loss_sum += loss.detach()
     norm = clip_gradients(model.parameters(), settings.optim.clip)
@@ -282,9 +290,8 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
             if stopped or is_last:
                 break
             with progress.timed():
-                columns = batch(
-                    data.mixture, state["samples"], t.batch_size, ranks.rank, ranks.world_size
-                )
+                where = (state["samples"], t.batch_size, ranks.rank, ranks.world_size)
+                columns, others = batch(data.mixture, *where, data.apart)
                 # What one rank knows, all learn here, at the same step.
                 valid, stopping, is_written = ranks.sum(
                     (columns[1] != ops.IGNORE_INDEX).sum(), stop.is_asked, saver.is_done
@@ -293,7 +300,7 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
                     stopped = True
                     continue
                 rate = set_learning_rate(optimizer, step, steps, s.optim)
-                loss, norm = train_step(model, guard, columns, valid, s, ranks)
+                loss, norm = train_step(model, guard, columns, others, valid, s, ranks)
                 progress.step(int(valid), loss, norm)
             if is_written:
                 progress.saved(saver.finish())

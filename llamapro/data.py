@@ -139,20 +139,31 @@ class Mixture:
 
 
 def batch(
-    mixture: Mixture, start: int, count: int, rank: int, world_size: int
-) -> tuple[Tensor, ...]:
+    mixture: Mixture, start: int, count: int, rank: int, world_size: int, last: int | None = None
+) -> tuple[tuple[Tensor, ...], int]:
     """Returns a rank's share of the samples [start, start + count): every `world_size`-th.
 
     The union over the ranks is the same for any world size.
 
+    Args:
+        mixture: of all samples.
+        start, count: which of them, over all ranks.
+        rank, world_size: whose share.
+        last: a source whose samples come after all others, before they are dealt out. So ranks
+            differ by one of them at most.
+
     Returns:
         inputs, targets and, where the sources have them, documents: (n, T) int64; n is
-        `count / world_size`, rounded up on the first ranks.
+        `count / world_size`, rounded up on the first ranks. And how many of all `count` samples
+        come before those of the source `last`.
     """
-    samples = [mixture.sample(i) for i in range(start + rank, start + count, world_size)]
+    places = [mixture.locate(i) for i in range(start, start + count)]
+    places.sort(key=lambda place: place[0] == last)  # stable
+    samples = [mixture.sources[number][i] for number, i in places[rank::world_size]]
+    others = sum(number != last for number, _ in places)
     if not samples:  # more ranks than samples
-        return tuple(column[:0] for column in stack([mixture.sample(start)]))
-    return stack(samples)
+        return tuple(column[:0] for column in stack([mixture.sample(start)])), others
+    return stack(samples), others
 
 
 def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:

@@ -215,11 +215,73 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        if grad_x is not None:  # a product with a scalar tensor would round that to bf16 first
-            grad_x = (grad_x.to(scale.dtype) * scale).to(grad_x.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(ctx.dtype)
-            if ctx.frozen_rows:
-                grad_weight = F.pad(grad_weight, (0, 0, ctx.frozen_rows, 0))
+        grad_x, grad_weight = _scaled(ctx, scale)
         return grad_x, grad_weight, None, None, None, None
+
+
+class LinearKL(torch.autograd.Function):
+    """Summed KL(q || p) of p = softmax(x W^T) from q, a teacher's, through the same W.
+
+    For token n with l = W x_n and, of the teacher, l' = W' x'_n, where W' is the first rows of W
+    that the teacher has: it gives the others no probability:
+
+        KL_n = sum_v q_v (log q_v - log p_v),    dKL_n / dl_v = p_v - q_v
+
+    Chunks, rounding and frozen rows are as in `LinearCrossEntropy`. q is a constant.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        teacher_x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: int,
+        needs: tuple[bool, bool],
+        frozen_rows: int,
+        teacher_rows: int,
+    ) -> Tensor:
+        dtype = _wide(x.dtype)
+        grad_x = torch.empty_like(x) if needs[0] else None  # (N, C)
+        trained = weight[frozen_rows:]
+        grad_weight = torch.zeros_like(trained, dtype=dtype) if needs[1] else None
+        kl_sum = torch.zeros((), dtype=dtype, device=x.device)
+        for start in range(0, x.shape[0], rows):
+            part = slice(start, start + rows)
+            counts = (targets[part] != IGNORE_INDEX)[:, None]  # (n, 1)
+            log_p = F.linear(x[part], weight).log_softmax(1, dtype)  # (n, V)
+            log_q = F.linear(teacher_x[part], weight[:teacher_rows]).log_softmax(1, dtype)
+            q = log_q.exp()  # (n, V of the teacher)
+            terms = log_q.sub_(log_p[:, :teacher_rows]).mul_(q)
+            kl_sum = kl_sum + terms.sum(1, keepdim=True).where(counts, 0).sum()
+            if not any(needs):
+                continue
+            p = log_p.exp_()
+            p[:, :teacher_rows] -= q
+            grad = p.mul_(counts).to(x.dtype)
+            if grad_x is not None:
+                torch.mm(grad, weight, out=grad_x[part])
+            if grad_weight is not None:
+                grad_weight += grad[:, frozen_rows:].t() @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtype, ctx.frozen_rows = weight.dtype, frozen_rows
+        return kl_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = _scaled(ctx, scale)
+        return grad_x, None, grad_weight, None, None, None, None, None
+
+
+def _scaled(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the gradients of x and W that forward has computed, times the sum's."""
+    grad_x, grad_weight = ctx.saved_tensors
+    if grad_x is not None:  # a product with a scalar tensor would round that to bf16 first
+        grad_x = (grad_x.to(scale.dtype) * scale).to(grad_x.dtype)
+    if grad_weight is not None:
+        grad_weight = (grad_weight * scale).to(ctx.dtype)
+        if ctx.frozen_rows:
+            grad_weight = F.pad(grad_weight, (0, 0, ctx.frozen_rows, 0))
+    return grad_x, grad_weight

@@ -122,6 +122,8 @@ class Data:
 
     Attributes:
         mixture: the training samples in their order; the replay's source is the last.
+        apart: the number of that source, if its loss is another than the others' or weighs more or
+            less.
         val: the sequences of each validation set.
         identity: hashes of what the run is made of: `resume.make_identity`.
         about: lines for people: how conversations were packed, and one with what trains marked; how
@@ -129,6 +131,7 @@ class Data:
     """
 
     mixture: Mixture
+    apart: int | None
     val: dict[str, Source]
     identity: dict[str, Any]
     about: list[str]
@@ -187,4 +190,5 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
     else:
         mixture = Mixture(sources, weights, s.train.seed)
     val = {name: packed(f"val {name}") for name in job.val}
-    return Data(mixture, val, identity, about)
+    apart = len(sources) if s.replay.is_apart else None
+    return Data(mixture, apart, val, identity, about)

@@ -5,7 +5,8 @@ validation set, eval/SET/NUMBER.
 
 The records, told apart by `kind`; `step` counts the optimizer steps made:
 
-- `train`, one per logging step: `step`, `loss` (nats per token, over the global batch),
+- `train`, one per logging step: `step`, `loss` (nats per token, over the global batch; of replayed
+  tokens it is `replay.weight` times theirs, with `replay.distill` their KL divergence),
   `learning_rate`, `grad_norm`, `tokens` (trained on so far), `tokens_per_s`, `step_s` (mean seconds
   per step since the last record), `elapsed_s`, `memory_bytes` (peak).
 - `eval`, one per validation set each time: `step`, `set` (its name), `loss`, `perplexity`, `tokens`

@@ -7,6 +7,8 @@ Shapes: B batch, T query length, S key length (past + T), C hidden size, H query
 heads, D head dim, F FFN size, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -227,8 +229,16 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
-    ) -> Tensor:
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        with_base: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns hidden states (B, T, C) and, `with_base`, those of the base inside as well.
+
+        The base is the model without the latest generation's new blocks; it needs no gradient.
+        """
         x = self.embed_tokens(input_ids)  # (B, T, C)
         T, past = input_ids.shape[1], cache.length if cache is not None else 0
         S, window = past + T, self.config.sliding_window
@@ -239,11 +249,36 @@ class LlamaModel(nn.Module):
         if window is not None and window < S:
             bounds = ops.attention_bounds(T, S, window, documents, x.device)
         cos, sin = rope_table(self.config, positions, x.dtype)
-        for layer in self.layers:
+        record = self.config.expansion
+        new = record.new_layers if record and with_base else ()
+        for index, layer in enumerate(self.layers):
+            if index in new[:1]:
+                # Below the first new block the two are one. The base goes first: in backward FSDP
+                # gathers ahead of time what ran before, and that is to be the model's own block.
+                with torch.no_grad():
+                    base_x = x
+                    for above, base_layer in enumerate(self.layers):
+                        if above > index and above not in new:
+                            base_x = base_layer(base_x, cos, sin, bounds)
+                    base_x = self.norm(base_x)
             x = layer(x, cos, sin, bounds, cache)
         if cache is not None:
             cache.length += T
-        return self.norm(x)
+        return (self.norm(x), base_x) if new else self.norm(x)
+
+
+class Replayed(NamedTuple):
+    """The last sequences of a batch, whose loss is apart from the others'.
+
+    Attributes:
+        rows: how many they are. 0 is not the same as none: the base runs, as on other processes.
+        weight: of their loss, beside the others' 1.
+        distill: it is KL(base || model), the base being the one inside, not their cross-entropy.
+    """
+
+    rows: int
+    weight: float
+    distill: bool
 
 
 class LlamaForCausalLM(nn.Module):
@@ -282,6 +317,7 @@ class LlamaForCausalLM(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
         documents: Tensor | None = None,
+        replayed: Replayed | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Computes logits or loss.
 
@@ -292,19 +328,41 @@ class LlamaForCausalLM(nn.Module):
             last_only: compute the logits of the last position alone (generation).
             documents: (B, S) the number of each position's document, non-decreasing, past ones
                 included: documents do not see one another, and each starts at position 0.
+            replayed: which sequences have a loss of their own; with targets.
 
         Returns:
             Without targets: logits (B, T, V), or (B, 1, V), in the weights' dtype.
-            With targets: (loss_sum, count), as `ops.linear_cross_entropy`.
+            With targets: (loss_sum, count), as `ops.linear_cross_entropy`; what is replayed is in
+            both, in the first times its weight.
         """
-        x = self.model(input_ids, cache, documents)  # (B, T, C)
-        if targets is not None:
-            head = self.lm_head
-            frozen_rows = 0 if head.new_rows is None else head.weight.shape[0]
-            return ops.linear_cross_entropy(
-                x.flatten(0, 1), head.rows(), targets.flatten(), frozen_rows
-            )
-        return self.lm_head(x[:, -1:] if last_only else x)
+        with_base = replayed is not None and replayed.distill
+        x = self.model(input_ids, cache, documents, with_base)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x[:, -1:] if last_only else x)
+        if replayed is None:
+            return self._cross_entropy(x, targets)
+        x, base_x = x if with_base else (x, x)
+        rows = (targets.shape[0] - replayed.rows, replayed.rows)
+        (x, x_replayed), (targets, targets_replayed) = x.split(rows), targets.split(rows)
+        loss, count = self._cross_entropy(x, targets)
+        if with_base:
+            part, more = self._kl(x_replayed, base_x[rows[0] :], targets_replayed)
+        else:
+            part, more = self._cross_entropy(x_replayed, targets_replayed)
+        return loss + replayed.weight * part, count + more
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return ops.linear_cross_entropy(x, self.lm_head.rows(), targets, self._frozen_rows())
+
+    def _kl(self, x: Tensor, base_x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        x, base_x, targets = x.flatten(0, 1), base_x.flatten(0, 1), targets.flatten()
+        record, head = self.config.expansion, self.lm_head.rows()
+        base_vocab_size = record.base_vocab_size if record else None
+        return ops.linear_kl(x, base_x, head, targets, self._frozen_rows(), base_vocab_size)
+
+    def _frozen_rows(self) -> int:
+        return 0 if self.lm_head.new_rows is None else self.lm_head.weight.shape[0]
 
 
 def build_on_meta(config: ModelConfig) -> LlamaForCausalLM:

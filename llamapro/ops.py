@@ -350,6 +350,40 @@ def linear_cross_entropy(
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
+def linear_kl(
+    x: Tensor,
+    teacher_x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    frozen_rows: int = 0,
+    teacher_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of KL(teacher || model), both through one output embedding.
+
+    Computed as `linear_cross_entropy`: a chunk's logits at a time, the gradient in forward, softmax
+    and sum in fp32. The teacher gets no gradient. It is plain PyTorch on every device.
+
+    Args:
+        x: (N, C).
+        teacher_x: (N, C), the teacher's.
+        weight: (V, C).
+        targets: (N,) token ids; where one is `IGNORE_INDEX` the token adds neither KL nor count.
+        frozen_rows: of the first so many rows of the weight no gradient is computed: it is 0.
+        teacher_rows: how many rows the teacher has, the first ones; None: all. To later tokens it
+            gives no probability.
+
+    Returns:
+        kl_sum: () fp32, in nats.
+        count: () int64, the number of targets that are not ignored.
+    """
+    rows = max(1, logits_at_once(x.device) // (2 * weight.shape[0]))  # two live at a time
+    has_graph = torch.is_grad_enabled()
+    needs = (has_graph and x.requires_grad, has_graph and weight.requires_grad)
+    more = (rows, needs, frozen_rows, teacher_rows or weight.shape[0])
+    kl_sum = functional.LinearKL.apply(x, teacher_x, weight, targets, *more)
+    return kl_sum, (targets != IGNORE_INDEX).sum()
+
+
 def logits_at_once(device: torch.device) -> int:
     """How many logits plain PyTorch holds at a time: 256 MiB in fp32, or what a CPU's cache has."""
     return 1 << 20 if device.type == "cpu" else 1 << 26

@@ -14,7 +14,7 @@ from llamapro.distributed import Frozen, world_size
 from llamapro.expansion import select_trainable
 from llamapro.metrics import format_bytes
 from llamapro.model import DecoderLayer, Head, LlamaForCausalLM, RMSNorm, build_on_meta, rope_table
-from llamapro.settings import Settings
+from llamapro.settings import ReplaySettings, Settings
 
 
 def make_plan(
@@ -98,7 +98,7 @@ def estimate_memory(
     on the safe side. The backends of `ops.use` around it count.
 
     Args:
-        settings: micro-batch, sequence length and recomputation are read.
+        settings: micro-batch, sequence length, recomputation and distillation are read.
         model: on the meta device, `requires_grad` set.
         compute_dtype: of matrix products, activations and frozen weights.
         device: where the run will compute; nothing is allocated there.
@@ -140,6 +140,8 @@ def estimate_memory(
         "activations": activation_bytes(model, (rows, length), compute_dtype, device, t.recompute),
         "logits": _logit_bytes(model.config, rows * length, compute_dtype, device, model.lm_head),
     }
+    if settings.replay.share and settings.replay.distill:
+        estimate["teacher"] = _teacher_bytes(model.config, rows * length, compute_dtype, device)
     return estimate | {"total": sum(estimate.values())}
 
 
@@ -243,6 +245,22 @@ def _logit_bytes(
     return min(logits, 1 << 27) * dtype.itemsize + gradients
 
 
+def _teacher_bytes(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Its hidden states and, of `ops.linear_kl`, a chunk: three of logits in fp32, one to round."""
+    logits = min(tokens * config.vocab_size, ops.logits_at_once(device) // 2)
+    return tokens * config.hidden_size * dtype.itemsize + logits * (3 * 4 + dtype.itemsize)
+
+
+def _describe_replay(replay: ReplaySettings) -> str:
+    if not replay.share:
+        return ""
+    how = ", distilled" if replay.distill else ""
+    weight = f", weight {replay.weight:g}" if replay.weight != 1 else ""
+    return f", {replay.share:.1%} replay{how}{weight}"
+
+
 def render(plan: dict[str, Any], settings: Settings) -> str:
     """Returns the plan as the start-up block."""
     s, sizes = settings, plan["parameters"]
@@ -262,8 +280,7 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
         "ops": plan["ops"],
         "memory estimate": ", ".join(f"{name} {format_bytes(n)}" for name, n in memory.items())
         + " per process",
-        "training data": " ".join(s.data.train)
-        + (f", {s.replay.share:.1%} replay" if s.replay.share else ""),
+        "training data": " ".join(s.data.train) + _describe_replay(s.replay),
         "validation": " ".join(s.data.val) or "none",
         "run dir": plan["run_dir"],
         "resume from": plan["resume_from"] or "new run",

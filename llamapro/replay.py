@@ -25,7 +25,7 @@ from llamapro.config import ConfigError
 from llamapro.contained import load_contained
 from llamapro.data import Mixture, Source
 from llamapro.generate import generate
-from llamapro.model import LlamaForCausalLM
+from llamapro.model import LlamaForCausalLM, Replayed
 from llamapro.settings import ReplaySettings
 from llamapro.store import TokenStore, write_store
 from llamapro.tensor_file import hash_tensors
@@ -180,6 +180,36 @@ def mix(
     others = Mixture(sources, weights, seed).samples_per_epoch
     passes = others * share / (1 - share) / len(replay)
     return Mixture([*sources, replay], [*weights, passes], seed)
+
+
+def split_replayed(
+    settings: ReplaySettings,
+    others: int,
+    micro_batches: int,
+    rows: int,
+    rank: int,
+    world_size: int,
+) -> list[Replayed | None]:
+    """Says which last rows of a rank's micro-batches are replayed, of samples dealt out by `batch`.
+
+    Args:
+        settings: how their loss is apart.
+        others: how many samples of the global batch are not replayed, or not apart.
+        micro_batches: how many the rank makes of its share.
+        rows: of each.
+        rank, world_size: whose they are.
+
+    Returns:
+        One for each micro-batch. None, where no rank has any, is None on all ranks: the base inside
+        runs on all of them or on none, because sharded weights are gathered together.
+    """
+    here, least = len(range(rank, others, world_size)), others // world_size
+    return [
+        Replayed(min(rows, max(0, end - here)), settings.weight, settings.distill)
+        if end > least
+        else None
+        for end in range(rows, (micro_batches + 1) * rows, rows)
+    ]
 
 
 def describe_mix(mixture: Mixture) -> str:

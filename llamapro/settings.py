@@ -70,6 +70,17 @@ class ReplaySettings:
     """Of the draws."""
     batch_size: int = 16
     """Documents, of up to data.seq_len tokens, that are written at a time."""
+    distill: bool = False
+    """Replayed sequences teach what the base would say, not what they say: their loss is KL(base ||
+    model) per token, the base being the model without its new blocks. With replay.data naming the
+    files of data.train it is self-distillation on these."""
+    weight: float = 1.0
+    """Of the loss of replayed sequences, beside the others' 1."""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether replayed sequences have another loss than the others, or another weight."""
+        return self.share > 0 and (self.distill or self.weight != 1)
 
 
 @dataclass(frozen=True)
@@ -280,7 +291,7 @@ def check(settings: Settings, world_size: int) -> None:
         )
     positive = "data.seq_len train.batch_size train.micro_batch_size optim.lr optim.clip".split()
     positive += ["eval.every", "save.every", "save.keep", "log_every"]
-    positive += ["replay.tokens", "replay.temperature", "replay.batch_size"]
+    positive += ["replay.tokens", "replay.temperature", "replay.batch_size", "replay.weight"]
     if not s.train.steps:
         positive.append("train.epochs")
     flat = flatten(s)
@@ -343,7 +354,12 @@ def _check_replay(s: Settings) -> list[str]:
     if not 0 <= share < 1:
         return [f"replay.share is {share}, expected 0 to below 1"]
     if not share:
-        return [f"replay.data {s.replay.data} needs replay.share"] if s.replay.data else []
+        given = {key: getattr(s.replay, key) for key in ("data", "distill", "weight")}
+        return [
+            f"replay.{key} {value} needs replay.share"
+            for key, value in given.items()
+            if value != getattr(ReplaySettings, key)
+        ]
     wrong = []
     if s.train.trainable == "all":
         wrong.append(

@@ -267,7 +267,7 @@ def test_ranks_share_the_same_samples_for_any_world_size(tmp_path: Path, count: 
     mixture, _ = make_mixture(tmp_path, [7, 5], [1.0, 1.5])
     expected = [mixture.sample(i)[1].tolist() for i in range(9, 9 + count)]
     for world_size in (1, 2, 4):
-        shares = [batch(mixture, 9, count, rank, world_size) for rank in range(world_size)]
+        shares = [batch(mixture, 9, count, rank, world_size)[0] for rank in range(world_size)]
         for inputs, targets in shares:
             assert inputs.dtype == targets.dtype == torch.int64
             assert inputs.shape == targets.shape == (targets.shape[0], 4)

@@ -1,0 +1,684 @@
+"""Self-distillation: what is replayed learns what the base inside says, and nothing else changes.
+
+Run by torchrun, this file is the worker: it trains a small model with every layout of frozen
+weights and writes down what came out. Run by pytest, it starts these workers and compares.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llamapro import expansion, ops
+from llamapro.blocks import training_checkpoints
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ConfigError, ModelConfig
+from llamapro.contained import load_contained
+from llamapro.data import Mixture, batch
+from llamapro.distributed import Frozen, Ranks, compile_blocks, process_group, shard
+from llamapro.metrics import read_metrics
+from llamapro.model import (
+    LlamaForCausalLM,
+    Replayed,
+    build_on_meta,
+    init_random,
+    load_tensors,
+)
+from llamapro.optim import FiniteGuard, build_adamw
+from llamapro.plan import Spread, estimate_memory
+from llamapro.replay import split_replayed
+from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
+from llamapro.settings import TrainSettings as Train
+from llamapro.streaming import expand_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+IGNORED = ops.IGNORE_INDEX
+OPTIONS: tuple[Frozen, ...] = ("shard", "gather", "replicate")
+STEPS, BATCH, LENGTH = 3, 8, 12
+DISTILLED = ReplaySettings(share=0.4, distill=True, weight=2.0)
+CPU = torch.device("cpu")
+BASE = ModelConfig.from_dict(
+    {
+        "model_type": "llama",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,  # at this width, so that every block matters
+    }
+)
+CONFIG = expansion.expand_config(BASE, expansion.interleave(4, 2), "")
+NEW = (2, 5)
+
+
+def load_train() -> ModuleType:
+    """train.py as a module: nothing imports it, so it is loaded by its path."""
+    spec = importlib.util.spec_from_file_location("train_for_distill", ROOT / "train.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- The same steps in one process and in two ----------------------------------------------------
+
+
+class Numbers:
+    """A source of random sequences, some of whose targets are ignored."""
+
+    seq_len = LENGTH
+
+    def __init__(self, length: int, seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        self.ids = draw.integers(BASE.vocab_size, size=(length, LENGTH + 1))
+        self.is_ignored = draw.random((length, LENGTH)) < 0.2
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        ids = self.ids[index]
+        return ids[:-1], np.where(self.is_ignored[index], IGNORED, ids[1:])
+
+    def documents(self, index: int) -> list[int | None]:
+        return [index]
+
+
+MIXTURE = Mixture([Numbers(15, 0), Numbers(9, 1)], [1.0, 1.0], 0)
+
+
+def build(in_new: float = 0.05) -> LlamaForCausalLM:
+    """The expanded model in fp32; `in_new` is the size of what its new blocks have learnt."""
+    model = build_on_meta(CONFIG)
+    load_tensors(model, init_random(CONFIG, seed=0))
+    expansion.select_trainable(model, "new_blocks")
+    generator = torch.Generator().manual_seed(1)
+    for index in NEW:
+        for name in expansion.ZERO_IN_NEW_BLOCKS:
+            weight = model.model.layers[index].get_parameter(name)
+            weight.data = in_new * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def base_of(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Its base as a model of its own."""
+    assert model.config.expansion
+    layout = expansion.Layout.of(model.config.expansion, model.config.num_hidden_layers)
+    tensors = model.state_dict()
+    base = build_on_meta(BASE)
+    names = expansion.base_names(tensors, layout)
+    load_tensors(base, {name: tensors[ours].clone() for ours, name in names.items()})
+    return base.requires_grad_(False)
+
+
+def take_steps(
+    train: ModuleType, ranks: Ranks, frozen: Frozen = "shard", rows: int = 1, **options: Any
+) -> dict[str, Any]:
+    """Trains on the mixture with train.py's own step; returns what came out, weights gathered."""
+    replay = options.pop("replay", DISTILLED)
+    settings = Settings(replay=replay, train=Train(micro_batch_size=rows, batch_size=BATCH))
+    model = build()
+    for layer in model.model.layers:
+        layer.recompute = options.get("recompute", False)  # type: ignore[assignment]
+    if options.get("compile"):
+        compile_blocks(model)
+    shard(model, ranks, torch.float32, frozen)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    guard, found = FiniteGuard(optimizer, 0, CPU), {"losses": [], "norms": []}
+    for step in range(STEPS):
+        where = (step * BATCH, BATCH, ranks.rank, ranks.world_size)
+        columns, others = batch(MIXTURE, *where, 1 if replay.is_apart else None)
+        (valid,) = ranks.sum((columns[1] != IGNORED).sum())
+        loss, norm = train.train_step(model, guard, columns, others, valid, settings, ranks)
+        found["losses"] += ranks.sum(loss)
+        found["norms"].append(norm.item())
+        with torch.no_grad():  # leaves units gathered that the next step must take as they are
+            model(columns[0][:1])
+    weights = {
+        name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()
+    }
+    return found | {"weights": {name: p.detach().clone() for name, p in weights.items()}}
+
+
+def worker(out: Path) -> None:
+    """Takes the steps with every layout; the main rank writes one file each."""
+    train = load_train()
+    with process_group("cpu") as ranks:
+        for frozen in OPTIONS:
+            found = take_steps(train, ranks, frozen, recompute=frozen == "gather")
+            if ranks.is_main:
+                torch.save(found, out / f"{frozen}.pt")
+
+
+# ---- What pytest runs ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def train_module() -> ModuleType:
+    return load_train()
+
+
+@pytest.fixture(scope="module")
+def alone(train_module: ModuleType) -> dict[str, Any]:
+    with process_group("cpu") as ranks:
+        return take_steps(train_module, ranks)
+
+
+def assert_same_steps(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """fp32 sums in another order: a few units in the last place, which updates hand on."""
+    for key in ("losses", "norms"):
+        ours, theirs = torch.tensor(found[key]), torch.tensor(expected[key])
+        torch.testing.assert_close(ours, theirs, rtol=4e-6, atol=0)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_take_the_steps_of_one(alone: dict[str, Any], tmp_path: Path) -> None:
+    """Wherever frozen weights lie; at some steps only one of the two has something replayed."""
+    counts = [BATCH - batch(MIXTURE, i * BATCH, BATCH, 0, 1, 1)[1] for i in range(STEPS)]
+    assert any(count % 2 for count in counts)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", __file__, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for frozen in OPTIONS:
+        assert_same_steps(torch.load(tmp_path / f"{frozen}.pt"), alone)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_micro_batches_do_not_change_the_steps(
+    rows: int, alone: dict[str, Any], train_module: ModuleType
+) -> None:
+    """Some of them hold both kinds of sequences, of 8 rows each step's only one."""
+    with process_group("cpu") as ranks:
+        assert_same_steps(take_steps(train_module, ranks, rows=rows), alone)
+
+
+def test_recomputed_blocks_take_the_same_steps(
+    alone: dict[str, Any], train_module: ModuleType
+) -> None:
+    """To the bit."""
+    with process_group("cpu") as ranks:
+        found = take_steps(train_module, ranks, recompute=True)
+    assert found["losses"] == alone["losses"] and found["norms"] == alone["norms"]
+
+
+def test_compiled_blocks_take_the_same_steps(
+    alone: dict[str, Any], train_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the base runs them without a gradient."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    # What the compiler makes of a graph is not in question here, and it is slow.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    with process_group("cpu") as ranks:
+        assert_same_steps(take_steps(train_module, ranks, rows=4, compile=True), alone)
+    assert graphs
+
+
+@pytest.mark.parametrize("distill", [True, False])
+def test_the_step_is_that_of_the_formula(
+    distill: bool, train_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(CE of the others + weight x (KL or CE) of the replayed) / tokens, and its gradient."""
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 1)
+    with process_group("cpu") as ranks:
+        settings = replace(DISTILLED, distill=distill)
+        found = take_steps(train_module, ranks, rows=2, replay=settings)
+    model = build().double()
+    base, total, valid = base_of(model), torch.zeros((), dtype=torch.float64), 0
+    for i in range(BATCH):
+        number, sequence = MIXTURE.locate(i)
+        ids, targets = map(torch.from_numpy, MIXTURE.sources[number][sequence])
+        counted = targets != IGNORED
+        log_p, log_q = (m(ids[None])[0, counted].log_softmax(-1) for m in (model, base))
+        loss = -log_p.gather(1, targets[counted, None]).sum()
+        if number == 1:
+            kl = (log_q.exp() * (log_q - log_p)).sum()
+            loss = settings.weight * (kl if distill else loss)
+        total, valid = total + loss, valid + int(counted.sum())
+    (total / valid).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    # fp32 against fp64: 1e-5 is a hundred units in the last place for sums over thousands of terms.
+    assert found["losses"][0] == pytest.approx(total.item() / valid, rel=1e-5)
+    assert found["norms"][0] == pytest.approx(norm.item(), rel=1e-5)
+
+
+# ---- Which rows are replayed ---------------------------------------------------------------------
+
+
+def order(last: int | None, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    columns, _ = batch(MIXTURE, 5, BATCH, rank, world_size, last)
+    return columns[0].tolist()
+
+
+def test_without_a_loss_of_their_own_samples_keep_their_order() -> None:
+    """That of the mixture; and nothing is told apart in any micro-batch."""
+    expected = [MIXTURE.sample(i)[0].tolist() for i in range(5, 5 + BATCH)]
+    for world_size in (1, 2, 4):
+        for rank in range(world_size):
+            assert order(None, rank, world_size) == expected[rank::world_size]
+    _, others = batch(MIXTURE, 5, BATCH, 0, 1)
+    assert others == BATCH
+    for world_size in (1, 2, 4):
+        assert split_replayed(DISTILLED, others, BATCH // world_size, 1, 0, world_size) == (
+            [None] * (BATCH // world_size)
+        )
+    assert not ReplaySettings(share=0.5).is_apart and not ReplaySettings(weight=2.0).is_apart
+
+
+def test_replayed_samples_come_last_in_their_order_on_any_number_of_ranks() -> None:
+    """The union over ranks is the same; both kinds keep the mixture's order."""
+    places = [MIXTURE.locate(i)[0] for i in range(5, 5 + BATCH)]
+    samples = [MIXTURE.sample(i)[0].tolist() for i in range(5, 5 + BATCH)]
+    kinds = [[s for s, n in zip(samples, places, strict=True) if n == kind] for kind in (0, 1)]
+    assert all(kinds) and places != sorted(places)
+    whole = order(1)
+    assert whole == kinds[0] + kinds[1]
+    for world_size in (2, 4):
+        for rank in range(world_size):
+            assert order(1, rank, world_size) == whole[rank::world_size]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_every_rank_runs_the_base_in_the_same_micro_batches(world_size: int, rows: int) -> None:
+    """In all that hold a replayed row on any rank, and in no other; the rows are the right ones."""
+    micro_batches = 4
+    count = micro_batches * rows * world_size
+    for others in range(count + 1):
+        is_replayed = [i >= others for i in range(count)]
+        parts = []
+        for rank in range(world_size):
+            mine = is_replayed[rank::world_size]
+            parts.append([mine[i * rows :][:rows] for i in range(micro_batches)])
+        for rank in range(world_size):
+            found = split_replayed(DISTILLED, others, micro_batches, rows, rank, world_size)
+            for i, replayed in enumerate(found):
+                assert (replayed is None) == (not any(any(part[i]) for part in parts))
+                here = replayed.rows if replayed else 0
+                assert parts[rank][i] == [False] * (rows - here) + [True] * here
+
+
+# ---- The base inside -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., ModelConfig],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """A base, its expansion, that one's own with an added token, one with new blocks below all."""
+    home = tmp_path_factory.mktemp("distill")
+    config = tiny_config(num_hidden_layers=2, max_position_embeddings=64)
+    base = Checkpoint.open(write_random_checkpoint(home / "base", config))
+    expand_checkpoint(base, home / "pro", expansion.interleave(2, 1))
+    expand_checkpoint(base, home / "below", expansion.stack(2, 1, "prefix"))
+    pro = Checkpoint.open(home / "pro")
+    expand_checkpoint(pro, home / "again", expansion.interleave(3, 3), new_tokens=["<|x|>"])
+    (home / "train.txt").write_text("def usage(parser): print(parser.usage)\n" * 60)
+    (home / "general.txt").write_text("It was the best of times, it was the worst of times.\n" * 20)
+    return home
+
+
+def moved(checkpoint: Checkpoint) -> LlamaForCausalLM:
+    """The model, with something learnt in the latest new blocks."""
+    model = checkpoint.load()
+    assert checkpoint.config.expansion
+    generator = torch.Generator().manual_seed(0)
+    for index in checkpoint.config.expansion.new_layers:
+        for p in model.model.layers[index].parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+IDS = torch.arange(2 * LENGTH).view(2, LENGTH) * 7 % 400
+FOLLOWING = IDS.roll(-1, 1)
+
+
+@pytest.mark.parametrize("name", ["pro", "below", "again"])
+@pytest.mark.parametrize("documents", [None, torch.arange(2 * LENGTH).view(2, LENGTH) // 5])
+def test_the_teacher_is_the_contained_base_to_the_bit(
+    name: str, documents: Tensor | None, home: Path
+) -> None:
+    """The latest generation's blocks are skipped, whatever they hold; the model is as without."""
+    checkpoint = Checkpoint.open(home / name)
+    model, base = moved(checkpoint), load_contained(checkpoint)
+    x, base_x = model.model(IDS, documents=documents, with_base=True)
+    assert torch.equal(base_x, base.model(IDS, documents=documents))
+    assert torch.equal(x, model.model(IDS, documents=documents)) and not torch.equal(x, base_x)
+
+
+@pytest.mark.parametrize("name", ["pro", "below"])
+def test_at_the_first_step_nothing_is_to_be_learnt(name: str, home: Path) -> None:
+    """New blocks are the identity: KL and gradient are exactly 0, as both go the same way."""
+    model = Checkpoint.open(home / name).load()
+    parameters = [model.get_parameter(n) for n in expansion.select_trainable(model, "new_blocks")]
+    kl, count = model(IDS, FOLLOWING, replayed=Replayed(2, 1.0, True))
+    kl.backward()
+    assert kl.item() == 0 and count == IDS.numel()
+    assert all(p.grad is not None and not p.grad.any() for p in parameters)
+
+
+def test_added_tokens_have_no_place_in_what_the_base_says(home: Path) -> None:
+    """Its distribution is over its own vocabulary; what the model gives beyond it costs."""
+    checkpoint = Checkpoint.open(home / "again")
+    model, base = moved(checkpoint), load_contained(checkpoint)
+    log_p, log_q = (m(IDS).double().log_softmax(-1) for m in (model, base))
+    assert log_p.shape[-1] == log_q.shape[-1] + 1
+    expected = (log_q.exp() * (log_q - log_p[..., :-1])).sum()
+    kl, _ = model(IDS, FOLLOWING, replayed=Replayed(2, 1.0, True))
+    assert kl.item() == pytest.approx(expected.item(), rel=1e-5)
+    identity, _ = checkpoint.load()(IDS, FOLLOWING, replayed=Replayed(2, 1.0, True))
+    at_first = checkpoint.load()(IDS).double().log_softmax(-1)[..., -1].exp()
+    assert identity.item() == pytest.approx(-(-at_first).log1p().sum().item(), rel=1e-3)
+
+
+def test_rows_of_added_tokens_learn_from_it_and_the_bases_do_not(home: Path) -> None:
+    """With train.new_tokens: the head is joined, and only its last row has a gradient."""
+    checkpoint = Checkpoint.open(home / "again")
+    model = build_on_meta(checkpoint.config)
+    names = expansion.select_trainable(model, "new_blocks", new_tokens=True)
+    load_tensors(model, checkpoint.state_dict())
+    model(IDS, FOLLOWING, replayed=Replayed(1, 1.0, True))[0].backward()
+    assert "lm_head.new_rows" in names and model.lm_head.new_rows is not None
+    gradient = model.lm_head.new_rows.grad
+    assert gradient is not None and gradient.any() and model.lm_head.weight.grad is None
+
+
+# ---- KL ------------------------------------------------------------------------------------------
+
+N, C, V = 37, 16, 50
+
+
+def draw(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, the teacher's, weight, targets of which every third is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    x, teacher_x = (torch.randn(N, C, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(V, C, generator=generator).to(dtype)
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[::3] = IGNORED
+    return x.requires_grad_(), teacher_x, weight.requires_grad_(), targets
+
+
+def plain_kl(x: Tensor, teacher_x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """The formula, left to autograd."""
+    kept = targets != IGNORED
+    log_p = (x[kept] @ weight.T).log_softmax(-1)
+    log_q = (teacher_x[kept] @ weight[:rows].detach().T).log_softmax(-1)
+    return torch.nn.functional.kl_div(log_p[:, :rows], log_q, reduction="sum", log_target=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 7 * 2 * V, 1 << 20])
+@pytest.mark.parametrize(("frozen_rows", "teacher_rows"), [(0, None), (0, 45), (45, 45)])
+def test_kl_and_its_gradient_are_those_of_autograd(
+    chunk: int, frozen_rows: int, teacher_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp64, whatever the chunks; frozen rows of the weight get 0, the teacher nothing."""
+    monkeypatch.setattr(ops, "logits_at_once", lambda _: chunk)
+    x, teacher_x, weight, targets = draw()
+    kl, count = ops.linear_kl(
+        x, teacher_x.requires_grad_(), weight, targets, frozen_rows, teacher_rows
+    )
+    expected = plain_kl(x, teacher_x.detach(), weight, targets, teacher_rows or V)
+    torch.testing.assert_close(kl, expected, rtol=1e-12, atol=0)
+    assert count == (targets != IGNORED).sum() and kl.dtype == torch.float64
+    inputs = (x, weight, teacher_x)
+    grad_x, grad_weight, of_teacher = torch.autograd.grad(0.3 * kl, inputs, allow_unused=True)
+    exact_x, exact_weight = torch.autograd.grad(0.3 * expected, (x, weight))
+    exact_weight[:frozen_rows] = 0
+    torch.testing.assert_close(grad_x, exact_x, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grad_weight, exact_weight, rtol=1e-10, atol=1e-12)
+    assert of_teacher is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kl_is_computed_in_fp32(
+    dtype: torch.dtype, assert_as_exact_as_torch: Callable[[Tensor, Tensor, Tensor], None]
+) -> None:
+    """Of logits rounded to the input's dtype, as PyTorch's in that dtype."""
+    x, teacher_x, weight, targets = draw(dtype)
+    kl, _ = ops.linear_kl(x, teacher_x, weight, targets)
+    (grad_x,) = torch.autograd.grad(kl, x)
+    kept = targets != IGNORED
+    logits, teacher_logits = (h[kept] @ weight.T for h in (x, teacher_x))
+    log_p, log_q = (part.double().log_softmax(-1) for part in (logits, teacher_logits))
+    same_logits = (log_q.exp() * (log_q - log_p)).sum()
+    assert kl.dtype == torch.float32
+    assert kl.item() == pytest.approx(same_logits.item(), rel=1e-6)
+    exact = [t.detach().double().requires_grad_() for t in (x, teacher_x, weight)]
+    (exact_x,) = torch.autograd.grad(plain_kl(*exact, targets, V), exact[0])
+    (plain_x,) = torch.autograd.grad(plain_kl(x, teacher_x, weight, targets, V), x)
+    assert_as_exact_as_torch(grad_x, plain_x, exact_x)
+
+
+def test_ignored_targets_count_nothing() -> None:
+    """Whatever stands there, for model or teacher, changes neither KL nor gradient, which is 0."""
+    x, teacher_x, weight, targets = draw()
+    kl, count = ops.linear_kl(x, teacher_x, weight, targets)
+    (grad_x,) = torch.autograd.grad(kl, x)
+    ignored = targets == IGNORED
+    assert not grad_x[ignored].any() and grad_x[~ignored].any(1).all()
+    other_x, other_teacher = x.detach().clone(), teacher_x.clone()
+    other_x[ignored], other_teacher[ignored] = 3.0, -3.0
+    again, _ = ops.linear_kl(other_x, other_teacher, weight, targets)
+    assert again.item() == kl.item()
+    nothing, none = ops.linear_kl(x, teacher_x, weight, torch.full_like(targets, IGNORED))
+    assert (nothing.item(), none.item(), count.item()) == (0, 0, int((~ignored).sum()))
+    empty, _ = ops.linear_kl(x[:0], teacher_x[:0], weight, targets[:0])
+    assert empty.item() == 0 and not torch.autograd.grad(empty, x)[0].any()
+
+
+class Largest(TorchDispatchMode):
+    """Knows the most elements that a tensor made inside it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def test_the_logits_of_a_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half as many as of cross-entropy, because the teacher's are there as well."""
+    at_once = 10 * V * C
+    monkeypatch.setattr(ops, "logits_at_once", lambda _: at_once)
+    x, teacher_x, weight, _ = draw(torch.float32)
+    x, teacher_x = x.repeat(20, 1), teacher_x.repeat(20, 1)
+    with Largest() as largest:
+        ops.linear_kl(x, teacher_x, weight, torch.zeros(len(x), dtype=torch.int64))
+    assert largest.elements <= max(at_once // 2, x.numel()) < x.shape[0] * V
+
+
+# ---- In a run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(
+    train_module: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`run(name, **changes)` trains in this process; returns the run directory."""
+
+    def run(name: str, **changes: Any) -> Path:
+        options = {
+            "model.path": home / "pro",
+            "data.train": home / "train.txt",
+            "data.val": f"general={home / 'general.txt'}",
+            "data.seq_len": 24,
+            "data.cache_dir": tmp_path / "cache",
+            "replay.share": 0.5,
+            "replay.data": home / "general.txt",
+            "replay.distill": "",
+            "train.steps": 4,
+            "train.batch_size": 4,
+            "train.micro_batch_size": 2,
+            "train.device": "cpu",
+            "optim.lr": 1e-2,
+            "eval.every": 100,
+            "save.every": 2,
+            "log_every": 1,
+            "run_dir": tmp_path / name,
+        } | {key.replace("__", "."): value for key, value in changes.items()}
+        words = ["train.py"]
+        for key, value in options.items():
+            if value is not None:
+                words += [f"--{key.replace('_', '-')}", *str(value).split()]
+        monkeypatch.setattr(sys, "argv", words)
+        train_module.main()
+        return tmp_path / name
+
+    return run
+
+
+def losses(run_dir: Path, kind: str = "train") -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_metrics(run_dir) if r["kind"] == kind}
+
+
+def test_a_stopped_run_resumes_exactly(run: Callable[..., Path]) -> None:
+    """From step 2 to 4: every loss and every byte is the same."""
+    whole = run("whole", replay__weight=3.0)
+    shutil.copytree(whole, whole.parent / "again")
+    shutil.rmtree(training_checkpoints(whole.parent / "again")[1])
+    again = run("again", replay__weight=3.0)
+    assert losses(again) == losses(whole) and len(losses(again)) == 4
+    ours, theirs = (
+        load_file(training_checkpoints(d)[-1] / "trainable.safetensors") for d in (again, whole)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_does_not_go_on_with_another_loss(run: Callable[..., Path]) -> None:
+    """Both settings decide what is computed."""
+    run("one", train__steps=2)
+    with pytest.raises(ConfigError, match=r"replay\.distill true -> false"):
+        run("one", replay__distill=None)
+    with pytest.raises(ConfigError, match=r"replay\.weight 1\.0 -> 2\.0"):
+        run("one", replay__weight=2.0)
+
+
+def test_the_weight_is_that_of_the_replayed_tokens_alone(run: Callable[..., Path]) -> None:
+    """At the first step, before anything is learnt: cross-entropy counts so often, KL is 0."""
+    first = {
+        (distill, weight): losses(
+            run(
+                f"{distill}{weight}", replay__distill=distill, replay__weight=weight, train__steps=1
+            )
+        )[1]
+        for distill in ("", None)
+        for weight in (1.0, 3.0)
+    }
+    assert first["", 1.0] == first["", 3.0]
+    replayed = first[None, 1.0] - first["", 1.0]
+    assert replayed > 0.5
+    expected = first["", 1.0] + 3 * replayed
+    assert first[None, 3.0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_distillation_keeps_what_the_base_says_of_the_replayed_text(
+    run: Callable[..., Path], home: Path
+) -> None:
+    """Its loss there stays closer than without, while what is learnt is learnt."""
+    changes = {"train__steps": 30, "optim__lr": 3e-3, "log_every": 30, "save__every": 30}
+    changes["data__val"] = f"general={home / 'general.txt'} code={home / 'train.txt'}"
+    found = {}
+    for name, more in {"none": dict.fromkeys(("share", "data", "distill")), "distill": {}}.items():
+        path = run(name, **changes, **{f"replay__{key}": value for key, value in more.items()})
+        found[name] = {
+            set_: [r["loss"] for r in read_metrics(path) if r.get("set") == set_]
+            for set_ in ("general", "code")
+        }
+    drift = {name: abs(sets["general"][-1] - sets["general"][0]) for name, sets in found.items()}
+    assert drift["distill"] < drift["none"] / 2
+    assert all(sets["code"][-1] < sets["code"][0] - 0.5 for sets in found.values())
+
+
+def test_the_plan_says_how_replay_is_learnt_and_counts_the_teacher(
+    run: Callable[..., Path], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a dry run already; without the settings it says what it said before."""
+    for distill, weight, told in (
+        ("", 0.5, "50.0% replay, distilled, weight 0.5\n"),
+        (None, 1.0, "50.0% replay\n"),
+        (None, 2.0, "50.0% replay, weight 2\n"),
+    ):
+        assert not run("dry", dry_run="", replay__distill=distill, replay__weight=weight).exists()
+        assert told in capsys.readouterr().out
+    config, settings = Checkpoint.open(home / "pro").config, Settings(data=DataSettings(seq_len=24))
+    model = build_on_meta(config)
+    expansion.select_trainable(model, "new_blocks")
+    plain, distilled = (
+        estimate_memory(replace(settings, replay=replay), model, torch.bfloat16, CPU, Spread(1))
+        for replay in (ReplaySettings(), DISTILLED)
+    )
+    # Hidden states in bf16; of the logits three times fp32 and once bf16.
+    teacher = 24 * config.hidden_size * 2 + 24 * config.vocab_size * (3 * 4 + 2)
+    assert distilled == plain | {"teacher": teacher, "total": plain["total"] + teacher}
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+VALID = Settings(model=ModelSettings(path="m"), data=DataSettings(train=("t",)), replay=DISTILLED)
+
+
+@pytest.mark.parametrize(
+    ("replay", "told"),
+    [
+        (ReplaySettings(distill=True), ["replay.distill True needs replay.share"]),
+        (ReplaySettings(weight=2.0), ["replay.weight 2.0 needs replay.share"]),
+        (
+            ReplaySettings(data=("x",), distill=True, weight=2.0),
+            ["replay.data ('x',) needs", "replay.distill True needs", "replay.weight 2.0 needs"],
+        ),
+        (ReplaySettings(share=0.1, weight=0.0), ["replay.weight is 0.0, expected more than 0"]),
+        (ReplaySettings(share=0.1, weight=-1.0), ["replay.weight is -1.0, expected more than 0"]),
+        (ReplaySettings(share=0.1, weight=float("inf")), ["replay.weight is inf, expected finite"]),
+        (ReplaySettings(share=0.1, weight=float("nan")), ["replay.weight is nan, expected finite"]),
+    ],
+)
+def test_impossible_settings_are_refused(replay: ReplaySettings, told: list[str]) -> None:
+    """All in one message, and nothing else is complained about."""
+    check(VALID, 1)
+    with pytest.raises(ConfigError) as caught:
+        check(replace(VALID, replay=replay), 1)
+    message = str(caught.value)
+    assert all(text in message for text in told) and message.count("; ") == len(told) - 1
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
