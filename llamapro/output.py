@@ -64,6 +64,22 @@ def make_directory(path: str | Path) -> None:
         _fsync(folder.parent)
 
 
+def refuse_existing(path: str | Path, force: bool = False) -> None:
+    """Raises ConfigError if `path` is there and may not be replaced.
+
+    Args:
+        path: the directory to write.
+        force: a checkpoint may be replaced; nothing else may.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: exists and is not a directory")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise ConfigError(f"{path}: exists and is not empty; choose another or pass --force")
+    if path.is_dir() and any(path.iterdir()) and not _is_checkpoint(path):
+        raise ConfigError(f"{path}: holds no checkpoint; --force replaces checkpoints only")
+
+
 @contextmanager
 def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Gives a new directory beside `path` that takes its place only if the body succeeds.
@@ -72,16 +88,11 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     directory is replaced, and only then.
 
     Raises:
-        ConfigError: `path` exists, is not empty, and `force` is not given.
+        ConfigError: as `refuse_existing`; or the directory cannot be made.
         CheckpointError: writing failed; the message names the file.
     """
     path = Path(path).resolve()  # a link to another disk: written there, and the link stays
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path}: exists and is not a directory")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise ConfigError(f"{path}: exists and is not empty; choose another or pass --force")
-    if path.is_dir() and any(path.iterdir()) and not _is_checkpoint(path):
-        raise ConfigError(f"{path}: holds no checkpoint; --force replaces checkpoints only")
+    refuse_existing(path, force)
     prefix = f".{path.name}.partial-{socket.gethostname()}-"
     try:
         make_directory(path.parent)
