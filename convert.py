@@ -24,6 +24,7 @@ from llamapro import cli
 from llamapro.config import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
+MEASURED = ("similar", "unimportant")  # placements that measure the base first
 
 
 @dataclass(kw_only=True)
@@ -98,8 +99,18 @@ class Expand(Output):
     """P: how many copies go on top of each group of base layers."""
     after: Annotated[str | None, arg(metavar="LAYERS")] = None
     """Instead: base layers, comma-separated, after each of which one new block goes (3,7,11)."""
-    placement: Literal["interleave", "prefix", "suffix"] = "interleave"
-    """Interleaved as in the paper, or all below (prefix) or above (suffix) the base."""
+    placement: Literal["interleave", "prefix", "suffix", "similar", "unimportant"] = "interleave"
+    """Interleaved as in the paper; or all below (prefix) or above (suffix) the base; or one on top
+    of each of the N layers whose output is most like their input (similar), or without which the
+    loss rises least (unimportant). Those two compute with the whole base in memory, on a GPU if one
+    is visible: one pass over the text; for unimportant, half as many as there are layers."""
+    measure_on: Annotated[tuple[str, ...], arg(metavar="FILE [FILE ...]")] = ()
+    """Text for similar and unimportant: files, globs, folders; if none is given, the base writes
+    it."""
+    measure_tokens: Annotated[int, arg(metavar="N")] = 16_384
+    """How much of it, up to 512 at a time."""
+    text_key: str = "text"
+    """Field of a .jsonl line that holds the text."""
     add_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [TOKEN ...]")] = ()
     """Control tokens that the vocabulary grows by, such as '<|im_start|>' '<|im_end|>'; their rows
     start as the mean of the base's."""
@@ -115,15 +126,16 @@ class Expand(Output):
         if name := repository(self.base_dir):  # what the model card will call the base
             raw = base.config.raw | {"_name_or_path": name}
             base = replace(base, config=replace(base.config, raw=raw))
-        layout = self.layout(base.config.num_hidden_layers)
         if not 0 < self.max_shard_gb < float("inf"):
             raise ConfigError(f"--max-shard-gb {self.max_shard_gb}: expected more than 0")
+        layout, measured, table = self.place(base)
         shard = int(self.max_shard_gb * 1e9)
         tokens = self.add_tokens
         found = expand_checkpoint(base, self.out_dir, layout, self.force, shard, tokens)
         added = ", ".join(f"{name} is {i}" for name, i in found["new_tokens"].items())
         added = f"new tokens   {added}\n" if added else ""
-        return found, (
+        return found | measured, (
+            f"{table}"
             f"{self.out_dir}: {base.config.num_hidden_layers} -> {found['layers']} layers, "
             f"{found['bytes'] / 1e9:.3f} GB\n"
             f"new blocks   {found['new_layers']}\n"
@@ -132,7 +144,57 @@ class Expand(Output):
             f"verified: logits of {found['tokens_compared']} random tokens bit-equal to the base's"
         )
 
+    def place(self, base: Any) -> tuple[Any, dict[str, Any], str]:
+        """Returns the layout and, as result and as text, what was measured for it."""
+        layers = base.config.num_hidden_layers
+        self.check_placement()
+        if self.placement not in MEASURED:
+            return self.layout(layers), {}, ""
+        from llamapro import expansion, placement
+        from llamapro.growing import check_tokens
+        from llamapro.output import refuse_existing, refuse_source
+
+        # What is refused when the result is written is refused before the time is spent.
+        refuse_source(self.out_dir, base.path)
+        refuse_existing(self.out_dir.resolve(), self.force)
+        if self.add_tokens:
+            check_tokens(base.path, self.add_tokens, base.config.vocab_size)
+        assert self.num_new_blocks is not None
+        number, text = self.num_new_blocks, self.measure_on
+        tokens, key = self.measure_tokens, self.text_key
+        found = placement.measure(base, self.placement, number, text, tokens, key)
+        chosen = [row["layer"] for row in found["layers"] if row["chosen"]]
+        table = placement.render(found) + "\n"
+        return expansion.insert_after(layers, chosen), {"measured": found}, table
+
+    def check_placement(self) -> None:
+        """Raises ConfigError with every option that contradicts --placement."""
+        wrong = []
+        if self.placement in MEASURED:
+            if self.num_new_blocks is None or self.after is not None:
+                wrong.append(
+                    f"--placement {self.placement} chooses the layers: give --num-new-blocks N, "
+                    "not --after LAYERS"
+                )
+            if self.blocks_per_group != 1:
+                wrong.append(
+                    f"--blocks-per-group {self.blocks_per_group}: --placement {self.placement} "
+                    "puts one block on top of each layer it chooses; leave the option out"
+                )
+            if self.measure_tokens < 2:
+                wrong.append(f"--measure-tokens {self.measure_tokens}: expected 2 or more")
+        else:
+            only = "is of use with --placement similar or unimportant only"
+            wrong += [
+                f"--{name.replace('_', '-')}: {only}"
+                for name in ("measure_on", "measure_tokens", "text_key")
+                if getattr(self, name) != getattr(Expand, name)
+            ]
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
     def layout(self, num_layers: int) -> Any:
+        """Returns the layout of a placement that measures nothing."""
         from llamapro import expansion
 
         if (self.num_new_blocks is None) == (self.after is None):
