@@ -105,12 +105,11 @@ def choose(scores: Sequence[float], number: int, placement: str) -> list[int]:
     """Returns the layers, bottom to top, that new blocks go on top of; of equal ones, the lower.
 
     Args:
-        scores: of each layer; "similar" takes the highest ones, "unimportant" the lowest.
-        number: how many are chosen.
-        placement: "similar" or "unimportant".
+        scores: of each layer.
+        number, placement: how many; "similar" takes the highest scores, "unimportant" the lowest.
     """
-    sign = -1 if placement == "similar" else 1
-    return sorted(sorted(range(len(scores)), key=lambda layer: sign * scores[layer])[:number])
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=placement == "similar")
+    return sorted(order[:number])  # a stable sort, reversed or not: the lower of equal ones
 
 
 def measure(
@@ -136,7 +135,7 @@ def measure(
     Raises:
         ConfigError: so many layers do not exist, there is no BOS, or the GPU is too small.
         DataError: files or tokenizer cannot be used, or there is no text.
-        CheckpointError: a score is not finite.
+        CheckpointError: what the model computes is not finite.
     """
     if not 1 <= number <= base.config.num_hidden_layers:
         most = f"{placement} placement chooses 1 to {base.config.num_hidden_layers} layers"
@@ -161,8 +160,7 @@ def measure(
         raise CheckpointError(f"{base.path}: NaN or infinity where layers {wrong} are measured")
     chosen, name = choose(scores, number, placement), SCORES[placement]
     rows = [{"layer": i, name: score, "chosen": i in chosen} for i, score in enumerate(scores)]
-    measured = {"text": list(text), "tokens": ids.numel(), "context": T}
-    return {"placement": placement, **measured, "layers": rows}
+    return dict(placement=placement, text=list(text), tokens=ids.numel(), context=T, layers=rows)
 
 
 def _read(patterns: Sequence[str], tokenizer: Tokenizer, text_key: str, tokens: int) -> list[int]:
@@ -182,10 +180,12 @@ def _read(patterns: Sequence[str], tokenizer: Tokenizer, text_key: str, tokens: 
 
 def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, tokens: int, context: int) -> list[int]:
     """Returns the ids of documents that the model writes: the same each time."""
-    assert tokenizer.bos_id is not None
+    start = torch.tensor([[tokenizer.bos_id]], device=model.lm_head.weight.device)
+    if not model(start).isfinite().all():  # there would be nothing to draw from
+        raise CheckpointError(f"{tokenizer.path.parent}: NaN or infinity in the logits after BOS")
     ends = {i for i in (*model.config.eos_token_ids, tokenizer.eos_id) if i is not None}
     drawn = ReplaySettings(temperature=1.0, seed=0)
-    stream = chain.from_iterable(write_documents(model, tokenizer.bos_id, ends, context, drawn))
+    stream = chain.from_iterable(write_documents(model, int(start), ends, context, drawn))
     return list(tqdm(islice(stream, tokens), "write text", tokens, unit="tok", disable=None))
 
 

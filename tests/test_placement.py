@@ -434,6 +434,8 @@ def test_scores_that_are_not_finite_are_refused(
     with pytest.raises(CheckpointError) as caught:
         measured(kind, 2, "a.txt", name=str(tmp_path / "nan"))
     assert f"NaN or infinity where layers {wrong} are measured" in str(caught.value)
+    with pytest.raises(CheckpointError, match="NaN or infinity in the logits after BOS"):
+        measured(kind, 2, name=str(tmp_path / "nan"))
 
 
 def test_a_gpu_that_is_too_small_is_told(
