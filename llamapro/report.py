@@ -33,7 +33,8 @@ NOT_EVALUATED = (
 TOKEN_UNITS = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (1, ""))
 
 
-def _show(value: Any, form: Callable[[Any], str] = str) -> str:
+def show(value: Any, form: Callable[[Any], str] = str) -> str:
+    """Returns a number as text, and a dash where it is None."""
     return MISSING if value is None else form(value)
 
 
@@ -47,11 +48,11 @@ def _loss_cell(result: dict[str, Any]) -> str:
     first, last, change = result["initial_loss"], result["final_loss"], result["change"]
     if first is None and last is None:
         return MISSING
-    cell = f"{_show(first, '{:.3f}'.format)} -> {_show(last, '{:.3f}'.format)}"
+    cell = f"{show(first, '{:.3f}'.format)} -> {show(last, '{:.3f}'.format)}"
     return cell if change is None else f"{cell} ({change:+z.3f}, {_verdict(change)})"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table, its columns aligned so that it reads well unrendered too."""
     cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
@@ -66,17 +67,17 @@ def result_table(summaries: Sequence[dict[str, Any]], sets: Sequence[str]) -> st
     def trainable(summary: dict[str, Any]) -> str:
         count, total = summary["trainable_parameters"], summary["total_parameters"]
         share = f" ({count / total:.1%})" if count is not None and total else ""
-        return _show(count, format_count) + share
+        return show(count, format_count) + share
 
     rows = [
         ["run", "trains", "trainable parameters", "tokens", *(f"{s} base -> final" for s in sets)]
     ]
     rows += [
-        [s["run"], _show(s["trains"]), trainable(s), _show(s["tokens"], format_count)]
+        [s["run"], show(s["trains"]), trainable(s), show(s["tokens"], format_count)]
         + [_loss_cell(s["sets"][name]) for name in sets]
         for s in summaries
     ]
-    return _table(rows)
+    return table(rows)
 
 
 def _sentence(summary: dict[str, Any]) -> str:
@@ -92,13 +93,13 @@ def _sentence(summary: dict[str, Any]) -> str:
     return f"- **{summary['run']}** " + ("; ".join(parts) or NOT_EVALUATED) + "."
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys."""
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Returns nested settings as dotted keys."""
     if not isinstance(value, dict):
         return {prefix: MISSING if value is None else str(value)}
     flat: dict[str, str] = {}
     for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
@@ -107,13 +108,13 @@ def _settings_table(runs: Sequence[Run]) -> str:
     flat = []
     for run in runs:
         info = {key: run.info[key] for key in parts if key in run.info}
-        flat.append(_flatten(info.pop("settings", None) or {}) | _flatten(info))
+        flat.append(flatten(info.pop("settings", None) or {}) | flatten(info))
     rows = []
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [settings.get(key, MISSING) for settings in flat]
         rows.append([f"**{key}**" if len(set(values)) > 1 else key, *values])
     rows.sort(key=lambda row: not row[0].startswith("**"))  # what differs comes first
-    return _table([["setting", *(run.name for run in runs)], *rows])
+    return table([["setting", *(run.name for run in runs)], *rows])
 
 
 def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: str) -> str:
@@ -123,11 +124,11 @@ def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: 
     speed += [
         [
             s["run"],
-            _show(s["steps"]),
-            _show(s["final_train_loss"], "{:.3f}".format),
-            _show(s["tokens_per_s"], lambda rate: f"{format_count(rate)} tok/s"),
-            _show(s["elapsed_s"], format_duration),
-            _show(s["memory_bytes"], format_bytes),
+            show(s["steps"]),
+            show(s["final_train_loss"], "{:.3f}".format),
+            show(s["tokens_per_s"], lambda rate: f"{format_count(rate)} tok/s"),
+            show(s["elapsed_s"], format_duration),
+            show(s["memory_bytes"], format_bytes),
         ]
         for s in summaries
     ]
@@ -142,7 +143,7 @@ def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: 
             "is *learned* where its loss fell, *forgot* where it rose, *kept* where three decimals "
             "show no change.",
             "## Training",
-            _table(speed),
+            table(speed),
             f"The final training loss is the mean of the last {LAST_RECORDS} logged steps, the "
             "throughput the median over all of them.",
             "## Settings",
@@ -189,7 +190,7 @@ def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -
         return axes
 
     for i, name in enumerate(sets):
-        axes = panel(i // across, i % across, 6 // across, _plain(name), "loss (nats per token)")
+        axes = panel(i // across, i % across, 6 // across, plain(name), "loss (nats per token)")
         _draw_losses(axes, name, runs, summaries, unit)
     loss = panel(rows, 0, 2, "training", "loss (nats per token)")
     rate = panel(rows, 1, 2, "learning rate", "learning rate")
@@ -197,7 +198,7 @@ def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         x, y = _series(run.train, "tokens", "loss", unit)
         loss.plot(x, y, **style, alpha=0.2, linewidth=0.8)
-        loss.plot(x, _smooth(y), **style, linewidth=1.8, label=_plain(run.name))
+        loss.plot(x, _smooth(y), **style, linewidth=1.8, label=plain(run.name))
         rate.plot(*_series(run.train, "tokens", "learning_rate", unit), **style, linewidth=1.8)
         speed.plot(*_series(run.train, "tokens", "tokens_per_s", unit), **style, linewidth=1.2)
     if any(run.train for run in runs):
@@ -224,7 +225,7 @@ def _draw_losses(
         result = summary["sets"][name]
         x, y = _series(run.evals[name], "tokens_seen", "loss", unit)
         change = "" if result["change"] is None else f" ({result['change']:+z.3f})"
-        label = f"{_plain(run.name)}: {_show(result['final_loss'], '{:.3f}'.format)}{change}"
+        label = f"{plain(run.name)}: {show(result['final_loss'], '{:.3f}'.format)}{change}"
         marker = "o" if len(x) <= 40 else None
         axes.plot(x, y, **style, linewidth=2, marker=marker, markersize=3.5, label=label)
         base = result["initial_loss"]
@@ -268,7 +269,8 @@ def _smooth(values: Sequence[float]) -> Sequence[float]:
     return np.where(count > 0.5, total / np.maximum(count, 1), np.nan).tolist()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Returns text that matplotlib draws as it stands."""
     return text.replace("$", r"\$")  # matplotlib would read what stands between as a formula
 
 
