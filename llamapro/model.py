@@ -255,11 +255,11 @@ class LlamaModel(nn.Module):
             if index in new[:1]:
                 # Below the first new block the two are one. The base goes first: in backward FSDP
                 # gathers ahead of time what ran before, and that is to be the model's own block.
+                base_x = x
                 with torch.no_grad():
-                    base_x = x
-                    for above, base_layer in enumerate(self.layers):
-                        if above > index and above not in new:
-                            base_x = base_layer(base_x, cos, sin, bounds)
+                    for above in range(index, len(self.layers)):
+                        if above not in new:
+                            base_x = self.layers[above](base_x, cos, sin, bounds)
                     base_x = self.norm(base_x)
             x = layer(x, cos, sin, bounds, cache)
         if cache is not None:
@@ -340,29 +340,26 @@ class LlamaForCausalLM(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:] if last_only else x)
         if replayed is None:
-            return self._cross_entropy(x, targets)
-        x, base_x = x if with_base else (x, x)
+            return self._loss(x, targets)
+        x, base_x = x if with_base else (x, None)
         rows = (targets.shape[0] - replayed.rows, replayed.rows)
-        (x, x_replayed), (targets, targets_replayed) = x.split(rows), targets.split(rows)
-        loss, count = self._cross_entropy(x, targets)
-        if with_base:
-            part, more = self._kl(x_replayed, base_x[rows[0] :], targets_replayed)
-        else:
-            part, more = self._cross_entropy(x_replayed, targets_replayed)
-        return loss + replayed.weight * part, count + more
+        (x, last_x), (targets, last_targets) = x.split(rows), targets.split(rows)
+        loss, count = self._loss(x, targets)
+        last_base_x = None if base_x is None else base_x[rows[0] :]
+        last_loss, last_count = self._loss(last_x, last_targets, last_base_x)
+        return loss + replayed.weight * last_loss, count + last_count
 
-    def _cross_entropy(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, x: Tensor, targets: Tensor, base_x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of hidden states x or, given the base's, KL(base || model)."""
+        head, record = self.lm_head, self.config.expansion
+        frozen_rows = 0 if head.new_rows is None else head.weight.shape[0]
         x, targets = x.flatten(0, 1), targets.flatten()
-        return ops.linear_cross_entropy(x, self.lm_head.rows(), targets, self._frozen_rows())
-
-    def _kl(self, x: Tensor, base_x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        x, base_x, targets = x.flatten(0, 1), base_x.flatten(0, 1), targets.flatten()
-        record, head = self.config.expansion, self.lm_head.rows()
-        base_vocab_size = record.base_vocab_size if record else None
-        return ops.linear_kl(x, base_x, head, targets, self._frozen_rows(), base_vocab_size)
-
-    def _frozen_rows(self) -> int:
-        return 0 if self.lm_head.new_rows is None else self.lm_head.weight.shape[0]
+        if base_x is None:
+            return ops.linear_cross_entropy(x, head.rows(), targets, frozen_rows)
+        base_rows = record.base_vocab_size if record else None  # None: the vocabulary did not grow
+        return ops.linear_kl(x, base_x.flatten(0, 1), head.rows(), targets, frozen_rows, base_rows)
 
 
 def build_on_meta(config: ModelConfig) -> LlamaForCausalLM:

@@ -11,6 +11,7 @@ ranks, and what FSDP asks of them is recorded (`traffic.py`).
 
 import dataclasses
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from llamapro.config import ConfigError, ModelConfig
 from llamapro.distributed import shard
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.metrics import format_bytes, format_count, format_duration
-from llamapro.model import LlamaForCausalLM, build_on_meta
+from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta
 from llamapro.plan import Spread, estimate_memory, is_trained
 from llamapro.preset import parse
+from llamapro.replay import split_replayed
 from llamapro.settings import DataSettings, Settings, check
-from llamapro.traffic import fake_ranks, links_between_nodes, record_micro_batch
+from llamapro.traffic import Collective, fake_ranks, links_between_nodes, record_micro_batch
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,13 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
     """
     t, world = settings.train, options.ranks
     dtype = torch.float32 if t.dtype == "float32" else torch.bfloat16
-    model = build_on_meta(config)
-    select_trainable(model, t.trainable, t.new_tokens)
+
+    def build() -> LlamaForCausalLM:
+        model = build_on_meta(config)
+        select_trainable(model, t.trainable, t.new_tokens)
+        return model
+
+    model = build()
     spread = Spread(world, t.shard_size, t.frozen, t.offload)
     with ops.use("torch"):  # which kernels can run, only a GPU of that machine could say
         memory = estimate_memory(settings, model, dtype, torch.device("cpu"), spread)
@@ -73,25 +80,28 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
 
-    with fake_ranks(world, t.shard_size) as ranks:
-        shard(model, ranks, dtype, t.frozen)  # offload moves nothing between ranks
-        units = _units(model, t.shard_size or world)
-        between = links_between_nodes(ranks.mesh, options.ranks_per_node)
-        collectives = record_micro_batch(
-            model, t.micro_batch_size, settings.data.seq_len, settings.optim.clip
-        )
     micro_batches = t.batch_size // (world * t.micro_batch_size)
+    kinds = _kinds(settings, micro_batches, world)
+    collectives: list[tuple[Collective, int]] = []
+    with fake_ranks(world, t.shard_size) as ranks:
+        for kind, (replayed, times) in enumerate(kinds.items()):
+            model = build()
+            shard(model, ranks, dtype, t.frozen)  # offload moves nothing between ranks
+            units = _units(model, t.shard_size or world)
+            size = (t.micro_batch_size, settings.data.seq_len)
+            for each in record_micro_batch(model, *size, settings.optim.clip, replayed):
+                # Gradients leave their group with the last micro-batch, as `train_step` has it.
+                is_once = each.phase == "step" or each.operation == "all-reduce"
+                collectives.append((each, (kind == 0) if is_once else times))
+        between = links_between_nodes(ranks.mesh, options.ranks_per_node)
     traffic: dict[tuple, dict[str, Any]] = {}
-    for each in collectives:
+    for each, times in collectives:
         weights = "trained" if each.phase == "step" or trains[each.unit] else "frozen"
         key = (each.phase, each.operation, weights, len(each.ranks))
         fields = dict(zip(("phase", "operation", "weights", "ranks"), key, strict=True))
         row = traffic.setdefault(
             key, fields | {"calls": 0, "sent_bytes": 0.0, "between_nodes_bytes": 0.0}
         )
-        # Gradients leave their group with the last micro-batch, as `train_step` has it.
-        once = each.phase == "step" or each.operation == "all-reduce"
-        times = 1 if once else micro_batches
         row["calls"] += times
         row["sent_bytes"] += times * each.sent
         row["between_nodes_bytes"] += times * each.sent * between[each.ranks]
@@ -116,6 +126,15 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
         "bandwidth": options.bandwidth,
         "network_s": crossing / (options.bandwidth * 1e9) if options.bandwidth else None,
     }
+
+
+def _kinds(settings: Settings, micro_batches: int, world: int) -> Counter[Replayed | None]:
+    """Counts a step's micro-batches without the base and, where replay is distilled, with it."""
+    replay, batch_size = settings.replay, settings.train.batch_size
+    others = batch_size - round(batch_size * replay.share) if replay.distill else batch_size
+    where = (micro_batches, settings.train.micro_batch_size, 0, world)
+    split = split_replayed(replay, others, *where)
+    return Counter(replayed and Replayed(1, replay.weight, True) for replayed in split)
 
 
 def _units(model: LlamaForCausalLM, parts: int) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamapro import ops
 from llamapro.distributed import Ranks, make_mesh
-from llamapro.model import LlamaForCausalLM
+from llamapro.model import LlamaForCausalLM, Replayed
 from llamapro.optim import clip_gradients
 
 _c10d: Any = dist.distributed_c10d  # what it does not export, too
@@ -107,7 +107,11 @@ def fake_ranks(world_size: int, shard_size: int = 0) -> Iterator[Ranks]:
 
 
 def record_micro_batch(
-    model: LlamaForCausalLM, rows: int, length: int, clip: float
+    model: LlamaForCausalLM,
+    rows: int,
+    length: int,
+    clip: float,
+    replayed: Replayed | None = None,
 ) -> list[Collective]:
     """Takes a step of one micro-batch on fake tensors; returns what was communicated.
 
@@ -115,6 +119,7 @@ def record_micro_batch(
         model: sharded on the meta device; its weights are fake afterwards.
         rows, length: B and T.
         clip: of `clip_gradients`.
+        replayed: which of the rows are.
     """
     # Backends do not communicate, and the kernels need a GPU.
     with FakeTensorMode(allow_non_fake_inputs=True), ops.use("torch"):
@@ -122,7 +127,7 @@ def record_micro_batch(
         ids = torch.zeros(rows, length, dtype=torch.int64)
         with Recorder() as recorder:
             recorder.phase = "forward"
-            loss, _ = model(ids, ids)
+            loss, _ = model(ids, ids, replayed=replayed)
             recorder.phase = "backward"
             loss.backward()
             recorder.phase = "step"
