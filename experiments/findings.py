@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from summary import AIM, Share, Spread, retention, summarize
+from summary import AIM, Share, Spread, front, retention, summarize
 
 Row = dict[str, Any]
 HOLDS, FAILS, EQUAL = "holds", "does not hold", "not told apart"
@@ -49,8 +49,8 @@ CLAIMS = (
     Claim("Copies that are not zeroed learn less", "", "copies", "domain"),
     Claim("Copies that are not zeroed forget more", "", "copies", "general"),
     Claim("Zero norms instead of zero outputs learn less", "", "zero-norms", "domain"),
-    Claim("Placed where layers are most alike, new blocks learn more", "similar", "", "domain"),
-    Claim("Placed where layers are most alike, they forget less", "similar", "", "general"),
+    Claim("Placed where layers change least, new blocks learn more", "similar", "", "domain"),
+    Claim("Placed where layers change least, they forget less", "similar", "", "general"),
     Claim("Placed where layers matter least, new blocks learn more", "unimportant", "", "domain"),
     Claim("Placed where layers matter least, they forget less", "unimportant", "", "general"),
 )  # fmt: skip
@@ -72,8 +72,8 @@ def verdict(lower: Spread, higher: Spread) -> str:
 def findings(results: dict[str, Any]) -> str:
     """Returns what holds here and what does not, study by study, in Markdown.
 
-    A claim is left out where a study has not the variants; one with no finished run says so. Of the
-    general sets, the first counts as the one whose source is replayed.
+    A claim is left out where a study has not the variants; one with no finished run says so. Shares
+    on the other general sets are compared with that on the first.
     """
     parts = [
         "Each claim is followed by its verdict and its two numbers, mean ± standard deviation over "
@@ -81,12 +81,20 @@ def findings(results: dict[str, Any]) -> str:
         f"{ERRORS} standard errors, *{EQUAL}* of smaller ones. With three seeds each, this rule "
         "tells apart about one pair in nine of equal variants. The paper's numbers are its Table 5 "
         "(LLaMA-2-7B on law; higher is better); here, lower is better. The aim of what is done "
-        f"against forgetting: {AIM}; a share's ± is its standard error."
+        f"against forgetting: {AIM}; a share's ± is its standard error. Shares on other general "
+        "sets are compared with that on the first: if replayed text is of the first one's source, "
+        "*less* elsewhere is text learned by heart, and a share alike is what was to be kept. All "
+        "are at the chosen learning rates, on which learning and forgetting both depend."
     ]
     for study in results["studies"]:
         rows = {row["name"]: row for row in summarize(study)}
-        of_table = [*_numbers(rows), *_claims(study, rows)]
-        said = [*of_table, *_gradients(study), *_kept(study, rows), *_rates(list(rows.values()))]
+        said = [*_numbers(rows), *_claims(study, rows)]
+        counts = [sum(s.count(f"**{word}**") for s in said) for word in (HOLDS, FAILS, EQUAL)]
+        if any(counts):
+            told = (f"{word}: {n}" for word, n in zip((HOLDS, FAILS, EQUAL), counts, strict=True))
+            said.insert(0, f"Of the comparisons that follow, {', '.join(told)}.")
+        said += [*_gradients(study), *_kept(study, rows), *_front(rows)]
+        said += _rates(list(rows.values()))
         parts.append(f"### {study['name']}\n\n" + "\n".join(f"- {sentence}" for sentence in said))
     return "\n\n".join(parts) + "\n"
 
@@ -123,12 +131,12 @@ def _compare(lower: Row, higher: Row, measure: str) -> str:
     missing = [row for row in (lower, higher) if not row["runs"]]
     if missing:
         return " and ".join(
-            f"{row['label']} has no finished run ({row['failed']} failed)" for row in missing
+            f"`{row['label']}` has no finished run ({row['failed']} failed)" for row in missing
         )
     name, form = MEASURES[measure]
     low, high = lower[measure], higher[measure]
-    numbers = f"{lower['label']} {low.text(form)} against {higher['label']} {high.text(form)}"
-    return f"**{verdict(low, high)}** ({name} of {numbers})"
+    told = f"{low.text(form)} of `{lower['label']}`, {high.text(form)} of `{higher['label']}`"
+    return f"**{verdict(low, high)}** ({name}: {told})"
 
 
 def _gradients(study: dict[str, Any]) -> list[str]:
@@ -158,31 +166,24 @@ def _kept(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
     """Which options against forgetting meet the aim, and whether all general sets moved alike."""
     options = retention(study, list(rows.values()))
     has_result = {option["name"] for option in options}
-    sentences = [
-        f"{row['label']} cannot be compared: {row['runs']} finished runs ({row['failed']} failed)."
+    first, *others = study["general"]
+    sentences = []
+    for option in sorted(options, key=lambda option: not option["meets"]):
+        words, gone = "meets" if option["meets"] else "does not meet", option["gone"]
+        share = f"`{option['plain']}` forgets nothing" if gone is None else f"{gone.text()} gone"
+        shares = option["sets"]
+        if others and shares[first] is not None:
+            told = [f"{_alike(shares[first], shares[name])} of `{name}`" for name in others]
+            share += f" ({shares[first].text()} of `{first}`; {'; '.join(told)})"
+        sentences.append(
+            f"`{option['label']}` **{words} the aim**: {share}, domain loss "
+            f"{option['domain']:+z.1%}, cost {option['cost']:.2f}x."
+        )
+    return sentences + [
+        f"`{row['label']}` cannot be compared: {row['runs']} runs finished, {row['failed']} failed."
         for row in rows.values()
         if row["group"] == "retention" and row["name"] not in has_result
     ]
-    for is_met, words in ((True, "meets the aim"), (False, "does not meet the aim")):
-        sentences += [
-            f"{option['label']} **{words}**: {_option(option)}."
-            for option in options
-            if option["meets"] is is_met
-        ]
-    first, *others = study["general"]
-    for option in options:
-        shares = option["sets"]
-        told = [f"{_alike(shares[first], shares[name])} of `{name}`" for name in others]
-        if told and shares[first] is not None:
-            gone = f"{shares[first].text()} of `{first}`, whose source is replayed"
-            sentences.append(f"{option['label']}, forgetting gone: {gone}; {'; '.join(told)}.")
-    return sentences
-
-
-def _option(option: dict[str, Any]) -> str:
-    gone = option["gone"]
-    share = f"{option['plain']} forgets nothing" if gone is None else f"{gone.text()} gone"
-    return f"{share}, domain loss {option['domain']:+z.1%}, cost {option['cost']:.2f}x"
 
 
 def _alike(first: Share, other: Share | None) -> str:
@@ -193,22 +194,30 @@ def _alike(first: Share, other: Share | None) -> str:
     word = "more" if difference > 0 else "less" if difference < 0 else "the same"
     if first.error is None or other.error is None:
         return f"{other.text()} (one seed, only the sign: {word})"
-    if difference == 0 or abs(difference) < ERRORS * (first.error**2 + other.error**2) ** 0.5:
-        word = EQUAL
-    return f"{other.text()} (**{word}**)"
+    is_told = abs(difference) >= ERRORS * (first.error**2 + other.error**2) ** 0.5
+    return f"{other.text()} (**{word if is_told and difference else EQUAL}**)"
+
+
+def _front(rows: dict[str, Row]) -> list[str]:
+    """Who is on the Pareto front; differences that are not told apart count as well."""
+    best = [f"`{label}`" for label in front(list(rows.values())) if label != "base"]
+    few = sum(row["runs"] > 0 for row in rows.values()) < 2
+    if few or not best:
+        return []
+    return [f"No other variant's means are lower in both, domain and general: {', '.join(best)}."]
 
 
 def _rates(rows: Sequence[Row]) -> list[str]:
     """At which variants the learning rate is less well chosen than at others."""
     sentences = []
     for end in ("highest", "lowest"):
-        labels = [row["label"] for row in rows if end in row["rate"]]
+        labels = [f"`{row['label']}`" for row in rows if end in row["rate"]]
         if labels:
             sentences.append(
                 f"The chosen learning rate is the {end} of those tried, so that a better one may "
                 f"lie beyond, for {', '.join(labels)}."
             )
-    single = [row["label"] for row in rows if row["runs"] and row["tried"] == 1]
+    single = [f"`{row['label']}`" for row in rows if row["runs"] and row["tried"] == 1]
     if single:
         sentences.append(f"Only one learning rate was tried for {', '.join(single)}.")
     return sentences

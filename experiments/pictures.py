@@ -3,13 +3,13 @@
 A variant has one colour and marker in all of them; the one all are compared with is black.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from summary import Spread, failure, final_changes, finished, general_change, summarize
+from summary import Spread, chosen, done, final_changes, front, general_change, summarize
 
 from llamapro.config import ConfigError
 from llamapro.report import COLOURS, GREY, TOKEN_UNITS, plain
@@ -25,7 +25,9 @@ GROUPS = {
     "retention": "against forgetting",
 }
 MARKERS = dict(zip(GROUPS, "osD^", strict=True))
+SIZES = {"*": 14, "o": 8, "s": 8, "D": 7.5, "^": 9.5}  # points, that look equally large
 LEARNED, FORGOTTEN = "domain loss, change", "general loss, change"
+DPI = 150
 ACROSS = 4  # panels of curves side by side
 FAR = 5  # times the median: with a variant that far out, a linear axis shows nothing of the others
 
@@ -36,11 +38,10 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    files = []
-    for name, picture in (("curves", curves), ("pareto", pareto), ("blocks", blocks)):
-        files.append(out / f"{name}.png")
-        picture(results["studies"]).savefig(files[-1], dpi=150, facecolor="white")
-    return files
+    pictures = {out / f"{picture.__name__}.png": picture for picture in (curves, pareto, blocks)}
+    for file, picture in pictures.items():
+        picture(results["studies"]).savefig(file, dpi=DPI, facecolor="white")
+    return list(pictures)
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
@@ -48,9 +49,8 @@ def _figure(width: float, height: float, title: str) -> "Figure":
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
-        raise ConfigError(
-            "the study's pictures need matplotlib: pip install 'llamapro[study]'"
-        ) from None
+        message = "the study's pictures need matplotlib: pip install 'llamapro[study]'"
+        raise ConfigError(message) from None
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     figure.suptitle(title, fontsize=14)
     return figure
@@ -58,8 +58,7 @@ def _figure(width: float, height: float, title: str) -> "Figure":
 
 def _prepare(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.set_title(plain(title), loc="left", fontsize=10, fontweight="bold")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(True, color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -74,45 +73,28 @@ def _has(study: dict[str, Any], group: str) -> bool:
     return any(v["group"] == group and not _is_compared(study, v) for v in study["variants"])
 
 
-def _done(study: dict[str, Any]) -> list[dict[str, Any]]:
-    return [trial for trial in study["trials"] if failure(trial) is None]
-
-
 def _styles(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A colour and a marker for each variant: the marker is its group's."""
     styles, seen = {}, dict.fromkeys(GROUPS, 0)
     for variant in study["variants"]:
-        name, group = variant["name"], variant["group"]
-        if _is_compared(study, variant):
-            styles[name] = {"color": "black", "marker": "*"}
-            continue
-        styles[name] = {"color": COLOURS[seen[group] % len(COLOURS)], "marker": MARKERS[group]}
-        seen[group] += 1
+        group = variant["group"]
+        style = {"color": COLOURS[seen[group] % len(COLOURS)], "marker": MARKERS[group]}
+        is_compared = _is_compared(study, variant)
+        styles[variant["name"]] = {"color": "black", "marker": "*"} if is_compared else style
+        seen[group] += not is_compared
     return styles
 
 
 # ---- Curves -------------------------------------------------------------------------------------
 
 
-def path(study: dict[str, Any], trial: dict[str, Any], sets: Sequence[str]) -> dict[int, float]:
-    """Returns tokens -> mean change over these sets, NaN where a loss was not finite."""
-    base = study["base_result"]["losses"]
-    return {
-        points[0][0]: mean(
-            np.nan if loss is None else loss - base[name]
-            for name, (_, loss) in zip(sets, points, strict=True)
-        )
-        for points in zip(*(trial["curves"][name] for name in sets), strict=True)
-    }
-
-
-def _paths(
-    study: dict[str, Any], variant: str, sets: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens at which all of a variant's runs were evaluated; the changes (seeds, points)."""
-    paths = [path(study, run, sets) for run in finished(study, variant)]
-    tokens = sorted(set.intersection(*map(set, paths))) if paths else []
-    return np.array(tokens), np.array([[found[at] for at in tokens] for found in paths])
+def paths(study: dict[str, Any], variant: str, sets: Sequence[str]) -> np.ndarray:
+    """Returns each run's tokens and mean change over the sets, NaN in a gap: (runs, points, 2)."""
+    base = [[[0, study["base_result"]["losses"][name]]] for name in sets]
+    curves = [[run["curves"][name] for name in sets] for run in chosen(study, variant)]
+    found = [(np.array(curve, dtype=float) - base).mean(0) for curve in curves]
+    points = min(map(len, found), default=0)
+    return np.array([curve[:points] for curve in found]).reshape(len(found), points, 2)
 
 
 def curves(studies: Sequence[dict[str, Any]]) -> "Figure":
@@ -137,17 +119,17 @@ def _curves(
 ) -> None:
     """One panel: a line a variant of the group, its mean change over these sets."""
     axes.set_visible(True)
-    most = max((c[-1][0] for t in _done(study) for c in t["curves"].values()), default=0)
+    most = max((trial["curves"][sets[0]][-1][0] for trial in done(study)), default=0)
     unit, unit_name = next((pair for pair in TOKEN_UNITS if most >= pair[0]), TOKEN_UNITS[-1])
     styles = _styles(study)
     for variant in study["variants"]:
-        tokens, values = _paths(study, variant["name"], sets)
-        if not len(values) or not (variant["group"] == group or _is_compared(study, variant)):
+        runs, style = paths(study, variant["name"], sets), styles[variant["name"]]
+        if not len(runs) or not (variant["group"] == group or _is_compared(study, variant)):
             continue
-        x, y, style = tokens / unit, values.mean(0), styles[variant["name"]]
+        x, y = runs.mean(0).T / [[unit], [1]]
         axes.plot(x, y, **style, markersize=4, linewidth=1.5, label=plain(variant["label"]))
-        if len(values) > 1:
-            sd = values.std(0, ddof=1)
+        if len(runs) > 1:
+            sd = runs[..., 1].std(0, ddof=1)
             axes.fill_between(x, y - sd, y + sd, color=style["color"], alpha=0.2, linewidth=0)
     axes.axhline(0, color=GREY, linestyle="--", linewidth=1)
     title = f"{study['name']}: {GROUPS[group]}\n{label.split()[0]} ({', '.join(sets)})"
@@ -157,27 +139,18 @@ def _curves(
 # ---- Learning and forgetting --------------------------------------------------------------------
 
 
-def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Returns the points to which no other is lower in one number and not higher in the other."""
-    best: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return best
-
-
 def pareto(studies: Sequence[dict[str, Any]]) -> "Figure":
     """Draws each trial by what it learned and forgot, chosen means over them, and their front."""
     across = min(2, max(1, len(studies)))
     rows = max(1, -(-len(studies) // across))
     title = "What is learned and what is forgotten: lower left is better"
-    figure = _figure(8.2 * across, 6.2 * rows + 0.5, title)
+    told = "(faint: every run; line: the way there; bars: standard deviation over seeds)"
+    figure = _figure(8.2 * across, 6.2 * rows + 0.5, f"{title}\n{told}")
     grid = figure.subplots(rows, across, squeeze=False)
-    for i, axes in enumerate(grid.flat):
-        if i < len(studies):
-            _plane(axes, studies[i])
-        else:
-            axes.set_visible(False)
+    for axes in grid.flat[len(studies) :]:
+        axes.set_visible(False)
+    for axes, study in zip(grid.flat, studies, strict=False):
+        _plane(axes, study)
     return figure
 
 
@@ -186,38 +159,49 @@ def _plane(axes: "Axes", study: dict[str, Any]) -> None:
     axes.plot(0, 0, marker="P", color=GREY, markersize=9, linestyle="", label="base")
     for row in rows:
         style, x, y = styles[row["name"]], row["domain_change"], row["general"]
-        sides = [_paths(study, row["name"], s) for s in ([study["domain_set"]], study["general"])]
-        line = [changes.mean(0) for _, changes in sides]
-        axes.plot(*line, color=style["color"], linewidth=0.7, alpha=0.6)
+        sides = [paths(study, row["name"], s) for s in ([study["domain_set"]], study["general"])]
+        axes.plot(
+            *(runs[..., 1].mean(0) for runs in sides),
+            color=style["color"],
+            linewidth=0.7,
+            alpha=0.6,
+        )
         axes.errorbar(x.mean, y.mean, y.sd, x.sd, ecolor=style["color"], elinewidth=1, fmt="none")
-        size = 13 if style["marker"] == "*" else 8
-        look = {"linestyle": "", "markersize": size, "markeredgecolor": "white"}
+        look = {"linestyle": "", "markersize": SIZES[style["marker"]], "markeredgecolor": "white"}
         axes.plot(x.mean, y.mean, **style | look, zorder=3, label=plain(row["label"]))
-    means = [(row["domain_change"].mean, row["general"].mean) for row in rows]
-    best = front([(0.0, 0.0), *means])
+    best = front(rows).values()
     axes.step(*zip(*best, strict=True), where="post", color=GREY, ls=":", label="Pareto front")
-    forgot = sorted(y for _, y in means if y > 0)
-    scale = ""
-    if forgot and forgot[-1] > FAR * median(forgot):
-        axes.set_yscale("asinh", linear_width=median(forgot))
-        scale = " (nearly logarithmic above)"
+    scale = _compress(axes, [row["general"].mean for row in rows if row["general"].mean > 0])
     # The view is that of the chosen runs; what lies beyond is drawn at its edge, not hidden.
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     beyond = 0
-    for trial in _done(study):
+    for trial in done(study):
         changes = final_changes(study, trial)
         x, y = changes[study["domain_set"]], general_change(study, changes)
         where = min(max(x, left), right), min(max(y, bottom), top)
         is_beyond = where != (x, y)
         beyond += is_beyond
         look = {"alpha": 0.35, "markersize": 4, "linestyle": "", "clip_on": not is_beyond}
-        face = {"markerfacecolor": "none"} if is_beyond else {}
-        axes.plot(*where, **styles[trial["variant"]] | look | face, zorder=2)
+        look |= {"markerfacecolor": "none"} if is_beyond else {}
+        axes.plot(*where, **styles[trial["variant"]] | look, zorder=2)
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    title = f"{study['name']}: change from the base"
-    title += f" ({beyond} beyond the view: hollow, at its edge)" if beyond else ""
-    _prepare(axes, title, LEARNED, FORGOTTEN + scale)
+    told = f" ({beyond} beyond the view: hollow, at its edge)" if beyond else ""
+    _prepare(axes, f"{study['name']}: change from the base{told}", LEARNED, FORGOTTEN + scale)
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8.5, frameon=False)
+
+
+def _compress(axes: "Axes", forgot: Sequence[float]) -> str:
+    """Makes the axis of forgetting logarithmic far from 0 if a variant is far out, and says so."""
+    if not forgot or max(forgot) <= FAR * median(forgot):
+        return ""
+    width, (bottom, top) = median(forgot), axes.get_ylim()
+    axes.set_yscale("asinh", linear_width=width)
+    steps = [m * 10.0**k for k in range(-4, 3) for m in (1, 2, 5) if m * 10.0**k > width / 3]
+    ticks = [tick for step in (0.0, *steps) for tick in {step, -step} if bottom <= tick <= top]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(bottom, top)
+    return " (far from 0 logarithmic)"
 
 
 # ---- New blocks ---------------------------------------------------------------------------------
@@ -234,9 +218,10 @@ def blocks(studies: Sequence[dict[str, Any]]) -> "Figure":
         found = [row for row in summarize(study) if row["runs"]]
         for i, (key, label) in enumerate((("domain_change", LEARNED), ("general", FORGOTTEN))):
             _numbers(line[i], found, key)
-            _prepare(line[i], f"{study['name']}: {GROUPS['number']}", "new blocks", label)
             _places(line[2 + i], study, found, key)
-            _prepare(line[2 + i], f"{study['name']}: {GROUPS['place']}", "", label)
+            for axes, group in ((line[i], "number"), (line[2 + i], "place")):
+                _prepare(axes, f"{study['name']}: {GROUPS[group]}", "", label)
+                axes.set_visible(_has(study, group))
     return figure
 
 
@@ -246,21 +231,19 @@ def _numbers(axes: "Axes", rows: Sequence[dict[str, Any]], key: str) -> None:
     axis.sort(key=lambda row: row["new_blocks"])
     x = [0, *(row["new_blocks"] for row in axis)]
     spreads = [Spread(0.0, None, 1), *(row[key] for row in axis)]
-    sd = [spread.sd or 0 for spread in spreads]
-    axes.errorbar(x, [s.mean for s in spreads], sd, color=COLOURS[0], marker="o", capsize=4)
+    y, sd = [spread.mean for spread in spreads], [spread.sd or 0 for spread in spreads]
+    axes.errorbar(x, y, sd, color=COLOURS[0], marker="o", capsize=4)
     axes.set_xticks(x)
 
 
 def _places(axes: "Axes", study: dict[str, Any], rows: Sequence[dict[str, Any]], key: str) -> None:
     """A bar a place, of as many new blocks as the compared variant has."""
-    places = [row for row in rows if row["group"] == "place"]
-    for row in rows:
-        if _is_compared(study, row):
-            number = row["new_blocks"]
-            places = [row, *(r for r in places if r["new_blocks"] == number and r is not row)]
-    names = ["interleaved" if _is_compared(study, row) else plain(row["label"]) for row in places]
+    places = [row for row in rows if row["group"] == "place" or _is_compared(study, row)]
+    numbers = {row["new_blocks"] for row in places if _is_compared(study, row)}
+    places = [row for row in places if not numbers or row["new_blocks"] in numbers]
+    names = ["interleaved" if _is_compared(study, row) else plain(row["name"]) for row in places]
     for i, row in enumerate(places):
-        color = GREY if _is_compared(study, row) else _styles(study)[row["name"]]["color"]
-        axes.bar(i, row[key].mean, yerr=row[key].sd, color=color, capsize=4, width=0.65)
+        color = _styles(study)[row["name"]]["color"]
+        axes.bar(i, row[key].mean, yerr=row[key].sd, color=color, ecolor=GREY, capsize=4)
     axes.set_xticks(range(len(places)), names, rotation=20, ha="right")
     axes.axhline(0, color=GREY, linewidth=1)

@@ -65,10 +65,14 @@ def failure(trial: dict[str, Any]) -> str | None:
     return "the last loss is not finite" if None in ends else None  # as JSON has it
 
 
-def finished(study: dict[str, Any], variant: str) -> list[dict[str, Any]]:
+def done(study: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the trials that have a result."""
+    return [trial for trial in study["trials"] if failure(trial) is None]
+
+
+def chosen(study: dict[str, Any], variant: str) -> list[dict[str, Any]]:
     """Returns a variant's trials at the chosen learning rate, a trial a seed."""
-    trials = [t for t in study["trials"] if t["variant"] == variant]
-    return [t for t in trials if t["chosen"] and failure(t) is None]
+    return [trial for trial in done(study) if trial["variant"] == variant and trial["chosen"]]
 
 
 def summarize(study: dict[str, Any]) -> list[dict[str, Any]]:
@@ -89,7 +93,7 @@ def summarize(study: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(study: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
-    runs = finished(study, variant["name"])
+    runs = chosen(study, variant["name"])
     tried = [t for t in study["trials"] if t["variant"] == variant["name"]]
     changes = [final_changes(study, run) for run in runs]
     domain = study["domain_set"]
@@ -131,6 +135,25 @@ def _rate(lr: float, tried: Sequence[float]) -> str:
     """A learning rate, and whether a better one may lie beyond those tried."""
     end = "" if len(tried) < 2 else {tried[0]: "lowest", tried[-1]: "highest"}.get(lr, "")
     return f"{lr:g} ({end} of {len(tried)})" if end else f"{lr:g}"
+
+
+def front(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Returns the base and the variants that no other one beats at learning and forgetting both.
+
+    Returns:
+        label -> change of the domain and of the general sets, from who learns most on.
+    """
+    means = {"base": (0.0, 0.0)} | {
+        row["label"]: (row["domain_change"].mean, row["general"].mean)
+        for row in rows
+        if row["runs"]
+    }
+    best: dict[str, tuple[float, float]] = {}
+    lowest = float("inf")
+    for label, point in sorted(means.items(), key=lambda item: item[1]):
+        if point[1] < lowest:
+            best[label], lowest = point, point[1]
+    return best
 
 
 # ---- Retention ----------------------------------------------------------------------------------
