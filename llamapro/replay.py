@@ -6,6 +6,11 @@ before the training; or the user names files instead. Either is one more source 
 with a given share of its samples.
 
 The same idea, with models that write before they learn: Sun et al., LAMOL (2020).
+
+Of a text the base knows more than its tokens: how likely every other one was. With `distill` it is
+the teacher there (Hinton et al., 2015), and a token's loss is KL(base || model), the base's
+distribution being the model's without its new blocks: Li & Hoiem's "Learning without Forgetting"
+(2016), with no second set of weights.
 """
 
 import hashlib
@@ -203,6 +208,7 @@ def split_replayed(
         One for each micro-batch. None, where no rank has any, is None on all ranks: the base inside
         runs on all of them or on none, because sharded weights are gathered together.
     """
+    # The others that this rank has, and those of the last rank, which has the fewest.
     here, least = len(range(rank, others, world_size)), others // world_size
     return [
         Replayed(min(rows, max(0, end - here)), settings.weight, settings.distill)
