@@ -14,6 +14,7 @@ Row = dict[str, Any]
 HOLDS, FAILS, EQUAL = "holds", "does not hold", "not told apart"
 ERRORS = 2  # standard errors that tell a difference apart
 MEASURES = {"domain": ("domain loss", ".3f"), "general": ("general change", "+z.3f")}
+TAKEN = "The learning rate is that of the variant they vary, chosen without them, for"
 ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
 
 
@@ -217,7 +218,9 @@ def _rates(rows: Sequence[Row]) -> list[str]:
                 f"The chosen learning rate is the {end} of those tried, so that a better one may "
                 f"lie beyond, for {', '.join(labels)}."
             )
-    single = [f"`{row['label']}`" for row in rows if row["runs"] and row["tried"] == 1]
-    if single:
-        sentences.append(f"Only one learning rate was tried for {', '.join(single)}.")
+    alone = [row for row in rows if row["runs"] and row["tried"] == 1]
+    for is_varied, words in ((False, "Only one learning rate was tried for"), (True, TAKEN)):
+        labels = [f"`{row['label']}`" for row in alone if bool(row["varies"]) is is_varied]
+        if labels:
+            sentences.append(f"{words} {', '.join(labels)}.")
     return sentences

@@ -359,6 +359,14 @@ def test_other_general_sets_are_compared_with_the_replayed_one(
     assert "90.0% ± 0.0% of `english`" in sentence and said in sentence
 
 
+def test_a_rate_that_was_not_chosen_for_a_variant_is_said(page: SimpleNamespace) -> None:
+    """An option against forgetting takes it from the plain expansion."""
+    text = page.findings.findings(results(kept(0.1)))
+    assert "`the new-4`" in line(text, "Only one learning rate was tried for")
+    taken = line(text, "The learning rate is that of the variant they vary")
+    assert "`the replay`" in taken and "`the new-4`" not in taken
+
+
 # ---- The front and pictures ----------------------------------------------------------------------
 
 
