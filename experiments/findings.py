@@ -84,8 +84,8 @@ def findings(results: dict[str, Any]) -> str:
         "(LLaMA-2-7B on law; higher is better); here, lower is better. The aim of what is done "
         f"against forgetting: {AIM}; a share's ± is its standard error. Shares on other general "
         "sets are compared with that on the first: if replayed text is of the first one's source, "
-        "*less* elsewhere is text learned by heart, and a share alike is what was to be kept. All "
-        "are at the chosen learning rates, on which learning and forgetting both depend."
+        "*less* elsewhere is a sign of text learned by heart, a like share one of ability kept. "
+        "All are at the chosen learning rates, on which learning and forgetting both depend."
     ]
     for study in results["studies"]:
         rows = {row["name"]: row for row in summarize(study)}
