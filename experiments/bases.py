@@ -1,0 +1,157 @@
+"""Which bases and domains a study has, and how their checkpoints are made: by the public commands."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from domains import ROOT, STORIES
+from options import StudySettings
+from variants import Replay, Variant, comparisons, fitting, plain, retention
+
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import DataError, ModelConfig
+from llamapro.data import parse_named
+from llamapro.documents import find_files
+
+
+@dataclass(frozen=True)
+class Study:
+    """One base and one domain.
+
+    Attributes:
+        name: of its directory.
+        base: of the base; checkpoint: its directory.
+        domain: its name; train, val: its text.
+        general: name -> held-out text of other domains.
+        general_train: to replay.
+        choices: questions, or "".
+        is_whole: all variants, or only plain expansion, full fine-tuning and the ways to forget
+            less.
+    """
+
+    name: str
+    base: str
+    checkpoint: Path
+    domain: str
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    general: dict[str, list[str]]
+    general_train: tuple[str, ...]
+    choices: str
+    is_whole: bool
+    num_layers: int
+
+    def compared(self, s: StudySettings) -> int:
+        return fitting(self.num_layers, s.compared)
+
+    def variants(self, s: StudySettings) -> list[Variant]:
+        """Returns what is trained; of `s.variants`, with those that these vary."""
+        compared = self.compared(s)
+        found = comparisons(self.num_layers, s.new_blocks, compared)
+        if not self.is_whole:
+            found = [v for v in found if v.name in (plain(compared).name, "full")]
+        replay = Replay(s.replay_share, s.replay_weight, s.replay_tokens)
+        found += retention(compared, self.general_train, self.train, replay)
+        wanted = set(s.variants) | {v.varies for v in found if v.name in s.variants}
+        return [v for v in found if not s.variants or v.name in wanted]
+
+
+def own_study(s: StudySettings) -> Study:
+    """Returns the study of the user's base; raises a UserError for what is missing."""
+    base = Checkpoint.open(s.base)
+    general = parse_named(s.general)
+    for patterns in (s.train, s.val, s.general_train, *general.values()):
+        find_files(list(patterns)) if patterns else None
+    where = (s.general_train, s.choices, True, base.config.num_hidden_layers)
+    return Study("own", "own", base.path, "domain", s.train, s.val, general, *where)
+
+
+def made_studies(s: StudySettings, out: Path) -> list[Study]:
+    """Returns the studies of the small base, which is made in `out`, and of the others, each in
+    both domains.
+    """
+    config = ModelConfig.from_file(Path(s.pretrain.config))
+    bases = {"small": (out / "bases" / "small", config.num_hidden_layers)}
+    for name, paths in parse_named(s.more_bases, "--more-bases").items():
+        checkpoint = Checkpoint.open(paths[0])
+        bases[name] = (checkpoint.path, checkpoint.config.num_hidden_layers)
+    corpus = out / "corpus"
+    found = []
+    for base, (checkpoint_dir, num_layers) in bases.items():
+        general = {"english": [str(corpus / "english" / "val")]}
+        general["packages"] = [str(corpus / "packages")]
+        replayed: tuple[str, ...] = (str(corpus / "english" / "train"),)
+        if base != "small":  # of what it was trained on nothing need be known
+            general, replayed = {"stories": [str(STORIES)]} | general, ()
+        for domain in ("code", "math"):
+            train, val = (str(corpus / domain / split) for split in ("train", "val"))
+            questions = str(corpus / "choices" / f"{domain}.jsonl")
+            is_whole = base == "small" and domain == "code"
+            found.append(
+                Study(
+                    f"{base}-{domain}", base, checkpoint_dir, domain, (train,), (val,), general,
+                    replayed, questions, is_whole, num_layers,
+                )  # fmt: skip
+            )
+    return found
+
+
+def command(*words: str) -> None:
+    """Runs one of the public commands, shown before; its output goes to standard error.
+
+    Raises:
+        DataError: it fails.
+    """
+    print(f"$ {' '.join(words)}", file=sys.stderr, flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=sys.stderr)
+    if found.returncode:
+        raise DataError(f"python {' '.join(words[:3])} ... failed, see above")
+
+
+def pretrain(s: StudySettings, out: Path) -> None:
+    """Makes the small base with the public commands, unless it is there."""
+    p, tokenizer, base = s.pretrain, out / "tokenizer", out / "bases" / "small"
+    if base.exists():
+        return
+    english = str(out / "corpus" / "english" / "train")
+    if not (tokenizer / "tokenizer.model").exists():
+        words = ("--vocab-size", str(p.vocab_size), "--out", str(tokenizer))
+        command("-m", "llamapro.tokenizer", english, *words)
+    processes = s.workers if p.batch_size % (s.workers * p.micro_batch_size) == 0 else 1
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))
+    run_dir = str(out / "pretrain")
+    options = {
+        "model.config": p.config, "model.tokenizer": tokenizer, "data.train": english,
+        "data.val": f"english={out / 'corpus' / 'english' / 'val'}", "data.seq-len": s.seq_len,
+        "data.cache-dir": out / "cache", "train.trainable": "all", "train.steps": p.steps,
+        "train.batch-size": p.batch_size, "train.micro-batch-size": p.micro_batch_size,
+        "train.seed": 1, "train.device": s.device, "optim.lr": p.lr,
+        "optim.final-lr-ratio": 0.05, "eval.every": max(1, p.steps // 4), "eval.sequences": 32,
+        "save.every": max(1, p.steps // 4), "save.keep": 1, "log-every": max(1, p.steps // 8),
+        "run-dir": run_dir,
+    }  # fmt: skip
+    words = tuple(word for k, v in options.items() for word in (f"--{k}", str(v)))
+    command(*(launch if processes > 1 else ()), "train.py", *words)
+    command("convert.py", "merge", p.config, run_dir, str(base))
+
+
+def expanded_dir(out: Path, study: Study, variant: Variant) -> Path:
+    """Returns where a variant starts: the base, or an expanded checkpoint of its own."""
+    if not variant.expand:
+        return study.checkpoint
+    name = variant.name if not variant.varies else variant.varies
+    return out / "bases" / f"{study.base}-{name}"
+
+
+def expand(s: StudySettings, out: Path, studies: Sequence[Study]) -> None:
+    """Makes the expanded checkpoints with the public command."""
+    for study in studies:
+        for variant in study.variants(s):
+            start = expanded_dir(out, study, variant)
+            if not start.exists():
+                words = ("convert.py", "expand", str(study.checkpoint), str(start))
+                command(*words, *variant.expand)
