@@ -81,15 +81,32 @@ class Mixture:
     for mathematics, 1.5 for code). Each pass is a fresh permutation, so no sequence repeats
     within it; an epoch that ends in the middle of a pass is continued by the next one.
 
+    A replay is a last source that is not shuffled among the others but dealt out evenly: with a
+    share of 0.1 it has every tenth sample, so each batch has as much of it.
+
     Attributes:
-        sources: as they were given.
+        sources: as they were given; the replay is the last.
         seq_len: T, the same for all sources.
         samples_per_epoch: sequences in one epoch, over all sources.
         samples_per_source: how many of them each source gives.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int) -> None:
-        """Raises ConfigError if there is not one positive weight per source."""
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        seed: int,
+        replay: Source | None = None,
+        share: float = 0.0,
+    ) -> None:
+        """Raises ConfigError if there is not one positive weight per source.
+
+        Args:
+            sources, weights: an epoch has as many samples of them as it has without a replay.
+            seed: of the order.
+            replay: is passed over as often as it takes, each time in a fresh order.
+            share: of all samples, above 0 and below 1, are of the replay.
+        """
         if not sources or len(weights) != len(sources):
             raise ConfigError(
                 f"data.weights has {len(weights)} values for {len(sources)} sources; give one each"
@@ -107,6 +124,11 @@ class Mixture:
         ]
         self._ends = list(itertools.accumulate(self.samples_per_source))
         self.samples_per_epoch = self._ends[-1]
+        self._share = 0.0
+        if replay is not None:
+            self.sources, self._share = [*sources, replay], share
+            self.samples_per_epoch = round(self._ends[-1] / (1 - share))
+            self.samples_per_source.append(self.samples_per_epoch - self._ends[-1])
         self._epoch = -1
         self._orders: dict[tuple[int, ...], Int64s] = {}  # those of one epoch
 
@@ -117,11 +139,15 @@ class Mixture:
 
     def locate(self, index: int) -> tuple[int, int]:
         """Returns of which source, and there which sequence, a sample of the endless order is."""
-        epoch, at = divmod(index, self.samples_per_epoch)
+        replayed = int(index * self._share)  # of the samples before
+        if int((index + 1) * self._share) > replayed:
+            turn, place = divmod(replayed, len(self.sources[-1]))
+            return len(self.sources) - 1, int(self._order(len(self.sources[-1]), 2, turn)[place])
+        epoch, at = divmod(index - replayed, self._ends[-1])
         if epoch != self._epoch:
             self._epoch = epoch
             self._orders.clear()
-        slot = self._order(self.samples_per_epoch, 0, epoch)[at]
+        slot = self._order(self._ends[-1], 0, epoch)[at]
         number = bisect.bisect_right(self._ends, slot)
         source, count = self.sources[number], self.samples_per_source[number]
         # The source's own stream goes on through the epochs.
@@ -171,8 +197,8 @@ def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True))
 
 
-def parse_named(values: Sequence[str]) -> dict[str, list[str]]:
-    """Reads validation sets given as `NAME=PATH`; a name that repeats has several paths.
+def parse_named(values: Sequence[str], key: str = "data.val") -> dict[str, list[str]]:
+    """Reads sets given as `NAME=PATH` by the option `key`; a name that repeats has several paths.
 
     Raises:
         ConfigError: a value lacks the name, the path or the sign between them.
@@ -181,6 +207,6 @@ def parse_named(values: Sequence[str]) -> dict[str, list[str]]:
     for value in values:
         name, _, path = value.partition("=")
         if not name.strip() or not path.strip():
-            raise ConfigError(f"data.val: {value!r} is not NAME=PATH, such as code=data/val/*.py")
+            raise ConfigError(f"{key}: {value!r} is not NAME=PATH, such as code=data/val/*.py")
         named.setdefault(name.strip(), []).append(path.strip())
     return named

@@ -20,7 +20,7 @@ from llamapro.expansion import select_trainable
 from llamapro.hub import resolve
 from llamapro.model import build_on_meta
 from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
-from llamapro.replay import describe_mix, mix, written_by_base
+from llamapro.replay import describe_mix, written_by_base
 from llamapro.resume import make_identity
 from llamapro.settings import Settings
 from llamapro.stopping import Stopped, StopRequest
@@ -185,7 +185,9 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
     sources = [packed(f"train {path}") for path in s.data.train]
     weights = s.data.weights or [1.0] * len(sources)
     if s.replay.share:
-        mixture = mix(sources, weights, s.train.seed, packed("replay"), s.replay.share)
+        mixture = Mixture(
+            sources, weights, s.train.seed, packed("replay"), s.replay.share
+        )
         about.append(describe_mix(mixture))
     else:
         mixture = Mixture(sources, weights, s.train.seed)

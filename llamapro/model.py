@@ -233,12 +233,14 @@ class LlamaModel(nn.Module):
         input_ids: Tensor,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
-        with_base: bool = False,
+        base_rows: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns hidden states (B, T, C) and, `with_base`, those of the base inside as well.
+        """Returns hidden states (B, T, C) and, if `base_rows`, those of the base inside as well.
 
-        The base is the model without the latest generation's new blocks; it needs no gradient.
+        The base is the model without the latest generation's new blocks; it needs no gradient. It
+        sees so many last sequences, which are no packed documents: (base_rows, T, C).
         """
+        assert not base_rows or documents is None
         x = self.embed_tokens(input_ids)  # (B, T, C)
         T, past = input_ids.shape[1], cache.length if cache is not None else 0
         S, window = past + T, self.config.sliding_window
@@ -250,12 +252,12 @@ class LlamaModel(nn.Module):
             bounds = ops.attention_bounds(T, S, window, documents, x.device)
         cos, sin = rope_table(self.config, positions, x.dtype)
         record = self.config.expansion
-        new = record.new_layers if record and with_base else ()
+        new = record.new_layers if record and base_rows else ()
         for index, layer in enumerate(self.layers):
             if index in new[:1]:
                 # Below the first new block the two are one. The base goes first: in backward FSDP
                 # gathers ahead of time what ran before, and that is to be the model's own block.
-                base_x = x
+                base_x = x[-base_rows:]
                 with torch.no_grad():
                     for above in range(index, len(self.layers)):
                         if above not in new:
@@ -335,17 +337,18 @@ class LlamaForCausalLM(nn.Module):
             With targets: (loss_sum, count), as `ops.linear_cross_entropy`; what is replayed is in
             both, in the first times its weight.
         """
-        with_base = replayed is not None and replayed.distill
-        x = self.model(input_ids, cache, documents, with_base)  # (B, T, C)
+        # Where other processes have replayed sequences and this one has none, the base sees one.
+        base_rows = max(1, replayed.rows) if replayed is not None and replayed.distill else 0
+        x = self.model(input_ids, cache, documents, base_rows)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:] if last_only else x)
         if replayed is None:
             return self._loss(x, targets)
-        x, base_x = x if with_base else (x, None)
+        x, base_x = x if base_rows else (x, None)
         rows = (targets.shape[0] - replayed.rows, replayed.rows)
         (x, last_x), (targets, last_targets) = x.split(rows), targets.split(rows)
         loss, count = self._loss(x, targets)
-        last_base_x = None if base_x is None else base_x[rows[0] :]
+        last_base_x = None if base_x is None else base_x[: replayed.rows]
         last_loss, last_count = self._loss(last_x, last_targets, last_base_x)
         return loss + replayed.weight * last_loss, count + last_count
 

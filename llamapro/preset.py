@@ -6,11 +6,12 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from llamapro.config import ConfigError, suggest
 from llamapro.settings import Settings
 
+T = TypeVar("T")
 EXAMPLES = """Trains the new blocks of an expanded LLaMA, or all weights, on text or conversations.
 
 Examples:
@@ -51,8 +52,8 @@ def parse(argv: list[str]) -> Settings:
     )
 
 
-def read_toml(path: Path) -> Settings:
-    """Reads a preset; raises ConfigError with every mistake in it."""
+def read_toml(path: Path, kind: type[T] = Settings) -> T:  # type: ignore[assignment]
+    """Reads a preset of this kind of settings; raises ConfigError with every mistake in it."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -63,7 +64,7 @@ def read_toml(path: Path) -> Settings:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     wrong: list[str] = []
-    settings = _build(Settings, raw, "", wrong)
+    settings = _build(kind, raw, "", wrong)
     if wrong:
         raise ConfigError(f"{path}: " + "; ".join(wrong))
     return settings

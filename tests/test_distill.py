@@ -423,16 +423,22 @@ FOLLOWING = IDS.roll(-1, 1)
 
 
 @pytest.mark.parametrize("name", ["pro", "below", "again"])
-@pytest.mark.parametrize("documents", [None, torch.arange(2 * LENGTH).view(2, LENGTH) // 5])
-def test_the_teacher_is_the_contained_base_to_the_bit(
-    name: str, documents: Tensor | None, home: Path
-) -> None:
+def test_the_teacher_is_the_contained_base_to_the_bit(name: str, home: Path) -> None:
     """The latest generation's blocks are skipped, whatever they hold; the model is as without."""
     checkpoint = Checkpoint.open(home / name)
     model, base = moved(checkpoint), load_contained(checkpoint)
-    x, base_x = model.model(IDS, documents=documents, with_base=True)
-    assert torch.equal(base_x, base.model(IDS, documents=documents))
-    assert torch.equal(x, model.model(IDS, documents=documents)) and not torch.equal(x, base_x)
+    x, base_x = model.model(IDS, base_rows=len(IDS))
+    assert torch.equal(base_x, base.model(IDS))
+    assert torch.equal(x, model.model(IDS)) and not torch.equal(x, base_x)
+
+
+def test_the_teacher_sees_the_replayed_sequences_alone(home: Path) -> None:
+    """The last ones of the batch: the others cost it nothing."""
+    checkpoint = Checkpoint.open(home / "pro")
+    model, base = moved(checkpoint), load_contained(checkpoint)
+    _, base_x = model.model(IDS, base_rows=1)
+    assert len(IDS) > 1 and base_x.shape[0] == 1
+    torch.testing.assert_close(base_x, base.model(IDS)[-1:])
 
 
 @pytest.mark.parametrize("name", ["pro", "below"])
@@ -466,7 +472,7 @@ def test_rows_of_added_tokens_learn_from_it_and_the_bases_do_not(home: Path) -> 
     model = build_on_meta(checkpoint.config)
     names = expansion.select_trainable(model, "new_blocks", new_tokens=True)
     load_tensors(model, checkpoint.state_dict())
-    x, base_x = model.model(IDS, with_base=True)
+    x, base_x = model.model(IDS, base_rows=1)
     assert x.requires_grad and not base_x.requires_grad
     model(IDS, FOLLOWING, replayed=Replayed(1, 1.0, True))[0].backward()
     assert "lm_head.new_rows" in names and model.lm_head.new_rows is not None

@@ -24,7 +24,7 @@ from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.data import Mixture
 from llamapro.metrics import read_metrics
-from llamapro.replay import describe_mix, mix, write_documents, written_by_base
+from llamapro.replay import describe_mix, write_documents, written_by_base
 from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.settings import TrainSettings as Train
 from llamapro.store import TokenStore
@@ -187,7 +187,7 @@ def test_an_epoch_holds_the_share(share: float, length: int) -> None:
     sources = [Numbers(60), Numbers(40)]
     alone, mixture = (
         Mixture(sources, [1.0, 1.5], 3),
-        mix(sources, [1, 1.5], 3, Numbers(length), share),
+        Mixture(sources, [1.0, 1.5], 3, Numbers(length), share),
     )
     read = [mixture.locate(i) for i in range(mixture.samples_per_epoch)]
     replayed = [sequence for number, sequence in read if number == 2]
@@ -197,6 +197,22 @@ def test_an_epoch_holds_the_share(share: float, length: int) -> None:
     counts = np.bincount(replayed, minlength=length)
     assert counts.max() - counts.min() <= 1
     assert f"{len(replayed):,} of the {len(read):,} sequences" in describe_mix(mixture)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.75])
+def test_the_replay_is_dealt_out_evenly(share: float) -> None:
+    """Any stretch of samples has its share, to within one; the others keep their own order."""
+    sources = [Numbers(60), Numbers(40)]
+    alone = Mixture(sources, [1.0, 1.5], 3)
+    mixture = Mixture(sources, [1.0, 1.5], 3, Numbers(17), share)
+    read = [mixture.locate(i) for i in range(500)]
+    replayed = np.cumsum([number == 2 for number, _ in read])
+    assert np.abs(replayed - share * np.arange(1, 501)).max() < 1
+    others = [place for place in read if place[0] != 2]
+    assert others == [alone.locate(i) for i in range(len(others))]
+    passes = [place[1] for place in read if place[0] == 2]
+    assert sorted(passes[:17]) == sorted(passes[17:34]) == list(range(17))
+    assert passes[:17] != passes[17:34]
 
 
 # ---- In a run ------------------------------------------------------------------------------------
