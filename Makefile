@@ -1,10 +1,19 @@
-# make demo | make test | make lint: each builds .venv first, from nothing but Python >= 3.11.
+# make demo | make study | make test | make lint: each builds .venv first, from nothing but Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+# A trained model to study beside the small one, in Meta's layout, where there is one.
+SHARED ?= ../shared
+SECOND := $(wildcard $(SHARED)/checkpoints/tinystories-1m)
+
+.PHONY: demo study test lint clean
 demo: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
+
+study: .venv/ready
+	$(if $(SECOND),[ -d study-out/bases/tinystories ] || $(BIN)/python convert.py from-meta \
+		$(SECOND) study-out/bases/tinystories)
+	$(BIN)/python experiments/study.py $(if $(SECOND),--more-bases tinystories=study-out/bases/tinystories)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

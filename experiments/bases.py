@@ -1,4 +1,4 @@
-"""Which bases and domains a study has, and how their checkpoints are made: by the public commands."""
+"""The bases and domains of a study; checkpoints are made by the public commands."""
 
 import os
 import subprocess
@@ -6,9 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from domains import ROOT, STORIES
 from options import StudySettings
+from schedule import Task
+from trial import TEXT_FILE
 from variants import Replay, Variant, comparisons, fitting, plain, retention
 
 from llamapro.checkpoint import Checkpoint
@@ -28,6 +31,8 @@ class Study:
         general: name -> held-out text of other domains.
         general_train: to replay.
         choices: questions, or "".
+        num_layers: of the base.
+        is_written: a general set is text that the base writes, with a seed of its own.
         is_whole: all variants, or only plain expansion, full fine-tuning and the ways to forget
             less.
     """
@@ -43,6 +48,7 @@ class Study:
     choices: str
     is_whole: bool
     num_layers: int
+    is_written: bool = False
 
     def compared(self, s: StudySettings) -> int:
         return fitting(self.num_layers, s.compared)
@@ -65,8 +71,8 @@ def own_study(s: StudySettings) -> Study:
     general = parse_named(s.general)
     for patterns in (s.train, s.val, s.general_train, *general.values()):
         find_files(list(patterns)) if patterns else None
-    where = (s.general_train, s.choices, True, base.config.num_hidden_layers)
-    return Study("own", "own", base.path, "domain", s.train, s.val, general, *where)
+    how = (s.general_train, s.choices, True, base.config.num_hidden_layers)
+    return Study("own", "own", base.path, "domain", s.train, s.val, general, *how)
 
 
 def made_studies(s: StudySettings, out: Path) -> list[Study]:
@@ -84,17 +90,25 @@ def made_studies(s: StudySettings, out: Path) -> list[Study]:
         general = {"english": [str(corpus / "english" / "val")]}
         general["packages"] = [str(corpus / "packages")]
         replayed: tuple[str, ...] = (str(corpus / "english" / "train"),)
-        if base != "small":  # of what it was trained on nothing need be known
-            general, replayed = {"stories": [str(STORIES)]} | general, ()
+        if base != "small":  # of what it was trained on, nothing need be known
+            written = str(out / "written" / base / TEXT_FILE)
+            general, replayed = {"written": [written], "stories": [str(STORIES)]}, ()
         for domain in ("code", "math"):
-            train, val = (str(corpus / domain / split) for split in ("train", "val"))
-            questions = str(corpus / "choices" / f"{domain}.jsonl")
-            is_whole = base == "small" and domain == "code"
             found.append(
                 Study(
-                    f"{base}-{domain}", base, checkpoint_dir, domain, (train,), (val,), general,
-                    replayed, questions, is_whole, num_layers,
-                )  # fmt: skip
+                    name=f"{base}-{domain}",
+                    base=base,
+                    checkpoint=checkpoint_dir,
+                    domain=domain,
+                    train=(str(corpus / domain / "train"),),
+                    val=(str(corpus / domain / "val"),),
+                    general=general,
+                    general_train=replayed,
+                    choices=str(corpus / "choices" / f"{domain}.jsonl"),
+                    is_whole=base == "small" and domain == "code",
+                    num_layers=num_layers,
+                    is_written=base != "small",
+                )
             )
     return found
 
@@ -110,6 +124,11 @@ def command(*words: str) -> None:
     found = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=sys.stderr)
     if found.returncode:
         raise DataError(f"python {' '.join(words[:3])} ... failed, see above")
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """Returns options as words of a command line."""
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
 def pretrain(s: StudySettings, out: Path) -> None:
@@ -134,9 +153,14 @@ def pretrain(s: StudySettings, out: Path) -> None:
         "save.every": max(1, p.steps // 4), "save.keep": 1, "log-every": max(1, p.steps // 8),
         "run-dir": run_dir,
     }  # fmt: skip
-    words = tuple(word for k, v in options.items() for word in (f"--{k}", str(v)))
-    command(*(launch if processes > 1 else ()), "train.py", *words)
+    command(*(launch if processes > 1 else ()), "train.py", *flags(options))
     command("convert.py", "merge", p.config, run_dir, str(base))
+
+
+def written_task(s: StudySettings, out: Path, study: Study) -> Task:
+    """Returns the task of writing held-out text with the base, of another seed than replay's."""
+    about = {"base": str(study.checkpoint), "tokens": s.replay_tokens, "length": s.seq_len}
+    return Task(f"text of {study.base}", "write", about, out / "written" / study.base)
 
 
 def expanded_dir(out: Path, study: Study, variant: Variant) -> Path:

@@ -1,4 +1,4 @@
-"""What block expansion is compared with and `train.py` does not make: other models, the same training.
+"""What `train.py` does not make and block expansion is compared with, trained in the same way.
 
 - `lora`: low-rank adapters (Hu et al., 2022) by PEFT on every linear of the base.
 - `moe`: the paper's Appendix H: beside each W_3 (`down_proj`) a second, zero one; the two are
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llamapro import ops
 from llamapro.checkpoint import Checkpoint
@@ -128,7 +129,7 @@ def moe(base: Path) -> LlamaForCausalLM:
     """The base with a second down projection in every FFN; these and their scales train."""
     model = base_model(base)
     for layer in model.model.layers:
-        layer.mlp = TwoDownProjections(layer.mlp)  # type: ignore[assignment, arg-type]
+        layer.mlp = TwoDownProjections(layer.mlp)  # type: ignore[arg-type]
     return model
 
 
@@ -231,10 +232,16 @@ def train(argv: list[str], make: Build) -> LlamaForCausalLM:
                     raise ConfigError("the gradient is not finite")
                 if state["step"] % settings.log_every == 0:
                     progress.line(norm.item(), rate)
-        trained = {name: parameters[name].full_tensor().cpu() for name in names}
+        trained = {name: whole(parameters[name]) for name in names}
     model = make()
     model.load_state_dict(trained, strict=False)
     return model.requires_grad_(False).eval()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Returns a sharded parameter, or one that is not, on the CPU."""
+    tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return tensor.detach().cpu()
 
 
 # ---- The first gradients ------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from llamapro.config import ConfigError
 from llamapro.preset import read_toml
 
 PRESETS = Path(__file__).parent
-DESCRIPTION = """Compares block expansion with its alternatives, and ways to forget less, from one base under one
-budget. Without --base it pre-trains a small base on English, and teaches it code and arithmetic."""
+DESCRIPTION = """Compares block expansion with its alternatives, and ways to forget less, from one
+base under one budget. Without --base it pre-trains a small base on English, and teaches it code and
+arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,16 @@ class StudySettings:
     new_blocks: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of new blocks; those that interleave in the base are tried."""
     compared: int = 4
-    """The number at which other things are compared; in other bases the nearest that interleaves."""
+    """The number at which other things are compared, or the nearest that interleaves."""
     evaluations: int = 4
     """Points of the curves, after the first."""
     eval_sequences: int = 12
     """Sequences of each held-out set at a point."""
-    replay_share: float = 0.1
+    replay_steps: int = 72
+    """Optimizer steps of the ways to forget less: of their sequences a share is replayed."""
+    replay_share: float = 0.2
     """Of the sequences, in the ways to forget less."""
-    replay_weight: float = 16.0
+    replay_weight: float = 8.0
     """Of their loss, where the base is the teacher."""
     replay_tokens: int = 16384
     """How much the base writes."""
@@ -121,8 +124,8 @@ def parse(argv: Sequence[str]) -> StudySettings:
 def check(s: StudySettings) -> None:
     """Raises ConfigError with everything that is impossible or missing."""
     wrong = []
-    positive = "workers seq_len steps batch_size micro_batch_size compared evaluations".split()
-    positive += ["eval_sequences", "replay_weight", "replay_tokens", "budget_minutes"]
+    positive = "workers seq_len steps replay_steps batch_size micro_batch_size compared".split()
+    positive += ["evaluations", "eval_sequences", "replay_weight", "replay_tokens", "budget_minutes"]
     wrong += [f"--{k.replace('_', '-')} {getattr(s, k)}: expected more than 0" for k in positive
               if not getattr(s, k) > 0]  # fmt: skip
     wrong += [f"--learning-rates {rate}: expected more than 0" for rate in s.learning_rates
@@ -138,8 +141,12 @@ def check(s: StudySettings) -> None:
             wrong.append("--more-bases goes with the study's own base: leave it or --base out")
     else:
         wrong += [f"--{k.replace('_', '-')} needs --base" for k in own if getattr(s, k)]
-    if s.evaluations > 0 and s.steps % s.evaluations:
-        wrong.append(f"--steps {s.steps} is not a multiple of --evaluations {s.evaluations}")
+    if s.evaluations > 0:
+        wrong += [
+            f"--{k} {n} is not a multiple of --evaluations {s.evaluations}"
+            for k, n in (("steps", s.steps), ("replay-steps", s.replay_steps))
+            if n % s.evaluations
+        ]
     known = known_variants(s)
     wrong += [f"--variants {name}: unknown; known are {', '.join(known)}" for name in s.variants
               if name not in known]  # fmt: skip

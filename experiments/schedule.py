@@ -112,7 +112,7 @@ def run(
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trial"])
-    running: dict[int, tuple[ForkServerProcess, Task, float]] = {}
+    running: dict[Any, tuple[ForkServerProcess, Task, float]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -122,7 +122,7 @@ def run(
                 process.start()
                 running[process.sentinel] = (process, task, time.perf_counter())
             for sentinel in wait(list(running)):
-                process, task, started = running.pop(sentinel)  # type: ignore[call-overload]
+                process, task, started = running.pop(sentinel)
                 process.join()
                 if process.exitcode or (result := task.result()) is None:
                     raise DataError(

@@ -4,9 +4,9 @@
     python experiments/study.py --base DIR --train CORPUS --val FILE --general NAME=FILE ...
     python experiments/study.py --preset gpu                     a base of 100M parameters
 
-The first pre-trains a base on English with train.py and teaches it code and arithmetic; a second
-base is taken along with --more-bases. The second answers for your own base and data: which placement,
-how many blocks, what is forgotten. Both write results.json, study.md and three pictures to --out.
+The first pre-trains a base on English with train.py and teaches it code and arithmetic, and with
+--more-bases another one, too. The second answers for your own base and data: which placement, how
+many blocks, what is forgotten. Both write results.json, study.md and three pictures to --out.
 The same command goes on where it was killed.
 """
 
@@ -23,87 +23,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bases import Study, expand, expanded_dir, made_studies, own_study, pretrain
-from comparisons import lora_rank
+from bases import Study, expand, made_studies, own_study, pretrain, written_task
+from budget import calibrate, check_budget, left_to_do, threads
 from domains import write_corpus
 from findings import findings
 from options import StudySettings, check, parse
 from pictures import draw
 from schedule import Progress, Task, run
 from summary import tables
+from tasks import base_tasks, replay_task, trial
 from variants import Variant
 
 from llamapro import cli
 from llamapro.config import ConfigError
-from llamapro.metrics import format_duration
 
-OVERHEAD_S = 6.0  # of a trial beside its steps: loading, questions, the shift
 RESULTS = "results.json"
 
 
-# ---- Tasks --------------------------------------------------------------------------------------
+def best(study: Study, trials: Sequence[tuple[float, dict[str, Any]]]) -> float:
+    """Returns the learning rate whose trial ends with the lowest loss on the domain.
 
-
-def options(s: StudySettings, out: Path, study: Study) -> list[str]:
-    """Returns the options of train.py that all trials of a study share."""
-    sets = {study.domain: list(study.val)} | study.general
-    shared = {
-        "data.seq-len": s.seq_len, "data.cache-dir": out / "cache", "train.steps": s.steps,
-        "train.batch-size": s.batch_size, "train.micro-batch-size": s.micro_batch_size,
-        "train.device": s.device, "eval.every": s.steps // s.evaluations,
-        "eval.sequences": s.eval_sequences, "save.every": s.steps, "log-spikes": 0,
-        "log-every": max(1, s.steps // 8),
-    }  # fmt: skip
-    words = [word for k, v in shared.items() for word in (f"--{k}", str(v))]
-    val = [f"{name}={path}" for name, paths in sets.items() for path in paths]
-    return [*words, "--data.train", *study.train, "--data.val", *val]
-
-
-def trial(
-    s: StudySettings, out: Path, study: Study, variant: Variant, lr: float, seed: int, step_s: float
-) -> Task:
-    """Returns the task of training and measuring one variant."""
-    start = expanded_dir(out, study, variant)
-    argv = [*options(s, out, study), "--model.path", str(start), "--optim.lr", f"{lr:g}"]
-    argv += ["--train.seed", str(seed), *variant.options]
-    built = None
-    if variant.built is not None:
-        built = variant.built | {"base": str(study.checkpoint), "seed": seed}
-        if "like" in built:
-            built["rank"] = lora_rank(study.checkpoint, built["like"])
-    if not variant.expand:
-        argv += ["--train.trainable", "all"]
-    about = measured(study) | {"variant": variant.name, "argv": argv, "built": built}
-    where = out / study.name / variant.name / f"lr-{lr:g}-seed-{seed}"
-    label = f"{study.name} · {variant.label} · lr {lr:g} · seed {seed}"
-    return Task(label, "train", about, where, trial_seconds(s, study, variant, step_s))
-
-
-def measured(study: Study) -> dict[str, Any]:
-    """Returns what `trial.measure` takes."""
-    return {"base": str(study.checkpoint), "choices": study.choices, "val": list(study.val)}
-
-
-def trial_seconds(s: StudySettings, study: Study, variant: Variant, step_s: float) -> float:
-    """Estimates a trial from the seconds of a full training step of the base.
-
-    Of a step's work forward is a third, and so are the gradients of inputs and those of weights:
-    new blocks add to the first two with all layers, to the last with their own.
+    Args:
+        study: names the domain.
+        trials: learning rate and result of each; of those that all failed it is the first.
     """
-    L, n = study.num_layers, variant.new_blocks or 0
-    factor = (2 * (L + n) + (n or L)) / (3 * L)
-    evaluated = (s.evaluations + 1) * (1 + len(study.general)) * s.eval_sequences / s.batch_size
-    return OVERHEAD_S + step_s * (s.steps * factor + evaluated * (L + n) / L / 3)
-
-
-def best(study: Study, variant: Variant, trials: Sequence[tuple[float, dict[str, Any]]]) -> float:
-    """Returns the learning rate whose trial has the lowest loss on the domain; the first if all
-    failed.
-    """
-    ends = [
-        (result["curves"][study.domain][-1][1], lr) for lr, result in trials
-        if "failed" not in result
-    ]  # fmt: skip
+    ends = [(result["curves"][study.domain][-1][1], rate)
+            for rate, result in trials if "failed" not in result]  # fmt: skip
     return min(ends)[1] if ends else trials[0][0]
 
 
@@ -127,183 +72,87 @@ def alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{out}: another study is writing here; choose another --out") from None
+            raise ConfigError(
+                f"{out}: another study is writing here; choose another --out"
+            ) from None
         yield
-
-
-# ---- The study ----------------------------------------------------------------------------------
-
-
-def config_of(s: StudySettings, study: Study) -> str:
-    """Returns the file that says what shape a study's base has, before there is a base."""
-    return s.pretrain.config if study.base == "small" else str(study.checkpoint / "config.json")
-
-
-def calibrate(s: StudySettings, out: Path, studies: Sequence[Study]) -> dict[str, float]:
-    """Measures how long a full training step of each base takes with all workers busy, seconds."""
-    argv = ["--data.seq-len", str(s.seq_len), "--train.batch-size", str(s.batch_size)]
-    argv += ["--train.micro-batch-size", str(s.micro_batch_size), "--train.device", s.device]
-    found = {}
-    for study in {study.base: study for study in studies}.values():
-        tasks = [
-            Task(
-                f"first steps of {study.base}",
-                "calibrate",
-                {"config": config_of(s, study), "argv": argv, "copy": copy},
-                out / "calibration" / f"{study.base}-{copy}",
-            )
-            for copy in range(s.workers)
-        ]
-        found[study.base] = max(r["step_s"] for r in run(tasks, s.workers, threads(s)))
-    return found
-
-
-def threads(s: StudySettings) -> int:
-    """Returns how many threads each worker has."""
-    return max(1, (os.cpu_count() or 1) // s.workers)
-
-
-def left_to_do(
-    s: StudySettings, out: Path, studies: Sequence[Study], step_s: dict[str, float]
-) -> tuple[int, float]:
-    """Returns how many trials have no result yet, and how long they take one after another."""
-    count, seconds = 0, 0.0
-    for study in studies:
-        for variant in study.variants(s):
-            wanted = len(s.seeds) + (0 if variant.varies else len(s.learning_rates) - 1)
-            done = len(list((out / study.name / variant.name).glob("*/result.json")))
-            left = max(0, wanted - done)
-            count += left
-            seconds += left * trial_seconds(s, study, variant, step_s[study.base])
-    return count, seconds
-
-
-def check_budget(
-    s: StudySettings, out: Path, studies: Sequence[Study], step_s: dict[str, float]
-) -> str:
-    """Returns what will be done and how long it takes, estimated from the first measured steps.
-
-    Raises:
-        ConfigError: it takes longer than `budget_minutes`.
-    """
-    count, seconds = left_to_do(s, out, studies, step_s)
-    total = seconds / s.workers
-    if any(study.base == "small" and not study.checkpoint.exists() for study in studies):
-        sequences = s.pretrain.steps * s.pretrain.batch_size
-        total += 60 + step_s["small"] * sequences / s.batch_size / s.workers
-    steps = ", ".join(f"{t:.2f} s of {name}" for name, t in step_s.items())
-    text = (
-        f"{count} trials, {s.workers} at a time: about {format_duration(total)} (a full training "
-        f"step takes {steps} here)"
-    )
-    if total > 60 * s.budget_minutes:
-        raise ConfigError(
-            f"{text}, more than --budget-minutes {s.budget_minutes:g}; raise it, lower --steps "
-            f"{s.steps}, give fewer --seeds or --learning-rates, or name --variants"
-        )
-    return text
-
-
-def first_tasks(
-    s: StudySettings, out: Path, study: Study, step_s: float
-) -> tuple[list[Task], dict[Variant, list[tuple[float, Task]]]]:
-    """Returns what is measured of the base, and the grid: variant -> (learning rate, trial)."""
-    argv = [*options(s, out, study), "--model.path", str(study.checkpoint)]
-    argv += ["--train.trainable", "all"]
-    about = measured(study) | {"argv": argv}
-    where = out / study.name
-    tasks = [Task(f"{study.name} · base", "base", about, where / "base")]
-    variants = study.variants(s)
-    if study.is_whole:
-        tops = next((v.built["layers"] for v in variants if v.name == "zero-norms" and v.built), None)
-        if tops is not None:
-            about = {"base": str(study.checkpoint), "argv": argv, "layers": tops}
-            label = f"{study.name} · first gradients"
-            tasks.append(Task(label, "gradients", about, where / "gradients"))
-    grid = {
-        v: [(lr, trial(s, out, study, v, lr, s.seeds[0], step_s)) for lr in s.learning_rates]
-        for v in variants
-        if not v.varies
-    }
-    return tasks, grid
-
-
-def replay_task(s: StudySettings, out: Path, study: Study) -> Task | None:
-    """Returns the task of writing what is replayed; None if nothing is."""
-    writing = [v for v in study.variants(s) if v.name in ("self-replay", "distill", "distill-1")]
-    if not writing:
-        return None
-    start = str(expanded_dir(out, study, writing[0]))
-    words = [w for w in writing[0].options if not w.startswith("--replay.distill")]
-    argv = [*options(s, out, study), "--model.path", start, *words]
-    about = {"argv": argv}
-    return Task(f"{study.name} · replay", "replay", about, out / study.name / "replay", 20.0)
 
 
 def study_all(
     s: StudySettings, out: Path, studies: Sequence[Study], step_s: dict[str, float]
 ) -> list[dict[str, Any]]:
     """Runs everything that has no result yet; returns what results.json has of each study."""
+    bases = {study.name: base_tasks(s, out, study) for study in studies}
+    writing = {study.base: replay_task(s, out, study) for study in reversed(studies)}
+    grids = {
+        study.name: {
+            v.name: [
+                (lr, trial(s, out, study, v, lr, s.seeds[0], step_s[study.base]))
+                for lr in s.learning_rates
+            ]
+            for v in study.variants(s)
+            if not v.varies
+        }
+        for study in studies
+    }
+    around = [task for tasks in bases.values() for task in tasks]
+    around += [task for task in writing.values() if task is not None]
     count, seconds = left_to_do(s, out, studies, step_s)
-    around: dict[str, list[Task]] = {}
-    grids: dict[str, dict[Variant, list[tuple[float, Task]]]] = {}
-    for study in studies:
-        around[study.name], grids[study.name] = first_tasks(s, out, study, step_s[study.base])
-        if (task := replay_task(s, out, study)) is not None:
-            around[study.name].append(task)
-    first = [task for tasks in around.values() for task in tasks]
-    first += [task for grid in grids.values() for row in grid.values() for _, task in row]
-    waiting = [t for tasks in around.values() for t in tasks if t.result() is None]
+    waiting = [task for task in around if task.result() is None]
     seconds += sum(task.estimate_s for task in waiting)
     progress = Progress(count + len(waiting), seconds, s.workers)
-    run(first, s.workers, threads(s), progress, describe)
+    first = [task for grid in grids.values() for row in grid.values() for _, task in row]
+    run([*around, *first], s.workers, threads(s), progress, describe)
 
-    second: dict[str, dict[Variant, list[tuple[float, int, Task]]]] = {}
+    found, second = [], []
     for study in studies:
         rates = {
-            v: best(study, v, [(lr, task.result() or {}) for lr, task in row])
-            for v, row in grids[study.name].items()
+            name: best(study, [(lr, task.result() or {}) for lr, task in row])
+            for name, row in grids[study.name].items()
         }
-        by_name = {v.name: rate for v, rate in rates.items()}
-        second[study.name] = {}
+        trials = []
         for v in study.variants(s):
-            lr, seeds = by_name[v.varies or v.name], s.seeds if v.varies else s.seeds[1:]
-            second[study.name][v] = [
-                (lr, seed, trial(s, out, study, v, lr, seed, step_s[study.base])) for seed in seeds
+            rate, seeds = rates[v.varies or v.name], s.seeds if v.varies else s.seeds[1:]
+            rows = [(lr, s.seeds[0], task) for lr, task in grids[study.name].get(v.name, [])]
+            more = [
+                (rate, seed, trial(s, out, study, v, rate, seed, step_s[study.base]))
+                for seed in seeds
             ]
-    tasks = [task for rows in second.values() for row in rows.values() for _, _, task in row]
-    run(tasks, s.workers, threads(s), progress, describe)
-    return [
-        collect(s, study, around[study.name], grids[study.name], second[study.name])
-        for study in studies
-    ]
+            second += [task for _, _, task in more]
+            writes = writing[study.base] if v.is_written else None
+            trials += [(v, lr == rate, lr, seed, task, writes) for lr, seed, task in rows + more]
+        found.append((study, trials))
+    run(second, s.workers, threads(s), progress, describe)
+    return [collect(s, study, bases[study.name], trials) for study, trials in found]
 
 
 def collect(
     s: StudySettings,
     study: Study,
     around: Sequence[Task],
-    grid: dict[Variant, list[tuple[float, Task]]],
-    more: dict[Variant, list[tuple[float, int, Task]]],
+    trials: Sequence[tuple[Variant, bool, float, int, Task, Task | None]],
 ) -> dict[str, Any]:
     """Returns a study's results, JSON-able: every trial, those that were not chosen and those that
     failed as well.
+
+    Args:
+        s, study: which.
+        around: what was measured of the base.
+        trials: variant, whether its rate was chosen, learning rate, seed, task, and who wrote what
+            it replays.
     """
-    beside = {task.function: task.result() or {} for task in around}
-    trials = []
-    for v in study.variants(s):
-        rate = more[v][0][0] if more[v] else None
-        rows = [(lr, s.seeds[0], task) for lr, task in grid.get(v, [])] + more[v]
-        if rate is None:
-            rate = best(study, v, [(lr, task.result() or {}) for lr, _, task in rows])
-        writes = "--replay.tokens" in v.options
-        for lr, seed, task in rows:
-            result = task.result() or {}
-            about = {"variant": v.name, "lr": lr, "seed": seed}
-            about["chosen"] = lr == rate and "failed" not in result
-            about["failed"] = result.get("failed")
-            about["replay_s"] = beside["replay"]["replay_s"] if writes else 0.0
-            trials.append(about | {k: x for k, x in result.items() if k != "failed"})
+    beside = {task.function: task.result() for task in around}
+    rows = []
+    for v, is_chosen, lr, seed, task, writing in trials:
+        result = task.result() or {}
+        wrote = writing.result() if writing is not None else None
+        rows.append(
+            {"variant": v.name, "lr": lr, "seed": seed, "failed": None}
+            | result
+            | {"chosen": is_chosen and "failed" not in result}
+            | {"replay_s": wrote["replay_s"] if wrote else 0.0}
+        )
+    names = ("name", "label", "group", "new_blocks", "varies")
     return {
         "name": study.name,
         "base": study.base,
@@ -313,12 +162,9 @@ def collect(
         "general": list(study.general),
         "domain_set": study.domain,
         "base_result": beside["base"],
-        "variants": [
-            {k: getattr(v, k) for k in ("name", "label", "group", "new_blocks", "varies")}
-            for v in study.variants(s)
-        ],
+        "variants": [{key: getattr(v, key) for key in names} for v in study.variants(s)],
         "gradients": beside.get("gradients"),
-        "trials": trials,
+        "trials": rows,
     }
 
 
@@ -365,7 +211,9 @@ def main() -> None:
             write_corpus(out / "corpus")
             pretrain(s, out)
         expand(s, out, studies)
-        results = {"studies": study_all(s, out, studies, step_s)}
+        written = {study.base: written_task(s, out, study) for study in studies if study.is_written}
+        run(list(written.values()), s.workers, threads(s))
+        results: dict[str, Any] = {"studies": study_all(s, out, studies, step_s)}
         results["about"] = about_machine(s, time.perf_counter() - started)
         (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         page = write_page(results, out)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from llamapro import ops
 from llamapro.checkpoint import Checkpoint
 from llamapro.choices import baselines, measure_choices, read_choices
-from llamapro.config import ConfigError, ModelConfig, UserError
+from llamapro.config import ModelConfig, UserError
 from llamapro.data import batch
 from llamapro.distributed import Ranks, process_group, shard
 from llamapro.evaluate import read_text
@@ -31,8 +31,9 @@ from llamapro.job import Job, load_data
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
 from llamapro.optim import FiniteGuard, build_adamw
 from llamapro.preset import parse
+from llamapro.replay import write_documents
 from llamapro.runs import read_run, summarize
-from llamapro.settings import Settings, check
+from llamapro.settings import ReplaySettings, Settings
 from llamapro.shift import shift, write_greedily
 from llamapro.stopping import StopRequest
 from llamapro.streaming import merge_checkpoint
@@ -41,6 +42,7 @@ from llamapro.tokenizer import Tokenizer
 RESULT_FILE, LOG_FILE = "result.json", "log.txt"
 SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each
 CALIBRATION_STEPS = 3
+TEXT_FILE, HELD_OUT_SEED = "text.txt", 1 << 32
 
 
 def execute(function: str, about: dict[str, Any], out: str, threads: int) -> None:
@@ -145,7 +147,9 @@ def measure(model: LlamaForCausalLM, about: dict[str, Any]) -> dict[str, Any]:
         questions = read_choices(about["choices"], tokenizer, context, 0)
         marks, _ = measure_choices(model, questions, 16, "choices")
         choices = marks | baselines(questions)
-    documents = [ids for path in about["val"] for ids in read_text(path, tokenizer, "text").documents]
+    documents = [
+        ids for path in about["val"] for ids in read_text(path, tokenizer, "text").documents
+    ]
     samples = write_greedily(model, documents, *SHIFT)
     moved = shift(base.load(device=device), samples) if samples is not None else None
     return {"choices": choices, "shift": moved}
@@ -179,6 +183,23 @@ def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     store = job.replay(device)
     return {"replay_s": time.perf_counter() - started, "tokens": store.tokens}
+
+
+def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Has the base write held-out text, from BOS on, with a seed that no replay has."""
+    checkpoint = Checkpoint.open(about["base"])
+    tokenizer, model = Tokenizer.load(checkpoint.path), checkpoint.load()
+    assert tokenizer.bos_id is not None
+    how = ReplaySettings(seed=HELD_OUT_SEED, batch_size=32)
+    ends = set(checkpoint.config.eos_token_ids)
+    texts, tokens = [], 0
+    for ids in write_documents(model, tokenizer.bos_id, ends, about["length"], how):
+        texts.append(tokenizer.decode(ids[1:]))
+        tokens += len(ids)
+        if tokens >= about["tokens"]:
+            break
+    (out / TEXT_FILE).write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    return {"tokens": tokens}
 
 
 def gradients(about: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -231,6 +252,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "train": train,
     "base": base,
     "replay": replay,
+    "write": write,
     "gradients": gradients,
     "calibrate": calibrate,
 }

@@ -33,6 +33,11 @@ class Variant:
     built: dict[str, Any] | None = field(default=None, hash=False)
     varies: str = ""
 
+    @property
+    def is_written(self) -> bool:
+        """Whether it replays what the base writes."""
+        return "--replay.tokens" in self.options
+
 
 def fitting(num_layers: int, wanted: int) -> int:
     """Returns the number of new blocks that interleaves and is nearest to the wanted one."""

@@ -1,0 +1,97 @@
+"""The tasks of a study: what each trial is about, in options of train.py."""
+
+from pathlib import Path
+from typing import Any
+
+from bases import Study, expanded_dir, flags
+from comparisons import lora_rank
+from options import StudySettings
+from schedule import Task
+from variants import Variant
+
+from llamapro.expansion import interleave
+
+OVERHEAD_S = 6.0  # of a trial beside its steps: loading, questions, the shift
+
+
+def options(s: StudySettings, out: Path, study: Study, steps: int) -> list[str]:
+    """Returns the options of train.py that trials of so many steps share."""
+    sets = {study.domain: list(study.val)} | study.general
+    shared = {
+        "data.seq-len": s.seq_len, "data.cache-dir": out / "cache", "train.steps": steps,
+        "train.batch-size": s.batch_size, "train.micro-batch-size": s.micro_batch_size,
+        "train.device": s.device, "eval.every": steps // s.evaluations,
+        "eval.sequences": s.eval_sequences, "save.every": steps, "log-spikes": 0,
+        "log-every": max(1, steps // 8),
+    }  # fmt: skip
+    val = [f"{name}={path}" for name, paths in sets.items() for path in paths]
+    return [*flags(shared), "--data.train", *study.train, "--data.val", *val]
+
+
+def steps_of(s: StudySettings, variant: Variant) -> int:
+    """Returns how many steps a variant trains."""
+    return s.replay_steps if variant.group == "retention" else s.steps
+
+
+def trial(
+    s: StudySettings, out: Path, study: Study, variant: Variant, lr: float, seed: int, step_s: float
+) -> Task:
+    """Returns the task of training and measuring one variant."""
+    start = expanded_dir(out, study, variant)
+    argv = options(s, out, study, steps_of(s, variant))
+    argv += ["--model.path", str(start), "--optim.lr", f"{lr:g}", "--train.seed", str(seed)]
+    argv += variant.options
+    if not variant.expand:
+        argv += ["--train.trainable", "all"]
+    built = None
+    if variant.built is not None:
+        built = variant.built | {"base": str(study.checkpoint), "seed": seed}
+        if "like" in built:
+            built["rank"] = lora_rank(study.checkpoint, built["like"])
+    about = measured(study) | {"variant": variant.name, "argv": argv, "built": built}
+    where = out / study.name / variant.name / f"lr-{lr:g}-seed-{seed}"
+    label = f"{study.name} · {variant.label} · lr {lr:g} · seed {seed}"
+    return Task(label, "train", about, where, trial_seconds(s, study, variant, step_s))
+
+
+def measured(study: Study) -> dict[str, Any]:
+    """Returns what `trial.measure` takes."""
+    return {"base": str(study.checkpoint), "choices": study.choices, "val": list(study.val)}
+
+
+def trial_seconds(s: StudySettings, study: Study, variant: Variant, step_s: float) -> float:
+    """Estimates a trial from the seconds of a full training step of the base.
+
+    Of a step's work forward is a third, and so are the gradients of inputs and those of weights:
+    new blocks add to the first two with all layers, to the last with their own.
+    """
+    L, n = study.num_layers, variant.new_blocks or 0
+    factor = (2 * (L + n) + (n or L)) / (3 * L)
+    evaluated = (s.evaluations + 1) * (1 + len(study.general)) * s.eval_sequences / s.batch_size
+    return OVERHEAD_S + step_s * (steps_of(s, variant) * factor + evaluated * (L + n) / L / 3)
+
+
+def base_tasks(s: StudySettings, out: Path, study: Study) -> list[Task]:
+    """Returns what is measured of the base itself."""
+    argv = options(s, out, study, s.steps)
+    argv += ["--model.path", str(study.checkpoint), "--train.trainable", "all"]
+    about, where = measured(study) | {"argv": argv}, out / study.name
+    tasks = [Task(f"{study.name} · base", "base", about, where / "base")]
+    if study.is_whole:
+        layout = interleave(study.num_layers, study.compared(s))
+        tops = [layout.sources[i] for i in layout.new_layers]
+        about = {"base": str(study.checkpoint), "argv": argv, "layers": tops}
+        label = f"{study.name} · first gradients"
+        tasks.append(Task(label, "gradients", about, where / "gradients"))
+    return tasks
+
+
+def replay_task(s: StudySettings, out: Path, study: Study) -> Task | None:
+    """Returns the task of writing what a base's studies replay; None if that is nothing."""
+    for variant in study.variants(s):
+        if variant.is_written:
+            argv = options(s, out, study, s.replay_steps)
+            argv += ["--model.path", str(expanded_dir(out, study, variant)), *variant.options]
+            label, where = f"{study.base} writes replay", out / "replay" / study.base
+            return Task(label, "replay", {"argv": argv}, where, 20.0)
+    return None
