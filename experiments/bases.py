@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from domains import ROOT, STORIES
-from options import StudySettings
+from options import StudySettings, replay
 from schedule import Task
 from trial import TEXT_FILE
-from variants import Replay, Variant, comparisons, fitting, plain, retention
+from variants import Variant, comparisons, fitting, plain, retention
 
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import DataError, ModelConfig
@@ -59,8 +59,7 @@ class Study:
         found = comparisons(self.num_layers, s.new_blocks, compared)
         if not self.is_whole:
             found = [v for v in found if v.name in (plain(compared).name, "full")]
-        replay = Replay(s.replay_share, s.replay_weight, s.replay_tokens)
-        found += retention(compared, self.general_train, self.train, replay)
+        found += retention(compared, self.general_train, self.train, replay(s))
         wanted = set(s.variants) | {v.varies for v in found if v.name in s.variants}
         return [v for v in found if not s.variants or v.name in wanted]
 

@@ -68,7 +68,7 @@ class StudySettings:
     """Where trials compute: auto, cpu or cuda."""
     seq_len: int = 256
     """Tokens per sequence."""
-    steps: int = 64
+    steps: int = 72
     """Optimizer steps of a trial."""
     batch_size: int = 4
     """Sequences per step."""
@@ -87,12 +87,14 @@ class StudySettings:
     """Points of the curves, after the first."""
     eval_sequences: int = 12
     """Sequences of each held-out set at a point."""
-    replay_steps: int = 72
+    replay_steps: int = 80
     """Optimizer steps of the ways to forget less: of their sequences a share is replayed."""
-    replay_share: float = 0.2
+    replay_share: float = 0.25
     """Of the sequences, in the ways to forget less."""
-    replay_weight: float = 8.0
-    """Of their loss, where the base is the teacher."""
+    replay_weights: tuple[float, ...] = (1.0, 3.0)
+    """Of their loss, where the base is the teacher: each is tried."""
+    replay_temperature: float = 1.3
+    """Of the text on which it teaches."""
     replay_tokens: int = 16384
     """How much the base writes."""
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
@@ -125,11 +127,18 @@ def check(s: StudySettings) -> None:
     """Raises ConfigError with everything that is impossible or missing."""
     wrong = []
     positive = "workers seq_len steps replay_steps batch_size micro_batch_size compared".split()
-    positive += ["evaluations", "eval_sequences", "replay_weight", "replay_tokens", "budget_minutes"]
+    positive += [
+        "evaluations",
+        "eval_sequences",
+        "replay_temperature",
+        "replay_tokens",
+        "budget_minutes",
+    ]
     wrong += [f"--{k.replace('_', '-')} {getattr(s, k)}: expected more than 0" for k in positive
               if not getattr(s, k) > 0]  # fmt: skip
     wrong += [f"--learning-rates {rate}: expected more than 0" for rate in s.learning_rates
               if not rate > 0]  # fmt: skip
+    wrong += [f"--replay-weights {w}: expected more than 0" for w in s.replay_weights if not w > 0]
     wrong += [f"--{k.replace('_', '-')} is empty" for k in ("learning_rates", "seeds")
               if not getattr(s, k)]  # fmt: skip
     if not 0 < s.replay_share < 1:
@@ -163,5 +172,9 @@ def known_variants(s: StudySettings) -> list[str]:
     layers = max([s.compared, *s.new_blocks, 1])
     names = [plain(n).name for n in sorted({s.compared, *s.new_blocks})]
     names += [v.name for v in comparisons(layers, (), fitting(layers, 1)) if v.group != "number"]
-    replay = Replay(s.replay_share, s.replay_weight, s.replay_tokens)
-    return names + [v.name for v in retention(1, ["x"], ["x"], replay)]
+    return names + [v.name for v in retention(1, ["x"], ["x"], replay(s))]
+
+
+def replay(s: StudySettings) -> Replay:
+    """Returns how the ways to forget less replay."""
+    return Replay(s.replay_share, s.replay_weights, s.replay_tokens, s.replay_temperature)

@@ -31,7 +31,7 @@ from options import StudySettings, check, parse
 from pictures import draw
 from schedule import Progress, Task, run
 from summary import tables
-from tasks import base_tasks, replay_task, trial
+from tasks import base_tasks, trial, writing_tasks
 from variants import Variant
 
 from llamapro import cli
@@ -83,7 +83,8 @@ def study_all(
 ) -> list[dict[str, Any]]:
     """Runs everything that has no result yet; returns what results.json has of each study."""
     bases = {study.name: base_tasks(s, out, study) for study in studies}
-    writing = {study.base: replay_task(s, out, study) for study in reversed(studies)}
+    # Of a base, once: what it writes for one domain it has for the other.
+    writing = {study.base: writing_tasks(s, out, study) for study in reversed(studies)}
     grids = {
         study.name: {
             v.name: [
@@ -96,7 +97,7 @@ def study_all(
         for study in studies
     }
     around = [task for tasks in bases.values() for task in tasks]
-    around += [task for task in writing.values() if task is not None]
+    around += [task for tasks in writing.values() for task in tasks.values()]
     count, seconds = left_to_do(s, out, studies, step_s)
     waiting = [task for task in around if task.result() is None]
     seconds += sum(task.estimate_s for task in waiting)
@@ -119,7 +120,7 @@ def study_all(
                 for seed in seeds
             ]
             second += [task for _, _, task in more]
-            writes = writing[study.base] if v.is_written else None
+            writes = writing[study.base].get(v.writing)
             trials += [(v, lr == rate, lr, seed, task, writes) for lr, seed, task in rows + more]
         found.append((study, trials))
     run(second, s.workers, threads(s), progress, describe)

@@ -86,12 +86,14 @@ def base_tasks(s: StudySettings, out: Path, study: Study) -> list[Task]:
     return tasks
 
 
-def replay_task(s: StudySettings, out: Path, study: Study) -> Task | None:
-    """Returns the task of writing what a base's studies replay; None if that is nothing."""
+def writing_tasks(s: StudySettings, out: Path, study: Study) -> dict[tuple[str, ...], Task]:
+    """Returns, by `Variant.writing`, the tasks of writing what the studies of a base replay."""
+    found = {}
     for variant in study.variants(s):
-        if variant.is_written:
+        if variant.writing and variant.writing not in found:
             argv = options(s, out, study, s.replay_steps)
             argv += ["--model.path", str(expanded_dir(out, study, variant)), *variant.options]
-            label, where = f"{study.base} writes replay", out / "replay" / study.base
-            return Task(label, "replay", {"argv": argv}, where, 20.0)
-    return None
+            label, where = f"{study.base} writes for {variant.name}", f"{study.base}-{variant.name}"
+            about = {"argv": argv}
+            found[variant.writing] = Task(label, "replay", about, out / "replay" / where)
+    return found

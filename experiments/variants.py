@@ -34,9 +34,12 @@ class Variant:
     varies: str = ""
 
     @property
-    def is_written(self) -> bool:
-        """Whether it replays what the base writes."""
-        return "--replay.tokens" in self.options
+    def writing(self) -> tuple[str, ...]:
+        """The options that say what the base writes for it; none, if it is not to write."""
+        if "--replay.tokens" not in self.options:
+            return ()
+        where = self.options.index("--replay.tokens")
+        return self.options[where : where + len(Replay.WRITING) * 2]
 
 
 def fitting(num_layers: int, wanted: int) -> int:
@@ -97,16 +100,16 @@ def retention(
         replay: how much, and how much it counts.
     """
     start, share = plain(compared), ("--replay.share", f"{replay.share:g}")
-    written = (*share, *replay.writing)
-    strong = ("--replay.distill", "--replay.weight", f"{replay.weight:g}")
     kinds: list[tuple[str, str, tuple[str, ...]]] = []
     if general:
-        kinds.append(("replay", "replay of general text", (*share, "--replay.data", *general)))
-    kinds.append(("self-replay", "self-replay", written))
-    kinds.append(("distill", f"self-distillation, weight {replay.weight:g}", (*written, *strong)))
-    kinds.append(("distill-1", "self-distillation, weight 1", (*written, "--replay.distill")))
-    on_domain = (*share, "--replay.data", *domain, *strong)
-    kinds.append(("distill-domain", "self-distillation on the domain's text", on_domain))
+        kinds.append(("replay", "replay of general text", ("--replay.data", *general)))
+    kinds.append(("self-replay", "self-replay", replay.written(1.0)))
+    for weight in replay.weights:
+        strong = ("--replay.distill", "--replay.weight", f"{weight:g}")
+        name, label = f"distill-{weight:g}", f"self-distillation, weight {weight:g}"
+        kinds.append((name, label, (*strong, *replay.written(replay.temperature))))
+    own = ("--replay.distill", "--replay.data", *domain)
+    kinds.append(("distill-domain", "self-distillation on the domain's text", own))
     return [
         Variant(
             name,
@@ -114,7 +117,7 @@ def retention(
             "retention",
             compared,
             start.expand,
-            options,
+            (*share, *options),
             varies=start.name,
         )
         for name, label, options in kinds
@@ -123,13 +126,25 @@ def retention(
 
 @dataclass(frozen=True)
 class Replay:
-    """How the retention variants replay: the settings of train.py's `replay`."""
+    """How the retention variants replay: the settings of train.py's `replay`.
+
+    Attributes:
+        share: of the sequences.
+        weights: of the replayed ones' loss, where the base is the teacher; each is a variant.
+        tokens: how many the base writes.
+        temperature: of what it teaches on. What is learnt as it stands is written at 1, as the
+            base's probabilities are.
+    """
+
+    WRITING = ("tokens", "temperature", "batch-size")  # what `written` sets
 
     share: float
-    weight: float
+    weights: tuple[float, ...]
     tokens: int
+    temperature: float
 
-    @property
-    def writing(self) -> tuple[str, ...]:
-        """Options that say how much the base writes."""
-        return ("--replay.tokens", str(self.tokens), "--replay.batch-size", "32")
+    def written(self, temperature: float) -> tuple[str, ...]:
+        """Returns the options that say what the base writes."""
+        values = (str(self.tokens), f"{temperature:g}", "64")
+        pairs = zip(self.WRITING, values, strict=True)
+        return tuple(word for key, value in pairs for word in (f"--replay.{key}", value))
