@@ -1,0 +1,332 @@
+"""experiments/study.py: one command, that says first how long it takes and goes on when killed."""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamapro.config import ConfigError, DataError
+
+MODULES = "options bases tasks budget schedule trial variants domains study".split()
+PRESET = """
+workers = 2
+steps = 4
+replay_steps = 4
+batch_size = 2
+micro_batch_size = 2
+seq_len = 32
+evaluations = 2
+eval_sequences = 2
+learning_rates = [1e-3, 1e-2]
+seeds = [1, 2]
+new_blocks = [1]
+compared = 1
+replay_tokens = 128
+[pretrain]
+config = "{config}"
+vocab_size = 400
+steps = 2
+batch_size = 4
+micro_batch_size = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def modules(root: Path) -> Iterator[SimpleNamespace]:
+    """The modules, which import one another as siblings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "experiments")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable) -> Path:
+    """A study of two layers and four steps."""
+    home = tmp_path_factory.mktemp("preset")
+    config = tiny_config(num_hidden_layers=2, hidden_size=32, max_position_embeddings=256)
+    (home / "config.json").write_text(json.dumps(config.raw))
+    (home / "tiny.toml").write_text(PRESET.format(config=home / "config.json"))
+    return home / "tiny.toml"
+
+
+@pytest.fixture
+def base(
+    tmp_path: Path, write_random_checkpoint: Callable[..., Path], tiny_config: Callable
+) -> Path:
+    return write_random_checkpoint(tmp_path / "base", tiny_config(num_hidden_layers=2))
+
+
+# ---- The whole of it ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Ended:
+    """What a study left, killed in the middle and started again."""
+
+    out: Path
+    before: dict[Path, int]  # results that were there when it was killed, and when they were made
+    text: str
+    said: str
+    results: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ended(root: Path, preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """The study without --base, some of its variants; SIGKILL hits it after two trials."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    command = [sys.executable, "experiments/study.py", "--preset", str(preset), "--out", str(out)]
+    command += ["--variants", "new-1", "lora", "zero-norms", "distill-3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    how: dict[str, Any] = {"cwd": root, "env": environment, "text": True}
+    first = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how
+    )
+    assert first.stdout is not None
+    said = []
+    for line in first.stdout:  # it says when a trial is done
+        said.append(line)
+        if len([line for line in said if "· seed" in line]) == 2:
+            break
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert first.returncode == -signal.SIGKILL, "".join(said)
+    before = {file: file.stat().st_mtime_ns for file in out.glob("small-*/*/*/result.json")}
+    second = subprocess.run(command, capture_output=True, **how)
+    assert second.returncode == 0, second.stderr
+    results = json.loads((out / "results.json").read_text())
+    return Ended(out, before, "".join(said), second.stderr + second.stdout, results)
+
+
+def test_it_says_first_how_long_it_takes(ended: Ended) -> None:
+    """Estimated from a measured step, before anything is made: (3 + 1) x 3 + 2 x 2 trials."""
+    first = ended.text.splitlines()[0]
+    assert re.match(r"16 trials, 2 at a time: about \d.* \(a full training step takes .* s", first)
+
+
+def test_a_killed_study_goes_on_without_repeating_what_is_done(ended: Ended) -> None:
+    """Results that were there keep their files; the second run says how many are left."""
+    assert len(ended.before) >= 2
+    assert all(file.stat().st_mtime_ns == made for file, made in ended.before.items())
+    assert f"{16 - len(ended.before)} trials, 2 at a time" in ended.said
+    assert "[ 1/" in ended.said and " left\n" in ended.said
+
+
+def test_every_trial_is_in_the_results_with_its_measures(ended: Ended) -> None:
+    """All learning rates and seeds, the best rate by the domain's loss, whichever it is."""
+    assert [study["name"] for study in ended.results["studies"]] == ["small-code", "small-math"]
+    for study in ended.results["studies"]:
+        tried = [(t["variant"], t["lr"], t["seed"]) for t in study["trials"]]
+        assert len(set(tried)) == len(tried)
+        grid = [t for t in study["trials"] if t["variant"] == "new-1" and t["seed"] == 1]
+        best = min(grid, key=lambda t: t["curves"][study["domain"]][-1][1])["lr"]
+        for trial in study["trials"]:
+            assert trial["failed"] is None
+            assert set(trial["curves"]) == {study["domain"], "english", "packages"}
+            tokens = [point[0] for point in trial["curves"]["english"]]
+            assert tokens == [0, 2 * 2 * 32, 4 * 2 * 32]
+            assert trial["choices"]["questions"] == 64 and trial["shift"]["positions"] > 0
+            assert trial["tokens_per_s"] > 0 and trial["memory_bytes"] > 1 << 20
+            if trial["variant"] in ("new-1", "distill-3"):  # of which the second follows the first
+                assert trial["chosen"] == (trial["lr"] == best)
+            start = trial["curves"]["english"][0][1]
+            assert start == pytest.approx(study["base_result"]["losses"]["english"], abs=1e-3)
+        written = {t["variant"]: t["replay_s"] for t in study["trials"]}
+        assert written["distill-3"] > 0 == written["new-1"]
+
+
+def test_the_whole_study_has_the_gradients_and_the_page_has_everything(ended: Ended) -> None:
+    """Table, verdicts, pictures and settings lie in --out."""
+    code = ended.results["studies"][0]
+    assert [n for n, norm in code["gradients"]["zero-norms"][0].items() if norm] == [
+        "input_layernorm"
+    ]
+    page = (ended.out / "study.md").read_text()
+    for word in ("small-math", "self-distillation, weight 3", "LoRA", "lr", "zero-norms"):
+        assert word in page
+    for picture in ("curves.png", "pareto.png", "blocks.png"):
+        assert (ended.out / picture).stat().st_size > 10_000 and picture in page
+    assert ended.results["about"]["settings"]["replay_weights"] == [1.0, 3.0]
+    assert not list(ended.out.glob("small-*/*/*/run/checkpoints"))
+
+
+def test_every_variant_trains_from_the_same_base_on_as_many_tokens(ended: Ended) -> None:
+    """Parameters: one block, as many in adapters; all tokens of a trial are the domain's budget."""
+    code = ended.results["studies"][0]
+    of = {t["variant"]: t for t in code["trials"]}
+    assert of["new-1"]["trainable"] == of["zero-norms"]["trainable"]
+    assert of["lora"]["trainable"] == pytest.approx(of["new-1"]["trainable"], rel=0.1)
+    assert (
+        of["new-1"]["total"] - of["new-1"]["trainable"]
+        == of["lora"]["total"] - (of["lora"]["trainable"])
+    )
+
+
+# ---- Mistakes -----------------------------------------------------------------------------------
+
+
+def settings(modules: SimpleNamespace, *words: str) -> Any:
+    return modules.options.parse(list(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "--steps 0: expected more than 0"),
+        (["--steps", "70"], "--steps 70 is not a multiple of --evaluations 4"),
+        (["--replay-share", "1"], "--replay-share 1.0: expected more than 0 and less than 1"),
+        (["--replay-weights", "0"], "--replay-weights 0.0: expected more than 0"),
+        (["--learning-rates", "-1"], "--learning-rates -1.0: expected more than 0"),
+        (["--variants", "new-3"], "--variants new-3: unknown; known are new-1, new-2, new-4"),
+        (["--train", "a.txt"], "--train needs --base"),
+        (["--base", "x", "--train", "a"], "--base needs --val; --base needs --general"),
+        (["--base", "x", "--more-bases", "y=z"], "--more-bases goes with the study's own base"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(
+    modules: SimpleNamespace, words: list[str], message: str
+) -> None:
+    """All at once, by the option."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        modules.options.check(settings(modules, *words))
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "peft"])
+def test_a_missing_extra_is_named_with_its_pip_command(
+    modules: SimpleNamespace, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT only if LoRA is asked for."""
+    found = modules.options.find_spec
+    hidden = {"find_spec": lambda name: None if name == missing else found(name)}
+    monkeypatch.setattr(modules.options, **{"name": "find_spec", "value": hidden["find_spec"]})
+    message = re.escape(f"{missing} is not installed: pip install 'llamapro[study]'")
+    with pytest.raises(ConfigError, match=message):
+        modules.options.check(settings(modules))
+    if missing == "peft":
+        modules.options.check(settings(modules, "--variants", "new-4"))
+
+
+def test_an_unknown_key_of_a_preset_is_told(modules: SimpleNamespace, tmp_path: Path) -> None:
+    """With the nearest that exists."""
+    (tmp_path / "mine.toml").write_text("step = 4\n[pretrain]\nlr = 'high'\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'step'.*steps.*pretrain\.lr is 'high'"):
+        settings(modules, "--preset", str(tmp_path / "mine.toml"))
+    with pytest.raises(ConfigError, match="no such preset"):
+        settings(modules, "--preset", "huge")
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_presets_are_possible(modules: SimpleNamespace, name: str) -> None:
+    """Their base exists, and its layers take the numbers of new blocks."""
+    s = settings(modules, "--preset", name)
+    modules.options.check(s)
+    studies = modules.bases.made_studies(s, Path("out"))
+    assert [study.name for study in studies] == ["small-code", "small-math"]
+    numbers = [v.new_blocks for v in studies[0].variants(s) if v.group == "number"]
+    assert numbers == list(s.new_blocks) and studies[0].compared(s) == s.compared
+
+
+def test_a_study_over_its_budget_does_not_start(
+    modules: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message has the estimate, the limit and what to lower; --dry-run prints the estimate."""
+    s = settings(modules, "--budget-minutes", "30")
+    studies = modules.bases.made_studies(s, tmp_path)
+    text = modules.budget.check_budget(s, tmp_path, studies, {"small": 0.01})
+    assert text.startswith("110 trials, 2 at a time: about ")
+    with pytest.raises(ConfigError, match="more than --budget-minutes 30; raise it, lower"):
+        modules.budget.check_budget(s, tmp_path, studies, {"small": 1.0})
+    slow = modules.budget.left_to_do(s, tmp_path, studies, {"small": 1.0})[1]
+    fast = modules.budget.left_to_do(s, tmp_path, studies, {"small": 0.5})[1]
+    assert slow - fast > 0.5 * 110 * s.steps * 0.5
+
+
+# ---- The user's own base ------------------------------------------------------------------------
+
+
+def test_a_base_of_ones_own_has_all_variants(
+    modules: SimpleNamespace, base: Path, tmp_path: Path
+) -> None:
+    """Its data are found before anything starts."""
+    text = tmp_path / "text.txt"
+    text.write_text("def f(): return 1\n" * 100)
+    words = ["--base", str(base), "--train", str(text), "--val", str(text)]
+    s = settings(modules, *words, "--general", f"wiki={text}", f"books={text}")
+    modules.options.check(s)
+    study = modules.bases.own_study(s)
+    names = [v.name for v in study.variants(s)]
+    assert {"new-1", "new-2", "prefix", "lora", "moe", "self-replay"} <= set(names)
+    assert "replay" not in names and list(study.general) == ["wiki", "books"]
+    missing = dataclasses.replace(s, val=(str(tmp_path / "none.txt"),))
+    with pytest.raises(DataError, match=r"none\.txt"):
+        modules.bases.own_study(missing)
+
+
+# ---- Tasks --------------------------------------------------------------------------------------
+
+
+def test_a_task_runs_once_and_a_failed_one_names_its_log(
+    modules: SimpleNamespace, base: Path, tmp_path: Path
+) -> None:
+    """A result is kept; one that was made otherwise, or is damaged, is refused."""
+    about = {"base": str(base), "tokens": 16, "length": 8}
+    task = modules.schedule.Task("text", "write", about, tmp_path / "text")
+    assert modules.schedule.run([task], 1, 1)[0]["tokens"] >= 16
+    made = (tmp_path / "text" / "text.txt").stat().st_mtime_ns
+    assert modules.schedule.run([task], 1, 1)[0]["tokens"] >= 16
+    assert (tmp_path / "text" / "text.txt").stat().st_mtime_ns == made
+    other = dataclasses.replace(task, about=about | {"length": 9})
+    with pytest.raises(ConfigError, match=r"made with other settings \(length\): choose another"):
+        modules.schedule.run([other], 1, 1)
+    (tmp_path / "text" / "result.json").write_text("{")
+    with pytest.raises(DataError, match="damaged; remove it"):
+        task.result()
+    broken = dataclasses.replace(task, about={"base": str(tmp_path)}, out=tmp_path / "broken")
+    with pytest.raises(DataError, match=r"text failed \(exit status 1\): see .*broken/log\.txt"):
+        modules.schedule.run([broken], 1, 1)
+    assert "CheckpointError" in (tmp_path / "broken" / "log.txt").read_text()
+
+
+def test_the_time_left_follows_what_trials_really_take(
+    modules: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Estimated at 10 s, taken 20: three more take 60, two at a time 30."""
+    task = modules.schedule.Task("trial", "train", {}, tmp_path, 10.0)
+    progress = modules.schedule.Progress(4, 40.0, 2)
+    progress.done(task, 20.0, "code 3.9")
+    assert capsys.readouterr().err == "[1/4] trial: code 3.9 · 20s · about 30s left\n"
+
+
+def test_a_second_study_in_the_same_directory_is_refused(
+    modules: SimpleNamespace, tmp_path: Path
+) -> None:
+    """While the first runs; then it may."""
+    second = modules.study.alone(tmp_path)
+    with (
+        modules.study.alone(tmp_path),
+        pytest.raises(ConfigError, match="another study is writing here"),
+    ):
+        second.__enter__()
+    with modules.study.alone(tmp_path):
+        pass
+
+
+def test_a_trial_that_diverged_is_shown_and_never_chosen(modules: SimpleNamespace) -> None:
+    """The best learning rate is of those that ended; if all failed, the first."""
+    study = SimpleNamespace(domain="code")
+    good = {"curves": {"code": [[0, 4.0], [10, 3.0]]}}
+    failed = {"failed": "the gradient is not finite"}
+    assert modules.study.best(study, [(1e-3, good), (1e-2, failed)]) == 1e-3
+    assert modules.study.best(study, [(1e-3, failed), (1e-2, failed)]) == 1e-3
+    assert modules.study.describe(None, failed) == "failed: the gradient is not finite"

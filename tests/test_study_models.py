@@ -1,0 +1,215 @@
+"""experiments/comparisons.py, variants.py, domains.py: what the study compares, and on what."""
+
+import importlib
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llamapro.checkpoint import Checkpoint
+from llamapro.expansion import is_in_layers
+
+TOPS = [1, 3]
+IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))
+INPUTS, TARGETS = IDS[:, :-1], IDS[:, 1:]
+
+
+@pytest.fixture(scope="module")
+def study(root: Path) -> Iterator[SimpleNamespace]:
+    """The modules, which import one another as siblings."""
+    names = ("variants", "comparisons", "domains")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "experiments")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def base(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_random_checkpoint: Callable[..., Path],
+    tiny_config: Callable,
+) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("study") / "base", tiny_config())
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- Models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["zero-outputs", "zero-norms"])
+def test_a_block_whose_outputs_or_norms_are_zero_is_the_identity(
+    study: SimpleNamespace, base: Path, keep: str
+) -> None:
+    """The expanded model's logits are the base's, to the bit; its new blocks alone train."""
+    model = study.comparisons.expanded(base, TOPS, keep)
+    assert torch.equal(model(INPUTS), Checkpoint.open(base).load()(INPUTS))
+    assert model.config.num_hidden_layers == 6
+    assert trained(model) == {
+        name for name, _ in model.named_parameters() if is_in_layers(name, (2, 5))
+    }
+
+
+def test_copies_are_their_sources_and_change_what_the_base_says(
+    study: SimpleNamespace, base: Path
+) -> None:
+    """Nothing in them is zero, and they share no storage with what they are copies of."""
+    model = study.comparisons.expanded(base, TOPS, "copies")
+    for new, source in ((2, 1), (5, 4)):
+        for p, q in zip(
+            model.model.layers[new].parameters(),
+            model.model.layers[source].parameters(),
+            strict=True,
+        ):
+            assert torch.equal(p, q) and p.data_ptr() != q.data_ptr() and p.any()
+    assert not torch.allclose(model(INPUTS), Checkpoint.open(base).load()(INPUTS), atol=1e-2)
+
+
+def test_the_moe_baseline_starts_with_a_scaled_w3_as_in_appendix_h(
+    study: SimpleNamespace, base: Path
+) -> None:
+    """softmax(1, 0) = (0.731, 0.269), the second projection zero: not an identity."""
+    model = study.comparisons.moe(base)
+    mlp, x = model.model.layers[0].mlp, torch.randn(3, 64)
+    plain = Checkpoint.open(base).load().model.layers[0].mlp(x)
+    torch.testing.assert_close(mlp(x), plain / (1 + math.exp(-1)))
+    assert {name.split(".", 4)[4] for name in trained(model)} == {"new_down_proj.weight", "scales"}
+    assert len(trained(model)) == 2 * 4
+    model(INPUTS, TARGETS)[0].backward()
+    assert all(model.get_parameter(name).grad.any() for name in trained(model))
+
+
+def test_lora_starts_as_the_base_and_has_as_many_parameters_as_the_blocks(
+    study: SimpleNamespace, base: Path
+) -> None:
+    """Nearest rank; only the adapters train, on every linear; each seed draws its own."""
+    rank = study.comparisons.lora_rank(base, 2)
+    model = study.comparisons.lora(base, rank, seed=1)
+    block = sum(p.numel() for p in Checkpoint.open(base).load().model.layers[0].parameters())
+    count = sum(model.get_parameter(name).numel() for name in trained(model))
+    assert abs(count - 2 * block) <= count / rank / 2
+    assert len(trained(model)) == 2 * 7 * 4 and all("lora_" in name for name in trained(model))
+    assert torch.equal(model(INPUTS), Checkpoint.open(base).load()(INPUTS))
+    first = [study.comparisons.lora(base, 2, seed).state_dict() for seed in (1, 1, 2)]
+    drawn = next(name for name in first[0] if "lora_A" in name)
+    assert torch.equal(first[0][drawn], first[1][drawn])
+    assert not torch.equal(first[0][drawn], first[2][drawn])
+
+
+def test_of_the_originals_just_the_named_blocks_train(study: SimpleNamespace, base: Path) -> None:
+    """The control: as many blocks train, none is added."""
+    model = study.comparisons.originals(base, TOPS)
+    assert trained(model) == {n for n, _ in model.named_parameters() if is_in_layers(n, TOPS)}
+    assert len(trained(model)) == 2 * 9
+
+
+def test_nothing_that_is_built_reaches_the_checkpoint(study: SimpleNamespace, base: Path) -> None:
+    """Its files are mapped: a model trained in place must not be those bytes."""
+    before = Checkpoint.open(base).sha256()
+    for about in (
+        {"model": "originals", "layers": TOPS},
+        {"model": "copies", "layers": TOPS},
+        {"model": "moe"},
+        {"model": "lora", "rank": 2, "seed": 0},
+    ):
+        model = study.comparisons.build(about | {"base": str(base)})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+    assert Checkpoint.open(base).sha256() == before
+
+
+# ---- The first gradients ------------------------------------------------------------------------
+
+
+def test_two_of_nine_tensors_have_a_gradient_at_first_and_all_from_the_second_step(
+    study: SimpleNamespace, base: Path
+) -> None:
+    """The paper's identity blocks."""
+    first, second = study.comparisons.first_gradients(base, TOPS, "zero-outputs", IDS)
+    assert {n for n, norm in first.items() if norm} == {"self_attn.o_proj", "mlp.down_proj"}
+    assert len(second) == 9 and all(second.values())
+
+
+def test_with_zero_norms_the_ffn_never_learns_and_the_attention_only_by_its_values(
+    study: SimpleNamespace, base: Path
+) -> None:
+    """Appendix A holds for the FFN, exactly 0 at each step; the attention's norm has a gradient."""
+    first, second = study.comparisons.first_gradients(base, TOPS, "zero-norms", IDS)
+    assert {n for n, norm in first.items() if norm} == {"input_layernorm"}
+    ffn = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"}
+    assert {n for n, norm in second.items() if not norm} == ffn
+
+
+# ---- Variants -----------------------------------------------------------------------------------
+
+
+def test_what_does_not_interleave_is_left_out(study: SimpleNamespace) -> None:
+    """Of a base of 8 blocks +3 is not one of the paper's; +2 is, and what all is compared with."""
+    found = study.variants.comparisons(8, [1, 3, 4, 16], 2)
+    assert [v.name for v in found if v.group == "number"] == ["new-1", "new-2", "new-4"]
+    originals = next(v for v in found if v.name == "originals")
+    assert originals.built == {"model": "originals", "layers": [3, 7]}
+    assert len({v.name for v in found}) == len(found)
+
+
+@pytest.mark.parametrize(("layers", "wanted", "nearest"), [(8, 4, 4), (5, 4, 5), (6, 4, 3)])
+def test_the_compared_number_is_the_nearest_that_interleaves(
+    study: SimpleNamespace, layers: int, wanted: int, nearest: int
+) -> None:
+    """A base of five blocks takes one or five."""
+    assert study.variants.fitting(layers, wanted) == nearest
+
+
+def test_the_ways_to_forget_less_start_where_plain_expansion_does(study: SimpleNamespace) -> None:
+    """They differ in options of train.py alone; without general text there is none to replay."""
+    replay = study.variants.Replay(0.25, (1.0, 3.0), 4096, 1.3)
+    names = ["self-replay", "distill-1", "distill-3", "distill-domain"]
+    found = study.variants.retention(4, [], ["code"], replay)
+    assert [v.name for v in found] == names
+    assert study.variants.retention(4, ["english"], ["code"], replay)[0].name == "replay"
+    plain = study.variants.plain(4)
+    assert all(v.expand == plain.expand and v.varies == plain.name for v in found)
+    assert all(v.options[:2] == ("--replay.share", "0.25") for v in found)
+    assert [v.writing[3:4] for v in found] == [("1",), ("1.3",), ("1.3",), ()]
+    assert found[1].writing == found[2].writing != found[0].writing
+
+
+# ---- Text ---------------------------------------------------------------------------------------
+
+
+def test_arithmetic_is_right_and_its_held_out_part_is_another_draw(study: SimpleNamespace) -> None:
+    """Each answer is what Python computes; the same text every time."""
+    texts = list(study.domains.arithmetic("val", 20))
+    for line in "".join(texts).splitlines():
+        if line.startswith("Answer:"):
+            problem, answer = line.removeprefix("Answer: ").split(" = ")
+            assert eval(problem) == int(answer)
+    assert texts == list(study.domains.arithmetic("val", 20))
+    assert texts != list(study.domains.arithmetic("train", 20))
+
+
+def test_each_question_has_one_right_choice_among_four(study: SimpleNamespace) -> None:
+    """Sums: the right one is computed. Lines of code: the one that follows in the file."""
+    for question in study.domains.math_questions():
+        right = question["choices"][question["answer"]]
+        assert eval(question["context"].rsplit("Answer: ")[1].removesuffix("=")) == int(right)
+        assert len(set(question["choices"])) == 4
+    draw = random.Random(0)
+    lines = [f"    value_{draw.random()} = {i}" for i in range(400)]
+    files = ["\n".join(lines[:200]), "\n".join(lines[200:])]
+    questions = list(study.domains.code_questions(files))
+    assert len(questions) == study.domains.QUESTIONS
+    for question in questions:
+        right = question["choices"][question["answer"]]
+        assert any(question["context"] + right in text for text in files)
+        assert len(set(question["choices"])) == 4
