@@ -193,7 +193,7 @@ def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
     how = ReplaySettings(seed=HELD_OUT_SEED, batch_size=32)
     ends = set(checkpoint.config.eos_token_ids)
     texts, tokens = [], 0
-    for ids in write_documents(model, tokenizer.bos_id, ends, about["length"], how):
+    for ids in write_documents(model, [[tokenizer.bos_id]], ends, about["length"], how):
         texts.append(tokenizer.decode(ids[1:]))
         tokens += len(ids)
         if tokens >= about["tokens"]:

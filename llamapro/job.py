@@ -20,7 +20,7 @@ from llamapro.expansion import select_trainable
 from llamapro.hub import resolve
 from llamapro.model import build_on_meta
 from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
-from llamapro.replay import describe_mix, written_by_base
+from llamapro.replay import describe_mix, read_prompts, written_by_base
 from llamapro.resume import make_identity
 from llamapro.settings import Settings
 from llamapro.stopping import Stopped, StopRequest
@@ -69,6 +69,8 @@ class Job:
         replay = [settings.replay.data] if settings.replay.data else []
         for patterns in [settings.data.train, *val.values(), *replay]:
             find_files(patterns)  # raises DataError for a pattern that matches nothing
+        if settings.replay.share and not settings.replay.data:  # raises if there is no prompt
+            read_prompts(settings.replay.prompts, tokenizer, settings.data.seq_len)
         preset = Path(settings.config).stem or "run"
         run_dir = Path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)
@@ -185,9 +187,7 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
     sources = [packed(f"train {path}") for path in s.data.train]
     weights = s.data.weights or [1.0] * len(sources)
     if s.replay.share:
-        mixture = Mixture(
-            sources, weights, s.train.seed, packed("replay"), s.replay.share
-        )
+        mixture = Mixture(sources, weights, s.train.seed, packed("replay"), s.replay.share)
         about.append(describe_mix(mixture))
     else:
         mixture = Mixture(sources, weights, s.train.seed)

@@ -185,7 +185,7 @@ def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, tokens: int, context: 
         raise CheckpointError(f"{tokenizer.path.parent}: NaN or infinity in the logits after BOS")
     ends = {i for i in (*model.config.eos_token_ids, tokenizer.eos_id) if i is not None}
     drawn = ReplaySettings(temperature=1.0, seed=0)
-    stream = chain.from_iterable(write_documents(model, int(start), ends, context, drawn))
+    stream = chain.from_iterable(write_documents(model, [[int(start)]], ends, context, drawn))
     return list(tqdm(islice(stream, tokens), "write text", tokens, unit="tok", disable=None))
 
 

@@ -1,9 +1,9 @@
 """Replay: general text among what the new blocks are trained on, against forgetting.
 
 The expanded model contains its base, so there is a source of such text even where nothing is known
-of what the base was trained on: the base itself. It writes documents, each drawn from BOS on, once
-before the training; or the user names files instead. Either is one more source of the mixture,
-with a given share of its samples.
+of what the base was trained on: the base itself. It writes documents, each drawn from BOS or from
+a short text on, once before the training; or the user names files instead. Either is one more
+source of the mixture, with a given share of its samples.
 
 The same idea, with models that write before they learn: Sun et al., LAMOL (2020).
 
@@ -15,6 +15,7 @@ distribution being the model's without its new blocks: Li & Hoiem's "Learning wi
 
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llamapro.checkpoint import Checkpoint
-from llamapro.config import ConfigError
+from llamapro.config import ConfigError, DataError
 from llamapro.contained import load_contained
 from llamapro.data import Mixture, Source
 from llamapro.generate import generate
@@ -41,23 +42,30 @@ FORMAT_VERSION = 1
 
 
 def write_documents(
-    base: LlamaForCausalLM, bos_id: int, end_ids: set[int], length: int, settings: ReplaySettings
+    base: LlamaForCausalLM,
+    prompts: Sequence[list[int]],
+    end_ids: set[int],
+    length: int,
+    settings: ReplaySettings,
 ) -> Iterator[list[int]]:
     """Yields documents that a model writes, without end.
 
     Args:
         base: in evaluation mode.
-        bos_id: each document's first token.
+        prompts: what documents begin with, token ids; each is drawn as often as any other. Those
+            that are continued at a time are of one length.
         end_ids: a document ends with any of them.
         length: tokens of a document at most; one that long has no end.
         settings: temperature, seed, and how many documents are written at a time.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    prompt = torch.full((settings.batch_size, 1), bos_id)
+    generator, draw = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
     while True:
-        documents = [[bos_id] for _ in prompt]
+        size = len(draw.choice(prompts))
+        fitting = [prompt for prompt in prompts if len(prompt) == size]
+        documents = [list(draw.choice(fitting)) for _ in range(settings.batch_size)]
         is_open = [True] * len(documents)
-        steps = generate(base, prompt, length - 1, settings.temperature, seed=generator)
+        prompt = torch.tensor(documents)  # (B, P)
+        steps = generate(base, prompt, length - size, settings.temperature, seed=generator)
         for step in steps:
             for row, token_id in enumerate(step[:, 0].tolist()):
                 if is_open[row]:
@@ -66,6 +74,43 @@ def write_documents(
             if not any(is_open):
                 break
         yield from documents
+
+
+def read_prompts(file: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
+    """Returns what the base's documents begin with: BOS, or BOS and each line of a file.
+
+    Args:
+        file: UTF-8 text; empty lines are passed over. "": none.
+        tokenizer: the base's.
+        length: tokens of a document; a prompt leaves room for one at least.
+
+    Raises:
+        ConfigError: no file, and no BOS.
+        DataError: the file cannot be read, has no prompt, or one that is too long.
+    """
+    if not file:
+        if tokenizer.bos_id is None:
+            raise ConfigError(
+                f"replay.share: {tokenizer.path} has no BOS token that the base could write from; "
+                "give short texts with replay.prompts, or name text with replay.data instead"
+            )
+        return [[tokenizer.bos_id]]
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"replay.prompts {file}: cannot be read as text: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        ids = tokenizer.encode(line, bos=True)
+        if line.strip() and len(ids) >= length:
+            raise DataError(
+                f"{file}:{number}: a prompt of {len(ids)} tokens; a document has data.seq_len "
+                f"{length} at most"
+            )
+        prompts += [ids] if line.strip() else []
+    if not prompts:
+        raise DataError(f"replay.prompts {file}: has no line to begin with")
+    return prompts
 
 
 def written_by_base(
@@ -91,14 +136,10 @@ def written_by_base(
         dtype, device: of the base while it writes; it is there whole.
 
     Raises:
-        ConfigError: the tokenizer has no BOS to start from.
-        DataError: the disk is full, or the store in the cache is damaged.
+        ConfigError, DataError: as `read_prompts`; or the disk is full, or the store in the cache is
+            damaged.
     """
-    if tokenizer.bos_id is None:
-        raise ConfigError(
-            f"replay.share {settings.share}: {tokenizer.path} has no BOS token that the base could "
-            "write from; name text with replay.data instead"
-        )
+    prompts = read_prompts(settings.prompts, tokenizer, length)
     inside = contained_base(checkpoint)
     hashes = hash_tensors(inside.values(), "hash base")
     made_of = {
@@ -112,6 +153,8 @@ def written_by_base(
         "batch_size": settings.batch_size,
         "length": length,
     }
+    if settings.prompts:
+        made_of["prompts"] = prompts
     key = hashlib.sha256(json.dumps(["replay", FORMAT_VERSION, made_of]).encode()).hexdigest()
     directory = Path(cache_dir).expanduser() / key[:24]
     if is_cached := directory.exists():
@@ -122,7 +165,7 @@ def written_by_base(
         ends = set(base.config.eos_token_ids)
         if tokenizer.eos_id is not None:
             ends.add(tokenizer.eos_id)
-        documents = write_documents(base, tokenizer.bos_id, ends, length, settings)
+        documents = write_documents(base, prompts, ends, length, settings)
         _store(directory, documents, tokenizer, base.config.vocab_size, made_of)
         store = TokenStore(directory, tokenizer.fingerprint)
     origin = f", from the cache {directory}" if is_cached else ""

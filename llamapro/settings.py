@@ -62,6 +62,9 @@ class ReplaySettings:
     """Part of the sequences that are replayed; 0: none."""
     data: tuple[str, ...] = ()
     """General text of yours, instead of the base's: files, globs, folders."""
+    prompts: str = ""
+    """A file of short texts, one a line, that the base's documents begin with; BOS alone if
+    empty."""
     tokens: int = 1_000_000
     """How much the base writes; what training takes beyond it repeats."""
     temperature: float = 1.0
@@ -354,13 +357,15 @@ def _check_replay(s: Settings) -> list[str]:
     if not 0 <= share < 1:
         return [f"replay.share is {share}, expected 0 to below 1"]
     if not share:
-        given = {key: getattr(s.replay, key) for key in ("data", "distill", "weight")}
+        given = {key: getattr(s.replay, key) for key in ("data", "prompts", "distill", "weight")}
         return [
             f"replay.{key} {value} needs replay.share"
             for key, value in given.items()
             if value != getattr(ReplaySettings, key)
         ]
     wrong = []
+    if s.replay.data and s.replay.prompts:
+        wrong.append("replay.prompts is for what the base writes: leave it or replay.data out")
     if s.train.trainable == "all":
         wrong.append(
             f"replay.share is {share}: replay goes with train.trainable 'new_blocks', whose base "

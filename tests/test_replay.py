@@ -135,7 +135,7 @@ def test_documents_begin_with_bos_and_end_where_the_base_ends_them(home: Path) -
     """With the first of the ends, or at the length; nothing after an end is kept."""
     base = Checkpoint.open(home / "base0").load()
     ends = set(range(100, 150))
-    written: Iterator[list[int]] = write_documents(base, 1, ends, LENGTH, SETTINGS)
+    written: Iterator[list[int]] = write_documents(base, [[1]], ends, LENGTH, SETTINGS)
     some = [next(written) for _ in range(40)]
     for ids in some:
         assert ids[0] == 1 and not ends & set(ids[:-1])
@@ -213,6 +213,61 @@ def test_the_replay_is_dealt_out_evenly(share: float) -> None:
     passes = [place[1] for place in read if place[0] == 2]
     assert sorted(passes[:17]) == sorted(passes[17:34]) == list(range(17))
     assert passes[:17] != passes[17:34]
+
+
+# ---- Prompts -------------------------------------------------------------------------------------
+
+
+def test_documents_begin_with_the_prompts(
+    write: Callable[..., TokenStore], home: Path, tmp_path: Path
+) -> None:
+    """Each is BOS and a line of the file, of any length; all of them come."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("The\n\nIt was the best of\ndef usage(\n")
+    tokenizer = Tokenizer.load(home / "pro0")
+    prompts = [tokenizer.encode(line, bos=True) for line in file.read_text().split("\n") if line]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    store = write(prompts=str(file), tokens=1500)
+    begun = [
+        [prompt for prompt in prompts if document[: len(prompt)] == prompt]
+        for document in documents(store)[:-1]  # the last one may be cut
+    ]
+    assert all(begun) and {str(found) for found in begun} == {str([p]) for p in prompts}
+    again = write(prompts=str(file), tokens=1500, cache="again")
+    assert store.sha256 == again.sha256
+    file.write_text("Other\n")
+    assert write(prompts=str(file), tokens=1500).path != store.path  # not the old one from the cache
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"prompts\.txt: cannot be read as text"),
+        (b"\n \n", r"prompts\.txt: has no line to begin with"),
+        (b"The\n" + b"word " * 40, rf"prompts\.txt:2: a prompt of \d+ tokens; .* {LENGTH} at most"),
+        (b"\xff\xfe", r"prompts\.txt: cannot be read as text"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_told(
+    text: bytes | None, message: str, write: Callable[..., TokenStore], tmp_path: Path
+) -> None:
+    """By file and line; nothing is written."""
+    if text is not None:
+        (tmp_path / "prompts.txt").write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        write(prompts=str(tmp_path / "prompts.txt"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_prompts_beside_text_of_ones_own_are_a_mistake() -> None:
+    """The text is there; there is nothing to begin. And without a share both say nothing."""
+    s = Settings(model=ModelSettings(path="x"), data=DataSettings(train=("x",)))
+    both = replace(s, replay=ReplaySettings(share=0.1, data=("a",), prompts="b"))
+    with pytest.raises(ConfigError, match=r"replay\.prompts is for what the base writes"):
+        check(both, 1)
+    alone = replace(s, replay=ReplaySettings(prompts="b"))
+    with pytest.raises(ConfigError, match=r"replay\.prompts b needs replay\.share"):
+        check(alone, 1)
 
 
 # ---- In a run ------------------------------------------------------------------------------------
