@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.data import Mixture
 from llamapro.metrics import read_metrics
-from llamapro.replay import describe_mix, write_documents, written_by_base
+from llamapro.replay import describe_mix, read_prompts, write_documents, written_by_base
 from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.settings import TrainSettings as Train
 from llamapro.store import TokenStore
@@ -221,22 +222,21 @@ def test_the_replay_is_dealt_out_evenly(share: float) -> None:
 def test_documents_begin_with_the_prompts(
     write: Callable[..., TokenStore], home: Path, tmp_path: Path
 ) -> None:
-    """Each is BOS and a line of the file, of any length; all of them come."""
+    """Each with BOS and a line of the file, of any length; all of them come, in any order."""
     file = tmp_path / "prompts.txt"
     file.write_text("The\n\nIt was the best of\ndef usage(\n")
     tokenizer = Tokenizer.load(home / "pro0")
-    prompts = [tokenizer.encode(line, bos=True) for line in file.read_text().split("\n") if line]
-    assert len({len(prompt) for prompt in prompts}) > 1
-    store = write(prompts=str(file), tokens=1500)
-    begun = [
-        [prompt for prompt in prompts if document[: len(prompt)] == prompt]
-        for document in documents(store)[:-1]  # the last one may be cut
-    ]
+    prompts = read_prompts(str(file), tokenizer, LENGTH)
+    lines = ("The", "It was the best of", "def usage(")
+    assert prompts == [tokenizer.encode(line, bos=True) for line in lines]
+    base = Checkpoint.open(home / "base0").load()
+    written = islice(write_documents(base, prompts, set(), LENGTH, SETTINGS), 80)
+    begun = [[p for p in prompts if document[: len(p)] == p] for document in written]
     assert all(begun) and {str(found) for found in begun} == {str([p]) for p in prompts}
-    again = write(prompts=str(file), tokens=1500, cache="again")
-    assert store.sha256 == again.sha256
+    first, again = (write(prompts=str(file), cache=cache) for cache in ("a", "b"))
+    assert first.sha256 == again.sha256
     file.write_text("Other\n")
-    assert write(prompts=str(file), tokens=1500).path != store.path  # not the old one from the cache
+    assert write(prompts=str(file), cache="a").path != first.path  # not the old one
 
 
 @pytest.mark.parametrize(
