@@ -68,8 +68,8 @@ def own_study(s: StudySettings) -> Study:
     """Returns the study of the user's base; raises a UserError for what is missing."""
     base = Checkpoint.open(s.base)
     general = parse_named(s.general)
-    for patterns in (s.train, s.val, s.general_train, *general.values()):
-        find_files(list(patterns)) if patterns else None
+    for patterns in filter(None, (s.train, s.val, s.general_train, *general.values())):
+        find_files(list(patterns))  # raises DataError for a pattern that matches nothing
     how = (s.general_train, s.choices, True, base.config.num_hidden_layers)
     return Study("own", "own", base.path, "domain", s.train, s.val, general, *how)
 
@@ -78,7 +78,7 @@ def made_studies(s: StudySettings, out: Path) -> list[Study]:
     """Returns the studies of the small base, which is made in `out`, and of the others, each in
     both domains.
     """
-    config = ModelConfig.from_file(Path(s.pretrain.config))
+    config = ModelConfig.from_file(ROOT / s.pretrain.config)
     bases = {"small": (out / "bases" / "small", config.num_hidden_layers)}
     for name, paths in parse_named(s.more_bases, "--more-bases").items():
         checkpoint = Checkpoint.open(paths[0])
@@ -120,7 +120,7 @@ def command(*words: str) -> None:
     """
     print(f"$ {' '.join(words)}", file=sys.stderr, flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, stdout=sys.stderr)
+    found = subprocess.run([sys.executable, *words], env=environment, stdout=sys.stderr)
     if found.returncode:
         raise DataError(f"python {' '.join(words[:3])} ... failed, see above")
 
@@ -143,7 +143,7 @@ def pretrain(s: StudySettings, out: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))
     run_dir = str(out / "pretrain")
     options = {
-        "model.config": p.config, "model.tokenizer": tokenizer, "data.train": english,
+        "model.config": ROOT / p.config, "model.tokenizer": tokenizer, "data.train": english,
         "data.val": f"english={out / 'corpus' / 'english' / 'val'}", "data.seq-len": s.seq_len,
         "data.cache-dir": out / "cache", "train.trainable": "all", "train.steps": p.steps,
         "train.batch-size": p.batch_size, "train.micro-batch-size": p.micro_batch_size,
@@ -152,8 +152,8 @@ def pretrain(s: StudySettings, out: Path) -> None:
         "save.every": max(1, p.steps // 4), "save.keep": 1, "log-every": max(1, p.steps // 8),
         "run-dir": run_dir,
     }  # fmt: skip
-    command(*(launch if processes > 1 else ()), "train.py", *flags(options))
-    command("convert.py", "merge", p.config, run_dir, str(base))
+    command(*(launch if processes > 1 else ()), str(ROOT / "train.py"), *flags(options))
+    command(str(ROOT / "convert.py"), "merge", str(ROOT / p.config), run_dir, str(base))
 
 
 def written_task(s: StudySettings, out: Path, study: Study) -> Task:
@@ -166,8 +166,7 @@ def expanded_dir(out: Path, study: Study, variant: Variant) -> Path:
     """Returns where a variant starts: the base, or an expanded checkpoint of its own."""
     if not variant.expand:
         return study.checkpoint
-    name = variant.name if not variant.varies else variant.varies
-    return out / "bases" / f"{study.base}-{name}"
+    return out / "bases" / f"{study.base}-{variant.varies or variant.name}"
 
 
 def expand(s: StudySettings, out: Path, studies: Sequence[Study]) -> None:
@@ -176,5 +175,5 @@ def expand(s: StudySettings, out: Path, studies: Sequence[Study]) -> None:
         for variant in study.variants(s):
             start = expanded_dir(out, study, variant)
             if not start.exists():
-                words = ("convert.py", "expand", str(study.checkpoint), str(start))
+                words = (str(ROOT / "convert.py"), "expand", str(study.checkpoint), str(start))
                 command(*words, *variant.expand)

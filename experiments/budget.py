@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bases import Study
+from domains import ROOT
 from options import StudySettings
 from schedule import Task, run
 from tasks import trial_seconds
@@ -15,7 +16,11 @@ from llamapro.metrics import format_duration
 
 def config_of(s: StudySettings, study: Study) -> str:
     """Returns the file that says what shape a study's base has, before there is a base."""
-    return s.pretrain.config if study.base == "small" else str(study.checkpoint / "config.json")
+    return (
+        str(ROOT / s.pretrain.config)
+        if study.base == "small"
+        else str(study.checkpoint / "config.json")
+    )
 
 
 def calibrate(s: StudySettings, out: Path, studies: Sequence[Study]) -> dict[str, float]:

@@ -21,7 +21,6 @@ MODULES = "options bases tasks budget schedule trial variants domains study".spl
 PRESET = """
 workers = 2
 steps = 4
-replay_steps = 4
 batch_size = 2
 micro_batch_size = 2
 seq_len = 32
@@ -135,7 +134,7 @@ def test_every_trial_is_in_the_results_with_its_measures(ended: Ended) -> None:
             assert trial["failed"] is None
             assert set(trial["curves"]) == {study["domain"], "english", "packages"}
             tokens = [point[0] for point in trial["curves"]["english"]]
-            assert tokens == [0, 2 * 2 * 32, 4 * 2 * 32]
+            assert tokens == [0, 2 * 2 * 32, 4 * 2 * 32]  # a ninth more steps is none here
             assert trial["choices"]["questions"] == 64 and trial["shift"]["positions"] > 0
             assert trial["tokens_per_s"] > 0 and trial["memory_bytes"] > 1 << 20
             if trial["variant"] in ("new-1", "distill-3"):  # of which the second follows the first
@@ -250,6 +249,7 @@ def test_a_study_over_its_budget_does_not_start(
     slow = modules.budget.left_to_do(s, tmp_path, studies, {"small": 1.0})[1]
     fast = modules.budget.left_to_do(s, tmp_path, studies, {"small": 0.5})[1]
     assert slow - fast > 0.5 * 110 * s.steps * 0.5
+    assert (s.steps, s.replay_steps) == (72, 80)
 
 
 # ---- The user's own base ------------------------------------------------------------------------
