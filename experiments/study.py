@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from bases import Study, expand, made_studies, own_study, pretrain, written_task
 from budget import calibrate, check_budget, left_to_do, threads
 from domains import write_corpus
@@ -171,8 +172,6 @@ def collect(
 
 def about_machine(s: StudySettings, elapsed_s: float) -> dict[str, Any]:
     """Returns where and with what a study ran."""
-    import torch
-
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()

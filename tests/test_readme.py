@@ -35,6 +35,10 @@ def test_every_option_it_names_exists(root: Path) -> None:
         known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)}
     fields = re.findall(r"^    (\w+): ", (root / "convert.py").read_text(), re.MULTILINE)
     known |= {"--" + name.replace("_", "-") for name in fields} | TORCHRUN | HARNESS | {"--help"}
+    study = (root / "experiments" / "options.py").read_text()
+    study = study[study.index("class StudySettings") :]
+    fields = re.findall(r"^    (\w+): ", study, re.MULTILINE)
+    known |= {"--" + name.replace("_", "-") for name in fields}
     for file in (root / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--[\w-]+)"', file.read_text()))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z]", readme(root)))
