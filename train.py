@@ -21,7 +21,7 @@ import torch
 
 from llamapro import cli, ops
 from llamapro.blocks import BlocksInfo
-from llamapro.config import ConfigError, DataError
+from llamapro.config import DataError, DivergedError
 from llamapro.data import Source, batch, stack
 from llamapro.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
@@ -261,7 +261,7 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
                 skipped, is_stuck = guard.check()
                 progress.settle(skipped)
             if is_stuck:
-                raise ConfigError(
+                raise DivergedError(
                     "the gradient is not finite; neither that step nor what followed was applied. "
                     f"Look at its data ({run_dir}/metrics.jsonl, kind bad_step), lower optim.lr or "
                     "allow optim.skip_bad_steps; the last training checkpoint is intact"

@@ -1,23 +1,28 @@
 """The bases and domains of a study; checkpoints are made by the public commands."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from domains import ROOT, STORIES
 from options import StudySettings, replay
 from schedule import Task
-from trial import TEXT_FILE
+from trial import TEXT_FILE, device_of, write_json
 from variants import Variant, comparisons, fitting, plain, retention
 
 from llamapro.checkpoint import Checkpoint
-from llamapro.config import DataError, ModelConfig
+from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.data import parse_named
 from llamapro.documents import find_files
+
+PRETRAIN_FILE = "pretrain.json"  # beside the base: what it was trained with
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class Study:
     num_layers: int
     is_written: bool = False
 
+    def identity(self) -> str:
+        """Returns the hash of the base's weights, once it is there: results are of this one."""
+        return _sha256(self.checkpoint)
+
     def compared(self, s: StudySettings) -> int:
+        """Returns the number of new blocks at which other things are compared."""
         return fitting(self.num_layers, s.compared)
 
     def variants(self, s: StudySettings) -> list[Variant]:
@@ -61,13 +71,26 @@ class Study:
             found = [v for v in found if v.name in (plain(compared).name, "full")]
         found += retention(compared, self.general_train, self.train, replay(s))
         wanted = set(s.variants) | {v.varies for v in found if v.name in s.variants}
-        return [v for v in found if not s.variants or v.name in wanted]
+        found = [v for v in found if not s.variants or v.name in wanted]
+        if not found:
+            raise ConfigError(
+                f"--variants {' '.join(s.variants)}: none is possible for {self.name}, a base of "
+                f"{self.num_layers} layers"
+            )
+        return found
+
+
+@cache
+def _sha256(checkpoint: Path) -> str:
+    return Checkpoint.open(checkpoint).sha256()
 
 
 def own_study(s: StudySettings) -> Study:
     """Returns the study of the user's base; raises a UserError for what is missing."""
     base = Checkpoint.open(s.base)
-    general = parse_named(s.general)
+    general = parse_named(s.general, "--general")
+    if "domain" in general:
+        raise ConfigError("--general domain=...: this name is the new domain's; choose another")
     for patterns in filter(None, (s.train, s.val, s.general_train, *general.values())):
         find_files(list(patterns))  # raises DataError for a pattern that matches nothing
     how = (s.general_train, s.choices, True, base.config.num_hidden_layers)
@@ -81,6 +104,8 @@ def made_studies(s: StudySettings, out: Path) -> list[Study]:
     config = ModelConfig.from_file(ROOT / s.pretrain.config)
     bases = {"small": (out / "bases" / "small", config.num_hidden_layers)}
     for name, paths in parse_named(s.more_bases, "--more-bases").items():
+        if name in bases:
+            raise ConfigError(f"--more-bases {name}=...: this name is taken; choose another")
         checkpoint = Checkpoint.open(paths[0])
         bases[name] = (checkpoint.path, checkpoint.config.num_hidden_layers)
     corpus = out / "corpus"
@@ -133,13 +158,16 @@ def flags(options: dict[str, Any]) -> list[str]:
 def pretrain(s: StudySettings, out: Path) -> None:
     """Makes the small base with the public commands, unless it is there."""
     p, tokenizer, base = s.pretrain, out / "tokenizer", out / "bases" / "small"
+    made_of = dataclasses.asdict(p) | {"seq_len": s.seq_len}
     if base.exists():
+        if json.loads((base / PRETRAIN_FILE).read_text(encoding="utf-8")) != made_of:
+            raise ConfigError(f"{base} was pre-trained with other settings: choose another --out")
         return
     english = str(out / "corpus" / "english" / "train")
     if not (tokenizer / "tokenizer.model").exists():
         words = ("--vocab-size", str(p.vocab_size), "--out", str(tokenizer))
         command("-m", "llamapro.tokenizer", english, *words)
-    processes = s.workers if p.batch_size % (s.workers * p.micro_batch_size) == 0 else 1
+    processes = pretrain_processes(s)
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))
     run_dir = str(out / "pretrain")
     options = {
@@ -154,11 +182,19 @@ def pretrain(s: StudySettings, out: Path) -> None:
     }  # fmt: skip
     command(*(launch if processes > 1 else ()), str(ROOT / "train.py"), *flags(options))
     command(str(ROOT / "convert.py"), "merge", str(ROOT / p.config), run_dir, str(base))
+    write_json(base / PRETRAIN_FILE, made_of)
+
+
+def pretrain_processes(s: StudySettings) -> int:
+    """Returns how many processes pre-train: on the CPU one for each worker, if they divide it."""
+    fits = s.pretrain.batch_size % (s.workers * s.pretrain.micro_batch_size) == 0
+    return s.workers if fits and device_of(s.device).type == "cpu" else 1
 
 
 def written_task(s: StudySettings, out: Path, study: Study) -> Task:
     """Returns the task of writing held-out text with the base, of another seed than replay's."""
     about = {"base": str(study.checkpoint), "tokens": s.replay_tokens, "length": s.seq_len}
+    about |= {"base_sha256": study.identity(), "device": s.device}
     return Task(f"text of {study.base}", "write", about, out / "written" / study.base)
 
 
@@ -174,6 +210,10 @@ def expand(s: StudySettings, out: Path, studies: Sequence[Study]) -> None:
     for study in studies:
         for variant in study.variants(s):
             start = expanded_dir(out, study, variant)
-            if not start.exists():
+            if start.exists():
+                record = Checkpoint.open(start).config.expansion
+                if variant.expand and (not record or record.base_sha256 != study.identity()):
+                    raise ConfigError(f"{start} is of another base: choose another --out")
+            else:
                 words = (str(ROOT / "convert.py"), "expand", str(study.checkpoint), str(start))
                 command(*words, *variant.expand)

@@ -27,9 +27,9 @@ from torch.distributed.tensor import DTensor
 
 from llamapro import ops
 from llamapro.checkpoint import Checkpoint
-from llamapro.config import ConfigError
+from llamapro.config import ConfigError, DivergedError
 from llamapro.data import batch
-from llamapro.distributed import process_group, shard
+from llamapro.distributed import Ranks, process_group, shard
 from llamapro.expansion import Layout, expand_names, insert_after, is_in_layers
 from llamapro.job import Job, load_data
 from llamapro.model import MLP, LlamaForCausalLM, build_on_meta, load_tensors
@@ -37,7 +37,7 @@ from llamapro.optim import FiniteGuard, build_adamw
 from llamapro.preset import parse
 from llamapro.progress import Progress
 from llamapro.rng import seed_all
-from llamapro.settings import check
+from llamapro.settings import Settings, check
 from llamapro.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,9 +74,9 @@ class TwoDownProjections(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         weight = mlp.down_proj.weight
-        self.new_down_proj = type(mlp.down_proj)(weight.shape[1], weight.shape[0])
+        self.new_down_proj = type(mlp.down_proj)(weight.shape[1], weight.shape[0]).to(weight)
         nn.init.zeros_(self.new_down_proj.weight)
-        self.scales = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.scales = nn.Parameter(torch.tensor([1.0, 0.0]).to(weight))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         h = ops.swiglu(self.gate_proj(x), self.up_proj(x))
@@ -184,10 +184,11 @@ def train(argv: list[str], make: Build) -> LlamaForCausalLM:
         make: builds the model, always the same; called twice.
 
     Returns:
-        The trained model, whole, on the CPU, in fp32 where it trained.
+        The trained model, whole, on the CPU, in the base's dtype.
 
     Raises:
-        ConfigError: an option is impossible, or the gradient is not finite.
+        ConfigError: an option is impossible.
+        DivergedError: a gradient is not finite.
     """
     settings = parse(argv)
     check(settings, 1)
@@ -203,15 +204,23 @@ def train(argv: list[str], make: Build) -> LlamaForCausalLM:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         shard(model, ranks, job.compute_dtype, settings.train.frozen)
         parameters = dict(model.named_parameters())
-        o = settings.optim
-        optimizer = build_adamw([parameters[n] for n in names], o.betas, o.weight_decay)
-        guard = FiniteGuard(optimizer, o.skip_bad_steps, ranks.device)
+        guard = guarded_adamw([parameters[n] for n in names], settings, ranks)
         seed_all(settings.train.seed, ranks.rank)
         progress = Progress(settings, data.mixture, steps, state, ranks, stop)
         plan = {"parameters": {"total": total, "trainable": trainable}, "resume_from": None}
         with progress.writing(job.run_dir, plan, []):
+            norm, rate = torch.zeros(()), 0.0
             for step in range(steps + 1):
-                if step % settings.eval.every == 0 or step == steps:
+                is_due = step == steps or step % settings.eval.every == 0
+                if is_logged := step == steps or step % settings.log_every == 0:
+                    with progress.timed():
+                        skipped, is_stuck = guard.check()
+                        progress.settle(skipped)
+                    if is_stuck:
+                        raise DivergedError("the gradient is not finite")
+                if is_logged and step:
+                    progress.line(norm.item(), rate)
+                if is_due:
                     for name, sequences in data.val.items():
                         found = file.evaluate(model, sequences, settings, ranks, stop)
                         progress.evaluation(name, *found)
@@ -222,20 +231,24 @@ def train(argv: list[str], make: Build) -> LlamaForCausalLM:
                     where = (state["samples"], settings.train.batch_size, 0, 1)
                     columns, others = batch(data.mixture, *where)
                     valid = int((columns[1] != ops.IGNORE_INDEX).sum())
-                    rate = file.set_learning_rate(optimizer, step, steps, o)
+                    rate = file.set_learning_rate(guard.optimizer, step, steps, settings.optim)
                     how = (columns, others, valid, settings, ranks)
                     loss, norm = file.train_step(model, guard, *how)
                     progress.step(valid, loss, norm)
-                    skipped, is_stuck = guard.check()
-                    progress.settle(skipped)
-                if is_stuck:
-                    raise ConfigError("the gradient is not finite")
-                if state["step"] % settings.log_every == 0:
-                    progress.line(norm.item(), rate)
         trained = {name: whole(parameters[name]) for name in names}
     model = make()
-    model.load_state_dict(trained, strict=False)
+    unknown = model.load_state_dict(trained, strict=False).unexpected_keys
+    assert not unknown, unknown
     return model.requires_grad_(False).eval()
+
+
+def guarded_adamw(
+    parameters: Sequence[nn.Parameter], settings: Settings, ranks: Ranks
+) -> FiniteGuard:
+    """Returns the optimizer of a run, guarded as `train.py` guards it."""
+    o = settings.optim
+    optimizer = build_adamw(parameters, o.betas, o.weight_decay)
+    return FiniteGuard(optimizer, o.skip_bad_steps, ranks.device)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
+import torch
 import tyro
 from variants import Replay, comparisons, fitting, plain, retention
 
@@ -64,8 +66,8 @@ class StudySettings:
     """A study that would take longer does not start."""
     workers: int = 2
     """Trials side by side."""
-    device: str = "auto"
-    """Where trials compute: auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where trials compute."""
     seq_len: int = 256
     """Tokens per sequence."""
     steps: int = 72
@@ -144,6 +146,14 @@ def check(s: StudySettings) -> None:
     wrong += [f"--replay-weights {w}: expected more than 0" for w in s.replay_weights if not w > 0]
     wrong += [f"--{k.replace('_', '-')} is empty" for k in ("learning_rates", "seeds")
               if not getattr(s, k)]  # fmt: skip
+    for key in ("learning_rates", "seeds", "replay_weights"):
+        if len(set(getattr(s, key))) < len(getattr(s, key)):
+            wrong.append(f"--{key.replace('_', '-')} {getattr(s, key)}: one is named twice")
+    wrong += [f"--new-blocks {n}: expected more than 0" for n in s.new_blocks if n < 1]
+    if s.micro_batch_size > 0 and s.batch_size % s.micro_batch_size:
+        wrong.append(f"--batch-size {s.batch_size}: not a multiple of {s.micro_batch_size}")
+    if s.device == "cuda" and not torch.cuda.is_available():
+        wrong.append("--device cuda: no GPU is visible; the preset cpu needs none")
     if not 0 < s.replay_share < 1:
         wrong.append(f"--replay-share {s.replay_share}: expected more than 0 and less than 1")
     own = ("train", "val", "general", "general_train", "choices")
@@ -155,6 +165,8 @@ def check(s: StudySettings) -> None:
         wrong += [f"--{k.replace('_', '-')} needs --base" for k in own if getattr(s, k)]
     if s.evaluations > 0 and s.steps % s.evaluations:
         wrong.append(f"--steps {s.steps} is not a multiple of --evaluations {s.evaluations}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
     known = known_variants(s)
     wrong += [f"--variants {name}: unknown; known are {', '.join(known)}" for name in s.variants
               if name not in known]  # fmt: skip

@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from trial import RESULT_FILE, execute
+from trial import LOG_FILE, MESSAGE_FILE, RESULT_FILE, execute
 
 from llamapro.config import ConfigError, DataError
 from llamapro.metrics import format_duration
@@ -56,14 +56,22 @@ class Task:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"{file}: damaged; remove it, and it is made again") from None
-        if about != json.loads(json.dumps(self.about)):
-            old, new = about, json.loads(json.dumps(self.about))
-            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        now = json.loads(json.dumps(self.about))
+        if differing := [key for key in {**about, **now} if about.get(key) != now.get(key)]:
             raise ConfigError(
-                f"{file} was made with other settings ({', '.join(keys)}): choose another --out, "
-                "or remove it"
+                f"{file} was made with other settings ({', '.join(differing)}): choose another "
+                "--out, or remove it"
             )
         return result
+
+    def failure(self, status: int | None) -> str:
+        """Returns why there is no result, for people."""
+        if status == 2:
+            return (self.out / MESSAGE_FILE).read_text(encoding="utf-8")
+        return (
+            f"failed (exit status {status}): see {self.out / LOG_FILE}; what is done is kept, the "
+            "same command goes on"
+        )
 
 
 class Progress:
@@ -125,10 +133,7 @@ def run(
                 process, task, started = running.pop(sentinel)
                 process.join()
                 if process.exitcode or (result := task.result()) is None:
-                    raise DataError(
-                        f"{task.label} failed (exit status {process.exitcode}): see "
-                        f"{task.out / 'log.txt'}; what is done is kept, the same command goes on"
-                    )
+                    raise DataError(f"{task.label}: {task.failure(process.exitcode)}")
                 if progress is not None:
                     progress.done(task, time.perf_counter() - started, describe(task, result))
     finally:

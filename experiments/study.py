@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,18 +24,26 @@ from typing import Any
 
 import torch
 from bases import Study, expand, made_studies, own_study, pretrain, written_task
-from budget import calibrate, check_budget, left_to_do, threads
+from budget import Speed, calibrate, check_budget, left_to_do, threads
 from domains import write_corpus
 from findings import findings
 from options import StudySettings, check, parse
 from pictures import draw
 from schedule import Progress, Task, run
 from summary import tables
-from tasks import base_tasks, trial, writing_tasks
+from tasks import base_tasks, options, trial, writing_tasks
+from trial import RESULT_FILE, write_json
 from variants import Variant
 
 from llamapro import cli
-from llamapro.config import ConfigError
+from llamapro.checkpoint import Checkpoint
+from llamapro.choices import read_choices
+from llamapro.config import ConfigError, DataError
+from llamapro.job import Job
+from llamapro.preset import parse as train_options
+from llamapro.replay import read_prompts
+from llamapro.settings import check as check_settings
+from llamapro.tokenizer import Tokenizer
 
 RESULTS = "results.json"
 
@@ -48,8 +55,11 @@ def best(study: Study, trials: Sequence[tuple[float, dict[str, Any]]]) -> float:
         study: names the domain.
         trials: learning rate and result of each; of those that all failed it is the first.
     """
-    ends = [(result["curves"][study.domain][-1][1], rate)
-            for rate, result in trials if "failed" not in result]  # fmt: skip
+    ends = [
+        (result["curves"][study.domain][-1][1], rate)
+        for rate, result in trials
+        if "failed" not in result and result["curves"][study.domain][-1][1] is not None
+    ]
     return min(ends)[1] if ends else trials[0][0]
 
 
@@ -57,19 +67,27 @@ def describe(task: Task, result: dict[str, Any]) -> str:
     """Returns what a finished task found, in a line."""
     if "failed" in result:
         return f"failed: {result['failed'][:80]}"
-    if "curves" not in result:
-        return "done"
-    return ", ".join(
-        f"{name} {points[-1][1]:.3f} ({points[-1][1] - points[0][1]:+.3f})"
-        for name, points in result["curves"].items()
+    ends = {
+        name: (points[0][1], points[-1][1]) for name, points in result.get("curves", {}).items()
+    }
+    return (
+        ", ".join(
+            f"{name} not finite" if None in end else f"{name} {end[1]:.3f} ({end[1] - end[0]:+.3f})"
+            for name, end in ends.items()
+        )
+        or "done"
     )
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Refuses a second study in the same directory."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -80,7 +98,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def study_all(
-    s: StudySettings, out: Path, studies: Sequence[Study], step_s: dict[str, float]
+    s: StudySettings, out: Path, studies: Sequence[Study], speeds: dict[str, Speed]
 ) -> list[dict[str, Any]]:
     """Runs everything that has no result yet; returns what results.json has of each study."""
     bases = {study.name: base_tasks(s, out, study) for study in studies}
@@ -89,7 +107,7 @@ def study_all(
     grids = {
         study.name: {
             v.name: [
-                (lr, trial(s, out, study, v, lr, s.seeds[0], step_s[study.base]))
+                (lr, trial(s, out, study, v, lr, s.seeds[0], speeds[study.base].step))
                 for lr in s.learning_rates
             ]
             for v in study.variants(s)
@@ -99,7 +117,7 @@ def study_all(
     }
     around = [task for tasks in bases.values() for task in tasks]
     around += [task for tasks in writing.values() for task in tasks.values()]
-    count, seconds = left_to_do(s, out, studies, step_s)
+    count, seconds = left_to_do(s, out, studies, speeds)
     waiting = [task for task in around if task.result() is None]
     seconds += sum(task.estimate_s for task in waiting)
     progress = Progress(count + len(waiting), seconds, s.workers)
@@ -117,7 +135,7 @@ def study_all(
             rate, seeds = rates[v.varies or v.name], s.seeds if v.varies else s.seeds[1:]
             rows = [(lr, s.seeds[0], task) for lr, task in grids[study.name].get(v.name, [])]
             more = [
-                (rate, seed, trial(s, out, study, v, rate, seed, step_s[study.base]))
+                (rate, seed, trial(s, out, study, v, rate, seed, speeds[study.base].step))
                 for seed in seeds
             ]
             second += [task for _, _, task in more]
@@ -170,8 +188,12 @@ def collect(
     }
 
 
-def about_machine(s: StudySettings, elapsed_s: float) -> dict[str, Any]:
-    """Returns where and with what a study ran."""
+def about_machine(s: StudySettings, out: Path) -> dict[str, Any]:
+    """Returns where and with what a study ran, and the seconds that its tasks took together, over
+    all times it was started: `elapsed_s`, as if the workers were never idle.
+    """
+    files = out.rglob(RESULT_FILE)
+    took = sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
@@ -182,7 +204,12 @@ def about_machine(s: StudySettings, elapsed_s: float) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "llamapro")}
     settings = {k: v for k, v in asdict(s).items() if k not in ("dry_run", "json")}
-    return {"machine": machine, "versions": versions, "settings": settings, "elapsed_s": elapsed_s}
+    return {
+        "machine": machine,
+        "versions": versions,
+        "settings": settings,
+        "elapsed_s": took / s.workers,
+    }
 
 
 def write_page(results: dict[str, Any], out: Path) -> str:
@@ -195,28 +222,52 @@ def write_page(results: dict[str, Any], out: Path) -> str:
     return f"{said}\n\n" + "\n".join(str(file) for file in (page, *pictures))
 
 
+def check_inputs(s: StudySettings, out: Path, studies: Sequence[Study]) -> None:
+    """Opens what the studies of bases that are there need; raises a UserError for what is wrong."""
+    for study in (study for study in studies if study.checkpoint.exists()):
+        base = Checkpoint.open(study.checkpoint)
+        argv = [*options(s, out, study, s.steps), "--model.path", str(base.path)]
+        settings = train_options([*argv, "--train.trainable", "all"])
+        check_settings(settings, 1)
+        if s.base:  # the text of the others is not made yet
+            Job.open(settings)
+        tokenizer = Tokenizer.load(base.path)
+        if any(v.writing for v in study.variants(s)):
+            read_prompts("", tokenizer, s.seq_len)
+        if s.choices:
+            read_choices(s.choices, tokenizer, base.config.max_position_embeddings, 0)
+        if s.seq_len > base.config.max_position_embeddings:
+            raise ConfigError(
+                f"--seq-len {s.seq_len}: {base.path} takes up to "
+                f"{base.config.max_position_embeddings}"
+            )
+
+
 def main() -> None:
-    started = time.perf_counter()
     s = parse(sys.argv[1:])
     check(s)
     out = Path(s.out)
     studies = [own_study(s)] if s.base else made_studies(s, out)
+    check_inputs(s, out, studies)
     with alone(out):
-        step_s = calibrate(s, out, studies)
-        text = check_budget(s, out, studies, step_s)
-        print(text, file=sys.stderr, flush=True)
+        speeds = calibrate(s, out, studies)
+        print(check_budget(s, out, studies, speeds), file=sys.stderr, flush=True)
         if s.dry_run:
             return
-        if not s.base:
-            write_corpus(out / "corpus")
-            pretrain(s, out)
-        expand(s, out, studies)
-        written = {study.base: written_task(s, out, study) for study in studies if study.is_written}
-        run(list(written.values()), s.workers, threads(s))
-        results: dict[str, Any] = {"studies": study_all(s, out, studies, step_s)}
-        results["about"] = about_machine(s, time.perf_counter() - started)
-        (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        page = write_page(results, out)
+        try:
+            if not s.base:
+                write_corpus(out / "corpus")
+                pretrain(s, out)
+            expand(s, out, studies)
+            written = {t.base: written_task(s, out, t) for t in studies if t.is_written}
+            run(list(written.values()), s.workers, threads(s))
+            found = study_all(s, out, studies, speeds)
+            results = {"studies": found, "about": about_machine(s, out)}
+            write_json(out / RESULTS, results)
+            page = write_page(results, out)
+        except OSError as error:
+            where = error.filename or out
+            raise DataError(f"{where}: cannot be written: {error.strerror}") from None
     cli.print_result(results, s.json, page)
 
 

@@ -86,8 +86,8 @@ def summarize(study: dict[str, Any]) -> list[dict[str, Any]]:
     - `general`, `sets` (by general set), `domain_change`, `domain`: spreads of the mean change, of
       each set's change, of the domain's change and of its loss.
     - `accuracy`, `unshifted`, `marginal`, `shifted`: spreads, as shares of 1.
-    - `trainable`, `total` (parameters), `tokens_per_s` (median), `memory_bytes` (largest),
-      `train_s`, `replay_s` (means), `cost_s` (their sum).
+    - `tokens`, read in training (mean); `trainable`, `total` (parameters), `tokens_per_s` (median),
+      `memory_bytes` (largest), `train_s`, `replay_s` (means), `cost_s` (their sum).
     """
     return [_row(study, variant) for variant in study["variants"]]
 
@@ -121,6 +121,7 @@ def _row(study: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
         "domain": Spread.of([run["curves"][domain][-1][1] for run in runs]),
         "accuracy": over(Spread.of, "choices", "accuracy"),
         **{key: over(Spread.of, "shift", key) for key in ("unshifted", "marginal", "shifted")},
+        "tokens": mean(run["curves"][domain][-1][0] for run in runs) if runs else None,
         "trainable": over(max, "trainable"),
         "total": over(max, "total"),
         "tokens_per_s": over(median, "tokens_per_s"),
@@ -208,6 +209,7 @@ def retention(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dic
                 "sets": {s: share_gone(c, plain["sets"][s]) for s, c in row["sets"].items()},
                 "domain": domain,
                 "cost": cost,
+                "tokens": row["tokens"] / plain["tokens"],
                 "meets": gone is not None
                 and gone.gone >= MOST_GONE
                 and domain <= MOST_LOSS
@@ -235,8 +237,9 @@ def tables(results: dict[str, Any]) -> str:
         if kept:
             parts += ["### Against forgetting", _retention_table(study, kept)]
             parts.append(
-                f"The aim is {AIM}. The share is of the plain expansion's increase. These variants "
-                "make a ninth more steps than all others, and of their sequences a share is replay."
+                f"The aim is {AIM}; the means are held against it. The share is of the plain "
+                "expansion's increase. *Tokens* are all that training read, replayed ones too, by the "
+                "plain expansion's."
             )
         if study["gradients"]:
             parts += ["### Gradients of a new block's tensors", gradient_table(study["gradients"])]
@@ -280,11 +283,12 @@ def _spread(value: Spread | None, form: str) -> str:
 
 def _retention_table(study: dict[str, Any], kept: Sequence[dict[str, Any]]) -> str:
     head = ["variant", "against", "forgetting gone", *(f"on {name}" for name in study["general"])]
-    lines = [[*head, f"{study['domain_set']} loss", "cost", "meets the aim"]]
+    lines = [[*head, f"{study['domain_set']} loss", "tokens", "cost", "meets the aim"]]
     for found in kept:
         shares = [show(s, Share.text) for s in (found["gone"], *found["sets"].values())]
         cells = [found["label"], found["plain"], *shares, f"{found['domain']:+z.1%}"]
-        lines.append([*cells, f"{found['cost']:.2f}x", "yes" if found["meets"] else "no"])
+        cells += [f"{found['tokens']:.2f}x", f"{found['cost']:.2f}x"]
+        lines.append([*cells, "yes" if found["meets"] else "no"])
     return table(lines)
 
 

@@ -11,7 +11,8 @@ from variants import Variant
 
 from llamapro.expansion import interleave
 
-OVERHEAD_S = 6.0  # of a trial beside its steps: loading, questions, the shift
+OVERHEAD_S = 5.0  # of a trial beside what it computes: starting, loading, the shift
+QUESTIONS_TOKENS = 20_000  # of the choices that a trial reads
 
 
 def options(s: StudySettings, out: Path, study: Study, steps: int) -> list[str]:
@@ -40,7 +41,7 @@ def trial(
     start = expanded_dir(out, study, variant)
     argv = options(s, out, study, steps_of(s, variant))
     argv += ["--model.path", str(start), "--optim.lr", f"{lr:g}", "--train.seed", str(seed)]
-    argv += variant.options
+    argv += [*variant.options, *variant.writing]
     if not variant.expand:
         argv += ["--train.trainable", "all"]
     built = None
@@ -48,34 +49,37 @@ def trial(
         built = variant.built | {"base": str(study.checkpoint), "seed": seed}
         if "like" in built:
             built["rank"] = lora_rank(study.checkpoint, built["like"])
-    about = measured(study) | {"variant": variant.name, "argv": argv, "built": built}
+    about = measured(s, study) | {"variant": variant.name, "argv": argv, "built": built}
     where = out / study.name / variant.name / f"lr-{lr:g}-seed-{seed}"
     label = f"{study.name} · {variant.label} · lr {lr:g} · seed {seed}"
     return Task(label, "train", about, where, trial_seconds(s, study, variant, step_s))
 
 
-def measured(study: Study) -> dict[str, Any]:
+def measured(s: StudySettings, study: Study) -> dict[str, Any]:
     """Returns what `trial.measure` takes."""
-    return {"base": str(study.checkpoint), "choices": study.choices, "val": list(study.val)}
+    about = {"base": str(study.checkpoint), "base_sha256": study.identity(), "device": s.device}
+    return about | {"choices": study.choices, "val": list(study.val)}
 
 
 def trial_seconds(s: StudySettings, study: Study, variant: Variant, step_s: float) -> float:
-    """Estimates a trial from the seconds of a full training step of the base.
+    """Estimates a trial, s, from the seconds of a training step of all the base's weights.
 
     Of a step's work forward is a third, and so are the gradients of inputs and those of weights:
     new blocks add to the first two with all layers, to the last with their own.
     """
     L, n = study.num_layers, variant.new_blocks or 0
     factor = (2 * (L + n) + (n or L)) / (3 * L)
-    evaluated = (s.evaluations + 1) * (1 + len(study.general)) * s.eval_sequences / s.batch_size
-    return OVERHEAD_S + step_s * (steps_of(s, variant) * factor + evaluated * (L + n) / L / 3)
+    evaluated = (s.evaluations + 1) * (1 + len(study.general)) * s.eval_sequences  # sequences
+    read = evaluated + QUESTIONS_TOKENS / s.seq_len
+    forward = read / s.batch_size * (L + n) / L / 3
+    return OVERHEAD_S + step_s * (steps_of(s, variant) * factor + forward)
 
 
 def base_tasks(s: StudySettings, out: Path, study: Study) -> list[Task]:
     """Returns what is measured of the base itself."""
     argv = options(s, out, study, s.steps)
     argv += ["--model.path", str(study.checkpoint), "--train.trainable", "all"]
-    about, where = measured(study) | {"argv": argv}, out / study.name
+    about, where = measured(s, study) | {"argv": argv}, out / study.name
     tasks = [Task(f"{study.name} · base", "base", about, where / "base")]
     if study.is_whole:
         layout = interleave(study.num_layers, study.compared(s))
@@ -92,8 +96,9 @@ def writing_tasks(s: StudySettings, out: Path, study: Study) -> dict[tuple[str, 
     for variant in study.variants(s):
         if variant.writing and variant.writing not in found:
             argv = options(s, out, study, s.replay_steps)
-            argv += ["--model.path", str(expanded_dir(out, study, variant)), *variant.options]
+            argv += ["--model.path", str(expanded_dir(out, study, variant))]
+            argv += [*variant.options, *variant.writing]
             label, where = f"{study.base} writes for {variant.name}", f"{study.base}-{variant.name}"
-            about = {"argv": argv}
+            about = {"argv": argv, "base_sha256": study.identity()}
             found[variant.writing] = Task(label, "replay", about, out / "replay" / where)
     return found

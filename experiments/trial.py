@@ -5,6 +5,7 @@ JSON-able. Models that `train.py` can make are trained by it, with the options a
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +24,35 @@ from tqdm import tqdm
 from llamapro import ops
 from llamapro.checkpoint import Checkpoint
 from llamapro.choices import baselines, measure_choices, read_choices
-from llamapro.config import ModelConfig, UserError
+from llamapro.config import DivergedError, ModelConfig, UserError
 from llamapro.data import batch
-from llamapro.distributed import Ranks, process_group, shard
+from llamapro.distributed import process_group, shard
 from llamapro.evaluate import read_text
-from llamapro.expansion import select_trainable
+from llamapro.expansion import expand_config, interleave, select_trainable
+from llamapro.generate import generate
 from llamapro.job import Job, load_data
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
-from llamapro.optim import FiniteGuard, build_adamw
 from llamapro.preset import parse
 from llamapro.replay import write_documents
 from llamapro.runs import read_run, summarize
-from llamapro.settings import ReplaySettings, Settings
+from llamapro.settings import ReplaySettings
 from llamapro.shift import shift, write_greedily
 from llamapro.stopping import StopRequest
 from llamapro.streaming import merge_checkpoint
 from llamapro.tokenizer import Tokenizer
 
-RESULT_FILE, LOG_FILE = "result.json", "log.txt"
+RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"
 SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each
 CALIBRATION_STEPS = 3
+WRITTEN_AT_A_TIME = 64  # documents
 TEXT_FILE, HELD_OUT_SEED = "text.txt", 1 << 32
 
 
 def execute(function: str, about: dict[str, Any], out: str, threads: int) -> None:
     """Runs a function of `FUNCTIONS` and writes its result; never returns.
 
-    What it prints goes to its log. What training refuses, such as a gradient that is not finite, is
-    a result; anything else ends the process with status 1.
+    What it prints goes to its log. Exit status 2: a mistake of the user's, whose message is in
+    `MESSAGE_FILE`; 1: anything else. It ends with the process that started it.
     """
     directory = Path(out)
     shutil.rmtree(directory, ignore_errors=True)  # what a killed one left
@@ -57,25 +60,37 @@ def execute(function: str, about: dict[str, Any], out: str, threads: int) -> Non
     log = os.open(directory / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # one between processes would be left behind by _exit
-    status = 0
+    started, status = time.perf_counter(), 0
     try:
-        try:
-            result = FUNCTIONS[function](about, directory)
-        except UserError as error:
-            if function != "train":
-                raise
-            result = {"failed": str(error)}
-        aside = directory / (RESULT_FILE + ".partial")
-        aside.write_text(json.dumps({"about": about, "result": result}), encoding="utf-8")
-        aside.rename(directory / RESULT_FILE)
+        result = FUNCTIONS[function](about, directory)
+        seconds = time.perf_counter() - started
+        write_json(directory / RESULT_FILE, {"about": about, "result": result, "seconds": seconds})
+    except UserError as error:
+        (directory / MESSAGE_FILE).write_text(str(error), encoding="utf-8")
+        status = 2
     except BaseException:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # without teardown, during which gloo's threads sometimes abort
+
+
+def _end_with_parent() -> None:
+    """Leaves nobody behind who would write where the next one does."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    aside.rename(file)
 
 
 # ---- One variant --------------------------------------------------------------------------------
@@ -94,25 +109,41 @@ def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
         trainable, total: parameters; tokens_per_s, memory_bytes: median and peak; train_s: seconds
         in training steps; choices, shift: as `measure`.
     """
-    run_dir = out / "run"
+    run_dir, merged = out / "run", out / "merged"
     argv = [*about["argv"], "--run-dir", str(run_dir)]
-    if about["built"] is None:
-        sys.argv = ["train.py", *argv]
-        comparisons.train_file().main()
-        settings = parse(argv)
-        merged = out / "merged"
-        merge_checkpoint(Checkpoint.open(settings.model.path), run_dir, merged)
-        model = Checkpoint.open(merged).load()
-    else:
-        model = comparisons.train(argv, lambda: comparisons.build(about["built"]))
-    run = read_run(run_dir, about["variant"])
-    if run.train[-1]["step"] != parse(argv).train.steps:
-        raise SystemExit(f"stopped at step {run.train[-1]['step']}")
+    try:
+        if about["built"] is None:
+            sys.argv = ["train.py", *argv]
+            comparisons.train_file().main()
+            merge_checkpoint(Checkpoint.open(parse(argv).model.path), run_dir, merged)
+            model = Checkpoint.open(merged).load()
+        else:
+            model = comparisons.train(argv, lambda: comparisons.build(about["built"]))
+        result = records(run_dir, parse(argv).train.steps)
+        return result | measure(model, about)
+    except DivergedError as error:
+        return {"failed": str(error)}
+    except torch.OutOfMemoryError:
+        return {"failed": f"does not fit in the GPU's memory; to try again, remove {out}"}
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+
+
+def records(run_dir: Path, steps: int) -> dict[str, Any]:
+    """Returns what a run's records say of it: all of `train`'s result but what is measured after.
+
+    Raises:
+        SystemExit: it was stopped before its last step was evaluated.
+    """
+    run = read_run(run_dir, run_dir.name)
+    if any(of_a_set[-1]["step"] != steps for of_a_set in run.evals.values()):
+        raise SystemExit(f"{run_dir}: stopped before step {steps} was evaluated")
     found = summarize(run, list(run.evals))
-    result = {
+    return {
         "curves": {
-            name: [[record["tokens_seen"], record["loss"]] for record in records]
-            for name, records in run.evals.items()
+            name: [[record["tokens_seen"], record["loss"]] for record in of_a_set]
+            for name, of_a_set in run.evals.items()
         },
         "trainable": found["trainable_parameters"],
         "total": found["total_parameters"],
@@ -120,10 +151,6 @@ def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
         "memory_bytes": found["memory_bytes"],
         "train_s": run.train[-1]["elapsed_s"],
     }
-    result |= measure(model, about)
-    shutil.rmtree(out / "merged", ignore_errors=True)
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    return result
 
 
 @torch.inference_mode()
@@ -132,15 +159,14 @@ def measure(model: LlamaForCausalLM, about: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         model: whole, on the CPU.
-        about: `base`, its checkpoint; `choices`, a file of questions or ""; `val`, the new domain's
-            held-out text, whose beginnings the model continues.
+        about: `base`, its checkpoint; `device`; `choices`, a file of questions or ""; `val`, text
+            of the new domain that was held out, pieces of which the model continues.
 
     Returns:
         choices: of `measure_choices` and `baselines`, or None; shift: of `shift`, or None.
     """
     base = Checkpoint.open(about["base"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = Tokenizer.load(base.path)
+    device, tokenizer = device_of(about["device"]), Tokenizer.load(base.path)
     model = model.to(device)
     choices, context = None, base.config.max_position_embeddings
     if about["choices"]:
@@ -153,6 +179,12 @@ def measure(model: LlamaForCausalLM, about: dict[str, Any]) -> dict[str, Any]:
     samples = write_greedily(model, documents, *SHIFT)
     moved = shift(base.load(device=device), samples) if samples is not None else None
     return {"choices": choices, "shift": moved}
+
+
+def device_of(name: str) -> torch.device:
+    """Returns what "auto", "cpu" or "cuda" stands for: where a run computes."""
+    has_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if has_gpu else "cpu")
 
 
 # ---- Around it ----------------------------------------------------------------------------------
@@ -179,18 +211,18 @@ def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Has the base write what is replayed, and says in how many seconds: `replay_s`."""
     settings = parse([*about["argv"], "--run-dir", str(out / "run")])
     job = Job.open(settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
-    store = job.replay(device)
+    store = job.replay(device_of(settings.train.device))
     return {"replay_s": time.perf_counter() - started, "tokens": store.tokens}
 
 
 def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Has the base write held-out text, from BOS on, with a seed that no replay has."""
     checkpoint = Checkpoint.open(about["base"])
-    tokenizer, model = Tokenizer.load(checkpoint.path), checkpoint.load()
+    tokenizer = Tokenizer.load(checkpoint.path)
+    model = checkpoint.load(device=device_of(about["device"]))
     assert tokenizer.bos_id is not None
-    how = ReplaySettings(seed=HELD_OUT_SEED, batch_size=32)
+    how = ReplaySettings(seed=HELD_OUT_SEED, batch_size=WRITTEN_AT_A_TIME)
     ends = set(checkpoint.config.eos_token_ids)
     texts, tokens = [], 0
     for ids in write_documents(model, [[tokenizer.bos_id]], ends, about["length"], how):
@@ -216,36 +248,45 @@ def gradients(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Times a full training step of a random model of the base's shape: `step_s`, the shortest."""
+    """Times a training step and a step of writing of a random model of the base's shape.
+
+    Args:
+        about: `config`, a file; `argv`, options of train.py; `new_blocks`: how many are added and
+            train alone, or 0: all weights train.
+        out: unused.
+
+    Returns:
+        step_s, write_s: seconds of each, the shortest of a few.
+    """
     config = ModelConfig.from_file(Path(about["config"]))
     settings = parse(about["argv"])
     t = settings.train
+    if about["new_blocks"]:
+        layout = interleave(config.num_hidden_layers, about["new_blocks"])
+        config = expand_config(config, layout, "")
     with process_group(t.device) as ranks, ops.use(t.ops):
         model = build_on_meta(config)
-        names = select_trainable(model, "all")
+        names = select_trainable(model, "new_blocks" if about["new_blocks"] else "all")
         load_tensors(model, init_random(config, 0))
-        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        shard(model, ranks, dtype)
-        guard = _guard(model, names, settings, ranks)
-        shape = (t.batch_size, settings.data.seq_len)
-        ids = torch.randint(0, config.vocab_size, shape)
-        times = []
-        for _ in range(CALIBRATION_STEPS):
-            started = time.perf_counter()
-            how = ((ids, ids), t.batch_size, float(ids.numel()), settings, ranks)
-            loss, _ = comparisons.train_file().train_step(model, guard, *how)
-            loss.item()  # waits for the device
-            times.append(time.perf_counter() - started)
-    return {"step_s": min(times)}
+        shard(model, ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+        parameters = dict(model.named_parameters())
+        guard = comparisons.guarded_adamw([parameters[n] for n in names], settings, ranks)
+        ids = torch.randint(0, config.vocab_size, (t.batch_size, settings.data.seq_len))
+        how = ((ids, ids), t.batch_size, float(ids.numel()), settings, ranks)
+        step_s = shortest(lambda: comparisons.train_file().train_step(model, guard, *how)[0].item())
+        row, length = torch.zeros(WRITTEN_AT_A_TIME, 1, dtype=torch.int64), 8
+        write_s = shortest(lambda: list(generate(model, row.to(ranks.device), length))) / length
+    return {"step_s": step_s, "write_s": write_s}
 
 
-def _guard(
-    model: LlamaForCausalLM, names: list[str], settings: Settings, ranks: Ranks
-) -> FiniteGuard:
-    parameters = dict(model.named_parameters())
-    o = settings.optim
-    optimizer = build_adamw([parameters[n] for n in names], o.betas, o.weight_decay)
-    return FiniteGuard(optimizer, o.skip_bad_steps, ranks.device)
+def shortest(work: Callable[[], Any]) -> float:
+    """Returns how long it takes, the shortest of a few times."""
+    times = []
+    for _ in range(CALIBRATION_STEPS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 FUNCTIONS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {

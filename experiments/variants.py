@@ -20,6 +20,7 @@ class Variant:
         new_blocks: how many there are, if any.
         expand: options of `convert.py expand` that make its start; () is the base itself.
         options: of train.py, beside those that all share.
+        writing: options of train.py that say what the base writes for it, if it writes.
         built: a model of comparisons.py instead, and what it is built from; None: train.py's.
         varies: the variant that it is, but for its options: it takes the learning rate of that one.
     """
@@ -30,16 +31,9 @@ class Variant:
     new_blocks: int | None = None
     expand: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    writing: tuple[str, ...] = ()
     built: dict[str, Any] | None = field(default=None, hash=False)
     varies: str = ""
-
-    @property
-    def writing(self) -> tuple[str, ...]:
-        """The options that say what the base writes for it; none, if it is not to write."""
-        if "--replay.tokens" not in self.options:
-            return ()
-        where = self.options.index("--replay.tokens")
-        return self.options[where : where + len(Replay.WRITING) * 2]
 
 
 def fitting(num_layers: int, wanted: int) -> int:
@@ -100,16 +94,16 @@ def retention(
         replay: how much, and how much it counts.
     """
     start, share = plain(compared), ("--replay.share", f"{replay.share:g}")
-    kinds: list[tuple[str, str, tuple[str, ...]]] = []
+    kinds: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = []
     if general:
-        kinds.append(("replay", "replay of general text", ("--replay.data", *general)))
-    kinds.append(("self-replay", "self-replay", replay.written(1.0)))
+        kinds.append(("replay", "replay of general text", ("--replay.data", *general), ()))
+    kinds.append(("self-replay", "self-replay", (), replay.written(1.0)))
     for weight in replay.weights:
-        strong = ("--replay.distill", "--replay.weight", f"{weight:g}")
         name, label = f"distill-{weight:g}", f"self-distillation, weight {weight:g}"
-        kinds.append((name, label, (*strong, *replay.written(replay.temperature))))
+        how = ("--replay.distill", "--replay.weight", f"{weight:g}")
+        kinds.append((name, label, how, replay.written(replay.temperature)))
     own = ("--replay.distill", "--replay.data", *domain)
-    kinds.append(("distill-domain", "self-distillation on the domain's text", own))
+    kinds.append(("distill-domain", "self-distillation on the domain's text", own, ()))
     return [
         Variant(
             name,
@@ -118,9 +112,10 @@ def retention(
             compared,
             start.expand,
             (*share, *options),
+            writing,
             varies=start.name,
         )
-        for name, label, options in kinds
+        for name, label, options, writing in kinds
     ]
 
 
@@ -136,8 +131,6 @@ class Replay:
             base's probabilities are.
     """
 
-    WRITING = ("tokens", "temperature", "batch-size")  # what `written` sets
-
     share: float
     weights: tuple[float, ...]
     tokens: int
@@ -145,6 +138,5 @@ class Replay:
 
     def written(self, temperature: float) -> tuple[str, ...]:
         """Returns the options that say what the base writes."""
-        values = (str(self.tokens), f"{temperature:g}", "64")
-        pairs = zip(self.WRITING, values, strict=True)
-        return tuple(word for key, value in pairs for word in (f"--replay.{key}", value))
+        tokens, hot = ("--replay.tokens", str(self.tokens)), f"{temperature:g}"
+        return (*tokens, "--replay.temperature", hot, "--replay.batch-size", "64")

@@ -22,6 +22,10 @@ class ConfigError(UserError):
     """A setting or a `config.json` field is missing, unknown or impossible."""
 
 
+class DivergedError(UserError):
+    """A gradient is not finite: with these data and this learning rate training cannot go on."""
+
+
 class CheckpointError(UserError):
     """A checkpoint file is missing, damaged, or does not fit the model or its base."""
 

@@ -257,7 +257,7 @@ class LlamaModel(nn.Module):
             if index in new[:1]:
                 # Below the first new block the two are one. The base goes first: in backward FSDP
                 # gathers ahead of time what ran before, and that is to be the model's own block.
-                base_x = x[-base_rows:]
+                base_x = x[-base_rows:]  # (base_rows, T, C)
                 with torch.no_grad():
                     for above in range(index, len(self.layers)):
                         if above not in new:
@@ -361,8 +361,8 @@ class LlamaForCausalLM(nn.Module):
         x, targets = x.flatten(0, 1), targets.flatten()
         if base_x is None:
             return ops.linear_cross_entropy(x, head.rows(), targets, frozen_rows)
-        base_rows = record.base_vocab_size if record else None  # None: the vocabulary did not grow
-        return ops.linear_kl(x, base_x.flatten(0, 1), head.rows(), targets, frozen_rows, base_rows)
+        of_base = record.base_vocab_size if record else None  # None: the vocabulary did not grow
+        return ops.linear_kl(x, base_x.flatten(0, 1), head.rows(), targets, frozen_rows, of_base)
 
 
 def build_on_meta(config: ModelConfig) -> LlamaForCausalLM:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from llamapro.checkpoint import Checkpoint
 from llamapro.config import ConfigError, DataError
 from llamapro.contained import load_contained
-from llamapro.data import Mixture, Source
+from llamapro.data import Mixture
 from llamapro.generate import generate
 from llamapro.model import LlamaForCausalLM, Replayed
 from llamapro.settings import ReplaySettings
@@ -213,21 +213,6 @@ def _store(
         }
 
     write_store(directory, arrays(), describe)
-
-
-def mix(
-    sources: Sequence[Source], weights: Sequence[float], seed: int, replay: Source, share: float
-) -> Mixture:
-    """Returns the mixture of sources and, last, a replay with a share of an epoch's samples.
-
-    Args:
-        sources, weights, seed: as for `Mixture`: an epoch has as many samples of them as without.
-        replay: is passed over as often as it takes.
-        share: of all samples, above 0 and below 1.
-    """
-    others = Mixture(sources, weights, seed).samples_per_epoch
-    passes = others * share / (1 - share) / len(replay)
-    return Mixture([*sources, replay], [*weights, passes], seed)
 
 
 def split_replayed(

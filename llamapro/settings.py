@@ -364,6 +364,11 @@ def _check_replay(s: Settings) -> list[str]:
             if value != getattr(ReplaySettings, key)
         ]
     wrong = []
+    if 0 < s.train.steps * s.train.batch_size * share < 1:
+        wrong.append(
+            f"replay.share {share} of {s.train.steps} steps x {s.train.batch_size} sequences is "
+            "less than one sequence; raise it"
+        )
     if s.replay.data and s.replay.prompts:
         wrong.append("replay.prompts is for what the base writes: leave it or replay.data out")
     if s.train.trainable == "all":

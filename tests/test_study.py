@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
-from llamapro.config import ConfigError, DataError
+from llamapro import expansion
+from llamapro.checkpoint import Checkpoint
+from llamapro.config import ConfigError, DataError, UserError
+from llamapro.streaming import expand_checkpoint
 
-MODULES = "options bases tasks budget schedule trial variants domains study".split()
+MODULES = "options bases tasks budget schedule trial variants domains summary study".split()
 PRESET = """
 workers = 2
-steps = 4
+steps = 28
 batch_size = 2
 micro_batch_size = 2
 seq_len = 32
@@ -111,7 +114,9 @@ def ended(root: Path, preset: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_it_says_first_how_long_it_takes(ended: Ended) -> None:
     """Estimated from a measured step, before anything is made: (3 + 1) x 3 + 2 x 2 trials."""
     first = ended.text.splitlines()[0]
-    assert re.match(r"16 trials, 2 at a time: about \d.* \(a full training step takes .* s", first)
+    assert re.match(
+        r"16 trials, 2 at a time: about \d.* \(a training step takes .* s of small", first
+    )
 
 
 def test_a_killed_study_goes_on_without_repeating_what_is_done(ended: Ended) -> None:
@@ -134,7 +139,8 @@ def test_every_trial_is_in_the_results_with_its_measures(ended: Ended) -> None:
             assert trial["failed"] is None
             assert set(trial["curves"]) == {study["domain"], "english", "packages"}
             tokens = [point[0] for point in trial["curves"]["english"]]
-            assert tokens == [0, 2 * 2 * 32, 4 * 2 * 32]  # a ninth more steps is none here
+            last = 32 if trial["variant"] == "distill-3" else 28  # steps, of 2 x 32 tokens
+            assert tokens == [0, last // 2 * 64, last * 64]
             assert trial["choices"]["questions"] == 64 and trial["shift"]["positions"] > 0
             assert trial["tokens_per_s"] > 0 and trial["memory_bytes"] > 1 << 20
             if trial["variant"] in ("new-1", "distill-3"):  # of which the second follows the first
@@ -189,6 +195,11 @@ def settings(modules: SimpleNamespace, *words: str) -> Any:
         (["--learning-rates", "-1"], "--learning-rates -1.0: expected more than 0"),
         (["--variants", "new-3"], "--variants new-3: unknown; known are new-1, new-2, new-4"),
         (["--train", "a.txt"], "--train needs --base"),
+        (["--seeds", "1", "2", "1"], "--seeds (1, 2, 1): one is named twice"),
+        (["--learning-rates", "0.1", "0.1"], "--learning-rates (0.1, 0.1): one is named twice"),
+        (["--new-blocks", "0"], "--new-blocks 0: expected more than 0"),
+        (["--batch-size", "6"], "--batch-size 6: not a multiple of 4"),
+        (["--device", "cuda"], "--device cuda: no GPU is visible"),
         (["--base", "x", "--train", "a"], "--base needs --val; --base needs --general"),
         (["--base", "x", "--more-bases", "y=z"], "--more-bases goes with the study's own base"),
     ],
@@ -242,14 +253,21 @@ def test_a_study_over_its_budget_does_not_start(
     """The message has the estimate, the limit and what to lower; --dry-run prints the estimate."""
     s = settings(modules, "--budget-minutes", "30")
     studies = modules.bases.made_studies(s, tmp_path)
-    text = modules.budget.check_budget(s, tmp_path, studies, {"small": 0.01})
+    speed = modules.budget.Speed
+    text = modules.budget.check_budget(s, tmp_path, studies, {"small": speed(0.01, 0.01)})
     assert text.startswith("110 trials, 2 at a time: about ")
     with pytest.raises(ConfigError, match="more than --budget-minutes 30; raise it, lower"):
-        modules.budget.check_budget(s, tmp_path, studies, {"small": 1.0})
-    slow = modules.budget.left_to_do(s, tmp_path, studies, {"small": 1.0})[1]
-    fast = modules.budget.left_to_do(s, tmp_path, studies, {"small": 0.5})[1]
+        modules.budget.check_budget(s, tmp_path, studies, {"small": speed(1.0, 0.01)})
+    slow = modules.budget.left_to_do(s, tmp_path, studies, {"small": speed(1.0, 0.01)})[1]
+    fast = modules.budget.left_to_do(s, tmp_path, studies, {"small": speed(0.5, 0.01)})[1]
     assert slow - fast > 0.5 * 110 * s.steps * 0.5
     assert (s.steps, s.replay_steps) == (72, 80)
+    before = [
+        modules.budget.preparation_seconds(s, tmp_path, studies, {"small": speed(0.1, write)})
+        for write in (0.01, 0.02)
+    ]
+    # Two texts of 16,384 tokens, 64 documents at a time, and those that two placements measure.
+    assert before[1] - before[0] == pytest.approx(0.01 * (2 * 256 + 2 * 4 * 256))
 
 
 # ---- The user's own base ------------------------------------------------------------------------
@@ -268,9 +286,63 @@ def test_a_base_of_ones_own_has_all_variants(
     names = [v.name for v in study.variants(s)]
     assert {"new-1", "new-2", "prefix", "lora", "moe", "self-replay"} <= set(names)
     assert "replay" not in names and list(study.general) == ["wiki", "books"]
-    missing = dataclasses.replace(s, val=(str(tmp_path / "none.txt"),))
-    with pytest.raises(DataError, match=r"none\.txt"):
-        modules.bases.own_study(missing)
+    modules.study.check_inputs(s, tmp_path / "out", [study])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val": ("none.txt",)}, r"none\.txt"),
+        ({"choices": "none.jsonl"}, r"none\.jsonl"),
+        ({"seq_len": 1024}, "seq_len 1024 is over max_position_embeddings 512"),
+        ({"general": ("text.txt",)}, "--general: 'text.txt' is not NAME=PATH"),
+        ({"general": ("domain=text.txt",)}, "--general domain=...: this name is the new domain's"),
+        ({"variants": ("new-8",)}, "--variants new-8: none is possible for own, a base of 2"),
+    ],
+)
+def test_what_a_base_of_ones_own_lacks_is_told_before_anything_starts(
+    modules: SimpleNamespace,
+    base: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the file or the option; --out is not even made."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("def f(): return 1\n" * 100)
+    words = ["--base", str(base), "--train", "text.txt", "--val", "text.txt"]
+    s = dataclasses.replace(settings(modules, *words, "--general", "wiki=text.txt"), **change)
+    with pytest.raises(UserError, match=message):
+        modules.study.check_inputs(s, tmp_path / "out", [modules.bases.own_study(s)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_more_bases_are_not_taken_twice(
+    modules: SimpleNamespace, base: Path, tmp_path: Path
+) -> None:
+    """The small one is the study's own."""
+    s = settings(modules, "--more-bases", f"small={base}")
+    with pytest.raises(ConfigError, match=r"--more-bases small=\.\.\.: this name is taken"):
+        modules.bases.made_studies(s, tmp_path)
+
+
+def test_an_expansion_of_another_base_is_not_taken_for_this_ones(
+    modules: SimpleNamespace, base: Path, tmp_path: Path
+) -> None:
+    """In the same --out, after --base has changed."""
+    (tmp_path / "text.txt").write_text("def f(): return 1\n" * 100)
+    text = str(tmp_path / "text.txt")
+    words = ["--base", str(base), "--train", text, "--val", text, "--general", f"a={text}"]
+    s = settings(modules, *words, "--variants", "new-1")
+    study = modules.bases.own_study(s)
+    start = modules.bases.expanded_dir(tmp_path, study, study.variants(s)[0])
+    layout = expansion.interleave(2, 1)
+    expand_checkpoint(Checkpoint.open(base), start, layout)
+    modules.bases.expand(s, tmp_path, [study])  # it is there, and of this base
+    other = dataclasses.replace(study, checkpoint=start)
+    with pytest.raises(ConfigError, match="is of another base: choose another --out"):
+        modules.bases.expand(s, tmp_path, [other])
 
 
 # ---- Tasks --------------------------------------------------------------------------------------
@@ -293,9 +365,46 @@ def test_a_task_runs_once_and_a_failed_one_names_its_log(
     with pytest.raises(DataError, match="damaged; remove it"):
         task.result()
     broken = dataclasses.replace(task, about={"base": str(tmp_path)}, out=tmp_path / "broken")
-    with pytest.raises(DataError, match=r"text failed \(exit status 1\): see .*broken/log\.txt"):
+    with pytest.raises(DataError, match=r"text: .*config\.json"):  # the mistake itself
         modules.schedule.run([broken], 1, 1)
-    assert "CheckpointError" in (tmp_path / "broken" / "log.txt").read_text()
+    crashed = dataclasses.replace(task, about={}, out=tmp_path / "crashed")
+    message = r"text: failed \(exit status 1\): see .*crashed/log\.txt"
+    with pytest.raises(DataError, match=message):
+        modules.schedule.run([crashed], 1, 1)
+    assert "KeyError" in (tmp_path / "crashed" / "log.txt").read_text()
+
+
+def test_a_worker_ends_with_the_study(root: Path, base: Path, tmp_path: Path) -> None:
+    """Even if the study alone is killed: it would write where the next one does."""
+    about = {"base": str(base), "tokens": 1 << 40, "length": 8}  # works for ever
+    script = (
+        f"import sys; sys.path.insert(0, {str(root / 'experiments')!r})\n"
+        "from pathlib import Path\nfrom schedule import Task, run\n"
+        f"run([Task('text', 'write', {about!r}, Path({str(tmp_path / 'text')!r}))], 1, 1)\n"
+    )
+    (tmp_path / "study.py").write_text(
+        f"if __name__ == '__main__':\n    {script.replace(chr(10), chr(10) + '    ')}"
+    )
+    study = subprocess.Popen([sys.executable, str(tmp_path / "study.py")])
+    log = tmp_path / "text" / "log.txt"
+    while not log.exists():
+        assert study.poll() is None
+    of_it = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if writes(pid, log)]
+    assert of_it
+    study.kill()
+    study.wait()
+    for _ in range(10_000_000):
+        if not any(writes(pid, log) for pid in of_it):
+            return
+    raise AssertionError(f"{of_it} still run")
+
+
+def writes(pid: int, log: Path) -> bool:
+    """Whether a process has a file as its standard output."""
+    try:
+        return os.readlink(f"/proc/{pid}/fd/1") == str(log)
+    except OSError:
+        return False
 
 
 def test_the_time_left_follows_what_trials_really_take(
@@ -327,6 +436,9 @@ def test_a_trial_that_diverged_is_shown_and_never_chosen(modules: SimpleNamespac
     study = SimpleNamespace(domain="code")
     good = {"curves": {"code": [[0, 4.0], [10, 3.0]]}}
     failed = {"failed": "the gradient is not finite"}
+    null = {"curves": {"code": [[0, 4.0], [10, None]]}}  # JSON's for a loss that is not finite
+    assert modules.study.best(study, [(1e-3, good), (1e-2, null)]) == 1e-3
+    assert modules.study.describe(None, null) == "code not finite"
     assert modules.study.best(study, [(1e-3, good), (1e-2, failed)]) == 1e-3
     assert modules.study.best(study, [(1e-3, failed), (1e-2, failed)]) == 1e-3
     assert modules.study.describe(None, failed) == "failed: the gradient is not finite"

@@ -88,6 +88,19 @@ def test_the_moe_baseline_starts_with_a_scaled_w3_as_in_appendix_h(
     assert all(model.get_parameter(name).grad.any() for name in trained(model))
 
 
+def test_the_moe_baseline_of_a_bf16_base_computes_in_bf16(
+    study: SimpleNamespace,
+    write_random_checkpoint: Callable[..., Path],
+    tiny_config: Callable,
+    tmp_path: Path,
+) -> None:
+    """As it is measured, whole: real checkpoints are not fp32."""
+    base = write_random_checkpoint(tmp_path / "base", tiny_config(), torch.bfloat16)
+    model = study.comparisons.moe(base)
+    assert model(INPUTS).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_lora_starts_as_the_base_and_has_as_many_parameters_as_the_blocks(
     study: SimpleNamespace, base: Path
 ) -> None:
