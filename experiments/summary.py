@@ -238,8 +238,8 @@ def tables(results: dict[str, Any]) -> str:
             parts += ["### Against forgetting", _retention_table(study, kept)]
             parts.append(
                 f"The aim is {AIM}; the means are held against it. The share is of the plain "
-                "expansion's increase. *Tokens* are all that training read, replayed ones too, by the "
-                "plain expansion's."
+                "expansion's increase. *Tokens* are all that training read, replayed or not, over "
+                "the plain expansion's."
             )
         if study["gradients"]:
             parts += ["### Gradients of a new block's tensors", gradient_table(study["gradients"])]
