@@ -178,7 +178,7 @@ def _kept(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
             share += f" ({shares[first].text()} of `{first}`; {'; '.join(told)})"
         sentences.append(
             f"`{option['label']}` **{words} the aim**: {share}, domain loss "
-            f"{option['domain']:+z.1%}, cost {option['cost']:.2f}x."
+            f"{option['domain']:+z.1%}, training cost {option['cost']:.2f}x."
         )
     return sentences + [
         f"`{row['label']}` cannot be compared: {row['runs']} runs finished, {row['failed']} failed."

@@ -31,7 +31,7 @@ from options import StudySettings, check, parse
 from pictures import draw
 from schedule import Progress, Task, run
 from summary import tables
-from tasks import base_tasks, options, trial, writing_tasks
+from tasks import base_tasks, cost_tasks, options, trial, writing_tasks
 from trial import RESULT_FILE, write_json
 from variants import Variant
 
@@ -104,6 +104,7 @@ def study_all(
     bases = {study.name: base_tasks(s, out, study) for study in studies}
     # Of a base, once: what it writes for one domain it has for the other.
     writing = {study.base: writing_tasks(s, out, study) for study in reversed(studies)}
+    costs = {study.name: cost_tasks(s, out, study) for study in studies}
     grids = {
         study.name: {
             v.name: [
@@ -116,12 +117,14 @@ def study_all(
         for study in studies
     }
     around = [task for tasks in bases.values() for task in tasks]
-    around += [task for tasks in writing.values() for task in tasks.values()]
+    timed = [task for tasks in writing.values() for task in tasks.values()]
+    timed += [task for tasks in costs.values() for task in tasks.values()]
     count, seconds = left_to_do(s, out, studies, speeds)
-    waiting = [task for task in around if task.result() is None]
+    waiting = [task for task in (*timed, *around) if task.result() is None]
     seconds += sum(task.estimate_s for task in waiting)
     progress = Progress(count + len(waiting), seconds, s.workers)
     first = [task for grid in grids.values() for row in grid.values() for _, task in row]
+    run(timed, 1, threads(s), progress, describe)  # with the machine to itself
     run([*around, *first], s.workers, threads(s), progress, describe)
 
     found, second = [], []
@@ -143,7 +146,11 @@ def study_all(
             trials += [(v, lr == rate, lr, seed, task, writes) for lr, seed, task in rows + more]
         found.append((study, trials))
     run(second, s.workers, threads(s), progress, describe)
-    return [collect(s, study, bases[study.name], trials) for study, trials in found]
+    return [
+        collect(s, study, bases[study.name], trials)
+        | {"step_ratios": {n: (t.result() or {})["step"] for n, t in costs[study.name].items()}}
+        for study, trials in found
+    ]
 
 
 def collect(

@@ -12,6 +12,7 @@ from variants import Variant
 from llamapro.expansion import interleave
 
 OVERHEAD_S = 5.0  # of a trial beside what it computes: starting, loading, the shift
+COST_S = 15.0  # of comparing steps
 QUESTIONS_TOKENS = 20_000  # of the choices that a trial reads
 
 
@@ -88,6 +89,23 @@ def base_tasks(s: StudySettings, out: Path, study: Study) -> list[Task]:
         label = f"{study.name} · first gradients"
         tasks.append(Task(label, "gradients", about, where / "gradients"))
     return tasks
+
+
+def cost_tasks(s: StudySettings, out: Path, study: Study) -> dict[str, Task]:
+    """Returns, by variant, the tasks of comparing its step with that of what it varies."""
+    by_name = {variant.name: variant for variant in study.variants(s)}
+    argv = {
+        name: trial(s, out, study, variant, s.learning_rates[0], s.seeds[0], 0.0).about["argv"]
+        for name, variant in by_name.items()
+        if variant.varies or variant.group == "number"
+    }
+    found = {}
+    for name, variant in by_name.items():
+        if variant.varies:
+            about = {"plain": argv[variant.varies], "other": argv[name]}
+            label, where = f"{study.name} · a step of {variant.label}", study.name
+            found[name] = Task(label, "cost", about, out / "cost" / where / name, COST_S)
+    return found
 
 
 def writing_tasks(s: StudySettings, out: Path, study: Study) -> dict[tuple[str, ...], Task]:

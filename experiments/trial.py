@@ -13,8 +13,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import wait
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import comparisons
@@ -43,7 +45,7 @@ from llamapro.tokenizer import Tokenizer
 
 RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"
 SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each
-CALIBRATION_STEPS = 3
+CALIBRATION_STEPS, COST_ROUNDS = 3, 24
 WRITTEN_AT_A_TIME = 64  # documents
 TEXT_FILE, HELD_OUT_SEED = "text.txt", 1 << 32
 
@@ -207,6 +209,44 @@ def base(about: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"losses": losses} | measure(Checkpoint.open(about["base"]).load(), about)
 
 
+def cost(about: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Times steps of two runs in turn, so that what else the machine does slows both alike.
+
+    Args:
+        about: `plain` and `other`, options of train.py.
+        out: for what they would write.
+
+    Returns:
+        step: the other's seconds per step, over the plain one's; the median of rounds.
+    """
+    file, rounds = comparisons.train_file(), []
+    with ExitStack() as stack:
+        sides: list[Any] = []
+        for name in ("plain", "other"):
+            settings = parse([*about[name], "--run-dir", str(out / name)])
+            job = Job.open(settings)
+            if not sides:
+                ranks = stack.enter_context(process_group(settings.train.device))
+                stack.enter_context(ops.use(settings.train.ops))
+            data = load_data(job, ranks, StopRequest())
+            model, parameters = file.build_model(job, ranks)
+            guard = comparisons.guarded_adamw(list(parameters.values()), settings, ranks)
+            file.set_learning_rate(guard.optimizer, 1, 2, settings.optim)
+            sides.append((settings, data, model, guard))
+        for at in range(COST_ROUNDS + 1):
+            took = []
+            for settings, data, model, guard in sides:
+                count = settings.train.batch_size
+                columns, others = batch(data.mixture, at * count, count, 0, 1, data.apart)
+                valid = float((columns[1] != ops.IGNORE_INDEX).sum())
+                started = time.perf_counter()
+                loss, _ = file.train_step(model, guard, columns, others, valid, settings, ranks)
+                loss.item()  # waits for the device
+                took.append(time.perf_counter() - started)
+            rounds.append(took[1] / took[0])
+    return {"step": median(rounds[1:])}  # the first warms up
+
+
 def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Has the base write what is replayed, and says in how many seconds: `replay_s`."""
     settings = parse([*about["argv"], "--run-dir", str(out / "run")])
@@ -292,6 +332,7 @@ def shortest(work: Callable[[], Any]) -> float:
 FUNCTIONS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "train": train,
     "base": base,
+    "cost": cost,
     "replay": replay,
     "write": write,
     "gradients": gradients,

@@ -147,6 +147,7 @@ def test_every_trial_is_in_the_results_with_its_measures(ended: Ended) -> None:
                 assert trial["chosen"] == (trial["lr"] == best)
             start = trial["curves"]["english"][0][1]
             assert start == pytest.approx(study["base_result"]["losses"]["english"], abs=1e-3)
+        assert set(study["step_ratios"]) == {"distill-3"} and study["step_ratios"]["distill-3"] > 0
         written = {t["variant"]: t["replay_s"] for t in study["trials"]}
         assert written["distill-3"] > 0 == written["new-1"]
 
