@@ -418,7 +418,7 @@ def test_curves_average_runs_point_by_point(page: SimpleNamespace) -> None:
     study["trials"][2]["curves"]["packages"][1][0] = 110
     runs = page.pictures.paths(study, "replay", ["english", "packages"])
     assert runs.shape == (2, 3, 2)
-    assert runs[:, :, 0].tolist() == [[0, 110, 200], [0, 100, 200]]
+    assert runs[:, :, 0].tolist() == [[0, 110, 220], [0, 100, 220]]
     expected = [[0, float("nan"), 0.15], [0, 0.075, 0.15]]
     assert runs[:, :, 1].ravel() == pytest.approx([*expected[0], *expected[1]], nan_ok=True)
     assert page.pictures.paths(study, "absent", ["english"]).shape == (0, 0, 2)
