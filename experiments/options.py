@@ -91,7 +91,7 @@ class StudySettings:
     """Sequences of each held-out set at a point."""
     replay_share: float = 0.25
     """Of the sequences, in the ways to forget less; they make a ninth more steps."""
-    replay_weights: tuple[float, ...] = (1.0, 3.0)
+    replay_weights: tuple[float, ...] = (1.0, 3.0, 8.0)
     """Of their loss, where the base is the teacher: each is tried."""
     replay_temperature: float = 1.3
     """Of the text on which it teaches."""

@@ -12,7 +12,7 @@ from variants import Variant
 from llamapro.expansion import interleave
 
 OVERHEAD_S = 5.0  # of a trial beside what it computes: starting, loading, the shift
-COST_S = 15.0  # of comparing steps
+COST_S = 8.0  # of comparing steps
 QUESTIONS_TOKENS = 20_000  # of the choices that a trial reads
 
 

@@ -45,7 +45,7 @@ from llamapro.tokenizer import Tokenizer
 
 RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"
 SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each
-CALIBRATION_STEPS, COST_ROUNDS = 3, 24
+CALIBRATION_STEPS, COST_ROUNDS = 3, 10
 WRITTEN_AT_A_TIME = 64  # documents
 TEXT_FILE, HELD_OUT_SEED = "text.txt", 1 << 32
 
