@@ -29,11 +29,12 @@ micro_batch_size = 2
 seq_len = 32
 evaluations = 2
 eval_sequences = 2
-learning_rates = [1e-3, 1e-2]
+learning_rates = [1e-3]
 seeds = [1, 2]
 new_blocks = [1]
 compared = 1
 replay_tokens = 128
+replay_weights = [3.0]
 [pretrain]
 config = "{config}"
 vocab_size = 400
@@ -89,7 +90,7 @@ def ended(root: Path, preset: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The study without --base, some of its variants; SIGKILL hits it after two trials."""
     out = tmp_path_factory.mktemp("study") / "out"
     command = [sys.executable, "experiments/study.py", "--preset", str(preset), "--out", str(out)]
-    command += ["--variants", "new-1", "lora", "zero-norms", "distill-3"]
+    command += ["--variants", "new-1", "lora", "distill-3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     how: dict[str, Any] = {"cwd": root, "env": environment, "text": True}
     first = subprocess.Popen(
@@ -112,10 +113,10 @@ def ended(root: Path, preset: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_it_says_first_how_long_it_takes(ended: Ended) -> None:
-    """Estimated from a measured step, before anything is made: (3 + 1) x 3 + 2 x 2 trials."""
+    """Estimated from a measured step, before anything is made: (3 + 2) x 2 trials."""
     first = ended.text.splitlines()[0]
     assert re.match(
-        r"16 trials, 2 at a time: about \d.* \(a training step takes .* s of small", first
+        r"10 trials, 2 at a time: about \d.* \(a training step takes .* s of small", first
     )
 
 
@@ -123,28 +124,26 @@ def test_a_killed_study_goes_on_without_repeating_what_is_done(ended: Ended) -> 
     """Results that were there keep their files; the second run says how many are left."""
     assert len(ended.before) >= 2
     assert all(file.stat().st_mtime_ns == made for file, made in ended.before.items())
-    assert f"{16 - len(ended.before)} trials, 2 at a time" in ended.said
-    assert "[ 1/" in ended.said and " left\n" in ended.said
+    assert f"{10 - len(ended.before)} trials, 2 at a time" in ended.said
+    assert "[1/" in ended.said and " left\n" in ended.said
 
 
 def test_every_trial_is_in_the_results_with_its_measures(ended: Ended) -> None:
-    """All learning rates and seeds, the best rate by the domain's loss, whichever it is."""
+    """All seeds, with their curves, questions, shift, speed and memory."""
     assert [study["name"] for study in ended.results["studies"]] == ["small-code", "small-math"]
     for study in ended.results["studies"]:
         tried = [(t["variant"], t["lr"], t["seed"]) for t in study["trials"]]
         assert len(set(tried)) == len(tried)
-        grid = [t for t in study["trials"] if t["variant"] == "new-1" and t["seed"] == 1]
-        best = min(grid, key=lambda t: t["curves"][study["domain"]][-1][1])["lr"]
         for trial in study["trials"]:
             assert trial["failed"] is None
             assert set(trial["curves"]) == {study["domain"], "english", "packages"}
             tokens = [point[0] for point in trial["curves"]["english"]]
             last = 32 if trial["variant"] == "distill-3" else 28  # steps, of 2 x 32 tokens
-            assert tokens == [0, last // 2 * 64, last * 64]
+            # A source's last sequence is shorter.
+            assert tokens == pytest.approx([0, last // 2 * 64, last * 64], rel=0.02)
             assert trial["choices"]["questions"] == 64 and trial["shift"]["positions"] > 0
             assert trial["tokens_per_s"] > 0 and trial["memory_bytes"] > 1 << 20
-            if trial["variant"] in ("new-1", "distill-3"):  # of which the second follows the first
-                assert trial["chosen"] == (trial["lr"] == best)
+            assert trial["chosen"] is True
             start = trial["curves"]["english"][0][1]
             assert start == pytest.approx(study["base_result"]["losses"]["english"], abs=1e-3)
         assert set(study["step_ratios"]) == {"distill-3"} and study["step_ratios"]["distill-3"] > 0
@@ -159,11 +158,11 @@ def test_the_whole_study_has_the_gradients_and_the_page_has_everything(ended: En
         "input_layernorm"
     ]
     page = (ended.out / "study.md").read_text()
-    for word in ("small-math", "self-distillation, weight 3", "LoRA", "lr", "zero-norms"):
+    for word in ("small-math", "self-distillation, weight 3", "LoRA", "rate", "zero-norms"):
         assert word in page
     for picture in ("curves.png", "pareto.png", "blocks.png"):
         assert (ended.out / picture).stat().st_size > 10_000 and picture in page
-    assert ended.results["about"]["settings"]["replay_weights"] == [1.0, 3.0]
+    assert ended.results["about"]["settings"]["replay_weights"] == [3.0]
     assert not list(ended.out.glob("small-*/*/*/run/checkpoints"))
 
 
@@ -171,7 +170,6 @@ def test_every_variant_trains_from_the_same_base_on_as_many_tokens(ended: Ended)
     """Parameters: one block, as many in adapters; all tokens of a trial are the domain's budget."""
     code = ended.results["studies"][0]
     of = {t["variant"]: t for t in code["trials"]}
-    assert of["new-1"]["trainable"] == of["zero-norms"]["trainable"]
     assert of["lora"]["trainable"] == pytest.approx(of["new-1"]["trainable"], rel=0.1)
     assert (
         of["new-1"]["total"] - of["new-1"]["trainable"]
@@ -238,8 +236,11 @@ def test_an_unknown_key_of_a_preset_is_told(modules: SimpleNamespace, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
-def test_the_presets_are_possible(modules: SimpleNamespace, name: str) -> None:
+def test_the_presets_are_possible(
+    modules: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their base exists, and its layers take the numbers of new blocks."""
+    monkeypatch.setattr(modules.options.torch.cuda, "is_available", lambda: True)
     s = settings(modules, "--preset", name)
     modules.options.check(s)
     studies = modules.bases.made_studies(s, Path("out"))
@@ -256,12 +257,12 @@ def test_a_study_over_its_budget_does_not_start(
     studies = modules.bases.made_studies(s, tmp_path)
     speed = modules.budget.Speed
     text = modules.budget.check_budget(s, tmp_path, studies, {"small": speed(0.01, 0.01)})
-    assert text.startswith("110 trials, 2 at a time: about ")
+    assert text.startswith("116 trials, 2 at a time: about ")
     with pytest.raises(ConfigError, match="more than --budget-minutes 30; raise it, lower"):
         modules.budget.check_budget(s, tmp_path, studies, {"small": speed(1.0, 0.01)})
     slow = modules.budget.left_to_do(s, tmp_path, studies, {"small": speed(1.0, 0.01)})[1]
     fast = modules.budget.left_to_do(s, tmp_path, studies, {"small": speed(0.5, 0.01)})[1]
-    assert slow - fast > 0.5 * 110 * s.steps * 0.5
+    assert slow - fast > 0.5 * 116 * s.steps * 0.5
     assert (s.steps, s.replay_steps) == (72, 80)
     before = [
         modules.budget.preparation_seconds(s, tmp_path, studies, {"small": speed(0.1, write)})
@@ -353,7 +354,7 @@ def test_a_task_runs_once_and_a_failed_one_names_its_log(
     modules: SimpleNamespace, base: Path, tmp_path: Path
 ) -> None:
     """A result is kept; one that was made otherwise, or is damaged, is refused."""
-    about = {"base": str(base), "tokens": 16, "length": 8}
+    about = {"base": str(base), "tokens": 16, "length": 8, "device": "cpu"}
     task = modules.schedule.Task("text", "write", about, tmp_path / "text")
     assert modules.schedule.run([task], 1, 1)[0]["tokens"] >= 16
     made = (tmp_path / "text" / "text.txt").stat().st_mtime_ns
@@ -365,8 +366,10 @@ def test_a_task_runs_once_and_a_failed_one_names_its_log(
     (tmp_path / "text" / "result.json").write_text("{")
     with pytest.raises(DataError, match="damaged; remove it"):
         task.result()
-    broken = dataclasses.replace(task, about={"base": str(tmp_path)}, out=tmp_path / "broken")
-    with pytest.raises(DataError, match=r"text: .*config\.json"):  # the mistake itself
+    broken = dataclasses.replace(
+        task, about=about | {"base": str(tmp_path)}, out=tmp_path / "broken"
+    )
+    with pytest.raises(DataError, match="text: .*no weights found"):  # the mistake itself
         modules.schedule.run([broken], 1, 1)
     crashed = dataclasses.replace(task, about={}, out=tmp_path / "crashed")
     message = r"text: failed \(exit status 1\): see .*crashed/log\.txt"
@@ -377,7 +380,7 @@ def test_a_task_runs_once_and_a_failed_one_names_its_log(
 
 def test_a_worker_ends_with_the_study(root: Path, base: Path, tmp_path: Path) -> None:
     """Even if the study alone is killed: it would write where the next one does."""
-    about = {"base": str(base), "tokens": 1 << 40, "length": 8}  # works for ever
+    about = {"base": str(base), "tokens": 1 << 40, "length": 8, "device": "cpu"}  # for ever
     script = (
         f"import sys; sys.path.insert(0, {str(root / 'experiments')!r})\n"
         "from pathlib import Path\nfrom schedule import Task, run\n"
