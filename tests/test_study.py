@@ -369,7 +369,7 @@ def test_a_task_runs_once_and_a_failed_one_names_its_log(
     broken = dataclasses.replace(
         task, about=about | {"base": str(tmp_path)}, out=tmp_path / "broken"
     )
-    with pytest.raises(DataError, match="text: .*no weights found"):  # the mistake itself
+    with pytest.raises(DataError, match=r"text: .*no weights found"):  # the mistake itself
         modules.schedule.run([broken], 1, 1)
     crashed = dataclasses.replace(task, about={}, out=tmp_path / "crashed")
     message = r"text: failed \(exit status 1\): see .*crashed/log\.txt"
