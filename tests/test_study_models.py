@@ -8,11 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from llamapro.checkpoint import Checkpoint
+from llamapro.data import PackedSequences
 from llamapro.expansion import is_in_layers
+from llamapro.metrics import read_metrics
+from llamapro.store import TokenStore
+from llamapro.tokenizer import Tokenizer
 
 TOPS = [1, 3]
 IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -123,6 +128,29 @@ def test_of_the_originals_just_the_named_blocks_train(study: SimpleNamespace, ba
     model = study.comparisons.originals(base, TOPS)
     assert trained(model) == {n for n, _ in model.named_parameters() if is_in_layers(n, TOPS)}
     assert len(trained(model)) == 2 * 9
+
+
+def test_adapters_are_trained_as_train_py_trains_and_come_back_whole(
+    study: SimpleNamespace, base: Path, tmp_path: Path
+) -> None:
+    """By its step, sharded; the last evaluation is of what is given back."""
+    (tmp_path / "text.txt").write_text("def usage(parser): print(parser.usage)\n" * 60)
+    text, about = str(tmp_path / "text.txt"), {"model": "lora", "rank": 2, "seed": 0}
+    argv = ["--model.path", str(base), "--train.trainable", "all", "--data.train", text]
+    argv += ["--data.val", f"code={text}", "--data.seq-len", "32", "--train.device", "cpu"]
+    argv += ["--data.cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run")]
+    argv += ["--train.steps", "3", "--train.batch-size", "2", "--optim.lr", "0.1"]
+    argv += ["--log-every", "2", "--eval.every", "3"]
+    model = study.comparisons.train(argv, lambda: study.comparisons.build(about | {"base": base}))
+    records = read_metrics(tmp_path / "run")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [2, 3]
+    first, last = (r["loss"] for r in records if r["kind"] == "eval")
+    assert last < first - 0.1 and any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
+    (cached,) = {path for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+    sequences = PackedSequences(TokenStore(cached, Tokenizer.load(base).fingerprint), 32)
+    columns = [torch.from_numpy(np.stack(c)) for c in zip(*sequences, strict=True)]
+    loss, count = model(*columns)
+    assert (loss / count).item() == pytest.approx(last, rel=1e-4)
 
 
 def test_nothing_that_is_built_reaches_the_checkpoint(study: SimpleNamespace, base: Path) -> None:
