@@ -204,10 +204,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if not any(needs):
                 continue
             grad = exps.mul_(counts / total).scatter_add_(1, index, -counts.to(dtype)).to(x.dtype)
-            if grad_x is not None:
-                torch.mm(grad, weight, out=grad_x[part])
-            if grad_weight is not None:
-                grad_weight += grad[:, frozen_rows:].t() @ x[part]
+            _add_chunk(grad, x, weight, part, frozen_rows, grad_x, grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.dtype, ctx.frozen_rows = weight.dtype, frozen_rows
         return loss_sum
@@ -260,10 +257,7 @@ class LinearKL(torch.autograd.Function):
             p = log_p.exp_()
             p[:, :teacher_rows] -= q
             grad = p.mul_(counts).to(x.dtype)
-            if grad_x is not None:
-                torch.mm(grad, weight, out=grad_x[part])
-            if grad_weight is not None:
-                grad_weight += grad[:, frozen_rows:].t() @ x[part]
+            _add_chunk(grad, x, weight, part, frozen_rows, grad_x, grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.dtype, ctx.frozen_rows = weight.dtype, frozen_rows
         return kl_sum
@@ -273,6 +267,22 @@ class LinearKL(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = _scaled(ctx, scale)
         return grad_x, None, grad_weight, None, None, None, None, None
+
+
+def _add_chunk(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    part: slice,
+    frozen_rows: int,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """From a chunk's gradient of logits (n, V), writes that of x and adds up that of W."""
+    if grad_x is not None:
+        torch.mm(grad, weight, out=grad_x[part])
+    if grad_weight is not None:
+        grad_weight += grad[:, frozen_rows:].t() @ x[part]
 
 
 def _scaled(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
