@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llamapro import functional, ops
+from llamapro import ops
 from llamapro.config import ModelConfig
+from llamapro.kernels import cpu as functional
 
 # Embedding and head, and what the rows of added tokens are called where they are apart.
 NEW_ROWS = {

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamapro import functional
 from llamapro.config import RopeScaling
-from llamapro.functional import IGNORE_INDEX as IGNORE_INDEX
+from llamapro.kernels import cpu as functional
+from llamapro.kernels.cpu import IGNORE_INDEX as IGNORE_INDEX
 
 OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")  # can be switched
 _backends: dict[str, str] = dict.fromkeys(OPS, "auto")

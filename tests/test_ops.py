@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llamapro import functional, ops
+from llamapro import ops
+from llamapro.kernels import cpu as functional
 
 VOCAB, HIDDEN, TOKENS = 97, 16, 23
 CHUNK_TOKENS = 5  # 23 tokens are four full chunks and one of three
