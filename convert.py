@@ -76,7 +76,7 @@ class ToMeta(Output):
     """Model-parallel shards; as many as the release had if not given, else 1."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.hub import resolve
+        from llamapro.checkpoints.hub import resolve
         from llamapro.meta import to_meta
 
         found = to_meta(resolve(self.ckpt_dir), self.out_dir, self.shards, self.force)
@@ -118,8 +118,8 @@ class Expand(Output):
     """Largest safetensors file, in GB (10^9 bytes)."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoint import Checkpoint
-        from llamapro.hub import repository, resolve
+        from llamapro.checkpoints.directory import Checkpoint
+        from llamapro.checkpoints.hub import repository, resolve
         from llamapro.streaming import expand_checkpoint
 
         base = Checkpoint.open(resolve(self.base_dir))
@@ -151,8 +151,8 @@ class Expand(Output):
         if self.placement not in MEASURED:
             return self.layout(layers), {}, ""
         from llamapro import expansion, placement
+        from llamapro.checkpoints.writing import refuse_existing, refuse_source
         from llamapro.growing import check_tokens
-        from llamapro.output import refuse_existing, refuse_source
 
         # What is refused when the result is written is refused before the time is spent.
         refuse_source(self.out_dir, base.path)
@@ -227,8 +227,8 @@ class Merge(Output):
     """More of these, then the checkpoint directory to create."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoint import Checkpoint
-        from llamapro.hub import resolve
+        from llamapro.checkpoints.directory import Checkpoint
+        from llamapro.checkpoints.hub import resolve
         from llamapro.merging import merge_many
         from llamapro.streaming import assemble_checkpoint, merge_checkpoint
 
@@ -267,8 +267,8 @@ class Strip(Output):
     """The checkpoint directory to create."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoint import Checkpoint
-        from llamapro.hub import resolve
+        from llamapro.checkpoints.directory import Checkpoint
+        from llamapro.checkpoints.hub import resolve
         from llamapro.merging import strip_checkpoint
 
         expanded = Checkpoint.open(resolve(self.expanded_dir))
@@ -290,7 +290,7 @@ class Inspect:
     """Print the result as one JSON object."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.hub import resolve
+        from llamapro.checkpoints.hub import resolve
         from llamapro.inspect import describe, render
 
         found = describe(str(resolve(self.dir)))
@@ -314,8 +314,8 @@ class Verify:
     """Print the result as one JSON object."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.blocks import is_training_output
-        from llamapro.hub import resolve
+        from llamapro.checkpoints.hub import resolve
+        from llamapro.checkpoints.new_blocks import is_training_output
         from llamapro.verify import verify, verify_run
 
         directory = resolve(self.dir)

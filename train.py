@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from llamapro import cli, ops
-from llamapro.blocks import BlocksInfo
+from llamapro.checkpoints.new_blocks import BlocksInfo
+from llamapro.checkpoints.run import load_state, newest_intact
 from llamapro.config import DataError, DivergedError
 from llamapro.data import Source, batch, stack
 from llamapro.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
 from llamapro.job import Job, load_data
-from llamapro.manifest import load_state, newest_intact
 from llamapro.metrics import format_count
 from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta, init_random, load_tensors
 from llamapro.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate

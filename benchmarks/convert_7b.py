@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from llamapro.blocks import BlocksInfo, write_blocks
-from llamapro.checkpoint import Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.directory import Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.expansion import is_in_layers
 
 ROOT = Path(__file__).resolve().parents[1]

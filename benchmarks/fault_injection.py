@@ -30,11 +30,11 @@ from typing import Any
 
 import sentencepiece
 
-from llamapro.checkpoint import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import write_checkpoint, write_companions
 from llamapro.config import ModelConfig
 from llamapro.expansion import interleave
 from llamapro.model import init_random
-from llamapro.output import write_checkpoint, write_companions
 from llamapro.streaming import expand_checkpoint
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"

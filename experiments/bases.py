@@ -17,7 +17,7 @@ from schedule import Task
 from trial import TEXT_FILE, device_of, write_json
 from variants import Variant, comparisons, fitting, plain, retention
 
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.data import parse_named
 from llamapro.documents import find_files

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llamapro import ops
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DivergedError
 from llamapro.data import batch
 from llamapro.distributed import Ranks, process_group, shard

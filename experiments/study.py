@@ -36,7 +36,7 @@ from trial import RESULT_FILE, write_json
 from variants import Variant
 
 from llamapro import cli
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.choices import read_choices
 from llamapro.config import ConfigError, DataError
 from llamapro.job import Job

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from llamapro import ops
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.choices import baselines, measure_choices, read_choices
 from llamapro.config import DivergedError, ModelConfig, UserError
 from llamapro.data import batch

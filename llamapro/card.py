@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamapro.blocks import BlocksInfo
-from llamapro.checkpoint import BASE_CARD_FILE
+from llamapro.checkpoints.directory import BASE_CARD_FILE
+from llamapro.checkpoints.new_blocks import BlocksInfo
+from llamapro.checkpoints.run import MAX_JSON_BYTES, STATE_FILE, TRAINABLE_FILE
+from llamapro.checkpoints.tensors import read_json
 from llamapro.config import CheckpointError, DataError, ModelConfig
-from llamapro.manifest import MAX_JSON_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.metrics import METRICS_FILE, perplexity, read_metrics
-from llamapro.tensor_file import read_json
 
 CARD_FILE = "README.md"
 SETTINGS = (

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from llamapro import ops
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.base import check_contained, load_contained
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError
-from llamapro.contained import check_contained, load_contained
 from llamapro.model import LlamaForCausalLM
 
 

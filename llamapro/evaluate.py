@@ -19,13 +19,13 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from llamapro import cli
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.hub import resolve
 from llamapro.choices import baselines, measure_choices, read_choices, render_choices
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
 from llamapro.corpus import encode_pieces
 from llamapro.documents import Counts, Piece, find_files, read_pieces
-from llamapro.hub import resolve
 from llamapro.metrics import perplexity
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX

@@ -17,10 +17,10 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from llamapro import cli
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.hub import resolve
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
-from llamapro.hub import resolve
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.tokenizer import StreamingDecoder, Tokenizer
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor
 from llamapro.config import ConfigError, ModelConfig
 from llamapro.model import NEW_ROWS
-from llamapro.tensor_file import CHUNK_BYTES, DTYPES, StoredTensor
 from llamapro.tokenizer import Tokenizer
 from llamapro.vocabulary import COMPANIONS, JSON_NAME, read_object
 

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from llamapro import cli
 from llamapro.chat import ChatTemplate
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.base import check_contained
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError, DataError, suggest
-from llamapro.contained import check_contained
 from llamapro.generate import generate
 from llamapro.tokenizer import StreamingDecoder, Tokenizer
 from llamapro.vocabulary import JSON_NAME, read_object

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llamapro.blocks import find_blocks, is_training_output, read_blocks
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import find_blocks, is_training_output, read_blocks
+from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
 from llamapro.config import CheckpointError
 from llamapro.expansion import Layout
 from llamapro.growing import base_vocab_size
-from llamapro.tensor_file import StoredTensor, combine_hashes, hash_tensors
 
 _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")
 

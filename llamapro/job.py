@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from llamapro.blocks import training_checkpoints
 from llamapro.chat import ChatTemplate
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.hub import resolve
+from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, DataError, ModelConfig, UserError
 from llamapro.corpus import tokenize
 from llamapro.data import Mixture, PackedSequences, Source, parse_named
 from llamapro.distributed import Ranks
 from llamapro.documents import find_files
 from llamapro.expansion import select_trainable
-from llamapro.hub import resolve
 from llamapro.model import build_on_meta
 from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.replay import describe_mix, read_prompts, written_by_base

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
-from llamapro.blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.card import CARD_FILE, Training, write_card
-from llamapro.checkpoint import BASE_CARD_FILE, Checkpoint
-from llamapro.config import CheckpointError, ConfigError, ExpansionRecord, ModelConfig
-from llamapro.expansion import Layout
-from llamapro.growing import base_vocab_size, restore_tokenizer
-from llamapro.output import (
+from llamapro.checkpoints.directory import BASE_CARD_FILE, Checkpoint
+from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
+from llamapro.checkpoints.tensors import DTYPES, StoredTensor, TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import (
     MAX_SHARD_BYTES,
     output_directory,
     refuse_source,
     write_checkpoint,
     write_companions,
 )
+from llamapro.config import CheckpointError, ConfigError, ExpansionRecord, ModelConfig
+from llamapro.expansion import Layout
+from llamapro.growing import base_vocab_size, restore_tokenizer
 from llamapro.streaming import Chunks, check_base, hashed_chunks
-from llamapro.tensor_file import DTYPES, StoredTensor, TensorSpec, tensor_chunks
 from llamapro.verify import contained_base, layout_of
 
 

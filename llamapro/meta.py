@@ -17,7 +17,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.tensors import (
+    CHUNK_BYTES,
+    DTYPE_CODES,
+    DTYPES,
+    TensorSpec,
+    refuse_large,
+    tensor_chunks,
+)
+from llamapro.checkpoints.writing import (
+    output_directory,
+    refuse_source,
+    write_checkpoint,
+    write_companions,
+)
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
 from llamapro.meta_release import (
     LLAMA_3_VOCAB,
@@ -34,15 +48,6 @@ from llamapro.meta_release import (
     to_hex,
 )
 from llamapro.model import build_on_meta
-from llamapro.output import output_directory, refuse_source, write_checkpoint, write_companions
-from llamapro.tensor_file import (
-    CHUNK_BYTES,
-    DTYPE_CODES,
-    DTYPES,
-    TensorSpec,
-    refuse_large,
-    tensor_chunks,
-)
 from llamapro.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
 
 

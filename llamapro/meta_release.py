@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamapro.checkpoints.tensors import DTYPE_CODES, read_json, tensor_chunks
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 from llamapro.pth_file import load_pth
-from llamapro.tensor_file import DTYPE_CODES, read_json, tensor_chunks
 from llamapro.vocabulary import LLAMA_3_RANKS, LLAMA_3_SPECIAL
 
 # Meta's name -> (Hugging Face's name, the dimension split over shards), in a release's order.

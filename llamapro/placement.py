@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamapro import ops
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.compute import ComputeOptions
 from llamapro.config import CheckpointError, ConfigError, DataError
 from llamapro.corpus import encode_pieces

@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.run import load_state, newest_intact
+from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
+from llamapro.checkpoints.writing import make_directory
 from llamapro.config import CheckpointError, ConfigError
 from llamapro.distributed import Ranks
-from llamapro.manifest import load_state, newest_intact
-from llamapro.output import make_directory
 from llamapro.store import TokenStore
-from llamapro.tensor_file import combine_hashes, hash_tensors
 
 LOCK_FILE = "lock"
 

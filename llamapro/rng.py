@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llamapro.checkpoint import DTYPE_CODES, read_header
+from llamapro.checkpoints.directory import DTYPE_CODES, read_header
+from llamapro.checkpoints.run import RNG_FILE
 from llamapro.config import CheckpointError
 from llamapro.distributed import Ranks
-from llamapro.manifest import RNG_FILE
 
 Uint32s = np.ndarray[Any, np.dtype[np.uint32]]
 

@@ -10,22 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
-from llamapro.blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.card import Training, keep_base_card, write_card
-from llamapro.checkpoint import Checkpoint
-from llamapro.config import CheckpointError, DataError, ModelConfig
-from llamapro.expansion import Layout
-from llamapro.growing import add_tokens, check_tokens, mean_row, split_rows
-from llamapro.manifest import MAX_JSON_BYTES, STATE_FILE
-from llamapro.model import NEW_ROWS, build_on_meta
-from llamapro.output import (
-    MAX_SHARD_BYTES,
-    output_directory,
-    refuse_source,
-    write_checkpoint,
-    write_companions,
-)
-from llamapro.tensor_file import (
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
+from llamapro.checkpoints.run import MAX_JSON_BYTES, STATE_FILE
+from llamapro.checkpoints.tensors import (
     CHUNK_BYTES,
     DTYPES,
     StoredTensor,
@@ -34,6 +23,17 @@ from llamapro.tensor_file import (
     read_json,
     tensor_chunks,
 )
+from llamapro.checkpoints.writing import (
+    MAX_SHARD_BYTES,
+    output_directory,
+    refuse_source,
+    write_checkpoint,
+    write_companions,
+)
+from llamapro.config import CheckpointError, DataError, ModelConfig
+from llamapro.expansion import Layout
+from llamapro.growing import add_tokens, check_tokens, mean_row, split_rows
+from llamapro.model import NEW_ROWS, build_on_meta
 from llamapro.tokenizer import FILE_NAME, Tokenizer
 from llamapro.verify import compare_logits, contained_base_sha256
 from llamapro.vocabulary import JSON_NAME

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llamapro.chat import ChatTemplate, check_messages
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.base import check_contained
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, UserError
-from llamapro.contained import check_contained
 from llamapro.generate import Args, generate
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.tokenizer import StreamingDecoder, Tokenizer

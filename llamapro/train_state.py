@@ -26,11 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llamapro.blocks import BlocksInfo, check_blocks, read_blocks, write_blocks
-from llamapro.checkpoint import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
-from llamapro.config import CheckpointError, ModelConfig, UserError
-from llamapro.distributed import Ranks
-from llamapro.manifest import (
+from llamapro.checkpoints.directory import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
+from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, read_blocks, write_blocks
+from llamapro.checkpoints.run import (
     OPTIMIZER_FILE,
     RNG_FILE,
     STATE_FILE,
@@ -40,7 +38,9 @@ from llamapro.manifest import (
     training_checkpoints,
     write_manifest,
 )
-from llamapro.output import output_directory, write_safetensors
+from llamapro.checkpoints.writing import output_directory, write_safetensors
+from llamapro.config import CheckpointError, ModelConfig, UserError
+from llamapro.distributed import Ranks
 from llamapro.rng import gather_rng
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

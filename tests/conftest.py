@@ -25,10 +25,10 @@ if not torch.cuda.is_available():
     # them for a GPU is therefore tested in processes of their own (test_kernels_compile.py).
     os.environ["TRITON_INTERPRET"] = "1"
 
-from llamapro.checkpoint import DTYPE_CODES, TensorSpec, tensor_chunks
+from llamapro.checkpoints.directory import DTYPE_CODES, TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint, write_companions
 from llamapro.config import ModelConfig
 from llamapro.model import init_random
-from llamapro.output import MAX_SHARD_BYTES, write_checkpoint, write_companions
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LLAMAPRO_SHARED", ROOT.parent / "shared"))

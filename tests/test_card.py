@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from llamapro import expansion
-from llamapro.blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
 from llamapro.card import Training, render
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
+from llamapro.checkpoints.run import LISTED, STATE_FILE, write_manifest
 from llamapro.config import ModelConfig
-from llamapro.manifest import LISTED, STATE_FILE, write_manifest
 from llamapro.merging import merge_many
 from llamapro.streaming import expand_checkpoint, merge_checkpoint
 

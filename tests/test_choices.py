@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.choices import (
     Question,
     baselines,

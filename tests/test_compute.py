@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llamapro import ops
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError, ModelConfig
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from llamapro import cli
-from llamapro.blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
+from llamapro.checkpoints.run import LISTED, MANIFEST_FILE, STATE_FILE, write_manifest
 from llamapro.expansion import is_in_layers
-from llamapro.manifest import LISTED, MANIFEST_FILE, STATE_FILE, write_manifest
 
 
 @pytest.fixture(scope="module")

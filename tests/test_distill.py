@@ -28,10 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llamapro import expansion, ops
-from llamapro.blocks import training_checkpoints
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.base import load_contained
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.contained import load_contained
 from llamapro.data import Mixture, batch
 from llamapro.distributed import Frozen, Ranks, compile_blocks, process_group, shard
 from llamapro.metrics import read_metrics

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from llamapro.blocks import BlocksInfo, write_blocks
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
+from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
 from llamapro.meta import from_meta
 from llamapro.streaming import expand_checkpoint, merge_checkpoint
-from llamapro.tensor_file import TensorSpec, tensor_chunks
 from llamapro.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 

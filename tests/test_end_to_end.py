@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.expansion import Layout, base_names
 from llamapro.meta import to_meta
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from llamapro import cli, expansion
 from llamapro import evaluate as command
-from llamapro.checkpoint import Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.directory import Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import write_checkpoint, write_companions
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
 from llamapro.evaluate import Args, evaluate, measure, read_text, windows
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.output import write_checkpoint, write_companions
 from llamapro.shift import ShiftSamples, shift, write_greedily
 from llamapro.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train

@@ -19,14 +19,14 @@ import pytest
 import sentencepiece
 import torch
 
-from llamapro.blocks import BlocksInfo, write_blocks
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
+from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import write_companions
 from llamapro.config import DataError
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
-from llamapro.output import write_companions
 from llamapro.streaming import assemble_checkpoint, expand_checkpoint, merge_checkpoint
-from llamapro.tensor_file import TensorSpec, tensor_chunks
 from llamapro.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from llamapro import expansion
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.streaming import expand_checkpoint

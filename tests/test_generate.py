@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamapro import cli
 from llamapro import generate as command
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.generate import generate, sample
 from llamapro.model import KVCache, LlamaForCausalLM

@@ -19,7 +19,7 @@ from llamapro import cli, talk
 from llamapro import generate as command
 from llamapro.chat import ChatTemplate
 from llamapro.chat_templates import BUILT_IN
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.generate import Args, generate
 from llamapro.model import KVCache, LlamaForCausalLM

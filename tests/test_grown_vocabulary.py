@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from llamapro import expansion, growing, ops
-from llamapro.blocks import read_blocks
 from llamapro.chat import ChatTemplate
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import read_blocks
+from llamapro.checkpoints.run import TRAINABLE_FILE
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 from llamapro.distributed import Frozen, process_group, shard
 from llamapro.inspect import describe
-from llamapro.manifest import TRAINABLE_FILE
 from llamapro.merging import merge_many, strip_checkpoint
 from llamapro.metrics import read_metrics
 from llamapro.model import NEW_ROWS, LlamaForCausalLM, build_on_meta, load_tensors

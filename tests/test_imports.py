@@ -91,7 +91,7 @@ def test_the_scan_sees_imports_of_every_form(tmp_path: Path) -> None:
         ("ops", {"llamapro.kernels.cpu", "llamapro.config"}),
         ("model", {"llamapro.config", "llamapro.kernels.cpu", "llamapro.ops"}),
         ("expansion", {"llamapro.config", "llamapro.model"}),
-        ("checkpoint", {"llamapro.config", "llamapro.model", "llamapro.tensor_file"}),
+        ("checkpoint", {"llamapro.config", "llamapro.model", "llamapro.checkpoints.tensors"}),
         ("tensor_file", {"llamapro.config"}),
     ],
 )

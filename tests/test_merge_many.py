@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from llamapro import expansion
-from llamapro.blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
+from llamapro.checkpoints.run import STATE_FILE
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.config import CheckpointError, ConfigError, ModelConfig, UserError
-from llamapro.manifest import STATE_FILE
 from llamapro.merging import base_config, merge_many, strip_checkpoint
 from llamapro.model import build_on_meta
 from llamapro.streaming import expand_checkpoint, merge_checkpoint
-from llamapro.tensor_file import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.verify import verify
 
 EVERY_2 = expansion.interleave(4, 2)  # layers 2 and 5 of 6 are new
@@ -111,7 +111,7 @@ def test_files_of_other_layouts_of_the_same_base_fit_together(
 
 
 def _tensors(file: Path) -> list:
-    from llamapro.blocks import read_blocks
+    from llamapro.checkpoints.new_blocks import read_blocks
 
     return list(read_blocks(file)[0].values())
 
@@ -216,7 +216,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
 
 def _rewrite(file: Path, case: str) -> None:
     """Writes the file anew with one thing wrong."""
-    from llamapro.blocks import read_blocks
+    from llamapro.checkpoints.new_blocks import read_blocks
 
     stored, info = read_blocks(file)
     tensors = {name: tensor.read() for name, tensor in stored.items()}

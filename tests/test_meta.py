@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamapro import expansion, meta, meta_release
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
 from llamapro.meta import from_meta, to_interleaved, to_meta, to_rotate_half
 from llamapro.model import KVCache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamapro import cli, placement
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 from llamapro.expansion import Layout, insert_after, interleave
 from llamapro.meta import from_meta

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from llamapro import expansion
 from llamapro import replay as module
-from llamapro.blocks import training_checkpoints
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.data import Mixture
 from llamapro.metrics import read_metrics

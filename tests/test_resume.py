@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import CheckpointError, ConfigError
 from llamapro.corpus import tokenize
 from llamapro.resume import RunLock, check_identity, make_identity

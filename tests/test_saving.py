@@ -21,10 +21,10 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from llamapro import train_state
-from llamapro.blocks import BlocksInfo, read_blocks
+from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
+from llamapro.checkpoints.run import newest_intact, read_state, training_checkpoints
 from llamapro.config import CheckpointError, ConfigError
 from llamapro.distributed import Ranks, process_group
-from llamapro.manifest import newest_intact, read_state, training_checkpoints
 from llamapro.resume import RunLock, find_resume_point, locked
 from llamapro.rng import load_rng, seed_all
 from llamapro.train_state import Saver, load_optimizer

@@ -13,7 +13,7 @@ import torch
 
 from llamapro import expansion
 from llamapro.chat import ChatTemplate
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.metrics import read_metrics
 from llamapro.streaming import expand_checkpoint

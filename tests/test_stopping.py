@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from llamapro import expansion
-from llamapro.blocks import training_checkpoints
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.metrics import read_metrics
 from llamapro.stopping import Stopped, StopRequest
 from llamapro.streaming import expand_checkpoint

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from llamapro import expansion
-from llamapro.blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
+from llamapro.checkpoints.run import LISTED, STATE_FILE, write_manifest
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.manifest import LISTED, STATE_FILE, write_manifest
 from llamapro.streaming import assemble_checkpoint, expand_checkpoint, merge_checkpoint
 
 LAYOUT = expansion.interleave(4, 2)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llamapro import expansion
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, UserError
 from llamapro.streaming import expand_checkpoint
 

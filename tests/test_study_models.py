@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.data import PackedSequences
 from llamapro.expansion import is_in_layers
 from llamapro.metrics import read_metrics

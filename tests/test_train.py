@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from llamapro import expansion
-from llamapro.blocks import training_checkpoints
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import CheckpointError, ConfigError, DataError, UserError
 from llamapro.metrics import MetricsLog
 from llamapro.streaming import expand_checkpoint, merge_checkpoint

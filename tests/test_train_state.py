@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 from llamapro import train_state
-from llamapro.blocks import BlocksInfo, read_blocks
-from llamapro.config import CheckpointError
-from llamapro.distributed import Ranks, process_group
-from llamapro.manifest import (
+from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
+from llamapro.checkpoints.run import (
     MAX_JSON_BYTES,
     file_sha256,
     newest_intact,
     read_state,
     training_checkpoints,
 )
+from llamapro.config import CheckpointError
+from llamapro.distributed import Ranks, process_group
 from llamapro.rng import gather_rng, load_rng, seed_all
 from llamapro.train_state import Saver, load_optimizer, remove_old
 

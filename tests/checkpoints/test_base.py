@@ -15,12 +15,12 @@ from torch import Tensor
 from llamapro import cli, expansion
 from llamapro import evaluate as evaluate_command
 from llamapro import generate as generate_command
-from llamapro.checkpoint import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.base import load_contained
+from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.contained import load_contained
 from llamapro.harness import HarnessModel
 from llamapro.model import LlamaForCausalLM
-from llamapro.output import write_checkpoint
 from llamapro.streaming import expand_checkpoint
 
 TOKENS = ("<|im_start|>", "<|im_end|>")

@@ -16,10 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llamapro.config import CheckpointError, ModelConfig
-from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.tensor_file import DTYPE_CODES as DTYPE_CODES
-from llamapro.tensor_file import (
+from llamapro.checkpoints.tensors import DTYPE_CODES as DTYPE_CODES
+from llamapro.checkpoints.tensors import (
     DTYPES,
     StoredTensor,
     combine_hashes,
@@ -27,9 +25,11 @@ from llamapro.tensor_file import (
     read_json,
     refuse_large,
 )
-from llamapro.tensor_file import TensorSpec as TensorSpec
-from llamapro.tensor_file import read_header as read_header
-from llamapro.tensor_file import tensor_chunks as tensor_chunks
+from llamapro.checkpoints.tensors import TensorSpec as TensorSpec
+from llamapro.checkpoints.tensors import read_header as read_header
+from llamapro.checkpoints.tensors import tensor_chunks as tensor_chunks
+from llamapro.config import CheckpointError, ModelConfig
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llamapro.checkpoint import (
+from llamapro.checkpoints.directory import (
     DTYPE_CODES,
     INDEX_FILE,
     SINGLE_FILE,
@@ -23,14 +23,14 @@ from llamapro.checkpoint import (
     read_header,
     tensor_chunks,
 )
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
-from llamapro.output import (
+from llamapro.checkpoints.writing import (
     make_directory,
     output_directory,
     write_checkpoint,
     write_companions,
     write_safetensors,
 )
+from llamapro.config import CheckpointError, ConfigError, ModelConfig
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -217,8 +217,8 @@ def test_a_file_size_limit_removes_the_partial_output(tmp_path: Path) -> None:
     script = f"""
 import resource, torch
 from llamapro import cli
-from llamapro.checkpoint import TensorSpec, tensor_chunks
-from llamapro.output import output_directory, write_checkpoint
+from llamapro.checkpoints.directory import TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import output_directory, write_checkpoint
 def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     with output_directory({str(tmp_path / "out")!r}) as aside:
@@ -240,7 +240,7 @@ def test_sigterm_in_the_middle_of_writing_leaves_nothing(old: Path) -> None:
     script = f"""
 import signal
 from llamapro import cli
-from llamapro.output import output_directory
+from llamapro.checkpoints.writing import output_directory
 def main():
     with output_directory({str(old)!r}, force=True) as aside:
         (aside / "model.safetensors").write_bytes(b"half")

@@ -18,10 +18,10 @@ from threading import Lock
 
 from tqdm import tqdm
 
-from llamapro.checkpoint import INDEX_FILE, SINGLE_FILE
+from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
+from llamapro.checkpoints.tensors import ChunksOf, TensorSpec
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 from llamapro.hf_tokenizer import tokenizer_files
-from llamapro.tensor_file import ChunksOf, TensorSpec
 from llamapro.vocabulary import RANKS_NAME, is_ranks
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -7,7 +7,7 @@ that the latest expansion started from.
 
 import torch
 
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError
 from llamapro.growing import base_vocab_size
 from llamapro.merging import base_config

@@ -13,12 +13,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llamapro.config import CheckpointError, ModelConfig
-from llamapro.manifest import MANIFEST_FILE, find_damage, newest_intact
-from llamapro.manifest import TRAINABLE_FILE as TRAINABLE_FILE
-from llamapro.manifest import training_checkpoints as training_checkpoints
-from llamapro.output import write_safetensors
-from llamapro.tensor_file import (
+from llamapro.checkpoints.run import MANIFEST_FILE, find_damage, newest_intact
+from llamapro.checkpoints.run import TRAINABLE_FILE as TRAINABLE_FILE
+from llamapro.checkpoints.run import training_checkpoints as training_checkpoints
+from llamapro.checkpoints.tensors import (
     ChunksOf,
     StoredTensor,
     TensorSpec,
@@ -27,6 +25,8 @@ from llamapro.tensor_file import (
     read_header,
     read_metadata,
 )
+from llamapro.checkpoints.writing import write_safetensors
+from llamapro.config import CheckpointError, ModelConfig
 
 _KEY = "llamapro"
 _HASH_KEY = "llamapro_sha256"

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llamapro.checkpoints.tensors import read_json
 from llamapro.config import CheckpointError
-from llamapro.tensor_file import read_json
 
 TRAINABLE_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -14,14 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from llamapro.blocks import BlocksInfo, read_blocks
-from llamapro.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE, Checkpoint
+from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
+from llamapro.checkpoints.tensors import (
+    MAX_HEADER_BYTES,
+    TensorSpec,
+    read_header,
+    read_json,
+    tensor_chunks,
+)
+from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 from llamapro.meta import to_meta
 from llamapro.meta_release import Shards, describe, read_params
-from llamapro.output import write_safetensors
 from llamapro.pth_file import MAX_PICKLE_BYTES, load_pth
-from llamapro.tensor_file import MAX_HEADER_BYTES, TensorSpec, read_header, read_json, tensor_chunks
 
 
 def entry(shape: object, offsets: object, dtype: object = "F32") -> dict[str, object]:
@@ -338,11 +344,11 @@ def test_params_that_claim_too_much_are_refused(key: str, value: int, tmp_path: 
 LIMITED = """
 import json, resource, sys
 from pathlib import Path
-from llamapro.blocks import find_blocks
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.new_blocks import find_blocks
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import UserError
 from llamapro.meta_release import Shards, read_params
-from llamapro.tensor_file import read_header
+from llamapro.checkpoints.tensors import read_header
 status = Path("/proc/self/status").read_text()
 now = int(status.split("VmSize:")[1].split()[0]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (now + (256 << 20),) * 2)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from llamapro import hub
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints import hub
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 
 

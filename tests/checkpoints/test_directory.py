@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llamapro.checkpoint import (
+from llamapro.checkpoints.directory import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
@@ -355,7 +355,7 @@ def test_a_damaged_index_is_named(text: str, sharded: Path) -> None:
 # VmHWM, not ru_maxrss: the latter is inherited through exec from whoever starts the process.
 PEAK_SCRIPT = """
 import sys
-from llamapro.checkpoint import Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
 checkpoint = Checkpoint.open(sys.argv[1])
 if sys.argv[2] == "load":
     model = checkpoint.load()

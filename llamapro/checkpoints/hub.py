@@ -7,7 +7,7 @@ pickled weights. The library keeps them in its cache, so a second call costs not
 import re
 from pathlib import Path
 
-from llamapro.checkpoint import COMPANION_FILES, INDEX_FILE
+from llamapro.checkpoints.directory import COMPANION_FILES, INDEX_FILE
 from llamapro.config import CheckpointError, ConfigError
 
 ALLOWED = ["config.json", "model*.safetensors", INDEX_FILE, "README.md", *COMPANION_FILES]
