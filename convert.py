@@ -53,7 +53,7 @@ class FromMeta(Output):
     def run(self) -> tuple[dict[str, Any], str]:
         import torch
 
-        from llamapro.meta import from_meta
+        from llamapro.conversion.meta import from_meta
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
         positions = self.max_position_embeddings
@@ -77,7 +77,7 @@ class ToMeta(Output):
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoints.hub import resolve
-        from llamapro.meta import to_meta
+        from llamapro.conversion.meta import to_meta
 
         found = to_meta(resolve(self.ckpt_dir), self.out_dir, self.shards, self.force)
         return found, (
@@ -120,7 +120,7 @@ class Expand(Output):
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoints.directory import Checkpoint
         from llamapro.checkpoints.hub import repository, resolve
-        from llamapro.streaming import expand_checkpoint
+        from llamapro.conversion.expand import expand_checkpoint
 
         base = Checkpoint.open(resolve(self.base_dir))
         if name := repository(self.base_dir):  # what the model card will call the base
@@ -152,7 +152,7 @@ class Expand(Output):
             return self.layout(layers), {}, ""
         from llamapro import expansion, placement
         from llamapro.checkpoints.writing import refuse_existing, refuse_source
-        from llamapro.growing import check_tokens
+        from llamapro.conversion.add_tokens import check_tokens
 
         # What is refused when the result is written is refused before the time is spent.
         refuse_source(self.out_dir, base.path)
@@ -229,8 +229,8 @@ class Merge(Output):
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoints.directory import Checkpoint
         from llamapro.checkpoints.hub import resolve
-        from llamapro.merging import merge_many
-        from llamapro.streaming import assemble_checkpoint, merge_checkpoint
+        from llamapro.conversion.expand import assemble_checkpoint, merge_checkpoint
+        from llamapro.conversion.merge import merge_many
 
         # Options may follow the last words only if these are one list.
         if not self.more_and_out:
@@ -269,7 +269,7 @@ class Strip(Output):
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoints.directory import Checkpoint
         from llamapro.checkpoints.hub import resolve
-        from llamapro.merging import strip_checkpoint
+        from llamapro.conversion.merge import strip_checkpoint
 
         expanded = Checkpoint.open(resolve(self.expanded_dir))
         found = strip_checkpoint(expanded, self.out_dir, self.force)
@@ -291,7 +291,7 @@ class Inspect:
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoints.hub import resolve
-        from llamapro.inspect import describe, render
+        from llamapro.conversion.inspect import describe, render
 
         found = describe(str(resolve(self.dir)))
         return found, render(found)
@@ -316,7 +316,7 @@ class Verify:
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoints.hub import resolve
         from llamapro.checkpoints.new_blocks import is_training_output
-        from llamapro.verify import verify, verify_run
+        from llamapro.conversion.verify import verify, verify_run
 
         directory = resolve(self.dir)
         if is_training_output(directory):
@@ -346,7 +346,7 @@ class Verify:
     def compare_with_hf(self, directory: Path) -> dict[str, Any]:
         import torch
 
-        from llamapro.hf_parity import compare_with_hf
+        from llamapro.conversion.hf_parity import compare_with_hf
 
         return compare_with_hf(str(directory), getattr(torch, self.dtype) if self.dtype else None)
 

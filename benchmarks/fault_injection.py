@@ -33,9 +33,9 @@ import sentencepiece
 from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint, write_companions
 from llamapro.config import ModelConfig
+from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
 from llamapro.model import init_random
-from llamapro.streaming import expand_checkpoint
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 PROCESSES, STEPS, SAVE_EVERY = 2, 24, 2

@@ -27,6 +27,7 @@ from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.choices import baselines, measure_choices, read_choices
 from llamapro.config import DivergedError, ModelConfig, UserError
+from llamapro.conversion.expand import merge_checkpoint
 from llamapro.data import batch
 from llamapro.distributed import process_group, shard
 from llamapro.evaluate import read_text
@@ -40,7 +41,6 @@ from llamapro.runs import read_run, summarize
 from llamapro.settings import ReplaySettings
 from llamapro.shift import shift, write_greedily
 from llamapro.stopping import StopRequest
-from llamapro.streaming import merge_checkpoint
 from llamapro.tokenizer import Tokenizer
 
 RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.conversion.meta import to_meta
 from llamapro.expansion import Layout, base_names
-from llamapro.meta import to_meta
 
 
 def command(root: Path, *words: Any, processes: int = 0) -> str:

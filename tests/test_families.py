@@ -16,8 +16,8 @@ from torch import Tensor
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
+from llamapro.conversion.expand import expand_checkpoint
 from llamapro.model import KVCache, LlamaForCausalLM
-from llamapro.streaming import expand_checkpoint
 
 SIZES = {
     "vocab_size": 403,

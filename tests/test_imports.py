@@ -158,12 +158,12 @@ def test_nothing_imports_the_scripts() -> None:
 
 
 def test_transformers_is_imported_in_one_function() -> None:
-    """In llamapro/hf_parity.py, when the comparison is asked for; nowhere else."""
+    """In llamapro/conversion/hf_parity.py, when the comparison is asked for; nowhere else."""
     for module, file in sources().items():
         found = [
             is_deferred for name, is_deferred in imports(file) if name.startswith("transformers")
         ]
-        if module == "llamapro.hf_parity":
+        if module == "llamapro.conversion.hf_parity":
             assert found and all(found)
         else:
             assert not found, module

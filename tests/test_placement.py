@@ -18,12 +18,12 @@ from torch import Tensor
 from llamapro import cli, placement
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.meta import from_meta
 from llamapro.expansion import Layout, insert_after, interleave
-from llamapro.meta import from_meta
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
 from llamapro.placement import block_importance, block_similarity, choose, measure
-from llamapro.streaming import expand_checkpoint
 from llamapro.tokenizer import Tokenizer
 
 FAMILIES: dict[str, dict[str, Any]] = {

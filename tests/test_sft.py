@@ -15,8 +15,8 @@ from llamapro import expansion
 from llamapro.chat import ChatTemplate
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
+from llamapro.conversion.expand import expand_checkpoint
 from llamapro.metrics import read_metrics
-from llamapro.streaming import expand_checkpoint
 from llamapro.tokenizer import Tokenizer
 
 TURNS = [("user", "What is {n} + {n}?"), ("assistant", "It is {m}."), ("user", "Sure?")]

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
+from llamapro.conversion.expand import expand_checkpoint
 from llamapro.metrics import read_metrics
 from llamapro.stopping import Stopped, StopRequest
-from llamapro.streaming import expand_checkpoint
 
 # train.py, but one rank sends itself a signal just before the n-th call of one of its functions.
 TRAIN = """

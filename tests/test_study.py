@@ -18,7 +18,7 @@ import pytest
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, UserError
-from llamapro.streaming import expand_checkpoint
+from llamapro.conversion.expand import expand_checkpoint
 
 MODULES = "options bases tasks budget schedule trial variants domains summary study".split()
 PRESET = """

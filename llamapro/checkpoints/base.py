@@ -9,10 +9,10 @@ import torch
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError
-from llamapro.growing import base_vocab_size
-from llamapro.merging import base_config
+from llamapro.conversion.add_tokens import base_vocab_size
+from llamapro.conversion.merge import base_config
+from llamapro.conversion.verify import contained_base
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.verify import contained_base
 
 
 def check_contained(expanded: Checkpoint, special: bool = False) -> None:

@@ -19,9 +19,9 @@ from llamapro.checkpoints.base import load_contained
 from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ConfigError, ModelConfig
+from llamapro.conversion.expand import expand_checkpoint
 from llamapro.harness import HarnessModel
 from llamapro.model import LlamaForCausalLM
-from llamapro.streaming import expand_checkpoint
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
 IDS = torch.arange(3, 43).view(2, 20)

@@ -25,9 +25,9 @@ from llamapro.checkpoints.tensors import (
 )
 from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
-from llamapro.meta import to_meta
-from llamapro.meta_release import Shards, describe, read_params
-from llamapro.pth_file import MAX_PICKLE_BYTES, load_pth
+from llamapro.conversion.meta import to_meta
+from llamapro.conversion.meta_release import Shards, describe, read_params
+from llamapro.conversion.pth_file import MAX_PICKLE_BYTES, load_pth
 
 
 def entry(shape: object, offsets: object, dtype: object = "F32") -> dict[str, object]:
@@ -347,7 +347,7 @@ from pathlib import Path
 from llamapro.checkpoints.new_blocks import find_blocks
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import UserError
-from llamapro.meta_release import Shards, read_params
+from llamapro.conversion.meta_release import Shards, read_params
 from llamapro.checkpoints.tensors import read_header
 status = Path("/proc/self/status").read_text()
 now = int(status.split("VmSize:")[1].split()[0]) * 1024

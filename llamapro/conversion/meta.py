@@ -1,4 +1,4 @@
-"""Converts Meta's release layout (`llamapro/meta_release.py`) to Hugging Face's and back.
+"""Converts Meta's release layout (`llamapro/conversion/meta_release.py`) to Hugging Face's and back.
 
 They differ in names, in shards, and in the order of wq's and wk's rows, because Meta's RoPE rotates
 other pairs. What Hugging Face's layout cannot say is kept in `config.json` under `meta_release`.
@@ -33,7 +33,7 @@ from llamapro.checkpoints.writing import (
     write_companions,
 )
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
-from llamapro.meta_release import (
+from llamapro.conversion.meta_release import (
     LLAMA_3_VOCAB,
     ROPE,
     Shards,

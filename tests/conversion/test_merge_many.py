@@ -15,10 +15,10 @@ from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_bl
 from llamapro.checkpoints.run import STATE_FILE
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.config import CheckpointError, ConfigError, ModelConfig, UserError
-from llamapro.merging import base_config, merge_many, strip_checkpoint
+from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
+from llamapro.conversion.merge import base_config, merge_many, strip_checkpoint
+from llamapro.conversion.verify import verify
 from llamapro.model import build_on_meta
-from llamapro.streaming import expand_checkpoint, merge_checkpoint
-from llamapro.verify import verify
 
 EVERY_2 = expansion.interleave(4, 2)  # layers 2 and 5 of 6 are new
 

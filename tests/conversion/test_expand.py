@@ -11,7 +11,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
 from llamapro.checkpoints.run import LISTED, STATE_FILE, write_manifest
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.streaming import assemble_checkpoint, expand_checkpoint, merge_checkpoint
+from llamapro.conversion.expand import assemble_checkpoint, expand_checkpoint, merge_checkpoint
 
 LAYOUT = expansion.interleave(4, 2)
 

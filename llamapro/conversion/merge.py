@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
-from llamapro.card import CARD_FILE, Training, write_card
 from llamapro.checkpoints.directory import BASE_CARD_FILE, Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor, TensorSpec, tensor_chunks
@@ -26,10 +25,11 @@ from llamapro.checkpoints.writing import (
     write_companions,
 )
 from llamapro.config import CheckpointError, ConfigError, ExpansionRecord, ModelConfig
+from llamapro.conversion.add_tokens import base_vocab_size, restore_tokenizer
+from llamapro.conversion.expand import Chunks, check_base, hashed_chunks
+from llamapro.conversion.model_card import CARD_FILE, Training, write_card
+from llamapro.conversion.verify import contained_base, layout_of
 from llamapro.expansion import Layout
-from llamapro.growing import base_vocab_size, restore_tokenizer
-from llamapro.streaming import Chunks, check_base, hashed_chunks
-from llamapro.verify import contained_base, layout_of
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from llamapro import expansion
-from llamapro.card import Training, render
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
 from llamapro.checkpoints.run import LISTED, STATE_FILE, write_manifest
 from llamapro.config import ModelConfig
-from llamapro.merging import merge_many
-from llamapro.streaming import expand_checkpoint, merge_checkpoint
+from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
+from llamapro.conversion.merge import merge_many
+from llamapro.conversion.model_card import Training, render
 
 STATE = {
     "step": 100,

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamapro import expansion, meta, meta_release
+from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
-from llamapro.meta import from_meta, to_interleaved, to_meta, to_rotate_half
+from llamapro.conversion import meta, meta_release
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.meta import from_meta, to_interleaved, to_meta, to_rotate_half
 from llamapro.model import KVCache
-from llamapro.streaming import expand_checkpoint
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": 1e-5}
 COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")

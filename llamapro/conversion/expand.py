@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
-from llamapro.card import Training, keep_base_card, write_card
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.checkpoints.run import MAX_JSON_BYTES, STATE_FILE
@@ -31,11 +30,12 @@ from llamapro.checkpoints.writing import (
     write_companions,
 )
 from llamapro.config import CheckpointError, DataError, ModelConfig
+from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_row, split_rows
+from llamapro.conversion.model_card import Training, keep_base_card, write_card
+from llamapro.conversion.verify import compare_logits, contained_base_sha256
 from llamapro.expansion import Layout
-from llamapro.growing import add_tokens, check_tokens, mean_row, split_rows
 from llamapro.model import NEW_ROWS, build_on_meta
 from llamapro.tokenizer import FILE_NAME, Tokenizer
-from llamapro.verify import compare_logits, contained_base_sha256
 from llamapro.vocabulary import JSON_NAME
 
 Chunks = Iterator[memoryview | bytes]
@@ -76,7 +76,7 @@ def expand_checkpoint(
         force: replace an existing checkpoint, once the new one is complete.
         max_shard_bytes: largest safetensors file.
         new_tokens: control tokens that the vocabulary grows by; their ids follow the base's
-            `vocab_size` rows (`llamapro.growing`).
+            `vocab_size` rows (`llamapro.conversion.add_tokens`).
 
     Returns:
         JSON-able: layers, new_layers, source_layers, new_tokens (name -> id) and bytes of the
@@ -150,7 +150,7 @@ def merge_checkpoint(
 ) -> dict[str, Any]:
     """Writes the expanded model with its trained blocks: an ordinary checkpoint, in its own dtype.
 
-    A model card (`llamapro/card.py`) is written beside it.
+    A model card (`llamapro/conversion/model_card.py`) is written beside it.
 
     Args:
         expanded: the checkpoint the run started from.

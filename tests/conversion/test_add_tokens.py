@@ -16,22 +16,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from llamapro import expansion, growing, ops
+from llamapro import expansion, ops
 from llamapro.chat import ChatTemplate
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.conversion import add_tokens as growing
+from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
+from llamapro.conversion.inspect import describe
+from llamapro.conversion.merge import merge_many, strip_checkpoint
+from llamapro.conversion.verify import verify
 from llamapro.distributed import Frozen, process_group, shard
-from llamapro.inspect import describe
-from llamapro.merging import merge_many, strip_checkpoint
 from llamapro.metrics import read_metrics
 from llamapro.model import NEW_ROWS, LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.plan import Spread, estimate_memory
 from llamapro.settings import DataSettings, Settings, TrainSettings
-from llamapro.streaming import expand_checkpoint, merge_checkpoint
 from llamapro.tokenizer import Tokenizer
-from llamapro.verify import verify
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
 EMBEDDING, HEAD = NEW_ROWS

@@ -24,9 +24,9 @@ from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_companions
 from llamapro.config import DataError
+from llamapro.conversion.expand import assemble_checkpoint, expand_checkpoint, merge_checkpoint
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
-from llamapro.streaming import assemble_checkpoint, expand_checkpoint, merge_checkpoint
 from llamapro.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 
