@@ -23,7 +23,6 @@ from llamapro import cli, ops
 from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.checkpoints.run import load_state, newest_intact
 from llamapro.config import DataError, DivergedError
-from llamapro.data import Source, batch, stack
 from llamapro.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
 from llamapro.job import Job, load_data
@@ -38,6 +37,7 @@ from llamapro.resume import check_identity, find_resume_point, locked
 from llamapro.rng import load_rng, seed_all
 from llamapro.settings import OptimSettings, Settings, changes, check, flatten
 from llamapro.stopping import Stopped, StopRequest
+from llamapro.text.mixture import Source, batch, stack
 from llamapro.train_state import Saver, load_optimizer, load_trained
 
 

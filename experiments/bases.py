@@ -19,8 +19,8 @@ from variants import Variant, comparisons, fitting, plain, retention
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig
-from llamapro.data import parse_named
-from llamapro.documents import find_files
+from llamapro.text.documents import find_files
+from llamapro.text.mixture import parse_named
 
 PRETRAIN_FILE = "pretrain.json"  # beside the base: what it was trained with
 
@@ -166,7 +166,7 @@ def pretrain(s: StudySettings, out: Path) -> None:
     english = str(out / "corpus" / "english" / "train")
     if not (tokenizer / "tokenizer.model").exists():
         words = ("--vocab-size", str(p.vocab_size), "--out", str(tokenizer))
-        command("-m", "llamapro.tokenizer", english, *words)
+        command("-m", "llamapro.text.tokenizer", english, *words)
     processes = pretrain_processes(s)
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))
     run_dir = str(out / "pretrain")

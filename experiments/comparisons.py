@@ -28,7 +28,6 @@ from torch.distributed.tensor import DTensor
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DivergedError
-from llamapro.data import batch
 from llamapro.distributed import Ranks, process_group, shard
 from llamapro.expansion import Layout, expand_names, insert_after, is_in_layers
 from llamapro.job import Job, load_data
@@ -39,6 +38,7 @@ from llamapro.progress import Progress
 from llamapro.rng import seed_all
 from llamapro.settings import Settings, check
 from llamapro.stopping import StopRequest
+from llamapro.text.mixture import batch
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")

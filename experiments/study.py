@@ -43,7 +43,7 @@ from llamapro.job import Job
 from llamapro.preset import parse as train_options
 from llamapro.replay import read_prompts
 from llamapro.settings import check as check_settings
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 
 RESULTS = "results.json"
 

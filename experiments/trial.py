@@ -28,7 +28,6 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.choices import baselines, measure_choices, read_choices
 from llamapro.config import DivergedError, ModelConfig, UserError
 from llamapro.conversion.expand import merge_checkpoint
-from llamapro.data import batch
 from llamapro.distributed import process_group, shard
 from llamapro.evaluate import read_text
 from llamapro.expansion import expand_config, interleave, select_trainable
@@ -41,7 +40,8 @@ from llamapro.runs import read_run, summarize
 from llamapro.settings import ReplaySettings
 from llamapro.shift import shift, write_greedily
 from llamapro.stopping import StopRequest
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.mixture import batch
+from llamapro.text.tokenizer import Tokenizer
 
 RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"
 SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each

@@ -20,11 +20,11 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from llamapro.config import DataError
-from llamapro.documents import find_files
 from llamapro.model import LlamaForCausalLM
-from llamapro.parquet import SUFFIXES as TABLES
-from llamapro.parquet import read_rows
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.documents import find_files
+from llamapro.text.tables import SUFFIXES as TABLES
+from llamapro.text.tables import read_rows
+from llamapro.text.tokenizer import Tokenizer
 
 _PROMPTS = ("question", "query", "context", "prompt")
 

@@ -22,7 +22,7 @@ from llamapro.checkpoints.hub import resolve
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
 from llamapro.model import KVCache, LlamaForCausalLM
-from llamapro.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

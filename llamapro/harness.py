@@ -25,14 +25,14 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from llamapro import cli
-from llamapro.chat import ChatTemplate
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError, DataError, suggest
 from llamapro.generate import generate
-from llamapro.tokenizer import StreamingDecoder, Tokenizer
-from llamapro.vocabulary import JSON_NAME, read_object
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.vocabulary import JSON_NAME, read_object
 
 # Positions whose logits are in memory at once: half a gibibyte for a vocabulary of 128k.
 _POSITIONS = 1024

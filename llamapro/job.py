@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
-from llamapro.chat import ChatTemplate
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, DataError, ModelConfig, UserError
-from llamapro.corpus import tokenize
-from llamapro.data import Mixture, PackedSequences, Source, parse_named
 from llamapro.distributed import Ranks
-from llamapro.documents import find_files
 from llamapro.expansion import select_trainable
 from llamapro.model import build_on_meta
-from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.replay import describe_mix, read_prompts, written_by_base
 from llamapro.resume import make_identity
 from llamapro.settings import Settings
 from llamapro.stopping import Stopped, StopRequest
-from llamapro.store import TokenStore
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.corpus import tokenize
+from llamapro.text.documents import find_files
+from llamapro.text.mixture import Mixture, PackedSequences, Source, parse_named
+from llamapro.text.packing import PackedConversations, mark_trained, tokenize_conversations
+from llamapro.text.store import TokenStore
+from llamapro.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from llamapro.config import DataError
-from llamapro.data import Mixture
 from llamapro.distributed import Ranks
 from llamapro.metrics import (
     RUN_FILE,
@@ -32,6 +31,7 @@ from llamapro.metrics import (
 )
 from llamapro.settings import Settings
 from llamapro.stopping import StopRequest
+from llamapro.text.mixture import Mixture
 
 RECENT = 64  # how many losses a step's is compared with
 ENOUGH = 16  # with fewer nothing is said

@@ -31,12 +31,12 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.config import ConfigError, DataError
 from llamapro.conversion.verify import contained_base, contained_base_sha256
-from llamapro.data import Mixture
 from llamapro.generate import generate
 from llamapro.model import LlamaForCausalLM, Replayed
 from llamapro.settings import ReplaySettings
-from llamapro.store import TokenStore, write_store
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.mixture import Mixture
+from llamapro.text.store import TokenStore, write_store
+from llamapro.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 

@@ -19,7 +19,7 @@ from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
 from llamapro.checkpoints.writing import make_directory
 from llamapro.config import CheckpointError, ConfigError
 from llamapro.distributed import Ranks
-from llamapro.store import TokenStore
+from llamapro.text.store import TokenStore
 
 LOCK_FILE = "lock"
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from llamapro.chat import ChatTemplate, check_messages
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, UserError
 from llamapro.generate import Args, generate
 from llamapro.model import KVCache, LlamaForCausalLM
-from llamapro.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.chat_template import ChatTemplate, check_messages
+from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
 # Control tokens that end a turn in the formats in use, whatever config.json says ends a document.
 ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")

@@ -1,6 +1,6 @@
 """Trains sentencepiece tokenizers (BPE with byte fallback, Llama 2's settings) from a corpus.
 
-python -m llamapro.tokenizer FILES... --vocab-size N --out DIR
+python -m llamapro.text.tokenizer FILES... --vocab-size N --out DIR
 """
 
 import io
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import tyro
 
-from llamapro import cli, documents
+from llamapro import cli
 from llamapro.config import ConfigError, DataError
-from llamapro.tokenizer import FILE_NAME, Tokenizer
+from llamapro.text import documents
+from llamapro.text.tokenizer import FILE_NAME, Tokenizer
 
 # Sentencepiece drops training lines that hold U+2585, its own mark for unknown characters.
 _NOT_TRAINED_ON = re.compile("[\n\u2585]")

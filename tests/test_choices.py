@@ -24,7 +24,7 @@ from llamapro.choices import (
 )
 from llamapro.config import DataError
 from llamapro.model import LlamaForCausalLM
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 
 CONTEXT = 128
 ROWS: list[dict[str, Any]] = [

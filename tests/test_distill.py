@@ -33,7 +33,6 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.data import Mixture, batch
 from llamapro.distributed import Frozen, Ranks, compile_blocks, process_group, shard
 from llamapro.metrics import read_metrics
 from llamapro.model import (
@@ -49,6 +48,7 @@ from llamapro.replay import split_replayed
 from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.settings import TrainSettings as Train
 from llamapro.simulate import Options, simulate
+from llamapro.text.mixture import Mixture, batch
 from llamapro.traffic import fake_ranks, record_micro_batch
 
 ROOT = Path(__file__).resolve().parents[1]

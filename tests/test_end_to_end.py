@@ -96,7 +96,7 @@ def hf_model(path: Path) -> Any:
 
 def test_greedy_text_is_that_of_transformers(root: Path, home: Path, release: Path) -> None:
     """The converted weights write, token for token, what Hugging Face writes with them."""
-    from llamapro.tokenizer import Tokenizer
+    from llamapro.text.tokenizer import Tokenizer
 
     words = ["-m", "llamapro.generate", home / "base", "--max-new-tokens", 100, "--json"]
     found = json.loads(command(root, *words))

@@ -26,7 +26,7 @@ from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
 from llamapro.evaluate import Args, evaluate, measure, read_text, windows
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.shift import ShiftSamples, shift, write_greedily
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 
 Config = Callable[..., ModelConfig]

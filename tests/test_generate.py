@@ -19,7 +19,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.generate import generate, sample
 from llamapro.model import KVCache, LlamaForCausalLM
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]
 Write = Callable[..., Path]

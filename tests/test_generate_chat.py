@@ -17,14 +17,14 @@ from torch import Tensor
 
 from llamapro import cli, talk
 from llamapro import generate as command
-from llamapro.chat import ChatTemplate
-from llamapro.chat_templates import BUILT_IN
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.generate import Args, generate
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.talk import Conversation
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.templates import BUILT_IN
+from llamapro.text.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]
 Write = Callable[..., Path]

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llamapro import cli, harness
-from llamapro.chat_templates import BUILT_IN
 from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint, write_companions
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.expansion import expand_config, expand_state_dict, interleave
 from llamapro.harness import Generation, HarnessModel, adds_bos
+from llamapro.text.templates import BUILT_IN
 
 Config = Callable[..., ModelConfig]
 CONTEXT = 64

@@ -24,7 +24,7 @@ from llamapro.expansion import Layout, insert_after, interleave
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
 from llamapro.placement import block_importance, block_similarity, choose, measure
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -24,13 +24,13 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.data import Mixture
 from llamapro.metrics import read_metrics
 from llamapro.replay import describe_mix, read_prompts, write_documents, written_by_base
 from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.settings import TrainSettings as Train
-from llamapro.store import TokenStore
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.mixture import Mixture
+from llamapro.text.store import TokenStore
+from llamapro.text.tokenizer import Tokenizer
 
 LENGTH, TOKENS = 24, 501
 CPU = torch.device("cpu")

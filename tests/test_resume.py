@@ -18,9 +18,9 @@ import pytest
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import CheckpointError, ConfigError
-from llamapro.corpus import tokenize
 from llamapro.resume import RunLock, check_identity, make_identity
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.corpus import tokenize
+from llamapro.text.tokenizer import Tokenizer
 
 # ---- Identity -----------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from llamapro import expansion
-from llamapro.chat import ChatTemplate
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.metrics import read_metrics
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.tokenizer import Tokenizer
 
 TURNS = [("user", "What is {n} + {n}?"), ("assistant", "It is {m}."), ("user", "Sure?")]
 TURNS += [("assistant", "Yes: {n} + {n} = {m}.")]

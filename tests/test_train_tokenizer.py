@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamapro.config import DataError
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 
 
@@ -46,7 +46,7 @@ def test_impossible_training_is_refused(texts: list[str], size: int) -> None:
 
 def test_command_writes_a_tokenizer_once(tmp_path: Path) -> None:
     """The command writes, prints one JSON object, and refuses to replace without --force."""
-    words = [sys.executable, "-m", "llamapro.tokenizer", __file__, "--vocab-size", "400"]
+    words = [sys.executable, "-m", "llamapro.text.tokenizer", __file__, "--vocab-size", "400"]
     words += ["--out", str(tmp_path / "new"), "--json"]
     first = subprocess.run(words, capture_output=True, text=True, check=True)
     result = json.loads(first.stdout)

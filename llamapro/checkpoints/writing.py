@@ -22,7 +22,7 @@ from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
 from llamapro.checkpoints.tensors import ChunksOf, TensorSpec
 from llamapro.config import CheckpointError, ConfigError, ModelConfig
 from llamapro.conversion.companions import tokenizer_files
-from llamapro.vocabulary import RANKS_NAME, is_ranks
+from llamapro.text.vocabulary import RANKS_NAME, is_ranks
 
 MAX_SHARD_BYTES = 5 * 10**9
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor
 from llamapro.config import ConfigError, ModelConfig
 from llamapro.model import NEW_ROWS
-from llamapro.tokenizer import Tokenizer
-from llamapro.vocabulary import COMPANIONS, JSON_NAME, read_object
+from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.vocabulary import COMPANIONS, JSON_NAME, read_object
 
 # Matched by `checkpoint.COMPANION_FILES`, so that they travel with the weights.
 BASE_PREFIX = "tokenizer_base."

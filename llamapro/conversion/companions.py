@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.config import DataError
-from llamapro.vocabulary import (
+from llamapro.text.vocabulary import (
     JSON_NAME,
     LLAMA_3_PATTERN,
     LLAMA_3_SPECIAL,

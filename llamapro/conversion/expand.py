@@ -35,8 +35,8 @@ from llamapro.conversion.model_card import Training, keep_base_card, write_card
 from llamapro.conversion.verify import compare_logits, contained_base_sha256
 from llamapro.expansion import Layout
 from llamapro.model import NEW_ROWS, build_on_meta
-from llamapro.tokenizer import FILE_NAME, Tokenizer
-from llamapro.vocabulary import JSON_NAME
+from llamapro.text.tokenizer import FILE_NAME, Tokenizer
+from llamapro.text.vocabulary import JSON_NAME
 
 Chunks = Iterator[memoryview | bytes]
 

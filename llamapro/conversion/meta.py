@@ -48,7 +48,7 @@ from llamapro.conversion.meta_release import (
     to_hex,
 )
 from llamapro.model import build_on_meta
-from llamapro.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
+from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
 
 
 def to_rotate_half(weight: Tensor, num_heads: int) -> Tensor:

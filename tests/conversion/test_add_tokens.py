@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from llamapro import expansion, ops
-from llamapro.chat import ChatTemplate
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE
@@ -32,7 +31,8 @@ from llamapro.metrics import read_metrics
 from llamapro.model import NEW_ROWS, LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.plan import Spread, estimate_memory
 from llamapro.settings import DataSettings, Settings, TrainSettings
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.tokenizer import Tokenizer
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
 EMBEDDING, HEAD = NEW_ROWS

@@ -26,7 +26,7 @@ from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
 from llamapro.conversion.meta import from_meta
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 
 pytestmark = pytest.mark.ecosystem

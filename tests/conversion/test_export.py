@@ -27,7 +27,7 @@ from llamapro.config import DataError
 from llamapro.conversion.expand import assemble_checkpoint, expand_checkpoint, merge_checkpoint
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 
 transformers = pytest.importorskip("transformers", reason="pip install 'llamapro[hf]'")

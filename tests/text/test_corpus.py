@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamapro import corpus, documents
 from llamapro.config import DataError
-from llamapro.corpus import tokenize
-from llamapro.documents import find_files
-from llamapro.parquet import read_rows
-from llamapro.store import TokenStore
-from llamapro.tokenizer import Tokenizer
+from llamapro.text import corpus, documents
+from llamapro.text.corpus import tokenize
+from llamapro.text.documents import find_files
+from llamapro.text.store import TokenStore
+from llamapro.text.tables import read_rows
+from llamapro.text.tokenizer import Tokenizer
 
 Tokenize = Callable[..., TokenStore]
 

@@ -15,8 +15,8 @@ from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer
 
 from llamapro.config import DataError
-from llamapro.tokenizer import Tokenizer
-from llamapro.vocabulary import LLAMA_3_RANKS
+from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.vocabulary import LLAMA_3_RANKS
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.config import DataError
-from llamapro.documents import SourceFile
-from llamapro.parquet import SUFFIXES as TABLES
-from llamapro.parquet import TableError, read_rows
+from llamapro.text.documents import SourceFile
+from llamapro.text.tables import SUFFIXES as TABLES
+from llamapro.text.tables import TableError, read_rows
 
 Message = dict[str, str]  # role and content
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", *TABLES)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from llamapro.config import DataError
-from llamapro.conversations import (
+from llamapro.text.conversations import (
     ConversationCounts,
     Message,
     Problems,
     read_conversations,
     to_messages,
 )
-from llamapro.documents import find_files
+from llamapro.text.documents import find_files
 
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 ROW = {"messages": ASKED}

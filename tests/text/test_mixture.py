@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from llamapro import store as stores
 from llamapro.config import ConfigError, DataError
-from llamapro.data import Mixture, PackedSequences, batch, parse_named
 from llamapro.ops import IGNORE_INDEX
-from llamapro.store import TokenStore, write_store
+from llamapro.text import store as stores
+from llamapro.text.mixture import Mixture, PackedSequences, batch, parse_named
+from llamapro.text.store import TokenStore, write_store
 
 FINGERPRINT = "ab" * 32
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llamapro.config import DataError
-from llamapro.conversations import ConversationCounts, Message, Problems, read_conversations
-from llamapro.documents import find_files
 from llamapro.ops import IGNORE_INDEX
-from llamapro.store import Int64s, TokenStore, write_store
+from llamapro.text.conversations import ConversationCounts, Message, Problems, read_conversations
+from llamapro.text.documents import find_files
+from llamapro.text.store import Int64s, TokenStore, write_store
 
 FORMAT_VERSION = 1
 TRAINED = 1 << 31  # set in a stored token of an assistant's turn; ids are far below it

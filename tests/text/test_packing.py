@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from llamapro import packing
-from llamapro.chat import ChatTemplate
 from llamapro.config import DataError, ModelConfig
-from llamapro.conversations import Message
-from llamapro.data import Mixture
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
-from llamapro.packing import PackedConversations, mark_trained, tokenize_conversations
-from llamapro.store import Int64s, TokenStore, write_store
-from llamapro.tokenizer import Tokenizer
+from llamapro.text import packing
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.conversations import Message
+from llamapro.text.mixture import Mixture
+from llamapro.text.packing import PackedConversations, mark_trained, tokenize_conversations
+from llamapro.text.store import Int64s, TokenStore, write_store
+from llamapro.text.tokenizer import Tokenizer
 
 FINGERPRINT = "ab" * 32
 BOS, END = 1, 2

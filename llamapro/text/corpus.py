@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamapro import documents
 from llamapro.config import DataError
-from llamapro.documents import Counts, Piece, find_files, read_pieces
-from llamapro.store import TokenStore, write_store
-from llamapro.tokenizer import Tokenizer
+from llamapro.text import documents
+from llamapro.text.documents import Counts, Piece, find_files, read_pieces
+from llamapro.text.store import TokenStore, write_store
+from llamapro.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 4
 

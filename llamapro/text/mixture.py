@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llamapro.config import ConfigError, DataError
 from llamapro.ops import IGNORE_INDEX
-from llamapro.store import Int64s, TokenStore
+from llamapro.text.store import Int64s, TokenStore
 
 
 class PackedSequences:

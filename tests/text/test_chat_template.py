@@ -13,10 +13,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from llamapro.chat import BUILT_IN, ChatTemplate, check_messages
 from llamapro.config import DataError
-from llamapro.tokenizer import Tokenizer
-from llamapro.vocabulary import LLAMA_3_PATTERN
+from llamapro.text.chat_template import BUILT_IN, ChatTemplate, check_messages
+from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.vocabulary import LLAMA_3_PATTERN
 
 NAMES = [
     *("<s>", "</s>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"),

@@ -20,7 +20,7 @@ from typing import IO, Any, TextIO
 from tqdm import tqdm
 
 from llamapro.config import DataError
-from llamapro.parquet import SUFFIXES, read_rows, saved_files
+from llamapro.text.tables import SUFFIXES, read_rows, saved_files
 
 # Longer documents are tokenised in pieces, short ones in batches of this length: sentencepiece is
 # half as fast on 4 million characters at once as on 1/4 million, and a file may exceed the memory.

@@ -2,7 +2,7 @@
 
 sentencepiece `tokenizer.model`, Llama 3's `tokenizer.model` of BPE ranks, `tokenizer.json`.
 
-python -m llamapro.tokenizer FILES... --vocab-size N --out DIR   (see `llamapro.train_tokenizer`)
+python -m llamapro.text.tokenizer FILES... --vocab-size N --out DIR   (see `llamapro.train_tokenizer`)
 """
 
 import codecs
@@ -17,7 +17,7 @@ from typing import Any
 
 from llamapro import cli
 from llamapro.config import DataError, suggest
-from llamapro.vocabulary import (
+from llamapro.text.vocabulary import (
     COMPANIONS,
     JSON_NAME,
     RANKS_NAME,

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamapro.chat_templates import BUILT_IN, END, MARK, START, environment, tagged_spans
 from llamapro.config import DataError, suggest
-from llamapro.tokenizer import Tokenizer
+from llamapro.text.templates import BUILT_IN, END, MARK, START, environment, tagged_spans
+from llamapro.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]

@@ -1,7 +1,7 @@
 """The vocabulary files of LLaMA-shaped models, and the files beside them that name tokens.
 
 sentencepiece `tokenizer.model`, Llama 3's `tokenizer.model` of BPE ranks, `tokenizer.json`: each
-read with its library and checked; `llamapro.tokenizer` makes one tokenizer of what they say.
+read with its library and checked; `llamapro.text.tokenizer` makes one tokenizer of what they say.
 """
 
 import base64
