@@ -23,22 +23,22 @@ from llamapro import cli, ops
 from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.checkpoints.run import load_state, newest_intact
 from llamapro.config import DataError, DivergedError
-from llamapro.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.expansion import select_trainable
-from llamapro.job import Job, load_data
-from llamapro.metrics import format_count
 from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta, init_random, load_tensors
-from llamapro.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
-from llamapro.plan import make_plan, render
-from llamapro.preset import parse
-from llamapro.progress import Progress, say
-from llamapro.replay import split_replayed
-from llamapro.resume import check_identity, find_resume_point, locked
-from llamapro.rng import load_rng, seed_all
-from llamapro.settings import OptimSettings, Settings, changes, check, flatten
-from llamapro.stopping import Stopped, StopRequest
 from llamapro.text.mixture import Source, batch, stack
-from llamapro.train_state import Saver, load_optimizer, load_trained
+from llamapro.training.checkpoint import Saver, load_optimizer, load_trained
+from llamapro.training.distributed import Ranks, compile_blocks, process_group, shard, world_size
+from llamapro.training.job import Job, load_data
+from llamapro.training.metrics import format_count
+from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
+from llamapro.training.plan import make_plan, render
+from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.preset import parse
+from llamapro.training.progress import Progress, say
+from llamapro.training.replay import split_replayed
+from llamapro.training.resume import check_identity, find_resume_point, locked
+from llamapro.training.rng import load_rng, seed_all
+from llamapro.training.settings import OptimSettings, Settings, changes, check, flatten
 
 
 def main() -> None:

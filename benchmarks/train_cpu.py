@@ -52,10 +52,10 @@ from train_step import (
 
 from llamapro import cli
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.distributed import Ranks, process_group
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
 from llamapro.model import build_on_meta
-from llamapro.optim import build_adamw, clip_gradients
+from llamapro.training.distributed import Ranks, process_group
+from llamapro.training.optim import build_adamw, clip_gradients
 
 SIDES = ("ours", "ddp", "fsdp2")
 DTYPES = ("float32", "bfloat16")

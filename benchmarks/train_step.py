@@ -39,10 +39,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llamapro import cli, ops
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.distributed import Frozen, Ranks, process_group, shard
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.optim import build_adamw, clip_gradients
+from llamapro.training.distributed import Frozen, Ranks, process_group, shard
+from llamapro.training.optim import build_adamw, clip_gradients
 
 SDPA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,

@@ -28,17 +28,17 @@ from torch.distributed.tensor import DTensor
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DivergedError
-from llamapro.distributed import Ranks, process_group, shard
 from llamapro.expansion import Layout, expand_names, insert_after, is_in_layers
-from llamapro.job import Job, load_data
 from llamapro.model import MLP, LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.optim import FiniteGuard, build_adamw
-from llamapro.preset import parse
-from llamapro.progress import Progress
-from llamapro.rng import seed_all
-from llamapro.settings import Settings, check
-from llamapro.stopping import StopRequest
 from llamapro.text.mixture import batch
+from llamapro.training.distributed import Ranks, process_group, shard
+from llamapro.training.job import Job, load_data
+from llamapro.training.optim import FiniteGuard, build_adamw
+from llamapro.training.preemption import StopRequest
+from llamapro.training.preset import parse
+from llamapro.training.progress import Progress
+from llamapro.training.rng import seed_all
+from llamapro.training.settings import Settings, check
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")

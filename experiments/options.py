@@ -12,7 +12,7 @@ import tyro
 from variants import Replay, comparisons, fitting, plain, retention
 
 from llamapro.config import ConfigError
-from llamapro.preset import read_toml
+from llamapro.training.preset import read_toml
 
 PRESETS = Path(__file__).parent
 DESCRIPTION = """Compares block expansion with its alternatives, and ways to forget less, from one

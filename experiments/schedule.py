@@ -20,7 +20,7 @@ from typing import Any
 from trial import LOG_FILE, MESSAGE_FILE, RESULT_FILE, execute
 
 from llamapro.config import ConfigError, DataError
-from llamapro.metrics import format_duration
+from llamapro.training.metrics import format_duration
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,11 @@ from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.choices import read_choices
 from llamapro.config import ConfigError, DataError
-from llamapro.job import Job
-from llamapro.preset import parse as train_options
-from llamapro.replay import read_prompts
-from llamapro.settings import check as check_settings
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.job import Job
+from llamapro.training.preset import parse as train_options
+from llamapro.training.replay import read_prompts
+from llamapro.training.settings import check as check_settings
 
 RESULTS = "results.json"
 

@@ -28,20 +28,20 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.choices import baselines, measure_choices, read_choices
 from llamapro.config import DivergedError, ModelConfig, UserError
 from llamapro.conversion.expand import merge_checkpoint
-from llamapro.distributed import process_group, shard
 from llamapro.evaluate import read_text
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.generate import generate
-from llamapro.job import Job, load_data
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
-from llamapro.preset import parse
-from llamapro.replay import write_documents
-from llamapro.runs import read_run, summarize
-from llamapro.settings import ReplaySettings
 from llamapro.shift import shift, write_greedily
-from llamapro.stopping import StopRequest
 from llamapro.text.mixture import batch
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.distributed import process_group, shard
+from llamapro.training.job import Job, load_data
+from llamapro.training.preemption import StopRequest
+from llamapro.training.preset import parse
+from llamapro.training.records import read_run, summarize
+from llamapro.training.replay import write_documents
+from llamapro.training.settings import ReplaySettings
 
 RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"
 SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each

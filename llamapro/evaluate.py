@@ -24,13 +24,13 @@ from llamapro.checkpoints.hub import resolve
 from llamapro.choices import baselines, measure_choices, read_choices, render_choices
 from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
-from llamapro.metrics import perplexity
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX
 from llamapro.shift import ShiftSamples, shift, write_greedily
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, Piece, find_files, read_pieces
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.metrics import perplexity
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.compute import ComputeOptions
 from llamapro.config import CheckpointError, ConfigError, DataError
 from llamapro.model import LlamaForCausalLM, rope_table
-from llamapro.replay import write_documents
-from llamapro.settings import ReplaySettings
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, find_files, read_pieces
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.replay import write_documents
+from llamapro.training.settings import ReplaySettings
 
 SCORES = {"similar": "cosine", "unimportant": "loss_increase"}  # what each placement measures
 MAX_CONTEXT = 512  # tokens in a row; longer ones take the base longer to write

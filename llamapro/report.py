@@ -17,8 +17,8 @@ import tyro
 
 from llamapro import cli
 from llamapro.config import ConfigError
-from llamapro.metrics import format_bytes, format_count, format_duration, perplexity
-from llamapro.runs import LAST_RECORDS, Run, read_run, summarize
+from llamapro.training.metrics import format_bytes, format_count, format_duration, perplexity
+from llamapro.training.records import LAST_RECORDS, Run, read_run, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

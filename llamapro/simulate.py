@@ -22,15 +22,15 @@ from torch.distributed.tensor import DTensor
 
 from llamapro import cli, ops
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.distributed import shard
 from llamapro.expansion import expand_config, interleave, select_trainable
-from llamapro.metrics import format_bytes, format_count, format_duration
 from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta
-from llamapro.plan import Spread, estimate_memory, is_trained
-from llamapro.preset import parse
-from llamapro.replay import split_replayed
-from llamapro.settings import DataSettings, Settings, check
 from llamapro.traffic import Collective, fake_ranks, links_between_nodes, record_micro_batch
+from llamapro.training.distributed import shard
+from llamapro.training.metrics import format_bytes, format_count, format_duration
+from llamapro.training.plan import Spread, estimate_memory, is_trained
+from llamapro.training.preset import parse
+from llamapro.training.replay import split_replayed
+from llamapro.training.settings import DataSettings, Settings, check
 
 
 @dataclass(frozen=True)

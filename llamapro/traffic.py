@@ -19,9 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamapro import ops
-from llamapro.distributed import Ranks, make_mesh
 from llamapro.model import LlamaForCausalLM, Replayed
-from llamapro.optim import clip_gradients
+from llamapro.training.distributed import Ranks, make_mesh
+from llamapro.training.optim import clip_gradients
 
 _c10d: Any = dist.distributed_c10d  # what it does not export, too
 # Operation -> (its name, the argument that is whole on every rank, the group's argument).

@@ -4,7 +4,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from llamapro import evaluate, generate, settings, simulate
+from llamapro import evaluate, generate, simulate
+from llamapro.training import settings
 
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--max-restarts"}
 HARNESS = {"--model", "--model_args", "--batch_size", "--tasks", "--num_fewshot"}

@@ -21,12 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from llamapro import simulate as command
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.distributed import Frozen, Ranks, make_mesh, process_group, shard
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.model import build_on_meta, init_random, load_tensors
-from llamapro.optim import build_adamw, clip_gradients
-from llamapro.plan import Spread, estimate_memory
-from llamapro.settings import DataSettings, ModelSettings, Settings, TrainSettings
 from llamapro.simulate import Options, read_config, render, simulate
 from llamapro.traffic import (
     Collective,
@@ -35,6 +31,10 @@ from llamapro.traffic import (
     links_between_nodes,
     record_micro_batch,
 )
+from llamapro.training.distributed import Frozen, Ranks, make_mesh, process_group, shard
+from llamapro.training.optim import build_adamw, clip_gradients
+from llamapro.training.plan import Spread, estimate_memory
+from llamapro.training.settings import DataSettings, ModelSettings, Settings, TrainSettings
 
 RANKS, GROUP = 4, 2  # real processes; of a group with HSDP
 STEPS, MICRO_BATCHES, ROWS, TOKENS = 2, 2, 1, 8

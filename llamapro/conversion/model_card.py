@@ -19,7 +19,7 @@ from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.checkpoints.run import MAX_JSON_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.tensors import read_json
 from llamapro.config import CheckpointError, DataError, ModelConfig
-from llamapro.metrics import METRICS_FILE, perplexity, read_metrics
+from llamapro.training.metrics import METRICS_FILE, perplexity, read_metrics
 
 CARD_FILE = "README.md"
 SETTINGS = (

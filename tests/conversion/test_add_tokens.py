@@ -26,13 +26,13 @@ from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
 from llamapro.conversion.inspect import describe
 from llamapro.conversion.merge import merge_many, strip_checkpoint
 from llamapro.conversion.verify import verify
-from llamapro.distributed import Frozen, process_group, shard
-from llamapro.metrics import read_metrics
 from llamapro.model import NEW_ROWS, LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.plan import Spread, estimate_memory
-from llamapro.settings import DataSettings, Settings, TrainSettings
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.distributed import Frozen, process_group, shard
+from llamapro.training.metrics import read_metrics
+from llamapro.training.plan import Spread, estimate_memory
+from llamapro.training.settings import DataSettings, Settings, TrainSettings
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
 EMBEDDING, HEAD = NEW_ROWS

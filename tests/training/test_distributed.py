@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.distributed import Frozen, compile_blocks, process_group, shard
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
-from llamapro.optim import build_adamw, clip_gradients
+from llamapro.training.distributed import Frozen, compile_blocks, process_group, shard
+from llamapro.training.optim import build_adamw, clip_gradients
 
 LAYERS, NEW, LOWEST = 6, (2, 4), 2  # frozen below: 0, 1; frozen above: 3, 5
 NEW_NAMES = tuple(f"model.layers.{index}." for index in NEW)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llamapro import metrics
 from llamapro.config import DataError
-from llamapro.metrics import MetricsLog, read_metrics
+from llamapro.training import metrics
+from llamapro.training.metrics import MetricsLog, read_metrics
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def test_a_record_that_does_not_fit_leaves_the_log_as_it_was(tmp_path: Path) -> 
     program = """
 import resource, signal, sys
 from pathlib import Path
-from llamapro.metrics import MetricsLog
+from llamapro.training.metrics import MetricsLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = MetricsLog(Path(sys.argv[1]), 0)
 log.log({"kind": "train", "step": 1, "loss": 4.0})

@@ -18,7 +18,7 @@ from torch import Tensor
 from llamapro.checkpoints.directory import DTYPE_CODES, read_header
 from llamapro.checkpoints.run import RNG_FILE
 from llamapro.config import CheckpointError
-from llamapro.distributed import Ranks
+from llamapro.training.distributed import Ranks
 
 Uint32s = np.ndarray[Any, np.dtype[np.uint32]]
 

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from llamapro.config import DataError
-from llamapro.distributed import Ranks
-from llamapro.metrics import (
+from llamapro.text.mixture import Mixture
+from llamapro.training.distributed import Ranks
+from llamapro.training.metrics import (
     RUN_FILE,
     MetricsLog,
     format_duration,
     perplexity,
     progress_line,
 )
-from llamapro.settings import Settings
-from llamapro.stopping import StopRequest
-from llamapro.text.mixture import Mixture
+from llamapro.training.preemption import StopRequest
+from llamapro.training.settings import Settings
 
 RECENT = 64  # how many losses a step's is compared with
 ENOUGH = 16  # with fewer nothing is said

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from llamapro import train_state
 from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
 from llamapro.checkpoints.run import newest_intact, read_state, training_checkpoints
 from llamapro.config import CheckpointError, ConfigError
-from llamapro.distributed import Ranks, process_group
-from llamapro.resume import RunLock, find_resume_point, locked
-from llamapro.rng import load_rng, seed_all
-from llamapro.train_state import Saver, load_optimizer
+from llamapro.training import checkpoint as train_state
+from llamapro.training.checkpoint import Saver, load_optimizer
+from llamapro.training.distributed import Ranks, process_group
+from llamapro.training.resume import RunLock, find_resume_point, locked
+from llamapro.training.rng import load_rng, seed_all
 
 INFO = BlocksInfo("new_blocks", "ab" * 32, (1,), 0)
 SHAPES = {"model.layers.1.a.weight": (5, 3), "model.layers.1.b.weight": (7,)}

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from llamapro import train_state
 from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
 from llamapro.checkpoints.run import (
     MAX_JSON_BYTES,
@@ -25,9 +24,10 @@ from llamapro.checkpoints.run import (
     training_checkpoints,
 )
 from llamapro.config import CheckpointError
-from llamapro.distributed import Ranks, process_group
-from llamapro.rng import gather_rng, load_rng, seed_all
-from llamapro.train_state import Saver, load_optimizer, remove_old
+from llamapro.training import checkpoint as train_state
+from llamapro.training.checkpoint import Saver, load_optimizer, remove_old
+from llamapro.training.distributed import Ranks, process_group
+from llamapro.training.rng import gather_rng, load_rng, seed_all
 
 FILES = ["manifest.json", "optimizer.safetensors", "rng.safetensors", "state.json"]
 FILES += ["trainable.safetensors"]

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from llamapro import ops
 from llamapro.config import ModelConfig
-from llamapro.distributed import Frozen, process_group, shard
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
-from llamapro.plan import Spread, activation_bytes, estimate_memory
-from llamapro.settings import DataSettings, Settings, TrainSettings
+from llamapro.training.distributed import Frozen, process_group, shard
+from llamapro.training.plan import Spread, activation_bytes, estimate_memory
+from llamapro.training.settings import DataSettings, Settings, TrainSettings
 
 NEW = (2, 4)
 SHAPE = (2, 64)  # (B, T)

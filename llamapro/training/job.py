@@ -12,13 +12,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, DataError, ModelConfig, UserError
-from llamapro.distributed import Ranks
 from llamapro.expansion import select_trainable
 from llamapro.model import build_on_meta
-from llamapro.replay import describe_mix, read_prompts, written_by_base
-from llamapro.resume import make_identity
-from llamapro.settings import Settings
-from llamapro.stopping import Stopped, StopRequest
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import tokenize
 from llamapro.text.documents import find_files
@@ -26,6 +21,11 @@ from llamapro.text.mixture import Mixture, PackedSequences, Source, parse_named
 from llamapro.text.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.distributed import Ranks
+from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.replay import describe_mix, read_prompts, written_by_base
+from llamapro.training.resume import make_identity
+from llamapro.training.settings import Settings
 
 
 @dataclass(frozen=True)

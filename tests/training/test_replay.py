@@ -19,18 +19,18 @@ import torch
 from safetensors.torch import load_file
 
 from llamapro import expansion
-from llamapro import replay as module
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.metrics import read_metrics
-from llamapro.replay import describe_mix, read_prompts, write_documents, written_by_base
-from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
-from llamapro.settings import TrainSettings as Train
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training import replay as module
+from llamapro.training.metrics import read_metrics
+from llamapro.training.replay import describe_mix, read_prompts, write_documents, written_by_base
+from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
+from llamapro.training.settings import TrainSettings as Train
 
 LENGTH, TOKENS = 24, 501
 CPU = torch.device("cpu")

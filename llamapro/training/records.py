@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from llamapro.config import DataError
-from llamapro.metrics import RUN_FILE, read_metrics
+from llamapro.training.metrics import RUN_FILE, read_metrics
 
 LAST_RECORDS = 10  # the final training loss is the mean of so many records: one batch is noise
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llamapro.optim import build_adamw, clip_gradients, learning_rate
+from llamapro.training.optim import build_adamw, clip_gradients, learning_rate
 
 
 def parameter(*shape: int, seed: int = 0) -> nn.Parameter:

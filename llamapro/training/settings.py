@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from llamapro import ops
 from llamapro.config import ConfigError, suggest
-from llamapro.metrics import is_installed
+from llamapro.training.metrics import is_installed
 
 
 @dataclass(frozen=True)

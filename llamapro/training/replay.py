@@ -33,10 +33,10 @@ from llamapro.config import ConfigError, DataError
 from llamapro.conversion.verify import contained_base, contained_base_sha256
 from llamapro.generate import generate
 from llamapro.model import LlamaForCausalLM, Replayed
-from llamapro.settings import ReplaySettings
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore, write_store
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.settings import ReplaySettings
 
 FORMAT_VERSION = 1
 

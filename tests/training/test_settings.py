@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 
 from llamapro.config import ConfigError
-from llamapro.preset import parse, read_toml
-from llamapro.settings import FREE_TO_CHANGE, Settings, TrainSettings, changes, check, flatten
+from llamapro.training.preset import parse, read_toml
+from llamapro.training.settings import (
+    FREE_TO_CHANGE,
+    Settings,
+    TrainSettings,
+    changes,
+    check,
+    flatten,
+)
 
-PRESETS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
+PRESETS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
 
 
 def valid(**changes: Any) -> Settings:

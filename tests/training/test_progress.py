@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llamapro.progress import ENOUGH, RECENT, find_spikes
+from llamapro.training.progress import ENOUGH, RECENT, find_spikes
 
 USUAL = [2.0 + 0.01 * (i % 5) for i in range(RECENT)]  # quartiles 2.01 and 2.03
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from llamapro.config import ConfigError
-from llamapro.metrics import MetricsLog, is_installed, read_metrics
-from llamapro.preset import parse, read_toml
-from llamapro.progress import Progress
-from llamapro.settings import Settings, changes, check, flatten
-from llamapro.stopping import StopRequest
+from llamapro.training.metrics import MetricsLog, is_installed, read_metrics
+from llamapro.training.preemption import StopRequest
+from llamapro.training.preset import parse, read_toml
+from llamapro.training.progress import Progress
+from llamapro.training.settings import Settings, changes, check, flatten
 
 EVAL = {"kind": "eval", "step": 0, "set": "general", "loss": 1.5, "perplexity": 4.5}
 TRAIN = {"kind": "train", "step": 2, "loss": 0.5, "memory_bytes": None}
@@ -73,7 +73,7 @@ def test_only_the_log_is_written_if_nothing_else_is_asked_for(tmp_path: Path) ->
     program = f"""
 import sys
 from pathlib import Path
-from llamapro.metrics import MetricsLog
+from llamapro.training.metrics import MetricsLog
 with MetricsLog(Path({str(tmp_path)!r}), 0) as log:
     log.log({TRAIN})
 print([name for name in ("tensorboard", "wandb", "trackio") if name in sys.modules])

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamapro import ops
 from llamapro.config import ConfigError, ModelConfig
-from llamapro.distributed import Frozen, world_size
 from llamapro.expansion import select_trainable
-from llamapro.metrics import format_bytes
 from llamapro.model import DecoderLayer, Head, LlamaForCausalLM, RMSNorm, build_on_meta, rope_table
-from llamapro.settings import ReplaySettings, Settings
+from llamapro.training.distributed import Frozen, world_size
+from llamapro.training.metrics import format_bytes
+from llamapro.training.settings import ReplaySettings, Settings
 
 
 def make_plan(

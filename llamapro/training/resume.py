@@ -18,8 +18,8 @@ from llamapro.checkpoints.run import load_state, newest_intact
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
 from llamapro.checkpoints.writing import make_directory
 from llamapro.config import CheckpointError, ConfigError
-from llamapro.distributed import Ranks
 from llamapro.text.store import TokenStore
+from llamapro.training.distributed import Ranks
 
 LOCK_FILE = "lock"
 

@@ -33,8 +33,6 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import ConfigError, ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.distributed import Frozen, Ranks, compile_blocks, process_group, shard
-from llamapro.metrics import read_metrics
 from llamapro.model import (
     LlamaForCausalLM,
     Replayed,
@@ -42,16 +40,18 @@ from llamapro.model import (
     init_random,
     load_tensors,
 )
-from llamapro.optim import FiniteGuard, build_adamw
-from llamapro.plan import Spread, estimate_memory
-from llamapro.replay import split_replayed
-from llamapro.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
-from llamapro.settings import TrainSettings as Train
 from llamapro.simulate import Options, simulate
 from llamapro.text.mixture import Mixture, batch
 from llamapro.traffic import fake_ranks, record_micro_batch
+from llamapro.training.distributed import Frozen, Ranks, compile_blocks, process_group, shard
+from llamapro.training.metrics import read_metrics
+from llamapro.training.optim import FiniteGuard, build_adamw
+from llamapro.training.plan import Spread, estimate_memory
+from llamapro.training.replay import split_replayed
+from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
+from llamapro.training.settings import TrainSettings as Train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IGNORED = ops.IGNORE_INDEX
 OPTIONS: tuple[Frozen, ...] = ("shard", "gather", "replicate")
 STEPS, BATCH, LENGTH = 3, 8, 12

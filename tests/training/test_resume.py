@@ -18,9 +18,9 @@ import pytest
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import CheckpointError, ConfigError
-from llamapro.resume import RunLock, check_identity, make_identity
 from llamapro.text.corpus import tokenize
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.resume import RunLock, check_identity, make_identity
 
 # ---- Identity -----------------------------------------------------------------------------------
 

@@ -40,8 +40,8 @@ from llamapro.checkpoints.run import (
 )
 from llamapro.checkpoints.writing import output_directory, write_safetensors
 from llamapro.config import CheckpointError, ModelConfig, UserError
-from llamapro.distributed import Ranks
-from llamapro.rng import gather_rng
+from llamapro.training.distributed import Ranks
+from llamapro.training.rng import gather_rng
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

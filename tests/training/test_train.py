@@ -23,7 +23,7 @@ from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.config import CheckpointError, ConfigError, DataError, UserError
 from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
 from llamapro.conversion.verify import verify
-from llamapro.metrics import MetricsLog
+from llamapro.training.metrics import MetricsLog
 
 STEPS, SAVE_EVERY = 6, 3
 O_PROJ = "model.layers.2.self_attn.o_proj.weight"

@@ -17,8 +17,8 @@ from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.metrics import read_metrics
-from llamapro.stopping import Stopped, StopRequest
+from llamapro.training.metrics import read_metrics
+from llamapro.training.preemption import Stopped, StopRequest
 
 # train.py, but one rank sends itself a signal just before the n-th call of one of its functions.
 TRAIN = """
@@ -172,7 +172,7 @@ def test_a_second_signal_ends_at_once() -> None:
     """With the status that the signal gives."""
     script = """
         import os, signal
-        from llamapro import stopping
+        from llamapro.training import preemption as stopping
         stopping.SAME_SIGNAL_S = 0.0
         with stopping.StopRequest().listening():
             os.kill(os.getpid(), signal.SIGTERM)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llamapro.config import ConfigError, suggest
-from llamapro.settings import Settings
+from llamapro.training.settings import Settings
 
 T = TypeVar("T")
 EXAMPLES = """Trains the new blocks of an expanded LLaMA, or all weights, on text or conversations.

@@ -15,9 +15,9 @@ from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.metrics import read_metrics
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.metrics import read_metrics
 
 TURNS = [("user", "What is {n} + {n}?"), ("assistant", "It is {m}."), ("user", "Sure?")]
 TURNS += [("assistant", "Yes: {n} + {n} = {m}.")]

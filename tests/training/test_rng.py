@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llamapro.config import CheckpointError
-from llamapro.distributed import Ranks, process_group
-from llamapro.rng import capture, gather_rng, load_rng, restore, seed_all
+from llamapro.training.distributed import Ranks, process_group
+from llamapro.training.rng import capture, gather_rng, load_rng, restore, seed_all
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llamapro import runs
 from llamapro.config import DataError
+from llamapro.training import records as runs
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
