@@ -37,8 +37,8 @@ from variants import Variant
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.choices import read_choices
 from llamapro.config import ConfigError, DataError
+from llamapro.inference.multiple_choice import read_choices
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.job import Job
 from llamapro.training.preset import parse as train_options

@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.choices import baselines, measure_choices, read_choices
 from llamapro.config import DivergedError, ModelConfig, UserError
 from llamapro.conversion.expand import merge_checkpoint
 from llamapro.evaluate import read_text
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.generate import generate
+from llamapro.inference.distribution_shift import shift, write_greedily
+from llamapro.inference.multiple_choice import baselines, measure_choices, read_choices
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
-from llamapro.shift import shift, write_greedily
 from llamapro.text.mixture import batch
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.distributed import process_group, shard

@@ -21,12 +21,17 @@ from tyro.conf import Positional, arg
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
-from llamapro.choices import baselines, measure_choices, read_choices, render_choices
-from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
+from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
+from llamapro.inference.multiple_choice import (
+    baselines,
+    measure_choices,
+    read_choices,
+    render_choices,
+)
+from llamapro.inference.options import ComputeOptions
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX
-from llamapro.shift import ShiftSamples, shift, write_greedily
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, Piece, find_files, read_pieces
 from llamapro.text.tokenizer import Tokenizer

@@ -1,6 +1,6 @@
 """Writes text with a checkpoint: `python -m llamapro.generate DIR --prompt "Once upon a time"`.
 
-With `--chat`, answers turns of a conversation; see `llamapro.talk`.
+With `--chat`, answers turns of a conversation; see `llamapro.inference.chat`.
 """
 
 import math
@@ -19,8 +19,8 @@ from tyro.conf import Positional, arg
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
-from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError
+from llamapro.inference.options import ComputeOptions
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
@@ -142,7 +142,7 @@ def main() -> None:
     tokenizer = Tokenizer.load(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))
     if args.chat:
-        from llamapro import talk  # which imports this module
+        from llamapro.inference import chat as talk  # which imports this module
 
         result = talk.chat(checkpoint, tokenizer, args)
     else:

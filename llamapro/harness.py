@@ -27,9 +27,9 @@ from tqdm import tqdm
 from llamapro import cli
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError, DataError, suggest
 from llamapro.generate import generate
+from llamapro.inference.options import ComputeOptions
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 from llamapro.text.vocabulary import JSON_NAME, read_object

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.compute import ComputeOptions
 from llamapro.config import CheckpointError, ConfigError, DataError
+from llamapro.inference.options import ComputeOptions
 from llamapro.model import LlamaForCausalLM, rope_table
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, find_files, read_pieces

@@ -24,8 +24,8 @@ from llamapro.checkpoints.directory import Checkpoint, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint, write_companions
 from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
 from llamapro.evaluate import Args, evaluate, measure, read_text, windows
+from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.shift import ShiftSamples, shift, write_greedily
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 

@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.choices import (
+from llamapro.config import DataError
+from llamapro.inference.multiple_choice import (
     Question,
     baselines,
     log_likelihoods,
@@ -22,7 +23,6 @@ from llamapro.choices import (
     read_choices,
     render_choices,
 )
-from llamapro.config import DataError
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.tokenizer import Tokenizer
 

@@ -9,8 +9,8 @@ import torch
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.compute import ComputeOptions
 from llamapro.config import ConfigError, ModelConfig
+from llamapro.inference.options import ComputeOptions
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import cli, talk
+from llamapro import cli
 from llamapro import generate as command
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ConfigError, DataError, ModelConfig
 from llamapro.generate import Args, generate
+from llamapro.inference import chat as talk
+from llamapro.inference.chat import Conversation
 from llamapro.model import KVCache, LlamaForCausalLM
-from llamapro.talk import Conversation
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.templates import BUILT_IN
 from llamapro.text.tokenizer import Tokenizer
