@@ -54,7 +54,7 @@ BASE = ModelConfig.from_dict(
 )
 CONFIG = expand_config(BASE, interleave(4, 2), "")
 NEW, BELOW, ABOVE = (2, 5), (0, 1), (3, 4)
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def real_run(ranks: Ranks, frozen: Frozen) -> dict[str, Any]:
