@@ -14,7 +14,7 @@ from typing import Any
 # From the formats' public descriptions: Meta's llama and llama3 repositories, Mistral's and
 # OpenAI's.
 BUILT_IN = {
-    name: (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    name: (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     for name in ("llama2", "llama3", "mistral", "chatml")
 }
 
