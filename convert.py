@@ -21,7 +21,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from llamapro import cli
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
 MEASURED = ("similar", "unimportant")  # placements that measure the base first

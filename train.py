@@ -22,7 +22,7 @@ import torch
 from llamapro import cli, ops
 from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.checkpoints.run import load_state, newest_intact
-from llamapro.config import DataError, DivergedError
+from llamapro.errors import DataError, DivergedError
 from llamapro.expansion import select_trainable
 from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta, init_random, load_tensors
 from llamapro.text.mixture import Source, batch, stack

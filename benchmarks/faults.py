@@ -58,7 +58,7 @@ from fault_injection import (
 from tqdm import tqdm
 
 from llamapro import cli
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 
 TENSOR_FILES = ("trainable.safetensors", "optimizer.safetensors")
 

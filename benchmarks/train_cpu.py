@@ -51,7 +51,8 @@ from train_step import (
 )
 
 from llamapro import cli
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
 from llamapro.model import build_on_meta
 from llamapro.training.distributed import Ranks, process_group

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llamapro import cli, ops
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.training.distributed import Frozen, Ranks, process_group, shard

@@ -18,7 +18,8 @@ from trial import TEXT_FILE, device_of, write_json
 from variants import Variant, comparisons, fitting, plain, retention
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError, DataError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError, DataError
 from llamapro.text.documents import find_files
 from llamapro.text.mixture import parse_named
 

@@ -14,7 +14,7 @@ from schedule import Task, run
 from tasks import trial_seconds
 from trial import RESULT_FILE, WRITTEN_AT_A_TIME
 
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.training.metrics import format_duration
 
 AROUND_S = 60.0  # corpus, tokenizer and merging of the small base

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError, DivergedError
+from llamapro.errors import ConfigError, DivergedError
 from llamapro.expansion import Layout, expand_names, insert_after, is_in_layers
 from llamapro.model import MLP, LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.mixture import batch

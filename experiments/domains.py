@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = Path(__file__).with_name("stories.txt")

@@ -11,7 +11,7 @@ import torch
 import tyro
 from variants import Replay, comparisons, fitting, plain, retention
 
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.training.preset import read_toml
 
 PRESETS = Path(__file__).parent

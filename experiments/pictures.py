@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from summary import Spread, chosen, done, final_changes, front, general_change, summarize
 
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.report import COLOURS, GREY, TOKEN_UNITS, plain
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Any
 
 from trial import LOG_FILE, MESSAGE_FILE, RESULT_FILE, execute
 
-from llamapro.config import ConfigError, DataError
+from llamapro.errors import ConfigError, DataError
 from llamapro.training.metrics import format_duration
 
 

@@ -37,7 +37,7 @@ from variants import Variant
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError, DataError
+from llamapro.errors import ConfigError, DataError
 from llamapro.inference.multiple_choice import read_choices
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.job import Job

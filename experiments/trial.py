@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import DivergedError, ModelConfig, UserError
+from llamapro.config import ModelConfig
 from llamapro.conversion.expand import merge_checkpoint
+from llamapro.errors import DivergedError, UserError
 from llamapro.evaluate import read_text
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.generate import generate

@@ -21,7 +21,7 @@ from tyro.conf import Positional, arg
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
 from llamapro.inference.multiple_choice import (
     baselines,

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llamapro.config import ConfigError, ExpansionRecord, ModelConfig
+from llamapro.config import ExpansionRecord, ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.model import NEW_ROWS, LlamaForCausalLM
 
 ZERO_IN_NEW_BLOCKS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")

@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.inference.options import ComputeOptions
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer

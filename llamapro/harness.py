@@ -27,7 +27,7 @@ from tqdm import tqdm
 from llamapro import cli
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError, DataError, suggest
+from llamapro.errors import ConfigError, DataError, suggest
 from llamapro.generate import generate
 from llamapro.inference.options import ComputeOptions
 from llamapro.text.chat_template import ChatTemplate

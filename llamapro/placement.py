@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import CheckpointError, ConfigError, DataError
+from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.inference.options import ComputeOptions
 from llamapro.model import LlamaForCausalLM, rope_table
 from llamapro.text.corpus import encode_pieces

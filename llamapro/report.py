@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from llamapro import cli
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.training.metrics import format_bytes, format_count, format_duration, perplexity
 from llamapro.training.records import LAST_RECORDS, Run, read_run, summarize
 

@@ -21,7 +21,8 @@ import tyro
 from torch.distributed.tensor import DTensor
 
 from llamapro import cli, ops
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta
 from llamapro.traffic import Collective, fake_ranks, links_between_nodes, record_micro_batch

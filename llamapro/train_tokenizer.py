@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from llamapro import cli
-from llamapro.config import ConfigError, DataError
+from llamapro.errors import ConfigError, DataError
 from llamapro.text import documents
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
 

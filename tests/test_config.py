@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
-from llamapro.config import ConfigError, ExpansionRecord, ModelConfig, RopeScaling
+from llamapro.config import ExpansionRecord, ModelConfig, RopeScaling
+from llamapro.errors import ConfigError
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],

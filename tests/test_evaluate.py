@@ -22,7 +22,8 @@ from llamapro import cli, expansion
 from llamapro import evaluate as command
 from llamapro.checkpoints.directory import Checkpoint, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint, write_companions
-from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.evaluate import Args, evaluate, measure, read_text, windows
 from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors

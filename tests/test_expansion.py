@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llamapro import expansion
-from llamapro.config import ConfigError, ExpansionRecord, ModelConfig
+from llamapro.config import ExpansionRecord, ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.expansion import Layout, insert_after, interleave, stack
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.config import ConfigError, DataError
+from llamapro.errors import ConfigError, DataError
 from llamapro.report import result_table, write_report
 
 ROOT = Path(__file__).resolve().parent.parent

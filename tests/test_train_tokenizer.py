@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.train_tokenizer import train
 

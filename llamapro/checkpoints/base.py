@@ -8,10 +8,10 @@ that the latest expansion started from.
 import torch
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError
 from llamapro.conversion.add_tokens import base_vocab_size
 from llamapro.conversion.merge import base_config
 from llamapro.conversion.verify import contained_base
+from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
 

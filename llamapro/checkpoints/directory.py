@@ -28,7 +28,8 @@ from llamapro.checkpoints.tensors import (
 from llamapro.checkpoints.tensors import TensorSpec as TensorSpec
 from llamapro.checkpoints.tensors import read_header as read_header
 from llamapro.checkpoints.tensors import tensor_chunks as tensor_chunks
-from llamapro.config import CheckpointError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
 SINGLE_FILE = "model.safetensors"

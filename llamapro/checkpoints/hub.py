@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from llamapro.checkpoints.directory import COMPANION_FILES, INDEX_FILE
-from llamapro.config import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError, ConfigError
 
 ALLOWED = ["config.json", "model*.safetensors", INDEX_FILE, "README.md", *COMPANION_FILES]
 NEVER = ["*.bin", "*.pth", "*.pt", "*.pkl"]

@@ -26,7 +26,8 @@ from llamapro.checkpoints.tensors import (
     read_metadata,
 )
 from llamapro.checkpoints.writing import write_safetensors
-from llamapro.config import CheckpointError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError
 
 _KEY = "llamapro"
 _HASH_KEY = "llamapro_sha256"

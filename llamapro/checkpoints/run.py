@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.checkpoints.tensors import read_json
-from llamapro.config import CheckpointError
+from llamapro.errors import CheckpointError
 
 TRAINABLE_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

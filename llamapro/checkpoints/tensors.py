@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llamapro.config import CheckpointError
+from llamapro.errors import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
 from llamapro.checkpoints.tensors import ChunksOf, TensorSpec
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.companions import tokenizer_files
+from llamapro.errors import CheckpointError, ConfigError
 from llamapro.text.vocabulary import RANKS_NAME, is_ranks
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.model import NEW_ROWS
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import COMPANIONS, JSON_NAME, read_object

@@ -9,7 +9,7 @@ BPE ranks neither makes one that has BOS and EOS; Meta's own repositories ship a
 from pathlib import Path
 from typing import Any
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.vocabulary import (
     JSON_NAME,
     LLAMA_3_PATTERN,

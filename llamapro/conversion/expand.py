@@ -29,10 +29,11 @@ from llamapro.checkpoints.writing import (
     write_checkpoint,
     write_companions,
 )
-from llamapro.config import CheckpointError, DataError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_row, split_rows
 from llamapro.conversion.model_card import Training, keep_base_card, write_card
 from llamapro.conversion.verify import compare_logits, contained_base_sha256
+from llamapro.errors import CheckpointError, DataError
 from llamapro.expansion import Layout
 from llamapro.model import NEW_ROWS, build_on_meta
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer

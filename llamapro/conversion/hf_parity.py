@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 
 PROBE_SHAPE = (2, 64)  # B, T of the random batch
 

@@ -9,8 +9,8 @@ from typing import Any
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import find_blocks, is_training_output, read_blocks
 from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
-from llamapro.config import CheckpointError
 from llamapro.conversion.add_tokens import base_vocab_size
+from llamapro.errors import CheckpointError
 from llamapro.expansion import Layout
 
 _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")

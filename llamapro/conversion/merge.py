@@ -24,11 +24,12 @@ from llamapro.checkpoints.writing import (
     write_checkpoint,
     write_companions,
 )
-from llamapro.config import CheckpointError, ConfigError, ExpansionRecord, ModelConfig
+from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.conversion.add_tokens import base_vocab_size, restore_tokenizer
 from llamapro.conversion.expand import Chunks, check_base, hashed_chunks
 from llamapro.conversion.model_card import CARD_FILE, Training, write_card
 from llamapro.conversion.verify import contained_base, layout_of
+from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout
 
 

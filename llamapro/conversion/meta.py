@@ -1,4 +1,4 @@
-"""Converts Meta's release layout (`llamapro/conversion/meta_release.py`) to Hugging Face's and back.
+"""Converts between Meta's release layout (`meta_release.py`) and Hugging Face's.
 
 They differ in names, in shards, and in the order of wq's and wk's rows, because Meta's RoPE rotates
 other pairs. What Hugging Face's layout cannot say is kept in `config.json` under `meta_release`.
@@ -32,7 +32,7 @@ from llamapro.checkpoints.writing import (
     write_checkpoint,
     write_companions,
 )
-from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.meta_release import (
     LLAMA_3_VOCAB,
     ROPE,
@@ -47,6 +47,7 @@ from llamapro.conversion.meta_release import (
     tensor_names,
     to_hex,
 )
+from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
 

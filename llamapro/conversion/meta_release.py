@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from llamapro.checkpoints.tensors import DTYPE_CODES, read_json, tensor_chunks
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.pth_file import load_pth
+from llamapro.errors import CheckpointError, ConfigError
 from llamapro.text.vocabulary import LLAMA_3_RANKS, LLAMA_3_SPECIAL
 
 # Meta's name -> (Hugging Face's name, the dimension split over shards), in a release's order.

@@ -18,7 +18,8 @@ from llamapro.checkpoints.directory import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.checkpoints.run import MAX_JSON_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.tensors import read_json
-from llamapro.config import CheckpointError, DataError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError, DataError
 from llamapro.training.metrics import METRICS_FILE, perplexity, read_metrics
 
 CARD_FILE = "README.md"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamapro.config import CheckpointError
+from llamapro.errors import CheckpointError
 
 # What torch.load raises for a damaged file, depending on which byte is wrong.
 _DAMAGED = (

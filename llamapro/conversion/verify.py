@@ -15,8 +15,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_bytes
 from llamapro.checkpoints.run import find_damage, load_state, training_checkpoints
 from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
-from llamapro.config import CheckpointError
 from llamapro.conversion.add_tokens import base_vocab_size, split_rows
+from llamapro.errors import CheckpointError
 from llamapro.expansion import ZERO_IN_NEW_BLOCKS, Layout, base_names
 from llamapro.model import DecoderLayer, RMSNorm, rope_table
 

@@ -9,7 +9,7 @@ import torch
 
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError, DataError, UserError
+from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.generate import Args, generate
 from llamapro.model import KVCache, LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate, check_messages

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.documents import find_files
 from llamapro.text.tables import SUFFIXES as TABLES

@@ -11,7 +11,7 @@ import torch
 from llamapro import ops
 from llamapro.checkpoints.base import check_contained, load_contained
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamapro.config import DataError, suggest
+from llamapro.errors import DataError, suggest
 from llamapro.text.templates import BUILT_IN, END, MARK, START, environment, tagged_spans
 from llamapro.text.tokenizer import Tokenizer
 

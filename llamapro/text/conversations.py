@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.documents import SourceFile
 from llamapro.text.tables import SUFFIXES as TABLES
 from llamapro.text.tables import TableError, read_rows

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text import documents
 from llamapro.text.documents import Counts, Piece, find_files, read_pieces
 from llamapro.text.store import TokenStore, write_store

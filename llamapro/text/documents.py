@@ -19,7 +19,7 @@ from typing import IO, Any, TextIO
 
 from tqdm import tqdm
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.tables import SUFFIXES, read_rows, saved_files
 
 # Longer documents are tokenised in pieces, short ones in batches of this length: sentencepiece is

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamapro.config import ConfigError, DataError
+from llamapro.errors import ConfigError, DataError
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text.store import Int64s, TokenStore
 

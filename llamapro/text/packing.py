@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text.conversations import ConversationCounts, Message, Problems, read_conversations
 from llamapro.text.documents import find_files

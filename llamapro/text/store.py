@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 
 INDEX_FILE = "index.json"
 MAX_INDEX_BYTES = 1 << 28  # it names every file of the corpus: two million of them, and no more

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH_ROWS = 256  # in memory at once; Arrow files have batches of their own

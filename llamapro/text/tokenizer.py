@@ -2,7 +2,7 @@
 
 sentencepiece `tokenizer.model`, Llama 3's `tokenizer.model` of BPE ranks, `tokenizer.json`.
 
-python -m llamapro.text.tokenizer FILES... --vocab-size N --out DIR   (see `llamapro.train_tokenizer`)
+    python -m llamapro.text.tokenizer FILES... --vocab-size N --out DIR
 """
 
 import codecs
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import cli
-from llamapro.config import DataError, suggest
+from llamapro.errors import DataError, suggest
 from llamapro.text.vocabulary import (
     COMPANIONS,
     JSON_NAME,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 
 JSON_NAME = "tokenizer.json"
 # Where Meta's own Hugging Face repositories keep Llama 3's ranks: programs that find a

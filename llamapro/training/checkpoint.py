@@ -39,7 +39,8 @@ from llamapro.checkpoints.run import (
     write_manifest,
 )
 from llamapro.checkpoints.writing import output_directory, write_safetensors
-from llamapro.config import CheckpointError, ModelConfig, UserError
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError, UserError
 from llamapro.training.distributed import Ranks
 from llamapro.training.rng import gather_rng
 

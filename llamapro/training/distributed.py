@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM
 
 Frozen = Literal["shard", "gather", "replicate"]  # how frozen weights lie: see `shard`

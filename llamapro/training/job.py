@@ -11,7 +11,8 @@ import torch
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
 from llamapro.checkpoints.new_blocks import training_checkpoints
-from llamapro.config import ConfigError, DataError, ModelConfig, UserError
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.expansion import select_trainable
 from llamapro.model import build_on_meta
 from llamapro.text.chat_template import ChatTemplate

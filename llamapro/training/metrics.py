@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"

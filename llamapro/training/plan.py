@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamapro import ops
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.expansion import select_trainable
 from llamapro.model import DecoderLayer, Head, LlamaForCausalLM, RMSNorm, build_on_meta, rope_table
 from llamapro.training.distributed import Frozen, world_size

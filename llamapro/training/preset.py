@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from llamapro.config import ConfigError, suggest
+from llamapro.errors import ConfigError, suggest
 from llamapro.training.settings import Settings
 
 T = TypeVar("T")

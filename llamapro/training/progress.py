@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.mixture import Mixture
 from llamapro.training.distributed import Ranks
 from llamapro.training.metrics import (

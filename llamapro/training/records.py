@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.training.metrics import RUN_FILE, read_metrics
 
 LAST_RECORDS = 10  # the final training loss is the mean of so many records: one batch is noise

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llamapro.checkpoints.directory import DTYPE_CODES, read_header
 from llamapro.checkpoints.run import RNG_FILE
-from llamapro.config import CheckpointError
+from llamapro.errors import CheckpointError
 from llamapro.training.distributed import Ranks
 
 Uint32s = np.ndarray[Any, np.dtype[np.uint32]]

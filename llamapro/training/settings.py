@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llamapro import ops
-from llamapro.config import ConfigError, suggest
+from llamapro.errors import ConfigError, suggest
 from llamapro.training.metrics import is_installed
 
 

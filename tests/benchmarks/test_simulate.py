@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from llamapro import simulate as command
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.model import build_on_meta, init_random, load_tensors
 from llamapro.simulate import Options, read_config, render, simulate

@@ -18,8 +18,9 @@ from llamapro import generate as generate_command
 from llamapro.checkpoints.base import load_contained
 from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.errors import ConfigError
 from llamapro.harness import HarnessModel
 from llamapro.model import LlamaForCausalLM
 

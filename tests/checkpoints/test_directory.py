@@ -22,7 +22,8 @@ from llamapro.checkpoints.directory import (
     combine_hashes,
     read_header,
 )
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError, ConfigError
 
 SMALL_SHARD = 60_000  # bytes: several files for the tiny model
 DTYPES = [torch.float32, torch.bfloat16]

@@ -15,7 +15,8 @@ import pytest
 
 from llamapro.checkpoints import hub
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError, ConfigError
 
 
 class HTTPError(Exception):

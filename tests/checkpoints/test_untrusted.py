@@ -24,10 +24,11 @@ from llamapro.checkpoints.tensors import (
     tensor_chunks,
 )
 from llamapro.checkpoints.writing import write_safetensors
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.meta import to_meta
 from llamapro.conversion.meta_release import Shards, describe, read_params
 from llamapro.conversion.pth_file import MAX_PICKLE_BYTES, load_pth
+from llamapro.errors import CheckpointError, ConfigError
 
 
 def entry(shape: object, offsets: object, dtype: object = "F32") -> dict[str, object]:
@@ -346,7 +347,7 @@ import json, resource, sys
 from pathlib import Path
 from llamapro.checkpoints.new_blocks import find_blocks
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import UserError
+from llamapro.errors import UserError
 from llamapro.conversion.meta_release import Shards, read_params
 from llamapro.checkpoints.tensors import read_header
 status = Path("/proc/self/status").read_text()

@@ -30,7 +30,8 @@ from llamapro.checkpoints.writing import (
     write_companions,
     write_safetensors,
 )
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError, ConfigError
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -20,12 +20,13 @@ from llamapro import expansion, ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion import add_tokens as growing
 from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
 from llamapro.conversion.inspect import describe
 from llamapro.conversion.merge import merge_many, strip_checkpoint
 from llamapro.conversion.verify import verify
+from llamapro.errors import CheckpointError, ConfigError
 from llamapro.model import NEW_ROWS, LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer

@@ -23,8 +23,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_companions
-from llamapro.config import DataError
 from llamapro.conversion.expand import assemble_checkpoint, expand_checkpoint, merge_checkpoint
+from llamapro.errors import DataError
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
 from llamapro.text.tokenizer import Tokenizer

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import CheckpointError, ConfigError, DataError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion import meta, meta_release
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.meta import from_meta, to_interleaved, to_meta, to_rotate_half
+from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.model import KVCache
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": 1e-5}

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from llamapro import cli, placement
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import CheckpointError, ConfigError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.meta import from_meta
+from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout, insert_after, interleave
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX

@@ -17,8 +17,8 @@ import pytest
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError, DataError, UserError
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.errors import ConfigError, DataError, UserError
 
 MODULES = "options bases tasks budget schedule trial variants domains summary study".split()
 PRESET = """

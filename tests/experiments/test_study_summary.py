@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 
 Study = dict[str, Any]
 TENSORS = ("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")

@@ -18,7 +18,8 @@ from torch import Tensor
 from llamapro import cli
 from llamapro import generate as command
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError, DataError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError, DataError
 from llamapro.generate import Args, generate
 from llamapro.inference import chat as talk
 from llamapro.inference.chat import Conversation

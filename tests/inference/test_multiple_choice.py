@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.inference.multiple_choice import (
     Question,
     baselines,

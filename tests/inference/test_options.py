@@ -9,7 +9,8 @@ import torch
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.inference.options import ComputeOptions
 
 

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.chat_template import BUILT_IN, ChatTemplate, check_messages
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_PATTERN

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.conversations import (
     ConversationCounts,
     Message,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text import corpus, documents
 from llamapro.text.corpus import tokenize
 from llamapro.text.documents import find_files

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamapro.config import ConfigError, DataError
+from llamapro.errors import ConfigError, DataError
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text import store as stores
 from llamapro.text.mixture import Mixture, PackedSequences, batch, parse_named

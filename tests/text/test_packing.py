@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from llamapro.config import DataError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import DataError
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text import packing

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_PATTERN, LLAMA_3_RANKS
 from llamapro.train_tokenizer import train

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_RANKS
 

@@ -23,7 +23,7 @@ from llamapro.checkpoints.run import (
     read_state,
     training_checkpoints,
 )
-from llamapro.config import CheckpointError
+from llamapro.errors import CheckpointError
 from llamapro.training import checkpoint as train_state
 from llamapro.training.checkpoint import Saver, load_optimizer, remove_old
 from llamapro.training.distributed import Ranks, process_group

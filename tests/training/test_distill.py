@@ -31,8 +31,9 @@ from llamapro import expansion, ops
 from llamapro.checkpoints.base import load_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.errors import ConfigError
 from llamapro.model import (
     LlamaForCausalLM,
     Replayed,

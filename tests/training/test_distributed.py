@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from llamapro.config import ConfigError, ModelConfig
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
 from llamapro.training.distributed import Frozen, compile_blocks, process_group, shard
 from llamapro.training.optim import build_adamw, clip_gradients

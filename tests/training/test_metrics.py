@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.training import metrics
 from llamapro.training.metrics import MetricsLog, read_metrics
 

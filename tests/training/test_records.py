@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.config import DataError
+from llamapro.errors import DataError
 from llamapro.training import records as runs
 
 

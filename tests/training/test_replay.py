@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
-from llamapro.config import ConfigError, DataError, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.errors import ConfigError, DataError
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.config import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError, ConfigError
 from llamapro.text.corpus import tokenize
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.resume import RunLock, check_identity, make_identity

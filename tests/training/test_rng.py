@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llamapro.config import CheckpointError
+from llamapro.errors import CheckpointError
 from llamapro.training.distributed import Ranks, process_group
 from llamapro.training.rng import capture, gather_rng, load_rng, restore, seed_all
 

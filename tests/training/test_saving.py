@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
 from llamapro.checkpoints.run import newest_intact, read_state, training_checkpoints
-from llamapro.config import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError, ConfigError
 from llamapro.training import checkpoint as train_state
 from llamapro.training.checkpoint import Saver, load_optimizer
 from llamapro.training.distributed import Ranks, process_group

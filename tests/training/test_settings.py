@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.settings import (
     FREE_TO_CHANGE,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from llamapro.config import ConfigError
+from llamapro.errors import ConfigError
 from llamapro.training.metrics import MetricsLog, is_installed, read_metrics
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse, read_toml

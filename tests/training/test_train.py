@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
-from llamapro.config import CheckpointError, ConfigError, DataError, UserError
 from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
 from llamapro.conversion.verify import verify
+from llamapro.errors import CheckpointError, ConfigError, DataError, UserError
 from llamapro.training.metrics import MetricsLog
 
 STEPS, SAVE_EVERY = 6, 3
