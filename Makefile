@@ -1,27 +1,48 @@
-# make demo | make study | make test | make lint: each builds .venv first, from nothing but Python >= 3.11.
+# Every target builds .venv first. Python 3.11 or newer is all that must be installed.
 PYTHON ?= python3
 BIN := .venv/bin
 
-# A trained model to study beside the small one, in Meta's layout, where there is one.
-SHARED ?= ../shared
-SECOND := $(wildcard $(SHARED)/checkpoints/tinystories-1m)
+# Tests run on two processes; tests that share a module's fixtures stay on the same one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo study test lint clean
-demo: .venv/ready
+# LLAMAPRO_SHARED may name a folder of real weights and tokenizers. The tests use what is there,
+# and the study adds its small trained model as a second base.
+SECOND := $(if $(LLAMAPRO_SHARED),$(wildcard $(LLAMAPRO_SHARED)/checkpoints/tinystories-1m))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo study test test-all lint format imports clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: .venv/ready  ## train a base, expand it, train its new blocks: about 5 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
 
-study: .venv/ready
+study: .venv/ready  ## run the paper's comparisons: about an hour on 2 cores
 	$(if $(SECOND),[ -d study-out/bases/tinystories ] || $(BIN)/python convert.py from-meta \
 		$(SECOND) study-out/bases/tinystories)
 	$(BIN)/python experiments/study.py $(if $(SECOND),--more-bases tinystories=study-out/bases/tinystories)
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: lint  ## lint, types and every test that is not marked slow
+	$(PYTEST)
 
-lint: .venv/ready
+test-all: lint  ## the same, with the slow tests: what has to pass before a change lands
+	$(PYTEST) -m 'not gpu and not ecosystem'
+
+lint: .venv/ready  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: .venv/ready  ## format the code and fix what ruff can fix by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+imports: .venv/ready  ## print the order of imports: rooms, modules, floors, circles, arrows up
+	$(BIN)/python tests/imports.py
+
+clean:  ## remove the environment and every cache, but no run and no checkpoint
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -30,6 +51,3 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
-
-clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

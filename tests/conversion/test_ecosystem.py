@@ -101,7 +101,7 @@ def export(
             return home / kind / "merged"
         ranks = shared / "tokenizers" / "llama-3" / "tokenizer.model"
         if kind == "llama 3" and not ranks.exists():
-            pytest.skip(f"needs {ranks} (or LLAMAPRO_SHARED): llama.cpp knows no other ranks")
+            pytest.skip(f"needs {ranks}: llama.cpp knows no other ranks")
         base = write_random_checkpoint(home / kind / "base", tiny_config(**KINDS[kind]))
         vocabulary = (
             ranks.read_bytes()
@@ -119,7 +119,7 @@ def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model: Meta's layout, converted, expanded, its new blocks changed a little."""
     release = shared / "checkpoints" / "tinystories-1m"
     if not release.is_dir():
-        pytest.skip(f"needs a release of a small trained model in {release} (or LLAMAPRO_SHARED)")
+        pytest.skip(f"needs a release of a small trained model in {release}")
     work = tmp_path_factory.mktemp("stories")
     from_meta(release, work / "base", None)
     return merged(work / "base", work, noise=0.01)

@@ -456,7 +456,7 @@ def test_a_real_model_is_measured(tmp_path: Path, shared: Path) -> None:
     """TinyStories: its lowest layers change the hidden state least, the highest the loss."""
     release = shared / "checkpoints" / "tinystories-1m"
     if not release.is_dir():
-        pytest.skip(f"{release} is not there")
+        pytest.skip(f"needs {release}")
     from_meta(release, tmp_path / "base", None)
     base = Checkpoint.open(tmp_path / "base")
     similar = measure(base, "similar", 2, [], 2048, "text")

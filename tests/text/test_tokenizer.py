@@ -102,7 +102,7 @@ def each(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "llama-3":
         file = request.getfixturevalue("shared") / "tokenizers" / "llama-3" / "tokenizer.model"
         if not file.exists():
-            pytest.skip("Llama 3's tokenizer is not here; the small one of its kind is tested")
+            pytest.skip(f"needs {file}; the small tokenizer of its kind is tested")
         return Tokenizer.load(file)
     fixture = {"ranks": "ranks_file", "json": "json_directory", "sentencepiece": "real"}
     made = request.getfixturevalue(fixture.get(request.param, request.param))
@@ -235,7 +235,7 @@ def test_llama_3_is_as_meta_released_it(shared: Path) -> None:
     """Control tokens have the published ids, and text those of tiktoken with Meta's settings."""
     file = shared / "tokenizers" / "llama-3" / "tokenizer.model"
     if not file.exists():
-        pytest.skip("Llama 3's tokenizer is not here")
+        pytest.skip(f"needs {file}")
     tokenizer = Tokenizer.load(file.parent)
     published = {
         "<|begin_of_text|>": 128000,
