@@ -1,4 +1,4 @@
-"""A mistake of the user: one message without a traceback, and exit status 2."""
+"""User errors: one message without a traceback, and exit status 2."""
 
 import difflib
 
@@ -27,3 +27,33 @@ def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
     """Returns " (did you mean 'x'?)" for the nearest known name, or "" if none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class Problems:
+    """Collects problems, so that one error names everything the user has to repair.
+
+    Its length is the number of problems. It keeps the first `limit` of them, which the error lists.
+    """
+
+    def __init__(self, limit: int = 8) -> None:
+        self._limit = limit
+        self._count = 0
+        self._listed: list[str] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, problem: str) -> None:
+        """Adds a problem: where it is, what it is and, if known, how to repair it."""
+        self._count += 1
+        if len(self._listed) < self._limit:
+            self._listed.append(problem)
+
+    def check(self, kind: type[UserError], head: str, one_per_line: bool = False) -> None:
+        """Raises an error of this kind if there are problems: "head: a; b; and 3 more"."""
+        if not self:
+            return
+        more = self._count - len(self._listed)
+        shown = self._listed + [f"and {more:,} more"] * (more > 0)
+        text = "\n  " + "\n  ".join(shown) if one_per_line else " " + "; ".join(shown)
+        raise kind(f"{head}:{text}")
