@@ -24,12 +24,12 @@ from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.checkpoints.run import load_state, newest_intact
 from llamapro.errors import DataError, DivergedError
 from llamapro.expansion import select_trainable
+from llamapro.formatting import format_count
 from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta, init_random, load_tensors
 from llamapro.text.mixture import Source, batch, stack
 from llamapro.training.checkpoint import Saver, load_optimizer, load_trained
 from llamapro.training.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.training.job import Job, load_data
-from llamapro.training.metrics import format_count
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
 from llamapro.training.plan import make_plan, render
 from llamapro.training.preemption import Stopped, StopRequest

@@ -15,7 +15,7 @@ from tasks import trial_seconds
 from trial import RESULT_FILE, WRITTEN_AT_A_TIME
 
 from llamapro.errors import ConfigError
-from llamapro.training.metrics import format_duration
+from llamapro.formatting import format_duration
 
 AROUND_S = 60.0  # corpus, tokenizer and merging of the small base
 EXPAND_S = 5.0  # of one expanded checkpoint; beside it those that are measured write text

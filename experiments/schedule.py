@@ -20,7 +20,7 @@ from typing import Any
 from trial import LOG_FILE, MESSAGE_FILE, RESULT_FILE, execute
 
 from llamapro.errors import ConfigError, DataError
-from llamapro.training.metrics import format_duration
+from llamapro.formatting import format_duration
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
+from llamapro.formatting import format_bytes, format_count, format_duration
 from llamapro.report import MISSING, flatten, show, table
-from llamapro.training.metrics import format_bytes, format_count, format_duration
 
 MOST_GONE, MOST_LOSS, MOST_COST = 0.9, 0.02, 1.25  # the aim: share gone, domain loss, cost
 AIM = (

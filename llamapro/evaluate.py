@@ -22,6 +22,7 @@ from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
 from llamapro.errors import ConfigError
+from llamapro.formatting import perplexity
 from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
 from llamapro.inference.multiple_choice import (
     baselines,
@@ -35,7 +36,6 @@ from llamapro.ops import IGNORE_INDEX
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, Piece, find_files, read_pieces
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.metrics import perplexity
 
 
 @dataclass(frozen=True)

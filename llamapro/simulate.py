@@ -24,10 +24,10 @@ from llamapro import cli, ops
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, interleave, select_trainable
+from llamapro.formatting import format_bytes, format_count, format_duration
 from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta
 from llamapro.traffic import Collective, fake_ranks, links_between_nodes, record_micro_batch
 from llamapro.training.distributed import shard
-from llamapro.training.metrics import format_bytes, format_count, format_duration
 from llamapro.training.plan import Spread, estimate_memory, is_trained
 from llamapro.training.preset import parse
 from llamapro.training.replay import split_replayed

@@ -20,7 +20,8 @@ from llamapro.checkpoints.run import MAX_JSON_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.tensors import read_json
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, DataError
-from llamapro.training.metrics import METRICS_FILE, perplexity, read_metrics
+from llamapro.formatting import perplexity
+from llamapro.training.metrics import METRICS_FILE, read_metrics
 
 CARD_FILE = "README.md"
 SETTINGS = (

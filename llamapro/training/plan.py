@@ -12,9 +12,9 @@ from llamapro import ops
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.expansion import select_trainable
+from llamapro.formatting import format_bytes
 from llamapro.model import DecoderLayer, Head, LlamaForCausalLM, RMSNorm, build_on_meta, rope_table
 from llamapro.training.distributed import Frozen, world_size
-from llamapro.training.metrics import format_bytes
 from llamapro.training.settings import ReplaySettings, Settings
 
 
