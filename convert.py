@@ -151,8 +151,8 @@ class Expand(Output):
         if self.placement not in MEASURED:
             return self.layout(layers), {}, ""
         from llamapro import expansion, placement
-        from llamapro.checkpoints.writing import refuse_existing, refuse_source
         from llamapro.conversion.add_tokens import check_tokens
+        from llamapro.files import refuse_existing, refuse_source
 
         # What is refused when the result is written is refused before the time is spent.
         refuse_source(self.out_dir, base.path)

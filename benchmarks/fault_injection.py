@@ -31,8 +31,9 @@ from typing import Any
 import sentencepiece
 
 from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint, write_companions
+from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
+from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
 from llamapro.model import init_random

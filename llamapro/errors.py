@@ -4,7 +4,7 @@ import difflib
 
 
 class UserError(Exception):
-    """A mistake of the user's: commands print its message without a traceback and exit 2."""
+    """A mistake of the user; its message names the file or field, the value and the fix."""
 
 
 class ConfigError(UserError):
@@ -12,19 +12,19 @@ class ConfigError(UserError):
 
 
 class DivergedError(UserError):
-    """A gradient is not finite: with these data and this learning rate training cannot go on."""
+    """A gradient is not finite, so training cannot continue at this learning rate."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint file is missing, damaged, or does not fit the model or its base."""
+    """A checkpoint file is missing or damaged, or does not fit the model or its base."""
 
 
 class DataError(UserError):
-    """A corpus or tokenizer file is missing, empty, unreadable or of another vocabulary."""
+    """A corpus or tokenizer file is missing, empty or unreadable, or has another vocabulary."""
 
 
 def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
-    """Returns " (did you mean 'x'?)" for the nearest known name, or "" if none is near."""
+    """Returns " (did you mean 'x'?)" with the nearest known name, or "" if none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -43,11 +43,10 @@ class Problems:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, problem: str) -> None:
-        """Adds a problem: where it is, what it is and, if known, how to repair it."""
-        self._count += 1
-        if len(self._listed) < self._limit:
-            self._listed.append(problem)
+    def add(self, *problems: str) -> None:
+        """Adds problems; each says where it is, what it is and, if known, how to repair it."""
+        self._count += len(problems)
+        self._listed += problems[: self._limit - len(self._listed)]
 
     def check(self, kind: type[UserError], head: str, one_per_line: bool = False) -> None:
         """Raises an error of this kind if there are problems: "head: a; b; and 3 more"."""

@@ -26,8 +26,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from llamapro.checkpoints.directory import DTYPE_CODES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint, write_companions
+from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ModelConfig
+from llamapro.conversion.companions import write_companions
 from llamapro.model import init_random
 
 ROOT = Path(__file__).resolve().parents[1]

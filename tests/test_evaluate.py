@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from llamapro import cli, expansion
 from llamapro import evaluate as command
 from llamapro.checkpoints.directory import Checkpoint, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint, write_companions
+from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
+from llamapro.conversion.companions import write_companions
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.evaluate import Args, evaluate, measure, read_text, windows
 from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 from llamapro import cli, harness
 from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint, write_companions
+from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
+from llamapro.conversion.companions import write_companions
 from llamapro.errors import ConfigError, DataError
 from llamapro.expansion import expand_config, expand_state_dict, interleave
 from llamapro.harness import Generation, HarnessModel, adds_bos

@@ -17,19 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llamapro.checkpoints.tensors import DTYPE_CODES as DTYPE_CODES
-from llamapro.checkpoints.tensors import (
-    DTYPES,
-    StoredTensor,
-    combine_hashes,
-    hash_tensors,
-    read_json,
-    refuse_large,
-)
+from llamapro.checkpoints.tensors import DTYPES, StoredTensor, combine_hashes, hash_tensors
 from llamapro.checkpoints.tensors import TensorSpec as TensorSpec
 from llamapro.checkpoints.tensors import read_header as read_header
 from llamapro.checkpoints.tensors import tensor_chunks as tensor_chunks
 from llamapro.config import ModelConfig
-from llamapro.errors import CheckpointError
+from llamapro.errors import CheckpointError, Problems
+from llamapro.files import read_json, refuse_large
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
 SINGLE_FILE = "model.safetensors"
@@ -184,20 +178,18 @@ def _match(
     # Written by old versions of transformers; both are derived, neither is read.
     derived = [n for n in stored if n.endswith("rotary_emb.inv_freq")]
     derived += ["lm_head.weight"] if config.tie_word_embeddings else []
-    wrong = []
+    wrong = Problems()
     for name, shape in expected.items():
         if name not in stored:
-            wrong.append(f"missing tensor {name!r}, expected {list(shape)}")
+            wrong.add(f"missing tensor {name!r}, expected {list(shape)}")
         elif stored[name].shape != shape:
             found = stored[name]
-            wrong.append(
+            wrong.add(
                 f"{found.file.name}: {name!r} is {list(found.shape)}, "
                 f"config.json says {list(shape)}"
             )
     for name in stored:
         if name not in expected and name not in derived:
-            wrong.append(f"{stored[name].file.name}: unexpected tensor {name!r}")
-    if wrong:
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise CheckpointError(f"{path}: " + "; ".join(wrong[:8]) + more)
+            wrong.add(f"{stored[name].file.name}: unexpected tensor {name!r}")
+    wrong.check(CheckpointError, str(path))
     return {name: stored[name] for name in expected}

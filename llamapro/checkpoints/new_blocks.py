@@ -27,7 +27,7 @@ from llamapro.checkpoints.tensors import (
 )
 from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import ModelConfig
-from llamapro.errors import CheckpointError
+from llamapro.errors import CheckpointError, Problems
 
 _KEY = "llamapro"
 _HASH_KEY = "llamapro_sha256"
@@ -173,25 +173,23 @@ def check_blocks(
         expected: name -> shape of every tensor that must be in the file.
     """
 
-    def wrong() -> Iterator[str]:
-        record = config.expansion
-        if info.base_sha256 and record is None:
-            yield "belongs to an expanded model, but this one has no 'llamapro' record"
-        elif record is not None and info.base_sha256:
-            if info.base_sha256 != record.base_sha256:
-                yield (
-                    f"was trained on base sha256 {info.base_sha256[:16]}..., this model's base is "
-                    f"{record.base_sha256[:16]}..."
-                )
-            if info.new_layers != record.new_layers:
-                yield f"has new blocks {list(info.new_layers)}, model has {list(record.new_layers)}"
-        for name, shape in expected.items():
-            if name not in tensors:
-                yield f"tensor {name!r} is missing"
-            elif tensors[name].shape != shape:
-                yield f"{name!r} is {list(tensors[name].shape)}, expected {list(shape)}"
-        yield from (f"unexpected tensor {name!r}" for name in tensors if name not in expected)
-
-    if mistakes := list(wrong()):
-        more = f"; and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
-        raise CheckpointError(f"{file}: " + "; ".join(mistakes[:5]) + more)
+    problems, record = Problems(5), config.expansion
+    if info.base_sha256 and record is None:
+        problems.add("belongs to an expanded model, but this one has no 'llamapro' record")
+    elif record is not None and info.base_sha256:
+        if info.base_sha256 != record.base_sha256:
+            problems.add(
+                f"was trained on base sha256 {info.base_sha256[:16]}..., this model's base is "
+                f"{record.base_sha256[:16]}..."
+            )
+        if info.new_layers != record.new_layers:
+            problems.add(
+                f"has new blocks {list(info.new_layers)}, model has {list(record.new_layers)}"
+            )
+    for name, shape in expected.items():
+        if name not in tensors:
+            problems.add(f"tensor {name!r} is missing")
+        elif tensors[name].shape != shape:
+            problems.add(f"{name!r} is {list(tensors[name].shape)}, expected {list(shape)}")
+    problems.add(*(f"unexpected tensor {name!r}" for name in tensors if name not in expected))
+    problems.check(CheckpointError, str(file))

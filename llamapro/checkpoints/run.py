@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llamapro.checkpoints.tensors import read_json
 from llamapro.errors import CheckpointError
+from llamapro.files import read_json
 
 TRAINABLE_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -20,7 +20,7 @@ RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE}  # by the manifest: just these
-MAX_JSON_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
+MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
 
 
 def training_checkpoints(run_dir: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def find_damage(path: Path) -> Iterator[str]:
     """Checks a training checkpoint's files one by one; yields what is wrong with each."""
     file = path / MANIFEST_FILE
     try:
-        manifest = read_json(file, MAX_JSON_BYTES)
+        manifest = read_json(file, MAX_STATE_BYTES)
     except CheckpointError as error:
         yield str(error)
         return
@@ -115,7 +115,7 @@ def load_state(path: Path) -> dict[str, Any]:
         CheckpointError: naming the file and the entry that is missing or of a wrong type.
     """
     file = path / STATE_FILE
-    state = read_json(file, MAX_JSON_BYTES)
+    state = read_json(file, MAX_STATE_BYTES)
     kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "eval": (dict,)}
     kinds |= {"elapsed_s": (int, float), "settings": (dict,), "loss": (int, float, type(None))}
     for key, allowed in kinds.items():

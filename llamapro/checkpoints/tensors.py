@@ -6,10 +6,8 @@ resident until the kernel wants them back.
 """
 
 import hashlib
-import json
 import math
 import mmap
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamapro.errors import CheckpointError
+from llamapro.files import MAX_JSON_BYTES, parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,9 +37,6 @@ DTYPES = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK_BYTES = 1 << 20  # read, hashed and written while it is in the cache
-# Of a safetensors header, an index or a config.json. The format allows headers of 100 MB, which
-# parsed take gigabytes; a LLaMA of 1,000 layers has one of 1.5 MB.
-MAX_HEADER_BYTES = 1 << 24
 MAX_DIMS = 8
 
 
@@ -110,50 +106,6 @@ class StoredTensor(TensorSpec):
         return digest.hexdigest()
 
 
-def read_json(file: Path, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
-    """Reads a JSON object that others wrote; no key of it comes twice.
-
-    Args:
-        file: to read; links are followed.
-        max_bytes: a larger file is not read.
-
-    Raises:
-        CheckpointError: naming the file, whatever else it is.
-    """
-    if not file.exists():
-        raise CheckpointError(f"{file}: missing")
-    try:
-        refuse_large(file, max_bytes)
-        found = _parse(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from None
-    return found
-
-
-def refuse_large(file: Path, max_bytes: int = MAX_HEADER_BYTES) -> None:
-    """Raises CheckpointError if a file has more bytes than any that means well, or is a pipe."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}: not a plain file")  # opening a pipe would wait for ever
-    if (size := file.stat().st_size) > max_bytes:
-        raise CheckpointError(f"{file}: damaged: {size:,} bytes, over {max_bytes:,}")
-
-
-def _parse(text: bytes) -> dict[str, Any]:
-    """Parses a JSON object; raises ValueError, or RecursionError where it nests too deep."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):  # which of the two counts depends on the reader
-            name = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
-            raise ValueError(f"{name[:80]!r} comes twice")
-        return found
-
-    found = json.loads(text, object_pairs_hook=unique)
-    if not isinstance(found, dict):
-        raise ValueError("holds no JSON object")
-    return found
-
-
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Reads what a safetensors file holds, and checks that all of it is there, and nothing else.
 
@@ -181,12 +133,12 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         size = file.stat().st_size
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
                 raise CheckpointError(
                     f"{file}: not a complete safetensors file: {size:,} bytes, header claims "
-                    f"{length:,} (at most {MAX_HEADER_BYTES:,}); fetch or convert it again"
+                    f"{length:,} (at most {MAX_JSON_BYTES:,}); fetch or convert it again"
                 )
-            header = _parse(handle.read(length))
+            header = parse_json(handle.read(length))
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("'__metadata__' holds more than text")

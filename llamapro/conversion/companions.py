@@ -6,14 +6,19 @@ not of the scores. A `tokenizer.json` leaves nothing to be made: both read it as
 BPE ranks neither makes one that has BOS and EOS; Meta's own repositories ship a tokenizer.json.
 """
 
+import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llamapro.config import ModelConfig
 from llamapro.errors import DataError
 from llamapro.text.vocabulary import (
     JSON_NAME,
     LLAMA_3_PATTERN,
     LLAMA_3_SPECIAL,
+    RANKS_NAME,
     byte_characters,
     is_ranks,
     parse_ranks,
@@ -241,3 +246,26 @@ def _bos_first(bos: str | None, bos_id: int) -> dict[str, Any]:
         "pair": [*first, text, *second, other],
         "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}} if bos else {},
     }
+
+
+def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]) -> None:
+    """Writes `config.json` and copies tokenizer, generation and licence files beside it.
+
+    A `tokenizer.model` that comes alone gets the files that transformers needs with it. One of
+    Llama 3's ranks goes to `original`, as in Meta's repositories: transformers and llama.cpp take
+    what lies beside a tokenizer.json for sentencepiece's.
+    """
+    (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, directory / file.name)
+    vocabulary = directory / "tokenizer.model"
+    if not vocabulary.exists():
+        return
+    if not any(directory.glob("tokenizer*.json")):
+        for name, content in tokenizer_files(vocabulary, config.max_position_embeddings).items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (directory / name).write_text(text, encoding="utf-8")
+    if is_ranks(vocabulary.read_bytes()):
+        (directory / RANKS_NAME).parent.mkdir()
+        vocabulary.rename(directory / RANKS_NAME)

@@ -12,29 +12,24 @@ from typing import Any
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
-from llamapro.checkpoints.run import MAX_JSON_BYTES, STATE_FILE
+from llamapro.checkpoints.run import MAX_STATE_BYTES, STATE_FILE
 from llamapro.checkpoints.tensors import (
     CHUNK_BYTES,
     DTYPES,
     StoredTensor,
     TensorSpec,
     combine_hashes,
-    read_json,
     tensor_chunks,
 )
-from llamapro.checkpoints.writing import (
-    MAX_SHARD_BYTES,
-    output_directory,
-    refuse_source,
-    write_checkpoint,
-    write_companions,
-)
+from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_row, split_rows
+from llamapro.conversion.companions import write_companions
 from llamapro.conversion.model_card import Training, keep_base_card, write_card
 from llamapro.conversion.verify import compare_logits, contained_base_sha256
 from llamapro.errors import CheckpointError, DataError
 from llamapro.expansion import Layout
+from llamapro.files import output_directory, read_json, refuse_source
 from llamapro.model import NEW_ROWS, build_on_meta
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
 from llamapro.text.vocabulary import JSON_NAME
@@ -289,7 +284,7 @@ def assemble_checkpoint(
 def _tokenizer_of(step: Path) -> str:
     """Returns the path of the tokenizer that a training checkpoint was made with."""
     try:
-        return str(read_json(step / STATE_FILE, MAX_JSON_BYTES)["settings"]["model.tokenizer"])
+        return str(read_json(step / STATE_FILE, MAX_STATE_BYTES)["settings"]["model.tokenizer"])
     except (KeyError, TypeError):
         raise CheckpointError(f"{step / STATE_FILE}: damaged: names no 'model.tokenizer'") from None
 

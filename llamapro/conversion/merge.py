@@ -17,20 +17,16 @@ from llamapro import expansion
 from llamapro.checkpoints.directory import BASE_CARD_FILE, Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import (
-    MAX_SHARD_BYTES,
-    output_directory,
-    refuse_source,
-    write_checkpoint,
-    write_companions,
-)
+from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.conversion.add_tokens import base_vocab_size, restore_tokenizer
+from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import Chunks, check_base, hashed_chunks
 from llamapro.conversion.model_card import CARD_FILE, Training, write_card
 from llamapro.conversion.verify import contained_base, layout_of
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout
+from llamapro.files import output_directory, refuse_source
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.tensors import (
-    CHUNK_BYTES,
-    DTYPE_CODES,
-    DTYPES,
-    TensorSpec,
-    refuse_large,
-    tensor_chunks,
-)
-from llamapro.checkpoints.writing import (
-    output_directory,
-    refuse_source,
-    write_checkpoint,
-    write_companions,
-)
+from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPE_CODES, DTYPES, TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
+from llamapro.conversion.companions import write_companions
 from llamapro.conversion.meta_release import (
     LLAMA_3_VOCAB,
     ROPE,
@@ -48,6 +37,7 @@ from llamapro.conversion.meta_release import (
     to_hex,
 )
 from llamapro.errors import CheckpointError, ConfigError, DataError
+from llamapro.files import output_directory, refuse_large, refuse_source
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
 

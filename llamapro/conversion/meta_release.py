@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamapro.checkpoints.tensors import DTYPE_CODES, read_json, tensor_chunks
+from llamapro.checkpoints.tensors import DTYPE_CODES, tensor_chunks
 from llamapro.config import ModelConfig
 from llamapro.conversion.pth_file import load_pth
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError, ConfigError, Problems
+from llamapro.files import read_json
 from llamapro.text.vocabulary import LLAMA_3_RANKS, LLAMA_3_SPECIAL
 
 # Meta's name -> (Hugging Face's name, the dimension split over shards), in a release's order.
@@ -315,6 +316,6 @@ def to_hex(tensor: Tensor) -> dict[str, str]:
 
 def _refuse(where: Path, wrong: list[str]) -> None:
     """Raises CheckpointError with the first eight mistakes, if there are any."""
-    more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-    if wrong:
-        raise CheckpointError(f"{where}: " + "; ".join(wrong[:8]) + more)
+    problems = Problems()
+    problems.add(*wrong)
+    problems.check(CheckpointError, str(where))

@@ -16,10 +16,10 @@ from typing import Any
 
 from llamapro.checkpoints.directory import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import BlocksInfo
-from llamapro.checkpoints.run import MAX_JSON_BYTES, STATE_FILE, TRAINABLE_FILE
-from llamapro.checkpoints.tensors import read_json
+from llamapro.checkpoints.run import MAX_STATE_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, DataError
+from llamapro.files import read_json
 from llamapro.formatting import perplexity
 from llamapro.training.metrics import METRICS_FILE, read_metrics
 
@@ -53,7 +53,7 @@ class Training:
         if file.name != TRAINABLE_FILE or not (file.parent / STATE_FILE).exists():
             return cls(info, state, initial)
         try:
-            state = read_json(file.parent / STATE_FILE, MAX_JSON_BYTES)
+            state = read_json(file.parent / STATE_FILE, MAX_STATE_BYTES)
             checkpoints = file.resolve().parent.parent
             run_dir = checkpoints.parent
             if checkpoints.name == "checkpoints" and (run_dir / METRICS_FILE).exists():

@@ -38,9 +38,10 @@ from llamapro.checkpoints.run import (
     training_checkpoints,
     write_manifest,
 )
-from llamapro.checkpoints.writing import output_directory, write_safetensors
+from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, UserError
+from llamapro.files import output_directory
 from llamapro.training.distributed import Ranks
 from llamapro.training.rng import gather_rng
 

@@ -16,8 +16,8 @@ from typing import Any, Self
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import load_state, newest_intact
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
-from llamapro.checkpoints.writing import make_directory
 from llamapro.errors import CheckpointError, ConfigError
+from llamapro.files import make_directory
 from llamapro.text.store import TokenStore
 from llamapro.training.distributed import Ranks
 

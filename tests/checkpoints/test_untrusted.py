@@ -16,19 +16,14 @@ import torch
 
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE, Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
-from llamapro.checkpoints.tensors import (
-    MAX_HEADER_BYTES,
-    TensorSpec,
-    read_header,
-    read_json,
-    tensor_chunks,
-)
+from llamapro.checkpoints.tensors import TensorSpec, read_header, tensor_chunks
 from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.conversion.meta import to_meta
 from llamapro.conversion.meta_release import Shards, describe, read_params
 from llamapro.conversion.pth_file import MAX_PICKLE_BYTES, load_pth
 from llamapro.errors import CheckpointError, ConfigError
+from llamapro.files import MAX_JSON_BYTES, read_json
 
 
 def entry(shape: object, offsets: object, dtype: object = "F32") -> dict[str, object]:
@@ -102,9 +97,9 @@ def test_what_the_format_allows_is_read(tmp_path: Path) -> None:
 def test_a_header_longer_than_any_model_needs_is_refused(tmp_path: Path) -> None:
     """Though the format allows it and all of it is there: parsed, it would take a hundredfold."""
     text = json.dumps({"w": entry([1], [0, 4])}).encode()
-    file = write_header(tmp_path / "x.safetensors", text.ljust(MAX_HEADER_BYTES), 4)
+    file = write_header(tmp_path / "x.safetensors", text.ljust(MAX_JSON_BYTES), 4)
     assert set(read_header(file)) == {"w"}
-    write_header(file, text.ljust(MAX_HEADER_BYTES + 1), 4)
+    write_header(file, text.ljust(MAX_JSON_BYTES + 1), 4)
     with pytest.raises(CheckpointError, match="header claims 16,777,217"):
         read_header(file)
 
@@ -390,7 +385,7 @@ def test_absurd_files_are_refused_before_memory_is_taken(
     path = write_random_checkpoint(tmp_path / "index", config)
     sparse(path / INDEX_FILE)
     calls[path] = "open"
-    long = (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b'{"w": ['
+    long = (MAX_JSON_BYTES + 1).to_bytes(8, "little") + b'{"w": ['
     calls[sparse(tmp_path / "header.safetensors", long)] = "header"
     huge = {"w": entry([1 << 44], [0, 1 << 46])}
     calls[write_header(tmp_path / "tensor.safetensors", huge, 4)] = "header"

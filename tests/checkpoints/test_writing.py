@@ -23,15 +23,11 @@ from llamapro.checkpoints.directory import (
     read_header,
     tensor_chunks,
 )
-from llamapro.checkpoints.writing import (
-    make_directory,
-    output_directory,
-    write_checkpoint,
-    write_companions,
-    write_safetensors,
-)
+from llamapro.checkpoints.writing import write_checkpoint, write_safetensors
 from llamapro.config import ModelConfig
+from llamapro.conversion.companions import write_companions
 from llamapro.errors import CheckpointError, ConfigError
+from llamapro.files import make_directory, output_directory
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -219,7 +215,8 @@ def test_a_file_size_limit_removes_the_partial_output(tmp_path: Path) -> None:
 import resource, torch
 from llamapro import cli
 from llamapro.checkpoints.directory import TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import output_directory, write_checkpoint
+from llamapro.files import output_directory
+from llamapro.checkpoints.writing import write_checkpoint
 def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     with output_directory({str(tmp_path / "out")!r}) as aside:
@@ -241,7 +238,7 @@ def test_sigterm_in_the_middle_of_writing_leaves_nothing(old: Path) -> None:
     script = f"""
 import signal
 from llamapro import cli
-from llamapro.checkpoints.writing import output_directory
+from llamapro.files import output_directory
 def main():
     with output_directory({str(old)!r}, force=True) as aside:
         (aside / "model.safetensors").write_bytes(b"half")

@@ -22,7 +22,7 @@ import torch
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_companions
+from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import assemble_checkpoint, expand_checkpoint, merge_checkpoint
 from llamapro.errors import DataError
 from llamapro.expansion import insert_after, is_in_layers

@@ -17,7 +17,7 @@ from torch import nn
 
 from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
 from llamapro.checkpoints.run import (
-    MAX_JSON_BYTES,
+    MAX_STATE_BYTES,
     file_sha256,
     newest_intact,
     read_state,
@@ -260,7 +260,7 @@ def test_what_is_not_json_or_absurdly_large_is_named(
     """Nothing of it is parsed but JSON, no recursion ends the process, no memory is filled."""
     file = step_dir(run_dir, 3) / name
     if content is None:
-        os.truncate(file, MAX_JSON_BYTES + 1)  # sparse: it takes no room
+        os.truncate(file, MAX_STATE_BYTES + 1)  # sparse: it takes no room
     else:
         file.write_bytes(content)
     sign(file)

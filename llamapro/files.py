@@ -1,0 +1,226 @@
+"""Files that are complete or absent, and JSON files that a stranger wrote.
+
+Everything is written aside, flushed to the disk and renamed: a failure, a signal or a full disk
+leaves what was there before. `output_directory` reports to the user; `directory_aside` and
+`write_file` raise OSError, for callers with a message of their own.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from llamapro.errors import CheckpointError, ConfigError, UserError
+
+# Largest JSON file or safetensors header that is read. The safetensors format allows headers of
+# 100 MB, which take gigabytes when parsed; a LLaMA of 1,000 layers has one of 1.5 MB.
+MAX_JSON_BYTES = 1 << 24
+
+
+def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
+    """Raises ConfigError if `out_dir` is, or contains, one of the files it is made from.
+
+    With --force an existing directory is replaced, and the source would be lost. Links are
+    followed.
+    """
+    out = Path(out_dir).resolve()
+    for source in sources:
+        path = Path(source).resolve()
+        if path.is_relative_to(out):
+            relation = "is also the source" if out == path else f"contains the source {source}"
+            raise ConfigError(f"{out_dir}: {relation}; choose another output directory")
+
+
+def refuse_existing(path: str | Path, force: bool = False) -> None:
+    """Raises ConfigError if `path` exists and may not be replaced; `force` allows a checkpoint."""
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{path}: exists and is not a directory")
+    if any(path.iterdir()):
+        if not force:
+            raise ConfigError(f"{path}: exists and is not empty; choose another or pass --force")
+        if not (path / "config.json").exists() and not (path / "params.json").exists():
+            raise ConfigError(f"{path}: holds no checkpoint; --force replaces checkpoints only")
+
+
+def make_directory(path: str | Path) -> None:
+    """Makes a directory and its parents and flushes each to the disk; raises OSError.
+
+    Without the flush, a power failure could take away a directory whose files were all written.
+    """
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _fsync(folder.parent)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file that is complete or as it was before; raises OSError."""
+    aside = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        _fsync(aside)
+        aside.replace(path)
+        _fsync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """As `directory_aside`, for what a user asked for: refuses and reports with clear messages.
+
+    Raises:
+        ConfigError: as `refuse_existing`; or the directory cannot be created.
+        CheckpointError: writing failed; the message names the file.
+    """
+    path = Path(path).resolve()  # a link to another disk: written there, and the link stays
+    refuse_existing(path, force)
+    is_created = False
+    try:
+        with directory_aside(path) as aside:
+            is_created = True
+            yield aside
+    except OSError as error:
+        if not is_created:
+            raise ConfigError(f"{path}: cannot be created: {error.strerror}") from None
+        raise CheckpointError(
+            f"{error.filename or path}: {reason(error)} while writing {path}; "
+            "the partial output was removed, nothing else was changed"
+        ) from None
+
+
+@contextmanager
+def directory_aside(path: Path, keep_existing: bool = False) -> Iterator[Path]:
+    """Gives a hidden directory beside `path` that takes its name when the body has succeeded.
+
+    Whatever ends the body early, the hidden directory is removed; so is one that a killed process
+    of this machine left.
+
+    Args:
+        path: the directory to write.
+        keep_existing: one that another process completed meanwhile stays; else it is replaced.
+
+    Raises:
+        OSError: something cannot be written; nothing else was changed.
+    """
+    make_directory(path.parent)
+    prefix = f".partial-{socket.gethostname()}-"
+    aside = path.with_name(f".{path.name}{prefix}{os.getpid()}")
+    for stale in path.parent.glob(f".*{escape(prefix)}*"):
+        if stale == aside or not _is_alive(stale.name.rpartition("-")[2]):
+            shutil.rmtree(stale, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            _fsync(file)
+        _fsync(aside)
+        _put_in_place(aside, path, keep_existing)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, path: Path, keep_existing: bool) -> None:
+    """Renames; a directory that is replaced is moved away first and removed last."""
+    old = aside.with_name(aside.name.replace(".partial-", ".replaced-"))
+    # Between the two renames `path` does not exist; a signal must not land there.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        if path.exists() and not keep_existing:
+            path.rename(old)
+        try:
+            aside.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            if not (keep_existing and path.exists()):
+                raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, PermissionError):
+        pass
+    return True
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def reason(error: OSError) -> str:
+    """Returns why the system refused, in words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk full"
+    return error.strerror or str(error)
+
+
+# ---- JSON of strangers -------------------------------------------------------------------------
+
+
+def read_json(
+    file: Path, max_bytes: int = MAX_JSON_BYTES, error: type[UserError] = CheckpointError
+) -> dict[str, Any]:
+    """Reads a JSON object in which no key comes twice.
+
+    Args:
+        file: to read; links are followed.
+        max_bytes: a larger file is not read.
+        error: raised, with the file's name, for whatever is wrong with it.
+    """
+    refuse_large(file, max_bytes, error)
+    try:
+        return parse_json(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{file}: damaged: {type(problem).__name__}: {problem}") from None
+
+
+def refuse_large(
+    file: Path, max_bytes: int = MAX_JSON_BYTES, error: type[UserError] = CheckpointError
+) -> None:
+    """Raises `error` if a file is missing, too large to mean well, or a pipe."""
+    if not file.exists():
+        raise error(f"{file}: missing")
+    if not file.is_file():
+        raise error(f"{file}: not a plain file")  # opening a pipe would wait for ever
+    if (size := file.stat().st_size) > max_bytes:
+        raise error(f"{file}: damaged: {size:,} bytes, over {max_bytes:,}")
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """Parses a JSON object; raises ValueError, or RecursionError where it nests too deep."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):  # which of the two counts depends on the reader
+            name = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+            raise ValueError(f"{name[:80]!r} comes twice")
+        return found
+
+    found = json.loads(text, object_pairs_hook=unique)
+    if not isinstance(found, dict):
+        raise ValueError("holds no JSON object")
+    return found
