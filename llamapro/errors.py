@@ -1,6 +1,7 @@
 """User errors: one message without a traceback, and exit status 2."""
 
 import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -35,10 +36,12 @@ class Problems:
     Its length is the number of problems. It keeps the first `limit` of them, which the error lists.
     """
 
-    def __init__(self, limit: int = 8) -> None:
+    def __init__(self, problems: Iterable[str] = (), limit: int = 8) -> None:
         self._limit = limit
         self._count = 0
         self._listed: list[str] = []
+        for problem in problems:
+            self.add(problem)
 
     def __len__(self) -> int:
         return self._count
