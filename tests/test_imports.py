@@ -1,194 +1,35 @@
-"""Imports point one way, stay cheap, and the folder `kernels` is in nobody's way."""
+"""Imports point one way, stay cheap, and the folder `kernels` is in nobody's way.
+
+The order of the rooms is the list in tests/imports.py, which also reads the sources.
+"""
 
 import ast
-import graphlib
 import importlib.util
+import json
 import os
-import statistics
+import runpy
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {f"llamapro.{file.stem}": file for file in sorted((ROOT / "llamapro").glob("[!_]*.py"))}
-KERNELS = {
-    f"llamapro.kernels.{file.stem}": file for file in sorted((ROOT / "kernels").glob("[!_]*.py"))
-}
-SCRIPTS = {name: ROOT / f"{name}.py" for name in ("train", "convert")}
+SCAN = SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "imports.py")))
+MODULES: dict[str, Path] = SCAN.MODULES
 EXTRAS = ("transformers", "tokenizers", "tiktoken", "jinja2", "matplotlib", "tensorboard")
-EXTRAS += ("pyarrow", "lm_eval", "huggingface_hub", "wandb", "trackio")
+EXTRAS += ("pyarrow", "lm_eval", "huggingface_hub", "wandb", "trackio", "peft")
 
 
-def walk(node: ast.AST, is_deferred: bool = False) -> Iterator[tuple[ast.AST, bool]]:
-    """Every node below, and whether importing the file passes it by: in a function, or for mypy."""
-    for child in ast.iter_child_nodes(node):
-        yield child, is_deferred
-        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        is_for_mypy = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-        yield from walk(child, is_deferred or is_function or is_for_mypy)
-
-
-def imports(file: Path) -> list[tuple[str, bool]]:
-    """(full module name, is deferred); `from a import b` is a.b if that is a module."""
-    found = []
-    for node, is_deferred in walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, is_deferred) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{file.name}: relative import"
-            known = MODULES | KERNELS | {"llamapro.kernels": file}
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                found.append((full if full in known else node.module, is_deferred))
-    return found
-
-
-def roots(file: Path, at_module_level: bool) -> set[str]:
+def packages(file: Path, at_module_level: bool) -> set[str]:
     """The top-level packages a file imports, or only those it imports when it is imported."""
     return {
         name.partition(".")[0]
-        for name, is_deferred in imports(file)
+        for name, is_deferred in SCAN.imports(file)
         if not (at_module_level and is_deferred)
     }
-
-
-def sources() -> dict[str, Path]:
-    scripts = {name: file for name, file in SCRIPTS.items() if file.exists()}
-    return MODULES | KERNELS | scripts
-
-
-def test_the_scan_sees_imports_of_every_form(tmp_path: Path) -> None:
-    """What the other tests rest on: it tells the forms apart and where they run."""
-    file = tmp_path / "x.py"
-    file.write_text(
-        "import a.b, c\nfrom llamapro import ops, __version__\n"
-        "try:\n    import d\nexcept ImportError:\n    pass\n"
-        "class K:\n    import e\n    def f(self):\n        from g import h\n"
-        "if TYPE_CHECKING:\n    import i\n"
-    )
-    assert imports(file) == [
-        ("a.b", False),
-        ("c", False),
-        ("llamapro.ops", False),
-        ("llamapro", False),
-        ("d", False),
-        ("e", False),
-        ("g", True),
-        ("i", True),
-    ]
-    assert {"llamapro.model", "llamapro.ops", "llamapro.config"} <= MODULES.keys()
-
-
-@pytest.mark.parametrize(
-    "module, allowed",
-    [
-        ("config", set()),
-        ("functional", set()),
-        ("ops", {"llamapro.kernels.cpu", "llamapro.config"}),
-        ("model", {"llamapro.config", "llamapro.kernels.cpu", "llamapro.ops"}),
-        ("expansion", {"llamapro.config", "llamapro.model"}),
-        ("checkpoint", {"llamapro.config", "llamapro.model", "llamapro.checkpoints.tensors"}),
-        ("tensor_file", {"llamapro.config"}),
-    ],
-)
-def test_the_core_imports_only_what_lies_below_it(module: str, allowed: set[str]) -> None:
-    """config and functional stand alone, ops and model on them, the rest on model."""
-    own = {name for name, is_deferred in imports(MODULES[f"llamapro.{module}"]) if not is_deferred}
-    own = {name for name in own if name.partition(".")[0] == "llamapro"}
-    assert own <= allowed
-
-
-def test_third_party_packages_of_the_core_are_few() -> None:
-    """config: tyro at most; model and expansion: torch; ops: torch, kernels inside functions."""
-    limits = {
-        "config": {"tyro"},
-        "model": {"torch"},
-        "expansion": {"torch"},
-        "ops": {"torch"},
-        "checkpoint": {"torch", "safetensors", "tqdm"},
-    }
-    for module, allowed in limits.items():
-        found = roots(MODULES[f"llamapro.{module}"], at_module_level=False)
-        assert found - sys.stdlib_module_names - {"llamapro"} <= allowed, module
-    for name, is_deferred in imports(MODULES["llamapro.ops"]):
-        assert is_deferred or not name.startswith("llamapro.kernels")
-
-
-def test_the_model_reaches_no_data_checkpoint_or_distribution() -> None:
-    """Not even through another module, and not inside a function."""
-    reached, todo = set(), ["llamapro.model"]
-    while todo:
-        for name, _ in imports(MODULES[todo.pop()]):
-            if name in MODULES and name not in reached:
-                reached.add(name)
-                todo.append(name)
-    assert reached == {"llamapro.config", "llamapro.kernels.cpu", "llamapro.ops"}
-
-
-def test_kernels_know_torch_and_triton_only() -> None:
-    """And each other; importing the folder itself costs nothing."""
-    for imported, _ in imports(ROOT / "kernels" / "__init__.py"):
-        assert imported.partition(".")[0] in sys.stdlib_module_names
-    for name, file in KERNELS.items():
-        for imported, _ in imports(file):
-            package = imported.partition(".")[0]
-            assert package in {"torch", "triton"} | sys.stdlib_module_names or imported.startswith(
-                "llamapro.kernels"
-            ), f"{name} imports {imported}"
-
-
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    """The imports at module level have an order."""
-    graph = {
-        module: {name for name, is_deferred in imports(file) if name in MODULES and not is_deferred}
-        for module, file in MODULES.items()
-    }
-    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(MODULES)
-
-
-def test_nothing_imports_the_scripts() -> None:
-    """train.py and convert.py are at the top: they import, and are run."""
-    for folder in ("llamapro", "kernels", "benchmarks", "demo"):
-        for file in (ROOT / folder).rglob("*.py"):
-            assert not roots(file, at_module_level=False) & SCRIPTS.keys(), file
-
-
-def test_transformers_is_imported_in_one_function() -> None:
-    """In llamapro/conversion/hf_parity.py, when the comparison is asked for; nowhere else."""
-    for module, file in sources().items():
-        found = [
-            is_deferred for name, is_deferred in imports(file) if name.startswith("transformers")
-        ]
-        if module == "llamapro.conversion.hf_parity":
-            assert found and all(found)
-        else:
-            assert not found, module
-
-
-def test_extras_are_imported_where_they_are_used() -> None:
-    """No optional dependency at module level."""
-    for module, file in sources().items():
-        assert not roots(file, at_module_level=True) & set(EXTRAS), module
-
-
-def test_importing_reads_no_environment_and_calls_no_cuda() -> None:
-    """os.environ, os.getenv and torch.cuda appear inside functions only."""
-    for module, file in sources().items():
-        for node, is_deferred in walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and not is_deferred:
-                name = ast.unparse(node)
-                assert name not in ("os.environ", "os.getenv", "torch.cuda"), (module, node.lineno)
-
-
-def test_no_wheel_of_ours_ships_a_top_level_kernels() -> None:
-    """Every installed package is llamapro or inside it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packages = project["tool"]["setuptools"]["packages"]
-    assert packages and all(name.partition(".")[0] == "llamapro" for name in packages)
 
 
 def run(script: str, *path: Path) -> str:
@@ -201,6 +42,184 @@ def run(script: str, *path: Path) -> str:
     return done.stdout
 
 
+# ---- The order of rooms -------------------------------------------------------------------------
+
+
+def test_the_scan_sees_imports_of_every_form(tmp_path: Path) -> None:
+    """What the other tests rest on: it tells the forms apart and where they run."""
+    file = tmp_path / "x.py"
+    file.write_text(
+        "import a.b, c\nfrom llamapro import ops, __version__\n"
+        "try:\n    import d\nexcept ImportError:\n    pass\n"
+        "class K:\n    import e\n    def f(self):\n        from g import h\n"
+        "if TYPE_CHECKING:\n    import i\n"
+    )
+    assert SCAN.imports(file) == [
+        ("a.b", False),
+        ("c", False),
+        ("llamapro.ops", False),
+        ("llamapro", False),
+        ("d", False),
+        ("e", False),
+        ("g", True),
+        ("i", True),
+    ]
+    assert {"llamapro.model", "llamapro.text.corpus", "llamapro.kernels.rope"} <= MODULES.keys()
+
+
+def test_upward_imports_and_circles_are_seen() -> None:
+    """The two judgements of the order, on a graph made for them."""
+    edges = {
+        "llamapro.ops": {"llamapro.model"},
+        "llamapro.model": {"llamapro.ops", "llamapro.config"},
+        "llamapro.text.store": {"llamapro.checkpoints.hub", "llamapro.text.corpus"},
+        "llamapro.text.corpus": set(),
+        "llamapro.checkpoints.hub": set(),
+        "llamapro.config": set(),
+    }
+    assert SCAN.upward(edges) == [
+        ("llamapro.ops", "llamapro.model"),
+        ("llamapro.text.store", "llamapro.checkpoints.hub"),
+    ]
+    assert SCAN.circles(edges) == [["llamapro.model", "llamapro.ops"]]
+
+
+def test_every_room_has_its_place_in_the_order() -> None:
+    """A new module of the core or a new folder gets a line in `ORDER`."""
+    assert {SCAN.room(module) for module in MODULES} <= SCAN.FLOORS.keys()
+
+
+def test_the_order_is_the_one_that_the_project_promises() -> None:
+    """The core lies below every room; text and checkpoints, conversion and training lie apart."""
+    core = ["errors", "files", "kernels", "config", "backends", "ops", "model", "expansion"]
+    rooms = ["text", "checkpoints", "inference", "conversion", "training"]
+    assert max(map(SCAN.FLOORS.get, core)) < min(map(SCAN.FLOORS.get, rooms))
+    assert SCAN.FLOORS["text"] == SCAN.FLOORS["checkpoints"]
+    assert SCAN.FLOORS["conversion"] == SCAN.FLOORS["training"]
+
+
+# Imports that still point up. Each goes with the change that moves what is imported down.
+REMAINING = {
+    ("llamapro.checkpoints.base", "llamapro.conversion.add_tokens"),
+    ("llamapro.checkpoints.base", "llamapro.conversion.merge"),
+    ("llamapro.checkpoints.base", "llamapro.conversion.verify"),
+    ("llamapro.checkpoints.writing", "llamapro.conversion.companions"),
+    ("llamapro.checkpoints.writing", "llamapro.text.vocabulary"),
+    ("llamapro.conversion.model_card", "llamapro.training.metrics"),
+    ("llamapro.inference.chat", "llamapro.generate"),
+    ("llamapro.inference.distribution_shift", "llamapro.generate"),
+    ("llamapro.text.tokenizer", "llamapro.train_tokenizer"),
+    ("llamapro.training.replay", "llamapro.conversion.verify"),
+    ("llamapro.training.replay", "llamapro.generate"),
+}
+
+
+def test_every_import_points_down() -> None:
+    """To a lower floor or inside its own room, inside functions too."""
+    assert set(SCAN.upward(SCAN.graph())) <= REMAINING
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not even inside functions, where Python would allow it."""
+    remaining = [
+        ["llamapro.generate", "llamapro.inference.chat"],
+        ["llamapro.text.tokenizer", "llamapro.train_tokenizer"],
+    ]
+    assert all(circle in remaining for circle in SCAN.circles(SCAN.graph()))
+
+
+def test_the_package_itself_is_asked_for_its_version_only() -> None:
+    """What llamapro/__init__.py offers, it takes from above: inside, it would be a circle."""
+    for module, file in MODULES.items():
+        for node, _ in SCAN.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "llamapro":
+                names = {alias.name for alias in node.names}
+                known = {name for name in names if SCAN.is_module(f"llamapro.{name}")}
+                assert names - known <= {"__version__"}, module
+
+
+def test_make_imports_prints_the_order() -> None:
+    """The script runs with nothing but Python, and ends with the counts."""
+    done = subprocess.run(
+        [sys.executable, "-I", "tests/imports.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{len(SCAN.FLOORS)} rooms, {len(MODULES)} modules" in done.stdout
+
+
+# ---- What may be imported at all ----------------------------------------------------------------
+
+
+def test_third_party_packages_of_the_core_are_few() -> None:
+    """The core needs torch alone; of the rooms around it, checkpoints needs safetensors too."""
+    limits = {
+        "errors": set(),
+        "files": set(),
+        "config": set(),
+        "backends": {"torch"},
+        "ops": {"torch"},
+        "model": {"torch"},
+        "expansion": {"torch"},
+        "kernels": {"torch", "triton"},
+        "checkpoints": {"torch", "safetensors", "tqdm", "numpy", "huggingface_hub"},
+    }
+    for module, file in MODULES.items():
+        if (allowed := limits.get(SCAN.room(module))) is not None:
+            found = packages(file, at_module_level=False) - sys.stdlib_module_names
+            assert found <= allowed | {"llamapro"}, module
+
+
+def test_kernels_know_torch_and_triton_only() -> None:
+    """And each other; importing the folder itself costs nothing."""
+    for imported, _ in SCAN.imports(ROOT / "kernels" / "__init__.py"):
+        assert imported.partition(".")[0] in sys.stdlib_module_names
+    for name, file in SCAN.KERNELS.items():
+        for imported, _ in SCAN.imports(file):
+            is_own = imported == "llamapro.kernels" or imported.startswith("llamapro.kernels.")
+            assert is_own or not imported.startswith("llamapro"), f"{name} imports {imported}"
+
+
+def test_nothing_imports_the_scripts() -> None:
+    """train.py and convert.py are at the top of the order: they import, and are run."""
+    for folder in ("llamapro", "kernels", "benchmarks", "demo"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not packages(file, at_module_level=False) & SCAN.SCRIPTS.keys(), file
+
+
+def test_transformers_is_imported_where_it_is_compared_with() -> None:
+    """In the modules made for it, inside functions; nowhere else."""
+    made_for_it = {"llamapro.conversion.hf_parity"}
+    for module, file in MODULES.items():
+        found = [
+            is_deferred
+            for name, is_deferred in SCAN.imports(file)
+            if name.partition(".")[0] == "transformers"
+        ]
+        assert all(found) and (module in made_for_it or not found), module
+
+
+def test_extras_are_imported_where_they_are_used() -> None:
+    """No optional dependency at module level."""
+    for module, file in MODULES.items():
+        assert not packages(file, at_module_level=True) & set(EXTRAS), module
+
+
+def test_importing_reads_no_environment_and_calls_no_cuda() -> None:
+    """os.environ, os.getenv and torch.cuda appear inside functions only."""
+    for module, file in MODULES.items():
+        for node, is_deferred in SCAN.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and not is_deferred:
+                name = ast.unparse(node)
+                assert name not in ("os.environ", "os.getenv", "torch.cuda"), (module, node.lineno)
+
+
+def test_no_wheel_of_ours_ships_a_top_level_kernels() -> None:
+    """Every installed package is llamapro or inside it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    names = project["tool"]["setuptools"]["packages"]
+    assert names and all(name.partition(".")[0] == "llamapro" for name in names)
+
+
 def test_every_module_is_imported_without_triton_and_extras() -> None:
     """With only the required packages and no Triton; nothing starts CUDA."""
     run(f"""
@@ -210,23 +229,41 @@ class Blocker:
         if name.partition(".")[0] in {("triton", *EXTRAS)!r}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Blocker())
-for name in {list(MODULES)!r}:
+for name in {[name for name in MODULES if not name.startswith("llamapro.kernels.")]!r}:
     importlib.import_module(name)
 import torch
 assert not torch.cuda.is_initialized()
 """)
 
 
-def test_importing_the_model_costs_little_beyond_torch() -> None:
-    """`import llamapro` and its model: under 0.2 s after `import torch`, the median of 5."""
-    script = """
-import time, torch
-start = time.perf_counter()
-import llamapro, llamapro.model
-print(time.perf_counter() - start)
-"""
-    assert statistics.median(float(run(script)) for _ in range(5)) < 0.2
+@pytest.mark.parametrize(
+    "imported, absent",
+    [
+        # The package itself is a name and a version: nothing outside the standard library.
+        ("llamapro", {"torch", "numpy", "safetensors", "tyro"}),
+        # The model needs torch and the core, and none of the rooms around it.
+        (
+            "llamapro.model, llamapro.expansion",
+            {"triton", "safetensors", "sentencepiece", "tyro", "tqdm", *EXTRAS}
+            | {f"llamapro.{name}" for name in ("text", "checkpoints", "inference", "training")},
+        ),
+    ],
+)
+def test_importing_costs_no_more_than_it_must(imported: str, absent: set[str]) -> None:
+    """What a module does not need, importing it does not load; torch loads what torch needs."""
+    shown = run(f"""
+import json, sys
+before = set()
+if {"llamapro.model" in imported}:
+    import torch
+    before = set(sys.modules)
+import {imported}
+print(json.dumps(sorted(set(sys.modules) - before)))
+""")
+    assert not absent & set(json.loads(shown))
 
+
+# ---- Hugging Face's package of the same name ----------------------------------------------------
 
 # What transformers takes from Hugging Face's package when it finds one recent enough.
 FAKE_KERNELS = """
@@ -243,14 +280,7 @@ def __getattr__(name):
 """
 
 
-@pytest.mark.parametrize(
-    "version",
-    [
-        None,
-        "0.10.0",
-        "accepted",
-    ],
-)
+@pytest.mark.parametrize("version", [None, "0.10.0", "accepted"])
 def test_transformers_is_imported_beside_the_folder(version: str | None, tmp_path: Path) -> None:
     """Hugging Face's `kernels` absent, installed but old, installed in a version it accepts."""
     path = []
