@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import CheckpointError
+from llamapro.errors import CheckpointError, DataError
 from llamapro.files import read_json
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -19,6 +19,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
+METRICS_FILE = "metrics.jsonl"
 LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE}  # by the manifest: just these
 MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
 
@@ -130,3 +131,41 @@ def file_sha256(file: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the records of a run's `metrics.jsonl` in the order they were written.
+
+    A last line without its end is left out: its process was killed, or is still writing it.
+
+    Raises:
+        DataError: there is no log, or a line is not a record; names the file and the line.
+    """
+    path = run_dir / METRICS_FILE
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise DataError(f"{run_dir}: no {METRICS_FILE}; is this a run directory?") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:  # not JSON, or not even UTF-8
+            record = None
+        if (
+            isinstance(record, dict)
+            and isinstance(record.get("step"), int)
+            and isinstance(record.get("kind"), str)
+        ):
+            records.append(record)
+        elif number < len(lines):  # only the line that no newline ends can be half-written
+            shown = line[:60].decode("utf-8", errors="replace")
+            raise DataError(
+                f"{path}:{number}: expected a JSON object with 'kind' and 'step', found {shown!r}; "
+                "remove this line"
+            )
+    return records

@@ -16,12 +16,17 @@ from typing import Any
 
 from llamapro.checkpoints.directory import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import BlocksInfo
-from llamapro.checkpoints.run import MAX_STATE_BYTES, STATE_FILE, TRAINABLE_FILE
+from llamapro.checkpoints.run import (
+    MAX_STATE_BYTES,
+    METRICS_FILE,
+    STATE_FILE,
+    TRAINABLE_FILE,
+    read_metrics,
+)
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, DataError
 from llamapro.files import read_json
 from llamapro.formatting import perplexity
-from llamapro.training.metrics import METRICS_FILE, read_metrics
 
 CARD_FILE = "README.md"
 SETTINGS = (

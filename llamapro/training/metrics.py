@@ -31,10 +31,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llamapro.errors import DataError
+from llamapro.checkpoints.run import METRICS_FILE, read_metrics
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 
-METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 PROJECT = "llamapro"  # at W&B and trackio
 
@@ -137,44 +136,6 @@ def is_installed(tracker: str) -> bool:
     spec = importlib.util.find_spec(tracker)
     # A mere folder of this name, as wandb leaves where it ran, is also a package, without a file.
     return spec is not None and spec.origin is not None
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns a run's records in the order they were written.
-
-    A last line cut off in the middle is left out: its process was killed, or is writing just now.
-
-    Raises:
-        DataError: there is no log, or a line is not a record; names the file and the line.
-    """
-    path = run_dir / METRICS_FILE
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise DataError(f"{run_dir}: no {METRICS_FILE}; is this a run directory?") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:  # not JSON, or not even UTF-8
-            record = None
-        if (
-            isinstance(record, dict)
-            and isinstance(record.get("step"), int)
-            and isinstance(record.get("kind"), str)
-        ):
-            records.append(record)
-        elif number < len(lines):  # only the line that no newline ends can be half-written
-            shown = line[:60].decode("utf-8", errors="replace")
-            raise DataError(
-                f"{path}:{number}: expected a JSON object with 'kind' and 'step', found {shown!r}; "
-                "remove this line"
-            )
-    return records
 
 
 def _to_line(record: dict[str, Any]) -> str:

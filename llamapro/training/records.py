@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from llamapro.checkpoints.run import read_metrics
 from llamapro.errors import DataError
-from llamapro.training.metrics import RUN_FILE, read_metrics
+from llamapro.training.metrics import RUN_FILE
 
 LAST_RECORDS = 10  # the final training loss is the mean of so many records: one batch is noise
 

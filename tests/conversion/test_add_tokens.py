@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llamapro import expansion, ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks
-from llamapro.checkpoints.run import TRAINABLE_FILE
+from llamapro.checkpoints.run import TRAINABLE_FILE, read_metrics
 from llamapro.config import ModelConfig
 from llamapro.conversion import add_tokens as growing
 from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
@@ -31,7 +31,6 @@ from llamapro.model import NEW_ROWS, LlamaForCausalLM, build_on_meta, load_tenso
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.distributed import Frozen, process_group, shard
-from llamapro.training.metrics import read_metrics
 from llamapro.training.plan import Spread, estimate_memory
 from llamapro.training.settings import DataSettings, Settings, TrainSettings
 

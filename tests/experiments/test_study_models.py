@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.run import read_metrics
 from llamapro.expansion import is_in_layers
 from llamapro.text.mixture import PackedSequences
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.metrics import read_metrics
 
 TOPS = [1, 3]
 IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))

@@ -31,6 +31,7 @@ from llamapro import expansion, ops
 from llamapro.checkpoints.base import load_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
+from llamapro.checkpoints.run import read_metrics
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError
@@ -45,7 +46,6 @@ from llamapro.simulate import Options, simulate
 from llamapro.text.mixture import Mixture, batch
 from llamapro.traffic import fake_ranks, record_micro_batch
 from llamapro.training.distributed import Frozen, Ranks, compile_blocks, process_group, shard
-from llamapro.training.metrics import read_metrics
 from llamapro.training.optim import FiniteGuard, build_adamw
 from llamapro.training.plan import Spread, estimate_memory
 from llamapro.training.replay import split_replayed

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from llamapro.checkpoints.run import read_metrics
 from llamapro.errors import DataError
 from llamapro.training import metrics
-from llamapro.training.metrics import MetricsLog, read_metrics
+from llamapro.training.metrics import MetricsLog
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
+from llamapro.checkpoints.run import read_metrics
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.training.metrics import read_metrics
 from llamapro.training.preemption import Stopped, StopRequest
 
 # train.py, but one rank sends itself a signal just before the n-th call of one of its functions.

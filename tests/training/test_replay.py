@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
+from llamapro.checkpoints.run import read_metrics
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError, DataError
@@ -28,7 +29,6 @@ from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import replay as module
-from llamapro.training.metrics import read_metrics
 from llamapro.training.replay import describe_mix, read_prompts, write_documents, written_by_base
 from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.training.settings import TrainSettings as Train

@@ -26,8 +26,8 @@ from torch import Tensor
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
+from llamapro.checkpoints.run import read_metrics
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.training.metrics import read_metrics
 
 STEPS, BATCH, MICRO_BATCHES = 9, 12, 3
 MOMENTS = ("exp_avg", "exp_avg_sq")

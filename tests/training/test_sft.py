@@ -13,11 +13,11 @@ import torch
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.run import read_metrics
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.metrics import read_metrics
 
 TURNS = [("user", "What is {n} + {n}?"), ("assistant", "It is {m}."), ("user", "Sure?")]
 TURNS += [("assistant", "Yes: {n} + {n} = {m}.")]

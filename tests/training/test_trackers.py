@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from llamapro.checkpoints.run import read_metrics
 from llamapro.errors import ConfigError
-from llamapro.training.metrics import MetricsLog, is_installed, read_metrics
+from llamapro.training.metrics import MetricsLog, is_installed
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.progress import Progress
