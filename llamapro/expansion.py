@@ -44,16 +44,6 @@ class Layout:
         new = set(self.new_layers)
         return tuple(i for i in range(len(self.sources)) if i not in new)
 
-    @classmethod
-    def of(cls, record: ExpansionRecord, num_hidden_layers: int) -> "Layout":
-        """Rebuilds the layout from a checkpoint's record."""
-        source_of = dict(zip(record.new_layers, record.source_layers, strict=True))
-        sources, base = [], 0
-        for index in range(num_hidden_layers):
-            sources.append(source_of.get(index, base))
-            base += index not in source_of
-        return cls(tuple(sources), record.new_layers)
-
 
 def _layout(num_layers: int, inserted: Mapping[int, Iterable[int]]) -> Layout:
     """Builds a layout from: base layer (-1: below all) -> layers copied directly on top of it."""
@@ -180,19 +170,6 @@ def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[s
             is_zero = index in new and part in ZERO_IN_NEW_BLOCKS
             expanded[f"model.layers.{index}.{part}"] = (f"model.layers.{source}.{part}", is_zero)
     return expanded
-
-
-def base_names(names: Iterable[str], layout: Layout) -> dict[str, str]:
-    """The inverse for the frozen part: name in the expanded model -> name in the base."""
-    base_index = {index: base for base, index in enumerate(layout.base_layers)}
-    found = {}
-    for name in names:
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            found[name] = name
-        elif int(match[1]) in base_index:
-            found[name] = f"model.layers.{base_index[int(match[1])]}.{match[2]}"
-    return found
 
 
 def is_in_layers(name: str, layers: Iterable[int]) -> bool:

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from llamapro.checkpoints.base import base_names, layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.conversion.meta import to_meta
-from llamapro.expansion import Layout, base_names
 
 
 def command(root: Path, *words: Any, processes: int = 0) -> str:
@@ -132,7 +132,7 @@ def test_every_base_tensor_keeps_its_bytes(root: Path, home: Path) -> None:
     """In the merged model each base tensor is the base's, and `verify` says so."""
     base, merged = Checkpoint.open(home / "base"), Checkpoint.open(home / "merged")
     assert merged.config.expansion is not None
-    layout = Layout.of(merged.config.expansion, merged.config.num_hidden_layers)
+    layout = layout_of(merged.config)
     names = base_names(merged.tensors, layout)
     assert set(names.values()) == set(base.tensors)
     for name, base_name in names.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llamapro import expansion
+from llamapro.checkpoints.base import base_names, layout_of
 from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.expansion import Layout, insert_after, interleave, stack
@@ -128,7 +129,7 @@ def test_the_layout_is_rebuilt_from_the_record(
     read = ModelConfig.from_dict(json.loads(config.to_json()))
     assert read == config
     assert read.expansion is not None and read.expansion.base_sha256 == "ab" * 32
-    assert Layout.of(read.expansion, read.num_hidden_layers) == layout
+    assert layout_of(read) == layout
 
 
 def test_a_second_expansion_keeps_the_first_renumbered(
@@ -215,7 +216,7 @@ def test_base_names_is_the_inverse_for_what_is_frozen(
     """Each base tensor is found exactly once, under its own name; no new block has one."""
     names = [name for name, _ in build_on_meta(tiny_config()).named_parameters()]
     expanded = expansion.expand_names(names, layout)
-    inverse = expansion.base_names(expanded, layout)
+    inverse = base_names(expanded, layout)
     assert sorted(inverse.values()) == sorted(names)
     assert inverse == {
         name: source

@@ -1,30 +1,148 @@
-"""The base inside an expanded model, used as it is: no file is written, no new block is computed.
+"""The base inside an expanded checkpoint: found, hashed and loaded without its new blocks.
 
-Skipping the new blocks is the base: its blocks stand in the expanded checkpoint with every byte,
-and so do its rows of embedding and head. Of a model that was expanded several times it is the one
-that the latest expansion started from.
+Expansion leaves every byte of the base in place: its blocks stand between the new ones, and its
+rows come first in embedding and head. So leaving out what is new gives the base back. Where a
+model was expanded several times, its base is the model that the latest expansion started from.
 """
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.conversion.add_tokens import base_vocab_size
-from llamapro.conversion.merge import base_config
-from llamapro.conversion.verify import contained_base
-from llamapro.errors import ConfigError
+from llamapro.checkpoints.new_blocks import NEW_ROWS
+from llamapro.checkpoints.tensors import StoredTensor, combine_hashes
+from llamapro.config import ExpansionRecord, ModelConfig
+from llamapro.errors import CheckpointError, ConfigError
+from llamapro.expansion import Layout
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
 
+def layout_of(config: ModelConfig, path: str | Path = "checkpoint") -> Layout:
+    """Rebuilds from the `llamapro` record where the latest generation's new blocks are.
+
+    Raises:
+        CheckpointError: there is no record; the message names `path`.
+    """
+    record = config.expansion
+    if record is None:
+        raise CheckpointError(f"{path}: config.json has no 'llamapro' record")
+    source_of = dict(zip(record.new_layers, record.source_layers, strict=True))
+    sources, base_layer = [], 0
+    for index in range(config.num_hidden_layers):
+        sources.append(source_of.get(index, base_layer))
+        base_layer += index not in source_of
+    return Layout(tuple(sources), record.new_layers)
+
+
+def base_names(names: Iterable[str], layout: Layout) -> dict[str, str]:
+    """Returns name in the expanded model -> name in the base, without the new blocks' tensors."""
+    number = {str(index): base for base, index in enumerate(layout.base_layers)}
+    found = {}
+    for name in names:
+        _, _, rest = name.partition("model.layers.")
+        index, _, part = rest.partition(".")
+        if not rest:
+            found[name] = name
+        elif index in number:
+            found[name] = f"model.layers.{number[index]}.{part}"
+    return found
+
+
+def base_vocab_size(config: ModelConfig) -> int:
+    """Returns how many rows of embedding and head belong to the model that was expanded."""
+    record = config.expansion
+    return (record and record.base_vocab_size) or config.vocab_size
+
+
+def base_config(expanded: Checkpoint) -> ModelConfig:
+    """Returns the configuration of the base inside: undoes `expansion.expand_config`.
+
+    Raises:
+        CheckpointError: there is no record, or its earlier generations are impossible.
+    """
+    config, layout = expanded.config, layout_of(expanded.config, expanded.path)
+    assert config.expansion is not None
+    layers, vocab_size = len(layout.base_layers), base_vocab_size(config)
+    if not config.expansion.generations:
+        return config.resized(layers, vocab_size, None)
+    number = {index: base for base, index in enumerate(layout.base_layers)}
+    file = expanded.path / "config.json"
+    try:
+        *earlier, latest = [
+            generation | {"new_layers": [number[i] for i in generation["new_layers"]]}
+            for generation in config.expansion.generations
+        ]
+    except (KeyError, TypeError):
+        shown = json.dumps(config.expansion.generations)[:200]
+        raise CheckpointError(
+            f"{file}: the 'llamapro' record has impossible generations {shown}"
+        ) from None
+    record = ExpansionRecord.from_dict(latest | {"generations": earlier}, layers, str(file))
+    return config.resized(layers, vocab_size, record)
+
+
+def split_rows(
+    stored: StoredTensor, config: ModelConfig
+) -> tuple[StoredTensor, StoredTensor | None]:
+    """Splits a tensor of an expanded checkpoint into the base's rows and those of added tokens.
+
+    Returns:
+        Both parts of embedding and head, if the vocabulary grew; else the whole tensor and None.
+    """
+    rows = base_vocab_size(config)
+    if stored.name not in NEW_ROWS or rows == config.vocab_size:
+        return stored, None
+    base_rows = replace(stored, shape=(rows, *stored.shape[1:]))
+    new_shape = (stored.shape[0] - rows, *stored.shape[1:])
+    return base_rows, replace(stored, shape=new_shape, offset=stored.offset + base_rows.nbytes)
+
+
+def contained_base(expanded: Checkpoint) -> dict[str, StoredTensor]:
+    """Returns name in the expanded model -> the base's part of it, under its name in the base."""
+    layout = layout_of(expanded.config, expanded.path)
+    return {
+        name: replace(split_rows(expanded.tensors[name], expanded.config)[0], name=base_name)
+        for name, base_name in base_names(expanded.tensors, layout).items()
+    }
+
+
+def contained_base_sha256(expanded: Checkpoint, hashes: dict[str, str]) -> str:
+    """Returns the hash of the base inside, as `Checkpoint.sha256` gives it for the base alone.
+
+    Args:
+        expanded: a checkpoint with a `llamapro` record.
+        hashes: name in the expanded model -> SHA-256 of the base's part of that tensor.
+    """
+    return combine_hashes((t, hashes[name]) for name, t in contained_base(expanded).items())
+
+
+def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
+    """Raises CheckpointError if the base inside does not have the hash that the record names.
+
+    Args:
+        expanded: a checkpoint with a `llamapro` record.
+        hashes: as for `contained_base_sha256`.
+    """
+    assert expanded.config.expansion is not None
+    found, recorded = contained_base_sha256(expanded, hashes), expanded.config.expansion.base_sha256
+    if found != recorded:
+        raise CheckpointError(
+            f"{expanded.path}: the base inside hashes to {found[:16]}..., its record says "
+            f"{recorded[:16]}...: base weights were changed"
+        )
+
+
 def check_contained(expanded: Checkpoint, special: bool = False) -> None:
-    """Finds out whether the base inside a checkpoint can be used in its place.
+    """Raises ConfigError if the base inside a checkpoint cannot be used in its place.
 
     Args:
         expanded: the checkpoint.
-        special: names of control tokens will stand for them, as chat templates have it: also for
-            added ones, which the base does not know.
-
-    Raises:
-        ConfigError: there is no record of new blocks; or, with `special`, the vocabulary grew.
+        special: names of control tokens will be encoded, as chat templates ask for. The base does
+            not know the ones that were added.
     """
     config = expanded.config
     if config.expansion is None:
@@ -44,10 +162,10 @@ def check_contained(expanded: Checkpoint, special: bool = False) -> None:
 def load_contained(
     expanded: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> LlamaForCausalLM:
-    """Loads the base inside a checkpoint: to the bit what `Checkpoint.load` gives of the base.
+    """Loads the base inside a checkpoint: bit for bit what `Checkpoint.load` gives for the base.
 
-    New blocks are mapped with the rest of their file, but never read: they cost no memory, no time
-    and no place in a KV cache. The logits are of the base's `vocab_size` tokens.
+    New blocks are mapped with the rest of their file but never read: they cost no memory, no time
+    and no room in a KV cache. There are logits for the base's `vocab_size` tokens.
 
     Args:
         expanded: an expanded or merged checkpoint; `check_contained` comes before.

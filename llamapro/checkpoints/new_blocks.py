@@ -29,6 +29,11 @@ from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, Problems
 
+# Only the rows of added tokens are stored: name in the model -> name in the file.
+NEW_ROWS = {
+    "model.embed_tokens.weight": "model.embed_tokens.new_rows",
+    "lm_head.weight": "lm_head.new_rows",
+}
 _KEY = "llamapro"
 _HASH_KEY = "llamapro_sha256"
 

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor
-from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
-from llamapro.model import NEW_ROWS
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import COMPANIONS, JSON_NAME, read_object
 
@@ -30,33 +28,6 @@ _CONFIG_NAME, _ADDED_NAME = COMPANIONS[:2]
 
 
 # ---- Rows --------------------------------------------------------------------------------------
-
-
-def base_vocab_size(config: ModelConfig) -> int:
-    """Returns how many rows of embedding and head are those of the model that was expanded."""
-    record = config.expansion
-    return (record and record.base_vocab_size) or config.vocab_size
-
-
-def split_rows(
-    stored: StoredTensor, config: ModelConfig
-) -> tuple[StoredTensor, StoredTensor | None]:
-    """Splits a tensor of an expanded checkpoint into the base's rows and those of added tokens.
-
-    Args:
-        stored: any of its tensors.
-        config: its configuration.
-
-    Returns:
-        What is the base's, and the rest; of other tensors than embedding and head, and where the
-        vocabulary did not grow, the whole and None.
-    """
-    rows = base_vocab_size(config)
-    if stored.name not in NEW_ROWS or rows == config.vocab_size:
-        return stored, None
-    base_rows = replace(stored, shape=(rows, *stored.shape[1:]))
-    new_shape = (stored.shape[0] - rows, *stored.shape[1:])
-    return base_rows, replace(stored, shape=new_shape, offset=stored.offset + base_rows.nbytes)
 
 
 def mean_row(stored: StoredTensor) -> Tensor:

@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
+from llamapro.checkpoints.base import check_base, split_rows
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
+from llamapro.checkpoints.new_blocks import (
+    NEW_ROWS,
+    BlocksInfo,
+    check_blocks,
+    find_blocks,
+    read_blocks,
+)
 from llamapro.checkpoints.run import MAX_STATE_BYTES, STATE_FILE
 from llamapro.checkpoints.tensors import (
     CHUNK_BYTES,
@@ -23,14 +30,14 @@ from llamapro.checkpoints.tensors import (
 )
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ModelConfig
-from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_row, split_rows
+from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_row
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.model_card import Training, keep_base_card, write_card
-from llamapro.conversion.verify import compare_logits, contained_base_sha256
+from llamapro.conversion.verify import compare_logits
 from llamapro.errors import CheckpointError, DataError
 from llamapro.expansion import Layout
 from llamapro.files import output_directory, read_json, refuse_source
-from llamapro.model import NEW_ROWS, build_on_meta
+from llamapro.model import build_on_meta
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
 from llamapro.text.vocabulary import JSON_NAME
 
@@ -217,22 +224,6 @@ def _check_tokenizer(expanded: Checkpoint, file: Path, training: Training) -> No
         )
 
 
-def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
-    """Raises CheckpointError if the base inside no longer has the bytes that its record says.
-
-    Args:
-        expanded: a checkpoint with a `llamapro` record.
-        hashes: name -> SHA-256 of what the base has of each of its tensors.
-    """
-    assert expanded.config.expansion is not None
-    found, recorded = contained_base_sha256(expanded, hashes), expanded.config.expansion.base_sha256
-    if found != recorded:
-        raise CheckpointError(
-            f"{expanded.path}: the base inside hashes to {found[:16]}..., its record says "
-            f"{recorded[:16]}...: base weights were changed"
-        )
-
-
 def assemble_checkpoint(
     config_file: Path, blocks_path: str | Path, out_dir: Path, force: bool = False
 ) -> dict[str, Any]:
@@ -297,7 +288,7 @@ def _expected_tensors(
         for name, tensor in checkpoint.tensors.items()
         if info.trainable == "all" or expansion.is_in_layers(name, info.new_layers)
     }
-    if not any(map(expansion.is_new_rows, blocks)):
+    if set(NEW_ROWS.values()).isdisjoint(blocks):
         return expected
     rows = {name: split_rows(t, checkpoint.config)[1] for name, t in checkpoint.tensors.items()}
     return expected | {NEW_ROWS[name]: new.shape for name, new in rows.items() if new}

@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llamapro.checkpoints.base import base_vocab_size, layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import find_blocks, is_training_output, read_blocks
 from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
-from llamapro.conversion.add_tokens import base_vocab_size
 from llamapro.errors import CheckpointError
-from llamapro.expansion import Layout
 
 _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")
 
@@ -52,11 +51,10 @@ def _origins(checkpoint: Checkpoint) -> dict[str, str]:
     """Says for each layer whether it is new, of which generation, and copied from where; and of
     embedding and head how many rows are of added tokens.
     """
-    layers = range(checkpoint.config.num_hidden_layers)
     record = checkpoint.config.expansion
     if record is None:
         return {}
-    base_layers = Layout.of(record, len(layers)).base_layers
+    base_layers = layout_of(checkpoint.config).base_layers
     origins = {f"layer {index}": f"base {base}" for base, index in enumerate(base_layers)}
     if new_tokens := checkpoint.config.vocab_size - base_vocab_size(checkpoint.config):
         origins |= dict.fromkeys(("embed_tokens", "lm_head"), f"base, {new_tokens} new rows")

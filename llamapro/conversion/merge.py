@@ -7,23 +7,29 @@ To a later training they are one generation: all of them would train.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
+from llamapro.checkpoints.base import (
+    base_config,
+    base_names,
+    base_vocab_size,
+    check_base,
+    contained_base,
+    layout_of,
+)
 from llamapro.checkpoints.directory import BASE_CARD_FILE, Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
-from llamapro.config import ExpansionRecord, ModelConfig
-from llamapro.conversion.add_tokens import base_vocab_size, restore_tokenizer
+from llamapro.config import ExpansionRecord
+from llamapro.conversion.add_tokens import restore_tokenizer
 from llamapro.conversion.companions import write_companions
-from llamapro.conversion.expand import Chunks, check_base, hashed_chunks
+from llamapro.conversion.expand import Chunks, hashed_chunks
 from llamapro.conversion.model_card import CARD_FILE, Training, write_card
-from llamapro.conversion.verify import contained_base, layout_of
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout
 from llamapro.files import output_directory, refuse_source
@@ -115,7 +121,7 @@ def merge_many(
             its vocabulary; or a file was trained on another base or tokenizer than the others, or
             does not fit.
     """
-    layout_of(expanded)  # raises without a record
+    layout_of(expanded.config, expanded.path)  # raises without a record
     if base_vocab_size(expanded.config) < expanded.config.vocab_size:
         raise CheckpointError(
             f"{expanded.path}: tokens were added to its vocabulary, and each file may have rows of "
@@ -126,7 +132,7 @@ def merge_many(
     trainings = [Training.of(blocks.file, blocks.info) for blocks in files]
     _check_together(files, trainings)
     layout, trained = _combine(files, base_config(expanded).num_hidden_layers)
-    base_of = expansion.base_names(expanded.tensors, layout_of(expanded))
+    base_of = base_names(expanded.tensors, layout_of(expanded.config, expanded.path))
     stored_as = {base: expanded.tensors[name] for name, base in base_of.items()}
     source_of = {
         name: stored_as[source]
@@ -221,7 +227,7 @@ def strip_checkpoint(
         ConfigError: as `streaming.expand_checkpoint`, of the expanded checkpoint.
         CheckpointError: there is no record of new blocks, or the base was changed.
     """
-    layout = layout_of(expanded)
+    layout = layout_of(expanded.config, expanded.path)
     refuse_source(out_dir, expanded.path)
     inside = contained_base(expanded)
     stored_as = {base.name: dataclasses.replace(base, name=name) for name, base in inside.items()}
@@ -254,30 +260,3 @@ def strip_checkpoint(
         "sha256": sha256,
         "bytes": sum(spec.nbytes for spec in specs),
     }
-
-
-def base_config(expanded: Checkpoint) -> ModelConfig:
-    """Returns the configuration of the base inside: undoes `expansion.expand_config`.
-
-    Raises:
-        CheckpointError: there is no record, or what it says of earlier generations is impossible.
-    """
-    config, layout = expanded.config, layout_of(expanded)
-    assert config.expansion is not None
-    layers, vocab_size = len(layout.base_layers), base_vocab_size(config)
-    if not config.expansion.generations:
-        return config.resized(layers, vocab_size, None)
-    number = {index: base for base, index in enumerate(layout.base_layers)}
-    where = f"{expanded.path / 'config.json'}"
-    try:
-        *earlier, latest = [
-            generation | {"new_layers": [number[i] for i in generation["new_layers"]]}
-            for generation in config.expansion.generations
-        ]
-    except (KeyError, TypeError):
-        shown = json.dumps(config.expansion.generations)[:200]
-        raise CheckpointError(
-            f"{where}: the 'llamapro' record has impossible generations {shown}"
-        ) from None
-    record = ExpansionRecord.from_dict(latest | {"generations": earlier}, layers, where)
-    return config.resized(layers, vocab_size, record)

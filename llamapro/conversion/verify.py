@@ -3,7 +3,7 @@
 Whole models need not fit in memory: both checkpoints are read and run one block at a time.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llamapro.checkpoints.base import base_vocab_size, check_base, layout_of, split_rows
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_bytes
 from llamapro.checkpoints.run import find_damage, load_state, training_checkpoints
-from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
-from llamapro.conversion.add_tokens import base_vocab_size, split_rows
+from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
 from llamapro.errors import CheckpointError
-from llamapro.expansion import ZERO_IN_NEW_BLOCKS, Layout, base_names
+from llamapro.expansion import ZERO_IN_NEW_BLOCKS
 from llamapro.model import DecoderLayer, RMSNorm, rope_table
 
 PROBE_SHAPE = (2, 16)  # B, T of the random batch
@@ -73,7 +73,7 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> Log
         expanded: the result, read back from its files.
         seed: of the random token ids.
     """
-    layout = layout_of(expanded)
+    layout = layout_of(expanded.config, expanded.path)
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(base.config.vocab_size, PROBE_SHAPE, generator=generator)
     ours, theirs = _embed(expanded, input_ids), _embed(base, input_ids)  # (B, T, C)
@@ -90,38 +90,6 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> Log
     )
     difference = (ours.float() - theirs.float()).abs().max().item()
     return LogitComparison(bit_equal, difference, input_ids.numel())
-
-
-def layout_of(checkpoint: Checkpoint) -> Layout:
-    """Returns where the latest generation's new blocks are; CheckpointError without a record."""
-    record = checkpoint.config.expansion
-    if record is None:
-        raise CheckpointError(f"{checkpoint.path}: config.json has no 'llamapro' record")
-    return Layout.of(record, checkpoint.config.num_hidden_layers)
-
-
-def contained_base(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
-    """Returns the base inside an expanded checkpoint: its tensors, numbered as they were in it.
-
-    Of embedding and head these are the base's own rows, which come before those of added tokens.
-
-    Returns:
-        Name in the expanded model -> where it is stored, under its name in the base.
-    """
-    found = {}
-    for name, base_name in base_names(checkpoint.tensors, layout_of(checkpoint)).items():
-        base_rows, _ = split_rows(checkpoint.tensors[name], checkpoint.config)
-        found[name] = replace(base_rows, name=base_name)
-    return found
-
-
-def contained_base_sha256(checkpoint: Checkpoint, hashes: dict[str, str]) -> str:
-    """Returns the hash of the base inside an expanded checkpoint.
-
-    Args:
-        hashes: name in the expanded model -> SHA-256 of what the base has of this tensor.
-    """
-    return combine_hashes((t, hashes[name]) for name, t in contained_base(checkpoint).items())
 
 
 def verify_run(path: str) -> dict[str, Any]:
@@ -193,17 +161,12 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
         return result
     grown = [t for t in checkpoint.tensors.values() if split_rows(t, checkpoint.config)[1]]
     base_rows = [split_rows(t, checkpoint.config)[0] for t in grown]
-    contained = contained_base_sha256(checkpoint, hashes | hash_tensors(base_rows, "hash base"))
+    check_base(checkpoint, hashes | hash_tensors(base_rows, "hash base"))
     identity = all(
         not checkpoint.layer(index)[part].map().any()
         for index in record.new_layers
         for part in ZERO_IN_NEW_BLOCKS
     )
-    if contained != record.base_sha256:
-        raise CheckpointError(
-            f"{path}: the base inside hashes to {contained[:16]}..., its record says "
-            f"{record.base_sha256[:16]}...: base weights were changed"
-        )
     result |= {
         "base_sha256": record.base_sha256,
         "base_intact": True,

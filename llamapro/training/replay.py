@@ -26,10 +26,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llamapro.checkpoints.base import load_contained
+from llamapro.checkpoints.base import contained_base, contained_base_sha256, load_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import hash_tensors
-from llamapro.conversion.verify import contained_base, contained_base_sha256
 from llamapro.errors import ConfigError, DataError
 from llamapro.generate import generate
 from llamapro.model import LlamaForCausalLM, Replayed

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llamapro import expansion, ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import read_blocks
+from llamapro.checkpoints.new_blocks import NEW_ROWS, read_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE, read_metrics
 from llamapro.config import ModelConfig
 from llamapro.conversion import add_tokens as growing
@@ -27,7 +27,7 @@ from llamapro.conversion.inspect import describe
 from llamapro.conversion.merge import merge_many, strip_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError
-from llamapro.model import NEW_ROWS, LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.distributed import Frozen, process_group, shard

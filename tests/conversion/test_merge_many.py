@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from llamapro import expansion
+from llamapro.checkpoints.base import base_config
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
 from llamapro.checkpoints.run import STATE_FILE
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
-from llamapro.conversion.merge import base_config, merge_many, strip_checkpoint
+from llamapro.conversion.merge import merge_many, strip_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError, UserError
 from llamapro.model import build_on_meta

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamapro import cli, placement
+from llamapro.checkpoints.base import layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.meta import from_meta
 from llamapro.errors import CheckpointError, ConfigError
-from llamapro.expansion import Layout, insert_after, interleave
+from llamapro.expansion import insert_after, interleave
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
 from llamapro.placement import block_importance, block_similarity, choose, measure
@@ -320,7 +321,7 @@ def test_expand_puts_new_blocks_where_it_measured(
     layout = insert_after(4, chosen(found["measured"]))
     assert tuple(found["new_layers"]) == layout.new_layers
     config = Checkpoint.open(tmp_path / "pro").config
-    assert config.expansion is not None and Layout.of(config.expansion, 7) == layout
+    assert config.expansion is not None and layout_of(config) == layout
     plain = json.loads(expand("base", tmp_path / "plain", "--after", "0,1,2", "--json")[1])
     assert plain.keys() == found.keys() - {"measured"}
     pro, plain = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("pro", "plain"))

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llamapro import expansion, ops
-from llamapro.checkpoints.base import load_contained
+from llamapro.checkpoints.base import base_names, layout_of, load_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.checkpoints.run import read_metrics
@@ -129,10 +129,10 @@ def build(in_new: float = 0.05) -> LlamaForCausalLM:
 def base_of(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Its base as a model of its own."""
     assert model.config.expansion
-    layout = expansion.Layout.of(model.config.expansion, model.config.num_hidden_layers)
+    layout = layout_of(model.config)
     tensors = model.state_dict()
     base = build_on_meta(BASE)
-    names = expansion.base_names(tensors, layout)
+    names = base_names(tensors, layout)
     load_tensors(base, {name: tensors[ours].clone() for ours, name in names.items()})
     return base.requires_grad_(False)
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from llamapro import expansion
+from llamapro.checkpoints.base import base_names, layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import training_checkpoints
 from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
@@ -245,8 +246,8 @@ def test_only_new_blocks_train_and_the_base_keeps_its_bytes(
     found = verify(str(tmp_path / "merged"), str(home / "base"))
     assert found["base_intact"] and found["new_blocks"] == "trained"
     base, merged = Checkpoint.open(home / "base"), Checkpoint.open(tmp_path / "merged")
-    layout = expansion.Layout.of(merged.config.expansion, 6)  # type: ignore[arg-type]
-    for name, base_name in expansion.base_names(merged.tensors, layout).items():
+    layout = layout_of(merged.config)
+    for name, base_name in base_names(merged.tensors, layout).items():
         assert merged.tensors[name].sha256() == base.tensors[base_name].sha256()
 
 
