@@ -6,6 +6,7 @@ one floor do not know each other.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,10 +71,17 @@ def walk(node: ast.AST, is_deferred: bool = False) -> Iterator[tuple[ast.AST, bo
         yield from walk(child, is_deferred or is_function or is_for_mypy)
 
 
+@functools.cache
+def nodes(file: Path) -> list[tuple[ast.AST, bool]]:
+    """All of `walk` for a file, which is read once."""
+    return list(walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+@functools.cache
 def imports(file: Path) -> list[tuple[str, bool]]:
     """Lists (full module name, is deferred); `from a import b` is a.b where that is a module."""
     found = []
-    for node, is_deferred in walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node, is_deferred in nodes(file):
         if isinstance(node, ast.Import):
             found += [(alias.name, is_deferred) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -84,6 +92,7 @@ def imports(file: Path) -> list[tuple[str, bool]]:
     return found
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """The modules that each module imports, inside functions too."""
     return {

@@ -131,7 +131,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_the_package_itself_is_asked_for_its_version_only() -> None:
     """What llamapro/__init__.py offers, it takes from above: inside, it would be a circle."""
     for module, file in MODULES.items():
-        for node, _ in SCAN.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node, _ in SCAN.nodes(file):
             if isinstance(node, ast.ImportFrom) and node.module == "llamapro":
                 names = {alias.name for alias in node.names}
                 known = {name for name in names if SCAN.is_module(f"llamapro.{name}")}
@@ -207,7 +207,7 @@ def test_extras_are_imported_where_they_are_used() -> None:
 def test_importing_reads_no_environment_and_calls_no_cuda() -> None:
     """os.environ, os.getenv and torch.cuda appear inside functions only."""
     for module, file in MODULES.items():
-        for node, is_deferred in SCAN.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node, is_deferred in SCAN.nodes(file):
             if isinstance(node, ast.Attribute) and not is_deferred:
                 name = ast.unparse(node)
                 assert name not in ("os.environ", "os.getenv", "torch.cuda"), (module, node.lineno)
