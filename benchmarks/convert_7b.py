@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
-from llamapro.checkpoints.directory import Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
+from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.expansion import is_in_layers
 
 ROOT = Path(__file__).resolve().parents[1]

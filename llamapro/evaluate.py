@@ -20,7 +20,6 @@ from tyro.conf import Positional, arg
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.hub import resolve
 from llamapro.errors import ConfigError
 from llamapro.formatting import perplexity
 from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
@@ -205,8 +204,8 @@ def evaluate(args: Args) -> dict[str, Any]:
     """
     if not args.data and not args.choices:
         raise ConfigError("--data: name at least one file, folder or glob; or questions: --choices")
-    checkpoint = Checkpoint.open(resolve(args.dir))
-    base = Checkpoint.open(resolve(args.against)) if args.against else None
+    checkpoint = Checkpoint.open(args.dir)
+    base = Checkpoint.open(args.against) if args.against else None
     context, stride = args.window(checkpoint)
     tokenizer = Tokenizer.load(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))

@@ -18,7 +18,6 @@ from tyro.conf import Positional, arg
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.hub import resolve
 from llamapro.errors import ConfigError
 from llamapro.inference.options import ComputeOptions
 from llamapro.model import KVCache, LlamaForCausalLM
@@ -138,7 +137,7 @@ def main() -> None:
     flags = (tyro.conf.FlagCreatePairsOff,)
     args = tyro.cli(Args, prog="python -m llamapro.generate", config=flags)
     args.check()
-    checkpoint = Checkpoint.open(resolve(args.dir))
+    checkpoint = Checkpoint.open(args.dir)
     tokenizer = Tokenizer.load(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))
     if args.chat:

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     # them for a GPU is therefore tested in processes of their own (test_kernels_compile.py).
     os.environ["TRITON_INTERPRET"] = "1"
 
-from llamapro.checkpoints.directory import DTYPE_CODES, TensorSpec, tensor_chunks
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions

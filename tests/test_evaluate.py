@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from llamapro import cli, expansion
 from llamapro import evaluate as command
-from llamapro.checkpoints.directory import Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llamapro import cli, harness
-from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions

@@ -1,8 +1,8 @@
-"""Checkpoint directories in Hugging Face layout: opened with every check.
+"""Checkpoint directories in Hugging Face layout, opened with every check.
 
-Names, sizes and shapes are checked before memory is taken for them, because whoever made the files
-may be a stranger. Whole models are mapped (`load`), so that they cost one copy, shared between the
-processes of a machine.
+Names, sizes and shapes are checked before memory is taken for them, because a stranger may have
+made the files. A model is mapped (`load`), so it costs one copy, shared between the processes of a
+machine.
 """
 
 import math
@@ -16,11 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llamapro.checkpoints.tensors import DTYPE_CODES as DTYPE_CODES
-from llamapro.checkpoints.tensors import DTYPES, StoredTensor, combine_hashes, hash_tensors
-from llamapro.checkpoints.tensors import TensorSpec as TensorSpec
-from llamapro.checkpoints.tensors import read_header as read_header
-from llamapro.checkpoints.tensors import tensor_chunks as tensor_chunks
+from llamapro.checkpoints.hub import COMPANION_FILES, repository, resolve
+from llamapro.checkpoints.tensors import (
+    DTYPES,
+    StoredTensor,
+    combine_hashes,
+    hash_tensors,
+    read_header,
+)
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, Problems
 from llamapro.files import read_json, refuse_large
@@ -28,45 +31,35 @@ from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-BASE_CARD_FILE = "BASE_README.md"  # the model card of the base, where README.md is another's
-# What travels with the weights: tokenizer, generation settings, licence texts, the base's card.
-COMPANION_FILES = (
-    "tokenizer*",
-    "original/tokenizer.model",  # Llama 3's ranks
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-    "LICENSE*",
-    "USE_POLICY*",
-    BASE_CARD_FILE,
-)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint directory whose files were found complete and of the right shapes.
+    """An opened checkpoint directory whose files are complete and have the right shapes.
 
     Attributes:
         path: the directory.
         config: its `config.json`.
         tensors: name -> where it is stored, in the order of the model's own parameters.
+        repository: "owner/name" if it was fetched from the hub.
     """
 
     path: Path
     config: ModelConfig
     tensors: dict[str, StoredTensor]
+    repository: str | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """Opens a directory; reads headers only.
+        """Opens a directory, or `hf://owner/name[@revision]`; reads headers only.
 
         Raises:
-            ConfigError: `config.json` is missing or cannot be represented.
+            ConfigError: `config.json` is missing or describes another kind of model, or the name
+                is of another form.
             CheckpointError: naming the file, and every tensor that is missing, unexpected or of
-                another shape than `config.json` says.
+                another shape than `config.json` says; or the hub does not give the files.
         """
-        path = Path(path)
+        name, path = repository(path), resolve(path)
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such checkpoint directory")
         files = _weight_files(path)
@@ -75,19 +68,19 @@ class Checkpoint:
         config = ModelConfig.from_file(config_file)
         stored: dict[str, StoredTensor] = {}
         for file in files:
-            found = read_header(file)
-            for name in found.keys() & stored.keys():
-                raise CheckpointError(f"{file}: {name!r} is also in {stored[name].file.name}")
-            stored |= found
-        return cls(path, config, _match(path, config, stored))
+            tensors = read_header(file)
+            for twice in tensors.keys() & stored.keys():
+                raise CheckpointError(f"{file}: {twice!r} is also in {stored[twice].file.name}")
+            stored |= tensors
+        return cls(path, config, _match(path, config, stored), name)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of most of the bytes."""
-        count: Counter[str] = Counter()
+        nbytes: Counter[str] = Counter()
         for tensor in self.tensors.values():
-            count[tensor.dtype] += tensor.nbytes
-        return DTYPES[count.most_common(1)[0][0]]
+            nbytes[tensor.dtype] += tensor.nbytes
+        return DTYPES[nbytes.most_common(1)[0][0]]
 
     @property
     def nbytes(self) -> int:
@@ -101,15 +94,18 @@ class Checkpoint:
     def layer(self, index: int) -> dict[str, StoredTensor]:
         """Returns one block's tensors under their names inside the block."""
         prefix = f"model.layers.{index}."
-        found = {n: t for n, t in self.tensors.items() if n.startswith(prefix)}
-        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
+        }
 
     def companions(self) -> list[Path]:
         """Returns the tokenizer, generation and licence files beside the weights."""
         return sorted(f for pattern in COMPANION_FILES for f in self.path.glob(pattern))
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Returns name -> mapped tensor, converted only where another dtype is asked for."""
+        """Returns name -> mapped tensor, converted if `dtype` is another one than the file's."""
         tensors = {}
         for file in sorted({t.file for t in self.tensors.values()}):
             try:

@@ -1,16 +1,28 @@
 """Checkpoints by name: `hf://owner/name[@revision]` is fetched from the Hugging Face hub.
 
-Only what is read here is fetched: weights as safetensors, JSON, tokenizer and licence files; never
-pickled weights. The library keeps them in its cache, so a second call costs nothing.
+Weights as safetensors, JSON, tokenizer and licence files are fetched; pickled weights never are.
+The library keeps them in its cache, so a second call costs nothing.
 """
 
 import re
 from pathlib import Path
 
-from llamapro.checkpoints.directory import COMPANION_FILES, INDEX_FILE
 from llamapro.errors import CheckpointError, ConfigError
 
-ALLOWED = ["config.json", "model*.safetensors", INDEX_FILE, "README.md", *COMPANION_FILES]
+BASE_CARD_FILE = "BASE_README.md"  # the model card of the base, where README.md is another's
+# What travels with the weights: tokenizer, generation settings, licence texts, the base's card.
+COMPANION_FILES = (
+    "tokenizer*",
+    "original/tokenizer.model",  # Llama 3's ranks
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+    "LICENSE*",
+    "USE_POLICY*",
+    BASE_CARD_FILE,
+)
+ALLOWED = ["config.json", "model*.safetensors*", "README.md", *COMPANION_FILES]
 NEVER = ["*.bin", "*.pth", "*.pt", "*.pkl"]
 # `Path("hf://owner/name")` has one slash left.
 _SCHEME = re.compile(r"hf:/{1,2}")

@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llamapro.checkpoints.run import MANIFEST_FILE, find_damage, newest_intact
-from llamapro.checkpoints.run import TRAINABLE_FILE as TRAINABLE_FILE
-from llamapro.checkpoints.run import training_checkpoints as training_checkpoints
+from llamapro.checkpoints.run import MANIFEST_FILE, TRAINABLE_FILE, find_damage, newest_intact
 from llamapro.checkpoints.tensors import (
     ChunksOf,
     StoredTensor,

@@ -21,7 +21,8 @@ from llamapro.checkpoints.base import (
     contained_base,
     layout_of,
 )
-from llamapro.checkpoints.directory import BASE_CARD_FILE, Checkpoint
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.hub import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamapro.checkpoints.directory import BASE_CARD_FILE
+from llamapro.checkpoints.hub import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.checkpoints.run import (
     MAX_STATE_BYTES,

@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llamapro.checkpoints.directory import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, read_blocks, write_blocks
 from llamapro.checkpoints.run import (
     OPTIMIZER_FILE,
@@ -38,6 +37,7 @@ from llamapro.checkpoints.run import (
     training_checkpoints,
     write_manifest,
 )
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
 from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, UserError

@@ -10,7 +10,7 @@ import torch
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
-from llamapro.checkpoints.new_blocks import training_checkpoints
+from llamapro.checkpoints.run import training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.expansion import select_trainable
@@ -47,7 +47,7 @@ class Job:
         """Opens everything the settings name; raises a UserError for what is missing or wrong."""
         checkpoint, where = None, settings.model.path or settings.model.config
         if settings.model.path:
-            checkpoint = Checkpoint.open(resolve(settings.model.path))
+            checkpoint = Checkpoint.open(settings.model.path)
             config = checkpoint.config
         else:
             config = ModelConfig.from_file(settings.model.config)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llamapro.checkpoints.directory import DTYPE_CODES, read_header
 from llamapro.checkpoints.run import RNG_FILE
+from llamapro.checkpoints.tensors import DTYPE_CODES, read_header
 from llamapro.errors import CheckpointError
 from llamapro.training.distributed import Ranks
 

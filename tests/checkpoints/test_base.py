@@ -16,7 +16,8 @@ from llamapro import cli, expansion
 from llamapro import evaluate as evaluate_command
 from llamapro import generate as generate_command
 from llamapro.checkpoints.base import load_contained
-from llamapro.checkpoints.directory import DTYPE_CODES, Checkpoint, TensorSpec, tensor_chunks
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint

@@ -14,14 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llamapro.checkpoints.directory import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    StoredTensor,
-    combine_hashes,
-    read_header,
-)
+from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE, Checkpoint
+from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, read_header
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError
 

@@ -15,14 +15,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llamapro.checkpoints.directory import (
-    DTYPE_CODES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorSpec,
-    read_header,
-    tensor_chunks,
-)
+from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint, write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
@@ -214,7 +208,7 @@ def test_a_file_size_limit_removes_the_partial_output(tmp_path: Path) -> None:
     script = f"""
 import resource, torch
 from llamapro import cli
-from llamapro.checkpoints.directory import TensorSpec, tensor_chunks
+from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.files import output_directory
 from llamapro.checkpoints.writing import write_checkpoint
 def main():

@@ -13,8 +13,14 @@ import pytest
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
-from llamapro.checkpoints.run import LISTED, MANIFEST_FILE, STATE_FILE, write_manifest
+from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
+from llamapro.checkpoints.run import (
+    LISTED,
+    MANIFEST_FILE,
+    STATE_FILE,
+    TRAINABLE_FILE,
+    write_manifest,
+)
 from llamapro.expansion import is_in_layers
 
 

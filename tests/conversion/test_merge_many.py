@@ -12,8 +12,8 @@ import torch
 from llamapro import expansion
 from llamapro.checkpoints.base import base_config
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import TRAINABLE_FILE, BlocksInfo, write_blocks
-from llamapro.checkpoints.run import STATE_FILE
+from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
+from llamapro.checkpoints.run import STATE_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint

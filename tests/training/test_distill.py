@@ -30,8 +30,7 @@ from torch.utils._pytree import tree_leaves
 from llamapro import expansion, ops
 from llamapro.checkpoints.base import base_names, layout_of, load_contained
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import training_checkpoints
-from llamapro.checkpoints.run import read_metrics
+from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError

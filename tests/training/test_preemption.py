@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import training_checkpoints
-from llamapro.checkpoints.run import read_metrics
+from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.training.preemption import Stopped, StopRequest
 

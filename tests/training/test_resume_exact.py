@@ -25,8 +25,7 @@ from torch import Tensor
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import training_checkpoints
-from llamapro.checkpoints.run import read_metrics
+from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.conversion.expand import expand_checkpoint
 
 STEPS, BATCH, MICRO_BATCHES = 9, 12, 3

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from llamapro import expansion
 from llamapro.checkpoints.base import base_names, layout_of
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import training_checkpoints
+from llamapro.checkpoints.run import training_checkpoints
 from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError, DataError, UserError
