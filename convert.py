@@ -1,19 +1,18 @@
 """Converts, expands, merges, strips, inspects and verifies checkpoints.
 
-    python convert.py from-meta META_DIR OUT_DIR            Meta release -> Hugging Face layout
-    python convert.py expand BASE_DIR OUT_DIR --num-new-blocks 8      insert identity blocks
-    python convert.py merge EXPANDED_DIR RUN_DIR OUT_DIR    put trained blocks into a plain model
-    python convert.py merge EXPANDED_DIR BLOCKS BLOCKS OUT_DIR        of several domains, into one
-    python convert.py strip EXPANDED_DIR OUT_DIR            take the new blocks out: the base again
-    python convert.py to-meta CKPT_DIR OUT_DIR              Hugging Face layout -> Meta release
-    python convert.py inspect DIR                           what is in it, which layers are new
-    python convert.py verify DIR [--base BASE_DIR] [--hf]   is every byte intact, do logits agree
+    convert.py from-meta META_DIR OUT_DIR             Meta release -> Hugging Face layout
+    convert.py expand BASE_DIR OUT_DIR --num-new-blocks 8    insert identity blocks
+    convert.py merge EXPANDED_DIR BLOCKS... OUT_DIR   put trained blocks into a plain model
+    convert.py strip EXPANDED_DIR OUT_DIR             take the new blocks out: the base again
+    convert.py to-meta CKPT_DIR OUT_DIR               Hugging Face layout -> Meta release
+    convert.py inspect DIR                            show layers, new blocks, sizes, hashes
+    convert.py verify DIR [--base BASE_DIR] [--hf]    check every byte, compare logits
 
-A checkpoint that is read may be hf://owner/name[@revision] (pip install 'llamapro[hub]').
-Every output directory appears only once it is complete. With --json the result is one JSON object.
+A checkpoint to read may be hf://owner/name[@revision] (pip install 'llamapro[hub]').
+An output directory appears when it is complete. --json prints the result as one JSON object.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +23,13 @@ from llamapro import cli
 from llamapro.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
-MEASURED = ("similar", "unimportant")  # placements that measure the base first
+
+
+def open_checkpoint(path: Path) -> Any:
+    """Opens a checkpoint; torch is imported here, so that --help is fast."""
+    from llamapro.checkpoints.directory import Checkpoint
+
+    return Checkpoint.open(path)
 
 
 @dataclass(kw_only=True)
@@ -46,9 +51,9 @@ class FromMeta(Output):
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create, in Hugging Face layout."""
     dtype: DType | None = None
-    """Dtype of the result; the release's own if not given."""
+    """Dtype of the result. Default: the release's own."""
     max_position_embeddings: Annotated[int | None, arg(metavar="N")] = None
-    """Context length (Llama 2: 4096, Llama 3: 8192); params.json's if not given, else 2048."""
+    """Context length in tokens (Llama 2: 4096). Default: params.json's, else the family's."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         import torch
@@ -57,31 +62,30 @@ class FromMeta(Output):
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
         positions = self.max_position_embeddings
-        found = from_meta(self.meta_dir, self.out_dir, dtype, self.force, positions)
-        return found, (
-            f"{self.out_dir}: {found['parameters']:,} parameters in {found['dtype']}, "
-            f"from {found['shards']} shard(s)"
+        result = from_meta(self.meta_dir, self.out_dir, dtype, self.force, positions)
+        return result, (
+            f"{self.out_dir}: {result['parameters']:,} parameters in {result['dtype']}, "
+            f"from {result['shards']} shard(s)"
         )
 
 
 @dataclass(kw_only=True)
 class ToMeta(Output):
-    """Write a checkpoint in Meta's release layout; undoes from-meta byte for byte."""
+    """Write a checkpoint in Meta's release layout: the way back from from-meta."""
 
     ckpt_dir: Annotated[Positional[Path], arg(metavar="CKPT_DIR")]
     """A checkpoint directory, or hf://owner/name."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The release directory to create."""
     shards: Annotated[int | None, arg(metavar="N")] = None
-    """Model-parallel shards; as many as the release had if not given, else 1."""
+    """Number of model-parallel shards. Default: as many as the release had, else 1."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoints.hub import resolve
         from llamapro.conversion.meta import to_meta
 
-        found = to_meta(resolve(self.ckpt_dir), self.out_dir, self.shards, self.force)
-        return found, (
-            f"{self.out_dir}: {found['parameters']:,} parameters, {found['shards']} shard(s)"
+        result = to_meta(self.ckpt_dir, self.out_dir, self.shards, self.force)
+        return result, (
+            f"{self.out_dir}: {result['parameters']:,} parameters, {result['shards']} shard(s)"
         )
 
 
@@ -94,118 +98,52 @@ class Expand(Output):
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create."""
     num_new_blocks: Annotated[int | None, arg(metavar="N")] = None
-    """How many blocks to add in all (the paper: 8 for LLaMA-2-7B)."""
+    """Number of blocks to add in all (the paper: 8 for LLaMA-2-7B)."""
     blocks_per_group: Annotated[int, arg(metavar="P")] = 1
-    """P: how many copies go on top of each group of base layers."""
+    """Number of copies on top of each group of base layers, the paper's P."""
     after: Annotated[str | None, arg(metavar="LAYERS")] = None
-    """Instead: base layers, comma-separated, after each of which one new block goes (3,7,11)."""
-    placement: Literal["interleave", "prefix", "suffix", "similar", "unimportant"] = "interleave"
-    """Interleaved as in the paper; or all below (prefix) or above (suffix) the base; or one on top
-    of each of the N layers whose output is most like their input (similar), or without which the
-    loss rises least (unimportant). Those two compute with the whole base in memory, on a GPU if one
-    is visible: one pass over the text; for unimportant, half as many as there are layers."""
-    measure_on: Annotated[tuple[str, ...], arg(metavar="FILE [FILE ...]")] = ()
-    """Text for similar and unimportant: files, globs, folders; if none is given, the base writes
-    it."""
-    measure_tokens: Annotated[int, arg(metavar="N")] = 16_384
-    """How much of it, up to 512 at a time."""
-    text_key: str = "text"
-    """Field of a .jsonl line that holds the text."""
+    """Instead: the base layers after each of which one new block goes, such as 3,7,11."""
+    placement: Literal["interleave", "prefix", "suffix"] = "interleave"
+    """Interleaved as in the paper, or all below (prefix) or above (suffix) the base."""
     add_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [TOKEN ...]")] = ()
-    """Control tokens that the vocabulary grows by, such as '<|im_start|>' '<|im_end|>'; their rows
-    start as the mean of the base's."""
+    """Control tokens to add, such as '<|im_start|>'; their rows start as the mean of all rows."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in GB (10^9 bytes)."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoints.directory import Checkpoint
-        from llamapro.checkpoints.hub import repository, resolve
         from llamapro.conversion.expand import expand_checkpoint
 
-        base = Checkpoint.open(resolve(self.base_dir))
-        if name := repository(self.base_dir):  # what the model card will call the base
-            raw = base.config.raw | {"_name_or_path": name}
-            base = replace(base, config=replace(base.config, raw=raw))
+        base = open_checkpoint(self.base_dir)
+        layout = self.layout(base.config.num_hidden_layers)
         if not 0 < self.max_shard_gb < float("inf"):
             raise ConfigError(f"--max-shard-gb {self.max_shard_gb}: expected more than 0")
-        layout, measured, table = self.place(base)
-        shard = int(self.max_shard_gb * 1e9)
-        tokens = self.add_tokens
-        found = expand_checkpoint(base, self.out_dir, layout, self.force, shard, tokens)
-        added = ", ".join(f"{name} is {i}" for name, i in found["new_tokens"].items())
+        shard_bytes = int(self.max_shard_gb * 1e9)
+        result = expand_checkpoint(
+            base, self.out_dir, layout, self.force, shard_bytes, self.add_tokens
+        )
+        added = ", ".join(f"{name} is {i}" for name, i in result["new_tokens"].items())
         added = f"new tokens   {added}\n" if added else ""
-        return found | measured, (
-            f"{table}"
-            f"{self.out_dir}: {base.config.num_hidden_layers} -> {found['layers']} layers, "
-            f"{found['bytes'] / 1e9:.3f} GB\n"
-            f"new blocks   {found['new_layers']}\n"
-            f"copied from  {found['source_layers']}\n"
+        return result, (
+            f"{self.out_dir}: {base.config.num_hidden_layers} -> {result['layers']} layers, "
+            f"{result['bytes'] / 1e9:.3f} GB\n"
+            f"new blocks   {result['new_layers']}\n"
+            f"copied from  {result['source_layers']}\n"
             f"{added}"
-            f"verified: logits of {found['tokens_compared']} random tokens bit-equal to the base's"
+            f"verified: logits of {result['tokens_compared']} random tokens bit-equal to the base's"
         )
 
-    def place(self, base: Any) -> tuple[Any, dict[str, Any], str]:
-        """Returns the layout and, as result and as text, what was measured for it."""
-        layers = base.config.num_hidden_layers
-        self.check_placement()
-        if self.placement not in MEASURED:
-            return self.layout(layers), {}, ""
-        from llamapro import expansion, placement
-        from llamapro.conversion.add_tokens import check_tokens
-        from llamapro.files import refuse_existing, refuse_source
-
-        # What is refused when the result is written is refused before the time is spent.
-        refuse_source(self.out_dir, base.path)
-        refuse_existing(self.out_dir.resolve(), self.force)
-        if self.add_tokens:
-            check_tokens(base.path, self.add_tokens, base.config.vocab_size)
-        assert self.num_new_blocks is not None
-        number, text = self.num_new_blocks, self.measure_on
-        tokens, key = self.measure_tokens, self.text_key
-        found = placement.measure(base, self.placement, number, text, tokens, key)
-        chosen = [row["layer"] for row in found["layers"] if row["chosen"]]
-        table = placement.render(found) + "\n"
-        return expansion.insert_after(layers, chosen), {"measured": found}, table
-
-    def check_placement(self) -> None:
-        """Raises ConfigError with every option that contradicts --placement."""
-        wrong = []
-        if self.placement in MEASURED:
-            if self.num_new_blocks is None or self.after is not None:
-                wrong.append(
-                    f"--placement {self.placement} chooses the layers: give --num-new-blocks N, "
-                    "not --after LAYERS"
-                )
-            if self.blocks_per_group != 1:
-                wrong.append(
-                    f"--blocks-per-group {self.blocks_per_group}: --placement {self.placement} "
-                    "puts one block on top of each layer it chooses; leave the option out"
-                )
-            if self.measure_tokens < 2:
-                wrong.append(f"--measure-tokens {self.measure_tokens}: expected 2 or more")
-        else:
-            only = "is of use with --placement similar or unimportant only"
-            wrong += [
-                f"--{name.replace('_', '-')}: {only}"
-                for name in ("measure_on", "measure_tokens", "text_key")
-                if getattr(self, name) != getattr(Expand, name)
-            ]
-        if wrong:
-            raise ConfigError("; ".join(wrong))
-
     def layout(self, num_layers: int) -> Any:
-        """Returns the layout of a placement that measures nothing."""
+        """Returns where the options put the new blocks."""
         from llamapro import expansion
 
-        if (self.num_new_blocks is None) == (self.after is None):
-            raise ConfigError("expand: give either --num-new-blocks N or --after LAYERS")
-        if self.after is not None:
+        if self.after is not None and self.num_new_blocks is None:
             try:
                 layers = [int(layer) for layer in self.after.split(",")]
             except ValueError:
                 raise ConfigError(f"--after {self.after!r}: expected layers like 3,7,11") from None
             return expansion.insert_after(num_layers, layers)
-        assert self.num_new_blocks is not None
+        if self.after is not None or self.num_new_blocks is None:
+            raise ConfigError("expand: give either --num-new-blocks N or --after LAYERS")
         if self.placement == "interleave":
             return expansion.interleave(num_layers, self.num_new_blocks, self.blocks_per_group)
         return expansion.stack(num_layers, self.num_new_blocks, self.placement)
@@ -215,8 +153,8 @@ class Expand(Output):
 class Merge(Output):
     """Put trained blocks into their base: an ordinary checkpoint, with a model card.
 
-    Several new-block files may have been trained apart, on different domains and in different
-    layouts, if only on the same base: each layer of it is followed by the blocks of every file.
+    Several new-block files may have been trained on different domains and in different layouts, as
+    long as they have the same base. Each base layer is followed by the blocks of every file.
     """
 
     expanded_dir: Annotated[Positional[Path], arg(metavar="EXPANDED_DIR")]
@@ -227,10 +165,7 @@ class Merge(Output):
     """More of these, then the checkpoint directory to create."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoints.directory import Checkpoint
-        from llamapro.checkpoints.hub import resolve
-        from llamapro.conversion.expand import assemble_checkpoint, merge_checkpoint
-        from llamapro.conversion.merge import merge_many
+        from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint, merge_many
 
         # Options may follow the last words only if these are one list.
         if not self.more_and_out:
@@ -238,21 +173,21 @@ class Merge(Output):
         *more, out_dir = self.more_and_out
         if more:
             files = [self.blocks, *more]
-            expanded = Checkpoint.open(resolve(self.expanded_dir))
-            found = merge_many(expanded, files, out_dir, self.force)
-            return found, (
-                f"{out_dir}: {found['layers']} layers, base tensors intact\n"
-                f"new blocks   {found['new_layers']} of {len(files)} files\n"
-                f"copied from  {found['source_layers']}"
+            expanded = open_checkpoint(self.expanded_dir)
+            result = merge_many(expanded, files, out_dir, self.force)
+            return result, (
+                f"{out_dir}: {result['layers']} layers, base tensors intact\n"
+                f"new blocks   {result['new_layers']} of {len(files)} files\n"
+                f"copied from  {result['source_layers']}"
             )
         if self.expanded_dir.is_file():
-            found = assemble_checkpoint(self.expanded_dir, self.blocks, out_dir, self.force)
+            result = assemble_checkpoint(self.expanded_dir, self.blocks, out_dir, self.force)
         else:
-            expanded = Checkpoint.open(resolve(self.expanded_dir))
-            found = merge_checkpoint(expanded, self.blocks, out_dir, self.force)
-        base = "base tensors intact" if found["base_intact"] else "all tensors trained"
-        return found, (
-            f"{out_dir}: {found['tensors_replaced']} trained tensors of step {found['step']} "
+            expanded = open_checkpoint(self.expanded_dir)
+            result = merge_checkpoint(expanded, self.blocks, out_dir, self.force)
+        base = "base tensors intact" if result["base_intact"] else "all tensors trained"
+        return result, (
+            f"{out_dir}: {result['tensors_replaced']} trained tensors of step {result['step']} "
             f"merged, {base}"
         )
 
@@ -267,88 +202,65 @@ class Strip(Output):
     """The checkpoint directory to create."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoints.directory import Checkpoint
-        from llamapro.checkpoints.hub import resolve
         from llamapro.conversion.merge import strip_checkpoint
 
-        expanded = Checkpoint.open(resolve(self.expanded_dir))
-        found = strip_checkpoint(expanded, self.out_dir, self.force)
-        return found, (
-            f"{self.out_dir}: {found['layers']} layers, new blocks {found['removed_layers']} taken "
-            f"out, new tokens {found['removed_tokens']}\nsha256 {found['sha256']}, the base's"
+        result = strip_checkpoint(open_checkpoint(self.expanded_dir), self.out_dir, self.force)
+        return result, (
+            f"{self.out_dir}: {result['layers']} layers, new blocks {result['removed_layers']} "
+            f"taken out, new tokens {result['removed_tokens']}\n"
+            f"sha256 {result['sha256']}, the base's"
         )
 
 
-@dataclass
-class Inspect:
-    """Show layers, which are new and from where, parameters, dtypes, sizes, hashes."""
+@dataclass(kw_only=True)
+class Input:
+    """What the commands that only read take."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A checkpoint directory or hf://owner/name, run directory, training checkpoint or new-block
-    file."""
+    """A checkpoint directory, hf://owner/name, run, training checkpoint or new-block file."""
     json: bool = False
     """Print the result as one JSON object."""
 
+
+@dataclass(kw_only=True)
+class Inspect(Input):
+    """Show which layers are new and copied from where, parameters, dtypes, sizes and hashes."""
+
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoints.hub import resolve
         from llamapro.conversion.inspect import describe, render
 
-        found = describe(str(resolve(self.dir)))
-        return found, render(found)
+        result = describe(self.dir)
+        return result, render(result)
 
 
-@dataclass
-class Verify:
-    """Check all bytes: of an expanded model, that its base is intact; of a run, what it saved."""
+@dataclass(kw_only=True)
+class Verify(Input):
+    """Check every byte: the base inside an expanded model, or what a run saved."""
 
-    dir: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A checkpoint directory or hf://owner/name, run directory, training checkpoint or new-block
-    file."""
     base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
-    """The base it was expanded from: compare hashes and logits."""
+    """The base it was expanded from: also compare its hash and its logits."""
     hf: bool = False
-    """Run this implementation and transformers' on these weights; print the differences."""
+    """Also run transformers on these weights and print the differences from it."""
     dtype: DType | None = None
-    """With --hf: dtype of the computation; the checkpoint's own if not given."""
-    json: bool = False
-    """Print the result as one JSON object."""
+    """With --hf: dtype of the computation. Default: the checkpoint's own."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.checkpoints.hub import resolve
-        from llamapro.checkpoints.new_blocks import is_training_output
-        from llamapro.conversion.verify import verify, verify_run
-
-        directory = resolve(self.dir)
-        if is_training_output(directory):
-            if self.base or self.hf:
-                raise ConfigError(f"{directory}: --base and --hf are for checkpoint directories")
-            found = verify_run(str(directory))
-            return found, "\n".join(f"{path}: intact" for path in found["intact"])
-        found = verify(str(directory), str(resolve(self.base)) if self.base else None)
-        lines = [f"{directory}: {found['tensors']} tensors complete and finite"]
-        lines.append(f"sha256 {found['sha256']}")
-        if "base_sha256" in found:
-            lines.append(f"base intact: its tensors hash to {found['base_sha256']}, as recorded")
-            lines.append(f"new blocks {found['new_layers']}: {found['new_blocks']}")
-            if found["new_tokens"]:
-                lines.append(f"new tokens {found['new_tokens']}: rows after the base's")
-        if "logits_bit_equal" in found:
-            lines.append(
-                "logits bit-equal to the base's"
-                if found["logits_bit_equal"]
-                else f"logits differ from the base's by up to {found['max_logit_difference']:.3g}"
-            )
-        if self.hf:
-            found["hf"] = self.compare_with_hf(directory)
-            lines += [f"  {key:<40} {value}" for key, value in found["hf"].items()]
-        return found, "\n".join(lines)
-
-    def compare_with_hf(self, directory: Path) -> dict[str, Any]:
         import torch
 
+        from llamapro.checkpoints.new_blocks import is_training_output
         from llamapro.conversion.hf_parity import compare_with_hf
+        from llamapro.conversion.verify import render, verify, verify_run
 
-        return compare_with_hf(str(directory), getattr(torch, self.dtype) if self.dtype else None)
+        if is_training_output(self.dir):
+            if self.base or self.hf:
+                raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
+            result = verify_run(self.dir)
+            return result, "\n".join(f"{path}: intact" for path in result["intact"])
+        result = verify(self.dir, self.base)
+        if self.hf:
+            dtype = getattr(torch, self.dtype) if self.dtype else None
+            result["hf"] = compare_with_hf(self.dir, dtype)
+        return result, render(result)
 
 
 Command = (
@@ -362,11 +274,18 @@ Command = (
 )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
+    """Runs the command; `llamapro expand` and the like come here with their own `prog`.
+
+    Args:
+        argv: the command and its options; None for those of the process.
+        prog: the name of the program in the help texts.
+    """
     command: Any = tyro.cli(
         Command,
-        prog="convert.py",
-        description=__doc__,
+        prog=prog,
+        args=argv,
+        description=(__doc__ or "").replace("convert.py", prog),
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     result, text = command.run()

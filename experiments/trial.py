@@ -26,7 +26,7 @@ from tqdm import tqdm
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
-from llamapro.conversion.expand import merge_checkpoint
+from llamapro.conversion.merge import merge_checkpoint
 from llamapro.errors import DivergedError, UserError
 from llamapro.evaluate import read_text
 from llamapro.expansion import expand_config, interleave, select_trainable

@@ -176,7 +176,7 @@ def check_blocks(
         expected: name -> shape of every tensor that must be in the file.
     """
 
-    problems, record = Problems(5), config.expansion
+    problems, record = Problems(limit=5), config.expansion
     if info.base_sha256 and record is None:
         problems.add("belongs to an expanded model, but this one has no 'llamapro' record")
     elif record is not None and info.base_sha256:

@@ -3,11 +3,13 @@
 The only file that imports `transformers`, and only when asked to.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError
 
@@ -15,7 +17,9 @@ PROBE_SHAPE = (2, 64)  # B, T of the random batch
 
 
 @torch.no_grad()
-def compare_with_hf(path: str, dtype: torch.dtype | None = None, seed: int = 0) -> dict[str, Any]:
+def compare_with_hf(
+    path: str | Path, dtype: torch.dtype | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Runs both implementations on one random batch, on the CPU, and compares logits and loss.
 
     Beside the difference between them stands Hugging Face's own between fp32 and this dtype: the
@@ -42,6 +46,7 @@ def compare_with_hf(path: str, dtype: torch.dtype | None = None, seed: int = 0) 
         raise ConfigError("--hf needs transformers: pip install 'llamapro[hf]'") from None
 
     checkpoint = Checkpoint.open(path)
+    path = checkpoint.path
     dtype = dtype or checkpoint.dtype
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(checkpoint.config.vocab_size, PROBE_SHAPE, generator=generator)
@@ -61,7 +66,8 @@ def compare_with_hf(path: str, dtype: torch.dtype | None = None, seed: int = 0) 
     model = checkpoint.load(dtype)
     ours = model(ids)
     # Training takes the loss by chunks without all logits: the same path is checked here.
-    loss_sum, count = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    hidden = model.model(ids[:, :-1].contiguous()).flatten(0, 1)
+    loss_sum, count = ops.linear_cross_entropy(hidden, model.lm_head.weight, ids[:, 1:].flatten())
     chunked = (loss_sum / count).item()
     del model
     max_logit, loss_difference = difference(ours, theirs)

@@ -15,7 +15,7 @@ from llamapro.errors import CheckpointError
 _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")
 
 
-def describe(path: str) -> dict[str, Any]:
+def describe(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint directory, a run directory or a new-block file, hashes included.
 
     Of a run it shows the newest intact training checkpoint, as `find_blocks` finds it.
@@ -36,12 +36,12 @@ def describe(path: str) -> dict[str, Any]:
         rows = _rows(tensors, hashes, {})
         summary = _summary(file, "trained blocks", tensors, hashes, rows)
         return summary | {"record": dataclasses.asdict(info)}
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(path)
     hashes = hash_tensors(checkpoint.tensors.values(), "hash")
     rows = _rows(checkpoint.tensors, hashes, _origins(checkpoint))
     kind = "checkpoint" if checkpoint.config.expansion is None else "expanded checkpoint"
     expansion = checkpoint.config.expansion
-    return _summary(directory, kind, checkpoint.tensors, hashes, rows) | {
+    return _summary(checkpoint.path, kind, checkpoint.tensors, hashes, rows) | {
         "config": checkpoint.config.raw,
         "record": None if expansion is None else expansion.to_dict(),
     }

@@ -1,13 +1,15 @@
-"""Puts new blocks trained on different domains into one model; takes all of them out again.
+"""Merges new blocks into their base, of one file or of several; strip takes all of them out again.
 
-Each new-block file was trained alone, on the same base. A new block adds to the residual stream, so
-the blocks of all files can stand in one model: on top of each base layer those of the first file,
-then those of the second, and so on. Two files of 8 blocks on 32 base layers give 48 layers.
-To a later training they are one generation: all of them would train.
+Several new-block files may have been trained one by one on the same base. A new block adds to the
+residual stream, so the blocks of all files can stand in one model: on top of each base layer those
+of the first file, then those of the second, and so on. Two files of 8 blocks on 32 base layers give
+48 layers. For a later training they are one generation: all of them train.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,34 +17,188 @@ from typing import Any
 from llamapro import expansion
 from llamapro.checkpoints.base import (
     base_config,
-    base_names,
     base_vocab_size,
     check_base,
     contained_base,
     layout_of,
+    split_rows,
 )
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import BASE_CARD_FILE
-from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
-from llamapro.checkpoints.tensors import DTYPES, StoredTensor, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
-from llamapro.config import ExpansionRecord
+from llamapro.checkpoints.new_blocks import (
+    NEW_ROWS,
+    BlocksInfo,
+    check_blocks,
+    find_blocks,
+    read_blocks,
+)
+from llamapro.checkpoints.run import STATE_FILE
+from llamapro.checkpoints.tensors import DTYPES, StoredTensor
+from llamapro.checkpoints.writing import MAX_SHARD_BYTES
+from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.conversion.add_tokens import restore_tokenizer
 from llamapro.conversion.companions import write_companions
-from llamapro.conversion.expand import Chunks, hashed_chunks
 from llamapro.conversion.model_card import CARD_FILE, Training, write_card
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.conversion.rewrite import Target, converted, hashed, rewritten
+from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.expansion import Layout
-from llamapro.files import output_directory, refuse_source
+from llamapro.files import refuse_source
+from llamapro.model import build_on_meta
+from llamapro.text.tokenizer import FILE_NAME, Tokenizer
+from llamapro.text.vocabulary import JSON_NAME
+
+# ---- One file ----------------------------------------------------------------------------------
+
+
+def merge_checkpoint(
+    expanded: Checkpoint,
+    blocks_path: str | Path,
+    out_dir: Path,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Writes the expanded model with its trained blocks: an ordinary checkpoint, in its own dtype.
+
+    A model card (`llamapro/conversion/model_card.py`) is written beside it.
+
+    Args:
+        expanded: the checkpoint the run started from.
+        blocks_path: a run directory, a training checkpoint, or a new-block file.
+        out_dir, force, max_shard_bytes: as for `expand_checkpoint`.
+
+    Returns:
+        JSON-able: path, blocks (the file used), step, tensors_replaced, bytes, base_intact.
+
+    Raises:
+        ConfigError: as `expand_checkpoint`, for the expanded checkpoint and the new-block file.
+        CheckpointError: the blocks belong to another base, do not fit, or the base inside
+            `expanded` no longer has the bytes its record says.
+    """
+    file = find_blocks(blocks_path)
+    refuse_source(out_dir, expanded.path, file)
+    blocks, info = read_blocks(file)
+    check_blocks(file, blocks, info, expanded.config, _expected_shapes(expanded, blocks, info))
+    training = Training.of(file, info)
+    _warn_of_another_tokenizer(expanded, file, training)
+    targets: list[Target] = []
+    hashes: dict[str, str] = {}
+    for name, stored in expanded.tensors.items():
+        base_rows, new_rows = split_rows(stored, expanded.config)
+        parts = [hashed(base_rows, name, hashes)]
+        if name in blocks:
+            parts = [converted(blocks[name], stored.dtype)]
+        elif new_rows is not None:
+            parts.append(converted(blocks.get(NEW_ROWS[name], new_rows), stored.dtype))
+        targets.append(Target(name, stored.dtype, stored.shape, parts))
+    config = expanded.config
+    if info.trainable == "all":
+        # The base is no longer inside, so the record that says where it is would be false.
+        config = config.resized(config.num_hidden_layers, config.vocab_size, None)
+    with rewritten(out_dir, targets, "merge", force, max_shard_bytes) as aside:
+        if config.expansion is not None:
+            check_base(expanded, hashes)
+        write_companions(aside, config, expanded.companions())
+        write_card(aside, out_dir.resolve().name, config, [training])
+    return {
+        "path": str(out_dir),
+        "blocks": str(file),
+        "step": info.step,
+        "tensors_replaced": len(blocks),
+        "bytes": sum(target.nbytes for target in targets),
+        "base_intact": config.expansion is not None,
+    }
+
+
+def assemble_checkpoint(
+    config_file: Path, blocks_path: str | Path, out_dir: Path, force: bool = False
+) -> dict[str, Any]:
+    """Writes the checkpoint of a run that started from a `config.json` alone: all it trained.
+
+    It has the dtype in which the run kept the weights, and so says the result's `config.json`.
+
+    Args:
+        config_file: the `config.json` of the run.
+        blocks_path, out_dir, force: as for `merge_checkpoint`.
+
+    Returns:
+        As `merge_checkpoint`.
+
+    Raises:
+        ConfigError: as `expand_checkpoint`, for the `config.json` and the new-block file.
+        CheckpointError: the run did not train all weights of this configuration.
+    """
+    config = ModelConfig.from_file(config_file)
+    file = find_blocks(blocks_path)
+    refuse_source(out_dir, config_file, file)
+    blocks, info = read_blocks(file)
+    expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
+    check_blocks(file, blocks, info, config, expected)
+    training = Training.of(file, info)
+    # The run's config.json may say another: transformers would load the weights in that one.
+    stored = str(DTYPES[blocks["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
+    keys = {"torch_dtype", *({"dtype"} & config.raw.keys())}  # of transformers 4, and of 5
+    config = dataclasses.replace(config, raw=config.raw | dict.fromkeys(sorted(keys), stored))
+    targets = [Target(t.name, t.dtype, t.shape, [t.chunks]) for t in blocks.values()]
+    with rewritten(out_dir, targets, "merge", force) as aside:
+        # The run knows which tokenizer it was trained with; its file may have any name.
+        path = training.part("settings").get("model.tokenizer")
+        if not isinstance(path, str):
+            state = file.parent / STATE_FILE
+            raise CheckpointError(f"{state}: missing or damaged: names no 'model.tokenizer'")
+        vocabulary, *beside = Tokenizer.load(path).files
+        name = JSON_NAME if vocabulary.suffix == ".json" else FILE_NAME
+        shutil.copyfile(vocabulary, aside / name)
+        write_companions(aside, config, beside)
+        write_card(aside, out_dir.resolve().name, config, [training])
+    return {
+        "path": str(out_dir),
+        "blocks": str(file),
+        "step": info.step,
+        "tensors_replaced": len(blocks),
+        "bytes": sum(target.nbytes for target in targets),
+        "base_intact": False,
+    }
+
+
+def _expected_shapes(
+    expanded: Checkpoint, blocks: Iterable[str], info: BlocksInfo
+) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of what a new-block file must hold; rows of added tokens may be in."""
+    has_new_rows = not set(NEW_ROWS.values()).isdisjoint(blocks)
+    expected = {}
+    for name, stored in expanded.tensors.items():
+        if info.trainable == "all" or expansion.is_in_layers(name, info.new_layers):
+            expected[name] = stored.shape
+        if has_new_rows and (new_rows := split_rows(stored, expanded.config)[1]) is not None:
+            expected[NEW_ROWS[name]] = new_rows.shape
+    return expected
+
+
+def _warn_of_another_tokenizer(expanded: Checkpoint, file: Path, training: Training) -> None:
+    """Says on standard error if the blocks were trained with another tokenizer than is beside."""
+    try:
+        found = Tokenizer.load(expanded.path).fingerprint
+    except DataError:  # none, or its library is missing: nothing to compare
+        return
+    if training.tokenizer is not None and training.tokenizer != found:
+        print(
+            f"warning: {file} was trained with tokenizer sha256 {training.tokenizer[:16]}..., but "
+            f"{expanded.path} has {found[:16]}..., which goes into the result: copy the run's own "
+            "(model.tokenizer) there",
+            file=sys.stderr,
+        )
+
+
+# ---- Several files -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Blocks:
-    """A new-block file, found to fit the base.
+class _NewBlocks:
+    """A new-block file that fits the base.
 
     Attributes:
         file: its path.
-        info: its metadata; `source_layers` are filled in.
+        info: its metadata, with `source_layers`.
         tensors: name in the file's own expanded model -> where it is stored.
     """
 
@@ -57,10 +213,70 @@ class _Blocks:
         return [pair for n, pair in enumerate(pairs) if pair[0] - n - 1 == base_layer]
 
 
-def _open_blocks(path: Path, expanded: Checkpoint) -> _Blocks:
-    """Opens a new-block file; raises CheckpointError unless it fits the base inside `expanded`."""
+def merge_many(
+    expanded: Checkpoint, blocks_paths: Sequence[Path], out_dir: Path, force: bool = False
+) -> dict[str, Any]:
+    """Writes the base with the new blocks of several files, and a model card beside it.
+
+    Args:
+        expanded: an expanded checkpoint; the base inside it is used, its own new blocks are not.
+        blocks_paths: run directories, training checkpoints or new-block files, all trained on this
+            base, in whichever layouts.
+        out_dir, force: as for `expand_checkpoint`.
+
+    Returns:
+        JSON-able: path, blocks (the files used), steps (of each), layers, new_layers,
+        source_layers, tensors_replaced, bytes, base_intact (True).
+
+    Raises:
+        ConfigError: as `expand_checkpoint`; or a file is given twice.
+        CheckpointError: `expanded` has no record, its base was changed, or tokens were added to
+            its vocabulary; or a file was trained on another base or tokenizer than the others, or
+            does not fit.
+    """
+    inside = contained_base(expanded)
+    stored_as = {base.name: expanded.tensors[name] for name, base in inside.items()}
     record = expanded.config.expansion
     assert record is not None
+    if base_vocab_size(expanded.config) < expanded.config.vocab_size:
+        raise CheckpointError(
+            f"{expanded.path}: tokens were added to its vocabulary, and each file may have rows of "
+            "its own for them; merge one file, or expand without --add-tokens"
+        )
+    files = [_open_blocks(path, expanded, record) for path in blocks_paths]
+    refuse_source(out_dir, expanded.path, *(blocks.file for blocks in files))
+    trainings = [Training.of(blocks.file, blocks.info) for blocks in files]
+    _check_together(files, trainings)
+    base = base_config(expanded)
+    layout, trained = _combine(files, base.num_hidden_layers)
+    targets: list[Target] = []
+    hashes: dict[str, str] = {}
+    for name, (source, _) in expansion.expand_names(stored_as, layout).items():
+        stored = stored_as[source]
+        part = hashed(stored, stored.name, hashes)
+        if name in trained:
+            part = converted(trained[name], stored.dtype)
+        targets.append(Target(name, stored.dtype, stored.shape, [part]))
+    config = expansion.expand_config(base, layout, record.base_sha256)
+    with rewritten(out_dir, targets, "merge", force) as aside:
+        check_base(expanded, hashes)
+        write_companions(aside, config, expanded.companions())
+        write_card(aside, out_dir.resolve().name, config, trainings)
+    return {
+        "path": str(out_dir),
+        "blocks": [str(blocks.file) for blocks in files],
+        "steps": [blocks.info.step for blocks in files],
+        "layers": config.num_hidden_layers,
+        "new_layers": list(layout.new_layers),
+        "source_layers": [layout.sources[i] for i in layout.new_layers],
+        "tensors_replaced": len(trained),
+        "bytes": sum(target.nbytes for target in targets),
+        "base_intact": True,
+    }
+
+
+def _open_blocks(path: Path, expanded: Checkpoint, record: ExpansionRecord) -> _NewBlocks:
+    """Opens a new-block file; raises CheckpointError unless it fits the base inside `expanded`."""
     file = find_blocks(path)
     tensors, info = read_blocks(file)
     if info.trainable == "all" or not info.base_sha256:
@@ -84,91 +300,18 @@ def _open_blocks(path: Path, expanded: Checkpoint) -> _Blocks:
     sources = info.source_layers
     if not sources and info.new_layers == record.new_layers:
         sources = record.source_layers
-    base_layers = expanded.config.num_hidden_layers - len(record.new_layers)
-    its_layers = base_layers + len(info.new_layers)
-    where = f"{file}: its metadata"
     if not sources:
         raise CheckpointError(
-            f"{where} do not say from which layers its blocks were copied; merge it alone, into "
-            "the expanded checkpoint it was trained on"
+            f"{file}: its metadata do not say from which layers its blocks were copied; merge it "
+            "alone, into the expanded checkpoint it was trained on"
         )
+    layers = expanded.config.num_hidden_layers - len(record.new_layers) + len(info.new_layers)
     raw = {"new_layers": info.new_layers, "source_layers": sources, "base_sha256": ""}
-    ExpansionRecord.from_dict(raw, its_layers, where)  # raises for impossible layers
-    return _Blocks(file, dataclasses.replace(info, source_layers=sources), tensors)
+    ExpansionRecord.from_dict(raw, layers, f"{file}: its metadata")  # raises if impossible
+    return _NewBlocks(file, dataclasses.replace(info, source_layers=sources), tensors)
 
 
-def merge_many(
-    expanded: Checkpoint,
-    blocks_paths: Sequence[Path],
-    out_dir: Path,
-    force: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> dict[str, Any]:
-    """Writes the base with the new blocks of several files, and a model card beside it.
-
-    Args:
-        expanded: an expanded checkpoint; the base inside it is used, its own new blocks are not.
-        blocks_paths: run directories, training checkpoints or new-block files, all trained on this
-            base, in whichever layouts.
-        out_dir, force, max_shard_bytes: as for `streaming.expand_checkpoint`.
-
-    Returns:
-        JSON-able: path, blocks (the files used), steps (of each), layers, new_layers,
-        source_layers, tensors_replaced, bytes, base_intact (True).
-
-    Raises:
-        ConfigError: as `streaming.expand_checkpoint`; or a file is given twice.
-        CheckpointError: `expanded` has no record, its base was changed, or tokens were added to
-            its vocabulary; or a file was trained on another base or tokenizer than the others, or
-            does not fit.
-    """
-    layout_of(expanded.config, expanded.path)  # raises without a record
-    if base_vocab_size(expanded.config) < expanded.config.vocab_size:
-        raise CheckpointError(
-            f"{expanded.path}: tokens were added to its vocabulary, and each file may have rows of "
-            "its own for them; merge one file, or expand without --add-tokens"
-        )
-    files = [_open_blocks(path, expanded) for path in blocks_paths]
-    refuse_source(out_dir, expanded.path, *(blocks.file for blocks in files))
-    trainings = [Training.of(blocks.file, blocks.info) for blocks in files]
-    _check_together(files, trainings)
-    layout, trained = _combine(files, base_config(expanded).num_hidden_layers)
-    base_of = base_names(expanded.tensors, layout_of(expanded.config, expanded.path))
-    stored_as = {base: expanded.tensors[name] for name, base in base_of.items()}
-    source_of = {
-        name: stored_as[source]
-        for name, (source, _) in expansion.expand_names(stored_as, layout).items()
-    }
-    specs = [TensorSpec(name, like.dtype, like.shape) for name, like in source_of.items()]
-    hashes: dict[str, str] = {}
-
-    def chunks_of(spec: TensorSpec) -> Chunks:
-        if spec.name in trained:  # fp32 masters become the checkpoint's dtype
-            return tensor_chunks(trained[spec.name].read().to(DTYPES[spec.dtype]))
-        return hashed_chunks(source_of[spec.name], hashes)
-
-    assert expanded.config.expansion is not None
-    base_sha256 = expanded.config.expansion.base_sha256
-    config = expansion.expand_config(base_config(expanded), layout, base_sha256)
-    with output_directory(out_dir, force) as aside:
-        write_checkpoint(aside, specs, chunks_of, max_shard_bytes, label="merge")
-        check_base(expanded, hashes)
-        write_companions(aside, config, expanded.companions())
-        write_card(aside, out_dir.resolve().name, config, trainings)
-    return {
-        "path": str(out_dir),
-        "blocks": [str(blocks.file) for blocks in files],
-        "steps": [blocks.info.step for blocks in files],
-        "layers": config.num_hidden_layers,
-        "new_layers": list(layout.new_layers),
-        "source_layers": [layout.sources[i] for i in layout.new_layers],
-        "tensors_replaced": len(trained),
-        "bytes": sum(spec.nbytes for spec in specs),
-        "base_intact": True,
-    }
-
-
-def _check_together(files: Sequence[_Blocks], trainings: Sequence[Training]) -> None:
+def _check_together(files: Sequence[_NewBlocks], trainings: Sequence[Training]) -> None:
     """Refuses the same file twice, and files that were trained with different tokenizers."""
     paths = [blocks.file.resolve() for blocks in files]
     for path in paths:
@@ -180,11 +323,13 @@ def _check_together(files: Sequence[_Blocks], trainings: Sequence[Training]) -> 
         raise CheckpointError(f"trained with different tokenizers (sha256): {which}")
 
 
-def _combine(files: Sequence[_Blocks], base_layers: int) -> tuple[Layout, dict[str, StoredTensor]]:
+def _combine(
+    files: Sequence[_NewBlocks], base_layers: int
+) -> tuple[Layout, dict[str, StoredTensor]]:
     """Stacks the blocks of all files on the layers of the base, in the order of the files.
 
     Returns:
-        The layout of the merged model, and by name there each trained tensor.
+        The layout of the merged model, and its trained tensors, by their names there.
     """
     sources: list[int] = []
     new_layers: list[int] = []
@@ -194,55 +339,47 @@ def _combine(files: Sequence[_Blocks], base_layers: int) -> tuple[Layout, dict[s
             sources.append(base_layer)
         for blocks in files:
             for layer, source in blocks.on_top_of(base_layer):
-                before, now = f"model.layers.{layer}.", f"model.layers.{len(sources)}."
+                old, new = f"model.layers.{layer}.", f"model.layers.{len(sources)}."
                 trained |= {
-                    now + name.removeprefix(before): stored
+                    new + name.removeprefix(old): stored
                     for name, stored in blocks.tensors.items()
-                    if name.startswith(before)
+                    if name.startswith(old)
                 }
                 new_layers.append(len(sources))
                 sources.append(source)
     return Layout(tuple(sources), tuple(new_layers)), trained
 
 
-def strip_checkpoint(
-    expanded: Checkpoint,
-    out_dir: Path,
-    force: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> dict[str, Any]:
+# ---- The way back ------------------------------------------------------------------------------
+
+
+def strip_checkpoint(expanded: Checkpoint, out_dir: Path, force: bool = False) -> dict[str, Any]:
     """Writes the base that is inside an expanded checkpoint: its tensors byte for byte.
 
-    Of a model that was expanded several times, the latest generation is taken out, with the tokens
-    it added.
+    If a model was expanded several times, the latest generation is taken out, with the tokens it
+    added.
 
     Args:
         expanded: an expanded or merged checkpoint.
-        out_dir, force, max_shard_bytes: as for `streaming.expand_checkpoint`.
+        out_dir, force: as for `expand_checkpoint`.
 
     Returns:
         JSON-able: path, layers, removed_layers, removed_tokens (how many), sha256 (the base's, as
         recorded), bytes.
 
     Raises:
-        ConfigError: as `streaming.expand_checkpoint`, of the expanded checkpoint.
+        ConfigError: as `expand_checkpoint`, for the expanded checkpoint.
         CheckpointError: there is no record of new blocks, or the base was changed.
     """
     layout = layout_of(expanded.config, expanded.path)
     refuse_source(out_dir, expanded.path)
-    inside = contained_base(expanded)
-    stored_as = {base.name: dataclasses.replace(base, name=name) for name, base in inside.items()}
-    specs = [TensorSpec(name, stored.dtype, stored.shape) for name, stored in stored_as.items()]
     config = base_config(expanded)
     hashes: dict[str, str] = {}
-    with output_directory(out_dir, force) as aside:
-        write_checkpoint(
-            aside,
-            specs,
-            lambda spec: hashed_chunks(stored_as[spec.name], hashes),
-            max_shard_bytes,
-            label="strip",
-        )
+    targets = [
+        Target(base.name, base.dtype, base.shape, [hashed(base, name, hashes)])
+        for name, base in contained_base(expanded).items()
+    ]
+    with rewritten(out_dir, targets, "strip", force) as aside:
         check_base(expanded, hashes)
         write_companions(aside, config, expanded.companions())
         if config.vocab_size < expanded.config.vocab_size:
@@ -259,5 +396,5 @@ def strip_checkpoint(
         "removed_layers": list(layout.new_layers),
         "removed_tokens": expanded.config.vocab_size - config.vocab_size,
         "sha256": sha256,
-        "bytes": sum(spec.nbytes for spec in specs),
+        "bytes": sum(target.nbytes for target in targets),
     }

@@ -143,7 +143,7 @@ def from_meta(
 
 
 def to_meta(
-    ckpt_dir: Path, out_dir: Path, shards: int | None = None, force: bool = False
+    ckpt_dir: str | Path, out_dir: Path, shards: int | None = None, force: bool = False
 ) -> dict[str, Any]:
     """Writes a checkpoint in Meta's release layout; undoes `from_meta` to the byte of every tensor.
 
@@ -165,10 +165,10 @@ def to_meta(
             cannot say its head_dim or rope_scaling, or the `meta_release` record is damaged.
         CheckpointError: the checkpoint is damaged, or writing failed.
     """
-    refuse_source(out_dir, ckpt_dir)
     checkpoint = Checkpoint.open(ckpt_dir)
+    refuse_source(out_dir, checkpoint.path)
     config = checkpoint.config
-    params, recorded, names, freqs = _release_of(config, ckpt_dir / "config.json")
+    params, recorded, names, freqs = _release_of(config, checkpoint.path / "config.json")
     count = recorded if shards is None else shards
     _check_count(count, recorded, config)
 

@@ -92,7 +92,7 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> Log
     return LogitComparison(bit_equal, difference, input_ids.numel())
 
 
-def verify_run(path: str) -> dict[str, Any]:
+def verify_run(path: str | Path) -> dict[str, Any]:
     """Checks every file of a run directory's training checkpoints, of one, or a new-block file.
 
     Args:
@@ -106,7 +106,7 @@ def verify_run(path: str) -> dict[str, Any]:
     """
     directory = Path(path)
     if directory.is_file():
-        return {"path": path, "intact": [path], "sha256": check_bytes(directory)}
+        return {"path": str(path), "intact": [str(path)], "sha256": check_bytes(directory)}
     is_run = (directory / "checkpoints").is_dir()
     steps = training_checkpoints(directory) if is_run else [directory]
     if not steps:
@@ -124,10 +124,10 @@ def verify_run(path: str) -> dict[str, Any]:
         intact += [] if found else [str(step)]
     if damaged:
         raise CheckpointError(f"{'; '.join(damaged)}; intact: {', '.join(intact) or 'none'}")
-    return {"path": path, "intact": intact}
+    return {"path": str(path), "intact": intact}
 
 
-def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
+def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, Any]:
     """Checks a checkpoint, and if it is expanded, the base inside it.
 
     Args:
@@ -144,6 +144,7 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
             not the base, or untouched new blocks are not the identity.
     """
     checkpoint = Checkpoint.open(path)
+    path = checkpoint.path
     hashes = hash_tensors(checkpoint.tensors.values(), f"hash {checkpoint.path.name}")
     bad = [t.name for t in checkpoint.tensors.values() if not torch.isfinite(t.map()).all()]
     if bad:
@@ -192,3 +193,22 @@ def verify(path: str, base_path: str | None = None) -> dict[str, Any]:
             "max_logit_difference": logits.max_difference,
         }
     return result
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns what `verify` found as text."""
+    lines = [f"{result['path']}: {result['tensors']} tensors complete and finite"]
+    lines.append(f"sha256 {result['sha256']}")
+    if "base_sha256" in result:
+        lines.append(f"base intact: its tensors hash to {result['base_sha256']}, as recorded")
+        lines.append(f"new blocks {result['new_layers']}: {result['new_blocks']}")
+        if result["new_tokens"]:
+            lines.append(f"new tokens {result['new_tokens']}: rows after the base's")
+    if "logits_bit_equal" in result:
+        lines.append(
+            "logits bit-equal to the base's"
+            if result["logits_bit_equal"]
+            else f"logits differ from the base's by up to {result['max_logit_difference']:.3g}"
+        )
+    lines += [f"  {key:<40} {value}" for key, value in result.get("hf", {}).items()]
+    return "\n".join(lines)

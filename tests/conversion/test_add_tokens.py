@@ -22,9 +22,9 @@ from llamapro.checkpoints.new_blocks import NEW_ROWS, read_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE, read_metrics
 from llamapro.config import ModelConfig
 from llamapro.conversion import add_tokens as growing
-from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
+from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.inspect import describe
-from llamapro.conversion.merge import merge_many, strip_checkpoint
+from llamapro.conversion.merge import merge_checkpoint, merge_many, strip_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors

@@ -22,7 +22,8 @@ import torch
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
-from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.merge import merge_checkpoint
 from llamapro.conversion.meta import from_meta
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate

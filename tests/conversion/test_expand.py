@@ -11,7 +11,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.run import LISTED, STATE_FILE, TRAINABLE_FILE, write_manifest
 from llamapro.config import ModelConfig
-from llamapro.conversion.expand import assemble_checkpoint, expand_checkpoint, merge_checkpoint
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint
 from llamapro.errors import ConfigError
 
 LAYOUT = expansion.interleave(4, 2)

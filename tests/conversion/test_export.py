@@ -23,7 +23,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.conversion.companions import write_companions
-from llamapro.conversion.expand import assemble_checkpoint, expand_checkpoint, merge_checkpoint
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint
 from llamapro.errors import DataError
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate

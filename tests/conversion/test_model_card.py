@@ -12,8 +12,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.run import LISTED, STATE_FILE, TRAINABLE_FILE, write_manifest
 from llamapro.config import ModelConfig
-from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
-from llamapro.conversion.merge import merge_many
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.merge import merge_checkpoint, merge_many
 from llamapro.conversion.model_card import Training, render
 
 STATE = {

@@ -21,7 +21,8 @@ from llamapro import expansion
 from llamapro.checkpoints.base import base_names, layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import training_checkpoints
-from llamapro.conversion.expand import expand_checkpoint, merge_checkpoint
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.merge import merge_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError, DataError, UserError
 from llamapro.training.metrics import MetricsLog
