@@ -17,7 +17,7 @@ step "1. Real text from this Python installation: English (documentation) and co
 run python demo/corpus.py $out/corpus
 
 step "2. A tokenizer, and a small base model trained on English"
-run python -m llamapro.text.tokenizer $out/corpus/english/train --vocab-size 2048 --out $out/tokenizer
+run python demo/train_tokenizer.py $out/corpus/english/train --vocab-size 2048 --out $out/tokenizer
 run env OMP_NUM_THREADS=1 torchrun --nproc-per-node $PROCESSES train.py --config configs/demo-base.toml
 run python convert.py merge configs/demo-base.json $out/runs/base $out/base
 

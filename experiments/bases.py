@@ -167,7 +167,7 @@ def pretrain(s: StudySettings, out: Path) -> None:
     english = str(out / "corpus" / "english" / "train")
     if not (tokenizer / "tokenizer.model").exists():
         words = ("--vocab-size", str(p.vocab_size), "--out", str(tokenizer))
-        command("-m", "llamapro.text.tokenizer", english, *words)
+        command(str(ROOT / "demo" / "train_tokenizer.py"), english, *words)
     processes = pretrain_processes(s)
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))
     run_dir = str(out / "pretrain")

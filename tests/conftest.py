@@ -8,9 +8,10 @@ import argparse
 import inspect
 import io
 import os
+import runpy
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,6 +116,12 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     file.write_bytes(model.getvalue())
     return file
+
+
+@pytest.fixture(scope="session")
+def train_tokenizer() -> Callable[[Iterable[str], int], bytes]:
+    """`train_tokenizer(texts, vocab_size)`: a tokenizer.model's bytes, as the demo trains it."""
+    return runpy.run_path(str(ROOT / "demo" / "train_tokenizer.py"))["train"]
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,6 @@ from llamapro.evaluate import Args, evaluate, measure, read_text, windows
 from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.train_tokenizer import train
 
 Config = Callable[..., ModelConfig]
 Tensors = Callable[..., dict[str, Tensor]]
@@ -537,11 +536,13 @@ def test_files_that_cannot_be_used_are_named(args: Args, tmp_path: Path) -> None
         evaluate(replace(args, dir=tmp_path / "nowhere"))
 
 
-def test_base_with_another_tokenizer_is_refused(args: Args, tmp_path: Path) -> None:
+def test_base_with_another_tokenizer_is_refused(
+    args: Args, tmp_path: Path, train_tokenizer: Callable[..., bytes]
+) -> None:
     """Losses per token and ranks cannot be compared across tokenizers."""
     other = tmp_path / "other"
     shutil.copytree(args.dir, other)
-    (other / "tokenizer.model").write_bytes(train([TEXT * 9], 300))
+    (other / "tokenizer.model").write_bytes(train_tokenizer([TEXT * 9], 300))
     with pytest.raises(ConfigError, match=r"other: its tokenizer is not that of"):
         evaluate(replace(args, against=other))
 

@@ -28,7 +28,6 @@ from llamapro.conversion.meta import from_meta
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.train_tokenizer import train
 
 pytestmark = pytest.mark.ecosystem
 
@@ -92,6 +91,7 @@ def export(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
+    train_tokenizer: Callable[..., bytes],
     shared: Path,
 ) -> Callable[[str], Path]:
     """`export(kind)`: a random model with a tokenizer of our own training, or Llama 3's ranks."""
@@ -107,7 +107,7 @@ def export(
         vocabulary = (
             ranks.read_bytes()
             if kind == "llama 3"
-            else train([inspect.getsource(textwrap), "Grüße, мир"], 400)
+            else train_tokenizer([inspect.getsource(textwrap), "Grüße, мир"], 400)
         )
         (base / "tokenizer.model").write_bytes(vocabulary)
         return merged(base, home / kind, noise=0.05)

@@ -29,7 +29,6 @@ from llamapro.errors import DataError
 from llamapro.expansion import insert_after, is_in_layers
 from llamapro.generate import generate
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.train_tokenizer import train
 
 transformers = pytest.importorskip("transformers", reason="pip install 'llamapro[hf]'")
 
@@ -73,10 +72,12 @@ def random_texts(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.model as this project trains it, of 400 tokens."""
+def vocabulary(
+    tmp_path_factory: pytest.TempPathFactory, train_tokenizer: Callable[..., bytes]
+) -> Path:
+    """A tokenizer.model as the demo trains it, of 400 tokens."""
     file = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    file.write_bytes(train([inspect.getsource(textwrap), "Grüße, мир"], 400))
+    file.write_bytes(train_tokenizer([inspect.getsource(textwrap), "Grüße, мир"], 400))
     return file
 
 

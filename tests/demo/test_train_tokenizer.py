@@ -3,33 +3,35 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from llamapro.errors import DataError
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.train_tokenizer import train
+
+Train = Callable[[Iterable[str], int], bytes]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer of our own making, from this file's text."""
-    file = tmp_path_factory.mktemp("trained") / "tokenizer.model"
-    file.write_bytes(train([Path(__file__).read_text(encoding="utf-8")], 400))
-    return Tokenizer.load(file)
-
-
-def test_training_is_deterministic_and_of_the_size_asked(trained: Tokenizer) -> None:
+def test_training_is_deterministic_and_of_the_size_asked(
+    tmp_path: Path, train_tokenizer: Train
+) -> None:
     """The same text gives the same bytes, with Llama 2's special tokens."""
-    assert train([Path(__file__).read_text(encoding="utf-8")], 400) == trained.path.read_bytes()
+    text = Path(__file__).read_text(encoding="utf-8")
+    model = train_tokenizer([text], 400)
+    assert train_tokenizer([text], 400) == model
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    trained = Tokenizer.load(tmp_path)
     assert (trained.vocab_size, trained.bos_id, trained.eos_id) == (400, 1, 2)
 
 
-def test_training_drops_no_long_lines(tmp_path: Path) -> None:
+def test_training_drops_no_long_lines(tmp_path: Path, train_tokenizer: Train) -> None:
     """Lines longer than sentencepiece's limits, or with U+2585, shape the vocabulary too."""
     file = tmp_path / "tokenizer.model"
-    file.write_bytes(train(["ox " * 60_000 + "zebra" * 60_000, "\u2585 giraffe" * 20], 285))
+    file.write_bytes(
+        train_tokenizer(["ox " * 60_000 + "zebra" * 60_000, "\u2585 giraffe" * 20], 285)
+    )
     tokenizer = Tokenizer.load(file)
     assert len(tokenizer.encode("zebra" * 100)) < 200
     assert len(tokenizer.encode("giraffe")) < 7
@@ -38,15 +40,18 @@ def test_training_drops_no_long_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "size"), [([], 300), (["\n\n"], 300), (["abc"], 9), (["a"], 999)]
 )
-def test_impossible_training_is_refused(texts: list[str], size: int) -> None:
+def test_impossible_training_is_refused(
+    train_tokenizer: Train, texts: list[str], size: int
+) -> None:
     """No text, or a vocabulary too small or too large for it, is told in one message."""
     with pytest.raises(DataError, match=r"no text|too high|smaller"):
-        train(texts, size)
+        train_tokenizer(texts, size)
 
 
-def test_command_writes_a_tokenizer_once(tmp_path: Path) -> None:
+def test_command_writes_a_tokenizer_once(tmp_path: Path, root: Path) -> None:
     """The command writes, prints one JSON object, and refuses to replace without --force."""
-    words = [sys.executable, "-m", "llamapro.text.tokenizer", __file__, "--vocab-size", "400"]
+    script = str(root / "demo" / "train_tokenizer.py")
+    words = [sys.executable, script, __file__, "--vocab-size", "400"]
     words += ["--out", str(tmp_path / "new"), "--json"]
     first = subprocess.run(words, capture_output=True, text=True, check=True)
     result = json.loads(first.stdout)

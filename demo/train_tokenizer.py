@@ -1,41 +1,43 @@
-"""Trains sentencepiece tokenizers (BPE with byte fallback, Llama 2's settings) from a corpus.
+"""Trains a sentencepiece tokenizer (BPE with byte fallback, Llama 2's settings) on your text.
 
-python -m llamapro.text.tokenizer FILES... --vocab-size N --out DIR
+python demo/train_tokenizer.py FILES... --vocab-size N --out DIR
 """
 
 import io
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+import sentencepiece
 import tyro
 
 from llamapro import cli
 from llamapro.errors import ConfigError, DataError
-from llamapro.text import documents
+from llamapro.files import make_directory, reason, write_file
+from llamapro.text.documents import Counts, find_files, read_pieces
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
 
-# Sentencepiece drops training lines that hold U+2585, its own mark for unknown characters.
-_NOT_TRAINED_ON = re.compile("[\n\u2585]")
-# Characters of one training line; at four bytes each, far below `max_sentence_length`.
+# Sentencepiece skips training lines that hold U+2585, its own mark for unknown characters.
+_LINE_END = re.compile("[\n\u2585]")
+# Characters of one training line. At four bytes each, they stay far below `max_sentence_length`.
 _LINE_CHARACTERS = 1 << 14
 
 
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Yields lines cut to a length at which sentencepiece drops none; empty ones are left out."""
+def training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yields lines short enough for sentencepiece to keep all of them, without empty ones."""
     for text in texts:
-        for line in _NOT_TRAINED_ON.split(text):
+        for line in _LINE_END.split(text):
             for start in range(0, len(line), _LINE_CHARACTERS):
                 yield line[start : start + _LINE_CHARACTERS]
 
 
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a BPE model with byte fallback and Llama 2's settings; the same input, the same model.
+    """Trains a tokenizer; the same texts give the same model.
 
-    Nothing is normalised, so every text comes back from its tokens as it was, except that U+2581,
+    Nothing is normalised: every text comes back from its tokens as it was, except that U+2581,
     sentencepiece's mark for a space, comes back as a space. All texts are held in memory.
 
     Args:
@@ -48,21 +50,13 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
     Raises:
         DataError: there is no text, or the vocabulary is too small or too large for it.
     """
-    import sentencepiece
-
-    lines = _training_lines(texts)
-    first = next(lines, None)
-    if first is None:
+    lines = training_lines(texts)
+    if (first := next(lines, None)) is None:
         raise DataError("no text to train a tokenizer on: all documents are empty")
-
-    def all_lines() -> Iterator[str]:
-        yield first
-        yield from lines
-
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=all_lines(),
+            sentence_iterator=chain([first], lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -81,8 +75,8 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2]
-        raise DataError(f"vocabulary of {vocab_size:,} for this text: {reason}") from None
+        cause = str(error).rpartition("] ")[2]
+        raise DataError(f"vocabulary of {vocab_size:,} for this text: {cause}") from None
     return model.getvalue()
 
 
@@ -91,13 +85,13 @@ class Args:
     """Trains a sentencepiece tokenizer (BPE with byte fallback, Llama 2's settings)."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """Text files, .jsonl or .jsonl.gz files, folders or globs."""
+    """Text, .jsonl, .jsonl.gz or .parquet files, folders or globs."""
     vocab_size: int
-    """Number of tokens."""
+    """Number of tokens, for example 32000; 259 of them are special tokens and bytes."""
     out: Path
     """Directory to write tokenizer.model to."""
     text_key: str = "text"
-    """Key of the text in a line of a .jsonl file."""
+    """Key of the text in a line of a .jsonl file, or name of its column."""
     force: bool = False
     """Replace an existing tokenizer.model."""
     json: bool = False
@@ -110,18 +104,15 @@ def main() -> None:
     target = args.out / FILE_NAME
     if target.exists() and not args.force:
         raise ConfigError(f"{target}: exists; choose another directory or pass --force")
-    counts = documents.Counts()
-    pieces = documents.read_pieces(documents.find_files(args.files), args.text_key, counts, "train")
+    counts = Counts()
+    pieces = read_pieces(find_files(args.files), args.text_key, counts, "train")
     model = train((piece.text for piece in pieces), args.vocab_size)
     print(f"tokenizer: trained on {counts.describe()}", file=sys.stderr)
-    aside = target.with_name(f".{FILE_NAME}.partial-{os.getpid()}")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(model)
-        os.replace(aside, target)
+        make_directory(args.out)
+        write_file(target, model)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{target}: cannot be written: {reason(error)}") from None
     tokenizer = Tokenizer.load(target)
     result = {
         "path": str(target),
@@ -131,3 +122,7 @@ def main() -> None:
         "bytes": counts.bytes,
     }
     cli.print_result(result, args.json, f"{target}: {tokenizer.vocab_size:,} tokens")
+
+
+if __name__ == "__main__":
+    cli.run(main)
