@@ -26,7 +26,7 @@ from llamapro.conversion.companions import write_companions
 from llamapro.errors import ConfigError, DataError
 from llamapro.expansion import expand_config, expand_state_dict, interleave
 from llamapro.harness import Generation, HarnessModel, adds_bos
-from llamapro.text.templates import BUILT_IN
+from llamapro.text.chat_template import BUILT_IN
 
 Config = Callable[..., ModelConfig]
 CONTEXT = 64

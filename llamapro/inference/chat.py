@@ -74,7 +74,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._template.encode_prompt(messages)
         if not prompt:
-            raise DataError(f"{self._template.where}: renders the conversation as nothing")
+            raise DataError(f"{self._template.origin}: renders the conversation as nothing")
         context = self._model.config.max_position_embeddings
         room = context - len(prompt)
         if room < 1:

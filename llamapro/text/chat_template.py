@@ -3,8 +3,13 @@
 A template is the model's own (`chat_template` of its Hugging Face files), a .jinja file, or one of
 `BUILT_IN`. It is rendered as transformers does, and its text is tokenised as a whole. One thing is
 stricter: names of control tokens in what people wrote ("<|eot_id|>") stay plain characters.
+
+While a text is rendered it holds characters that no text has: `_MARK` breaks the names of control
+tokens that people wrote, and `_START` and `_END` enclose what is inside {% generation %},
+transformers' tag for what the assistant wrote.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,24 +17,32 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.errors import DataError, suggest
-from llamapro.text.templates import BUILT_IN, END, MARK, START, environment, tagged_spans
 from llamapro.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
+Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
 
-_RESERVED = re.compile(f"[{MARK}{START}{END}]")
+# From the formats' public descriptions: Meta's llama and llama3 repositories, Mistral's and
+# OpenAI's.
+BUILT_IN = {
+    name: (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    for name in ("llama2", "llama3", "mistral", "chatml")
+}
+_MARK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode's noncharacters
+_RESERVED = re.compile(f"[{_MARK}{_START}{_END}]")
+_BORDER = re.compile(f"([{_START}{_END}])")
 
 
 class ChatTemplate:
-    """A Jinja template and the tokenizer its text is for.
+    """A Jinja template and the tokenizer of its texts.
 
     Attributes:
         source: the template.
-        where: the file it came from, or the name of a built-in one.
+        origin: the file it came from, or the name of a built-in one.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, where: str) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer, origin: str) -> None:
         """Compiles a template; see `load`.
 
         Raises:
@@ -39,28 +52,24 @@ class ChatTemplate:
             import jinja2
         except ImportError:
             raise DataError(
-                f"{where}: chat templates need jinja2: pip install 'llamapro[tokenizers]'"
+                f"{origin}: chat templates need jinja2: pip install 'llamapro[tokenizers]'"
             ) from None
-        self.source, self.where = source, where
+        self.source, self.origin = source, origin
         self._tokenizer = tokenizer
-        # What is expected of a template at work: its own complaints and Python's about its values.
+        # A template that runs may raise its own errors, and Python's about its values.
         self._failures = (
             *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
             *(ArithmeticError, RecursionError),
         )
         names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+        # A missing token is left out, not "": templates test whether it is defined.
         frame = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        # None, not "": templates of models without one of them ask for it.
-        self._variables = {
-            "tools": None,
-            "documents": None,
-            **{key: names.get(i) for key, i in frame.items() if i is not None},
-        }
+        self._variables = {key: names.get(i) for key, i in frame.items() if i is not None}
         try:
-            self._template = environment().from_string(source)
+            self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"{where}: line {error.lineno}: {error.message}") from None
-        # The first character of each name, overlapping ones too.
+            raise DataError(f"{origin}: line {error.lineno}: {error.message}") from None
+        # Finds the first character of each name; names may overlap.
         every_name = "|".join(re.escape(name[1:]) for name in tokenizer.special_tokens)
         firsts = "".join({re.escape(name[0]) for name in tokenizer.special_tokens})
         self._names = re.compile(f"([{firsts}])(?={every_name})" if firsts else "(?!)")
@@ -69,18 +78,19 @@ class ChatTemplate:
     def load(
         cls, directory: str | Path, tokenizer: Tokenizer, template: str = ""
     ) -> "ChatTemplate":
-        """Finds the chat template to use.
+        """Loads the chat template of a model, or the one that the user named.
 
         Args:
-            directory: of the model: `chat_template.jinja`, or `chat_template` in
+            directory: the model's, with `chat_template.jinja`, or `chat_template` in
                 `tokenizer_config.json` (of several, the one named "default").
             tokenizer: the model's.
-            template: instead: a name in `BUILT_IN`, or a .jinja file.
+            template: a name in `BUILT_IN` or a .jinja file to use instead.
 
         Raises:
-            DataError: there is none, it is no template, or it is of another model's tokens.
+            DataError: there is none, it is not a template, or it needs another model's tokens.
         """
         directory = Path(directory)
+        known = ", ".join(BUILT_IN)
         if template in BUILT_IN:
             source = BUILT_IN[template]
             used = set(re.findall(r"<\|\w+\|>", source))
@@ -91,26 +101,23 @@ class ChatTemplate:
                 )
             return cls(source, tokenizer, template)
         if template:
-            return cls(
-                _read(Path(template), f"; built-in: {', '.join(BUILT_IN)}"), tokenizer, template
-            )
+            return cls(_read(Path(template), f"; built-in: {known}"), tokenizer, template)
         file = directory / "chat_template.jinja"
         if file.exists():
             return cls(_read(file), tokenizer, str(file))
         file = directory / "tokenizer_config.json"
         try:
-            found = json.loads(_read(file)).get("chat_template") if file.exists() else None
-            if isinstance(found, list):
-                found = {entry["name"]: entry["template"] for entry in found}.get("default")
+            stored = json.loads(_read(file)).get("chat_template") if file.exists() else None
+            if isinstance(stored, list):
+                stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise DataError(f"{file}: chat_template cannot be read ({error!r})") from None
-        if not isinstance(found, str):
+        if not isinstance(stored, str):
             raise DataError(
                 f"{directory}: the model has no chat template (chat_template.jinja, or "
-                f"chat_template in tokenizer_config.json); give a .jinja file or one of "
-                f"{', '.join(BUILT_IN)}"
+                f"chat_template in tokenizer_config.json); give a .jinja file or one of {known}"
             )
-        return cls(found, tokenizer, str(file))
+        return cls(stored, tokenizer, str(file))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Returns a conversation as text, as transformers' `apply_chat_template` does.
@@ -124,44 +131,42 @@ class ChatTemplate:
         """Returns the token ids up to where the assistant's next answer begins.
 
         Raises:
-            DataError: as for `encode`; the conversation may lack an assistant's turn.
+            DataError: as for `encode`; the conversation may lack a turn of the assistant.
         """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))
-        return self._tokenize(re.sub(f"[{START}{END}]", "", self._render(messages, True)))[0]
+        return self._tokenize(_BORDER.sub("", self._render(messages, True)))[0]
 
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Returns the token ids of a conversation and which of them the assistant wrote.
 
-        The ids are those of the whole rendered text; no BOS is added to the template's. Trained
-        are the tokens that lie wholly in an assistant's turn, its end-of-turn token included, its
-        header not. Turns are what {% generation %} encloses; for templates without it, what a turn
-        adds to the rendering of the turns before it, white space after its last control token left
-        out.
+        The ids are those of the whole rendered text; no BOS is added to the template's. A token is
+        trained if it lies wholly in a turn of the assistant, which includes the end-of-turn token
+        and excludes the header. A turn is what {% generation %} encloses. In a template without
+        that tag it is what the turn adds to the rendering of the turns before it, without white
+        space after its last control token.
 
         Args:
             messages: each with `role` and `content`.
 
         Raises:
-            DataError: `check_messages` finds problems, the template fails, or it does not say where
-                the assistant's turns begin: it renders earlier turns differently once there are
-                later ones.
+            DataError: `check_messages` finds problems, the template fails, or it does not show
+                where the assistant's turns begin because later turns change earlier ones.
         """
         if problems := check_messages(messages):
             raise DataError("; ".join(problems))
         marked = self._render(messages)
-        text = re.sub(f"[{START}{END}]", "", marked)
-        ids, extents = self._tokenize(text)
-        has_tags = START in marked
-        spans = tagged_spans(marked) if has_tags else self._added_spans(messages)
-        if not has_tags:
-            spans = [self._without_tail(span, ids, extents) for span in spans]
-        trained = [False] * len(ids)
-        for first, last in spans:
-            for index, (start, end) in enumerate(extents):
-                trained[index] |= first <= start < last and end <= last
+        ids, extents = self._tokenize(_BORDER.sub("", marked))
+        if _START in marked:
+            spans = _tagged_spans(marked)
+        else:
+            spans = [self._strip_tail(s, ids, extents) for s in self._added_spans(messages)]
+        trained = [
+            any(first <= start < last and end <= last for first, last in spans)
+            for start, end in extents
+        ]
         if not any(trained):
-            raise DataError(f"{self.where}: the template shows nothing of the assistant's turns")
+            raise DataError(f"{self.origin}: the template shows nothing of the assistant's turns")
         return ids, trained
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -170,80 +175,80 @@ class ChatTemplate:
             return self._template.render(
                 messages=self._protect(list(messages)),
                 add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
                 **self._variables,
             )
         except self._failures as error:
-            raise DataError(f"{self.where}: {type(error).__name__}: {error}") from None
+            raise DataError(f"{self.origin}: {type(error).__name__}: {error}") from None
 
     def _protect(self, value: Any) -> Any:
-        """Returns a message with the names of control tokens broken by marks."""
+        """Returns a message in which marks break the names of control tokens."""
         if isinstance(value, str):
-            return self._names.sub(rf"\1{MARK}", value)
+            return self._names.sub(rf"\1{_MARK}", value)
         if isinstance(value, Mapping):
             return {key: self._protect(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._protect(item) for item in value]
         return value
 
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Returns the ids and where each begins and ends, in bytes of the text without marks."""
+    def _tokenize(self, text: str) -> tuple[list[int], list[Span]]:
+        """Returns the ids of a text and the span of each."""
         ids: list[int] = []
-        extents: list[tuple[int, int]] = []
-        at = 0
-        for part, more in self._tokenizer.encode_parts(text, MARK):
-            size = len(part.encode())
-            ids += more
-            pieces = [self._tokenizer.bytes_of(i) for i in more]
+        spans: list[Span] = []
+        begin = 0
+        for part, part_ids in self._tokenizer.encode_parts(text, _MARK):
+            raw = part.encode()
+            end = begin + len(raw)
+            ids += part_ids
+            pieces = [self._tokenizer.bytes_of(i) for i in part_ids]
             whole = b"".join(pieces)
-            if len(more) == 1 and not whole:  # a control token
-                extents.append((at, at + size))
-            elif whole in (part.encode(), b" " + part.encode()):
-                end = at - (len(whole) - size)  # a space put before the text is not part of it
+            if len(part_ids) == 1 and not whole:  # a control token
+                spans.append((begin, end))
+            elif whole in (raw, b" " + raw):
+                position = end - len(whole)  # a space put before the text is not part of it
                 for piece in pieces:
-                    start, end = end, end + len(piece)
-                    extents.append((max(start, at), max(end, at)))
+                    start, position = position, position + len(piece)
+                    spans.append((max(start, begin), max(position, begin)))
             else:
                 raise DataError(
                     f"{self._tokenizer.path}: changes the text {part[:40]!r}, so that nobody can "
                     f"say which tokens are the assistant's; use a tokenizer that keeps text"
                 )
-            at += size
-        return ids, extents
+            begin = end
+        return ids, spans
 
-    def _added_spans(self, messages: Sequence[Message]) -> list[tuple[int, int]]:
-        """Returns where the assistant's turns are: what they add to the turns before them."""
+    def _added_spans(self, messages: Sequence[Message]) -> list[Span]:
+        """Returns the assistant's turns: what each adds to the turns before it."""
         full = self.render(messages)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            where = f"{self.where}: turn {index + 1}"
             before = self.render(messages[:index], add_generation_prompt=True)
             after = self.render(messages[: index + 1])
             if not (after.startswith(before) and full.startswith(after)):
                 raise DataError(
-                    f"{where}: the template renders earlier turns differently once there are later "
-                    f"ones, so where this one begins is unknown; put {{% generation %}} around the "
-                    f"assistant's text in a template of your own"
+                    f"{self.origin}: turn {index + 1}: the template renders earlier turns "
+                    f"differently once there are later ones, so where this one begins is unknown; "
+                    f"put {{% generation %}} around the assistant's text in a template of your own"
                 )
             added, content = after[len(before) :], str(message.get("content") or "").strip()
             header, _, tail = added.partition(content) if content else (added, "", "")
-            # Llama 2's and Mistral's ignore it too, but have no header; Llama 3's first template
-            # puts the next one behind every answer.
-            ignored = before == self.render(messages[:index])
-            if ignored and (header.strip() or "assistant" in tail.lower()):
+            # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
+            # first template puts the next header behind every answer.
+            ignores_prompt = before == self.render(messages[:index])
+            if ignores_prompt and (header.strip() or "assistant" in tail.lower()):
                 raise DataError(
-                    f"{where}: the template ignores add_generation_prompt, so a header would be "
-                    f"trained, in {added[:80]!r}; put {{% generation %}} around the assistant's "
-                    f"text in a template of your own"
+                    f"{self.origin}: turn {index + 1}: the template ignores add_generation_prompt, "
+                    f"so a header would be trained, in {added[:80]!r}; put {{% generation %}} "
+                    f"around the assistant's text in a template of your own"
                 )
             spans.append((len(before.encode()), len(after.encode())))
         return spans
 
-    def _without_tail(
-        self, span: tuple[int, int], ids: list[int], extents: list[tuple[int, int]]
-    ) -> tuple[int, int]:
-        """Ends a span at its last control token if only white space follows: never generated."""
+    def _strip_tail(self, span: Span, ids: list[int], extents: list[Span]) -> Span:
+        """Ends a turn at its last control token if only white space, never generated, follows."""
         first, last = span
         inside = [n for n, (start, end) in enumerate(extents) if first <= start and end <= last]
         tail = b""
@@ -261,7 +266,7 @@ def check_messages(messages: Any, needs_assistant: bool = True) -> list[str]:
     Args:
         messages: should be a list of mappings with `role`, one of `ROLES`, and `content`, a string
             that is not empty; an assistant's turn may have `tool_calls` instead of it.
-        needs_assistant: a turn of the assistant must be among them.
+        needs_assistant: require a turn of the assistant.
     """
     if not isinstance(messages, list | tuple) or not messages:
         return [f"expected a list of turns, found {messages!r:.40}"]
@@ -282,8 +287,8 @@ def check_messages(messages: Any, needs_assistant: bool = True) -> list[str]:
         if content is None and role == "assistant" and message.get("tool_calls"):
             continue
         if not isinstance(content, str):
-            found = type(content).__name__ if "content" in message else "nothing"
-            problems.append(f"turn {number}: 'content' should be a string, found {found}")
+            kind = type(content).__name__ if "content" in message else "nothing"
+            problems.append(f"turn {number}: 'content' should be a string, found {kind}")
         elif not content.strip():
             problems.append(f"turn {number}: empty 'content'")
     strings = json.dumps(messages, ensure_ascii=False, default=str)
@@ -303,3 +308,50 @@ def _read(file: Path, hint: str = "") -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise DataError(f"{file}: the chat template cannot be read: {reason}{hint}") from None
+
+
+def _tagged_spans(marked: str) -> list[Span]:
+    """Returns the spans that {% generation %} enclosed."""
+    spans, position, first = [], 0, 0
+    for part in _BORDER.split(marked.replace(_MARK, "")):
+        if part == _START:
+            first = position
+        elif part == _END:
+            spans.append((first, position))
+        else:
+            position += len(part.encode())
+    return spans
+
+
+def _environment() -> Any:
+    """Returns Jinja as transformers' `apply_chat_template` sets it up, in a sandbox."""
+    import jinja2.ext
+    import jinja2.sandbox
+    from jinja2 import nodes
+
+    class Generation(jinja2.ext.Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = nodes.CallBlock(self.call_method("_enclose"), [], [], body)
+            return call.set_lineno(line)
+
+        def _enclose(self, caller: Any) -> str:
+            return f"{_START}{caller()}{_END}"
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
+        return text.replace("\\ufdd0", _MARK)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment

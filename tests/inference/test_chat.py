@@ -24,8 +24,7 @@ from llamapro.generate import Args, generate
 from llamapro.inference import chat as talk
 from llamapro.inference.chat import Conversation
 from llamapro.model import KVCache, LlamaForCausalLM
-from llamapro.text.chat_template import ChatTemplate
-from llamapro.text.templates import BUILT_IN
+from llamapro.text.chat_template import BUILT_IN, ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]
