@@ -1,8 +1,8 @@
-"""Training data: stored tokens, cut into full sequences, in an order that depends on seed and step.
+"""Training samples: stored tokens cut into sequences, in an order that depends on seed and step.
 
 `store.TokenStore` is the token stream of a corpus, `PackedSequences` cuts it, `Mixture` orders
 several of them, and `batch` gives each rank its share. Nothing here has a position to save: sample
-n is the same whoever asks for it, on however many ranks, before or after a restart.
+n is the same for every rank and world size, before and after a restart.
 
 Shapes: T sequence length.
 """
@@ -26,12 +26,12 @@ class PackedSequences:
     """A token stream cut into consecutive windows of T tokens.
 
     Every token but the first is predicted exactly once: the target of a window's last token is the
-    first of the next. Documents share windows, between BOS and EOS. The last window is padded, with
-    targets `IGNORE_INDEX`.
+    first token of the next window. Documents share windows, between BOS and EOS. The last window is
+    padded; the targets there are `IGNORE_INDEX`.
     """
 
     def __init__(self, store: TokenStore, seq_len: int) -> None:
-        """Raises DataError if the store holds no two tokens."""
+        """Cuts a store; raises DataError if it holds fewer than two tokens."""
         if store.tokens < 2:
             raise DataError(f"{store.path}: {store.tokens} token: nothing to predict")
         self.store = store
@@ -41,12 +41,12 @@ class PackedSequences:
         return math.ceil((self.store.tokens - 1) / self.seq_len)
 
     def __getitem__(self, index: int) -> tuple[Int64s, Int64s]:
-        """Returns inputs (T,) and targets (T,): the input at t + 1 is the target at t."""
+        """Returns inputs (T,) and targets (T,): the target at t is the input at t + 1."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         start = index * self.seq_len
         stop = min(start + self.seq_len + 1, self.store.tokens)
-        tokens = self.store.read(start, stop)  # one more than inputs
+        tokens = self.store.read(start, stop)  # the last is a target only
         inputs = np.zeros(self.seq_len, dtype=np.int64)
         targets = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
         inputs[: tokens.size - 1] = tokens[:-1]
@@ -54,41 +54,41 @@ class PackedSequences:
         return inputs, targets
 
     def documents(self, index: int) -> list[int | None]:
-        """Returns the first and the last document that a sequence holds a part of."""
+        """Returns the first and the last document of which a sequence holds a part."""
         start = index * self.seq_len
         last = min(start + self.seq_len, self.store.tokens) - 1
         return [self.store.document_of(start), self.store.document_of(last)]
 
 
 class Source(Protocol):
-    """What a mixture is made of: sequences of T tokens, by number."""
+    """Numbered sequences of T tokens, from which a mixture is made."""
 
     seq_len: int
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Int64s, ...]:
-        """Returns inputs (T,), targets (T,) and, if not all see each other, documents (T,)."""
+        """Returns inputs, targets and, if documents must not see each other, these: (T,) each."""
 
     def documents(self, index: int) -> list[int | None]:
-        """Returns the numbers of a sequence's documents, of consecutive ones first and last."""
+        """Returns the numbers of a sequence's documents, or the first and last if consecutive."""
 
 
 class Mixture:
     """Several sources in one endless, shuffled order that is a pure function of the seed.
 
-    A source's weight is how often one epoch passes over it, relative to the others (the paper: 1.0
-    for mathematics, 1.5 for code). Each pass is a fresh permutation, so no sequence repeats
-    within it; an epoch that ends in the middle of a pass is continued by the next one.
+    A source's weight is the number of passes over it in one epoch (the paper: 1.0 for mathematics,
+    1.5 for code). Each pass is a new permutation, so no sequence repeats within it; a pass that the
+    end of an epoch interrupts continues in the next epoch.
 
-    A replay is a last source that is not shuffled among the others but dealt out evenly: with a
-    share of 0.1 it has every tenth sample, so each batch has as much of it.
+    A replayed source is not shuffled among the others but dealt out evenly: with a share of 0.1 it
+    gives every tenth sample, so that each batch has the same amount of it.
 
     Attributes:
-        sources: as they were given; the replay is the last.
+        sources: as given; the replayed one is the last.
         seq_len: T, the same for all sources.
-        samples_per_epoch: sequences in one epoch, over all sources.
-        samples_per_source: how many of them each source gives.
+        samples_per_epoch: number of sequences in one epoch, over all sources.
+        samples_per_source: number of them from each source.
     """
 
     def __init__(
@@ -99,13 +99,17 @@ class Mixture:
         replay: Source | None = None,
         share: float = 0.0,
     ) -> None:
-        """Raises ConfigError if there is not one positive weight per source.
+        """Makes the order.
 
         Args:
-            sources, weights: an epoch has as many samples of them as it has without a replay.
-            seed: of the order.
-            replay: is passed over as often as it takes, each time in a fresh order.
-            share: of all samples, above 0 and below 1, are of the replay.
+            sources: an epoch has the same samples of them with and without a replay.
+            weights: passes over each source in one epoch, such as 1.5.
+            seed: of the permutations.
+            replay: a source that is repeated as often as its share needs, each time in a new order.
+            share: of all samples that are replayed, above 0 and below 1.
+
+        Raises:
+            ConfigError: there is not one positive weight per source, or the seed is negative.
         """
         if not sources or len(weights) != len(sources):
             raise ConfigError(
@@ -133,63 +137,70 @@ class Mixture:
         self._orders: dict[tuple[int, ...], Int64s] = {}  # those of one epoch
 
     def sample(self, index: int) -> tuple[Int64s, ...]:
-        """Returns what its source gives for a sample of the endless order, (T,) each."""
+        """Returns a sample of the endless order, as its source gives it."""
         number, sequence = self.locate(index)
         return self.sources[number][sequence]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Returns of which source, and there which sequence, a sample of the endless order is."""
-        replayed = int(index * self._share)  # of the samples before
+        """Returns the numbers of the source, and of the sequence in it, of a sample."""
+        replayed = int(index * self._share)  # number among the samples before this one
         if int((index + 1) * self._share) > replayed:
             turn, place = divmod(replayed, len(self.sources[-1]))
             return len(self.sources) - 1, int(self._order(len(self.sources[-1]), 2, turn)[place])
-        epoch, at = divmod(index - replayed, self._ends[-1])
+        epoch, position = divmod(index - replayed, self._ends[-1])
         if epoch != self._epoch:
             self._epoch = epoch
             self._orders.clear()
-        slot = self._order(self._ends[-1], 0, epoch)[at]
+        slot = int(self._order(self._ends[-1], 0, epoch)[position])
         number = bisect.bisect_right(self._ends, slot)
         source, count = self.sources[number], self.samples_per_source[number]
-        # The source's own stream goes on through the epochs.
-        turn, place = divmod(epoch * count + int(slot) - (self._ends[number] - count), len(source))
+        # A source's own passes continue through the epochs.
+        turn, place = divmod(epoch * count + slot - (self._ends[number] - count), len(source))
         return number, int(self._order(len(source), 1, number, turn)[place])
 
     def _order(self, length: int, *key: int) -> Int64s:
-        """Returns the permutation of `length` that belongs to the seed and this key."""
+        """Returns the permutation of `length` numbers for the seed and this key."""
         if key not in self._orders:
-            # Sorted raw bits, because numpy promises them to stay as they are through its versions,
-            # unlike `Generator.permutation`.
+            # Raw bits are sorted because numpy keeps them the same in all versions, which it does
+            # not promise for `Generator.permutation`.
             bits = np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=key))
             self._orders[key] = np.argsort(bits.random_raw(length), kind="stable")
         return self._orders[key]
 
 
 def batch(
-    mixture: Mixture, start: int, count: int, rank: int, world_size: int, last: int | None = None
+    mixture: Mixture,
+    first: int,
+    size: int,
+    rank: int,
+    world_size: int,
+    last_source: int | None = None,
 ) -> tuple[tuple[Tensor, ...], int]:
-    """Returns a rank's share of the samples [start, start + count): every `world_size`-th.
+    """Returns a rank's share of the samples [first, first + size): every `world_size`-th of them.
 
     The union over the ranks is the same for any world size.
 
     Args:
-        mixture: of all samples.
-        start, count: which of them, over all ranks.
-        rank, world_size: whose share.
-        last: a source whose samples come after all others, before they are dealt out. So ranks
-            differ by one of them at most.
+        mixture: the order of all samples.
+        first: number of the batch's first sample.
+        size: number of samples over all ranks.
+        rank: whose share is returned.
+        world_size: number of ranks.
+        last_source: number of a source whose samples are put behind all others before they are
+            dealt out, so that the ranks' numbers of them differ by at most one.
 
     Returns:
-        inputs, targets and, where the sources have them, documents: (n, T) int64; n is
-        `count / world_size`, rounded up on the first ranks. And how many of all `count` samples
-        come before those of the source `last`.
+        Inputs, targets and, where the sources have them, documents, each (n, T) int64, where n is
+        `size / world_size`, rounded up on the first ranks. And the number of samples, over all
+        ranks, that are not from `last_source`.
     """
-    places = [mixture.locate(i) for i in range(start, start + count)]
-    places.sort(key=lambda place: place[0] == last)  # stable
-    samples = [mixture.sources[number][i] for number, i in places[rank::world_size]]
-    others = sum(number != last for number, _ in places)
+    places = [mixture.locate(index) for index in range(first, first + size)]
+    places.sort(key=lambda place: place[0] == last_source)  # stable
+    samples = [mixture.sources[number][sequence] for number, sequence in places[rank::world_size]]
+    leading = sum(number != last_source for number, _ in places)
     if not samples:  # more ranks than samples
-        return tuple(column[:0] for column in stack([mixture.sample(start)])), others
-    return stack(samples), others
+        return tuple(column[:0] for column in stack([mixture.sample(first)])), leading
+    return stack(samples), leading
 
 
 def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:
@@ -198,7 +209,7 @@ def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:
 
 
 def parse_named(values: Sequence[str], key: str = "data.val") -> dict[str, list[str]]:
-    """Reads sets given as `NAME=PATH` by the option `key`; a name that repeats has several paths.
+    """Parses values `NAME=PATH` of the option `key`; a repeated name has several paths.
 
     Raises:
         ConfigError: a value lacks the name, the path or the sign between them.
