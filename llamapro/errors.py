@@ -40,8 +40,7 @@ class Problems:
         self._limit = limit
         self._count = 0
         self._listed: list[str] = []
-        for problem in problems:
-            self.add(problem)
+        self.add(*problems)
 
     def __len__(self) -> int:
         return self._count

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from llamapro.errors import DataError
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.documents import find_files
-from llamapro.text.tables import SUFFIXES as TABLES
+from llamapro.text.tables import SUFFIX as TABLE
 from llamapro.text.tables import read_rows
 from llamapro.text.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ class Question:
 
 
 def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -> list[Question]:
-    """Reads .jsonl, .json (a list), .parquet or .arrow files of questions.
+    """Reads .jsonl, .json (a list) or .parquet files of questions.
 
     A row has `choices`, a list of texts or {"text": [...], "label": [...]}, and an `answer`: label,
     index from 0, text, letter, or a list of these. Its `question` or `query` is put as
@@ -89,11 +89,11 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields "file:row" and the row, of a .jsonl file its bytes."""
     name = path.name.lower()
-    if not name.endswith((".json", ".jsonl", *TABLES)):
-        raise DataError(f"{path}: not one of .jsonl, .json, {', '.join(TABLES)}")
+    if not name.endswith((".json", ".jsonl", TABLE)):
+        raise DataError(f"{path}: not one of .jsonl, .json, {TABLE}")
     try:
         with open(path, "rb") as raw:
-            if name.endswith(TABLES):
+            if name.endswith(TABLE):
                 yield from read_rows(path, raw, lambda columns: columns)
             elif name.endswith(".jsonl"):
                 yield from ((f"{path}:{n}", line) for n, line in enumerate(raw, 1) if line.strip())

@@ -1,7 +1,7 @@
-"""Conversations to be trained on: read from files of several forms, and checked in one pass.
+"""Conversations to train on: read from files of several forms, and checked in one pass.
 
-Files -> rows -> messages. What cannot be used is noted with its file and row and reading goes on,
-so that one run names everything that has to be repaired.
+Files -> rows -> messages. A problem is noted with its file and row and reading continues, so that
+one run names everything that has to be repaired.
 """
 
 import gzip
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError
-from llamapro.text.documents import SourceFile
-from llamapro.text.tables import SUFFIXES as TABLES
-from llamapro.text.tables import TableError, read_rows
+from llamapro.errors import DataError, Problems
+from llamapro.text.documents import SourceFile, describe_unusual
+from llamapro.text.tables import SUFFIX as TABLE
+from llamapro.text.tables import read_rows
 
 Message = dict[str, str]  # role and content
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", *TABLES)
-# What a row may hold a conversation under: a list of turns, or a question and its answer.
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", TABLE)
+# The keys under which a row may hold a conversation: a list of turns, or a question and its answer.
 _FORMS = (
     ("messages",),
     ("conversations",),  # ShareGPT
@@ -33,38 +33,9 @@ _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 _EXPECTED = "expected messages, conversations, instruction and output, or prompt and response"
 
 
-class Problems:
-    """What is wrong with the data, gathered to be raised as one error.
-
-    Attributes:
-        count: how many there are; the first `limit` of them are kept to be named.
-    """
-
-    def __init__(self, limit: int = 20) -> None:
-        self.count = 0
-        self._limit = limit
-        self._lines: list[str] = []
-
-    def add(self, where: str, problem: str) -> None:
-        """Notes a problem; `where` is "file:row"."""
-        self.count += 1
-        if len(self._lines) < self._limit:
-            self._lines.append(f"  {where}: {problem}")
-
-    def check(self) -> None:
-        """Raises DataError with a line for each problem, if there are any."""
-        if not self.count:
-            return
-        lines = [f"{self.count:,} problem{'s' if self.count > 1 else ''} in the conversations:"]
-        lines += self._lines
-        if self.count > len(self._lines):
-            lines.append(f"  and {self.count - len(self._lines):,} more")
-        raise DataError("\n".join(lines))
-
-
 @dataclass
 class ConversationCounts:
-    """What was read; `bytes` is the UTF-8 length of all messages.
+    """Numbers of what was read; `bytes` is the UTF-8 length of all messages.
 
     `documents` is the number of conversations, under the name that `TokenStore` knows.
     """
@@ -78,52 +49,48 @@ class ConversationCounts:
     other_files: int = 0
 
     def describe(self) -> str:
-        """Returns the counts as text; those of what was left out only where they are not zero."""
+        """Returns the counts as text, those of what was left out only where they are not zero."""
         unusual = {
             "conversations without a trained token left out": self.untrained_conversations,
             f"files that are not {', '.join(SUFFIXES)} skipped": self.other_files,
         }
-        more = "".join(f", {count:,} {name}" for name, count in unusual.items() if count)
         share = self.trained_tokens / max(1, self.tokens)
         return (
             f"{self.documents:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} of them trained ({share:.0%}){more}"
+            f"{self.trained_tokens:,} of them trained ({share:.0%}){describe_unusual(unusual)}"
         )
 
 
 def read_conversations(
-    files: Sequence[SourceFile],
-    problems: Problems,
-    counts: ConversationCounts,
+    files: Sequence[SourceFile], problems: Problems, counts: ConversationCounts
 ) -> Iterator[tuple[str, list[Message]]]:
     """Yields the conversations of the files, in order.
 
-    A file is `.jsonl` or `.jsonl.gz` (a conversation per line), `.json` (a list of them),
-    `.parquet` or `.arrow`. Each row is recognised by its keys: `messages` (role, content),
-    `conversations` (ShareGPT: from, value), `instruction`/`input`/`output`, or `prompt` or `query`
-    with `response` or `completion`; a `system` beside them becomes the first message.
+    A file is `.jsonl` or `.jsonl.gz` (a conversation per line), `.json` (a list of them) or
+    `.parquet`. Each row is recognised by its keys: `messages` (role, content), `conversations`
+    (ShareGPT: from, value), `instruction`/`input`/`output`, or `prompt` or `query` with `response`
+    or `completion`; a `system` beside them becomes the first message.
 
     Args:
         files: from `documents.find_files`.
         problems: gets what cannot be read, by file and row; nothing is raised here.
-        counts: `other_files` is added to: files of a folder that are not of these kinds.
+        counts: `other_files` counts the files of a folder that are not of these kinds.
 
     Yields:
-        "file:row", counted from 1, and the messages, each with a `role` and a `content`. Whether
-        roles and turns make sense is for the chat template to say.
+        "file:row", counted from 1, and the messages, each with a `role` and a `content`. The chat
+        template decides whether roles and turns make sense.
     """
     for file in files:
         if not file.path.name.lower().endswith(SUFFIXES):
             if file.is_named:
-                problems.add(str(file.path), f"not one of {', '.join(SUFFIXES)}")
+                problems.add(f"{file.path}: not one of {', '.join(SUFFIXES)}")
             counts.other_files += not file.is_named
             continue
-        for where, row in _rows(file.path, problems):
-            messages, found = to_messages(row)
-            for problem in found:
-                problems.add(where, problem)
-            if not found:
-                yield where, messages
+        for location, row in _rows(file.path, problems):
+            messages, wrong = to_messages(row)
+            problems.add(*(f"{location}: {problem}" for problem in wrong))
+            if not wrong:
+                yield location, messages
 
 
 def to_messages(row: Any) -> tuple[list[Message], list[str]]:
@@ -149,19 +116,16 @@ def to_messages(row: Any) -> tuple[list[Message], list[str]]:
             if not isinstance(question, str) or not isinstance(row["input"], str):
                 return [], ["'instruction' and 'input' are not both strings"]
             question = f"{question}\n\n{row['input']}"
-        turns = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     if row.get("system"):
         turns = [{"role": "system", "content": row["system"]}, *turns]
     messages: list[Message] = []
     problems: list[str] = []
     for number, turn in enumerate(turns, 1):
-        message, problem = _message(turn)
-        messages.append(message)
-        if problem:
-            problems.append(f"turn {number}: {problem}")
+        try:
+            messages.append(_to_message(turn))
+        except ValueError as error:
+            problems.append(f"turn {number}: {error}")
     return ([], problems) if problems else (messages, [])
 
 
@@ -174,48 +138,50 @@ def _names(keys: Any) -> str:
     return ", ".join(repr(key) for key in list(keys)[:8]) or "none"
 
 
-def _message(turn: Any) -> tuple[Message, str]:
-    """Returns a turn's role and content, and what is wrong with it, "" if nothing."""
+def _to_message(turn: Any) -> Message:
+    """Returns a turn's role and content; raises ValueError with what is wrong with it."""
     if not isinstance(turn, dict):
-        return {}, f"expected role and content, found {type(turn).__name__}"
+        raise ValueError(f"expected role and content, found {type(turn).__name__}")
     if turn.get("tool_calls"):
-        return {}, "'tool_calls' are not supported: remove the conversation, or write them as text"
+        raise ValueError(
+            "'tool_calls' are not supported: remove the conversation, or write them as text"
+        )
     role, content = turn.get("role"), turn.get("content")
     if role is None and "from" in turn:
         role, content = turn["from"], turn.get("value")
         role = _ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str):
-        return {}, f"no role and content, or from and value (found keys: {_names(turn)})"
+        raise ValueError(f"no role and content, or from and value (found keys: {_names(turn)})")
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
         if kinds := {str(part.get("type")) for part in parts} - {"text"}:
-            found = ", ".join(sorted(kinds))
-            return {}, f"the content has a part of type {found}; only text is trained on"
+            names = ", ".join(sorted(kinds))
+            raise ValueError(f"the content has a part of type {names}; only text is trained on")
         texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
         if len(texts) < len(parts):
-            return {}, "the content has a part of type text without a text"
+            raise ValueError("the content has a part of type text without a text")
         content = "".join(texts)
     if not isinstance(content, str):
-        return {}, f"the content is {type(content).__name__}, expected a string"
+        raise ValueError(f"the content is {type(content).__name__}, expected a string")
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        return {}, f"the content is not valid Unicode ({error.reason})"
-    return {"role": role, "content": content}, ""
+        raise ValueError(f"the content is not valid Unicode ({error.reason})") from None
+    return {"role": role, "content": content}
 
 
 def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """Yields "file:row" and what stands there; notes what cannot be read."""
+    """Yields "file:row" and the row's value; adds what cannot be read to the problems."""
     name, row = path.name.lower(), 0
     try:
-        if name.endswith(TABLES):
-            yield from _table_rows(path, problems)
+        if name.endswith(TABLE):
+            with open(path, "rb") as raw:
+                yield from read_rows(path, raw, lambda columns: _known_columns(path, columns))
         elif name.endswith(".json"):
             values = json.loads(path.read_bytes().decode("utf-8-sig"))
             if not isinstance(values, list):
-                found = type(values).__name__
-                problems.add(f"{path}:1", f"expected a list of conversations, found {found}")
-                return
+                kind = type(values).__name__
+                raise DataError(f"{path}:1: expected a list of conversations, found {kind}")
             for row, value in enumerate(values, 1):
                 yield f"{path}:{row}", value
         else:
@@ -227,35 +193,30 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
                     try:
                         value = json.loads(text)
                     except (ValueError, RecursionError) as error:
-                        problems.add(f"{path}:{row}", f"not a line of JSON ({error})")
+                        problems.add(f"{path}:{row}: not a line of JSON ({error})")
                         continue
                     yield f"{path}:{row}", value
+    except DataError as error:
+        problems.add(str(error))
     except UnicodeDecodeError as error:
-        # All of such a file is in the other encoding: one problem, and what follows is not read.
+        # The whole file is in another encoding: one problem, and the rest is not read.
         line_number = max(row, 1) + error.object[: error.start].count(b"\n")
-        problem = f"not UTF-8 ({error.reason}); convert the file, as with iconv -t UTF-8"
-        problems.add(f"{path}:{line_number}", problem)
+        fix = "convert the file, for example with iconv -t UTF-8"
+        problems.add(f"{path}:{line_number}: not UTF-8 ({error.reason}); {fix}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        problems.add(f"{path}:{row + 1}", f"truncated or not gzip ({error})")
+        problems.add(f"{path}:{row + 1}: truncated or not gzip ({error})")
     except OSError as error:
-        problems.add(f"{path}:{row + 1}", f"cannot be read: {error.strerror}")
+        problems.add(f"{path}:{row + 1}: cannot be read: {error.strerror}")
     except (ValueError, RecursionError) as error:
         line_number = getattr(error, "lineno", 1)
         hint = "; a conversation per line is a .jsonl file" if line_number == 2 else ""
-        problems.add(f"{path}:{line_number}", f"not JSON ({error}){hint}")
+        problems.add(f"{path}:{line_number}: not JSON ({error}){hint}")
 
 
-def _table_rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a table, of the columns that mean something here."""
-
-    def choose(columns: list[str]) -> list[str]:
-        if _form(columns) is None:
-            found = f"no column of a conversation (found: {_names(columns)}); {_EXPECTED}"
-            raise TableError(f"{path}:1", found)
-        return [column for column in columns if column in _KEYS]
-
-    try:
-        with open(path, "rb") as raw:
-            yield from read_rows(path, raw, choose)
-    except TableError as error:
-        problems.add(error.where, error.problem)
+def _known_columns(path: Path, columns: list[str]) -> list[str]:
+    """Returns the columns that are read; raises DataError if they hold no conversation."""
+    if _form(columns) is None:
+        raise DataError(
+            f"{path}:1: no column of a conversation (found: {_names(columns)}); {_EXPECTED}"
+        )
+    return [column for column in columns if column in _KEYS]

@@ -13,10 +13,7 @@ distribution being the model's without its new blocks: Li & Hoiem's "Learning wi
 (2016), with no second set of weights.
 """
 
-import hashlib
-import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,7 @@ from llamapro.errors import ConfigError, DataError
 from llamapro.generate import generate
 from llamapro.model import LlamaForCausalLM, Replayed
 from llamapro.text.mixture import Mixture
-from llamapro.text.store import TokenStore, write_store
+from llamapro.text.store import TokenStore, cached
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.settings import ReplaySettings
 
@@ -154,64 +151,42 @@ def written_by_base(
     }
     if settings.prompts:
         made_of["prompts"] = prompts
-    key = hashlib.sha256(json.dumps(["replay", FORMAT_VERSION, made_of]).encode()).hexdigest()
-    directory = Path(cache_dir).expanduser() / key[:24]
-    if is_cached := directory.exists():
-        store = TokenStore(directory, tokenizer.fingerprint)
-        store.check("check replay")
-    else:
+    vocab_size = inside["model.embed_tokens.weight"].shape[0]
+    stored_dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    counts = {"documents": 0, "bytes": 0}
+
+    def write() -> Iterator[NDArray[Any]]:
+        """Loads the base, and yields the first `settings.tokens` tokens of its documents."""
         base = load_contained(checkpoint, dtype, device)
         ends = set(base.config.eos_token_ids)
         if tokenizer.eos_id is not None:
             ends.add(tokenizer.eos_id)
         documents = write_documents(base, prompts, ends, length, settings)
-        _store(directory, documents, tokenizer, base.config.vocab_size, made_of)
-        store = TokenStore(directory, tokenizer.fingerprint)
-    origin = f", from the cache {directory}" if is_cached else ""
-    print(
-        f"replay: {store.tokens:,} tokens of {store.documents:,} documents that the base wrote"
-        f"{origin}",
-        file=sys.stderr,
-    )
-    return store
-
-
-def _store(
-    directory: Path,
-    documents: Iterator[list[int]],
-    tokenizer: Tokenizer,
-    vocab_size: int,
-    made_of: dict[str, Any],
-) -> None:
-    """Stores the first `made_of["tokens"]` tokens of the documents, with a progress bar."""
-    wanted = made_of["tokens"]
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    counts = {"documents": 0, "bytes": 0}
-
-    def arrays() -> Iterator[NDArray[Any]]:
-        left = wanted
-        with tqdm(total=wanted, desc="write replay", unit="tok", disable=None) as bar:
+        left = settings.tokens
+        with tqdm(total=left, desc="write replay", unit="tok", disable=None) as bar:
             while left > 0:
                 ids = next(documents)[:left]
                 left -= len(ids)
                 counts["documents"] += 1
                 counts["bytes"] += sum(len(tokenizer.bytes_of(i)) for i in ids)
                 bar.update(len(ids))
-                yield np.array(ids, dtype=dtype)
+                yield np.array(ids, dtype=stored_dtype)
 
-    def describe() -> dict[str, Any]:
-        return {
-            "format_version": FORMAT_VERSION,
-            "tokenizer_sha256": tokenizer.fingerprint,
-            "vocab_size": vocab_size,
-            "dtype": dtype,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-            "counts": counts,
-            "written_by": made_of,
-        }
+    def summarize(store: TokenStore) -> str:
+        return f"{store.tokens:,} tokens of {store.documents:,} documents that the base wrote"
 
-    write_store(directory, arrays(), describe)
+    key = ["replay", FORMAT_VERSION, made_of]
+    index = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "vocab_size": vocab_size,
+        "dtype": stored_dtype,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "counts": counts,
+        "written_by": made_of,
+    }
+    return cached(cache_dir, key, index, write(), "replay", summarize)
 
 
 def split_replayed(

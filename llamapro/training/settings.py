@@ -28,7 +28,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What it reads: text, source code, .jsonl[.gz], .parquet, .arrow: files, globs, folders."""
+    """What it reads: text, source code, .jsonl[.gz], .parquet: files, globs, folders."""
 
     train: tuple[str, ...] = ()
     """Training sources."""

@@ -254,61 +254,30 @@ def test_a_space_where_reading_ends_goes_with_its_word(monkeypatch: pytest.Monke
 TEXTS = ["one\n", "", "two 'é'\r\n", *(f"text {i} " * (i % 7 + 1) for i in range(600)), "last"]
 
 
-def save_dataset(folder: Path, *parts: list[str], column: str = "text") -> Path:
-    """Writes what `datasets.save_to_disk` does: Arrow streams, and what is in them as JSON."""
-    pyarrow = pytest.importorskip("pyarrow")
-    folder.mkdir(parents=True)
-    names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
-    for name, part in zip(names, parts, strict=True):
-        table = pyarrow.table({"id": range(len(part)), column: part})
-        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
-            stream.write_table(table, max_chunksize=100)
-    (folder / "dataset_info.json").write_text('{"features": {}}')
-    listed = [{"filename": name} for name in names]
-    (folder / "state.json").write_text(json.dumps({"_data_files": listed, "_split": None}))
-    return folder
-
-
-@pytest.mark.parametrize("form", ["parquet", "saved dataset", "arrow file"])
 def test_tables_have_the_tokens_of_the_same_texts_as_json_lines(
-    tmp_path: Path, make: Tokenize, form: str
+    tmp_path: Path, make: Tokenize
 ) -> None:
     """Whatever the batches and row groups, and beside other columns."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"id": range(len(TEXTS)), "body": TEXTS})
-    if form == "saved dataset":
-        source = save_dataset(tmp_path / "saved", TEXTS[:300], TEXTS[300:], column="body")
-        (source / "cache-1234.arrow").write_bytes(b"what a filter left here is not listed")
-    elif form == "parquet":
-        source = tmp_path / "a.parquet"
-        parquet.write_table(table, source, row_group_size=250)
-    else:
-        source = tmp_path / "a.arrow"
-        with pyarrow.ipc.new_file(source, table.schema) as file:
-            file.write_table(table, max_chunksize=70)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=250)
     lines = json_lines(tmp_path / "a.jsonl", *({"body": text} for text in TEXTS))
-    store, expected = make(source, text_key="body"), make(lines, text_key="body")
+    store, expected = make(tmp_path / "a.parquet", text_key="body"), make(lines, text_key="body")
     assert tokens_of(store) == tokens_of(expected)
     assert store.index["counts"] == expected.index["counts"]
     assert store.documents == len(TEXTS) - 1
 
 
-@pytest.mark.parametrize("form", ["parquet", "one row group", "stream", "file"])
-def test_tables_are_read_batch_by_batch(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("row_group_size", [400, 8000])
+def test_tables_are_read_batch_by_batch(tmp_path: Path, row_group_size: int) -> None:
     """The first row is there when little of the file has been read."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rng = np.random.default_rng(0)
     table = pyarrow.table({"id": range(8000), "text": [rng.bytes(500).hex() for _ in range(8000)]})
-    path = tmp_path / ("a.arrow" if form in ("stream", "file") else "a.parquet")
-    if path.suffix == ".parquet":
-        size = 8000 if form == "one row group" else 400
-        parquet.write_table(table, path, row_group_size=size, use_dictionary=False)
-    else:
-        writer = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
-        with writer(path, table.schema) as file:
-            file.write_table(table, max_chunksize=400)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table, path, row_group_size=row_group_size, use_dictionary=False)
 
     class Counted(io.FileIO):
         total = 0
@@ -352,22 +321,16 @@ def test_unusable_table_is_refused_by_file_and_row(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_damaged_table_is_refused_by_name(tmp_path: Path, make: Tokenize, name: str) -> None:
+def test_damaged_table_is_refused_by_name(tmp_path: Path, make: Tokenize) -> None:
     """Cut off, or of another kind altogether."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"text": ["some text"] * 1000})
-    if name == "a.parquet":
-        parquet.write_table(table, tmp_path / name)
-    else:
-        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as stream:
-            stream.write_table(table)
-    content = (tmp_path / name).read_bytes()
+    parquet.write_table(pyarrow.table({"text": ["some text"] * 1000}), tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
     for damaged in (content[: len(content) // 2], b"plain text, of some length\n" * 9, b""):
-        (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(DataError, match=rf"{name}:1: not an? \w+ file, or a damaged one"):
-            make(tmp_path / name)
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.parquet:1: not a parquet file, or a damaged one"):
+            make(tmp_path / "a.parquet")
 
 
 def test_missing_pyarrow_is_told_with_the_command(
@@ -381,46 +344,16 @@ def test_missing_pyarrow_is_told_with_the_command(
         make(tmp_path / "folder")
 
 
-def test_a_saved_dataset_of_one_split_is_that_split(tmp_path: Path, make: Tokenize) -> None:
-    """Its JSON files are not text to train on."""
-    top = tmp_path / "top"
-    save_dataset(top / "train", TEXTS[:3])
-    (top / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    assert [file.path.name for file in find_files([str(top)])] == ["data-00000-of-00001.arrow"]
-    assert make(top).documents == make(top / "train").documents == 2
-
-
-def test_splits_of_a_saved_dataset_are_to_be_named(tmp_path: Path) -> None:
-    """Training on all of it would be training on the test split."""
-    top = tmp_path / "top"
-    for split in ("train", "test"):
-        save_dataset(top / split, TEXTS[:3])
-    (top / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(DataError, match="several splits") as error:
-        find_files([str(top)])
-    assert f"{top / 'train'}, {top / 'test'}" in str(error.value)
-
-
-def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """Names in the JSON file lead nowhere outside the folder."""
-    save_dataset(tmp_path / "elsewhere", TEXTS[:3])
-    (tmp_path / "top").mkdir()
-    (tmp_path / "top" / "dataset_dict.json").write_text('{"splits": ["../elsewhere"]}')
-    with pytest.raises(DataError, match=r"dataset_dict\.json: its splits are"):
-        find_files([str(tmp_path / "top")])
-
-
-@pytest.mark.parametrize(
-    "state",
-    ["{", "[]", "{}", '{"_data_files": [{"filename": "../x"}]}', '{"_data_files": [{}]}'],
-)
-def test_a_saved_dataset_that_is_not_whole_is_refused(tmp_path: Path, state: str) -> None:
-    """A list of files that is damaged, or names what is not in the folder."""
-    folder = save_dataset(tmp_path / "saved", TEXTS[:3])
-    (tmp_path / "x").write_text("not of this dataset")
-    (folder / "state.json").write_text(state)
-    with pytest.raises(DataError, match=r"state\.json: "):
-        find_files([str(folder)])
+@pytest.mark.parametrize("pattern", ["saved", "saved/train", "saved/train/*.arrow"])
+def test_datasets_saved_as_arrow_are_refused(tmp_path: Path, pattern: str) -> None:
+    """A folder of `datasets.save_to_disk` is told to become parquet, and its JSON is not read."""
+    folder = tmp_path / "saved" / "train"
+    folder.mkdir(parents=True)
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (folder / "data-00000-of-00001.arrow").write_bytes(b"some")
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"data-00000-of-00001\.arrow: .*save.*as parquet"):
+        find_files([str(tmp_path / pattern)])
 
 
 def test_the_mistakes_of_all_files_are_told_before_any_is_read(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,9 @@ FINGERPRINT = "ab" * 32
 def make_store(path: Path, tokens: int, first: int = 0) -> TokenStore:
     """Stores first, first + 1, ... in several arrays."""
     stream = np.arange(first, first + tokens, dtype=np.uint16)
-
-    def describe() -> dict[str, object]:
-        counts = {"documents": 1, "bytes": tokens}
-        return {"tokenizer_sha256": FINGERPRINT, "dtype": "uint16", "counts": counts}
-
-    write_store(path, np.array_split(stream, 3), describe)
+    counts = {"documents": 1, "bytes": tokens}
+    index = {"tokenizer_sha256": FINGERPRINT, "dtype": "uint16", "counts": counts}
+    write_store(path, index, np.array_split(stream, 3))
     return TokenStore(path, FINGERPRINT)
 
 
@@ -131,7 +129,7 @@ def test_the_hash_is_of_the_tokens_alone(tmp_path: Path) -> None:
         stream = np.array_split(np.arange(tokens, dtype=np.uint16), pieces)
         counts = {"documents": 1, "bytes": tokens}
         index = {"tokenizer_sha256": FINGERPRINT, "dtype": "uint16", "counts": counts}
-        write_store(tmp_path / name, stream, lambda index=index: index)  # type: ignore[misc]
+        write_store(tmp_path / name, index, stream)
         hashes[name] = TokenStore(tmp_path / name, FINGERPRINT).sha256
     assert hashes["a"] == hashes["elsewhere/b"] != hashes["other"]
 
@@ -189,14 +187,15 @@ def test_failure_leaves_nothing_and_leftovers_of_dead_processes_go(tmp_path: Pat
     process.wait()
     host = os.uname().nodename
     for pid in (dead, os.getppid()):
-        (tmp_path / f".partial-{host}-{pid}").mkdir()
+        (tmp_path / f".s.partial-{host}-{pid}").mkdir()
 
-    def stop() -> dict[str, object]:
+    def stop() -> Iterator[stores.Int64s]:
+        yield np.arange(3)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_store(tmp_path / "s", [np.arange(3)], stop)
-    assert [p.name for p in tmp_path.iterdir()] == [f".partial-{host}-{os.getppid()}"]
+        write_store(tmp_path / "s", {}, stop())
+    assert [p.name for p in tmp_path.iterdir()] == [f".s.partial-{host}-{os.getppid()}"]
 
 
 def test_samples_do_not_depend_on_the_order_of_access(tmp_path: Path) -> None:

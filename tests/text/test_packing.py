@@ -70,12 +70,9 @@ def make_store(path: Path, sizes: list[int], trained_from: int = 0) -> TokenStor
     ids = np.arange(sum(sizes), dtype=np.uint32)
     inside = np.concatenate([np.arange(size) for size in sizes])
     ids[inside >= trained_from] |= packing.TRAINED
-
-    def describe() -> dict[str, Any]:
-        counts = {"documents": len(sizes), "bytes": 0}
-        return {"tokenizer_sha256": FINGERPRINT, "dtype": "uint32", "counts": counts}
-
-    write_store(path, [ids, np.array(sizes, dtype=np.uint32)], describe)
+    counts = {"documents": len(sizes), "bytes": 0}
+    index = {"tokenizer_sha256": FINGERPRINT, "dtype": "uint32", "counts": counts}
+    write_store(path, index, [ids, np.array(sizes, dtype=np.uint32)])
     return TokenStore(path, FINGERPRINT)
 
 
@@ -228,6 +225,7 @@ def test_problems_of_all_sources_are_in_one_error(tmp_path: Path, read: Read) ->
     with pytest.raises(DataError) as raised:
         read(one, two, three, empty)
     lines = [line.strip() for line in str(raised.value).splitlines()]
+    assert lines[0] == "4 problems in the conversations:"
     assert lines[1:4] == [
         f"{one}:2: no assistant turn",
         f"{one}:3: the template failed: no such filter",
@@ -236,6 +234,17 @@ def test_problems_of_all_sources_are_in_one_error(tmp_path: Path, read: Read) ->
     assert lines[4].startswith(f"{empty}: nothing to train on")
     assert len(lines) == 5
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [read(two)[two.name].path.name]
+
+
+def test_long_lists_of_problems_are_cut_and_counted(tmp_path: Path, read: Read) -> None:
+    """The first twenty problems are named, the number of the others is told."""
+    path = write(tmp_path / "a.jsonl", *[[("user", "a")]] * 33)
+    with pytest.raises(DataError, match=r"^33 problems") as raised:
+        read(path)
+    lines = str(raised.value).splitlines()[1:]
+    assert len(lines) == 21
+    assert f"{path}:20:" in lines[19]
+    assert lines[20].strip() == "and 13 more"
 
 
 def test_unwritable_cache_is_told_at_once(tmp_path: Path, read: Read) -> None:
