@@ -1,11 +1,11 @@
 """The vocabulary files of LLaMA-shaped models, and the files beside them that name tokens.
 
-sentencepiece `tokenizer.model`, Llama 3's `tokenizer.model` of BPE ranks, `tokenizer.json`: each
-read with its library and checked; `llamapro.text.tokenizer` makes one tokenizer of what they say.
+Each kind of vocabulary file is read with its own library: sentencepiece's `tokenizer.model` with
+sentencepiece, Llama 3's `tokenizer.model` of BPE ranks with tiktoken, and `tokenizer.json` with
+tokenizers. `llamapro.text.tokenizer` makes one tokenizer from what they say.
 """
 
 import base64
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,25 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.errors import DataError
+from llamapro.files import read_json
 
 JSON_NAME = "tokenizer.json"
-# Where Meta's own Hugging Face repositories keep Llama 3's ranks: programs that find a
-# `tokenizer.model` beside a tokenizer.json take it for a sentencepiece model.
+# Where Meta's Hugging Face repositories keep Llama 3's ranks, because other programs take a
+# `tokenizer.model` beside a tokenizer.json for a sentencepiece model.
 RANKS_NAME = "original/tokenizer.model"
-# Files beside the vocabulary that name tokens; they count where they exist.
+# Optional files beside the vocabulary that name tokens.
 COMPANIONS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 33 MB
 # A line of Llama 3's vocabulary: a token's bytes in base64 and its rank.
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-# Meta's llama3 `tokenizer.py`: how text is cut before the merges, and how many ranks there are.
+# From Meta's llama3 `tokenizer.py`: how text is cut before the merges, and the number of ranks.
 LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA_3_RANKS = 128_000
-# That file also cuts longer runs with or without white space: tiktoken dies of 10^6 spaces.
+# That file also cuts longer runs with or without white space: tiktoken crashes on 10^6 spaces.
 _RUN = 25_000
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_RUN + 1},}}|(?<!\S)\S{{{_RUN + 1},}}")
-# The names of Llama 3.1 and later; 3.0 has reserved ones where these have a use.
+# The names of Llama 3.1 and later; some of them are still reserved tokens in 3.0.
 LLAMA_3_SPECIAL = [
     *("<|begin_of_text|>", "<|end_of_text|>"),
     *("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
@@ -39,30 +41,32 @@ LLAMA_3_SPECIAL = [
     *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
 ]
-# Where no file says which tokens begin and end a document: the first of these that there is.
+# If no file says which tokens begin and end a document, the first of these that exists does.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>")
+_INSTALL = "read with {}: pip install 'llamapro[tokenizers]'"
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is not of the vocabulary's own making; the names are tokenizer.json's."""
+    """A token that was not trained with the vocabulary; the field names are tokenizer.json's."""
 
     id: int
-    special: bool  # a control token: gives no text, and its name in a text is plain characters
-    lstrip: bool = False  # takes the white space before it
+    special: bool  # a control token gives no text, and its name in a text is plain characters
+    lstrip: bool = False  # includes the white space before it
     rstrip: bool = False
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a vocabulary file says, whichever library reads it.
+    """The content of a vocabulary file, independent of the library that reads it.
 
     Attributes:
         encode: text to ids; names of control tokens are plain characters.
         pieces: id to the bytes of text it stands for; control tokens have none.
-        added: control tokens, and others that `encode` finds by itself.
-        bos_id, eos_id: of the file itself, or None.
+        added: control tokens, and others that `encode` finds itself.
+        bos_id: BOS according to this file alone, or None.
+        eos_id: EOS likewise.
     """
 
     encode: Callable[[str], list[int]]
@@ -81,11 +85,10 @@ def read_vocabulary(path: Path, content: bytes, raw_json: dict[str, Any]) -> Voc
     Args:
         path: the file; one that ends in .json is a tokenizer.json.
         content: its bytes.
-        raw_json: what the tokenizer.json holds, if it is one.
+        raw_json: the parsed tokenizer.json, if it is one.
 
     Raises:
-        DataError: naming the file, if it is damaged, of another kind, or if the library that reads
-            it is not installed.
+        DataError: the file is damaged or of another kind, or the library for it is not installed.
     """
     if path.suffix == ".json":
         return _read_json(path, content, raw_json)
@@ -118,19 +121,15 @@ def _read_sentencepiece(path: Path, content: bytes) -> Vocabulary:
 
 
 def is_ranks(content: bytes) -> bool:
-    """Whether a `tokenizer.model` holds BPE ranks, as Llama 3's, and no sentencepiece model."""
+    """Whether a `tokenizer.model` holds BPE ranks, as Llama 3's, and not a sentencepiece model."""
     return _RANK_LINE.match(content) is not None
 
 
 def parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     """Returns the tokens of Llama 3's `tokenizer.model` and their ranks, which are their ids.
 
-    Args:
-        path: named in messages.
-        content: of the file.
-
     Raises:
-        DataError: the file is damaged, or another model's.
+        DataError: naming `path`, if the content is damaged or another model's.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines()):
@@ -156,7 +155,7 @@ def _read_ranks(path: Path, content: bytes) -> Vocabulary:
     try:
         import tiktoken
     except ImportError:
-        raise DataError(_needs(path, "BPE ranks (Llama 3)", "tiktoken")) from None
+        raise DataError(f"{path}: BPE ranks (Llama 3), {_INSTALL.format('tiktoken')}") from None
     ranks = parse_ranks(path, content)
     special = {name: len(ranks) + i for i, name in enumerate(LLAMA_3_SPECIAL)}
     encoding = tiktoken.Encoding(
@@ -184,17 +183,17 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
     try:
         import tokenizers
     except ImportError:
-        raise DataError(_needs(path, JSON_NAME, "tokenizers")) from None
+        raise DataError(f"{path}: {_INSTALL.format('tokenizers')}") from None
     try:
         model = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:
         if type(error) is not ValueError and type(error) is not Exception:
             raise
-        # The library has no class of its own for what it raises.
+        # The library raises plain exceptions.
         raise DataError(f"{path}: not a tokenizer of the tokenizers library ({error})") from None
     model.no_truncation()
     model.no_padding()
-    model.encode_special_tokens = True  # their names are plain characters
+    model.encode_special_tokens = True  # as text, which is what their names are
     added = {
         token.content: AddedToken(i, token.special, token.lstrip, token.rstrip)
         for i, token in model.get_added_tokens_decoder().items()
@@ -214,7 +213,7 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
     """Returns id to bytes of the tokens in a tokenizer.json, without the added ones.
 
     Raises:
-        DataError: its decoder is none of a LLaMA-shaped model.
+        DataError: its decoder is not that of a LLaMA-shaped model, or it has no vocabulary.
     """
     kinds = {part.get("type") for part in _parts(raw.get("decoder"), "decoders")}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
@@ -224,7 +223,7 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
         )
     model = raw.get("model")
     listed = model.get("vocab") if isinstance(model, dict) else None
-    # Of BPE it is a mapping to ids, of Unigram a list with scores.
+    # BPE has a mapping to ids, Unigram a list with scores.
     if not isinstance(listed, dict | list):
         raise DataError(f"{path}: has no vocabulary ('model.vocab')")
     tokens = (
@@ -245,12 +244,8 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
     return pieces
 
 
-def _needs(path: Path, what: str, library: str) -> str:
-    return f"{path}: {what}, read with {library}: pip install 'llamapro[tokenizers]'"
-
-
 def _parts(raw: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Returns a component of a tokenizer.json, or those it is a sequence of."""
+    """Returns the parts of a tokenizer.json's component: itself, unless it is a sequence."""
     return raw.get(key, [raw]) if raw else []
 
 
@@ -275,24 +270,12 @@ def byte_characters() -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file, or {} if there is no such file.
-
-    Raises:
-        DataError: the file cannot be read, or holds something else.
-    """
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(raw, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    """Returns the JSON object in a file, {} if there is no such file; raises DataError."""
+    return read_json(path, MAX_JSON_BYTES, DataError) if path.exists() else {}
 
 
 def name_of(token: Any) -> str | None:
-    """Returns a token's name, written as a string or as an object with `content`."""
+    """Returns a token's name, which may be a string or an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -302,12 +285,12 @@ def added_tokens(
     """Returns the tokens that the files of a directory add to its vocabulary, or rename.
 
     Args:
-        directory: of the vocabulary's file.
-        names: `special_tokens_map.json` and `tokenizer_config.json` there, as one object.
-        raw_json: `tokenizer.json` there; {} if there is none.
+        directory: the directory of the vocabulary's file.
+        names: its `special_tokens_map.json` and `tokenizer_config.json`, as one object.
+        raw_json: its `tokenizer.json`, or {}.
 
     Raises:
-        DataError: naming the file, if an entry is no token, or two files disagree about its id.
+        DataError: naming the file, if an entry is not a token, or two files disagree about its id.
     """
     lists = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     roles = {name_of(token) for key, token in names.items() if key.endswith("_token")}

@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from transformers import AutoTokenizer
 from llamapro.errors import DataError
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_PATTERN, LLAMA_3_RANKS
-from llamapro.train_tokenizer import train
 
 TEXTS = [
     "",
@@ -42,10 +42,12 @@ def real(shared: Path, tokenizer_file: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, train_tokenizer: Callable[..., bytes]
+) -> Tokenizer:
     """A tokenizer of our own making, from this file's text."""
     file = tmp_path_factory.mktemp("trained") / "tokenizer.model"
-    file.write_bytes(train([Path(__file__).read_text(encoding="utf-8")], 400))
+    file.write_bytes(train_tokenizer([Path(__file__).read_text(encoding="utf-8")], 400))
     return Tokenizer.load(file)
 
 
