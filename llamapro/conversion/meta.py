@@ -1,7 +1,7 @@
 """Converts between Meta's release layout (`meta_release.py`) and Hugging Face's.
 
 They differ in names, in shards, and in the order of wq's and wk's rows, because Meta's RoPE rotates
-other pairs. What Hugging Face's layout cannot say is kept in `config.json` under `meta_release`.
+neighbouring pairs. `config.json` keeps under `meta_release` what Hugging Face's layout cannot say.
 """
 
 import dataclasses
@@ -24,17 +24,12 @@ from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.meta_release import (
     LLAMA_3_VOCAB,
-    ROPE,
     Shards,
     describe,
     ffn_size,
-    in_order,
-    is_rope,
-    order_template,
     read_params,
     rope_scaling,
     tensor_names,
-    to_hex,
 )
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.files import output_directory, refuse_large, refuse_source
@@ -92,32 +87,31 @@ def from_meta(
         DataError: `tokenizer.model` is no tokenizer.
     """
     refuse_source(out_dir, meta_dir)
-    where = meta_dir / "params.json"
-    params, shards = read_params(where), Shards(meta_dir)
+    file = meta_dir / "params.json"
+    params, shards = read_params(file), Shards(meta_dir)
     raw, split = describe(params, shards, max_position_embeddings)
-    config = ModelConfig.from_dict(raw, str(where))
+    config = ModelConfig.from_dict(raw, str(file))
     names = tensor_names(config.num_hidden_layers, split)
     meta_of = {hf: meta for meta, (hf, _) in names.items()}
     shapes = {n: tuple(p.shape) for n, p in build_on_meta(config).named_parameters()}
     all_shapes = {"lm_head.weight": shapes["model.embed_tokens.weight"]} | shapes  # tied: not in it
-    shards.check({meta: (all_shapes[hf], dim) for meta, (hf, dim) in names.items()}, config)
-    first, rope = shards.tensors[0], shards.tensors[0].get(ROPE)
+    expected = {meta: (all_shapes[hf], dim) for meta, (hf, dim) in names.items()}
+    shards.check_shapes(expected, config)
     tokenizer, ids = _read_tokenizer(meta_dir, config.vocab_size)
+    dtypes = {name: dtype or tensor.dtype for name, tensor in shards.tensors[0].items()}
     raw |= ids
-    raw["torch_dtype"] = str(dtype or first["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    raw["torch_dtype"] = str(dtypes["tok_embeddings.weight"]).removeprefix("torch.")
     raw["meta_release"] = {
         "params": params,
         "shards": len(shards.files),
         "embedding_split": split,
-        "tensor_order": order_template(list(first), config.num_hidden_layers),
-        "rope_freqs": None if rope is None else to_hex(rope),
         # As written now; what config.json says later is an edit, and wins over max_seq_len.
         "max_position_embeddings": config.max_position_embeddings,
     }
-    codes = {hf: DTYPE_CODES[dtype or first[meta].dtype] for hf, meta in meta_of.items()}
-    specs = [TensorSpec(hf, codes[hf], shape) for hf, shape in shapes.items()]
-    config = ModelConfig.from_dict(raw, str(where))
-    del first, rope  # or these mappings would stay
+    specs = [
+        TensorSpec(hf, DTYPE_CODES[dtypes[meta_of[hf]]], shape) for hf, shape in shapes.items()
+    ]
+    config = ModelConfig.from_dict(raw, str(file))
 
     def chunks_of(spec: TensorSpec) -> Iterator[memoryview]:
         name = meta_of[spec.name]
@@ -145,15 +139,16 @@ def from_meta(
 def to_meta(
     ckpt_dir: str | Path, out_dir: Path, shards: int | None = None, force: bool = False
 ) -> dict[str, Any]:
-    """Writes a checkpoint in Meta's release layout; undoes `from_meta` to the byte of every tensor.
+    """Writes a checkpoint in Meta's release layout: the way back from `from_meta`.
 
-    One shard is held in memory while it is written: the whole model if there is only one. Meta's
-    layout has no tied embeddings (output.weight repeats them), no context length and no record of
-    new blocks. A checkpoint that is not from `from_meta` gets params that follow from its
-    `config.json`, the embedding split by columns and no `rope.freqs`.
+    Meta's code loads the result; its tensors are those of the release, but for `rope.freqs`, which
+    that code computes itself. One shard is held in memory while it is written: the whole model if
+    there is only one. Meta's layout has no tied embeddings (output.weight repeats them), no context
+    length and no record of new blocks. A checkpoint that is not from `from_meta` gets params that
+    follow from its `config.json`, and the embedding split by columns.
 
     Args:
-        ckpt_dir: a checkpoint directory.
+        ckpt_dir: a checkpoint directory, or `hf://owner/name`.
         out_dir, force: as for `from_meta`.
         shards: model-parallel shards; None for as many as the release had, or 1.
 
@@ -168,13 +163,11 @@ def to_meta(
     checkpoint = Checkpoint.open(ckpt_dir)
     refuse_source(out_dir, checkpoint.path)
     config = checkpoint.config
-    params, recorded, names, freqs = _release_of(config, checkpoint.path / "config.json")
+    params, recorded, names = _release_of(config, checkpoint.path / "config.json")
     count = recorded if shards is None else shards
     _check_count(count, recorded, config)
 
     def read(name: str) -> Tensor:
-        if name == ROPE and freqs is not None:
-            return freqs
         is_tied = config.tie_word_embeddings and name == "output.weight"
         hf, _ = names["tok_embeddings.weight" if is_tied else name]
         tensor, heads = checkpoint.tensors[hf].read(), _rope_heads(name, config)
@@ -241,41 +234,31 @@ def _read_tokenizer(directory: Path, vocab_size: int) -> tuple[list[Path], dict[
 
 
 def _release_of(
-    config: ModelConfig, where: Path
-) -> tuple[dict[str, Any], int, dict[str, tuple[str, int | None]], Tensor | None]:
-    """Returns params, shards, tensors (`tensor_names`, in their order), rope.freqs to write."""
+    config: ModelConfig, file: Path
+) -> tuple[dict[str, Any], int, dict[str, tuple[str, int | None]]]:
+    """Returns params, number of shards and names (`tensor_names`) of the release to write."""
     C, H = config.hidden_size, config.num_attention_heads
     if config.head_dim * H != C:
         raise ConfigError(
-            f"{where}: head_dim {config.head_dim} times num_attention_heads {H} is not hidden_size "
+            f"{file}: head_dim {config.head_dim} times num_attention_heads {H} is not hidden_size "
             f"{C}, as it must be in Meta's layout"
         )
     if (scaling := config.rope_scaling) is not None:
         scaled = rope_scaling(config.tie_word_embeddings)
         if dataclasses.astuple(scaling) != tuple(scaled.values()):
             raise ConfigError(
-                f"{where}: {scaling} cannot be said in Meta's layout, whose use_scaled_rope "
+                f"{file}: {scaling} cannot be said in Meta's layout, whose use_scaled_rope "
                 f"stands for {scaled}"
             )
-    release, freqs = config.raw.get("meta_release") or {}, None
+    release = config.raw.get("meta_release") or {}
     try:
-        params = _params_for(config, release)
-        shards = int(release.get("shards", 1))
-        if rope := release.get("rope_freqs"):
-            freqs = torch.frombuffer(bytearray.fromhex(rope["hex"]), dtype=DTYPES[rope["dtype"]])
-            freqs = freqs if is_rope(freqs, config) else None  # rope_theta was changed since
+        params, shards = _params_for(config, release), int(release.get("shards", 1))
         names = tensor_names(config.num_hidden_layers, release.get("embedding_split", "columns"))
-        if freqs is not None:
-            names[ROPE] = (ROPE, None)
-        if len(templates := release.get("tensor_order", [])) > len(names):
-            raise ValueError(f"tensor_order lists {len(templates):,}")
-        order = in_order(templates, config.num_hidden_layers)
-        recorded = {name: names[name] for name in order if name in names}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"{where}: the 'meta_release' record is damaged ({error!r}); remove it"
+            f"{file}: the 'meta_release' record is damaged ({error!r}); remove it"
         ) from None
-    return params, shards, recorded if len(recorded) == len(names) else names, freqs
+    return params, shards, names
 
 
 def _params_for(config: ModelConfig, release: dict[str, Any]) -> dict[str, Any]:

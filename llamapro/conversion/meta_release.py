@@ -1,4 +1,4 @@
-"""What a Meta release is (`params.json`, `consolidated.NN.pth`), and how it is read safely.
+"""Meta's release layout: `params.json`, `consolidated.NN.pth`, and how they are read safely.
 
 Shard k of n holds the k-th of n equal slices of every matrix, by rows (dim 0) or columns (dim 1),
 and a copy of every norm. The files are mapped, so names and shapes cost no memory; what was read is
@@ -15,66 +15,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamapro.checkpoints.tensors import DTYPE_CODES, tensor_chunks
+from llamapro.checkpoints.tensors import DTYPE_CODES
 from llamapro.config import ModelConfig
 from llamapro.conversion.pth_file import load_pth
 from llamapro.errors import CheckpointError, ConfigError, Problems
 from llamapro.files import read_json
 from llamapro.text.vocabulary import LLAMA_3_RANKS, LLAMA_3_SPECIAL
 
-# Meta's name -> (Hugging Face's name, the dimension split over shards), in a release's order.
-_NAMES: dict[str, tuple[str, int | None]] = {
+# Meta's name -> (Hugging Face's name, the dimension split over shards).
+_OUTSIDE: dict[str, tuple[str, int | None]] = {
     "tok_embeddings.weight": ("model.embed_tokens.weight", 1),  # 0 in Llama 3: split by rows
     "norm.weight": ("model.norm.weight", None),
     "output.weight": ("lm_head.weight", 0),
-    "layers.*.attention.wq.weight": ("model.layers.*.self_attn.q_proj.weight", 0),
-    "layers.*.attention.wk.weight": ("model.layers.*.self_attn.k_proj.weight", 0),
-    "layers.*.attention.wv.weight": ("model.layers.*.self_attn.v_proj.weight", 0),
-    "layers.*.attention.wo.weight": ("model.layers.*.self_attn.o_proj.weight", 1),
-    "layers.*.feed_forward.w1.weight": ("model.layers.*.mlp.gate_proj.weight", 0),
-    "layers.*.feed_forward.w2.weight": ("model.layers.*.mlp.down_proj.weight", 1),
-    "layers.*.feed_forward.w3.weight": ("model.layers.*.mlp.up_proj.weight", 0),
-    "layers.*.attention_norm.weight": ("model.layers.*.input_layernorm.weight", None),
-    "layers.*.ffn_norm.weight": ("model.layers.*.post_attention_layernorm.weight", None),
 }
-ROPE = "rope.freqs"  # theta^(-2i / D): Meta's loader computes it anew, so it may be absent
+_IN_LAYER: dict[str, tuple[str, int | None]] = {
+    "attention.wq.weight": ("self_attn.q_proj.weight", 0),
+    "attention.wk.weight": ("self_attn.k_proj.weight", 0),
+    "attention.wv.weight": ("self_attn.v_proj.weight", 0),
+    "attention.wo.weight": ("self_attn.o_proj.weight", 1),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", 0),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", 1),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", 0),
+    "attention_norm.weight": ("input_layernorm.weight", None),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", None),
+}
+ROPE = "rope.freqs"  # theta^(-2i / D): Meta's code computes it anew, so it may be absent
 REMAP_BYTES = 256 << 20
 LLAMA_3_VOCAB = LLAMA_3_RANKS + len(LLAMA_3_SPECIAL)
 _FLOATS = {dtype for dtype in DTYPE_CODES if dtype.is_floating_point}
 
 
 def tensor_names(num_layers: int, split: str) -> dict[str, tuple[str, int | None]]:
-    """Returns Meta's name -> (Hugging Face's name, split dimension) for all tensors, in order.
+    """Returns Meta's name -> (Hugging Face's name, split dimension) for all tensors.
 
     Args:
         num_layers: of the model.
         split: how the embedding is split over shards, "columns" (LLaMA 1 and 2) or "rows".
     """
-    names = {}
-    for name in in_order(list(_NAMES), num_layers):
-        hf, dim = _NAMES[_template(name)]
-        names[name] = (hf.replace("*", name.split(".")[1]), dim)
+    names = dict(_OUTSIDE)
     if split == "rows":
-        names["tok_embeddings.weight"] = (names["tok_embeddings.weight"][0], 0)
+        names["tok_embeddings.weight"] = ("model.embed_tokens.weight", 0)
+    for i in range(num_layers):
+        for meta, (hf, dim) in _IN_LAYER.items():
+            names[f"layers.{i}.{meta}"] = (f"model.layers.{i}.{hf}", dim)
     return names
-
-
-def _template(name: str) -> str:
-    return re.sub(r"^layers\.\d+\.", "layers.*.", name)
-
-
-def in_order(templates: list[str], num_layers: int) -> list[str]:
-    """Writes the layers' templates out, layer after layer, where the first of them stands."""
-    inside = [t for t in templates if "*" in t]
-    layers = [t.replace("*", str(i)) for i in range(num_layers) for t in inside]
-    before = templates[: templates.index(inside[0])] if inside else templates
-    return before + layers + [t for t in templates[len(before) :] if "*" not in t]
-
-
-def order_template(names: list[str], num_layers: int) -> list[str]:
-    """Undoes `in_order`; an order that has no template is returned as it is."""
-    templates = list(dict.fromkeys(map(_template, names)))
-    return templates if in_order(templates, num_layers) == names else names
 
 
 class Shards:
@@ -117,7 +101,26 @@ class Shards:
             self._touched += sum(part.nbytes for part in parts)
         return parts
 
-    def check(
+    def check_names(self, params: dict[str, Any]) -> None:
+        """Raises CheckpointError if a shard lacks a tensor of this model or has another."""
+        first, n = self.tensors[0], len(self.files)
+        # Before anything is made of that size: params.json can say 10^12.
+        widest = max((t.shape[-1] for t in first.values()), default=0)
+        for key, most in (("n_layers", len(first)), ("dim", widest)):
+            if params[key] > most * n:
+                raise CheckpointError(
+                    f"{self.directory / 'params.json'}: {key} is {params[key]:,}, too much for the "
+                    f"tensors of {n} shards"
+                )
+        names = {*tensor_names(params["n_layers"], "columns"), *({ROPE} & set(first))}
+        wrong = Problems()
+        for file, tensors in zip(self.files, self.tensors, strict=True):
+            missing, unexpected = sorted(names - set(tensors)), sorted(set(tensors) - names)
+            wrong.add(*(f"{file.name}: missing tensor {name!r}" for name in missing))
+            wrong.add(*(f"{file.name}: unexpected tensor {name!r}" for name in unexpected))
+        wrong.check(CheckpointError, str(self.directory))
+
+    def check_shapes(
         self, expected: dict[str, tuple[tuple[int, ...], int | None]], config: ModelConfig
     ) -> None:
         """Compares every part with its share of the full shape, and the copies with each other.
@@ -125,12 +128,12 @@ class Shards:
         Args:
             expected: name -> (full shape, dimension it is split along or None for copies); a
                 tensor that is not in it must be the same in all shards.
-            config: what `rope.freqs`, where there is one, must follow from.
+            config: of the model; `rope.freqs`, where there is one, must follow from it.
 
         Raises:
             CheckpointError: naming the file and tensor of everything that does not fit.
         """
-        wrong, n = [], len(self.files)
+        wrong, n = Problems(), len(self.files)
         for name in self.tensors[0]:
             parts = [tensors[name] for tensors in self.tensors]
             full, dim = expected.get(name, (tuple(parts[0].shape), None))
@@ -140,19 +143,28 @@ class Shards:
                 at = f"{file.name}: {name!r} is"
                 if tuple(part.shape) != share or not divides:
                     total = f", {list(full)} over {n} shards" if n > 1 else ""
-                    wrong.append(f"{at} {list(part.shape)}, expected {list(share)}{total}")
+                    wrong.add(f"{at} {list(part.shape)}, expected {list(share)}{total}")
                 elif part.dtype not in _FLOATS or part.dtype != parts[0].dtype:
-                    wrong.append(f"{at} {part.dtype}, expected one float dtype in all shards")
-                elif dim is None and to_hex(part) != to_hex(parts[0]):
-                    wrong.append(f"{at} not the copy of {self.files[0].name}'s it must be")
-        _refuse(self.directory, wrong)
+                    wrong.add(f"{at} {part.dtype}, expected one float dtype in all shards")
+                elif dim is None and not _has_same_bytes(part, parts[0]):
+                    wrong.add(f"{at} not the copy of {self.files[0].name}'s it must be")
+        wrong.check(CheckpointError, str(self.directory))
         rope = self.tensors[0].get(ROPE)
-        if rope is not None and not is_rope(rope, config):
+        if rope is not None and not _is_rope(rope, config):
             raise CheckpointError(
                 f"{self.files[0]}: {ROPE!r} {list(rope.shape)} is not theta^(-2i / D) of "
                 f"rope_theta {config.rope_theta} and head_dim {config.head_dim}; correct "
                 "params.json"
             )
+
+    def is_tied(self) -> bool:
+        """Says whether output.weight repeats the embedding, row after row until one differs."""
+        pairs = zip(*map(self.parts, ("tok_embeddings.weight", "output.weight")), strict=True)
+        return all(
+            one.shape == other.shape
+            and all(_has_same_bytes(a, b) for a, b in zip(one, other, strict=True))
+            for one, other in pairs
+        )
 
 
 def read_params(file: Path) -> dict[str, Any]:
@@ -162,7 +174,7 @@ def read_params(file: Path) -> dict[str, Any]:
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{file}: ")
         raise ConfigError(f"{file}: not readable as a release's parameters ({reason})") from None
-    wrong = []
+    wrong = Problems()
     whole = ("dim", "n_layers", "n_heads", "multiple_of", "n_kv_heads", "max_seq_len")
     optional = ("n_kv_heads", "max_seq_len", "rope_theta", "ffn_dim_multiplier")
     for key in (*whole, "norm_eps", "rope_theta", "ffn_dim_multiplier"):
@@ -172,11 +184,10 @@ def read_params(file: Path) -> dict[str, Any]:
             continue
         # Python's JSON reads NaN and Infinity; neither is a size.
         if type(value) is bool or not isinstance(value, kind) or not 0 < value < math.inf:
-            wrong.append(f"{key} is {value!r}, expected {kind_name} above 0")
+            wrong.add(f"{key} is {value!r}, expected {kind_name} above 0")
     if (scaled := params.get("use_scaled_rope")) not in (None, False, True):
-        wrong.append(f"use_scaled_rope is {scaled!r}, expected true or false")
-    if wrong:
-        raise ConfigError(f"{file}: " + "; ".join(wrong))
+        wrong.add(f"use_scaled_rope is {scaled!r}, expected true or false")
+    wrong.check(ConfigError, str(file))
     return params
 
 
@@ -189,7 +200,7 @@ def ffn_size(params: dict[str, Any]) -> int:
 
 
 def rope_scaling(is_tied: bool) -> dict[str, Any]:
-    """Returns `use_scaled_rope` of Llama 3.1 and later in a `config.json`'s words.
+    """Returns the `rope_scaling` of config.json that `use_scaled_rope` stands for.
 
     The factor is no field of `params.json`: 8, and 32 in Llama 3.2's small models (Meta's Hugging
     Face repositories), which are those with tied embeddings.
@@ -203,16 +214,6 @@ def rope_scaling(is_tied: bool) -> dict[str, Any]:
     }
 
 
-def _is_tied(shards: Shards) -> bool:
-    """Says whether output.weight repeats the embedding, row after row until one differs."""
-    pairs = zip(*map(shards.parts, ("tok_embeddings.weight", "output.weight")), strict=True)
-    return all(
-        one.shape == other.shape
-        and all(to_hex(a) == to_hex(b) for a, b in zip(one, other, strict=True))
-        for one, other in pairs
-    )
-
-
 def describe(
     params: dict[str, Any], shards: Shards, max_position_embeddings: int | None
 ) -> tuple[dict[str, Any], str]:
@@ -220,8 +221,8 @@ def describe(
 
     Args:
         params: from `read_params`.
-        shards: only names and shapes are looked at.
-        max_position_embeddings: the context length if `params` must not decide it.
+        shards: its files.
+        max_position_embeddings: the context length; None for what `params` say.
 
     Raises:
         ConfigError: `max_position_embeddings` is below 1.
@@ -231,21 +232,8 @@ def describe(
         raise ConfigError(
             f"--max-position-embeddings {max_position_embeddings}: expected a whole number above 0"
         )
-    where, first, n = shards.directory / "params.json", shards.tensors[0], len(shards.files)
-    # Before anything is made of that size: params.json can say 10^12.
-    held = {"n_layers": len(first), "dim": max((t.shape[-1] for t in first.values()), default=0)}
-    for key, most in held.items():
-        if params[key] > most * n:
-            raise CheckpointError(
-                f"{where}: {key} is {params[key]:,}, too much for the tensors of {n} shards"
-            )
-    names = {*tensor_names(params["n_layers"], "columns"), *({ROPE} & set(first))}
-    wrong = []
-    for file, tensors in zip(shards.files, shards.tensors, strict=True):
-        missing, unexpected = names - set(tensors), set(tensors) - names
-        wrong += [f"{file.name}: missing tensor {name!r}" for name in sorted(missing)]
-        wrong += [f"{file.name}: unexpected tensor {name!r}" for name in sorted(unexpected)]
-    _refuse(shards.directory, wrong)
+    shards.check_names(params)
+    file, first, n = shards.directory / "params.json", shards.tensors[0], len(shards.files)
     dim, rows = params["dim"], first["layers.0.attention.wq.weight"].shape[0]
     if 0 < rows * n < dim and dim % rows == 0:
         raise CheckpointError(
@@ -254,21 +242,22 @@ def describe(
         )
     vocab = first["output.weight"].shape[0] * n
     ffn = first["layers.0.feed_forward.w1.weight"].shape[0] * n
+    wrong = Problems()
     if (params.get("vocab_size") or -1) not in (-1, vocab):
-        wrong.append(f"vocab_size is {params['vocab_size']}, 'output.weight' has {vocab} rows")
+        wrong.add(f"vocab_size is {params['vocab_size']}, 'output.weight' has {vocab} rows")
     if ffn_size(params) != ffn:
-        wrong.append(
+        wrong.add(
             "dim, multiple_of and ffn_dim_multiplier give an intermediate_size of "
             f"{ffn_size(params)}, 'layers.0.feed_forward.w1.weight' has {ffn} rows"
         )
-    _refuse(where, wrong)
-    is_tied, is_scaled = _is_tied(shards), bool(params.get("use_scaled_rope"))
+    wrong.check(CheckpointError, str(file))
+    is_tied, is_scaled = shards.is_tied(), bool(params.get("use_scaled_rope"))
     positions = max_position_embeddings or params.get("max_seq_len")
     if positions is None and (is_scaled or vocab == LLAMA_3_VOCAB):
         positions = 131072 if is_scaled else 8192
     if positions is None:
         print(
-            f"{where}: no max_seq_len; wrote max_position_embeddings 2048, LLaMA 1's; the option "
+            f"{file}: no max_seq_len; wrote max_position_embeddings 2048, LLaMA 1's; the option "
             "--max-position-embeddings says otherwise (Llama 2: 4096)",
             file=sys.stderr,
         )
@@ -298,7 +287,7 @@ def describe(
     return raw, "rows" if n > 1 and first["tok_embeddings.weight"].shape[-1] == dim else "columns"
 
 
-def is_rope(freqs: Tensor, config: ModelConfig) -> bool:
+def _is_rope(freqs: Tensor, config: ModelConfig) -> bool:
     """Says whether `freqs` are theta^(-2i / D) for i < D/2, as closely as their dtype can tell."""
     D, info = config.head_dim, torch.finfo(freqs.dtype)
     exact = config.rope_theta ** -(torch.arange(0, D, 2).double() / D)
@@ -308,14 +297,7 @@ def is_rope(freqs: Tensor, config: ModelConfig) -> bool:
     )
 
 
-def to_hex(tensor: Tensor) -> dict[str, str]:
-    """Returns the dtype's safetensors code and the bytes in hexadecimal: a tensor in JSON."""
-    data = b"".join(map(bytes, tensor_chunks(tensor)))
-    return {"dtype": DTYPE_CODES[tensor.dtype], "hex": data.hex()}
-
-
-def _refuse(where: Path, wrong: list[str]) -> None:
-    """Raises CheckpointError with the first eight mistakes, if there are any."""
-    problems = Problems()
-    problems.add(*wrong)
-    problems.check(CheckpointError, str(where))
+def _has_same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Says whether two tensors of one shape have the same bytes; -0.0 is not 0.0 here."""
+    bits = [t.contiguous().view(torch.uint8) for t in (one, other)]
+    return one.dtype == other.dtype and torch.equal(*bits)

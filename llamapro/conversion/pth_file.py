@@ -1,7 +1,7 @@
-"""PyTorch's `.pth` files: pickles in a zip archive, read without believing either.
+"""PyTorch's `.pth` files: pickles in a zip archive, from which only plain tensors are taken.
 
-`torch.load(weights_only=True)` runs no code of the file, but takes memory that a few bytes ask for.
-So before it, archive and pickle are looked through, and nothing but plain tensors is let in.
+`torch.load(weights_only=True)` runs no code of the file, but may take memory that a few bytes ask
+for. So archive and pickle are looked through before it.
 """
 
 import pickle
@@ -28,7 +28,7 @@ MAX_PICKLE_BYTES = 1 << 22  # a shard's names and shapes; LLaMA-65B's take 0.2 M
 
 
 def load_pth(file: Path) -> dict[str, Tensor]:
-    """Maps a `.pth` file; only plain tensors come out of it, whatever its pickle asks for.
+    """Maps the tensors of a `.pth` file.
 
     Raises:
         CheckpointError: it is missing, damaged, holds more than plain tensors, or would take more
@@ -37,22 +37,24 @@ def load_pth(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{file}: not a plain file")  # opening a pipe would wait for ever
     size = file.stat().st_size
+    refused = f"{file}: refused; nothing was executed:"
     try:
         with open(file, "rb") as handle:
-            magic = handle.read(2)
-        if magic == b"\x80\x02":
-            raise CheckpointError(
-                f"{file}: in PyTorch's format from before 1.6, which cannot be mapped; save it "
-                "again with torch.save(torch.load(OLD, map_location='cpu', weights_only=True), NEW)"
-            )
-        _refuse_absurd(file, size)
+            if handle.read(2) == b"\x80\x02":
+                raise CheckpointError(
+                    f"{file}: in PyTorch's format from before 1.6, which cannot be mapped; save it "
+                    "again with torch.save(torch.load(OLD, map_location='cpu', weights_only=True), "
+                    "NEW)"
+                )
+        for asked in _asked_for(file, size):
+            if not _ALLOWED.fullmatch(asked):
+                name = asked.replace(" ", ".")[:80]
+                raise CheckpointError(
+                    f"{refused} its pickle asks for {name!r}, not only plain tensors"
+                )
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{file}: refused; nothing was executed: its pickle "
-            + (f"asks for {asked[1]!r}, not only plain tensors" if asked else "is damaged")
-        ) from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{refused} its pickle is damaged") from None
     except _DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(
@@ -62,7 +64,7 @@ def load_pth(file: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided and t.ndim
         for name, t in tensors.items()
     ):
-        raise CheckpointError(f"{file}: refused; nothing was executed: not only plain tensors")
+        raise CheckpointError(f"{refused} not only plain tensors")
     for name, t in tensors.items():
         # A stride of 0 shows one number as a tensor of any size.
         if t.nbytes > t.untyped_storage().nbytes():
@@ -72,31 +74,25 @@ def load_pth(file: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _refuse_absurd(file: Path, size: int) -> None:
-    """Raises CheckpointError for what would take more memory than the file has bytes.
+def _asked_for(file: Path, size: int) -> list[str]:
+    """Returns the classes and functions that the pickle names; refuses a file that would expand.
 
     PyTorch stores what it saves as it is; a few compressed bytes could stand for gigabytes.
     """
+    asked = []
     with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        for entry in entries:
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+        for entry in archive.infolist():
+            name, nbytes = entry.filename[:80], entry.file_size
+            if entry.compress_type != zipfile.ZIP_STORED or nbytes > size:
                 raise CheckpointError(
-                    f"{file}: refused: {entry.filename[:80]!r} is compressed or claims "
-                    f"{entry.file_size:,} bytes; PyTorch saves a file of {size:,} bytes plainly"
+                    f"{file}: refused: {name!r} is compressed or claims {nbytes:,} bytes; PyTorch "
+                    f"saves a file of {size:,} bytes plainly"
                 )
-        for entry in entries:
-            if not entry.filename.lower().endswith(".pkl"):  # torch finds DATA.PKL, too
-                continue
-            if entry.file_size > MAX_PICKLE_BYTES:
-                raise CheckpointError(
-                    f"{file}: refused: {entry.filename[:80]!r} has {entry.file_size:,} bytes, over "
-                    f"{MAX_PICKLE_BYTES:,}"
-                )
-            for opcode, asked, _ in pickletools.genops(archive.read(entry)):
-                if opcode.name == "GLOBAL" and not _ALLOWED.fullmatch(str(asked)):
-                    name = str(asked).replace(" ", ".")[:80]
+            if entry.filename.lower().endswith(".pkl"):  # torch finds DATA.PKL, too
+                if nbytes > MAX_PICKLE_BYTES:
                     raise CheckpointError(
-                        f"{file}: refused; nothing was executed: its pickle asks for {name!r}, not "
-                        "only plain tensors"
+                        f"{file}: refused: {name!r} has {nbytes:,} bytes, over {MAX_PICKLE_BYTES:,}"
                     )
+                opcodes = pickletools.genops(archive.read(entry))
+                asked += [str(what) for opcode, what, _ in opcodes if opcode.name == "GLOBAL"]
+    return asked

