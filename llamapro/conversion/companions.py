@@ -1,9 +1,9 @@
-"""The tokenizer files that `transformers` needs beside a `tokenizer.model`.
+"""The files beside the weights: config.json, and what transformers needs for a tokenizer.model.
 
-From that file alone, or with a `tokenizer_config.json`, transformers 4 and 5 make different
-tokenizers: without BOS, without the space before a text, with merges in the order of the ids and
-not of the scores. A `tokenizer.json` leaves nothing to be made: both read it as it is. Of Llama 3's
-BPE ranks neither makes one that has BOS and EOS; Meta's own repositories ship a tokenizer.json.
+From a `tokenizer.model` alone, transformers 4 and 5 make different tokenizers: without BOS, without
+the space before a text, with merges in the order of the ids and not of the scores. A
+`tokenizer.json` leaves nothing to be made: both read it as it is. From Llama 3's BPE ranks neither
+makes a tokenizer with BOS and EOS; Meta's own repositories ship a tokenizer.json.
 """
 
 import json
@@ -32,19 +32,19 @@ SPACE = "\u2581"
 
 
 def tokenizer_files(model_file: Path, max_length: int | None = None) -> dict[str, dict[str, Any]]:
-    """Returns what belongs beside a `tokenizer.model`, file name -> JSON object.
+    """Returns the files for transformers beside a `tokenizer.model`, file name -> JSON object.
 
-    The ids of plain text are sentencepiece's or tiktoken's own. The names of control tokens in a
-    text are those tokens, as everywhere in transformers; after one, no space is put before it.
+    The ids of plain text are those of sentencepiece or tiktoken. The name of a control token in a
+    text becomes that token, as everywhere in transformers, and no space is put after it.
 
     Args:
         model_file: a `tokenizer.model`, of sentencepiece or of Llama 3's BPE ranks.
-        max_length: the model's context in tokens, which Llama 3's files tell.
+        max_length: the model's context in tokens, written into Llama 3's files.
 
     Returns:
         `tokenizer_config.json`, and `tokenizer.json` if the model can be written as one: ranks, or
-        BPE that changes nothing in a text but for one space before it, as LLaMA's. Nothing for
-        damaged files and those of other kinds.
+        BPE that changes a text only by one space before it, as LLaMA's. Nothing for a damaged file
+        or one of another kind.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -75,32 +75,31 @@ def tokenizer_files(model_file: Path, max_length: int | None = None) -> dict[str
 
 
 def _is_plain_bpe(model: Any) -> bool:
+    """Says whether a tokenizer.json can do what the model does; see `tokenizer_files`."""
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    known = set(pieces)
+
+    def has_merges(i: int, piece: str) -> bool:  # to user-defined ones ("<|im_start|>") none lead
+        is_made = not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        return (
+            len(piece) == 1
+            or not is_made
+            or model.is_unused(i)
+            or any(piece[:at] in known and piece[at:] in known for at in range(1, len(piece)))
+        )
+
     return (
         model.normalize(_PROBE) == SPACE + _PROBE.replace(" ", SPACE)
         and max(map(len, pieces)) <= _LONGEST  # every way to cut a piece is looked at
-        and _has_merges(model, pieces)
-        and all(f"<0x{byte:02X}>" in pieces for byte in range(256))
+        and all(has_merges(i, piece) for i, piece in enumerate(pieces))
+        and all(f"<0x{byte:02X}>" in known for byte in range(256))
         # BPE's scores are the negative ranks of the merges; unigram's are logarithms.
         and all(model.get_score(i) == int(model.get_score(i)) for i in range(len(pieces)))
     )
 
 
-def _has_merges(model: Any, pieces: list[str]) -> bool:
-    """Whether merges lead to every piece: to user-defined ones ("<|im_start|>") none do."""
-    known = set(pieces)
-    return all(
-        any(piece[:at] in known and piece[at:] in known for at in range(1, len(piece)))
-        for i, piece in enumerate(pieces)
-        if len(piece) > 1
-        and not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
-        and not model.is_unused(i)
-    )
-
-
 def _tokenizer_json(model: Any) -> dict[str, Any]:
-    size = range(model.vocab_size())
-    vocab = {model.id_to_piece(i): i for i in size}
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     control = {p: i for p, i in vocab.items() if model.is_control(i) or model.is_unknown(i)}
     made = [
         p
@@ -117,24 +116,18 @@ def _tokenizer_json(model: Any) -> dict[str, Any]:
         if piece[:at] in usable and piece[at:] in usable
     ]
     bos = model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else None
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never"}
+    metaspace |= {"split": False}
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _control_tokens(control),
+        **_head(control),
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         # Metaspace leaves a text alone that starts with its mark. No text starts with " " by now,
         # so the first puts a space before every text; the second turns that into the mark.
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {
-                    "type": "Metaspace",
-                    "replacement": mark,
-                    "prepend_scheme": scheme,
-                    "split": False,
-                }
-                for mark, scheme in ((" ", "first"), (SPACE, "never"))
+                metaspace | {"replacement": " ", "prepend_scheme": "first"},
+                metaspace,
             ],
         },
         "post_processor": _bos_first(bos, model.bos_id()),
@@ -148,14 +141,10 @@ def _tokenizer_json(model: Any) -> dict[str, Any]:
             ],
         },
         "model": {
-            "type": "BPE",
-            "dropout": None,
+            **_BPE,
             "unk_token": model.id_to_piece(model.unk_id()),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": True,
-            "ignore_merges": False,
             "vocab": vocab,
             "merges": merges,
         },
@@ -175,12 +164,8 @@ def _ranks_files(ranks: dict[bytes, int], max_length: int | None) -> dict[str, d
         for at in range(1, len(token))
         if token[:at] in ranks and token[at:] in ranks
     ]
-    cut = {
-        "type": "Split",
-        "pattern": {"Regex": LLAMA_3_PATTERN},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    split = {"type": "Split", "pattern": {"Regex": LLAMA_3_PATTERN}}
+    split |= {"behavior": "Isolated", "invert": False}
     plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -191,32 +176,18 @@ def _ranks_files(ranks: dict[bytes, int], max_length: int | None) -> dict[str, d
     }
     if max_length is not None:
         config["model_max_length"] = max_length
+    processors = [plain | {"trim_offsets": False, "use_regex": True}, _bos_first(bos, control[bos])]
     raw = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _control_tokens(control),
+        **_head(control),
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
-            "pretokenizers": [cut, plain | {"use_regex": False}],
+            "pretokenizers": [split, plain | {"use_regex": False}],
         },
-        "post_processor": {
-            "type": "Sequence",
-            "processors": [
-                plain | {"trim_offsets": False, "use_regex": True},
-                _bos_first(bos, control[bos]),
-            ],
-        },
+        "post_processor": {"type": "Sequence", "processors": processors},
         "decoder": {**plain, "use_regex": True},
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
+            **_BPE,
             # As tiktoken: a piece that is a token is that token, even if no merges lead to it.
             "ignore_merges": True,
             "vocab": {names[token]: rank for token, rank in ranks.items()},
@@ -226,13 +197,26 @@ def _ranks_files(ranks: dict[bytes, int], max_length: int | None) -> dict[str, d
     return {CONFIG_NAME: config, JSON_NAME: raw}
 
 
-def _control_tokens(ids: dict[str, int]) -> list[dict[str, Any]]:
-    """Returns the `added_tokens` of a tokenizer.json."""
+_BPE = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+
+
+def _head(control: dict[str, int]) -> dict[str, Any]:
+    """Returns how a tokenizer.json begins; its control tokens are name -> id."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [
+    added = [
         {"id": i, "content": name, **flags, "special": True}
-        for name, i in sorted(ids.items(), key=lambda item: item[1])
+        for name, i in sorted(control.items(), key=lambda item: item[1])
     ]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
 
 
 def _bos_first(bos: str | None, bos_id: int) -> dict[str, Any]:
