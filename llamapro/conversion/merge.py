@@ -10,9 +10,8 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamapro import expansion
 from llamapro.checkpoints.base import (
@@ -70,9 +69,9 @@ def merge_checkpoint(
         JSON-able: path, blocks (the file used), step, tensors_replaced, bytes, base_intact.
 
     Raises:
-        ConfigError: as `expand_checkpoint`, for the expanded checkpoint and the new-block file.
+        ConfigError: as `expand_checkpoint`.
         CheckpointError: the blocks belong to another base, do not fit, or the base inside
-            `expanded` no longer has the bytes its record says.
+            `expanded` was changed.
     """
     file = find_blocks(blocks_path)
     refuse_source(out_dir, expanded.path, file)
@@ -114,18 +113,8 @@ def assemble_checkpoint(
 ) -> dict[str, Any]:
     """Writes the checkpoint of a run that started from a `config.json` alone: all it trained.
 
-    It has the dtype in which the run kept the weights, and so says the result's `config.json`.
-
-    Args:
-        config_file: the `config.json` of the run.
-        blocks_path, out_dir, force: as for `merge_checkpoint`.
-
-    Returns:
-        As `merge_checkpoint`.
-
-    Raises:
-        ConfigError: as `expand_checkpoint`, for the `config.json` and the new-block file.
-        CheckpointError: the run did not train all weights of this configuration.
+    The result has the dtype in which the run kept the weights. Arguments, result and errors are
+    those of `merge_checkpoint`, with the `config.json` of the run in place of a checkpoint.
     """
     config = ModelConfig.from_file(config_file)
     file = find_blocks(blocks_path)
@@ -192,25 +181,12 @@ def _warn_of_another_tokenizer(expanded: Checkpoint, file: Path, training: Train
 # ---- Several files -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _NewBlocks:
-    """A new-block file that fits the base.
-
-    Attributes:
-        file: its path.
-        info: its metadata, with `source_layers`.
-        tensors: name in the file's own expanded model -> where it is stored.
-    """
+class _NewBlocks(NamedTuple):
+    """A new-block file that fits the base; its `info` has `source_layers`."""
 
     file: Path
     info: BlocksInfo
     tensors: dict[str, StoredTensor]
-
-    def on_top_of(self, base_layer: int) -> list[tuple[int, int]]:
-        """Returns (layer, source) of the blocks directly above a base layer; -1: below all."""
-        pairs = zip(self.info.new_layers, self.info.source_layers, strict=True)
-        # Below the n-th new block there are n others, and base layers.
-        return [pair for n, pair in enumerate(pairs) if pair[0] - n - 1 == base_layer]
 
 
 def merge_many(
@@ -230,9 +206,8 @@ def merge_many(
 
     Raises:
         ConfigError: as `expand_checkpoint`; or a file is given twice.
-        CheckpointError: `expanded` has no record, its base was changed, or tokens were added to
-            its vocabulary; or a file was trained on another base or tokenizer than the others, or
-            does not fit.
+        CheckpointError: `expanded` has no record, its base was changed, or its vocabulary grew; or
+            a file does not fit, or was trained on another base or with another tokenizer.
     """
     inside = contained_base(expanded)
     stored_as = {base.name: expanded.tensors[name] for name, base in inside.items()}
@@ -326,11 +301,7 @@ def _check_together(files: Sequence[_NewBlocks], trainings: Sequence[Training]) 
 def _combine(
     files: Sequence[_NewBlocks], base_layers: int
 ) -> tuple[Layout, dict[str, StoredTensor]]:
-    """Stacks the blocks of all files on the layers of the base, in the order of the files.
-
-    Returns:
-        The layout of the merged model, and its trained tensors, by their names there.
-    """
+    """Stacks the files' blocks on the base layers; returns the layout and the trained tensors."""
     sources: list[int] = []
     new_layers: list[int] = []
     trained: dict[str, StoredTensor] = {}
@@ -338,7 +309,11 @@ def _combine(
         if base_layer >= 0:
             sources.append(base_layer)
         for blocks in files:
-            for layer, source in blocks.on_top_of(base_layer):
+            pairs = zip(blocks.info.new_layers, blocks.info.source_layers, strict=True)
+            for number, (layer, source) in enumerate(pairs):
+                # Below a new block there are `number` others of its file, and base layers.
+                if layer - number - 1 != base_layer:
+                    continue
                 old, new = f"model.layers.{layer}.", f"model.layers.{len(sources)}."
                 trained |= {
                     new + name.removeprefix(old): stored
@@ -368,7 +343,7 @@ def strip_checkpoint(expanded: Checkpoint, out_dir: Path, force: bool = False) -
         recorded), bytes.
 
     Raises:
-        ConfigError: as `expand_checkpoint`, for the expanded checkpoint.
+        ConfigError: as `expand_checkpoint`.
         CheckpointError: there is no record of new blocks, or the base was changed.
     """
     layout = layout_of(expanded.config, expanded.path)
