@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from llamapro import cli, ops
-from llamapro.checkpoints.new_blocks import BlocksInfo
+from llamapro import backends, cli, ops
+from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
 from llamapro.checkpoints.run import load_state, newest_intact
 from llamapro.errors import DataError, DivergedError
-from llamapro.expansion import select_trainable
 from llamapro.formatting import format_count
-from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta, init_random, load_tensors
+from llamapro.model import build_on_meta, load_tensors
 from llamapro.text.mixture import Source, batch, stack
 from llamapro.training.checkpoint import Saver, load_optimizer, load_trained
 from llamapro.training.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.training.job import Job, load_data
+from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
 from llamapro.training.plan import make_plan, render
 from llamapro.training.preemption import Stopped, StopRequest
@@ -39,6 +39,14 @@ from llamapro.training.replay import split_replayed
 from llamapro.training.resume import check_identity, find_resume_point, locked
 from llamapro.training.rng import load_rng, seed_all
 from llamapro.training.settings import OptimSettings, Settings, changes, check, flatten
+from llamapro.training.weights import (
+    init_random,
+    mask_gradients,
+    put_new_rows,
+    select_trainable,
+    stored_name,
+    stored_shape,
+)
 
 
 def main() -> None:
@@ -60,7 +68,7 @@ def main() -> None:
     with (
         stop.listening(),
         process_group(t.device, t.shard_size) as ranks,
-        ops.use(t.ops),
+        backends.use(t.ops),
         locked(job.run_dir, ranks),
     ):
         state = train(job, plan, ranks, stop)
@@ -79,49 +87,57 @@ def main() -> None:
 # ---- Model ------------------------------------------------------------------------------------
 
 
-def build_model(job: Job, ranks: Ranks) -> tuple[LlamaForCausalLM, dict[str, torch.nn.Parameter]]:
+def build_objective(job: Job, ranks: Ranks) -> tuple[NextToken, dict[str, torch.nn.Parameter]]:
     """Loads, puts the resumed weights in, freezes, and only then shards.
 
     Returns:
-        The sharded model, and by name the parameters that train.
+        The objective, which holds the sharded model, and by name the parameters that train.
     """
-    s = job.settings
-    model = build_on_meta(job.config)
+    s, config = job.settings, job.config
+    model = build_on_meta(config)
     if job.checkpoint is None:
-        tensors = init_random(job.config, s.train.seed)
+        tensors = init_random(config, s.train.seed)
     else:
         tensors = job.checkpoint.state_dict()  # mapped: read when first used
     trainable = select_trainable(model, s.train.trainable, s.train.new_tokens)
     if job.resume_from is not None:
-        shapes = {name: tuple(model.get_parameter(name).shape) for name in trainable}
-        tensors |= load_trained(job.resume_from, job.config, shapes)
+        shapes = {
+            stored_name(name, job.first_new_row): stored_shape(
+                name, model.get_parameter(name), job.first_new_row
+            )
+            for name in trainable
+        }
+        trained = load_trained(job.resume_from, config, shapes)
+        tensors = put_new_rows(tensors, trained) | {n: trained[n] for n in trained.keys() & tensors}
     load_tensors(model, tensors)
-    for layer in model.model.layers:
-        layer.recompute = s.train.recompute  # type: ignore[assignment]
+    objective = make_objective(model, s.replay)
     if s.train.compile:
         compile_blocks(model)
-    shard(model, ranks, job.compute_dtype, s.train.frozen, s.train.offload)
+    shard(objective, ranks, job.compute_dtype, s.train.frozen, s.train.offload, s.train.recompute)
     parameters = dict(model.named_parameters())
-    return model, {name: parameters[name] for name in trainable}
+    trained_parameters = {name: parameters[name] for name in trainable}
+    if job.first_new_row:
+        mask_gradients(trained_parameters, job.first_new_row)
+    return objective, trained_parameters
 
 
 # ---- Training ---------------------------------------------------------------------------------
 
 
 def forward(
-    model: LlamaForCausalLM,
+    objective: NextToken,
     columns: Sequence[torch.Tensor],
     device: torch.device,
-    replayed: Replayed | None = None,
+    replayed: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns loss sum (nats), (), and number of targets, (), of inputs, targets [, documents]."""
     inputs, targets, *documents = (column.to(device) for column in columns)
-    return model(inputs, targets, documents=documents[0] if documents else None, replayed=replayed)
+    return objective(inputs, targets, documents[0] if documents else None, replayed)
 
 
 @torch.no_grad()
 def evaluate(
-    model: LlamaForCausalLM,
+    objective: NextToken,
     sequences: Source,
     settings: Settings,
     ranks: Ranks,
@@ -145,7 +161,7 @@ def evaluate(
         ids, following, *more = sequences[0]
         nothing = (ids, np.full_like(following, ops.IGNORE_INDEX), *more)
         columns = stack(mine + [nothing] * (rows - len(mine)))
-        part_sum, part_count = forward(model, columns, ranks.device)
+        part_sum, part_count = forward(objective, columns, ranks.device)
         loss_sum += part_sum
         tokens += part_count
     total, valid = ranks.sum(loss_sum, tokens)
@@ -153,7 +169,7 @@ def evaluate(
 
 
 def train_step(
-    model: LlamaForCausalLM,
+    objective: NextToken,
     guard: FiniteGuard,
     columns: Sequence[torch.Tensor],
     others: int,
@@ -178,15 +194,14 @@ def train_step(
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
     micro_batches = list(zip(*(column.split(rows) for column in columns), strict=True))
-    where = (len(micro_batches), rows, ranks.rank, ranks.world_size)
-    replayed = split_replayed(settings.replay, others, *where)
+    replayed = split_replayed(others, len(micro_batches), rows, ranks.rank, ranks.world_size)
     for number, micro_batch in enumerate(micro_batches, 1):
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
-        model.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
-        loss, _ = forward(model, micro_batch, ranks.device, replayed[number - 1])
+        objective.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
+        loss, _ = forward(objective, micro_batch, ranks.device, replayed[number - 1])
         (loss * scale).backward()
         loss_sum += loss.detach()
-    norm = clip_gradients(model.parameters(), settings.optim.clip)
+    norm = clip_gradients(objective.parameters(), settings.optim.clip)
     guard.step(norm)  # not applied if the norm is not finite
     guard.optimizer.zero_grad()
     return loss_sum / max(1.0, valid), norm
@@ -235,11 +250,14 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
         say(ranks, f"{run_dir} is complete: nothing to do")
         return state
 
-    model, parameters = build_model(job, ranks)
-    optimizer = build_adamw(parameters.values(), s.optim.betas, s.optim.weight_decay)
+    objective, parameters = build_objective(job, ranks)
+    undecayed = [parameters[n] for n in NEW_ROWS.keys() & parameters] if job.first_new_row else []
+    optimizer = build_adamw(
+        parameters.values(), s.optim.betas, s.optim.weight_decay, undecayed=undecayed
+    )
     if job.resume_from is not None:
         applied = state["step"] - state["skipped"]
-        load_optimizer(job.resume_from, parameters, optimizer, applied)
+        load_optimizer(job.resume_from, parameters, optimizer, applied, job.first_new_row)
         load_rng(job.resume_from, ranks, s.train.seed, state["step"])
     else:
         seed_all(s.train.seed, ranks.rank)
@@ -252,7 +270,9 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
     saved, stopped = state["step"], False
     with (
         progress.writing(run_dir, plan, changed),
-        Saver(run_dir, s.save.keep, s.save.keep_every, ranks, in_background) as saver,
+        Saver(
+            run_dir, s.save.keep, s.save.keep_every, ranks, in_background, job.first_new_row
+        ) as saver,
     ):
 
         def settle() -> None:
@@ -274,7 +294,7 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
                 settle()
                 try:
                     for name, sequences in data.val.items():
-                        progress.evaluation(name, *evaluate(model, sequences, s, ranks, stop))
+                        progress.evaluation(name, *evaluate(objective, sequences, s, ranks, stop))
                     progress.evaluated()
                 except Stopped:
                     stopped = True
@@ -300,7 +320,7 @@ def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> di
                     stopped = True
                     continue
                 rate = set_learning_rate(optimizer, step, steps, s.optim)
-                loss, norm = train_step(model, guard, columns, others, valid, s, ranks)
+                loss, norm = train_step(objective, guard, columns, others, valid, s, ranks)
                 progress.step(int(valid), loss, norm)
             if is_written:
                 progress.saved(saver.finish())

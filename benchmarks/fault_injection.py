@@ -37,7 +37,7 @@ from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
-from llamapro.model import init_random
+from llamapro.training.weights import init_random
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 PROCESSES, STEPS, SAVE_EVERY = 2, 24, 2

@@ -30,7 +30,7 @@ import torch
 import triton
 from kernel_cases import OPS, OURS, Case, Cases, Function
 
-from llamapro import ops
+from llamapro import backends
 
 # What one raises that does not take a case: PyTorch, a missing package, Triton's compiler or
 # launcher, a version of Liger with other names or arguments.
@@ -150,7 +150,7 @@ def main() -> None:
     before = machine(device)
     print(f"{before['gpu'] or 'CPU'}, copy {copy:.0f} GB/s")
     rows = []
-    with ops.use("torch"):  # the others' plain PyTorch; ours are called directly
+    with backends.use("cpu"):  # the others' plain PyTorch; ours are called directly
         for op in args.op:
             for case in OPS[op](Cases(device)):
                 for row in measure(case, device, copy):

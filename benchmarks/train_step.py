@@ -37,12 +37,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llamapro import cli, ops
+from llamapro import backends, cli
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.training.distributed import Frozen, Ranks, process_group, shard
+from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
 
 SDPA_ORDER = [
@@ -100,9 +101,9 @@ def choose_sides(asked: list[str] | None, size: Size, device: torch.device) -> l
     sides = list(asked or SIDES)
     if "triton" in sides:
         try:
-            with ops.use("triton"):
-                ops.summary(ModelConfig.from_dict(size.base), device, compute_dtype(device))
-        except ops.BackendError as error:
+            with backends.use("triton"):
+                backends.summary(ModelConfig.from_dict(size.base), device, compute_dtype(device))
+        except backends.BackendError as error:
             if asked:
                 raise ConfigError(f"--sides triton: {error}") from None
             sides.remove("triton")
@@ -148,6 +149,23 @@ def transformers_model(
     return model
 
 
+class Transformers(NextToken):
+    """transformers' model with its own loss."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+        replayed: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        model: Any = self.model
+        # shift_labels: what should follow each token, as our targets.
+        out = model(input_ids=input_ids, labels=targets, shift_labels=targets, use_cache=False)
+        count = torch.tensor(targets.numel())
+        return out.loss * count, count
+
+
 def build(
     side: str, size: Size, ranks: Ranks, dtype: torch.dtype, frozen: Frozen = "shard"
 ) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
@@ -159,14 +177,6 @@ def build(
     model: Any = build_on_meta(config)
     trainable = select_trainable(model, "new_blocks")
 
-    def our_loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        loss_sum, _ = model(inputs, targets)
-        return loss_sum / targets.numel()
-
-    def their_loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        # shift_labels: what should follow each token, as our targets.
-        return model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
-
     if side == "transformers":
         model = transformers_model(config, tensors, ranks.device)
     else:
@@ -174,8 +184,14 @@ def build(
     del tensors  # or what trains would stay in memory twice, in bf16 and in fp32
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
-    shard(model, ranks, dtype, frozen)
-    return model, their_loss if side == "transformers" else our_loss
+    objective = Transformers(model) if side == "transformers" else NextToken(model)
+    shard(objective, ranks, dtype, frozen)
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss_sum, count = objective(inputs, targets)
+        return loss_sum / count
+
+    return model, loss_of
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]
     row["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None
     row["first_loss"], row["last_loss"] = losses[0], losses[-1]
     if side != "transformers":
-        row["ops"] = ops.summary(model.config, device, dtype)
+        row["ops"] = backends.summary(model.config, device, dtype)
     return row
 
 
@@ -256,7 +272,7 @@ def measure_and_release(side: str, args: argparse.Namespace, ranks: Ranks) -> di
     print(f"measuring {side} ...", file=sys.stderr, flush=True)
     try:
         with (
-            ops.use("triton" if side == "triton" else "torch"),
+            backends.use("triton" if side == "triton" else "cpu"),
             sdpa_kernel(SDPA_ORDER, set_priority=True),
         ):
             row = measure(side, args, ranks)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llamapro import ops
+from llamapro import backends, ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DivergedError
 from llamapro.expansion import Layout, expand_names, insert_after, is_in_layers
@@ -33,6 +33,7 @@ from llamapro.model import MLP, LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.mixture import batch
 from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.job import Job, load_data
+from llamapro.training.objective import NextToken
 from llamapro.training.optim import FiniteGuard, build_adamw
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse
@@ -196,13 +197,14 @@ def train(argv: list[str], make: Build) -> LlamaForCausalLM:
     file = train_file()
     state: dict[str, Any] = {"step": 0, "tokens": 0, "samples": 0, "elapsed_s": 0.0, "loss": None}
     state |= {"eval": {}, "evaluated": -1, "skipped": 0, "recent_losses": []}
-    with process_group(settings.train.device) as ranks, ops.use(settings.train.ops):
+    with process_group(settings.train.device) as ranks, backends.use(settings.train.ops):
         data = load_data(job, ranks, stop)
         model = make()
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         total = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        shard(model, ranks, job.compute_dtype, settings.train.frozen)
+        objective = NextToken(model)
+        shard(objective, ranks, job.compute_dtype, settings.train.frozen)
         parameters = dict(model.named_parameters())
         guard = guarded_adamw([parameters[n] for n in names], settings, ranks)
         seed_all(settings.train.seed, ranks.rank)
@@ -222,7 +224,7 @@ def train(argv: list[str], make: Build) -> LlamaForCausalLM:
                     progress.line(norm.item(), rate)
                 if is_due:
                     for name, sequences in data.val.items():
-                        found = file.evaluate(model, sequences, settings, ranks, stop)
+                        found = file.evaluate(objective, sequences, settings, ranks, stop)
                         progress.evaluation(name, *found)
                     progress.evaluated()
                 if step == steps:
@@ -233,7 +235,7 @@ def train(argv: list[str], make: Build) -> LlamaForCausalLM:
                     valid = int((columns[1] != ops.IGNORE_INDEX).sum())
                     rate = file.set_learning_rate(guard.optimizer, step, steps, settings.optim)
                     how = (columns, others, valid, settings, ranks)
-                    loss, norm = file.train_step(model, guard, *how)
+                    loss, norm = file.train_step(objective, guard, *how)
                     progress.step(valid, loss, norm)
         trained = {name: whole(parameters[name]) for name in names}
     model = make()
@@ -280,7 +282,7 @@ def first_gradients(
     optimizer = torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.0)
     found = []
     for _ in range(steps):
-        loss, count = model(ids[:, :-1], ids[:, 1:])
+        loss, count = NextToken(model)(ids[:, :-1], ids[:, 1:])
         (loss / count).backward()
         squares: dict[str, float] = {}
         for name, parameter in named.items():

@@ -23,7 +23,7 @@ import comparisons
 import torch
 from tqdm import tqdm
 
-from llamapro import ops
+from llamapro import backends, ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.merge import merge_checkpoint
@@ -33,16 +33,18 @@ from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.generate import generate
 from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.inference.multiple_choice import baselines, measure_choices, read_choices
-from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.mixture import batch
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.distributed import process_group, shard
 from llamapro.training.job import Job, load_data
+from llamapro.training.objective import NextToken
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse
 from llamapro.training.records import read_run, summarize
 from llamapro.training.replay import write_documents
 from llamapro.training.settings import ReplaySettings
+from llamapro.training.weights import init_random
 
 RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"
 SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each
@@ -201,10 +203,11 @@ def base(about: dict[str, Any], out: Path) -> dict[str, Any]:
         job = Job.open(settings)
         data = load_data(job, ranks, StopRequest())
         model = Checkpoint.open(about["base"]).load()
-        shard(model, ranks, job.compute_dtype)
+        objective = NextToken(model)
+        shard(objective, ranks, job.compute_dtype)
         evaluate = comparisons.train_file().evaluate
         losses = {
-            name: evaluate(model, sequences, settings, ranks, StopRequest())[0]
+            name: evaluate(objective, sequences, settings, ranks, StopRequest())[0]
             for name, sequences in data.val.items()
         }
     return {"losses": losses} | measure(Checkpoint.open(about["base"]).load(), about)
@@ -228,20 +231,20 @@ def cost(about: dict[str, Any], out: Path) -> dict[str, Any]:
             job = Job.open(settings)
             if not sides:
                 ranks = stack.enter_context(process_group(settings.train.device))
-                stack.enter_context(ops.use(settings.train.ops))
+                stack.enter_context(backends.use(settings.train.ops))
             data = load_data(job, ranks, StopRequest())
-            model, parameters = file.build_model(job, ranks)
+            objective, parameters = file.build_objective(job, ranks)
             guard = comparisons.guarded_adamw(list(parameters.values()), settings, ranks)
             file.set_learning_rate(guard.optimizer, 1, 2, settings.optim)
-            sides.append((settings, data, model, guard))
+            sides.append((settings, data, objective, guard))
         for at in range(COST_ROUNDS + 1):
             took = []
-            for settings, data, model, guard in sides:
+            for settings, data, objective, guard in sides:
                 count = settings.train.batch_size
                 columns, others = batch(data.mixture, at * count, count, 0, 1, data.apart)
                 valid = float((columns[1] != ops.IGNORE_INDEX).sum())
                 started = time.perf_counter()
-                loss, _ = file.train_step(model, guard, columns, others, valid, settings, ranks)
+                loss, _ = file.train_step(objective, guard, columns, others, valid, settings, ranks)
                 loss.item()  # waits for the device
                 took.append(time.perf_counter() - started)
             rounds.append(took[1] / took[0])
@@ -305,16 +308,19 @@ def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
     if about["new_blocks"]:
         layout = interleave(config.num_hidden_layers, about["new_blocks"])
         config = expand_config(config, layout, "")
-    with process_group(t.device) as ranks, ops.use(t.ops):
+    with process_group(t.device) as ranks, backends.use(t.ops):
         model = build_on_meta(config)
         names = select_trainable(model, "new_blocks" if about["new_blocks"] else "all")
         load_tensors(model, init_random(config, 0))
-        shard(model, ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+        objective = NextToken(model)
+        shard(objective, ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
         parameters = dict(model.named_parameters())
         guard = comparisons.guarded_adamw([parameters[n] for n in names], settings, ranks)
         ids = torch.randint(0, config.vocab_size, (t.batch_size, settings.data.seq_len))
         how = ((ids, ids), t.batch_size, float(ids.numel()), settings, ranks)
-        step_s = shortest(lambda: comparisons.train_file().train_step(model, guard, *how)[0].item())
+        step_s = shortest(
+            lambda: comparisons.train_file().train_step(objective, guard, *how)[0].item()
+        )
         row, length = torch.zeros(WRITTEN_AT_A_TIME, 1, dtype=torch.int64), 8
         write_s = shortest(lambda: list(generate(model, row.to(ranks.device), length))) / length
     return {"step_s": step_s, "write_s": write_s}

@@ -8,6 +8,8 @@ where there is none, its version is one that `transformers` takes for too old to
 
 __version__ = "0.0.0"
 
+IGNORE_INDEX = -100  # a target that adds neither loss nor count
+
 if __name__ == "kernels":
     import sys
     from importlib.machinery import PathFinder

@@ -1,25 +1,28 @@
-"""The CPU's fp32 product, and gradients written out where autograd would keep more than they need.
+"""The `cpu` backend: plain PyTorch that keeps less for backward than autograd would.
 
-Each Function computes in forward what the formula in its first line says, rounding where plain
-PyTorch rounds; what a pass gives does not depend on whether it needs a gradient. `ops` calls them
-where no Triton kernel does, and has the meaning of each.
+Every function has the signature and meaning of the one of the same name in `ops.py`, whose formula
+it computes. The code runs on any device; `auto` takes it wherever no Triton kernel runs.
 
-They also make few temporaries: the C library of a CPU does not reuse the hole that an aligned
-tensor leaves for another of its size, so that what is made between two tensors that autograd keeps
-costs memory as if it were kept. So buffers are written twice, and products are done in place. What
-was written in place is given back as a view: the compiler of PyTorch 2.11 would lose its gradient.
+Three things save memory. Forward keeps the inputs and computes the rest again in backward. The
+loss computes its gradient in forward, one chunk of tokens at a time. Temporaries are written over:
+the C library does not reuse the hole that an aligned tensor leaves for another of the same size, so
+a temporary made between two tensors that autograd keeps costs as much memory as if it were kept.
 
-Shapes: C hidden size, D head dim, F FFN size, V vocabulary, N tokens, n tokens of one chunk.
+A tensor that was written in place is returned as a view, because the compiler of PyTorch 2.11
+would otherwise lose its gradient.
+
+Shapes: B batch, T query length, S key length, H query heads, KV key/value heads, D head dim,
+C hidden size, F FFN size, V vocabulary, N tokens, n tokens of one chunk.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
+from llamapro.kernels import IGNORE_INDEX
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -31,17 +34,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`, on the CPU in fp32 by oneDNN: on AMD half the time of MKL's, PyTorch's own.
+    """x W^T: (..., C), (F, C) -> (..., F).
 
-    By itself PyTorch has oneDNN multiply in lower precisions only. The operator is what its
-    compiler makes of `nn.Linear`; where it is missing, in a build without oneDNN, MKL multiplies.
-
-    Args:
-        x: (..., C), any strides.
-        weight: (F, C), any strides, in x's dtype.
-
-    Returns:
-        (..., F) in x's dtype.
+    PyTorch multiplies fp32 matrices with MKL, which takes twice as long on AMD processors as
+    oneDNN. oneDNN's operator is the one that `torch.compile` puts in place of `nn.Linear`. It is
+    used for fp32 on a CPU, if this build of PyTorch has it.
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _HAS_ONEDNN:
         return _Linear.apply(x, weight)
@@ -80,7 +77,18 @@ class _Linear(torch.autograd.Function):
 # ---- Norm, rotation, activation -----------------------------------------------------------------
 
 
-class RMSNorm(torch.autograd.Function):
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm: (..., C), (C,) -> (..., C)."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum of both, and its norm: all (..., C)."""
+    total = residual + x
+    return total, _RMSNorm.apply(total, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
     """y = w (x r) with r = 1 / sqrt(mean(x^2) + eps), `x r` rounded to x's dtype; keeps x alone.
 
     With n = x r and g = dL/dy, all in fp32, and the sum over rows:
@@ -119,7 +127,12 @@ def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.mul(wide, r, out=squares), r
 
 
-class Rotate(torch.autograd.Function):
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the heads of every position: (B, T, heads, D) and (B, T, D) or (T, D) tables."""
+    return _Rotate.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2))
+
+
+class _Rotate(torch.autograd.Function):
     """y_1 = x_1 cos - x_2 sin, y_2 = x_2 cos + x_1 sin, of the halves of D; keeps the tables alone.
 
     A rotation's gradient is rotated back: by the angle's negative. x: (..., D); cos, sin, of two
@@ -146,7 +159,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-class SwiGLU(torch.autograd.Function):
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up, all (..., F)."""
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
     """y = SiLU(gate) * up; keeps the two alone and computes SiLU(gate) again."""
 
     @staticmethod
@@ -162,69 +180,125 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+# ---- Attention ----------------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
+    """Causal attention by PyTorch's fused kernel: (B, T, H, D), (B, S, KV, D) -> (B, T, H, D).
+
+    `bounds` is an `ops.AttentionBounds`, or None for plain causal attention.
+    """
+    T, S = q.shape[1], k.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, length, D)
+    mask = None
+    if bounds is not None or 1 < T < S:
+        mask = torch.ones(1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        if bounds is not None:
+            mask = mask & (torch.arange(S, device=q.device) >= bounds.first[:, :, None])
+        mask = mask[:, None]  # (B or 1, 1, T, S)
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and T > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
 # ---- Loss ---------------------------------------------------------------------------------------
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Summed loss of softmax(x W^T); forward has the gradient too, and backward only scales it.
+def logits_at_once(device: torch.device) -> int:
+    """Logits of one chunk: what fits a CPU's cache, or 256 MiB of a GPU's memory in fp32."""
+    return 1 << 20 if device.type == "cpu" else 1 << 26
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of softmax(x W^T), and the number of targets: (N, C), (V, C), (N,) -> (), ()."""
+    chunk = _Chunks.of(x, weight, max(1, logits_at_once(x.device) // weight.shape[0]))
+    loss_sum = _LinearCrossEntropy.apply(x, weight, targets, chunk)
+    return loss_sum, (targets != IGNORE_INDEX).sum()
+
+
+def linear_kl(
+    x: Tensor,
+    teacher_x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    teacher_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Summed KL(teacher || model) through one head, and the number of targets."""
+    # Two sets of logits live at a time.
+    chunk = _Chunks.of(x, weight, max(1, logits_at_once(x.device) // (2 * weight.shape[0])))
+    rows = teacher_rows or weight.shape[0]
+    kl_sum = _LinearKL.apply(x, teacher_x, weight, targets, chunk, rows)
+    return kl_sum, (targets != IGNORE_INDEX).sum()
+
+
+class _Chunks(NamedTuple):
+    """How a loss goes through its tokens.
+
+    Attributes:
+        tokens: the number of tokens whose logits live at a time.
+        needs_x, needs_weight: the gradients that forward computes. A Function cannot ask for them
+            itself: inside it gradients are always off, and its flags ignore `torch.no_grad`.
+    """
+
+    tokens: int
+    needs_x: bool
+    needs_weight: bool
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, tokens: int) -> "_Chunks":
+        is_on = torch.is_grad_enabled()
+        return cls(tokens, is_on and x.requires_grad, is_on and weight.requires_grad)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward computes the loss and its gradient; backward only scales the gradient.
 
     For token n with target t and logits l = W x_n, m = max_v l_v and s = sum_v exp(l_v - m):
 
         loss_n = m + log(s) - l_t,    dloss_n / dl_v = exp(l_v - m) / s - [v = t]
-
-    So the logits are computed once, and those of one chunk of tokens live at a time. The first
-    `frozen_rows` of W have no gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        rows: int,
-        needs: tuple[bool, bool],
-        frozen_rows: int,
-    ) -> Tensor:
-        dtype = _wide(x.dtype)
-        grad_x = torch.empty_like(x) if needs[0] else None  # (N, C)
-        trained = weight[frozen_rows:]
-        grad_weight = torch.zeros_like(trained, dtype=dtype) if needs[1] else None
-        loss_sum = torch.zeros((), dtype=dtype, device=x.device)
-        for start in range(0, x.shape[0], rows):
-            part = slice(start, start + rows)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunks: _Chunks) -> Tensor:
+        gradients = _Gradients(x, weight, chunks)
+        loss_sum = torch.zeros((), dtype=gradients.dtype, device=x.device)
+        for start in range(0, x.shape[0], chunks.tokens):
+            part = slice(start, start + chunks.tokens)
             counts = (targets[part] != IGNORE_INDEX)[:, None]  # (n, 1)
             index = targets[part, None].where(counts, 0)
-            logits = F.linear(x[part], weight).to(dtype)  # (n, V), and so are its successors
+            logits = F.linear(x[part], weight).to(gradients.dtype)  # (n, V)
             of_target = logits.gather(1, index)
             largest = logits.amax(1, keepdim=True)
-            exps = logits.sub_(largest).exp_()
+            exps = logits.sub_(largest).exp_()  # in the place of the logits
             total = exps.sum(1, keepdim=True)
             loss_sum = loss_sum + (largest + total.log() - of_target).where(counts, 0).sum()
-            if not any(needs):
-                continue
-            grad = exps.mul_(counts / total).scatter_add_(1, index, -counts.to(dtype)).to(x.dtype)
-            _add_chunk(grad, x, weight, part, frozen_rows, grad_x, grad_weight)
-        ctx.save_for_backward(grad_x, grad_weight)
-        ctx.dtype, ctx.frozen_rows = weight.dtype, frozen_rows
+            if gradients.needed:
+                grad = exps.mul_(counts / total)
+                grad.scatter_add_(1, index, -counts.to(grad.dtype))
+                gradients.add(grad.to(x.dtype), part)
+        gradients.save(ctx)
         return loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = _scaled(ctx, scale)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None
 
 
-class LinearKL(torch.autograd.Function):
-    """Summed KL(q || p) of p = softmax(x W^T) from q, a teacher's, through the same W.
+class _LinearKL(torch.autograd.Function):
+    """Summed KL(q || p) of p = softmax(x W^T) from a teacher's q, a constant.
 
-    For token n with l = W x_n and, of the teacher, l' = W' x'_n, where W' is the first rows of W
-    that the teacher has: it gives the others no probability:
+    The teacher goes through the first rows of the same W, and gives the other tokens no
+    probability:
 
         KL_n = sum_v q_v (log q_v - log p_v),    dKL_n / dl_v = p_v - q_v
-
-    Chunks, rounding and frozen rows are as in `LinearCrossEntropy`. q is a constant.
     """
 
     @staticmethod
@@ -234,64 +308,62 @@ class LinearKL(torch.autograd.Function):
         teacher_x: Tensor,
         weight: Tensor,
         targets: Tensor,
-        rows: int,
-        needs: tuple[bool, bool],
-        frozen_rows: int,
+        chunks: _Chunks,
         teacher_rows: int,
     ) -> Tensor:
-        dtype = _wide(x.dtype)
-        grad_x = torch.empty_like(x) if needs[0] else None  # (N, C)
-        trained = weight[frozen_rows:]
-        grad_weight = torch.zeros_like(trained, dtype=dtype) if needs[1] else None
+        gradients = _Gradients(x, weight, chunks)
+        dtype = gradients.dtype
         kl_sum = torch.zeros((), dtype=dtype, device=x.device)
-        for start in range(0, x.shape[0], rows):
-            part = slice(start, start + rows)
+        for start in range(0, x.shape[0], chunks.tokens):
+            part = slice(start, start + chunks.tokens)
             counts = (targets[part] != IGNORE_INDEX)[:, None]  # (n, 1)
             log_p = F.linear(x[part], weight).log_softmax(1, dtype)  # (n, V)
             log_q = F.linear(teacher_x[part], weight[:teacher_rows]).log_softmax(1, dtype)
             q = log_q.exp()  # (n, V of the teacher)
             terms = log_q.sub_(log_p[:, :teacher_rows]).mul_(q)
             kl_sum = kl_sum + terms.sum(1, keepdim=True).where(counts, 0).sum()
-            if not any(needs):
-                continue
-            p = log_p.exp_()
-            p[:, :teacher_rows] -= q
-            grad = p.mul_(counts).to(x.dtype)
-            _add_chunk(grad, x, weight, part, frozen_rows, grad_x, grad_weight)
-        ctx.save_for_backward(grad_x, grad_weight)
-        ctx.dtype, ctx.frozen_rows = weight.dtype, frozen_rows
+            if gradients.needed:
+                p = log_p.exp_()
+                p[:, :teacher_rows] -= q
+                gradients.add(p.mul_(counts).to(x.dtype), part)
+        gradients.save(ctx)
         return kl_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = _scaled(ctx, scale)
-        return grad_x, None, grad_weight, None, None, None, None, None
+        return grad_x, None, grad_weight, None, None, None
 
 
-def _add_chunk(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    part: slice,
-    frozen_rows: int,
-    grad_x: Tensor | None,
-    grad_weight: Tensor | None,
-) -> None:
-    """From a chunk's gradient of logits (n, V), writes that of x and adds up that of W."""
-    if grad_x is not None:
-        torch.mm(grad, weight, out=grad_x[part])
-    if grad_weight is not None:
-        grad_weight += grad[:, frozen_rows:].t() @ x[part]
+class _Gradients:
+    """The gradients of x and W, built from one chunk's gradient of the logits after another."""
+
+    def __init__(self, x: Tensor, weight: Tensor, chunks: _Chunks) -> None:
+        self.x, self.weight, self.dtype = x, weight, _wide(x.dtype)
+        self.needed = chunks.needs_x or chunks.needs_weight
+        self.grad_x = torch.empty_like(x) if chunks.needs_x else None  # (N, C)
+        self.grad_weight = None
+        if chunks.needs_weight:
+            self.grad_weight = torch.zeros_like(weight, dtype=self.dtype)  # (V, C)
+
+    def add(self, grad: Tensor, part: slice) -> None:
+        """Adds what the gradient of a chunk's logits, (n, V), gives."""
+        if self.grad_x is not None:
+            torch.mm(grad, self.weight, out=self.grad_x[part])
+        if self.grad_weight is not None:
+            self.grad_weight += grad.t() @ self.x[part]
+
+    def save(self, ctx: Any) -> None:
+        ctx.save_for_backward(self.grad_x, self.grad_weight)
+        ctx.dtype = self.weight.dtype
 
 
 def _scaled(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the gradients of x and W that forward has computed, times the sum's."""
+    """Returns the gradients of x and W from forward, times the gradient of the sum."""
     grad_x, grad_weight = ctx.saved_tensors
     if grad_x is not None:  # a product with a scalar tensor would round that to bf16 first
         grad_x = (grad_x.to(scale.dtype) * scale).to(grad_x.dtype)
     if grad_weight is not None:
         grad_weight = (grad_weight * scale).to(ctx.dtype)
-        if ctx.frozen_rows:
-            grad_weight = F.pad(grad_weight, (0, 0, ctx.frozen_rows, 0))
     return grad_x, grad_weight

@@ -35,6 +35,7 @@ from llamapro.ops import IGNORE_INDEX
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, Piece, find_files, read_pieces
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.objective import NextToken
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def total_loss(
         for start, end, first in windows(len(ids), context, stride)
     ]
     cut.sort(key=lambda pair: len(pair[0]))  # little padding
+    objective = NextToken(model)
     loss_sum, count = 0.0, 0
     for at in tqdm(range(0, len(cut), batch_size), desc=text.name, unit="batch", disable=None):
         part = cut[at : at + batch_size]
@@ -105,7 +107,7 @@ def total_loss(
         for row, (ids, following) in enumerate(part):  # padding comes after: causal, so unseen
             inputs[row, : len(ids)] = torch.tensor(ids)
             targets[row, : len(ids)] = torch.tensor(following)
-        part_sum, part_count = model(inputs.to(device), targets.to(device))
+        part_sum, part_count = objective(inputs.to(device), targets.to(device))
         loss_sum += part_sum.item()
         count += int(part_count)
     return loss_sum, count

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.errors import ConfigError
-from llamapro.model import NEW_ROWS, LlamaForCausalLM
+from llamapro.model import LlamaForCausalLM
 
 ZERO_IN_NEW_BLOCKS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -178,41 +178,31 @@ def is_in_layers(name: str, layers: Iterable[int]) -> bool:
     return match is not None and int(match[1]) in set(layers)
 
 
-def is_new_rows(name: str) -> bool:
-    """Says whether a parameter holds the rows of added tokens; see `split_vocabulary`."""
-    return name in NEW_ROWS.values()
-
-
 def expand_state_dict(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Expands a model in memory; new tensors are copies, sharing no storage with their source."""
     expanded = {}
     for name, (source, is_zero) in expand_names(tensors, layout).items():
-        is_new = is_in_layers(name, layout.new_layers)
         tensor = tensors[source]
-        expanded[name] = (
-            torch.zeros_like(tensor) if is_zero else tensor.clone() if is_new else tensor
-        )
+        if is_zero:  # both residual branches of a new block end here, and add nothing
+            tensor = torch.zeros_like(tensor)
+        elif is_in_layers(name, layout.new_layers):  # trains apart from the block it is copied from
+            tensor = tensor.clone()
+        expanded[name] = tensor
     return expanded
 
 
-def select_trainable(
-    model: LlamaForCausalLM, trainable: str, new_tokens: bool = False
-) -> list[str]:
-    """Sets `requires_grad` of every parameter; must come before weights are loaded and sharded.
+def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> list[str]:
+    """Freezes: sets `requires_grad` of every parameter, before weights are loaded and sharded.
 
     Args:
-        model: the model; its configuration carries the expansion record.
-        trainable: "new_blocks", the latest generation's, or "all".
-        new_tokens: with "new_blocks", also the rows of embedding and head of the tokens that this
-            generation added. They become parameters of their own, `new_rows`: the base's stay
-            frozen.
+        model: the model; its configuration has the expansion record.
+        trainable: "new_blocks" (those of the latest expansion) or "all".
 
     Returns:
         The names of the parameters that train.
 
     Raises:
-        ConfigError: "new_blocks" for a model without a record; `new_tokens` for one whose
-            vocabulary did not grow, or with "all".
+        ConfigError: "new_blocks" for a model without a record.
     """
     record = model.config.expansion
     if trainable == "new_blocks" and record is None:
@@ -220,22 +210,11 @@ def select_trainable(
             "train.trainable 'new_blocks': this model's config.json has no 'llamapro' record; "
             "run 'convert.py expand' first, or set train.trainable to 'all'"
         )
-    if new_tokens:
-        if trainable == "all":
-            raise ConfigError("train.new_tokens true: with train.trainable 'all' they train anyway")
-        if record is None or record.base_vocab_size is None:
-            raise ConfigError(
-                "train.new_tokens true: this model's vocabulary did not grow; give "
-                "'convert.py expand' --add-tokens, or set it to false"
-            )
-        model.split_vocabulary(record.base_vocab_size)
     names = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(
-            trainable == "all"
-            or (record is not None and is_in_layers(name, record.new_layers))
-            or is_new_rows(name)
-        )
+        # What is new is read from the record, never guessed from the weights.
+        is_new = record is not None and is_in_layers(name, record.new_layers)
+        parameter.requires_grad_(trainable == "all" or is_new)
         if parameter.requires_grad:
             names.append(name)
     return names

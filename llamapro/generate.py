@@ -19,8 +19,9 @@ from tyro.conf import Positional, arg
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError
+from llamapro.inference.cache import KVCache
 from llamapro.inference.options import ComputeOptions
-from llamapro.model import KVCache, LlamaForCausalLM
+from llamapro.model import LlamaForCausalLM
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
 
@@ -81,7 +82,7 @@ def generate(
         cache = KVCache(model.config, prompt.shape[0], capacity, weight.dtype, weight.device)
     ids = prompt.to(weight.device)
     for _ in range(max_new_tokens):
-        logits = model(ids, cache=cache, last_only=True)[:, 0]  # (B, V)
+        logits = model.lm_head(model.model(ids, cache)[:, -1:])[:, 0]  # (B, V)
         ids = sample(logits, temperature, top_p, generator)
         yield ids
 

@@ -1,184 +1,59 @@
-"""The model's arithmetic as plain functions of tensors, and the switch to its Triton kernels.
+"""The formulas of LLaMA, in plain PyTorch, in the order and precision of Hugging Face.
 
-What is written out here is plain PyTorch in the order and precision of Hugging Face: the reference
-that every kernel must match, with the same signature and meaning. `use` chooses between the two:
-
-    with ops.use("triton,attention=torch"): ...
+They are the reference that every other implementation must match. `backends.py` decides which
+implementation runs: these formulas, the memory-saving ones of `kernels/cpu.py`, or Triton kernels.
 
 Shapes: B batch, T query length, S key length (past + T), C hidden size, H query heads, KV key/value
 heads, D head dim, F FFN size, V vocabulary, N tokens.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
-from types import ModuleType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamapro.config import RopeScaling
-from llamapro.kernels import cpu as functional
-from llamapro.kernels.cpu import IGNORE_INDEX as IGNORE_INDEX
-
-OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")  # can be switched
-_backends: dict[str, str] = dict.fromkeys(OPS, "auto")
-
-Inputs = ParamSpec("Inputs")
-Output = TypeVar("Output")
+from llamapro.backends import switched
+from llamapro.config import ModelConfig, RopeScaling
+from llamapro.kernels import IGNORE_INDEX as IGNORE_INDEX
 
 
-class BackendError(ValueError):
-    """An op was told to use Triton, where its kernel cannot run."""
+def _wide(x: Tensor) -> Tensor:
+    """x in fp32, the precision of all statistics; fp64 stays fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def parse(choice: str) -> dict[str, str]:
-    """Reads a choice of backends such as "auto" or "triton,attention=torch".
-
-    Returns:
-        For each of `OPS`: "auto" (Triton on a GPU wherever the kernel can run), "torch", "triton".
-
-    Raises:
-        ValueError: an unknown op or backend.
-    """
-    backends = dict.fromkeys(OPS, "auto")
-    for part in choice.split(","):
-        op, _, backend = part.strip().rpartition("=")
-        if op and op not in OPS:
-            raise ValueError(f"{choice!r}: no op {op!r} (known: {', '.join(OPS)})")
-        if backend not in ("auto", "torch", "triton"):
-            raise ValueError(f"{choice!r}: no backend {backend!r} (known: auto, torch, triton)")
-        backends |= {op: backend} if op else dict.fromkeys(OPS, backend)
-    return backends
+@switched("linear")
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T: (..., C), (F, C) -> (..., F). LLaMA has no biases."""
+    return F.linear(x, weight)
 
 
-@contextmanager
-def use(choice: str = "auto") -> Iterator[None]:
-    """Computes with these backends inside the with-block; see `parse` for how to name them."""
-    before = dict(_backends)
-    _backends.update(parse(choice))
-    try:
-        yield
-    finally:
-        _backends.update(before)
-
-
-def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tuple[str, str]:
-    """Returns which backend computes an op, "torch" or "triton", and why.
-
-    Args:
-        op: one of `OPS`.
-        device, dtype: of its input.
-        size: of the input's last axis: C, D (rope, attention) or F.
-
-    Raises:
-        BackendError: "triton" was asked for, and the kernel cannot take such input.
-    """
-    asked = _backends[op]
-    if asked == "torch":
-        return "torch", "asked for"
-    if asked == "auto" and device.type != "cuda":
-        return "torch", f"device is {device.type}"
-    reason = _cannot_run(op, device, dtype, size)
-    if asked == "auto":
-        return ("torch", reason) if reason else ("triton", f"device is {device.type}")
-    if reason:
-        raise BackendError(f"{op}: the Triton kernel cannot run: {reason}")
-    return "triton", "asked for"
-
-
-def summary(config: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Says in one line which backend computes each op of a model, and why.
-
-    Args:
-        config: the model's `ModelConfig`.
-
-    Raises:
-        BackendError: as `choose`.
-    """
-    sizes = dict.fromkeys(OPS, config.hidden_size) | {"swiglu": config.intermediate_size}
-    sizes |= {"rope": config.head_dim, "attention": config.head_dim}
-    chosen: dict[tuple[str, str], list[str]] = {}
-    for op, size in sizes.items():
-        chosen.setdefault(choose(op, device, dtype, size), []).append(op)
-    lines = []
-    for (backend, why), names in chosen.items():
-        lines.append(f"{'all' if len(chosen) == 1 else ', '.join(names)}: {backend} ({why})")
-    return "; ".join(lines)
-
-
-def _cannot_run(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
-    try:
-        return _kernel(op).unsupported(device, dtype, size)
-    except ModuleNotFoundError as error:
-        missing = {"triton": "the package triton", "llamapro.kernels": "this project (pip)"}
-        if error.name not in missing:
-            raise
-        return f"{missing[error.name]} is not installed"
-
-
-def _kernel(op: str) -> ModuleType:
-    if op == "rms_norm":
-        from llamapro.kernels import rms_norm as module
-    elif op == "rope":
-        from llamapro.kernels import rope as module
-    elif op == "attention":
-        from llamapro.kernels import attention as module
-    elif op == "swiglu":
-        from llamapro.kernels import swiglu as module
-    else:
-        from llamapro.kernels import cross_entropy as module
-    return module
-
-
-def _switched(op: str) -> Callable[[Callable[Inputs, Output]], Callable[Inputs, Output]]:
-    """Makes a reference function call the kernel of the same name where `choose` says so."""
-
-    def decorate(reference: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
-        @wraps(reference)
-        def switched(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
-            x: Any = args[0]
-            # One query would leave a tile of the kernel all but empty.
-            is_decoding = op == "attention" and x.shape[1] == 1 and _backends[op] == "auto"
-            if is_decoding or choose(op, x.device, x.dtype, x.shape[-1])[0] == "torch":
-                return reference(*args, **kwargs)
-            return getattr(_kernel(op), reference.__name__)(*args, **kwargs)
-
-        return switched
-
-    return decorate
-
-
-@_switched("rms_norm")
+@switched("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm `x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich, 2019).
+    """x / sqrt(mean(x^2) + eps) * weight: (..., C), (C,) -> (..., C) (Zhang & Sennrich, 2019).
 
-    Statistics and scaling are in fp32; the result is cast back to x's dtype *before* the product
+    Statistics and scaling are in fp32. The result is cast back to x's dtype *before* the product
     with the weight, as Hugging Face does it.
-
-    Args:
-        x: (..., C).
-        weight: (C,).
     """
-    return functional.RMSNorm.apply(x, weight, eps)
+    wide = _wide(x)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-@_switched("rms_norm")
+@switched("rms_norm")
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Adds to the residual stream and norms the sum: `s = residual + x`, `rms_norm(s)`.
+    """Adds x to the residual stream and norms the sum. A kernel needs one pass over memory for it.
 
     Args:
         x, residual: (..., C).
         weight: (C,).
 
     Returns:
-        s and its norm, both (..., C); s is rounded to x's dtype before it is normed.
+        The sum, rounded to x's dtype, and its norm; both (..., C).
     """
     total = residual + x
-    return total, functional.RMSNorm.apply(total, weight, eps)
+    return total, rms_norm(total, weight, eps)
 
 
 def rope_frequencies(
@@ -187,15 +62,15 @@ def rope_frequencies(
     scaling: RopeScaling | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Angles per position of the pairs of a head, in fp32 (Su et al., 2021).
+    """Angle per position of each pair of a head, theta^(-2i/D), in fp32 (Su et al., 2021).
 
     Args:
         head_dim: D.
-        theta: of the slowest pair.
+        theta: the base of the exponential; the slowest pair turns by about 1 / theta per position.
         scaling: for contexts longer than the model was first trained with. "linear" slows all
-            pairs down. "llama3" (Llama 3.1) does so with those whose wave is long against the
-            original context, keeps those whose wave is short, and blends between the two.
-        device: of the result.
+            pairs down. "llama3" (Llama 3.1) slows down the pairs whose wavelength is long against
+            the original context, keeps those whose wavelength is short, and blends in between.
+        device: where the result lies.
 
     Returns:
         (D / 2,).
@@ -217,35 +92,68 @@ def rope_frequencies(
 
 
 def rope_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, computed in fp32 and then cast (Su et al., 2021).
+    """Cosines and sines of every position, computed in fp32 and then cast.
 
     Args:
-        positions: (B, T) or (T,) integer positions.
+        positions: (B, T) or (T,) integers.
         frequencies: (D / 2,), from `rope_frequencies`.
+        dtype: that of queries and keys.
 
     Returns:
-        cos, sin: positions.shape + (D,), both halves of the last axis equal (rotate-half layout).
+        cos, sin: (B, T, D) or (T, D). Both halves of the last axis are equal.
     """
     angle = positions.float()[..., None] * frequencies  # (..., T, D / 2)
     angle = torch.cat((angle, angle), dim=-1)  # (..., T, D)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-@_switched("rope")
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates the pairs (i, i + D/2) of queries and keys by their position's angle.
+def rotary_table(
+    config: ModelConfig, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`rope_table` with the frequencies of a model."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    frequencies = rope_frequencies(config.head_dim, theta, scaling, positions.device)
+    return rope_table(positions, frequencies, dtype)
+
+
+@switched("rope")
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates each pair (i, i + D/2) of every head by the angle of its position.
 
     Args:
-        q: (B, T, H, D).
-        k: (B, T, KV, D).
+        x: (B, T, heads, D), queries or keys.
         cos, sin: (B, T, D) or (T, D), from `rope_table`.
+
+    Returns:
+        (B, T, heads, D).
     """
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # broadcast over heads
-    return functional.Rotate.apply(q, cos, sin), functional.Rotate.apply(k, cos, sin)
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)  # every pair by 90 degrees
+    return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)  # the same for all heads
+
+
+def interleaved_to_halves(weight: Tensor, heads: int) -> Tensor:
+    """Reorders the rows of Meta's wq or wk for `rope`.
+
+    Meta's RoPE rotates neighbours (2i, 2i + 1) of a head, this one and Hugging Face's rotate
+    (i, i + D/2). With its rows reordered a projection gives the same scores.
+
+    Args:
+        weight: (heads * D, ...).
+        heads: H of wq, KV of wk.
+    """
+    pairs = weight.unflatten(0, (heads, -1, 2))  # (heads, D / 2, 2, ...)
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def halves_to_interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Undoes `interleaved_to_halves`."""
+    halves = weight.unflatten(0, (heads, 2, -1))  # (heads, 2, D / 2, ...)
+    return halves.transpose(1, 2).flatten(0, 2)
 
 
 class AttentionBounds(NamedTuple):
-    """Which keys a query sees, beyond causality. Both are non-decreasing along their last axis.
+    """The keys that a query sees, beyond causality. Both rise, or stay, along their last axis.
 
     Attributes:
         first: (B or 1, T) int32, the first key that query t sees.
@@ -270,7 +178,7 @@ def attention_bounds(
         window: position i sees i - window < j <= i (Mistral, Jiang et al. 2023), itself included.
         documents: (B, S) the number of each position's document, non-decreasing: a position sees
             its own document only.
-        device: of the bounds, if documents do not say.
+        device: where the bounds lie, if there are no documents to say it.
     """
     if documents is None:
         documents = torch.zeros(1, keys, dtype=torch.int32, device=device)
@@ -284,106 +192,113 @@ def attention_bounds(
     return AttentionBounds(first[:, keys - queries :].int(), last.int())
 
 
-@_switched("attention")
-def attention(q: Tensor, k: Tensor, v: Tensor, bounds: AttentionBounds | None = None) -> Tensor:
-    """Causal softmax(q k^T / sqrt(D)) v with grouped key/value heads (Ainslie et al., 2023).
+def causal_mask(
+    queries: int,
+    keys: int,
+    bounds: AttentionBounds | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """True where a query sees a key: (B or 1, 1, T, S), to be broadcast over heads."""
+    mask = torch.ones(1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if bounds is not None:
+        mask = mask & (torch.arange(keys, device=device) >= bounds.first[:, :, None])
+    return mask[:, None]
 
-    The queries are the last T of the S positions: query t sees keys j <= S - T + t.
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the keys that the mask shows (Vaswani et al., 2017).
 
     Args:
         q: (B, T, H, D).
-        k, v: (B, S, KV, D); head h of q reads key/value head h // (H / KV).
-        bounds: from `attention_bounds`, what query t sees no further back than.
+        k, v: (B, S, KV, D); head h of q reads key/value head h // (H / KV) (Ainslie et al., 2023).
+        mask: bool, broadcast to (B, H, T, S).
 
     Returns:
         (B, T, H, D).
     """
-    T, S = q.shape[1], k.shape[1]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, length, D)
-    mask = None
-    if bounds is not None or 1 < T < S:
-        mask = torch.ones(1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        if bounds is not None:
-            mask = mask & (torch.arange(S, device=q.device) >= bounds.first[:, :, None])
-        mask = mask[:, None]  # (B or 1, 1, T, S)
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and T > 1,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out.transpose(1, 2)
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))  # (B, S, H, D)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
+    weights = _wide(scores.masked_fill(~mask, -math.inf)).softmax(-1).to(q.dtype)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
-@_switched("swiglu")
+@switched("attention")
+def attention(q: Tensor, k: Tensor, v: Tensor, bounds: AttentionBounds | None = None) -> Tensor:
+    """Causal attention. The queries are the last T of the S positions: t sees j <= S - T + t.
+
+    Args:
+        q: (B, T, H, D).
+        k, v: (B, S, KV, D).
+        bounds: from `attention_bounds`: the first key that each query sees.
+
+    Returns:
+        (B, T, H, D).
+    """
+    return masked_attention(q, k, v, causal_mask(q.shape[1], k.shape[1], bounds, q.device))
+
+
+@switched("swiglu")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) * up (Shazeer, 2020). Both (..., F)."""
-    return functional.SwiGLU.apply(gate, up)
+    """SiLU(gate) * up, with SiLU(x) = x / (1 + exp(-x)); all (..., F) (Shazeer, 2020)."""
+    return F.silu(gate) * up
 
 
-@_switched("linear_cross_entropy")
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, frozen_rows: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Sum of the token losses of `softmax(x @ weight.T)`, without holding all logits at once.
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed token loss -log softmax(logits)[target], in fp32.
 
-    The logits of one chunk of tokens live at a time, and are computed once: forward computes the
-    gradient as well. Softmax and sum are in fp32.
+    Args:
+        logits: (N, V).
+        targets: (N,) token ids; `IGNORE_INDEX` (-100) adds neither loss nor count.
+
+    Returns:
+        loss_sum: () in nats.
+        count: () int64, the number of targets that are not ignored.
+    """
+    loss_sum = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss_sum, (targets != IGNORE_INDEX).sum()
+
+
+@switched("linear_cross_entropy")
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the logits x W^T. The other backends never hold all the logits at once.
 
     Args:
         x: (N, C).
         weight: (V, C), the output embedding.
-        targets: (N,) token ids; `IGNORE_INDEX` (-100) adds neither loss nor count.
-        frozen_rows: of the first so many rows of the weight no gradient is computed: it is 0.
+        targets: (N,), as for `cross_entropy`.
 
     Returns:
-        loss_sum: () fp32, in nats.
-        count: () int64, the number of targets that are not ignored.
+        loss_sum and count, as `cross_entropy`.
     """
-
-    rows = max(1, logits_at_once(x.device) // weight.shape[0])
-    has_graph = torch.is_grad_enabled()  # a Function's own flags do not know of no_grad
-    needs = (has_graph and x.requires_grad, has_graph and weight.requires_grad)
-    loss_sum = functional.LinearCrossEntropy.apply(x, weight, targets, rows, needs, frozen_rows)
-    return loss_sum, (targets != IGNORE_INDEX).sum()
+    return cross_entropy(F.linear(x, weight), targets)
 
 
+@switched("linear_kl")
 def linear_kl(
     x: Tensor,
     teacher_x: Tensor,
     weight: Tensor,
     targets: Tensor,
-    frozen_rows: int = 0,
     teacher_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of KL(teacher || model), both through one output embedding.
+    """Summed KL(teacher || model) per token, both through one output embedding, in fp32.
 
-    Computed as `linear_cross_entropy`: a chunk's logits at a time, the gradient in forward, softmax
-    and sum in fp32. The teacher gets no gradient. It is plain PyTorch on every device.
+    The teacher gets no gradient.
 
     Args:
-        x: (N, C).
-        teacher_x: (N, C), the teacher's.
+        x, teacher_x: (N, C).
         weight: (V, C).
-        targets: (N,) token ids; where one is `IGNORE_INDEX` the token adds neither KL nor count.
-        frozen_rows: of the first so many rows of the weight no gradient is computed: it is 0.
-        teacher_rows: how many rows the teacher has, the first ones; None: all. To later tokens it
-            gives no probability.
+        targets: (N,) token ids; a token whose target is `IGNORE_INDEX` adds neither KL nor count.
+        teacher_rows: the teacher's vocabulary is this many first rows of the weight, None all of
+            them. It gives later tokens no probability.
 
     Returns:
-        kl_sum: () fp32, in nats.
+        kl_sum: () in nats.
         count: () int64, the number of targets that are not ignored.
     """
-    rows = max(1, logits_at_once(x.device) // (2 * weight.shape[0]))  # two live at a time
-    has_graph = torch.is_grad_enabled()
-    needs = (has_graph and x.requires_grad, has_graph and weight.requires_grad)
-    more = (rows, needs, frozen_rows, teacher_rows or weight.shape[0])
-    kl_sum = functional.LinearKL.apply(x, teacher_x, weight, targets, *more)
-    return kl_sum, (targets != IGNORE_INDEX).sum()
-
-
-def logits_at_once(device: torch.device) -> int:
-    """How many logits plain PyTorch holds at a time: 256 MiB in fp32, or what a CPU's cache has."""
-    return 1 << 20 if device.type == "cpu" else 1 << 26
+    rows = teacher_rows or weight.shape[0]
+    log_p = _wide(F.linear(x, weight)).log_softmax(-1)  # (N, V)
+    log_q = _wide(F.linear(teacher_x, weight[:rows])).log_softmax(-1).detach()  # (N, rows)
+    kl = (log_q.exp() * (log_q - log_p[:, :rows])).sum(-1)  # (N,)
+    counts = targets != IGNORE_INDEX
+    return kl.where(counts, 0).sum(), counts.sum()

@@ -22,7 +22,7 @@ from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.inference.options import ComputeOptions
-from llamapro.model import LlamaForCausalLM, rope_table
+from llamapro.model import LlamaForCausalLM
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, find_files, read_pieces
 from llamapro.text.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def _batches(model: LlamaForCausalLM, ids: Tensor) -> Iterator[tuple[Tensor, Ten
     device, dtype, bounds = embed.weight.device, embed.weight.dtype, None
     if window is not None and window < T:
         bounds = ops.attention_bounds(T, T, window, device=device)
-    around = (*rope_table(model.config, torch.arange(T, device=device), dtype), bounds)
+    around = (ops.rotary_table(model.config, torch.arange(T, device=device), dtype), bounds)
     batches = ids.to(device).split(max(1, _BATCH_TOKENS // T))
     for rows in tqdm(batches, desc="measure layers", unit="batch", disable=None):
         yield rows, embed(rows), around
@@ -98,7 +98,7 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:  # (B, T, C) -> (B, T)
 def _loss_sum(model: LlamaForCausalLM, x: Tensor, ids: Tensor) -> float:
     targets = F.pad(ids[:, 1:], (0, 1), value=ops.IGNORE_INDEX).flatten()
     normed = model.model.norm(x).flatten(0, 1)
-    return ops.linear_cross_entropy(normed, model.lm_head.rows(), targets)[0].item()
+    return ops.linear_cross_entropy(normed, model.lm_head.weight, targets)[0].item()
 
 
 def choose(scores: Sequence[float], number: int, placement: str) -> list[int]:

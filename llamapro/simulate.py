@@ -20,18 +20,20 @@ import torch
 import tyro
 from torch.distributed.tensor import DTensor
 
-from llamapro import cli, ops
+from llamapro import backends, cli
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
-from llamapro.expansion import expand_config, interleave, select_trainable
+from llamapro.expansion import expand_config, interleave
 from llamapro.formatting import format_bytes, format_count, format_duration
-from llamapro.model import LlamaForCausalLM, Replayed, build_on_meta
+from llamapro.model import LlamaForCausalLM, build_on_meta
 from llamapro.traffic import Collective, fake_ranks, links_between_nodes, record_micro_batch
 from llamapro.training.distributed import shard
+from llamapro.training.objective import make_objective
 from llamapro.training.plan import Spread, estimate_memory, is_trained
 from llamapro.training.preset import parse
 from llamapro.training.replay import split_replayed
 from llamapro.training.settings import DataSettings, Settings, check
+from llamapro.training.weights import select_trainable
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
 
     model = build()
     spread = Spread(world, t.shard_size, t.frozen, t.offload)
-    with ops.use("torch"):  # which kernels can run, only a GPU of that machine could say
+    with backends.use("cpu"):  # which kernels can run, only a GPU of that machine could say
         memory = estimate_memory(settings, model, dtype, torch.device("cpu"), spread)
     trains = {f"model.layers.{i}": is_trained(layer) for i, layer in enumerate(model.model.layers)}
     trains[""] = is_trained(model.model.embed_tokens)
@@ -87,10 +89,11 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
     with fake_ranks(world, t.shard_size) as ranks:
         for kind, (replayed, times) in enumerate(kinds.items()):
             model = build()
-            shard(model, ranks, dtype, t.frozen)  # offload moves nothing between ranks
+            objective = make_objective(model, settings.replay)
+            shard(objective, ranks, dtype, t.frozen)  # offload moves nothing between ranks
             units = _units(model, t.shard_size or world)
             size = (t.micro_batch_size, settings.data.seq_len)
-            for each in record_micro_batch(model, *size, settings.optim.clip, replayed):
+            for each in record_micro_batch(objective, *size, settings.optim.clip, replayed):
                 # Gradients leave their group with the last micro-batch, as `train_step` has it.
                 is_once = each.phase == "step" or each.operation == "all-reduce"
                 collectives.append((each, (kind == 0) if is_once else times))
@@ -129,13 +132,12 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
     }
 
 
-def _kinds(settings: Settings, micro_batches: int, world: int) -> Counter[Replayed | None]:
+def _kinds(settings: Settings, micro_batches: int, world: int) -> Counter[int | None]:
     """Counts a step's micro-batches without the base and, where replay is distilled, with it."""
     replay, batch_size = settings.replay, settings.train.batch_size
     others = batch_size - round(batch_size * replay.share) if replay.distill else batch_size
-    where = (micro_batches, settings.train.micro_batch_size, 0, world)
-    split = split_replayed(replay, others, *where)
-    return Counter(replayed and Replayed(1, replay.weight, True) for replayed in split)
+    split = split_replayed(others, micro_batches, settings.train.micro_batch_size, 0, world)
+    return Counter(None if replayed is None else 1 for replayed in split)
 
 
 def _units(model: LlamaForCausalLM, parts: int) -> list[dict[str, Any]]:

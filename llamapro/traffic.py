@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamapro import ops
-from llamapro.model import LlamaForCausalLM, Replayed
+from llamapro import backends
 from llamapro.training.distributed import Ranks, make_mesh
+from llamapro.training.objective import NextToken
 from llamapro.training.optim import clip_gradients
 
 _c10d: Any = dist.distributed_c10d  # what it does not export, too
@@ -78,7 +78,7 @@ class Recorder(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it communicates inside: this is called again from there
         if func.namespace == "profiler" and (found := _UNIT.fullmatch(str(args[0]))):
-            self._unit = found[1] or ""
+            self._unit = (found[1] or "").removeprefix("model.")  # the root is the objective
         elif func.namespace in ("c10d", "_c10d_functional") and func.name() not in _LOCAL:
             operation, whole, group_at = _COLLECTIVES[func.name()]
             tensors = args[whole] if isinstance(args[whole], list) else [args[whole]]
@@ -107,31 +107,31 @@ def fake_ranks(world_size: int, shard_size: int = 0) -> Iterator[Ranks]:
 
 
 def record_micro_batch(
-    model: LlamaForCausalLM,
+    objective: NextToken,
     rows: int,
     length: int,
     clip: float,
-    replayed: Replayed | None = None,
+    replayed: int | None = None,
 ) -> list[Collective]:
     """Takes a step of one micro-batch on fake tensors; returns what was communicated.
 
     Args:
-        model: sharded on the meta device; its weights are fake afterwards.
+        objective: sharded on the meta device; its weights are fake afterwards.
         rows, length: B and T.
         clip: of `clip_gradients`.
-        replayed: which of the rows are.
+        replayed: the number of last rows that are.
     """
     # Backends do not communicate, and the kernels need a GPU.
-    with FakeTensorMode(allow_non_fake_inputs=True), ops.use("torch"):
-        model.to_empty(device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True), backends.use("cpu"):
+        objective.to_empty(device="cpu")
         ids = torch.zeros(rows, length, dtype=torch.int64)
         with Recorder() as recorder:
             recorder.phase = "forward"
-            loss, _ = model(ids, ids, replayed=replayed)
+            loss, _ = objective(ids, ids, replayed=replayed)
             recorder.phase = "backward"
             loss.backward()
             recorder.phase = "step"
-            clip_gradients(model.parameters(), clip)
+            clip_gradients(objective.parameters(), clip)
     return recorder.collectives
 
 

@@ -30,7 +30,7 @@ from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
-from llamapro.model import init_random
+from llamapro.training.weights import init_random
 
 ROOT = Path(__file__).resolve().parents[1]
 # Without the variable this path does not exist, and the tests that need it say in its words why

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._composable import checkpoint
 
-from llamapro import expansion, ops
+from llamapro import backends, expansion, ops
 from llamapro.config import ModelConfig
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.training.objective import NextToken
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import device as kernel_device
@@ -34,22 +36,30 @@ def has_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_choice_names_one_backend_and_exceptions() -> None:
     """`triton,attention=torch`; the later word wins; blanks do not matter; the default is auto."""
-    assert ops.parse("auto") == dict.fromkeys(ops.OPS, "auto")
-    expected = dict.fromkeys(ops.OPS, "triton") | {"attention": "torch"}
-    assert ops.parse("triton, attention=torch") == expected
-    assert ops.parse("rope=torch") == dict.fromkeys(ops.OPS, "auto") | {"rope": "torch"}
-    for wrong in ("", "cuda", "rope", "rope=", "atention=torch", "triton;rope=torch"):
+    assert backends.parse("auto") == dict.fromkeys(backends.OPS, "auto")
+    expected = dict.fromkeys(backends.OPS, "triton") | {"attention": "torch"}
+    assert backends.parse("triton, attention=torch") == expected
+    assert backends.parse("rope=torch") == dict.fromkeys(backends.OPS, "auto") | {"rope": "torch"}
+    for wrong in (
+        "",
+        "cuda",
+        "rope",
+        "rope=",
+        "atention=torch",
+        "triton;rope=torch",
+        "linear=triton",
+    ):
         with pytest.raises(ValueError, match="known: "):
-            ops.parse(wrong)
+            backends.parse(wrong)
 
 
 def test_a_choice_ends_with_its_block() -> None:
     """Also when an error ends it."""
-    with ops.use("torch,rope=auto"):
-        with pytest.raises(KeyError), ops.use("triton"):
+    with backends.use("torch,rope=auto"):
+        with pytest.raises(KeyError), backends.use("triton"):
             raise KeyError
-        assert ops.choose("rope", CPU, torch.float32, 8) == ("torch", "device is cpu")
-        assert ops.choose("swiglu", CPU, torch.float32, 8) == ("torch", "asked for")
+        assert backends.choose("rope", CPU, torch.float32, 8) == ("cpu", "device is cpu")
+        assert backends.choose("swiglu", CPU, torch.float32, 8) == ("torch", "asked for")
 
 
 @pytest.mark.parametrize(
@@ -67,15 +77,15 @@ def test_what_a_kernel_cannot_do_falls_back_under_auto_only(
     op: str, dtype: torch.dtype, size: int, reason: str, has_gpu: None
 ) -> None:
     """With the reason; `triton` raises it instead, naming the op."""
-    with ops.use("auto"):
-        assert ops.choose(op, CUDA, torch.bfloat16, 64) == ("triton", "device is cuda")
-        backend, why = ops.choose(op, CUDA, dtype, size)
-        assert backend == "torch" and reason in why
+    with backends.use("auto"):
+        assert backends.choose(op, CUDA, torch.bfloat16, 64) == ("triton", "device is cuda")
+        backend, why = backends.choose(op, CUDA, dtype, size)
+        assert backend == "cpu" and reason in why
     with (
-        ops.use(f"torch,{op}=triton"),
-        pytest.raises(ops.BackendError, match=rf"{op}: .*{reason}"),
+        backends.use(f"torch,{op}=triton"),
+        pytest.raises(backends.BackendError, match=rf"{op}: .*{reason}"),
     ):
-        ops.choose(op, CUDA, dtype, size)
+        backends.choose(op, CUDA, dtype, size)
 
 
 def test_old_gpus_and_the_cpu_are_not_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,32 +93,23 @@ def test_old_gpus_and_the_cpu_are_not_for_kernels(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu(7, 5))
     for where, reason in ((CPU, "device is cpu"), (CUDA, "compute capability 7.5")):
-        for op in ops.OPS:
-            with ops.use("auto"):
-                backend, why = ops.choose(op, where, torch.float16, 64)
-                assert backend == "torch" and reason in why
-            with ops.use("triton"), pytest.raises(ops.BackendError, match=reason):
-                ops.choose(op, where, torch.float16, 64)
+        for op in backends.TRITON_MODULES:
+            with backends.use("auto"):
+                backend, why = backends.choose(op, where, torch.float16, 64)
+                assert backend == "cpu" and reason in why
+            with backends.use("triton"), pytest.raises(backends.BackendError, match=reason):
+                backends.choose(op, where, torch.float16, 64)
 
 
-@pytest.mark.parametrize(
-    "missing, said",
-    [
-        ("triton", "the package triton is not installed"),
-        ("llamapro.kernels", r"this project \(pip\) is not installed"),
-    ],
-)
-def test_without_triton_everything_is_torch(
-    missing: str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It exists for Linux only; kernels/ is found once installed. `auto` does without either."""
-    for name in [name for name in sys.modules if name.startswith("llamapro.kernels.")]:
-        monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delattr(f"llamapro.kernels.{name.rpartition('.')[2]}", raising=False)
-    monkeypatch.setitem(sys.modules, missing, None)
-    with ops.use("auto"):
-        assert ops.choose("rope", CUDA, torch.bfloat16, 64)[0] == "torch"
-    with ops.use("triton"), pytest.raises(ops.BackendError, match=said):
+def test_without_triton_everything_is_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton exists for Linux only. `auto` does without it, `triton` says what is missing."""
+    for name in backends.TRITON_MODULES.values():
+        monkeypatch.delitem(sys.modules, f"llamapro.kernels.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with backends.use("auto"):
+        assert backends.choose("rope", CUDA, torch.bfloat16, 64)[0] == "cpu"
+    said = "the package triton is not installed"
+    with backends.use("triton"), pytest.raises(backends.BackendError, match=said):
         ops.rms_norm(torch.ones(2, 16), torch.ones(16), 1e-5)
 
 
@@ -117,12 +118,12 @@ def test_the_summary_groups_ops_by_backend_and_reason(
 ) -> None:
     """One line for a start-up block; a single group is called `all`."""
     config = tiny_config(head_dim=264)
-    with ops.use("auto,swiglu=torch"):
-        line = ops.summary(config, CUDA, torch.bfloat16)
+    with backends.use("auto,swiglu=torch"):
+        line = backends.summary(config, CUDA, torch.bfloat16)
     assert line.startswith("rms_norm, rope, linear_cross_entropy: triton (device is cuda); ")
-    assert "attention: torch (" in line and "264" in line
+    assert "attention: cpu (" in line and "264" in line
     assert line.endswith("; swiglu: torch (asked for)")
-    assert ops.summary(config, CPU, torch.bfloat16) == "all: torch (device is cpu)"
+    assert backends.summary(config, CPU, torch.bfloat16) == "all: cpu (device is cpu)"
 
 
 def expanded_model(
@@ -156,7 +157,7 @@ def ids(model: LlamaForCausalLM, device: str) -> Tensor:
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    loss_sum, count = model(ids[:, :-1], ids[:, 1:])
+    loss_sum, count = NextToken(model)(ids[:, :-1], ids[:, 1:])
     return loss_sum / count
 
 
@@ -164,13 +165,13 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the ops that were answered by a kernel."""
     counted: Counter[str] = Counter()
-    kernel = ops._kernel
+    kernel = backends._triton_module
 
     def counting(op: str) -> Any:
         counted[op] += 1
         return kernel(op)
 
-    monkeypatch.setattr(ops, "_kernel", counting)
+    monkeypatch.setattr(backends, "_triton_module", counting)
     return counted
 
 
@@ -182,12 +183,12 @@ def test_the_whole_model_computes_and_trains_on_kernels(
     for choice in ("torch", "triton"):
         model.zero_grad()
         assert not calls
-        with ops.use(choice):
+        with backends.use(choice):
             loss = loss_of(model, ids)
             loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append((loss.detach(), gradients))
-    assert set(calls) == set(ops.OPS)
+    assert set(calls) == set(backends.TRITON_MODULES)
     (torch_loss, torch_gradients), (loss, gradients) = found
     # fp32 sums in another order, through 3 blocks.
     torch.testing.assert_close(loss, torch_loss, rtol=2e-6, atol=0)
@@ -204,9 +205,10 @@ def test_recomputing_on_kernels_changes_no_bit_of_a_gradient(
     found = []
     for recompute in (False, True):
         for layer in model.model.layers:
-            layer.recompute = recompute
+            if recompute:
+                checkpoint(layer)
         model.zero_grad()
-        with ops.use("triton"):
+        with backends.use("triton"):
             loss_of(model, ids).backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert found[0] and found[0].keys() == found[1].keys()
@@ -218,9 +220,9 @@ def test_each_op_is_switched_on_its_own(
     model: LlamaForCausalLM, ids: Tensor, calls: Counter[str]
 ) -> None:
     """Naming one op runs that kernel and no other."""
-    for op in ops.OPS:
+    for op in backends.TRITON_MODULES:
         calls.clear()
-        with ops.use(f"torch,{op}=triton"), torch.no_grad():
+        with backends.use(f"torch,{op}=triton"), torch.no_grad():
             loss_of(model, ids)
         assert set(calls) == {op}
 
@@ -229,13 +231,13 @@ def test_decoding_leaves_attention_to_torch_unless_asked(
     calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One query against a cache: `auto` does not start a tile for it, `triton` does."""
-    monkeypatch.setattr(ops, "choose", lambda *_: ("triton", "to see what is left to torch"))
+    monkeypatch.setattr(backends, "choose", lambda *_: ("triton", "to see what is left to torch"))
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 2, 16, generator=generator)
-    with ops.use("auto"):
+    with backends.use("auto"):
         one = ops.attention(q, k, v)
         assert not calls
-    with ops.use("triton"):
+    with backends.use("triton"):
         torch.testing.assert_close(ops.attention(q, k, v), one)
         assert calls == {"attention": 1}
 
@@ -246,7 +248,7 @@ def test_the_model_compiles_without_a_graph_break(
 ) -> None:
     """One graph for forward and one for backward, with the eager loss and gradients."""
     torch._dynamo.reset()
-    with ops.use(choice):
+    with backends.use(choice):
         loss = loss_of(model, ids)
         loss.backward()
         eager = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -17,7 +17,8 @@ from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.model import KVCache, LlamaForCausalLM
+from llamapro.inference.cache import KVCache
+from llamapro.model import LlamaForCausalLM
 
 SIZES = {
     "vocab_size": 403,

@@ -18,7 +18,8 @@ from llamapro import generate as command
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.generate import generate, sample
-from llamapro.model import KVCache, LlamaForCausalLM
+from llamapro.inference.cache import KVCache
+from llamapro.model import LlamaForCausalLM
 from llamapro.text.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]

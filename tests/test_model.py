@@ -7,11 +7,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed._composable import checkpoint
 
 from llamapro import expansion
 from llamapro.config import ModelConfig
-from llamapro.model import KVCache, LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.inference.cache import KVCache
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
+from llamapro.training.objective import NextToken
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mha": {"num_key_value_heads": 4},
@@ -82,7 +85,7 @@ def test_loss_and_every_gradient_match_hugging_face(
     labels = torch.cat((ids[:, :1], targets), dim=1)  # Hugging Face shifts by itself
     expected = reference(ids, labels=labels).loss
     expected.backward()
-    loss_sum, count = model(ids[:, :-1], targets)
+    loss_sum, count = NextToken(model)(ids[:, :-1], targets)
     assert count == 3 * 32 - 20
     loss = loss_sum / count
     loss.backward()
@@ -134,7 +137,7 @@ def test_two_hundred_greedy_tokens_are_hugging_faces(
     cache = KVCache(config, 4, 9 + 200, torch.float32)
     step, tokens = ids, [ids]
     for _ in range(200):
-        step = model(step, cache=cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+        step = model(step, cache=cache)[:, -1].argmax(-1, keepdim=True)
         tokens.append(step)
     assert torch.equal(torch.cat(tokens, dim=1), expected)
     assert expected[:, 9:].unique().numel() > 20, "a constant continuation would prove nothing"
@@ -153,7 +156,6 @@ def test_chunked_prefill_equals_the_full_forward(
     full = model(ids)
     assert cache.length == 33
     assert (torch.cat(pieces, dim=1) - full).abs().max() < 1e-5
-    torch.testing.assert_close(model(ids, last_only=True), full[:, -1:], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="holds 33 positions, asked for 34"):
         model(ids[:, :1], cache=cache)
 
@@ -196,20 +198,21 @@ def expanded_model(
 
 def backward(model: LlamaForCausalLM, seed: int = 0) -> None:
     ids = random_ids(model.config, 2, 33, seed)
-    loss_sum, count = model(ids[:, :-1], ids[:, 1:].contiguous())
+    loss_sum, count = NextToken(model)(ids[:, :-1], ids[:, 1:].contiguous())
     (loss_sum / count).backward()
 
 
 def test_recompute_saves_memory_and_changes_no_bit_of_a_gradient(
     tiny_config: Callable[..., ModelConfig], random_tensors: Any
 ) -> None:
-    """With `recompute` fewer bytes wait for backward, and every gradient has the same bits."""
+    """With activation checkpointing fewer bytes wait for backward; gradients keep their bits."""
     gradients, saved = [], []
     for recompute in (False, True):
         model, _ = expanded_model(tiny_config, random_tensors)
         expansion.select_trainable(model, "all")
         for layer in model.model.layers:
-            layer.recompute = recompute
+            if recompute:
+                checkpoint(layer)
         bytes_saved = 0
 
         def count(tensor: Tensor) -> Tensor:
@@ -219,7 +222,7 @@ def test_recompute_saves_memory_and_changes_no_bit_of_a_gradient(
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             ids = random_ids(model.config, 2, 33)
-            loss_sum, _ = model(ids[:, :-1], ids[:, 1:].contiguous())
+            loss_sum, _ = NextToken(model)(ids[:, :-1], ids[:, 1:].contiguous())
             at_end_of_forward = bytes_saved
             loss_sum.backward()
         saved.append(at_end_of_forward)
@@ -237,7 +240,8 @@ def test_nothing_below_the_first_new_block_builds_a_graph(
     model, trainable = expanded_model(tiny_config, random_tensors)
     outputs: dict[int, Tensor] = {}
     for index, layer in enumerate(model.model.layers):
-        layer.recompute = recompute
+        if recompute:
+            checkpoint(layer)
         layer.register_forward_hook(lambda _m, _i, out, index=index: outputs.update({index: out}))
     backward(model)
     assert {i for i, out in outputs.items() if out.grad_fn is None} == {0, 1}

@@ -1,7 +1,7 @@
 """The reference arithmetic against explicit formulas and Hugging Face's own modules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,16 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llamapro import ops
-from llamapro.kernels import cpu as functional
+from llamapro import backends, ops
+from llamapro.kernels import cpu
 
 VOCAB, HIDDEN, TOKENS = 97, 16, 23
 CHUNK_TOKENS = 5  # 23 tokens are four full chunks and one of three
 
 
+@pytest.fixture(params=["torch", "cpu"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on the formulas and on the memory-saving functions."""
+    with backends.use(request.param):
+        yield request.param
+
+
+only_cpu = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "logits_at_once", lambda device: VOCAB * CHUNK_TOKENS)
+    monkeypatch.setattr(cpu, "logits_at_once", lambda device: VOCAB * CHUNK_TOKENS)
 
 
 def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +69,7 @@ def test_all_targets_ignored_is_no_loss_no_count_and_zero_gradients(small_chunks
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+@only_cpu
 def test_chunked_loss_never_keeps_the_logits(small_chunks: None) -> None:
     """Under a frozen head, nothing that waits for backward is as large as one chunk's logits."""
     x, weight, targets = loss_inputs()
@@ -89,16 +100,16 @@ def double(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def turned(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.rope(q, k, *ops.rope_table(torch.arange(5), ops.rope_frequencies(8, 100.0), q.dtype))
+def turned(x: Tensor) -> Tensor:
+    return ops.rope(x, *ops.rope_table(torch.arange(5), ops.rope_frequencies(8, 100.0), x.dtype))
 
 
 # What each op computes, of which inputs, and how many elements it may keep beside them.
 KEPT: dict[str, tuple[Callable[..., Any], list[Tensor], int]] = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), [double(2, 5, 8), double(8, seed=1)], 0),
     "swiglu": (ops.swiglu, [double(2, 5, 8), double(2, 5, 8, seed=1)], 0),
-    "rope": (turned, [double(2, 5, 3, 8), double(2, 5, 1, 8, seed=1)], 2 * 5 * 8),
-    "linear": (functional.linear, [double(2, 5, 8), double(3, 8, seed=1)], 0),
+    "rope": (turned, [double(2, 5, 3, 8)], 2 * 5 * 8),
+    "linear": (ops.linear, [double(2, 5, 8), double(3, 8, seed=1)], 0),
 }
 
 
@@ -120,6 +131,7 @@ def test_gradients_of_the_loss_are_those_of_its_chunks(
     assert torch.autograd.gradcheck(lambda *xw: ops.linear_cross_entropy(*xw, targets)[0], given)
 
 
+@only_cpu
 @pytest.mark.parametrize("name", KEPT)
 def test_nothing_but_inputs_and_tables_waits_for_backward(name: str) -> None:
     """Autograd would keep up to three tensors more of the size of the input."""
@@ -137,12 +149,13 @@ def test_nothing_but_inputs_and_tables_waits_for_backward(name: str) -> None:
     assert sum(tensor.numel() for tensor in kept.values()) <= extra
 
 
+@only_cpu
 @pytest.mark.parametrize("has_onednn", [True, False])
 def test_fp32_products_are_as_exact_as_torchs(
     has_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Value and both gradients, of strided rows too; with a graph and without, the same bits."""
-    monkeypatch.setattr(functional, "_HAS_ONEDNN", has_onednn and functional._HAS_ONEDNN)
+    monkeypatch.setattr(cpu, "_HAS_ONEDNN", has_onednn and cpu._HAS_ONEDNN)
     x, weight, grad = (
         double(*shape, seed=i).detach()
         for i, shape in enumerate([(2, 33, 64), (48, 64), (2, 33, 48)])
@@ -151,12 +164,12 @@ def test_fp32_products_are_as_exact_as_torchs(
     def results(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
         given = [t.to(dtype).requires_grad_() for t in (x[:, ::2], weight)]
         y = function(*given)
-        if function is functional.linear and has_onednn:  # torch's own are not always the same
+        if function is cpu.linear and has_onednn:  # torch's own are not always the same
             assert torch.equal(y, function(*(t.detach() for t in given)))
         return [y, *torch.autograd.grad(y, given, grad[:, ::2].to(dtype))]
 
     exact = results(F.linear, torch.float64)
-    found, plain = results(functional.linear, torch.float32), results(F.linear, torch.float32)
+    found, plain = results(cpu.linear, torch.float32), results(F.linear, torch.float32)
     for ours, theirs, true in zip(found, plain, exact, strict=True):
         rounding = torch.finfo(torch.float32).eps * true.abs().max()
         assert (ours - true).abs().max() <= 2 * (theirs - true).abs().max() + rounding
@@ -242,7 +255,8 @@ def test_rope_is_a_complex_multiplication(theta: float) -> None:
 
     frequency = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
     turn = torch.exp(1j * positions[..., None, None] * frequency)  # (B, T, 1, D / 2)
-    for x, rotated in zip((q, k), ops.rope(q, k, cos, sin), strict=True):
+    for x in (q, k):
+        rotated = ops.rope(x, cos, sin)
         turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turn
         expected = torch.cat((turned.real, turned.imag), dim=-1)
         # Angles are fp32: a frequency and its product with the position are each a few half-ulps
@@ -260,7 +274,7 @@ def test_rope_scores_depend_on_the_distance_alone() -> None:
         table = ops.rope_table(
             torch.arange(start, start + 6), ops.rope_frequencies(16, 1e4), torch.float64
         )
-        rotated_q, rotated_k = ops.rope(q, k, *table)
+        rotated_q, rotated_k = ops.rope(q, *table), ops.rope(k, *table)
         scores.append(torch.einsum("bthd,bshd->ts", rotated_q, rotated_k))
     assert (scores[0] - scores[1]).abs().max() < 16 * 1000 * torch.finfo(torch.float32).eps
 
@@ -285,3 +299,94 @@ def test_swiglu_applies_silu_to_the_gate_only() -> None:
     gate, up = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
     expected = gate / (1 + torch.exp(-gate)) * up
     torch.testing.assert_close(ops.swiglu(gate, up), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_shape_of_a_cross_entropy_is_any_number_of_tokens() -> None:
+    """From logits: the same sum and count as from hidden states and head."""
+    x, weight, targets = loss_inputs()
+    loss_sum, count = ops.cross_entropy(x @ weight.T, targets)
+    expected, number = ops.linear_cross_entropy(x, weight, targets)
+    torch.testing.assert_close(loss_sum, expected, rtol=1e-6, atol=0)
+    assert count == number == TOKENS
+
+
+def test_masked_attention_takes_any_mask() -> None:
+    """With the causal mask it is `attention`; a key that no query sees changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 5, 4, 8, generator=generator)
+    k, v = torch.randn(2, 2, 5, 2, 8, generator=generator)
+    mask = ops.causal_mask(5, 5)
+    torch.testing.assert_close(ops.masked_attention(q, k, v, mask), ops.attention(q, k, v))
+    mask[..., 1] = False
+    mask[..., 1, 0] = True  # query 1 still sees key 0
+    before = ops.masked_attention(q, k, v, mask)
+    v[:, 1] = 100.0
+    assert torch.equal(ops.masked_attention(q, k, v, mask), before)
+
+
+def test_metas_rows_reordered_rotate_as_meta_does() -> None:
+    """Scores of interleaved pairs equal scores of halves after the rows are reordered."""
+    H, D, C, T = 2, 8, 6, 5
+    generator = torch.Generator().manual_seed(0)
+    wq, wk, x = (
+        torch.randn(*s, generator=generator).double() for s in ((H * D, C),) * 2 + ((T, C),)
+    )
+    assert torch.equal(ops.halves_to_interleaved(ops.interleaved_to_halves(wq, H), H), wq)
+    frequencies = ops.rope_frequencies(D, 100.0).double()
+    turn = torch.polar(torch.ones(T, D // 2).double(), torch.arange(T)[:, None] * frequencies)
+
+    def as_meta(weight: Tensor) -> Tensor:  # neighbours are the real and imaginary part
+        pairs = torch.view_as_complex((x @ weight.T).view(T, H, D // 2, 2))
+        return torch.view_as_real(pairs * turn[:, None]).flatten(2)
+
+    def as_here(weight: Tensor) -> Tensor:
+        table = ops.rope_table(torch.arange(T), frequencies.float(), torch.float64)
+        heads = (x @ ops.interleaved_to_halves(weight, H).T).view(1, T, H, D)
+        return ops.rope(heads, *table)[0]
+
+    expected = torch.einsum("thd,shd->hts", as_meta(wq), as_meta(wk))
+    found = torch.einsum("thd,shd->hts", as_here(wq), as_here(wk))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@only_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["linear", "rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "loss", "kl"]
+)
+def test_the_cpu_backend_is_as_exact_as_the_formulas(
+    name: str, dtype: torch.dtype, assert_as_exact_as_torch: Any
+) -> None:
+    """Outputs and gradients: an error against fp64 of at most twice plain PyTorch's."""
+    shapes = {"attention": [(2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8)], "rope": [(2, 9, 3, 8)]}
+    shapes |= {"linear": [(2, 9, 16), (24, 16)], "rms_norm": [(2, 9, 16), (16,)]}
+    shapes |= {"add_rms_norm": [(2, 9, 16), (2, 9, 16), (16,)], "swiglu": [(2, 9, 16)] * 2}
+    shapes |= {"loss": [(9, 16), (24, 16)], "kl": [(9, 16), (9, 16), (24, 16)]}
+    targets = torch.tensor([3, 23, -100, 0, 7, 7, 1, -100, 2])
+
+    def call(*x: Tensor) -> Any:
+        if name == "rope":
+            frequencies = ops.rope_frequencies(8, 100.0)
+            return ops.rope(*x, *ops.rope_table(torch.arange(9), frequencies, x[0].dtype))
+        if name == "loss":
+            return ops.linear_cross_entropy(*x, targets)[0]
+        if name == "kl":
+            return ops.linear_kl(*x, targets, teacher_rows=20)[0]
+        return getattr(ops, name)(*x, *([1e-5] if "norm" in name else []))
+
+    def results(choice: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [t.to(dtype).requires_grad_() for t in inputs]
+        with backends.use(choice):
+            out = call(*given)
+            out = out if isinstance(out, tuple) else (out,)
+            loss = sum((o.double() * (1 + 0.1 * i)).sum() for i, o in enumerate(out))
+            needed = [given[0], given[2]] if name == "kl" else given  # no gradient of the teacher
+            return [*(o.detach() for o in out), *torch.autograd.grad(loss, needed)]
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes[name]]
+    exact = results("torch", torch.float64)
+    for ours, theirs, true in zip(
+        results("cpu", dtype), results("torch", dtype), exact, strict=True
+    ):
+        assert_as_exact_as_torch(ours, theirs, true)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llamapro import ops
 from llamapro.checkpoints.base import base_vocab_size, check_base, layout_of, split_rows
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_bytes
@@ -18,7 +19,7 @@ from llamapro.checkpoints.run import find_damage, load_state, training_checkpoin
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
 from llamapro.errors import CheckpointError
 from llamapro.expansion import ZERO_IN_NEW_BLOCKS
-from llamapro.model import DecoderLayer, RMSNorm, rope_table
+from llamapro.model import DecoderLayer, RMSNorm
 
 PROBE_SHAPE = (2, 16)  # B, T of the random batch
 
@@ -45,7 +46,7 @@ def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
     stored = checkpoint.layer(index)
     layer.load_state_dict({name: t.map() for name, t in stored.items()}, assign=True)
     positions = torch.arange(x.shape[1])
-    return layer(x, *rope_table(checkpoint.config, positions, x.dtype))
+    return layer(x, ops.rotary_table(checkpoint.config, positions, x.dtype))
 
 
 def _embed(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.generate import Args, generate
-from llamapro.model import KVCache, LlamaForCausalLM
+from llamapro.inference.cache import KVCache
+from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate, check_messages
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 

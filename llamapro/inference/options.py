@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from llamapro import ops
+from llamapro import backends
 from llamapro.checkpoints.base import check_contained, load_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError
@@ -41,10 +41,10 @@ class ComputeOptions:
     def backends(self) -> Iterator[None]:
         """Computes as --ops says inside the with-block; raises ConfigError for a wrong choice."""
         try:
-            ops.parse(self.ops)
+            backends.parse(self.ops)
         except ValueError as error:
             raise ConfigError(f"--ops: {error}") from None
-        with ops.use(self.ops):
+        with backends.use(self.ops):
             yield
 
     def load(self, checkpoint: Checkpoint) -> LlamaForCausalLM:
@@ -63,8 +63,8 @@ class ComputeOptions:
             model = checkpoint.load(dtype, self.choose_device())
         weight = model.lm_head.weight
         try:
-            chosen = ops.summary(model.config, weight.device, weight.dtype)
-        except ops.BackendError as error:
+            chosen = backends.summary(model.config, weight.device, weight.dtype)
+        except backends.BackendError as error:
             raise ConfigError(f"--ops {self.ops}: {error}; use auto, or torch for it") from None
         kind = str(weight.dtype).removeprefix("torch.")
         which = "the base inside, new blocks skipped; " if self.skip_new_blocks else ""

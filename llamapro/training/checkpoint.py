@@ -44,6 +44,7 @@ from llamapro.errors import CheckpointError, UserError
 from llamapro.files import output_directory
 from llamapro.training.distributed import Ranks
 from llamapro.training.rng import gather_rng
+from llamapro.training.weights import stored_name, stored_part, stored_shape, whole_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,7 +65,13 @@ class Saver:
     """
 
     def __init__(
-        self, run_dir: Path, keep: int, keep_every: int, ranks: Ranks, in_background: bool
+        self,
+        run_dir: Path,
+        keep: int,
+        keep_every: int,
+        ranks: Ranks,
+        in_background: bool,
+        first_row: int = 0,
     ) -> None:
         """Sets up; nothing is written yet.
 
@@ -74,7 +81,10 @@ class Saver:
             keep_every: as for `remove_old`.
             ranks: from `process_group`.
             in_background: see above.
+            first_row: embedding and head are saved from this row on, if they train for the sake of
+                added tokens (`weights.stored_part`); 0 saves them whole.
         """
+        self._first_row = first_row
         self._run_dir, self._ranks, self._in_background = run_dir, ranks, in_background
         self._keep, self._keep_every = keep, keep_every
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -116,12 +126,14 @@ class Saver:
         self._started_s = time.perf_counter()
         target = self._run_dir / "checkpoints" / f"step-{step:08d}"
         specs = [
-            TensorSpec(name, DTYPE_CODES[p.dtype], tuple(p.shape)) for name, p in parameters.items()
+            TensorSpec(stored_name(name, self._first_row), DTYPE_CODES[p.dtype], shape)
+            for name, p in parameters.items()
+            for shape in [stored_shape(name, p, self._first_row)]
         ]
         text = json.dumps(state, indent=2) + "\n"  # now: training changes the state
         rng = gather_rng(self._ranks)
         failures: list[str] = []
-        gathered = _gather(parameters, optimizer, self._ranks, failures)
+        gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
         if self._in_background:
             copies = iter(_copy(gathered, self._ranks, failures))
             if self._ranks.is_main:
@@ -219,7 +231,11 @@ def _copy(tensors: Iterator[Tensor], ranks: Ranks, failures: list[str]) -> list[
 
 
 def _gather(
-    parameters: Parameters, optimizer: torch.optim.Optimizer, ranks: Ranks, failures: list[str]
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    failures: list[str],
+    first_row: int,
 ) -> Iterator[Tensor]:
     """Yields all parameters, then all moments, each whole; a collective operation per tensor.
 
@@ -228,7 +244,7 @@ def _gather(
     """
     named = [(name, parameter.detach()) for name, parameter in parameters.items()]
     for name, parameter in parameters.items():
-        named += [(f"{name}.{m}", optimizer.state[parameter][m]) for m in MOMENTS]
+        named += [(name, optimizer.state[parameter][m]) for m in MOMENTS]
     for name, tensor in named:
         try:
             if isinstance(tensor, DTensor):
@@ -236,7 +252,8 @@ def _gather(
         except RuntimeError as error:  # PyTorch's out of memory, of any device
             failures.append(f"rank {ranks.rank}: no memory to gather {name!r} for saving: {error}")
         _vote(ranks, failures)
-        yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield stored_part(name, whole, first_row)
     _vote(ranks, failures)
 
 
@@ -329,7 +346,11 @@ def load_trained(
 
 
 def load_optimizer(
-    path: Path, parameters: Parameters, optimizer: torch.optim.Optimizer, step: int
+    path: Path,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    first_row: int = 0,
 ) -> None:
     """Gives the optimizer the moments of a training checkpoint, each rank its own shards.
 
@@ -338,18 +359,21 @@ def load_optimizer(
         parameters: name -> sharded parameter, as given to `Saver.start`.
         optimizer: fresh AdamW over these.
         step: optimizer steps made.
+        first_row: as for `Saver`.
 
     Raises:
         CheckpointError: the file does not hold just these parameters' moments.
     """
     file = path / OPTIMIZER_FILE
     stored = read_header(file)
-    if set(stored) != {f"{name}.{moment}" for name in parameters for moment in MOMENTS}:
+    names = {name: stored_name(name, first_row) for name in parameters}
+    if set(stored) != {f"{name}.{moment}" for name in names.values() for moment in MOMENTS}:
         raise CheckpointError(f"{file}: holds the moments of other parameters")
     for name, parameter in parameters.items():
         state: dict[str, Tensor] = {"step": torch.tensor(float(step), device=parameter.device)}
         for moment in MOMENTS:
-            full = stored[f"{name}.{moment}"].read().to(parameter.device)
+            saved = stored[f"{names[name]}.{moment}"].read()
+            full = whole_part(name, saved, first_row).to(parameter.device)
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(
                     full, parameter.device_mesh, parameter.placements, src_data_rank=None

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import (
 
 from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM
+from llamapro.training.objective import NextToken
 
 Frozen = Literal["shard", "gather", "replicate"]  # how frozen weights lie: see `shard`
 
@@ -139,28 +141,31 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
 
 
 def shard(
-    model: LlamaForCausalLM,
+    objective: NextToken,
     ranks: Ranks,
     compute_dtype: torch.dtype,
     frozen: Frozen = "shard",
     offload: bool = False,
+    recompute: bool = False,
 ) -> None:
     """Spreads the model over the ranks, block by block (FSDP2), and moves it to the device.
 
-    What trains is always sharded and keeps fp32 masters; what is frozen is stored in the compute
-    dtype, is never reduced and has no gradient. Gradients are reduced in fp32. A block below the
-    first one that trains is gathered at most once per step, for forward: nothing of it is needed in
-    backward. `requires_grad` must be set already.
+    What trains is always sharded and keeps fp32 masters. What is frozen is stored in the compute
+    dtype; it is never reduced and has no gradient. Gradients are reduced in fp32. A block below the
+    first one that trains is gathered at most once per step, for forward: backward never reaches it.
 
     Args:
-        model: fully loaded, on the CPU. Of what is sharded, only this rank's part stays in memory.
+        objective: holds the model, fully loaded on the CPU, `requires_grad` set. It becomes the
+            root, so call it and not the model. Only this rank's shards stay in memory.
         ranks: from `process_group`.
-        compute_dtype: of matrix products and activations.
-        frozen: how frozen weights lie. "shard": in parts, gathered for forward and again for
+        compute_dtype: the dtype of matrix products and activations.
+        frozen: where frozen weights lie. "shard": in parts, gathered for forward and again for
             backward (least memory). "gather": in parts, but kept whole from forward to backward.
             "replicate": whole on every rank, without any communication; embeddings and head too.
-        offload: keep the shards, with their gradients and optimizer state, in the memory of the
-            CPU and copy them to the GPU when they are gathered. Replicated weights stay on the GPU.
+        offload: keep the shards, with their gradients and optimizer state, in CPU memory and copy
+            them to the GPU when they are gathered. Replicated weights stay on the GPU.
+        recompute: keep only the input of each block and compute its activations again in backward
+            (activation checkpointing, Chen et al. 2016).
 
     Raises:
         ConfigError: `offload` without a GPU.
@@ -176,11 +181,12 @@ def shard(
         mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
     )
+    model = objective.model
     whole: set[nn.Parameter] = set()  # what FSDP leaves alone
 
     def cast(module: nn.Module) -> bool:
-        """Casts what one unit or a part of it holds; returns whether FSDP is to spread it."""
-        for p in module.parameters():  # of embedding and head, the rows of added tokens may train
+        """Casts the parameters of one unit; returns whether FSDP is to spread it."""
+        for p in module.parameters():
             p.data = p.data.to(torch.float32 if p.requires_grad else compute_dtype)
             if frozen == "replicate" and not p.requires_grad:
                 p.data = p.data.to(ranks.device)
@@ -193,6 +199,8 @@ def shard(
     if any(p.requires_grad for p in model.model.embed_tokens.parameters()):
         first = 0  # backward goes through all blocks, down to the embedding
     for index, layer in enumerate(layers):  # cast just before sharding: one full block at a time
+        if recompute and index >= first:  # below nothing is kept for backward anyway
+            checkpoint(layer)
         if cast(layer):
             is_kept = frozen == "gather" and index >= first and not trains[index]
             unit = sharded(layer, reshard_after_forward=not is_kept)
@@ -201,10 +209,10 @@ def shard(
                 # before: the block below, or the last one of an evaluation. Naming a unit that is
                 # whole already, this one, leaves nothing to gather.
                 unit.set_modules_to_backward_prefetch([unit])
-    # What no block contains belongs to the root unit.
+    # Embedding, final norm and head are in no block: they belong to the root unit.
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
         cast(module)
-    sharded(model, ignored_params=whole)
+    sharded(objective, ignored_params=whole)
 
 
 def compile_blocks(model: LlamaForCausalLM) -> None:

@@ -13,7 +13,6 @@ from llamapro.checkpoints.hub import resolve
 from llamapro.checkpoints.run import training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, DataError, UserError
-from llamapro.expansion import select_trainable
 from llamapro.model import build_on_meta
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import tokenize
@@ -27,6 +26,7 @@ from llamapro.training.preemption import Stopped, StopRequest
 from llamapro.training.replay import describe_mix, read_prompts, written_by_base
 from llamapro.training.resume import make_identity
 from llamapro.training.settings import Settings
+from llamapro.training.weights import first_new_row, select_trainable, stored_name
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Job:
         earlier = training_checkpoints(run_dir)
         resume_from = earlier[-1] if earlier else None
         return cls(settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from)
+
+    @property
+    def first_new_row(self) -> int:
+        """The id of the first added token, if added tokens train, else 0."""
+        return first_new_row(self.config) if self.settings.train.new_tokens else 0
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -161,7 +166,8 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
                 model = build_on_meta(job.config)
                 trainable = select_trainable(model, s.train.trainable, s.train.new_tokens)
                 fingerprint = job.tokenizer.fingerprint
-                identity = make_identity(job.checkpoint, trainable, fingerprint, stores)
+                names = [stored_name(name, job.first_new_row) for name in trainable]
+                identity = make_identity(job.checkpoint, names, fingerprint, stores)
         except UserError as failure:
             error = str(failure)
         except Stopped:

@@ -9,24 +9,35 @@ from torch.distributed.tensor import DTensor
 
 
 def build_adamw(
-    parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float
+    parameters: Iterable[nn.Parameter],
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.1,
+    lr: float = 0.0,
+    eps: float = 1e-8,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
-    """Returns AdamW over what trains; the learning rate is set at every step.
+    """Builds fused AdamW over the parameters that train.
 
-    Decay applies to matrices (embeddings included) and not to norms, whose pull is towards 1.
+    Decay applies to matrices (embeddings included) and not to norms, which it would pull to 0.
 
     Args:
         parameters: those with `requires_grad`; others are left out.
-        betas: of the moving averages.
+        betas: decay rates of the two moving averages.
         weight_decay: per step, relative to the learning rate.
+        lr: learning rate; `train.py` sets it before every step.
+        eps: added to the denominator.
+        undecayed: matrices without decay.
     """
     trainable = [p for p in parameters if p.requires_grad]
+    kept = {id(p) for p in undecayed}
+    decays = [p.ndim >= 2 and id(p) not in kept for p in trainable]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, d in zip(trainable, decays, strict=True) if d == is_decayed]}
+        | {"weight_decay": weight_decay if is_decayed else 0.0}
+        for is_decayed in (True, False)
     ]
-    # lr is a placeholder: `learning_rate` sets it before every step.
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def learning_rate(

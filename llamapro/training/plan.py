@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llamapro import ops
+from llamapro import backends, ops
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
-from llamapro.expansion import select_trainable
 from llamapro.formatting import format_bytes
-from llamapro.model import DecoderLayer, Head, LlamaForCausalLM, RMSNorm, build_on_meta, rope_table
+from llamapro.kernels import cpu
+from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta
 from llamapro.training.distributed import Frozen, world_size
 from llamapro.training.settings import ReplaySettings, Settings
+from llamapro.training.weights import select_trainable
 
 
 def make_plan(
@@ -44,10 +45,10 @@ def make_plan(
     select_trainable(model, t.trainable, t.new_tokens)
     spread = Spread(world_size(), t.shard_size, t.frozen, t.offload)
     try:
-        with ops.use(t.ops):
-            backends = ops.summary(config, device, compute_dtype)
+        with backends.use(t.ops):
+            summary = backends.summary(config, device, compute_dtype)
             memory = estimate_memory(settings, model, compute_dtype, device, spread)
-    except ops.BackendError as error:
+    except backends.BackendError as error:
         raise ConfigError(f"train.ops {t.ops!r}: {error}; use auto, or torch for this op") from None
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -62,7 +63,7 @@ def make_plan(
         "steps": t.steps or f"{t.epochs:g} epoch(s)",
         "world_size": world_size(),
         "dtype": str(compute_dtype).removeprefix("torch."),
-        "ops": backends,
+        "ops": summary,
         "memory_bytes": memory,
         "run_dir": str(run_dir),
         "resume_from": str(resume_from) if resume_from else None,
@@ -96,7 +97,7 @@ def estimate_memory(
     """Estimates the bytes one process needs at its peak, by part, on the device it computes on.
 
     The parts are added up although not all of them are largest at the same moment, so the total is
-    on the safe side. The backends of `ops.use` around it count.
+    on the safe side. The backends of `backends.use` around it count.
 
     Args:
         settings: micro-batch, sequence length, recomputation and distillation are read.
@@ -114,7 +115,7 @@ def estimate_memory(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trainable
     root = trainable + frozen - sum(numel for _, numel in blocks)  # embeddings, norm, head
-    # All of it, or the rows of added tokens.
+    # With added tokens, embedding and head train.
     root_trained = trainable - sum(numel for trains, numel in blocks if trains)
     first = next((i for i, (trains, _) in enumerate(blocks) if trains), len(blocks))
     first = 0 if root_trained else first
@@ -157,7 +158,7 @@ def activation_bytes(
 
     One block of each kind (the lowest that trains, whose input needs no gradient; trained; frozen)
     is run on fake tensors, which have a device but no memory, and what autograd saves is counted.
-    So it follows the model's code and the backends chosen by `ops.use`.
+    So it follows the model's code and the backends chosen by `backends.use`.
 
     Args:
         model: on the meta device, `requires_grad` set.
@@ -172,7 +173,7 @@ def activation_bytes(
     counted: dict[tuple[bool, bool], int] = {}
     kept: list[int] = []
     with FakeTensorMode(), torch.device(device):
-        cos, sin = rope_table(config, torch.arange(shape[1]), compute_dtype)
+        rotary = ops.rotary_table(config, torch.arange(shape[1]), compute_dtype)
         for block_trains in trains:
             kind = (block_trains, has_graph)
             has_graph = has_graph or block_trains
@@ -183,7 +184,7 @@ def activation_bytes(
                 x = torch.empty(*shape, config.hidden_size, dtype=compute_dtype)
                 x.requires_grad_(kind[1])
                 _assign_fake(block, compute_dtype, block_trains)
-                counted[kind] = _saved_bytes(block, x, cos, sin)
+                counted[kind] = _saved_bytes(block, x, rotary)
             kept.append(counted[kind])
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         _assign_fake(norm, compute_dtype, is_trained(model.model.norm))
@@ -213,9 +214,9 @@ def _assign_fake(module: nn.Module, dtype: torch.dtype, trains: bool) -> None:
             setattr(child, name, weight)
 
 
-def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
-    """Runs a module; returns the bytes of what autograd saves, less weights and shared tables."""
-    shared = {t.untyped_storage()._cdata for t in (*module.parameters(), *inputs[1:])}
+def _saved_bytes(module: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> int:
+    """Runs a module; returns the bytes that autograd saves, less weights and shared tables."""
+    shared = {t.untyped_storage()._cdata for t in (*module.parameters(), *(rotary or ()))}
     saved: dict[int, Tensor] = {}  # by storage; the tensor is held, so that none is used again
 
     def pack(tensor: Tensor) -> Tensor:
@@ -223,34 +224,37 @@ def _saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = module(*inputs)
+        out = module(x) if rotary is None else module(x, rotary)
     del out
     return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in shared)
 
 
 def _logit_bytes(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, head: Head
+    config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, head: nn.Linear
 ) -> int:
-    """Both hold the head's gradients ahead of backward, and of logits a chunk: the kernel in its
-    dtype, plain PyTorch in fp32 as well. Where the rows of added tokens are apart, they are joined
-    with the base's.
+    """The head's gradients, which forward computes, and the logits that live at a time.
+
+    The reference holds all logits in its dtype and in fp32, with a gradient of each; the other
+    backends hold those of a chunk, the kernel in its dtype alone.
     """
     logits, C = tokens * config.vocab_size, config.hidden_size
-    backend, _ = ops.choose("linear_cross_entropy", device, dtype, C)
-    trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    backend, _ = backends.choose("linear_cross_entropy", device, dtype, C)
+    trained = head.weight.numel() if head.weight.requires_grad else 0
     gradients = tokens * C * dtype.itemsize + trained * 4
-    if head.new_rows is not None:
-        gradients += config.vocab_size * C * dtype.itemsize
-    if backend == "torch":
-        return min(logits, ops.logits_at_once(device)) * (4 + dtype.itemsize) + gradients
-    return min(logits, 1 << 27) * dtype.itemsize + gradients
+    if backend == "triton":
+        return min(logits, 1 << 27) * dtype.itemsize + gradients
+    if backend == "cpu":
+        logits = min(logits, cpu.logits_at_once(device))
+    else:
+        logits *= 2
+    return logits * (4 + dtype.itemsize) + gradients
 
 
 def _teacher_bytes(
     config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Its hidden states and, of `ops.linear_kl`, a chunk: three of logits in fp32, one to round."""
-    logits = min(tokens * config.vocab_size, ops.logits_at_once(device) // 2)
+    logits = min(tokens * config.vocab_size, cpu.logits_at_once(device) // 2)
     return tokens * config.hidden_size * dtype.itemsize + logits * (3 * 4 + dtype.itemsize)
 
 

@@ -28,7 +28,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.errors import ConfigError, DataError
 from llamapro.generate import generate
-from llamapro.model import LlamaForCausalLM, Replayed
+from llamapro.model import LlamaForCausalLM
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore, cached
 from llamapro.text.tokenizer import Tokenizer
@@ -190,32 +190,26 @@ def written_by_base(
 
 
 def split_replayed(
-    settings: ReplaySettings,
-    others: int,
-    micro_batches: int,
-    rows: int,
-    rank: int,
-    world_size: int,
-) -> list[Replayed | None]:
-    """Says which last rows of a rank's micro-batches are replayed, of samples dealt out by `batch`.
+    others: int, micro_batches: int, rows: int, rank: int, world_size: int
+) -> list[int | None]:
+    """Says how many last rows of each micro-batch of a rank are replayed.
 
     Args:
-        settings: how their loss is apart.
-        others: how many samples of the global batch are not replayed, or not apart.
-        micro_batches: how many the rank makes of its share.
-        rows: of each.
+        others: the number of samples of the global batch, dealt out by `mixture.batch`, that are
+            not replayed.
+        micro_batches: the number of micro-batches that the rank makes of its share.
+        rows: sequences of a micro-batch.
         rank, world_size: whose they are.
 
     Returns:
-        One for each micro-batch. None, where no rank has any, is None on all ranks: the base inside
-        runs on all of them or on none, because sharded weights are gathered together.
+        A number for each micro-batch, as `objective.Replay` takes it. Where no rank has any it is
+        None on all ranks: the base inside runs on all of them or on none, because sharded weights
+        are gathered by all together.
     """
     # The others that this rank has, and those of the last rank, which has the fewest.
     here, least = len(range(rank, others, world_size)), others // world_size
     return [
-        Replayed(min(rows, max(0, end - here)), settings.weight, settings.distill)
-        if end > least
-        else None
+        min(rows, max(0, end - here)) if end > least else None
         for end in range(rows, (micro_batches + 1) * rows, rows)
     ]
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llamapro import ops
+from llamapro import backends
 from llamapro.errors import ConfigError, suggest
 from llamapro.training.metrics import is_installed
 
@@ -325,7 +325,7 @@ def check(settings: Settings, world_size: int) -> None:
     if not all(0 <= beta < 1 for beta in s.optim.betas):
         wrong.append(f"optim.betas is {s.optim.betas}, expected two numbers from 0 to below 1")
     try:
-        ops.parse(s.train.ops)
+        backends.parse(s.train.ops)
     except ValueError as error:
         wrong.append(f"train.ops: {error}")
     if s.train.shard_size > 0 and world_size % s.train.shard_size:

@@ -23,7 +23,7 @@ from llamapro import simulate as command
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, interleave, select_trainable
-from llamapro.model import build_on_meta, init_random, load_tensors
+from llamapro.model import build_on_meta, load_tensors
 from llamapro.simulate import Options, read_config, render, simulate
 from llamapro.traffic import (
     Collective,
@@ -33,9 +33,11 @@ from llamapro.traffic import (
     record_micro_batch,
 )
 from llamapro.training.distributed import Frozen, Ranks, make_mesh, process_group, shard
+from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
 from llamapro.training.plan import Spread, estimate_memory
 from llamapro.training.settings import DataSettings, ModelSettings, Settings, TrainSettings
+from llamapro.training.weights import init_random
 
 RANKS, GROUP = 4, 2  # real processes; of a group with HSDP
 STEPS, MICRO_BATCHES, ROWS, TOKENS = 2, 2, 1, 8
@@ -63,15 +65,16 @@ def real_run(ranks: Ranks, frozen: Frozen) -> dict[str, Any]:
     model = build_on_meta(CONFIG)
     load_tensors(model, init_random(CONFIG, seed=0))
     select_trainable(model, "new_blocks")
-    shard(model, ranks, torch.bfloat16, frozen)
+    objective = NextToken(model)
+    shard(objective, ranks, torch.bfloat16, frozen)
     optimizer = build_adamw(model.parameters(), (0.9, 0.95), 0.1)
     ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS)
     with Recorder() as recorder:
         for _ in range(STEPS):
             for micro_batch in range(MICRO_BATCHES):
                 recorder.phase = "forward"
-                model.set_requires_all_reduce(micro_batch == MICRO_BATCHES - 1)
-                loss, _ = model(ids, ids)
+                objective.set_requires_all_reduce(micro_batch == MICRO_BATCHES - 1)
+                loss, _ = objective(ids, ids)
                 recorder.phase = "backward"
                 loss.backward()
             recorder.phase = "step"
@@ -116,8 +119,9 @@ def simulated(frozen: Frozen, shard_size: int, config: ModelConfig = CONFIG) -> 
     with fake_ranks(RANKS, shard_size) as ranks:
         model = build_on_meta(config)
         select_trainable(model, "new_blocks")
-        shard(model, ranks, torch.bfloat16, frozen)
-        return record_micro_batch(model, ROWS, TOKENS, clip=1.0)
+        objective = NextToken(model)
+        shard(objective, ranks, torch.bfloat16, frozen)
+        return record_micro_batch(objective, ROWS, TOKENS, clip=1.0)
 
 
 def settings(**train: Any) -> Settings:

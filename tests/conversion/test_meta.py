@@ -25,7 +25,7 @@ from llamapro.conversion import meta, meta_release
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.meta import from_meta, to_interleaved, to_meta, to_rotate_half
 from llamapro.errors import CheckpointError, ConfigError, DataError
-from llamapro.model import KVCache
+from llamapro.inference.cache import KVCache
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": 1e-5}
 COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")

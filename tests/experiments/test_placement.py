@@ -27,6 +27,7 @@ from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
 from llamapro.placement import block_importance, block_similarity, choose, measure
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.objective import NextToken
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -137,7 +138,7 @@ def test_importance_is_the_loss_of_the_model_without_the_block(
                 if inside != name:
                     part[f"model.layers.{new}.{inside}"] = tensors[name]
         model = loaded(replace(config, num_hidden_layers=len(kept)), part)
-        return model(ids, targets)[0].item()
+        return NextToken(model)(ids, targets)[0].item()
 
     layers = list(range(config.num_hidden_layers))
     whole = loss_sum(layers)

@@ -22,8 +22,9 @@ from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, DataError
 from llamapro.generate import Args, generate
 from llamapro.inference import chat as talk
+from llamapro.inference.cache import KVCache
 from llamapro.inference.chat import Conversation
-from llamapro.model import KVCache, LlamaForCausalLM
+from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import BUILT_IN, ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 
@@ -87,14 +88,14 @@ class Reader:
     def __init__(self, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ids: list[int] = []
         self.reads: list[int] = []
-        forward = model.forward
+        forward = model.model.forward
 
-        def reading(input_ids: Tensor, cache: KVCache, last_only: bool) -> Any:
+        def reading(input_ids: Tensor, cache: KVCache) -> Any:
             self.ids = self.ids[: cache.length] + input_ids[0].tolist()
             self.reads.append(input_ids.shape[1])
-            return forward(input_ids, cache=cache, last_only=last_only)
+            return forward(input_ids, cache)
 
-        monkeypatch.setattr(model, "forward", reading)
+        monkeypatch.setattr(model.model, "forward", reading)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from llamapro.inference.multiple_choice import (
 )
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.objective import NextToken
 
 CONTEXT = 128
 ROWS: list[dict[str, Any]] = [
@@ -166,7 +167,7 @@ def test_model_trained_on_the_answers_gives_them(
         ids = torch.tensor([question.prompt + question.choices[2]])
         targets = ids[:, 1:].clone()
         targets[:, : len(question.prompt) - 1] = -100
-        loss, _count = model(ids[:, :-1], targets)
+        loss, _count = NextToken(model)(ids[:, :-1], targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

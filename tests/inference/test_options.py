@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamapro import ops
+from llamapro import backends
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
@@ -40,7 +40,7 @@ def test_loading_says_what_computes(
     assert model.lm_head.weight.dtype == torch.bfloat16
     shown = capsys.readouterr()
     assert not shown.out
-    assert shown.err.endswith("bfloat16 on cpu; ops: all: torch (device is cpu)\n")
+    assert shown.err.endswith("bfloat16 on cpu; ops: all: cpu (device is cpu)\n")
 
 
 def test_a_backend_that_is_unknown_or_cannot_run_is_a_config_error(
@@ -57,7 +57,7 @@ def test_a_backend_that_is_unknown_or_cannot_run_is_a_config_error(
         ):
             pass
     path = write_random_checkpoint(tmp_path / "checkpoint", tiny_config())
-    monkeypatch.setattr(ops, "_cannot_run", lambda *_: "head dim 300 is over 256")
+    monkeypatch.setattr(backends, "_cannot_run", lambda *_: "head dim 300 is over 256")
     options = ComputeOptions(ops="torch,attention=triton", device="cpu")
     with (
         options.backends(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import ops
+from llamapro import backends, ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import attention, tiles
@@ -68,7 +68,7 @@ def computed(
 
 
 def by_torch(*args: Any) -> Tensor:
-    with ops.use("torch"):
+    with backends.use("torch"):
         return ops.attention(*args)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import ops
+from llamapro import backends, ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import attention, tiles
@@ -127,7 +127,7 @@ def test_single_pass_is_as_exact_as_torch(
     bounds = None if window is None else ops.attention_bounds(T, 70, window, device=device)
     found = gradients(attention.attention, *arguments, bounds, False)
     assert launched == ["delta", "single_pass"]
-    with ops.use("torch"):
+    with backends.use("torch"):
         reference = gradients(ops.attention, *arguments, bounds)
         exact = gradients(ops.attention, *(x.double() for x in arguments), bounds)
     for kernel, torch_, fp64 in zip(found, reference, exact, strict=True):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamapro import ops
+from llamapro import backends, ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import cross_entropy as ce
@@ -60,7 +60,7 @@ def run(
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    with ops.use("torch"):
+    with backends.use("torch"):
         return ops.linear_cross_entropy(x, weight, targets)
 
 

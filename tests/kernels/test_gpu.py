@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import ops
+from llamapro import backends, ops
 from llamapro.model import build_on_meta, load_tensors
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -79,7 +79,7 @@ def check_one_pass_is_exact(device: torch.device, dtype: torch.dtype, T: int) ->
     q, dout = (random(1, T, 8, 64, device=device, dtype=dtype) for _ in range(2))
     k, v = (random(1, T, 2, 64, device=device, dtype=dtype) for _ in range(2))
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    with ops.use("torch"):
+    with backends.use("torch"):
         wide = ops.attention(*exact)
     expected = (wide, *torch.autograd.grad(wide, exact, dout.double()))
     split = gradients(q, k, v, dout)
@@ -203,7 +203,7 @@ def check_loss_of_many(device: torch.device, dtype: torch.dtype, N: int, V: int)
     targets = torch.randint(V, (N,), device=device)
     loss, count = cross_entropy.linear_cross_entropy(x, weight, targets)
     (found,) = torch.autograd.grad(loss, x)
-    with ops.use("torch"):
+    with backends.use("torch"):
         expected_loss, expected_count = ops.linear_cross_entropy(x, weight, targets)
         (expected,) = torch.autograd.grad(expected_loss, x)
     assert count == expected_count
@@ -226,7 +226,7 @@ def test_cross_entropy_of_more_than_2_31_logits_at_once(
 
 EVERY_KERNEL = """
     import torch
-    from llamapro import ops
+    from llamapro import backends, ops
     from llamapro.kernels import attention, cross_entropy, rms_norm, rope, swiglu
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
@@ -293,7 +293,7 @@ def losses(
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(config.vocab_size, (4, 2, 65), generator=generator).to(device)
     found = []
-    with ops.use(backend):
+    with backends.use(backend):
         for step in range(steps):
             tokens = batches[step % 4]
             loss_sum, count = model(tokens[:, :-1], tokens[:, 1:])
@@ -336,7 +336,7 @@ def check_compiled(
         loss_sum, _ = forward(tokens[:, :-1], tokens[:, 1:])
         return [loss_sum, *torch.autograd.grad(loss_sum, list(model.parameters()))]
 
-    with ops.use("triton"):
+    with backends.use("triton"):
         expected = results(model)
         torch.compiler.reset()
         found = results(torch.compile(model, backend=backend, fullgraph=True))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import ops
+from llamapro import backends, ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import rms_norm as kernel
@@ -25,12 +25,12 @@ def normal(*shape: int, seed: int, device: str, dtype: torch.dtype = torch.float
 
 
 def by_torch(x: Tensor, weight: Tensor) -> Tensor:
-    with ops.use("torch"):
+    with backends.use("torch"):
         return ops.rms_norm(x, weight, EPS)
 
 
 def by_torch_added(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    with ops.use("torch"):
+    with backends.use("torch"):
         return ops.add_rms_norm(x, residual, weight, EPS)
 
 
@@ -235,7 +235,7 @@ def test_values_are_those_of_torch_to_the_bit_where_the_order_of_the_sum_does_no
     )
     weight = 1 + normal(128, seed=1, device=device, dtype=dtype)
     assert torch.equal(by_kernel(x, weight), by_torch(x, weight))
-    with ops.use("torch"):
+    with backends.use("torch"):
         expected = ops.add_rms_norm(x, residual, weight, EPS)
     for ours, theirs in zip(by_kernel_added(x, residual, weight), expected, strict=True):
         assert torch.equal(ours, theirs)

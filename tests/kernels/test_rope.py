@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import ops
+from llamapro import backends, ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import rope as kernel
@@ -30,7 +30,7 @@ def table(
 
 
 def by_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    with ops.use("torch"):
+    with backends.use("torch"):
         return ops.rope(q, k, cos, sin)
 
 

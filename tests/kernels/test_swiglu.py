@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import ops
+from llamapro import backends, ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import swiglu as kernel
@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int, device: str, dtype: torch.dtype = torch.float
 
 
 def by_torch(gate: Tensor, up: Tensor) -> Tensor:
-    with ops.use("torch"):
+    with backends.use("torch"):
         return ops.swiglu(gate, up)
 
 

@@ -21,6 +21,7 @@ from llamapro.text.mixture import Mixture
 from llamapro.text.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.text.store import Int64s, TokenStore, write_store
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.objective import NextToken
 
 FINGERPRINT = "ab" * 32
 BOS, END = 1, 2
@@ -330,14 +331,14 @@ def test_packed_loss_is_the_loss_of_each_conversation_alone(
             messages = [{"role": role, "content": content} for role, content in conversation]
             ids, trained = CharacterTemplate().encode(messages)
             following = [i if t else IGNORE_INDEX for i, t in zip(ids, trained, strict=True)]
-            loss, count = model(torch.tensor([ids[:-1]]), torch.tensor([following[1:]]))
+            loss, count = NextToken(model)(torch.tensor([ids[:-1]]), torch.tensor([following[1:]]))
             alone_sum, alone_count = alone_sum + float(loss), alone_count + int(count)
         packed = PackedConversations(store, 64)
         assert max(int(documents[-1]) for _, _, documents in samples(packed)) > 1
         inputs, targets, documents = (
             torch.from_numpy(np.stack(column)) for column in zip(*samples(packed), strict=True)
         )
-        loss, count = model(inputs, targets, documents=documents)
+        loss, count = NextToken(model)(inputs, targets, documents)
     assert int(count) == alone_count
     # Of so many addends in fp32, each rounded half a unit; seeing one another changes some 1 %.
     assert float(loss) == pytest.approx(alone_sum, rel=alone_count * 2.0**-24)

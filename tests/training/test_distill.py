@@ -34,22 +34,19 @@ from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError
-from llamapro.model import (
-    LlamaForCausalLM,
-    Replayed,
-    build_on_meta,
-    init_random,
-    load_tensors,
-)
+from llamapro.kernels import cpu
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.simulate import Options, simulate
 from llamapro.text.mixture import Mixture, batch
 from llamapro.traffic import fake_ranks, record_micro_batch
 from llamapro.training.distributed import Frozen, Ranks, compile_blocks, process_group, shard
+from llamapro.training.objective import Replay, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw
 from llamapro.training.plan import Spread, estimate_memory
 from llamapro.training.replay import split_replayed
 from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.training.settings import TrainSettings as Train
+from llamapro.training.weights import init_random, mask_gradients, select_trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 IGNORED = ops.IGNORE_INDEX
@@ -143,11 +140,11 @@ def take_steps(
     replay = options.pop("replay", DISTILLED)
     settings = Settings(replay=replay, train=Train(micro_batch_size=rows, batch_size=BATCH))
     model = build()
-    for layer in model.model.layers:
-        layer.recompute = options.get("recompute", False)  # type: ignore[assignment]
+    objective = make_objective(model, replay)
     if options.get("compile"):
         compile_blocks(model)
-    shard(model, ranks, torch.float32, frozen)
+    recompute = options.get("recompute", False)
+    shard(objective, ranks, torch.float32, frozen, recompute=recompute)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
     for group in optimizer.param_groups:
@@ -157,11 +154,11 @@ def take_steps(
         where = (step * BATCH, BATCH, ranks.rank, ranks.world_size)
         columns, others = batch(MIXTURE, *where, 1 if replay.is_apart else None)
         (valid,) = ranks.sum((columns[1] != IGNORED).sum())
-        loss, norm = train.train_step(model, guard, columns, others, valid, settings, ranks)
+        loss, norm = train.train_step(objective, guard, columns, others, valid, settings, ranks)
         found["losses"] += ranks.sum(loss)
         found["norms"].append(norm.item())
         with torch.no_grad():  # leaves units gathered that the next step must take as they are
-            model(columns[0][:1])
+            objective(*(column[:1] for column in columns[:2]))
     weights = {
         name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()
     }
@@ -285,13 +282,14 @@ def test_the_step_is_that_of_the_formula(
     assert found["norms"][0] == pytest.approx(norm.item(), rel=1e-5)
 
 
-def gathered(frozen: Frozen, replayed: Replayed | None) -> dict[str, list[int]]:
+def gathered(frozen: Frozen, replayed: int | None) -> dict[str, list[int]]:
     """The blocks that one micro-batch gathers, by phase, in order."""
     with fake_ranks(2) as ranks:
         model = build_on_meta(CONFIG)
         expansion.select_trainable(model, "new_blocks")
-        shard(model, ranks, torch.float32, frozen)
-        calls = record_micro_batch(model, 2, LENGTH, 1.0, replayed)
+        objective = make_objective(model, DISTILLED)
+        shard(objective, ranks, torch.float32, frozen)
+        calls = record_micro_batch(objective, 2, LENGTH, 1.0, replayed)
     found: dict[str, list[int]] = {"forward": [], "backward": []}
     for call in calls:
         if call.operation == "all-gather" and call.unit:
@@ -302,8 +300,8 @@ def gathered(frozen: Frozen, replayed: Replayed | None) -> dict[str, list[int]]:
 @pytest.mark.parametrize(
     ("frozen", "expected"),
     [
-        ("shard", [0, 1, 3, 4, 2, 3, 4, 5]),  # the base's blocks above the first new one again
-        ("gather", [0, 1, 3, 4, 2, 5]),  # they stay
+        ("shard", [0, 1, 3, 4, 0, 1, 2, 3, 4, 5]),  # the base's blocks, then all
+        ("gather", [0, 1, 3, 4, 0, 1, 2, 5]),  # those above the first new block stay
         ("replicate", [2, 5]),
     ],
 )
@@ -311,7 +309,7 @@ def test_the_teacher_costs_no_gathering_in_backward(frozen: Frozen, expected: li
     """Only in forward, on every rank alike, and none ahead of time that nobody needs."""
     plain = gathered(frozen, None)
     for rows in (0, 1):  # 0: here, but not on another rank
-        assert gathered(frozen, Replayed(rows, 1.0, True)) == plain | {"forward": expected}
+        assert gathered(frozen, rows) == plain | {"forward": expected}
 
 
 def test_a_simulated_step_has_the_teacher_in_its_part_of_the_micro_batches() -> None:
@@ -326,7 +324,7 @@ def test_a_simulated_step_has_the_teacher_in_its_part_of_the_micro_batches() -> 
     plain, distilled = calls
     forward = ("forward", "all-gather", "frozen")
     assert plain[forward] == 4 * (4 + 1)  # blocks, and the root
-    assert distilled == plain | {forward: plain[forward] + 2}
+    assert distilled == plain | {forward: plain[forward] + 4}
 
 
 # ---- Which rows are replayed ---------------------------------------------------------------------
@@ -346,7 +344,7 @@ def test_without_a_loss_of_their_own_samples_keep_their_order() -> None:
     _, others = batch(MIXTURE, 5, BATCH, 0, 1)
     assert others == BATCH
     for world_size in (1, 2, 4):
-        assert split_replayed(DISTILLED, others, BATCH // world_size, 1, 0, world_size) == (
+        assert split_replayed(others, BATCH // world_size, 1, 0, world_size) == (
             [None] * (BATCH // world_size)
         )
     assert not ReplaySettings(share=0.5).is_apart and not ReplaySettings(weight=2.0).is_apart
@@ -378,10 +376,10 @@ def test_every_rank_runs_the_base_in_the_same_micro_batches(world_size: int, row
             mine = is_replayed[rank::world_size]
             parts.append([mine[i * rows :][:rows] for i in range(micro_batches)])
         for rank in range(world_size):
-            found = split_replayed(DISTILLED, others, micro_batches, rows, rank, world_size)
+            found = split_replayed(others, micro_batches, rows, rank, world_size)
             for i, replayed in enumerate(found):
                 assert (replayed is None) == (not any(any(part[i]) for part in parts))
-                here = replayed.rows if replayed else 0
+                here = replayed or 0
                 assert parts[rank][i] == [False] * (rows - here) + [True] * here
 
 
@@ -422,23 +420,34 @@ IDS = torch.arange(2 * LENGTH).view(2, LENGTH) * 7 % 400
 FOLLOWING = IDS.roll(-1, 1)
 
 
+def distilling(model: LlamaForCausalLM) -> Replay:
+    objective = make_objective(model, replace(DISTILLED, weight=1.0, share=0.5))
+    assert isinstance(objective, Replay)
+    return objective
+
+
 @pytest.mark.parametrize("name", ["pro", "below", "again"])
 def test_the_teacher_is_the_contained_base_to_the_bit(name: str, home: Path) -> None:
-    """The latest generation's blocks are skipped, whatever they hold; the model is as without."""
+    """The latest generation's blocks are skipped, whatever they hold."""
     checkpoint = Checkpoint.open(home / name)
     model, base = moved(checkpoint), load_contained(checkpoint)
-    x, base_x = model.model(IDS, base_rows=len(IDS))
-    assert torch.equal(base_x, base.model(IDS))
-    assert torch.equal(x, model.model(IDS)) and not torch.equal(x, base_x)
+    base_x = model.model(IDS, skip=distilling(model).new_layers)
+    assert torch.equal(base_x, base.model(IDS)) and not torch.equal(base_x, model.model(IDS))
 
 
 def test_the_teacher_sees_the_replayed_sequences_alone(home: Path) -> None:
-    """The last ones of the batch: the others cost it nothing."""
-    checkpoint = Checkpoint.open(home / "pro")
-    model, base = moved(checkpoint), load_contained(checkpoint)
-    _, base_x = model.model(IDS, base_rows=1)
-    assert len(IDS) > 1 and base_x.shape[0] == 1
-    torch.testing.assert_close(base_x, base.model(IDS)[-1:])
+    """The last ones of the batch: the others cost it nothing, and only those have the KL."""
+    model = moved(Checkpoint.open(home / "pro"))
+    seen: list[int] = []
+    model.model.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    objective = distilling(model)
+    loss, count = objective(IDS, FOLLOWING, None, 1)
+    assert seen == [1, 2] and count == IDS.numel()
+    kl, _ = objective(IDS[1:], FOLLOWING[1:], None, 1)
+    first, _ = objective(IDS[:1], FOLLOWING[:1])
+    torch.testing.assert_close(loss, first + kl)
+    same, _ = objective(IDS, FOLLOWING, None, 0)  # none here, but some on another rank
+    torch.testing.assert_close(same, objective(IDS, FOLLOWING)[0])
 
 
 @pytest.mark.parametrize("name", ["pro", "below"])
@@ -446,7 +455,7 @@ def test_at_the_first_step_nothing_is_to_be_learnt(name: str, home: Path) -> Non
     """New blocks are the identity: KL and gradient are exactly 0, as both go the same way."""
     model = Checkpoint.open(home / name).load()
     parameters = [model.get_parameter(n) for n in expansion.select_trainable(model, "new_blocks")]
-    kl, count = model(IDS, FOLLOWING, replayed=Replayed(2, 1.0, True))
+    kl, count = distilling(model)(IDS, FOLLOWING, None, 2)
     kl.backward()
     assert kl.item() == 0 and count == IDS.numel()
     assert all(p.grad is not None and not p.grad.any() for p in parameters)
@@ -459,25 +468,23 @@ def test_added_tokens_have_no_place_in_what_the_base_says(home: Path) -> None:
     log_p, log_q = (m(IDS).double().log_softmax(-1) for m in (model, base))
     assert log_p.shape[-1] == log_q.shape[-1] + 1
     expected = (log_q.exp() * (log_q - log_p[..., :-1])).sum()
-    kl, _ = model(IDS, FOLLOWING, replayed=Replayed(2, 1.0, True))
+    kl, _ = distilling(model)(IDS, FOLLOWING, None, 2)
     assert kl.item() == pytest.approx(expected.item(), rel=1e-5)
-    identity, _ = checkpoint.load()(IDS, FOLLOWING, replayed=Replayed(2, 1.0, True))
+    identity, _ = distilling(checkpoint.load())(IDS, FOLLOWING, None, 2)
     at_first = checkpoint.load()(IDS).double().log_softmax(-1)[..., -1].exp()
     assert identity.item() == pytest.approx(-(-at_first).log1p().sum().item(), rel=1e-3)
 
 
 def test_rows_of_added_tokens_learn_from_it_and_the_bases_do_not(home: Path) -> None:
-    """With train.new_tokens: only the head's last row has a gradient, the teacher has no graph."""
+    """With train.new_tokens only the head's last row has a gradient."""
     checkpoint = Checkpoint.open(home / "again")
     model = build_on_meta(checkpoint.config)
-    names = expansion.select_trainable(model, "new_blocks", new_tokens=True)
+    names = select_trainable(model, "new_blocks", new_tokens=True)
     load_tensors(model, checkpoint.state_dict())
-    x, base_x = model.model(IDS, base_rows=1)
-    assert x.requires_grad and not base_x.requires_grad
-    model(IDS, FOLLOWING, replayed=Replayed(1, 1.0, True))[0].backward()
-    assert "lm_head.new_rows" in names and model.lm_head.new_rows is not None
-    gradient = model.lm_head.new_rows.grad
-    assert gradient is not None and gradient.any() and model.lm_head.weight.grad is None
+    mask_gradients({name: model.get_parameter(name) for name in names}, 400)
+    distilling(model)(IDS, FOLLOWING, None, 1)[0].backward()
+    gradient = model.lm_head.weight.grad
+    assert gradient is not None and gradient[400:].any() and not gradient[:400].any()
 
 
 # ---- KL ------------------------------------------------------------------------------------------
@@ -504,23 +511,20 @@ def plain_kl(x: Tensor, teacher_x: Tensor, weight: Tensor, targets: Tensor, rows
 
 
 @pytest.mark.parametrize("chunk", [1, 7 * 2 * V, 1 << 20])
-@pytest.mark.parametrize(("frozen_rows", "teacher_rows"), [(0, None), (0, 45), (45, 45)])
+@pytest.mark.parametrize("teacher_rows", [None, 45])
 def test_kl_and_its_gradient_are_those_of_autograd(
-    chunk: int, frozen_rows: int, teacher_rows: int | None, monkeypatch: pytest.MonkeyPatch
+    chunk: int, teacher_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp64, whatever the chunks; frozen rows of the weight get 0, the teacher nothing."""
-    monkeypatch.setattr(ops, "logits_at_once", lambda _: chunk)
+    """In fp64, whatever the chunks; the teacher gets none."""
+    monkeypatch.setattr(cpu, "logits_at_once", lambda _: chunk)
     x, teacher_x, weight, targets = draw()
-    kl, count = ops.linear_kl(
-        x, teacher_x.requires_grad_(), weight, targets, frozen_rows, teacher_rows
-    )
+    kl, count = ops.linear_kl(x, teacher_x.requires_grad_(), weight, targets, teacher_rows)
     expected = plain_kl(x, teacher_x.detach(), weight, targets, teacher_rows or V)
     torch.testing.assert_close(kl, expected, rtol=1e-12, atol=0)
     assert count == (targets != IGNORED).sum() and kl.dtype == torch.float64
     inputs = (x, weight, teacher_x)
     grad_x, grad_weight, of_teacher = torch.autograd.grad(0.3 * kl, inputs, allow_unused=True)
     exact_x, exact_weight = torch.autograd.grad(0.3 * expected, (x, weight))
-    exact_weight[:frozen_rows] = 0
     torch.testing.assert_close(grad_x, exact_x, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad_weight, exact_weight, rtol=1e-10, atol=1e-12)
     assert of_teacher is None
@@ -580,7 +584,7 @@ class Largest(TorchDispatchMode):
 def test_the_logits_of_a_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half as many as of cross-entropy, because the teacher's are there as well."""
     at_once = 600 * V
-    monkeypatch.setattr(ops, "logits_at_once", lambda _: at_once)
+    monkeypatch.setattr(cpu, "logits_at_once", lambda _: at_once)
     x, teacher_x, weight, _ = draw(torch.float32)
     x, teacher_x = x.repeat(20, 1), teacher_x.repeat(20, 1)
     with Largest() as largest:

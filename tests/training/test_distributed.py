@@ -25,9 +25,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
-from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.training.distributed import Frozen, compile_blocks, process_group, shard
+from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
+from llamapro.training.weights import init_random
 
 LAYERS, NEW, LOWEST = 6, (2, 4), 2  # frozen below: 0, 1; frozen above: 3, 5
 NEW_NAMES = tuple(f"model.layers.{index}." for index in NEW)
@@ -87,8 +89,9 @@ def frozen_bytes(model: LlamaForCausalLM) -> str:
     return found.hexdigest()
 
 
-def train(model: LlamaForCausalLM, rank: int = 0, world: int = 1) -> dict[str, Any]:
+def train(objective: NextToken, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """Trains on this rank's part of every batch, an evaluation between; returns what was seen."""
+    model = objective.model
     parameters = dict(model.named_parameters())
     optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
@@ -97,7 +100,7 @@ def train(model: LlamaForCausalLM, rank: int = 0, world: int = 1) -> dict[str, A
         ids = samples(step)[rank::world]
         forward, backward = CommDebugMode(), CommDebugMode()
         with forward:
-            loss, _ = model(ids[:, :-1], ids[:, 1:])
+            loss, _ = objective(ids[:, :-1], ids[:, 1:])
         if step == 0:
             seen["whole"] = [
                 index
@@ -117,7 +120,7 @@ def train(model: LlamaForCausalLM, rank: int = 0, world: int = 1) -> dict[str, A
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():  # leaves units gathered that the next step must take as they are
-            model(ids[:, :-1])
+            objective(ids[:, :-1], ids[:, 1:])
     seen["frozen"].append(frozen_bytes(model))
     seen["dtypes"] = {n: str(p.dtype) for n, p in parameters.items()}
     return seen
@@ -136,10 +139,11 @@ def worker(out: Path, shard_size: int) -> None:
             flat = init_device_mesh("cpu", (grouped.world_size,), mesh_dim_names=("shard",))
             layouts["flat"] = dataclasses.replace(grouped, mesh=flat)
         for (layout, ranks), frozen, dtype in itertools.product(layouts.items(), OPTIONS, DTYPES):
-            model = build()
-            shard(model, ranks, getattr(torch, dtype), frozen)
+            objective = NextToken(build())
+            model = objective.model
+            shard(objective, ranks, getattr(torch, dtype), frozen)
             kept = sum(whole_or_part(p).nbytes for p in model.parameters())
-            seen = train(model, ranks.rank, ranks.world_size) | {"kept": kept}
+            seen = train(objective, ranks.rank, ranks.world_size) | {"kept": kept}
             seen["mesh"] = [list(ranks.mesh.mesh_dim_names or ()), ranks.mesh.mesh.tolist()]
             file = out / f"{layout}-{frozen}-{dtype}-{ranks.rank}"
             torch.save(seen.pop("gradients"), f"{file}.pt")
@@ -209,12 +213,11 @@ def alone() -> dict[str, dict[str, Any]]:
     """The same steps in one process, without FSDP: exact (fp64), in fp32, and with bf16 blocks."""
     found = {}
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
-        model = build().to(dtype)
-        found[name] = train(model)
+        found[name] = train(NextToken(build().to(dtype)))
     with process_group("cpu") as ranks:
-        model = build()
-        shard(model, ranks, torch.bfloat16)
-        found["bfloat16"] = train(model)
+        objective = NextToken(build())
+        shard(objective, ranks, torch.bfloat16)
+        found["bfloat16"] = train(objective)
     return found
 
 
@@ -321,12 +324,13 @@ def test_groups_are_of_neighbouring_ranks(spread: Spread) -> None:
 def test_a_tied_head_stays_tied(frozen: Frozen) -> None:
     """Embedding and head are one tensor after sharding, and the loss is the plain model's."""
     ids = samples(0)
-    expected, _ = build(tied=True)(ids[:, :-1], ids[:, 1:])
+    expected, _ = NextToken(build(tied=True))(ids[:, :-1], ids[:, 1:])
     with process_group("cpu") as ranks:
         model = build(tied=True)
-        shard(model, ranks, torch.float32, frozen)
+        objective = NextToken(model)
+        shard(objective, ranks, torch.float32, frozen)
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        found, _ = model(ids[:, :-1], ids[:, 1:])
+        found, _ = objective(ids[:, :-1], ids[:, 1:])
         assert found.item() == expected.item()
 
 
@@ -350,13 +354,12 @@ def test_compiled_blocks_compute_the_same(
     with process_group("cpu") as ranks:
         model = build()
         names = list(model.state_dict())
-        for layer in model.model.layers:
-            layer.recompute = recompute  # type: ignore[assignment]
+        objective = NextToken(model)
         compile_blocks(model)
-        shard(model, ranks, torch.float32)
+        shard(objective, ranks, torch.float32, recompute=recompute)
         assert list(model.state_dict()) == names
         ids = samples(0)
-        loss, _ = model(ids[:, :-1], ids[:, 1:])
+        loss, _ = objective(ids[:, :-1], ids[:, 1:])
         (loss / (BATCH * TOKENS)).backward()
         assert compiled
         for name, exact in alone["float64"]["gradients"].items():
@@ -382,7 +385,7 @@ def test_offloading_without_a_gpu_is_refused() -> None:
     with process_group("cpu") as ranks:
         model = build()
         with pytest.raises(ConfigError, match=r"train\.offload true: the device is cpu"):
-            shard(model, ranks, torch.float32, offload=True)
+            shard(NextToken(model), ranks, torch.float32, offload=True)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._composable import checkpoint
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llamapro import ops
+from llamapro import backends
 from llamapro.config import ModelConfig
-from llamapro.model import LlamaForCausalLM, build_on_meta, init_random, load_tensors
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.training.distributed import Frozen, process_group, shard
+from llamapro.training.objective import NextToken
 from llamapro.training.plan import Spread, activation_bytes, estimate_memory
 from llamapro.training.settings import DataSettings, Settings, TrainSettings
+from llamapro.training.weights import init_random
 
 NEW = (2, 4)
 SHAPE = (2, 64)  # (B, T)
@@ -109,11 +112,11 @@ def test_activations_follow_the_backend(config: ModelConfig, device: str, choice
     real_model.requires_grad_(False).to(device)
     for each in (model, real_model):
         each.model.layers[1].requires_grad_(True)
-    with ops.use(choice):
+    with backends.use(choice):
         where = torch.device(device)
         found = activation_bytes(model, SHAPE, torch.float32, where, False)
         assert found == pytest.approx(saved_bytes(real_model), rel=0.1)
-    with ops.use("torch"):
+    with backends.use("torch"):
         plain = activation_bytes(model, SHAPE, torch.float32, where, False)
     assert (found == plain) == (choice == "torch")
 
@@ -124,7 +127,7 @@ def test_recomputation_keeps_inputs_and_one_block(config: ModelConfig, dtype: to
     config = dataclasses.replace(config, num_hidden_layers=5)
     model = build(config).to(dtype)
     for layer in model.model.layers:
-        layer.recompute = True  # type: ignore[assignment]
+        checkpoint(layer)
     live, seen = Live(), []
     with live:
         out = model.model(tokens(config))
@@ -160,10 +163,11 @@ def test_weights_are_those_that_a_process_holds(config: ModelConfig, frozen: Fro
     found = estimate(config, Spread(1, frozen=frozen))
     with process_group("cpu") as ranks:
         model = build(config)
-        shard(model, ranks, torch.bfloat16, frozen)
+        objective = NextToken(model)
+        shard(objective, ranks, torch.bfloat16, frozen)
         at_rest = sum(p.nbytes for p in model.parameters())
         ids = tokens(config)
-        loss, _ = model(ids, ids)
+        loss, _ = objective(ids, ids)
         whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
         assert found["frozen weights"] + found["fp32 masters"] == at_rest
         gathered = 0 if frozen == "replicate" else sum(p.nbytes for p in whole)

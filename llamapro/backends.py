@@ -1,0 +1,157 @@
+"""The switch between the three implementations of every op in `ops.py`.
+
+    torch    the formulas of `ops.py`, as a textbook prints them: the reference
+    cpu      `kernels/cpu.py`: plain PyTorch that keeps less for backward, on any device
+    triton   the Triton kernels, on a GPU
+
+`auto`, the default, takes Triton on a GPU wherever the kernel can run, and `cpu` everywhere else.
+
+    with backends.use("triton,attention=torch"): ...
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+# The ops that have a Triton kernel, and its module in `llamapro.kernels`.
+TRITON_MODULES = {
+    "rms_norm": "rms_norm",
+    "rope": "rope",
+    "attention": "attention",
+    "swiglu": "swiglu",
+    "linear_cross_entropy": "cross_entropy",
+}
+OPS = ("linear", *TRITON_MODULES, "linear_kl")
+BACKENDS = ("auto", "torch", "cpu", "triton")
+_chosen: dict[str, str] = dict.fromkeys(OPS, "auto")
+
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
+
+
+class BackendError(ValueError):
+    """An op was told to use Triton where its kernel cannot run."""
+
+
+def parse(choice: str) -> dict[str, str]:
+    """Reads a choice of backends such as "auto" or "triton,attention=torch".
+
+    Returns:
+        One of `BACKENDS` for each of `OPS`.
+
+    Raises:
+        ValueError: an op or backend is unknown, or the op has no Triton kernel.
+    """
+    chosen = dict.fromkeys(OPS, "auto")
+    for part in choice.split(","):
+        op, _, backend = part.strip().rpartition("=")
+        if op and op not in OPS:
+            raise ValueError(f"{choice!r}: no op {op!r} (known: {', '.join(OPS)})")
+        if backend not in BACKENDS:
+            raise ValueError(f"{choice!r}: no backend {backend!r} (known: {', '.join(BACKENDS)})")
+        if backend == "triton" and op and op not in TRITON_MODULES:
+            known = ", ".join(TRITON_MODULES)
+            raise ValueError(f"{choice!r}: {op} has no Triton kernel (known: {known})")
+        chosen |= {op: backend} if op else dict.fromkeys(OPS, backend)
+    return chosen
+
+
+@contextmanager
+def use(choice: str = "auto") -> Iterator[None]:
+    """Computes with these backends inside the with-block; `parse` says how to name them."""
+    before = dict(_chosen)
+    _chosen.update(parse(choice))
+    try:
+        yield
+    finally:
+        _chosen.update(before)
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tuple[str, str]:
+    """Returns the backend that computes an op, "torch", "cpu" or "triton", and the reason.
+
+    Args:
+        op: one of `OPS`.
+        device, dtype: those of its input.
+        size: the length of the input's last axis: C, D (rope, attention) or F.
+
+    Raises:
+        BackendError: "triton" was asked for, and the kernel cannot take such input.
+    """
+    asked = _chosen[op]
+    if asked in ("torch", "cpu"):
+        return asked, "asked for"
+    if op not in TRITON_MODULES:
+        return "cpu", "no Triton kernel"
+    if asked == "auto" and device.type != "cuda":
+        return "cpu", f"device is {device.type}"
+    reason = _cannot_run(op, device, dtype, size)
+    if asked == "auto":
+        return ("cpu", reason) if reason else ("triton", f"device is {device.type}")
+    if reason:
+        raise BackendError(f"{op}: the Triton kernel cannot run: {reason}")
+    return "triton", "asked for"
+
+
+def summary(config: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Says in one line which backend computes each op that has a Triton kernel, and why.
+
+    Args:
+        config: the `ModelConfig` of the model.
+
+    Raises:
+        BackendError: as `choose`.
+    """
+    sizes = dict.fromkeys(TRITON_MODULES, config.hidden_size)
+    sizes |= {"swiglu": config.intermediate_size}
+    sizes |= {"rope": config.head_dim, "attention": config.head_dim}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for op, size in sizes.items():
+        groups.setdefault(choose(op, device, dtype, size), []).append(op)
+    return "; ".join(
+        f"{'all' if len(groups) == 1 else ', '.join(names)}: {backend} ({why})"
+        for (backend, why), names in groups.items()
+    )
+
+
+def _cannot_run(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    try:
+        return _triton_module(op).unsupported(device, dtype, size)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "the package triton is not installed"
+
+
+def _triton_module(op: str) -> Any:
+    return import_module(f"llamapro.kernels.{TRITON_MODULES[op]}")
+
+
+def switched(op: str) -> Callable[[Callable[Inputs, Output]], Callable[Inputs, Output]]:
+    """Makes a reference formula call the function of the same name of the chosen backend."""
+
+    def decorate(reference: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+        name = reference.__name__
+
+        @wraps(reference)
+        def call(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
+            x: Any = args[0]
+            backend, _ = choose(op, x.device, x.dtype, x.shape[-1])
+            # One query would leave a tile of the kernel all but empty.
+            if op == "attention" and x.shape[1] == 1 and _chosen[op] == "auto":
+                backend = "cpu"
+            if backend == "torch":
+                return reference(*args, **kwargs)
+            module = _triton_module(op) if backend == "triton" else import_module(_CPU)
+            return getattr(module, name)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+_CPU = "llamapro.kernels.cpu"

@@ -1,0 +1,43 @@
+"""The KV cache: keys and values of the tokens so far, so that each new token costs one step."""
+
+import torch
+from torch import Tensor
+
+from llamapro.config import ModelConfig
+
+
+class KVCache:
+    """One pair of preallocated buffers per layer.
+
+    Attributes:
+        keys, values: per layer (B, capacity, KV, D).
+        length: the number of filled positions; `LlamaModel.forward` advances it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (batch_size, capacity, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.length = 0
+        self.capacity = capacity
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new k, v (B, T, KV, D); returns all its positions (B, S, KV, D).
+
+        Raises:
+            ValueError: the positions do not fit.
+        """
+        end = self.length + k.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"KV cache holds {self.capacity} positions, asked for {end}")
+        self.keys[layer][:, self.length : end] = k
+        self.values[layer][:, self.length : end] = v
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
