@@ -216,5 +216,8 @@ def expand(s: StudySettings, out: Path, studies: Sequence[Study]) -> None:
                 if variant.expand and (not record or record.base_sha256 != study.identity()):
                     raise ConfigError(f"{start} is of another base: choose another --out")
             else:
-                words = (str(ROOT / "convert.py"), "expand", str(study.checkpoint), str(start))
+                script = ["convert.py", "expand"]
+                if "--by" in variant.expand:
+                    script = ["experiments/placement.py"]
+                words = (str(ROOT / script[0]), *script[1:], str(study.checkpoint), str(start))
                 command(*words, *variant.expand)

@@ -92,9 +92,8 @@ def preparation_seconds(
         for variant in study.variants(s):
             start = (study.base, variant.expand)
             if variant.expand and start not in seen:
-                measured = {"similar", "unimportant"} & set(variant.expand)
                 rounds = math.ceil(MEASURED_TOKENS / s.seq_len / MEASURED_AT_A_TIME)
-                seconds += EXPAND_S + bool(measured) * rounds * s.seq_len * speed.write
+                seconds += EXPAND_S + ("--by" in variant.expand) * rounds * s.seq_len * speed.write
             written = (study.base, variant.writing)
             if variant.writing and written not in seen:
                 rounds = math.ceil(s.replay_tokens / s.seq_len / WRITTEN_AT_A_TIME)

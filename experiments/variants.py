@@ -18,7 +18,8 @@ class Variant:
         label: of its row.
         group: "number" or "place" of new blocks, "compared" with them, or "retention".
         new_blocks: how many there are, if any.
-        expand: options of `convert.py expand` that make its start; () is the base itself.
+        expand: options that make its start, of `convert.py expand` or, with --by, of
+            `placement.py`; () is the base itself.
         options: of train.py, beside those that all share.
         writing: options of train.py that say what the base writes for it, if it writes.
         built: a model of comparisons.py instead, and what it is built from; None: train.py's.
@@ -60,13 +61,13 @@ def comparisons(num_layers: int, numbers: Sequence[int], compared: int) -> list[
     wanted = sorted({n for n in numbers if num_layers % n == 0} | {compared})
     found = [plain(blocks) for blocks in wanted]
     some = ("--num-new-blocks", str(compared))
-    for placement, label in (
-        ("prefix", "prefix stacking"),
-        ("suffix", "suffix stacking"),
-        ("similar", "where layers change least"),
-        ("unimportant", "where layers matter least"),
+    for placement, option, label in (
+        ("prefix", "--placement", "prefix stacking"),
+        ("suffix", "--placement", "suffix stacking"),
+        ("similar", "--by", "where layers change least"),
+        ("unimportant", "--by", "where layers matter least"),
     ):
-        expand = (*some, "--placement", placement)
+        expand = (*some, option, placement)
         found.append(Variant(placement, f"+{compared}, {label}", "place", compared, expand))
     layout = interleave(num_layers, compared)
     tops = [layout.sources[i] for i in layout.new_layers]

@@ -4,7 +4,9 @@ import dataclasses
 import re
 from pathlib import Path
 
-from llamapro import evaluate, generate, simulate
+import simulate
+
+from llamapro import evaluate, generate
 from llamapro.training import settings
 
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--max-restarts"}

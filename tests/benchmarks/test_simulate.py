@@ -17,21 +17,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from simulate import Options, read_config, render, simulate
+from simulate import main as command
 from torch.distributed.tensor import DTensor
+from traffic import Collective, Recorder, fake_ranks, links_between_nodes, record_micro_batch
 
-from llamapro import simulate as command
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.simulate import Options, read_config, render, simulate
-from llamapro.traffic import (
-    Collective,
-    Recorder,
-    fake_ranks,
-    links_between_nodes,
-    record_micro_batch,
-)
 from llamapro.training.distributed import Frozen, Ranks, make_mesh, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
@@ -316,7 +310,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["simulate", *arguments])
-        command.main()
+        command()
         return capsys.readouterr().out
 
     return call
@@ -332,7 +326,7 @@ def base_json(tmp_path: Path) -> str:
 def test_a_llama2_70b_on_512_ranks_fits_a_small_machine() -> None:
     """The shipped preset as a process: 100 blocks, within 4 GB and 60 s of one core."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    launch = [sys.executable, "-m", "llamapro.simulate", "--json", "--ranks", "512"]
+    launch = [sys.executable, str(ROOT / "benchmarks" / "simulate.py"), "--json", "--ranks", "512"]
     launch += ["--config", "configs/llama2-70b.toml", "--bandwidth", "50"]
     done = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -415,7 +409,7 @@ def test_mistakes_are_named(
 
 def test_a_mistake_ends_the_command_with_status_2(tmp_path: Path) -> None:
     """One message, no traceback."""
-    launch = [sys.executable, "-m", "llamapro.simulate", "--ranks", "4"]
+    launch = [sys.executable, str(ROOT / "benchmarks" / "simulate.py"), "--ranks", "4"]
     launch += ["--config", str(tmp_path / "none.toml")]
     done = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 2

@@ -36,9 +36,7 @@ from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError
 from llamapro.kernels import cpu
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.simulate import Options, simulate
 from llamapro.text.mixture import Mixture, batch
-from llamapro.traffic import fake_ranks, record_micro_batch
 from llamapro.training.distributed import Frozen, Ranks, compile_blocks, process_group, shard
 from llamapro.training.objective import Replay, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw
@@ -284,6 +282,8 @@ def test_the_step_is_that_of_the_formula(
 
 def gathered(frozen: Frozen, replayed: int | None) -> dict[str, list[int]]:
     """The blocks that one micro-batch gathers, by phase, in order."""
+    from traffic import fake_ranks, record_micro_batch
+
     with fake_ranks(2) as ranks:
         model = build_on_meta(CONFIG)
         expansion.select_trainable(model, "new_blocks")
@@ -314,6 +314,8 @@ def test_the_teacher_costs_no_gathering_in_backward(frozen: Frozen, expected: li
 
 def test_a_simulated_step_has_the_teacher_in_its_part_of_the_micro_batches() -> None:
     """A quarter of 8 samples on 2 ranks: in one micro-batch of four."""
+    from simulate import Options, simulate
+
     train, data = Train(batch_size=8), DataSettings(train=("-",), seq_len=LENGTH)
     calls = []
     for replay in (ReplaySettings(), ReplaySettings(share=0.25, distill=True)):

@@ -1,7 +1,7 @@
 """What a run on many GPUs would do, seen from one CPU: shards, memory and traffic of a step.
 
-    python -m llamapro.simulate --config configs/llama2-70b.toml --ranks 512
-    python -m llamapro.simulate --config configs/llama2-70b.toml --ranks 512 \
+    python benchmarks/simulate.py --config configs/llama2-70b.toml --ranks 512
+    python benchmarks/simulate.py --config configs/llama2-70b.toml --ranks 512 \
         --train.shard-size 8 --train.frozen replicate --bandwidth 50
 
 Every option of `train.py` means what it means there. Only a config.json is read: no weights, no
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import tyro
 from torch.distributed.tensor import DTensor
+from traffic import Collective, fake_ranks, links_between_nodes, record_micro_batch
 
 from llamapro import backends, cli
 from llamapro.config import ModelConfig
@@ -26,7 +27,6 @@ from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, interleave
 from llamapro.formatting import format_bytes, format_count, format_duration
 from llamapro.model import LlamaForCausalLM, build_on_meta
-from llamapro.traffic import Collective, fake_ranks, links_between_nodes, record_micro_batch
 from llamapro.training.distributed import shard
 from llamapro.training.objective import make_objective
 from llamapro.training.plan import Spread, estimate_memory, is_trained
@@ -238,7 +238,7 @@ def read_config(path: str, num_new_blocks: int) -> ModelConfig:
 
 def main() -> None:
     options, rest = tyro.cli(
-        Options, prog="llamapro.simulate", description=__doc__, return_unknown_args=True
+        Options, prog="benchmarks/simulate.py", description=__doc__, return_unknown_args=True
     )
     for name, least in (("ranks", 1), ("ranks_per_node", 1), ("num_new_blocks", 0)):
         if (value := getattr(options, name)) < least:
