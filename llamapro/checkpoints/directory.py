@@ -119,8 +119,8 @@ class Checkpoint:
     ) -> LlamaForCausalLM:
         """Returns the model with these weights, frozen and in evaluation mode.
 
-        Costs one copy of the weights: the model is built on the meta device and the mapped tensors
-        are assigned to it.
+        Memory holds one copy of the weights: the model is built on the meta device and the mapped
+        tensors are assigned to it.
         """
         model = build_on_meta(self.config)
         load_tensors(model, self.state_dict(dtype))
@@ -160,7 +160,7 @@ def _match(
     path: Path, config: ModelConfig, stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """Checks names and shapes against the configuration; returns them in the model's order."""
-    # Before a model is built, even without memory: a config.json can ask for 10^12 layers.
+    # Before a model is built, even on the meta device: a config.json can ask for 10^12 layers.
     widest = max(config.vocab_size, config.intermediate_size)
     widest = max(widest, config.num_attention_heads * config.head_dim)
     numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
@@ -171,7 +171,7 @@ def _match(
             f"of {numbers:,} numbers in all"
         )
     expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
-    # Written by old versions of transformers; both are derived, neither is read.
+    # Old versions of transformers wrote these; both are derived and not read.
     derived = [n for n in stored if n.endswith("rotary_emb.inv_freq")]
     derived += ["lm_head.weight"] if config.tie_word_embeddings else []
     wrong = Problems()

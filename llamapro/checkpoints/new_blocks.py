@@ -1,8 +1,8 @@
-"""New-block files: what a training run earned, small enough to share, tied to its base by hash.
+"""New-block files: the trained tensors of a run, small enough to share, tied to their base by hash.
 
-One safetensors file holds the trained tensors under their names in the expanded model; its metadata
-say which base they belong to, and the combined SHA-256 of the tensors, so that the file can be
-checked wherever it goes. A run keeps one in every training checkpoint:
+One safetensors file holds the tensors under their names in the expanded model. Its metadata name
+the base they belong to and the combined SHA-256 of the tensors, so that the file can be checked
+wherever it goes. A run keeps one in every training checkpoint:
 `RUN_DIR/checkpoints/step-00000100/trainable.safetensors`.
 """
 
@@ -20,8 +20,7 @@ from llamapro.checkpoints.tensors import (
     TensorSpec,
     combine_hashes,
     hash_tensors,
-    read_header,
-    read_metadata,
+    read_safetensors,
 )
 from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import ModelConfig
@@ -42,11 +41,11 @@ class BlocksInfo:
 
     Attributes:
         trainable: "new_blocks" or "all", as in `train.trainable`.
-        base_sha256: of the frozen base; "" if all trained or the model was never expanded.
-        new_layers: the layers that are new blocks; empty as above.
+        base_sha256: hash of the frozen base; "" if all was trained or nothing was expanded.
+        new_layers: the layers that are new blocks; empty in the same cases.
         step: optimizer steps made.
-        source_layers: for each new block, the layer of the base it was copied from; empty as above,
-            and in files that were written before this was noted.
+        source_layers: the base layer that each new block was copied from; empty in the same cases,
+            and in files from before this was recorded.
     """
 
     trainable: str
@@ -65,17 +64,17 @@ class BlocksInfo:
 
 
 def is_training_output(path: Path) -> bool:
-    """Says whether a path is a run directory, training checkpoint or file, not a checkpoint."""
+    """Says whether a path is a run directory, a training checkpoint or a file."""
     return path.is_file() or any(
         (path / name).exists() for name in ("checkpoints", TRAINABLE_FILE, MANIFEST_FILE)
     )
 
 
 def find_blocks(path: str | Path) -> Path:
-    """Returns the new-block file of a run directory, training checkpoint, or file, if it is intact.
+    """Returns the new-block file of a run directory or training checkpoint, or the file itself.
 
-    Of a run it is the newest intact training checkpoint's; standard error says which newer ones are
-    damaged, and why. All of the file is read, and of a training checkpoint every other file too.
+    From a run it takes the newest intact training checkpoint; standard error names newer ones that
+    are damaged, and why. Every byte is read, also of the other files of a training checkpoint.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -122,15 +121,15 @@ def write_blocks(
 
 
 def check_bytes(file: Path) -> str:
-    """Compares the tensors of a new-block file with the hash inside it, and returns that.
+    """Compares the tensors of a new-block file with the hash inside it, and returns that hash.
 
     Raises:
-        CheckpointError: other bytes than were written, or no new-block file.
+        CheckpointError: the bytes are not those that were written, or it is no new-block file.
     """
     tensors, _ = read_blocks(file)
     hashes = hash_tensors(tensors.values(), f"hash {file.name}")
     found = combine_hashes((tensor, hashes[tensor.name]) for tensor in tensors.values())
-    if found != (written := read_metadata(file).get(_HASH_KEY)):
+    if found != (written := read_safetensors(file)[1].get(_HASH_KEY)):
         raise CheckpointError(
             f"{file}: damaged: its tensors hash to {found[:16]}..., when written to "
             f"{str(written)[:16]}..."
@@ -141,9 +140,9 @@ def check_bytes(file: Path) -> str:
 def read_blocks(file: Path) -> tuple[dict[str, StoredTensor], BlocksInfo]:
     """Opens a new-block file; raises CheckpointError if its header is damaged or of another kind.
 
-    The bytes of the tensors are not read: `find_blocks` or the manifest answer for them.
+    The bytes of the tensors are not read; `find_blocks` and the manifest check them.
     """
-    tensors, metadata = read_header(file), read_metadata(file)
+    tensors, metadata = read_safetensors(file)
     try:
         raw = json.loads(metadata[_KEY])
         trainable, base, layers, step = (
@@ -170,7 +169,7 @@ def check_blocks(
     config: ModelConfig,
     expected: dict[str, tuple[int, ...]],
 ) -> None:
-    """Raises CheckpointError unless the file was trained on just this expanded model.
+    """Raises CheckpointError unless the file was trained on exactly this expanded model.
 
     Args:
         expected: name -> shape of every tensor that must be in the file.

@@ -1,7 +1,7 @@
-"""Integrity of training checkpoints: every byte that was saved is there, or its file is named.
+"""Run directories on disk: training checkpoints that are checked byte by byte, and the log.
 
-A training checkpoint holds just the files of `LISTED`, and `manifest.json` with the size and the
-SHA-256 of each. Whoever reads one, to go on training or to merge it, has its files checked here.
+A training checkpoint holds the files of `LISTED`, and `manifest.json` with size and SHA-256 of
+each. They are checked here before a run is resumed or merged.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
-LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE}  # by the manifest: just these
+LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE}  # in the manifest
 MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
 
 
@@ -31,7 +31,7 @@ def training_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def write_manifest(path: Path) -> None:
-    """Writes `manifest.json` of what is in a training checkpoint; the last file to be written."""
+    """Writes `manifest.json`, the last file of a training checkpoint."""
     manifest = {
         file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(path.iterdir())
@@ -40,13 +40,13 @@ def write_manifest(path: Path) -> None:
 
 
 def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Finds the newest training checkpoint all of whose files are what was saved.
+    """Finds the newest training checkpoint whose files are all as they were saved.
 
     Returns:
-        It, or None in a run without any, and one message for each newer one that is damaged.
+        The checkpoint, or None if the run has none; and a message for each newer damaged one.
 
     Raises:
-        CheckpointError: all are damaged; to start anew would lose them silently.
+        CheckpointError: all are damaged; starting again would lose them silently.
     """
     damaged: list[str] = []
     for path in reversed(training_checkpoints(run_dir)):
@@ -76,7 +76,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def find_damage(path: Path) -> Iterator[str]:
-    """Checks a training checkpoint's files one by one; yields what is wrong with each."""
+    """Checks the files of a training checkpoint one by one; yields what is wrong with each."""
     file = path / MANIFEST_FILE
     try:
         manifest = read_json(file, MAX_STATE_BYTES)
@@ -96,7 +96,7 @@ def find_damage(path: Path) -> Iterator[str]:
 
 
 def _compare(file: Path, size: int, sha256: str) -> str | None:
-    """Says what is wrong with a file, cheapest first; None if nothing is."""
+    """Returns what is wrong with a file, or None; the cheapest check comes first."""
     if not file.is_file():
         return f"{file}: missing, but {MANIFEST_FILE} lists it"
     try:

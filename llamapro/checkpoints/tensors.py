@@ -115,15 +115,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: naming the file, if it is missing, truncated, damaged or not safetensors.
     """
-    return _read_header(file)[0]
+    return read_safetensors(file)[0]
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """Returns the texts in a safetensors file's header, checked as by `read_header`."""
-    return _read_header(file)[1]
-
-
-def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Returns the tensors, as `read_header`, and the metadata, which are texts."""
     if not file.exists():
         raise CheckpointError(f"{file}: no such file")
     if not file.is_file():
@@ -162,13 +158,13 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def combine_hashes(hashes: Iterable[tuple[TensorSpec, str]]) -> str:
-    """Returns one SHA-256 for a set of tensors, whatever their order and files."""
+    """Returns one SHA-256 for a set of tensors; their order and files do not matter."""
     lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {digest}\n" for t, digest in hashes)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def hash_tensors(tensors: Iterable[StoredTensor], label: str) -> dict[str, str]:
-    """Returns name -> SHA-256 of the bytes, read by two threads, with a progress bar."""
+    """Returns name -> SHA-256 of the bytes, with a progress bar of this label."""
     tensors = list(tensors)
     total = sum(t.nbytes for t in tensors)
     with (

@@ -30,10 +30,10 @@ def write_safetensors(
 
     Args:
         file: the file to create.
-        specs: what it holds, in order.
-        chunks_of: gives a tensor's bytes in pieces, which are written at once and may be reused.
-        metadata: text that goes into the header.
-        threads: how many tensors are written at a time; with one, `chunks_of` is called in order.
+        specs: its tensors, in order.
+        chunks_of: returns a tensor's bytes in pieces; each is written before the next is asked for.
+        metadata: texts for the header.
+        threads: how many tensors are written at a time; with 1, `chunks_of` is called in order.
 
     Raises:
         OSError: the file cannot be written; `filename` names it.
@@ -98,9 +98,9 @@ def write_checkpoint(
 
     Args:
         directory: an existing directory, usually from `files.output_directory`.
-        specs: what it holds, in order.
-        chunks_of: as for `write_safetensors`; called by two threads.
-        max_shard_bytes: a file is closed before it would pass this; one tensor always fits.
+        specs: its tensors, in order.
+        chunks_of: as for `write_safetensors`; two threads call it.
+        max_shard_bytes: largest file, unless a single tensor is larger.
         label: shown by the progress bar.
     """
     shards: list[list[TensorSpec]] = [[]]

@@ -1,10 +1,10 @@
-"""Growing the vocabulary: rows for added tokens in embedding and head, and names in the tokenizer.
+"""Adds tokens to a vocabulary: rows in embedding and head, and names in the tokenizer's files.
 
-An added token's id is the number of its row, so rows and names go together: the first new id is the
-base's `vocab_size`. Each new row is the mean of the base's: what the model would expect of a token
-it knows nothing about (Hewitt, 2021). The base's rows stay the first, byte for byte.
+The id of a token is the number of its row, so the first new id is the base's `vocab_size`. Each new
+row is the mean of the base's rows, which is what the model expects of a token it knows nothing
+about (Hewitt, 2021). The base's rows stay in front, byte for byte.
 
-The tokenizer's files are changed, and what they were is kept beside them, under `BASE_PREFIX`.
+The tokenizer's files change; their former content is kept beside them, under `BASE_PREFIX`.
 """
 
 import json
@@ -22,7 +22,7 @@ from llamapro.errors import ConfigError
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import COMPANIONS, JSON_NAME, read_object
 
-# Matched by `checkpoint.COMPANION_FILES`, so that they travel with the weights.
+# Matched by `hub.COMPANION_FILES`, so that they travel with the weights.
 BASE_PREFIX = "tokenizer_base."
 _CONFIG_NAME, _ADDED_NAME = COMPANIONS[:2]
 
@@ -47,16 +47,11 @@ def mean_row(stored: StoredTensor) -> Tensor:
 
 
 def check_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
-    """Finds out whether tokens can be added to a checkpoint's tokenizer.
-
-    Args:
-        directory: of the checkpoint.
-        tokens: their names.
-        vocab_size: rows of its embedding.
+    """Checks that tokens can be added to the tokenizer of a checkpoint.
 
     Raises:
-        ConfigError: a name is empty, comes twice, or is one of the vocabulary's already.
-        DataError: there is no tokenizer, or one with more tokens than the model has rows.
+        ConfigError: a name is empty, comes twice, or is in the vocabulary already.
+        DataError: there is no tokenizer, or it has more tokens than the `vocab_size` rows.
     """
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(vocab_size, str(directory))
@@ -78,15 +73,14 @@ def check_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> Non
 def add_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
     """Writes control tokens into a checkpoint's tokenizer files; `check_tokens` comes before.
 
-    Where the base's embedding has more rows than its tokenizer has tokens, the rows between get
-    names too ("<|unused_32000|>"): the tokenizers library counts on without a gap, whatever ids a
-    file says.
+    If the base's embedding has more rows than its tokenizer has tokens, the rows between get names
+    too ("<|unused_32000|>"), because the tokenizers library numbers tokens without a gap, whatever
+    ids a file says.
 
     Args:
-        directory: of the checkpoint that is written, after `output.write_companions`: a
-            tokenizer.json or tokenizer_config.json is there.
+        directory: the checkpoint that is being written, after `write_companions`.
         tokens: their names.
-        vocab_size: rows of the base's embedding, the id of the first.
+        vocab_size: rows of the base's embedding, which is the id of the first token.
     """
     files = _changed_files(directory, tokens, vocab_size)
     for kept in _kept_files(directory)[::-1]:  # of an expansion before
@@ -98,13 +92,13 @@ def add_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
 
 
 def restore_tokenizer(directory: Path) -> None:
-    """Undoes `add_tokens`: the base's files have their names again."""
+    """Undoes `add_tokens`: the base's files get their names back."""
     for kept in _kept_files(directory):
         kept.replace(directory / kept.name.removeprefix(BASE_PREFIX))
 
 
 def _kept_files(directory: Path) -> list[Path]:
-    """Returns the base's files, each before those of the base's base."""
+    """Returns the base's files, and after them those of the base's own base."""
     return sorted(directory.glob(f"{BASE_PREFIX}*"), key=lambda file: len(file.name))
 
 

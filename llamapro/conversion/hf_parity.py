@@ -1,6 +1,6 @@
-"""This implementation beside Hugging Face's on the user's own weights.
+"""Compares this implementation with Hugging Face's on the user's own weights.
 
-The only file that imports `transformers`, and only when asked to.
+This is the only file that imports `transformers`, and it does so inside the function.
 """
 
 from pathlib import Path
@@ -22,19 +22,19 @@ def compare_with_hf(
 ) -> dict[str, Any]:
     """Runs both implementations on one random batch, on the CPU, and compares logits and loss.
 
-    Beside the difference between them stands Hugging Face's own between fp32 and this dtype: the
-    noise that rounding alone makes. Holds two copies of the model, one in fp32 at a time.
+    The difference between Hugging Face's own results in fp32 and in this dtype is reported too: it
+    is the noise of rounding alone. Memory holds two copies of the model, one of them in fp32.
 
     Args:
-        path: a checkpoint directory.
+        path: a checkpoint directory, or `hf://owner/name`.
         dtype: of the computation; None takes the checkpoint's.
         seed: of the random token ids.
 
     Returns:
-        For each pair (ours against theirs in `dtype`, theirs in `dtype` against theirs in fp32,
-        ours in `dtype` against theirs in fp32) the largest difference of two logits and the
-        difference of the mean losses (nats); and how far the loss as training takes it, by chunks,
-        is from the same taken from the logits.
+        For each pair (ours and theirs in `dtype`, theirs in `dtype` and in fp32, ours in `dtype`
+        and theirs in fp32) the largest difference of two logits and the difference of the mean
+        losses (nats); and how far the loss that training computes, in chunks, is from the loss
+        computed from the logits.
 
     Raises:
         ConfigError: `transformers` is not installed.

@@ -16,14 +16,12 @@ _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint directory, a run directory or a new-block file, hashes included.
-
-    Of a run it shows the newest intact training checkpoint, as `find_blocks` finds it.
+    """Reads and hashes a checkpoint, the newest intact step of a run, or a new-block file.
 
     Returns:
         JSON-able: path, kind, parameters, bytes, sha256, config (checkpoints), record (of the
-        expansion, or of the new-block file) and rows, one per part: part, origin, parameters,
-        dtype, bytes, sha256.
+        expansion or the new-block file) and rows, one per part of the model: part, origin,
+        parameters, dtype, bytes, sha256.
 
     Raises:
         CheckpointError: it is damaged, or nothing of this kind.
@@ -48,9 +46,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _origins(checkpoint: Checkpoint) -> dict[str, str]:
-    """Says for each layer whether it is new, of which generation, and copied from where; and of
-    embedding and head how many rows are of added tokens.
-    """
+    """Returns where each layer comes from, and how many new rows embedding and head have."""
     record = checkpoint.config.expansion
     if record is None:
         return {}

@@ -1,8 +1,8 @@
 """The model card of a merged model: base, new blocks, data, settings, measured losses.
 
-What it says comes from the checkpoint's record, from the `state.json` beside each new-block file
-and from the run's `metrics.jsonl`. A new-block file that came alone has neither: then the card says
-which blocks it holds, and no more. Paths of data are cut to their last part: a card is published.
+It is made of the checkpoint's record, the `state.json` beside each new-block file and the run's
+`metrics.jsonl`. For a new-block file that came alone, the card only lists its blocks. Paths of data
+are cut to their last part, because a card is published.
 """
 
 import os
@@ -38,12 +38,12 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Training:
-    """How the blocks of one new-block file came about.
+    """How the blocks of one new-block file were trained.
 
     Attributes:
         info: the file's own metadata.
         state: `state.json` of its training checkpoint; empty if the file came alone.
-        initial: each validation set's loss at step 0 (nats per token), where the run's log says.
+        initial: validation set -> loss at step 0 (nats per token), as far as the run's log has it.
     """
 
     info: BlocksInfo
@@ -52,7 +52,7 @@ class Training:
 
     @classmethod
     def of(cls, file: Path, info: BlocksInfo) -> "Training":
-        """Reads what lies around a new-block file; what is damaged is told and left out."""
+        """Reads the files around a new-block file; what is damaged is reported and left out."""
         state: dict[str, Any] = {}
         initial: dict[str, float] = {}
         if file.name != TRAINABLE_FILE or not (file.parent / STATE_FILE).exists():
@@ -68,7 +68,7 @@ class Training:
                     if record["kind"] == "eval" and record["step"] == 0
                 )
         except (CheckpointError, DataError) as error:
-            # The weights are checked elsewhere: they are worth merging without their story.
+            # The weights are checked elsewhere and are worth merging without their story.
             print(f"{error}; left out of the model card", file=sys.stderr)
         return cls(info, state, initial)
 
@@ -79,23 +79,20 @@ class Training:
 
     @property
     def tokenizer(self) -> str | None:
-        """The fingerprint of the tokenizer it was trained with, if the state says."""
+        """The fingerprint of the tokenizer it was trained with, if the state has it."""
         found = self.part("identity").get("tokenizer")
         return found if isinstance(found, str) else None
 
 
 def write_card(
-    directory: Path,
-    title: str,
-    config: ModelConfig,
-    trainings: Sequence[Training],
+    directory: Path, title: str, config: ModelConfig, trainings: Sequence[Training]
 ) -> None:
-    """Writes the model card of a merged checkpoint; it names the base's own beside it.
+    """Writes the model card of a merged checkpoint.
 
     Args:
-        directory: of the merged checkpoint, being written; its companions are there.
+        directory: the merged checkpoint that is being written; its companions are there.
         title: the model's name.
-        config: the merged model's.
+        config: the merged model's configuration.
         trainings: one for each new-block file, in the order they were given.
     """
     text = render(title, config, trainings, (directory / BASE_CARD_FILE).exists())
@@ -111,12 +108,7 @@ def keep_base_card(base: Path, directory: Path) -> None:
 def render(
     title: str, config: ModelConfig, trainings: Sequence[Training], has_base_card: bool
 ) -> str:
-    """Returns the card: Hugging Face's front matter, then a short page in Markdown.
-
-    Args:
-        title, config, trainings: as for `write_card`.
-        has_base_card: the base's own card lies beside it.
-    """
+    """Returns the card: Hugging Face's front matter, then a short page in Markdown."""
     record = config.expansion
     name = str(config.raw.get("_name_or_path", ""))
     # A local directory looks like a name on the hub, too.
@@ -165,7 +157,7 @@ def render(
 
 
 def _training(training: Training) -> list[str]:
-    """Steps, data, settings and losses of one new-block file, as lines."""
+    """Returns the steps, data, settings and losses of one new-block file, as lines."""
     state, settings = training.state, training.part("settings")
     steps = f"{training.info.step:,} optimizer steps"
     tokens = state.get("tokens")
@@ -202,12 +194,12 @@ def _loss(loss: float | None) -> str | None:
 
 
 def _last_part(path: str) -> str:
-    """A validation set's name, or the last part of a path: the rest says whose machine it was."""
+    """Returns a validation set's name, or the last part of a path: no folder of a user."""
     return path.rstrip("/").rpartition("/")[2]
 
 
 def _cell(value: Any) -> str:
-    """Text for one cell or line: what a file says can be no Markdown of its own."""
+    """Returns text for one cell or line; text of a file cannot become Markdown."""
     shown = "-" if value is None else f"{value:,}" if type(value) is int else str(value)
     return re.sub(r"([\\`*<>|\[\]#])", r"\\\1", " ".join(shown.split()))[:200]
 

@@ -1,11 +1,10 @@
-"""Checks that an expanded checkpoint still contains its base, and a run all that it saved.
+"""Checks that an expanded checkpoint still contains its base, and that a run's files are intact.
 
-Whole models need not fit in memory: both checkpoints are read and run one block at a time.
+Models need not fit in memory: checkpoints are read and run one block at a time.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +23,8 @@ from llamapro.model import DecoderLayer, RMSNorm
 PROBE_SHAPE = (2, 16)  # B, T of the random batch
 
 
-@dataclass(frozen=True)
-class LogitComparison:
-    """The same random batch through base and expanded model, each in its own dtype on the CPU.
-
-    Attributes:
-        bit_equal: every bit of every logit agrees.
-        max_difference: largest absolute difference of two logits.
-        tokens: how many positions were compared.
-    """
+class LogitComparison(NamedTuple):
+    """The logits of base and expanded model on the same random batch, each in its own dtype."""
 
     bit_equal: bool
     max_difference: float
@@ -49,10 +41,6 @@ def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
     return layer(x, ops.rotary_table(checkpoint.config, positions, x.dtype))
 
 
-def _embed(checkpoint: Checkpoint, input_ids: Tensor) -> Tensor:
-    return checkpoint.tensors["model.embed_tokens.weight"].map()[input_ids]
-
-
 @torch.no_grad()
 def _logits(checkpoint: Checkpoint, x: Tensor, rows: int) -> Tensor:
     with torch.device("meta"):
@@ -65,19 +53,17 @@ def _logits(checkpoint: Checkpoint, x: Tensor, rows: int) -> Tensor:
 
 
 def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> LogitComparison:
-    """Runs both models side by side on one random batch, one block in memory at a time.
+    """Runs both models on the CPU on one random batch, one block in memory at a time.
 
-    Of tokens that were added to the expanded model none is in the batch, nor is its logit compared.
-
-    Args:
-        base: the checkpoint that was expanded.
-        expanded: the result, read back from its files.
-        seed: of the random token ids.
+    Tokens that were added to the expanded model are not in the batch, and have no logit in the
+    comparison.
     """
     layout = layout_of(expanded.config, expanded.path)
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(base.config.vocab_size, PROBE_SHAPE, generator=generator)
-    ours, theirs = _embed(expanded, input_ids), _embed(base, input_ids)  # (B, T, C)
+    ours, theirs = (
+        model.tensors["model.embed_tokens.weight"].map()[input_ids] for model in (expanded, base)
+    )  # (B, T, C)
     new = set(layout.new_layers)
     for index, source in enumerate(tqdm(layout.sources, desc="compare blocks", disable=None)):
         ours = _layer_output(expanded, index, ours)
@@ -94,16 +80,13 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> Log
 
 
 def verify_run(path: str | Path) -> dict[str, Any]:
-    """Checks every file of a run directory's training checkpoints, of one, or a new-block file.
-
-    Args:
-        path: a run directory, a training checkpoint or a new-block file; all its bytes are read.
+    """Reads every byte of a run directory, a training checkpoint or a new-block file.
 
     Returns:
-        JSON-able: path and intact, the paths of what was checked.
+        JSON-able: path, and intact, the paths of what was checked.
 
     Raises:
-        CheckpointError: naming all that is damaged, and what is intact beside it.
+        CheckpointError: naming everything that is damaged, and what is intact.
     """
     directory = Path(path)
     if directory.is_file():
@@ -129,16 +112,16 @@ def verify_run(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, Any]:
-    """Checks a checkpoint, and if it is expanded, the base inside it.
+    """Reads every byte of a checkpoint, and checks the base inside if it is expanded.
 
     Args:
-        path: the checkpoint; all its bytes are read.
-        base_path: the base it was expanded from: compared by hash and by logits.
+        path: the checkpoint, or `hf://owner/name`.
+        base_path: the base it was expanded from, to compare by hash and by logits.
 
     Returns:
-        What was found, JSON-able: sha256, non_finite (names of tensors with NaN or infinity), and
-        for an expanded checkpoint base_sha256, base_intact, new_blocks ("identity" or "trained"),
-        new_tokens (how many were added) and with a base logits_bit_equal and max_logit_difference.
+        JSON-able: path, sha256, tensors, bytes; for an expanded checkpoint base_sha256,
+        base_intact, new_layers, new_blocks ("identity" or "trained"), new_tokens (how many were
+        added); with a base also logits_bit_equal and max_logit_difference.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, the base inside was changed, `base_path` is
