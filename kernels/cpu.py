@@ -26,7 +26,7 @@ from llamapro.kernels import IGNORE_INDEX
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics: fp32, or fp64 if that is what comes in."""
+    """The dtype of statistics: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -89,9 +89,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w (x r) with r = 1 / sqrt(mean(x^2) + eps), `x r` rounded to x's dtype; keeps x alone.
+    """y = w n with n = x r and r = 1 / sqrt(mean(x^2) + eps); n is rounded to x's dtype. Keeps x.
 
-    With n = x r and g = dL/dy, all in fp32, and the sum over rows:
+    With g = dL/dy, all in fp32, and sums over rows:
 
         dL/dw = sum g n,    dL/dx = r (g w - n mean(g w n))
     """
@@ -101,7 +101,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         y = _normed(x, eps)[0].to(x.dtype).mul_(weight)
-        return y.view_as(y)  # see above
+        return y.view_as(y)  # a view: see the top of the file
 
     @staticmethod
     @once_differentiable
@@ -113,14 +113,14 @@ class _RMSNorm(torch.autograd.Function):
         if needs_weight:
             grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         if needs_x:
-            scaled = grad.to(normed.dtype) * weight  # a tensor of its own, to be written over
+            scaled = grad.to(normed.dtype) * weight  # a new tensor, written over below
             shift = (scaled * normed).mean(-1, keepdim=True)
             grad_x = scaled.sub_(normed.mul_(shift)).mul_(r).to(x.dtype)
         return grad_x, grad_weight, None
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns n = x r, not rounded, a tensor of its own, and r (..., 1)."""
+    """Returns n = x r as a new tensor, not rounded, and r (..., 1)."""
     wide = x.to(_wide(x.dtype))
     squares = wide.square()
     r = torch.rsqrt(squares.mean(-1, keepdim=True) + eps)
@@ -133,10 +133,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """y_1 = x_1 cos - x_2 sin, y_2 = x_2 cos + x_1 sin, of the halves of D; keeps the tables alone.
+    """y_1 = x_1 cos - x_2 sin, y_2 = x_2 cos + x_1 sin for the halves of D. Keeps only the tables.
 
-    A rotation's gradient is rotated back: by the angle's negative. x: (..., D); cos, sin, of two
-    equal halves each, broadcast over it.
+    The gradient of a rotation is the rotation back, by the negative angle.
     """
 
     @staticmethod
@@ -165,13 +164,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """y = SiLU(gate) * up; keeps the two alone and computes SiLU(gate) again."""
+    """y = SiLU(gate) * up. Keeps its inputs and computes SiLU(gate) again in backward."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         y = F.silu(gate).mul_(up)
-        return y.view_as(y)  # see above
+        return y.view_as(y)  # a view: see the top of the file
 
     @staticmethod
     @once_differentiable

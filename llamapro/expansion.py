@@ -1,14 +1,16 @@
 """Block expansion (LLaMA Pro, section 3.2): where new blocks go, what they hold, what trains.
 
-The L blocks of the base are split into N groups of M = L / N. On top of each group, copies of its
-top P blocks are stacked, so L becomes L + N * P. In each copy `o_proj` (the paper's W_O) and
-`down_proj` (W_3) are zero: both residual branches add exactly 0, and the expanded model computes
-what the base computes, to the bit. Every other tensor, both norms included, is copied. (A norm's
-weight of 0 would also give the identity, but its gradient would stay 0 for ever: Appendix A.)
+The L blocks of the base form N groups of M = L / N. Copies of the top P blocks of each group are
+stacked on top of it, so L becomes L + N * P. Four blocks, with N = 2 and P = 1:
 
-At the first step only the two zero matrices have a gradient; from the second, all nine tensors do.
+    base        0  1      2  3
+    expanded    0  1  1'  2  3  3'
 
-Everything here works on names and layer numbers; the bytes are moved by whoever holds them.
+In each copy `o_proj` (the paper's W_O) and `down_proj` (W_3) are zero. Both residual branches add
+exactly 0, so the expanded model computes what the base computes, to the bit. Everything else is
+copied, both norms included: a norm of 0 would give the identity too, but its gradient would stay 0
+forever (Appendix A). At the first step only the two zero matrices have a gradient; from the second
+all nine tensors do.
 """
 
 import re
@@ -28,11 +30,11 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks of an expanded model, bottom to top.
+    """The blocks of an expanded model, from bottom to top.
 
     Attributes:
-        sources: for each block, the base layer it is or is copied from.
-        new_layers: which of them are new blocks.
+        sources: for each block, the base layer that it is or is copied from.
+        new_layers: the indices of the new blocks.
     """
 
     sources: tuple[int, ...]
@@ -40,18 +42,19 @@ class Layout:
 
     @property
     def base_layers(self) -> tuple[int, ...]:
-        """The index in the expanded model of each base layer, in the base's order."""
+        """The index in the expanded model of each base layer."""
         new = set(self.new_layers)
         return tuple(i for i in range(len(self.sources)) if i not in new)
 
 
 def _layout(num_layers: int, inserted: Mapping[int, Iterable[int]]) -> Layout:
-    """Builds a layout from: base layer (-1: below all) -> layers copied directly on top of it."""
+    """Builds a layout from base layer (-1 is below all) -> the layers copied on top of it."""
     sources: list[int] = []
     new: list[int] = []
     for layer in range(-1, num_layers):
         if layer >= 0:
             sources.append(layer)
+        # The base keeps its order; a copy only pushes what is above it up by one.
         for source in inserted.get(layer, ()):
             new.append(len(sources))
             sources.append(source)
@@ -59,17 +62,18 @@ def _layout(num_layers: int, inserted: Mapping[int, Iterable[int]]) -> Layout:
 
 
 def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) -> Layout:
-    """The paper's placement: copies of the top P blocks of each of N groups, on top of the group.
+    """The paper's placement: on top of each of N groups, copies of its top P blocks.
 
     Args:
         num_layers: L of the base.
-        num_new_blocks: N * P, how many blocks are added in all.
+        num_new_blocks: N * P, the number of blocks that are added in all.
         blocks_per_group: P.
 
     Raises:
         ConfigError: the layers do not split into such groups; lists the numbers that work.
     """
     P = blocks_per_group
+    # N groups must be equal, and none can copy more blocks than it has.
     fitting = [
         n * P for n in range(1, num_layers + 1) if num_layers % n == 0 and 1 <= P <= num_layers // n
     ]
@@ -79,7 +83,7 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
             f"{num_layers} layers into equal groups; choose one of "
             f"{', '.join(map(str, fitting)) or 'another P'}, or list base layers with --after"
         )
-    M = num_layers * P // num_new_blocks
+    M = num_layers * P // num_new_blocks  # blocks of a group
     tops = range(M - 1, num_layers, M)
     return _layout(num_layers, {top: range(top - P + 1, top + 1) for top in tops})
 
@@ -87,8 +91,7 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
 def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
     """One new block directly after each listed base layer, copied from it.
 
-    Raises:
-        ConfigError: a layer is listed twice or does not exist.
+    Raises ConfigError if a layer is listed twice or does not exist.
     """
     layers = list(layers)
     wrong = sorted({i for i in layers if not 0 <= i < num_layers or layers.count(i) > 1})
@@ -101,11 +104,9 @@ def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
 
 
 def stack(num_layers: int, num_new_blocks: int, placement: str) -> Layout:
-    """Table 5's comparisons: copies of the bottom blocks below all ("prefix"), or of the top blocks
-    above all ("suffix"). Both train worse than `interleave`.
+    """Table 5: copies of the bottom blocks below all ("prefix") or of the top above all ("suffix").
 
-    Raises:
-        ConfigError: more new blocks than there are layers to copy.
+    Both train worse than `interleave`. Raises ConfigError for more copies than layers.
     """
     if not 1 <= num_new_blocks <= num_layers:
         raise ConfigError(
@@ -120,14 +121,16 @@ def stack(num_layers: int, num_new_blocks: int, placement: str) -> Layout:
 def expand_config(
     config: ModelConfig, layout: Layout, base_sha256: str, new_tokens: int = 0
 ) -> ModelConfig:
-    """Returns the expanded model's configuration, its record keeping the earlier generations.
+    """Returns the configuration of the expanded model, with the record of what is new in it.
 
     Args:
-        config: the base's.
+        config: the configuration of the base.
         layout: where the new blocks go.
         base_sha256: `Checkpoint.sha256()` of the base.
-        new_tokens: how many tokens are added to the vocabulary.
+        new_tokens: the number of tokens that are added to the vocabulary.
     """
+    # An expanded model can be expanded again. Its earlier new blocks stay on record, at the places
+    # they have now, but are part of the base from here on.
     moved_to = layout.base_layers
     generations = []
     if (earlier := config.expansion) is not None:
@@ -153,9 +156,10 @@ def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[s
         layout: where the new blocks go.
 
     Returns:
-        Name in the expanded model -> (name in the base, is_zero): a copy of the base's tensor, or
-        zeros of its shape.
+        Name in the expanded model -> (name in the base, is_zero). The tensor is the base's or, if
+        is_zero, zeros of its shape.
     """
+    # Embedding, final norm and head are in no block and stay as they are.
     inside: dict[int, list[str]] = {}
     outside = []
     for name in base_names:
@@ -167,6 +171,7 @@ def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[s
     new = set(layout.new_layers)
     for index, source in enumerate(layout.sources):
         for part in inside[source]:
+            # The identity trick: what a new block adds to the residual stream is exactly 0.
             is_zero = index in new and part in ZERO_IN_NEW_BLOCKS
             expanded[f"model.layers.{index}.{part}"] = (f"model.layers.{source}.{part}", is_zero)
     return expanded
@@ -183,10 +188,10 @@ def expand_state_dict(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str
     expanded = {}
     for name, (source, is_zero) in expand_names(tensors, layout).items():
         tensor = tensors[source]
-        if is_zero:  # both residual branches of a new block end here, and add nothing
+        if is_zero:
             tensor = torch.zeros_like(tensor)
-        elif is_in_layers(name, layout.new_layers):  # trains apart from the block it is copied from
-            tensor = tensor.clone()
+        elif is_in_layers(name, layout.new_layers):
+            tensor = tensor.clone()  # it trains apart from the block it is copied from
         expanded[name] = tensor
     return expanded
 

@@ -137,7 +137,6 @@ class LlamaModel(nn.Module):
         """Computes hidden states (B, T, C).
 
         Args:
-            input_ids: (B, T) token ids.
             cache: past keys and values; advanced by T positions.
             documents: (B, S) the document of each position, numbered in order. Documents do not see
                 one another, and each starts at position 0.
@@ -146,6 +145,7 @@ class LlamaModel(nn.Module):
         config, device = self.config, input_ids.device
         T, past = input_ids.shape[1], cache.length if cache is not None else 0
         S, window = past + T, config.sliding_window
+        # Bounds hide keys that causality alone would show: of other documents, outside the window.
         positions, bounds = torch.arange(past, S, device=device), None  # (T,)
         if documents is not None:
             bounds = ops.attention_bounds(T, S, None, documents)
