@@ -204,10 +204,7 @@ def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> 
         trainable: "new_blocks" (those of the latest expansion) or "all".
 
     Returns:
-        The names of the parameters that train.
-
-    Raises:
-        ConfigError: "new_blocks" for a model without a record.
+        The names of the parameters that train. Raises ConfigError if nothing is recorded as new.
     """
     record = model.config.expansion
     if trainable == "new_blocks" and record is None:
@@ -215,11 +212,8 @@ def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> 
             "train.trainable 'new_blocks': this model's config.json has no 'llamapro' record; "
             "run 'convert.py expand' first, or set train.trainable to 'all'"
         )
-    names = []
     for name, parameter in model.named_parameters():
         # What is new is read from the record, never guessed from the weights.
         is_new = record is not None and is_in_layers(name, record.new_layers)
         parameter.requires_grad_(trainable == "all" or is_new)
-        if parameter.requires_grad:
-            names.append(name)
-    return names
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,4 +1,7 @@
-"""One way to start on one CPU, one GPU or many: a process group, FSDP2 shards, sums over ranks."""
+"""Processes that train together: a process group, FSDP2 shards, sums over ranks.
+
+One CPU, one GPU and many machines go the same way.
+"""
 
 import os
 from collections.abc import Iterator
@@ -24,7 +27,7 @@ from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM
 from llamapro.training.objective import NextToken
 
-Frozen = Literal["shard", "gather", "replicate"]  # how frozen weights lie: see `shard`
+Frozen = Literal["shard", "gather", "replicate"]  # where frozen weights lie: see `shard`
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class Ranks:
     """This process among its peers.
 
     Attributes:
-        rank: of this process, 0 to world_size - 1.
-        world_size: how many processes train together.
+        rank: the number of this process, 0 to world_size - 1.
+        world_size: the number of processes.
         device: where this process computes.
-        mesh: all of them, in one dimension "shard" or, for HSDP, in two: "replicate", "shard".
-        patient: the same processes, with a timeout of a week instead of minutes: for waiting until
-            the main one has tokenised a corpus or written a file.
+        mesh: all processes in one dimension "shard" or, for HSDP, in two: "replicate", "shard".
+        patient: a group of all processes whose timeout is a week instead of minutes. They wait on
+            it while the main one tokenises a corpus or writes a file.
     """
 
     rank: int
@@ -51,10 +54,10 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:
-        """Returns each value summed over all ranks; every rank must call it.
+        """Returns each value, (), summed over all ranks; every rank must call it.
 
-        The values, () each, are all of one device. Those on the CPU are summed there: the GPU, with
-        whatever it has still to do, is not waited for.
+        All values are on one device. Values on the CPU are summed there, without waiting for what
+        the GPU still has to do.
         """
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
         dist.all_reduce(total)
@@ -77,8 +80,8 @@ def make_mesh(kind: str, world_size: int, shard_size: int = 0) -> DeviceMesh:
 
     Args:
         kind: "cpu" or "cuda".
-        world_size: how many there are, in the process group that was made before.
-        shard_size: over how many of them the weights are sharded; 0: over all.
+        world_size: the size of the process group, which must exist.
+        shard_size: the number of processes that share one copy of the weights; 0 means all.
     """
     shape = {"replicate": world_size // shard_size} if shard_size else {}
     shape["shard"] = shard_size or world_size
@@ -91,9 +94,9 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
 
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        shard_size: over how many processes the weights are sharded. Such groups, of neighbouring
-            ranks, hold the same and average their gradients (HSDP): gathering stays within a group,
-            best a machine. 0: one group of all.
+        shard_size: the number of processes that share one copy of the weights (HSDP). Groups of
+            neighbouring ranks each hold a copy and average their gradients, so that weights are
+            gathered within a group, ideally a machine. 0 makes one group of all.
 
     Raises:
         ConfigError: "cuda" without a GPU, more processes on this machine than it has GPUs, or a
@@ -110,7 +113,7 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and not gpus:
         raise ConfigError("train.device 'cuda': no GPU is visible; use 'auto' or 'cpu'")
-    # Of every process the same, so that all end here: rank 0, which tells, among them.
+    # The same on every process, so that all of them end here, also rank 0, which prints the error.
     local_world = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if gpus and local_world > gpus:
         raise ConfigError(
@@ -123,8 +126,8 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     if "RANK" in os.environ:
-        # After a restart torchrun's store still has the addresses of the processes before: they
-        # must not be taken for this start's.
+        # After a restart torchrun's store still holds the addresses of the earlier processes. The
+        # prefix keeps them from being taken for those of this start.
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         store = dist.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]

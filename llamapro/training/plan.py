@@ -1,4 +1,4 @@
-"""What a run will do, said before it starts: sizes, tokens per step, and an estimate of memory."""
+"""The plan of a run before it starts: sizes, tokens per step, and an estimate of memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +75,10 @@ class Spread:
     """How a model is spread over processes: see `process_group` and `shard`.
 
     Attributes:
-        world_size: how many processes train together.
-        shard_size: over how many of them weights are sharded; 0: over all.
-        frozen: how frozen weights lie.
-        offload: whether shards and optimizer state are in the memory of the CPU.
+        world_size: the number of processes.
+        shard_size: the number of processes that share one copy of the weights; 0 means all.
+        frozen: where frozen weights lie.
+        offload: whether shards and optimizer state are in CPU memory.
     """
 
     world_size: int
@@ -122,14 +122,14 @@ def estimate_memory(
 
     parts = spread.shard_size or spread.world_size
     is_whole = spread.frozen == "replicate"
-    # FSDP keeps a gathered copy beside the shards, even of one process. Two blocks at a time: the
-    # one that computes and, if there is somebody to gather from, the next. The root stays gathered.
+    # FSDP keeps a gathered copy beside the shards, even with one process. Two blocks are gathered at
+    # a time: the one that computes and, if there are peers, the next. The root stays gathered.
     managed = [numel for trains, numel in blocks if trains or not is_whole]
     gathered = max(managed, default=0) * (2 if parts > 1 else 1)
     gathered += root_trained if is_whole else root
     if spread.frozen == "gather":
         gathered += sum(numel for trains, numel in blocks[first:] if not trains)
-    # Of the unit in backward: gradients in the compute dtype and, to be reduced, in fp32.
+    # The unit in backward has gradients in the compute dtype and, for the reduction, in fp32.
     reduced = max([n for trains, n in blocks if trains] + [root_trained])
     state = 0 if spread.offload else 1
     estimate = {
@@ -165,7 +165,7 @@ def activation_bytes(
         shape: (B, T) of a micro-batch.
         compute_dtype: of activations.
         device: where the run will compute.
-        recompute: each block keeps its input alone, and one at a time has the rest.
+        recompute: each block keeps only its input, and one block at a time has the rest.
     """
     config = model.config
     trains = [is_trained(layer) for layer in model.model.layers]
@@ -191,14 +191,14 @@ def activation_bytes(
         x = torch.empty(*shape, config.hidden_size, dtype=compute_dtype, requires_grad=has_graph)
         final = _saved_bytes(norm, x)
     if recompute:
-        # The one that has the rest has counted its input already.
+        # The block that has the rest has counted its own input.
         inputs = max(len(kept) - 1, 0) * x.numel() * compute_dtype.itemsize
         return inputs + max(kept, default=0) + final
     return sum(kept) + final
 
 
 def is_trained(module: nn.Module) -> bool:
-    """Whether anything of a module trains."""
+    """Says whether any parameter of a module trains."""
     return any(p.requires_grad for p in module.parameters())
 
 
@@ -207,7 +207,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def _assign_fake(module: nn.Module, dtype: torch.dtype, trains: bool) -> None:
-    """Gives a module fake weights as they are in forward: FSDP casts masters to this dtype."""
+    """Gives a module fake weights in the dtype that FSDP casts masters to for forward."""
     for child in module.modules():
         for name, p in child.named_parameters(recurse=False):
             weight = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=trains)
@@ -253,7 +253,7 @@ def _logit_bytes(
 def _teacher_bytes(
     config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Its hidden states and, of `ops.linear_kl`, a chunk: three of logits in fp32, one to round."""
+    """Its hidden states and one chunk of `linear_kl`: logits three times in fp32, once rounded."""
     logits = min(tokens * config.vocab_size, cpu.logits_at_once(device) // 2)
     return tokens * config.hidden_size * dtype.itemsize + logits * (3 * 4 + dtype.itemsize)
 
