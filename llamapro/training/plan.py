@@ -96,8 +96,8 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Estimates the bytes one process needs at its peak, by part, on the device it computes on.
 
-    The parts are added up although not all of them are largest at the same moment, so the total is
-    on the safe side. The backends of `backends.use` around it count.
+    The total is on the safe side: the parts are not all largest at the same moment. The estimate
+    is for the backends that `backends.use` chooses around the call.
 
     Args:
         settings: micro-batch, sequence length, recomputation and distillation are read.
@@ -122,8 +122,8 @@ def estimate_memory(
 
     parts = spread.shard_size or spread.world_size
     is_whole = spread.frozen == "replicate"
-    # FSDP keeps a gathered copy beside the shards, even with one process. Two blocks are gathered at
-    # a time: the one that computes and, if there are peers, the next. The root stays gathered.
+    # FSDP keeps a gathered copy beside the shards, even with one process. It gathers two blocks at a
+    # time: the one that computes and, if there are peers, the next. The root stays gathered.
     managed = [numel for trains, numel in blocks if trains or not is_whole]
     gathered = max(managed, default=0) * (2 if parts > 1 else 1)
     gathered += root_trained if is_whole else root
@@ -154,11 +154,11 @@ def activation_bytes(
     device: torch.device,
     recompute: bool,
 ) -> int:
-    """Returns how many bytes blocks and final norm keep for backward.
+    """Counts the bytes that blocks and final norm keep for backward.
 
     One block of each kind (the lowest that trains, whose input needs no gradient; trained; frozen)
-    is run on fake tensors, which have a device but no memory, and what autograd saves is counted.
-    So it follows the model's code and the backends chosen by `backends.use`.
+    runs on fake tensors, which have a device but no memory, and what autograd saves is counted. So
+    the count follows the model's code and the chosen backends.
 
     Args:
         model: on the meta device, `requires_grad` set.
