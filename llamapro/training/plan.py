@@ -122,8 +122,8 @@ def estimate_memory(
 
     parts = spread.shard_size or spread.world_size
     is_whole = spread.frozen == "replicate"
-    # FSDP keeps a gathered copy beside the shards, even with one process. It gathers two blocks at a
-    # time: the one that computes and, if there are peers, the next. The root stays gathered.
+    # FSDP keeps a gathered copy beside the shards, even with one process. Two blocks are gathered:
+    # the one that computes and, if there are peers, the next. The root stays gathered.
     managed = [numel for trains, numel in blocks if trains or not is_whole]
     gathered = max(managed, default=0) * (2 if parts > 1 else 1)
     gathered += root_trained if is_whole else root
