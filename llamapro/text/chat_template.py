@@ -4,9 +4,8 @@ A template is the model's own (`chat_template` of its Hugging Face files), a .ji
 `BUILT_IN`. It is rendered as transformers does, and its text is tokenised as a whole. One thing is
 stricter: names of control tokens in what people wrote ("<|eot_id|>") stay plain characters.
 
-While a text is rendered it holds characters that no text has: `_MARK` breaks the names of control
-tokens that people wrote, and `_START` and `_END` enclose what is inside {% generation %},
-transformers' tag for what the assistant wrote.
+A rendered text holds characters that no text has: `_MARK` breaks names that people wrote, `_START`
+and `_END` enclose {% generation %}, transformers' tag for what the assistant wrote.
 """
 
 import datetime
@@ -18,13 +17,13 @@ from typing import Any
 
 from llamapro.errors import DataError, suggest
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.vocabulary import read_object
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
 
-# From the formats' public descriptions: Meta's llama and llama3 repositories, Mistral's and
-# OpenAI's.
+# From the public descriptions of the formats by Meta, Mistral and OpenAI.
 BUILT_IN = {
     name: (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     for name in ("llama2", "llama3", "mistral", "chatml")
@@ -32,6 +31,8 @@ BUILT_IN = {
 _MARK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode's noncharacters
 _RESERVED = re.compile(f"[{_MARK}{_START}{_END}]")
 _BORDER = re.compile(f"([{_START}{_END}])")
+# What Python raises when a template fails on the values of a conversation.
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class ChatTemplate:
@@ -56,13 +57,9 @@ class ChatTemplate:
             ) from None
         self.source, self.origin = source, origin
         self._tokenizer = tokenizer
-        # A template that runs may raise its own errors, and Python's about its values.
-        self._failures = (
-            *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
-            *(ArithmeticError, RecursionError),
-        )
+        self._failures = (jinja2.TemplateError, *_FAILURES)
         names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-        # A missing token is left out, not "": templates test whether it is defined.
+        # A token that is missing is not defined, instead of "": some templates test for it.
         frame = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         self._variables = {key: names.get(i) for key, i in frame.items() if i is not None}
         try:
@@ -100,18 +97,16 @@ class ChatTemplate:
                     f"{template!r} needs: use the template of this model"
                 )
             return cls(source, tokenizer, template)
-        if template:
-            return cls(_read(Path(template), f"; built-in: {known}"), tokenizer, template)
-        file = directory / "chat_template.jinja"
-        if file.exists():
-            return cls(_read(file), tokenizer, str(file))
+        if template or (directory / "chat_template.jinja").exists():
+            file = Path(template) if template else directory / "chat_template.jinja"
+            return cls(_read(file, f"; built-in: {known}"), tokenizer, str(file))
         file = directory / "tokenizer_config.json"
-        try:
-            stored = json.loads(_read(file)).get("chat_template") if file.exists() else None
-            if isinstance(stored, list):
+        stored = read_object(file).get("chat_template")
+        if isinstance(stored, list):
+            try:
                 stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: chat_template cannot be read ({error!r})") from None
+            except (KeyError, TypeError) as error:
+                raise DataError(f"{file}: chat_template cannot be read ({error!r})") from None
         if not isinstance(stored, str):
             raise DataError(
                 f"{directory}: the model has no chat template (chat_template.jinja, or "
@@ -263,10 +258,8 @@ class ChatTemplate:
 def check_messages(messages: Any, needs_assistant: bool = True) -> list[str]:
     """Returns what is wrong with a conversation, [] if nothing is.
 
-    Args:
-        messages: should be a list of mappings with `role`, one of `ROLES`, and `content`, a string
-            that is not empty; an assistant's turn may have `tool_calls` instead of it.
-        needs_assistant: require a turn of the assistant.
+    It should be a list of mappings with `role`, one of `ROLES`, and `content`, a string that is not
+    empty; an assistant's turn may have `tool_calls` instead of it.
     """
     if not isinstance(messages, list | tuple) or not messages:
         return [f"expected a list of turns, found {messages!r:.40}"]
@@ -302,7 +295,7 @@ def check_messages(messages: Any, needs_assistant: bool = True) -> list[str]:
     return problems
 
 
-def _read(file: Path, hint: str = "") -> str:
+def _read(file: Path, hint: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

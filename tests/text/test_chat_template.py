@@ -4,19 +4,17 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
 from llamapro.text.chat_template import BUILT_IN, ChatTemplate, check_messages
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.text.vocabulary import LLAMA_3_PATTERN
 
 NAMES = [
     *("<s>", "</s>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"),
@@ -52,18 +50,12 @@ assistant:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(
+    tmp_path_factory: pytest.TempPathFactory, train_byte_level: Callable[..., tokenizers.Tokenizer]
+) -> Path:
     """A byte-level tokenizer with the control tokens of all formats, as Hugging Face's files."""
-    made = tokenizers.Tokenizer(models.BPE())
-    cut = pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_PATTERN), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, False)])
-    made.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
-    made.add_special_tokens(NAMES)
     path = tmp_path_factory.mktemp("chat")
-    made.save(str(path / "tokenizer.json"))
+    train_byte_level(Path(__file__), 500, NAMES).save(str(path / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>"}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,24 +122,19 @@ def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
     assert "1 files that are not" in counts.describe()
 
 
-def test_parquet_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
+def test_parquet_is_read_and_its_mistakes_are_named(
+    tmp_path: Path, write_parquet: Callable[..., Path]
+) -> None:
     """Rows come with their numbers; a missing column and damage are told with the file."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-
-    def write_table(name: str, rows: list[dict[str, Any]]) -> Path:
-        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
-        return tmp_path / name
-
-    good = write_table("good.parquet", [{**ROW, "id": 1}, {"messages": None, "id": 2}, ROW])
+    rows = [{**ROW, "id": 1}, {"messages": None, "id": 2}, ROW]
+    good = write_parquet(tmp_path / "good.parquet", rows)
     share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
-    write_table("share.parquet", [{"conversations": share}])
-    columns = write_table("text.parquet", [{"text": "x", "n": 1}])
+    write_parquet(tmp_path / "share.parquet", [{"conversations": share}])
+    columns = write_parquet(tmp_path / "text.parquet", [{"text": "x", "n": 1}])
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(good.read_bytes()[:-20])
     found, problems = read(good, tmp_path / "share.parquet", columns, broken)
-    rows = [(where.removeprefix(f"{tmp_path}/"), messages) for where, messages in found]
-    assert rows == [
+    assert [(where.removeprefix(f"{tmp_path}/"), messages) for where, messages in found] == [
         ("good.parquet:1", ASKED),
         ("good.parquet:3", ASKED),
         ("share.parquet:1", ASKED),

@@ -22,6 +22,7 @@ from llamapro.text.tables import read_rows
 from llamapro.text.tokenizer import Tokenizer
 
 Tokenize = Callable[..., TokenStore]
+WriteParquet = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -255,13 +256,11 @@ TEXTS = ["one\n", "", "two 'é'\r\n", *(f"text {i} " * (i % 7 + 1) for i in rang
 
 
 def test_tables_have_the_tokens_of_the_same_texts_as_json_lines(
-    tmp_path: Path, make: Tokenize
+    tmp_path: Path, make: Tokenize, write_parquet: WriteParquet
 ) -> None:
     """Whatever the batches and row groups, and beside other columns."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"id": range(len(TEXTS)), "body": TEXTS})
-    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=250)
+    table = {"id": range(len(TEXTS)), "body": TEXTS}
+    write_parquet(tmp_path / "a.parquet", table, row_group_size=250)
     lines = json_lines(tmp_path / "a.jsonl", *({"body": text} for text in TEXTS))
     store, expected = make(tmp_path / "a.parquet", text_key="body"), make(lines, text_key="body")
     assert tokens_of(store) == tokens_of(expected)
@@ -270,14 +269,14 @@ def test_tables_have_the_tokens_of_the_same_texts_as_json_lines(
 
 
 @pytest.mark.parametrize("row_group_size", [400, 8000])
-def test_tables_are_read_batch_by_batch(tmp_path: Path, row_group_size: int) -> None:
+def test_tables_are_read_batch_by_batch(
+    tmp_path: Path, row_group_size: int, write_parquet: WriteParquet
+) -> None:
     """The first row is there when little of the file has been read."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     rng = np.random.default_rng(0)
-    table = pyarrow.table({"id": range(8000), "text": [rng.bytes(500).hex() for _ in range(8000)]})
+    table = {"id": range(8000), "text": [rng.bytes(500).hex() for _ in range(8000)]}
     path = tmp_path / "a.parquet"
-    parquet.write_table(table, path, row_group_size=row_group_size, use_dictionary=False)
+    write_parquet(path, table, row_group_size=row_group_size, use_dictionary=False)
 
     class Counted(io.FileIO):
         total = 0
@@ -289,9 +288,9 @@ def test_tables_are_read_batch_by_batch(tmp_path: Path, row_group_size: int) -> 
 
     with Counted(path) as raw:
         rows = read_rows(path, raw, lambda names: names[1:])
-        assert next(rows) == (f"{path}:1", {"text": table["text"][0].as_py()})
+        assert next(rows) == (f"{path}:1", {"text": table["text"][0]})
         assert 0 < raw.total < path.stat().st_size / 3
-        assert list(rows)[-1] == (f"{path}:8000", {"text": table["text"][7999].as_py()})
+        assert list(rows)[-1] == (f"{path}:8000", {"text": table["text"][7999]})
         assert raw.total > 0.9 * path.stat().st_size
 
 
@@ -306,12 +305,14 @@ def test_tables_are_read_batch_by_batch(tmp_path: Path, row_group_size: int) -> 
     ],
 )
 def test_unusable_table_is_refused_by_file_and_row(
-    tmp_path: Path, make: Tokenize, rows: dict[str, list[object]], message: str | None
+    tmp_path: Path,
+    make: Tokenize,
+    write_parquet: WriteParquet,
+    rows: dict[str, list[object]],
+    message: str | None,
 ) -> None:
     """A missing column names those there, and the one that is most likely meant."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", rows)
     message = message or (
         r"a\.parquet:1: no 'text' column \(found: 'id', 'title', 'content'\); "
         r"use --data\.text-key content$"
@@ -321,12 +322,11 @@ def test_unusable_table_is_refused_by_file_and_row(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_damaged_table_is_refused_by_name(tmp_path: Path, make: Tokenize) -> None:
+def test_damaged_table_is_refused_by_name(
+    tmp_path: Path, make: Tokenize, write_parquet: WriteParquet
+) -> None:
     """Cut off, or of another kind altogether."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"text": ["some text"] * 1000}), tmp_path / "a.parquet")
-    content = (tmp_path / "a.parquet").read_bytes()
+    content = write_parquet(tmp_path / "a.parquet", {"text": ["some text"] * 1000}).read_bytes()
     for damaged in (content[: len(content) // 2], b"plain text, of some length\n" * 9, b""):
         (tmp_path / "a.parquet").write_bytes(damaged)
         with pytest.raises(DataError, match=r"a\.parquet:1: not a parquet file, or a damaged one"):
@@ -357,18 +357,15 @@ def test_datasets_saved_as_arrow_are_refused(tmp_path: Path, pattern: str) -> No
 
 
 def test_the_mistakes_of_all_files_are_told_before_any_is_read(
-    tmp_path: Path, make: Tokenize
+    tmp_path: Path, make: Tokenize, write_parquet: WriteParquet
 ) -> None:
     """One run names every file that has to be repaired; a file's later lines are for later."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
     folder = tmp_path / "folder"
     folder.mkdir()
     json_lines(folder / "a.jsonl", {"content": "long text"})
     json_lines(folder / "b.jsonl", {"text": "good"})
     (folder / "c.jsonl.gz").write_bytes(b"not gzip")
-    parquet.write_table(pyarrow.table({"body": ["x"]}), folder / "d.parquet")
+    write_parquet(folder / "d.parquet", {"body": ["x"]})
     (folder / "latin.txt").write_bytes(b"caf\xe9")  # of a folder: left out
     named = tmp_path / "latin.txt"
     named.write_bytes(b"caf\xe9 " * 9)

@@ -11,7 +11,6 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
@@ -35,13 +34,6 @@ NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 
 
 @pytest.fixture(scope="module")
-def real(shared: Path, tokenizer_file: Path) -> Tokenizer:
-    """Llama 2's tokenizer where it is at hand, else the small one."""
-    file = shared / "tokenizers" / "llama-2" / "tokenizer.model"
-    return Tokenizer.load(file if file.exists() else tokenizer_file)
-
-
-@pytest.fixture(scope="module")
 def trained(
     tmp_path_factory: pytest.TempPathFactory, train_tokenizer: Callable[..., bytes]
 ) -> Tokenizer:
@@ -52,18 +44,9 @@ def trained(
 
 
 @pytest.fixture(scope="module")
-def byte_level() -> tokenizers.Tokenizer:
-    """Llama 3's kind of tokenizer, small: byte-level BPE, cut by its pattern, control tokens."""
-    made = tokenizers.Tokenizer(models.BPE())
-    cut = pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_PATTERN), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, False)])
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    made.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
-    made.add_special_tokens(NAMES)
+def byte_level(train_byte_level: Callable[..., tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
+    """Llama 3's kind of tokenizer, with a word that is added too."""
+    made = train_byte_level(Path(__file__), 600, NAMES)
     made.add_tokens(["<tool>"])
     made.enable_truncation(5)  # of the library's own making: must not reach a corpus
     return made

@@ -19,13 +19,6 @@ from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_RANKS
 
 
-@pytest.fixture(scope="module")
-def real(shared: Path, tokenizer_file: Path) -> Tokenizer:
-    """Llama 2's tokenizer where it is at hand, else the small one."""
-    file = shared / "tokenizers" / "llama-2" / "tokenizer.model"
-    return Tokenizer.load(file if file.exists() else tokenizer_file)
-
-
 def copy_of(source: Path, target: Path, **files: Any) -> Path:
     """Copies a tokenizer into a directory, beside JSON files (`name=content`, .json left out)."""
     target.mkdir(exist_ok=True)

@@ -1,0 +1,56 @@
+"""What the tests of text share: real and small tokenizers, and parquet files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.vocabulary import LLAMA_3_PATTERN
+
+
+@pytest.fixture(scope="session")
+def write_parquet() -> Callable[..., Path]:
+    """`write_parquet(path, columns or rows, **options) -> path`; skips without pyarrow."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def write(path: Path, data: dict[str, Any] | list[dict[str, Any]], **options: Any) -> Path:
+        table = pyarrow.table(data) if isinstance(data, dict) else pyarrow.Table.from_pylist(data)
+        parquet.write_table(table, path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def real(shared: Path, tokenizer_file: Path) -> Tokenizer:
+    """Llama 2's tokenizer where it is at hand, else the small one."""
+    file = shared / "tokenizers" / "llama-2" / "tokenizer.model"
+    return Tokenizer.load(file if file.exists() else tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def train_byte_level() -> Callable[[Path, int, list[str]], tokenizers.Tokenizer]:
+    """`train_byte_level(file, vocab_size, names)`: Llama 3's kind of tokenizer, small.
+
+    Byte-level BPE of the file's text, cut by Llama 3's pattern, with control tokens of these names.
+    """
+
+    def train(file: Path, vocab_size: int, names: list[str]) -> tokenizers.Tokenizer:
+        made = tokenizers.Tokenizer(models.BPE())
+        cut = pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_PATTERN), "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, False)])
+        made.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+        )
+        made.train_from_iterator([file.read_text(encoding="utf-8")], trainer)
+        made.add_special_tokens(names)
+        return made
+
+    return train
