@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ class ExpansionRecord:
     """Which layers of a checkpoint are new blocks: written by `expand`, never recomputed.
 
     Attributes:
-        new_layers: indices of the latest generation's new blocks, in this checkpoint's numbering.
-        source_layers: for each of them, the layer of the base it was copied from (base numbering).
+        new_layers: indices in this checkpoint of the latest expansion's new blocks.
+        source_layers: for each of them, the layer of the base that it was copied from.
         base_sha256: `Checkpoint.sha256()` of the base that was expanded.
-        generations: the earlier expansions, oldest first; each a mapping with the same keys, its
-            `new_layers` kept up to date with this checkpoint's numbering.
-        base_vocab_size: how many rows of embedding and head are the base's; those after them are
-            of tokens that were added. None, and absent from the file: the vocabulary did not grow.
+        generations: the earlier expansions, oldest first, each a mapping with the same keys. Their
+            `new_layers` are indices in this checkpoint too.
+        base_vocab_size: the number of rows of embedding and head that are the base's. Later rows are
+            of added tokens. None if no token was added; then the file has no such key.
     """
 
     new_layers: tuple[int, ...]
@@ -132,10 +133,10 @@ class ModelConfig:
 
     Attributes:
         model_type: "llama" or "mistral".
-        sliding_window: how many positions a token sees, itself included (Mistral 7B v0.1); None:
-            all before it.
-        raw: the whole `config.json` this was read from; keys unknown to this class survive a
-            rewrite, so other tools find what they put there.
+        sliding_window: the number of positions that a token sees, itself included (Mistral 7B
+            v0.1); None means all before it.
+        raw: the whole `config.json`. Keys unknown to this class survive a rewrite, so other tools
+            find what they put there.
         expansion: the `llamapro` record, or None for a model that was never expanded.
     """
 
@@ -184,52 +185,17 @@ class ModelConfig:
             ConfigError: naming `where` and, in one message, every field that is missing, impossible
                 or not supported, each with the value found.
         """
-        wrong: list[str] = []
-
         model_type = raw.get("model_type", "llama")
         if model_type not in _DEFAULTS:
             supported = " and ".join(map(repr, _DEFAULTS))
             raise ConfigError(
                 f"{where}: model_type {model_type!r} is not supported (only {supported})"
             )
-        raw_or_default = _DEFAULTS[model_type] | raw
-        known = [f.name for f in dataclasses.fields(cls)] + ["eos_token_id", *_ONLY_SUPPORTED]
-        for key in raw:
-            # Foreign keys are fine; a near miss of a key that is absent is a typo that would
-            # otherwise be replaced by a default in silence.
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.9)
-            if key not in known and near and near[0] not in raw:
-                wrong.append(f"unknown key {key!r} (did you mean {near[0]!r}?)")
-
-        def number(key: str, default: Any = None, kind: type = int, value: Any = None) -> Any:
-            value = raw_or_default.get(key) if value is None else value
-            value = default if value is None else value
-            if value is None:
-                wrong.append(f"{key} is missing")
-                return 1
-            # Python's JSON reads NaN and Infinity, and integers too long for a float.
-            if type(value) not in (int, float) or not 0 < value < 1e300:
-                wrong.append(f"{key} is {value!r:.80}, expected a positive number")
-                return 1
-            if kind is int and value != int(value):
-                wrong.append(f"{key} is {value!r}, expected a whole number")
-            return kind(value)
-
-        sizes = {key: number(key) for key in _SIZES}
-        heads = sizes["num_attention_heads"]
-        kv_heads = number("num_key_value_heads", heads)
-        if raw.get("head_dim") is None and sizes["hidden_size"] % heads:
-            wrong.append(
-                f"hidden_size {sizes['hidden_size']} is not a multiple of "
-                f"num_attention_heads {heads}"
-            )
-        head_dim = number("head_dim", max(1, sizes["hidden_size"] // heads))
-        if heads % kv_heads:
-            wrong.append(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-            )
-        if head_dim % 2:
-            wrong.append(f"head_dim {head_dim} is odd; RoPE rotates pairs")
+        fields = _Fields(_DEFAULTS[model_type] | raw)
+        wrong = fields.wrong
+        wrong += _typos(raw, [f.name for f in dataclasses.fields(cls)])
+        sizes = {key: fields.number(key) for key in _SIZES}
+        sizes |= _heads(raw, sizes, fields)
         for key, allowed in _ONLY_SUPPORTED.items():
             if key in raw and raw[key] not in allowed:
                 wrong.append(f"{key} {raw[key]!r} is not supported (only {allowed[0]!r})")
@@ -239,50 +205,37 @@ class ModelConfig:
         if not isinstance(rope, dict):
             wrong.append(f"rope_parameters or rope_scaling is {rope!r}, expected a JSON object")
             rope = {}
-        rope_theta = number("rope_theta", 10000.0, float, rope.get("rope_theta"))
-        rope_scaling = _read_rope_scaling(rope, wrong)
-        window = raw_or_default.get("sliding_window") if model_type == "mistral" else None
-        if window is not None:
-            window = number("sliding_window")
-
+        has_window = model_type == "mistral" and fields.raw.get("sliding_window") is not None
         tied = raw.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             wrong.append(f"tie_word_embeddings is {tied!r}, expected true or false")
         eos = raw.get("eos_token_id", 2)
-        floats = {
-            "rms_norm_eps": number("rms_norm_eps", 1e-6, float),
-            "initializer_range": number("initializer_range", 0.02, float),
-        }
-        max_positions = number("max_position_embeddings")
-        if wrong:
-            raise ConfigError(f"{where}: " + "; ".join(wrong))
-        expansion = None
-        if raw.get("llamapro") is not None:
-            expansion = ExpansionRecord.from_dict(
-                raw["llamapro"], sizes["num_hidden_layers"], where
-            )
-            base_vocab_size = expansion.base_vocab_size
-            if base_vocab_size is not None and not 0 < base_vocab_size < sizes["vocab_size"]:
-                raise ConfigError(
-                    f"{where}: the 'llamapro' record has base_vocab_size {base_vocab_size}, "
-                    f"impossible for vocab_size {sizes['vocab_size']}"
-                )
-        return cls(
+        config = cls(
             **sizes,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            model_type=model_type,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            sliding_window=window,
-            max_position_embeddings=max_positions,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6, float),
+            rope_theta=fields.number("rope_theta", 10000.0, float, rope.get("rope_theta")),
+            max_position_embeddings=fields.number("max_position_embeddings"),
             tie_word_embeddings=tied,
+            initializer_range=fields.number("initializer_range", 0.02, float),
             bos_token_id=raw.get("bos_token_id", 1),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            expansion=expansion,
+            model_type=model_type,
+            rope_scaling=_read_rope_scaling(rope, wrong),
+            sliding_window=fields.number("sliding_window") if has_window else None,
             raw=raw,
-            **floats,
         )
+        if wrong:
+            raise ConfigError(f"{where}: " + "; ".join(wrong))
+        if raw.get("llamapro") is None:
+            return config
+        record = ExpansionRecord.from_dict(raw["llamapro"], config.num_hidden_layers, where)
+        rows = record.base_vocab_size
+        if rows is not None and not 0 < rows < config.vocab_size:
+            raise ConfigError(
+                f"{where}: the 'llamapro' record has base_vocab_size {rows}, impossible for "
+                f"vocab_size {config.vocab_size}"
+            )
+        return dataclasses.replace(config, expansion=record)
 
     def resized(
         self, num_hidden_layers: int, vocab_size: int, record: ExpansionRecord | None
@@ -302,6 +255,54 @@ class ModelConfig:
             raw["rope_theta"] = self.rope_theta
             raw["rope_scaling"] = rope if self.rope_scaling else None
         return json.dumps(raw, indent=2) + "\n"
+
+
+class _Fields:
+    """Reads numbers out of a `config.json`; collects what is wrong with them."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        self.raw, self.wrong = raw, list[str]()
+
+    def number(self, key: str, default: Any = None, kind: type = int, value: Any = None) -> Any:
+        value = self.raw.get(key) if value is None else value
+        value = default if value is None else value
+        if value is None:
+            self.wrong.append(f"{key} is missing")
+            return 1
+        # Python's JSON reads NaN and Infinity, and integers too long for a float.
+        if type(value) not in (int, float) or not 0 < value < 1e300:
+            self.wrong.append(f"{key} is {value!r:.80}, expected a positive number")
+            return 1
+        if kind is int and value != int(value):
+            self.wrong.append(f"{key} is {value!r}, expected a whole number")
+        return kind(value)
+
+
+def _typos(raw: dict[str, Any], known: list[str]) -> Iterator[str]:
+    """Foreign keys are fine, but a near miss of an absent key would become a silent default."""
+    known = [*known, "eos_token_id", *_ONLY_SUPPORTED]
+    for key in raw:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.9)
+        if key not in known and near and near[0] not in raw:
+            yield f"unknown key {key!r} (did you mean {near[0]!r}?)"
+
+
+def _heads(raw: dict[str, Any], sizes: dict[str, int], fields: _Fields) -> dict[str, int]:
+    """Reads num_key_value_heads and head_dim, and checks that the heads fit together."""
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    kv_heads = fields.number("num_key_value_heads", heads)
+    if raw.get("head_dim") is None and hidden % heads:
+        fields.wrong.append(
+            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+        )
+    head_dim = fields.number("head_dim", max(1, hidden // heads))
+    if heads % kv_heads:
+        fields.wrong.append(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    if head_dim % 2:
+        fields.wrong.append(f"head_dim {head_dim} is odd; RoPE rotates pairs")
+    return {"num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
 def _read_rope_scaling(rope: dict[str, Any], wrong: list[str]) -> RopeScaling | None:
