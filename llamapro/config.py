@@ -27,8 +27,8 @@ class ExpansionRecord:
         base_sha256: `Checkpoint.sha256()` of the base that was expanded.
         generations: the earlier expansions, oldest first, each a mapping with the same keys. Their
             `new_layers` are indices in this checkpoint too.
-        base_vocab_size: the number of rows of embedding and head that are the base's. Later rows are
-            of added tokens. None if no token was added; then the file has no such key.
+        base_vocab_size: the number of rows of embedding and head that are the base's. Rows after
+            them are of added tokens. None if there are none; then the file has no such key.
     """
 
     new_layers: tuple[int, ...]
