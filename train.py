@@ -10,115 +10,106 @@ prints the plan. The same command run again resumes from the run directory.
 The order matters and is the method: load, freeze by the checkpoint's record, shard, loop.
 """
 
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from llamapro import backends, cli, ops
 from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
-from llamapro.checkpoints.run import load_state, newest_intact
-from llamapro.errors import DataError, DivergedError
-from llamapro.formatting import format_count
+from llamapro.errors import DataError
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.text.mixture import Source, batch, stack
+from llamapro.text.mixture import Source, stack
 from llamapro.training.checkpoint import Saver, load_optimizer, load_trained
 from llamapro.training.distributed import Ranks, compile_blocks, process_group, shard, world_size
-from llamapro.training.job import Job, load_data
+from llamapro.training.job import Job, find_state, load_data
 from llamapro.training.objective import NextToken, make_objective
-from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, learning_rate
-from llamapro.training.plan import make_plan, render
+from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
+from llamapro.training.plan import count_parameters
 from llamapro.training.preemption import Stopped, StopRequest
 from llamapro.training.preset import parse
 from llamapro.training.progress import Progress, say
 from llamapro.training.replay import split_replayed
-from llamapro.training.resume import check_identity, find_resume_point, locked
-from llamapro.training.rng import load_rng, seed_all
-from llamapro.training.settings import OptimSettings, Settings, changes, check, flatten
-from llamapro.training.weights import (
-    init_random,
-    mask_gradients,
-    put_new_rows,
-    select_trainable,
-    stored_name,
-    stored_shape,
-)
+from llamapro.training.resume import locked
+from llamapro.training.settings import Settings, check, flatten
+from llamapro.training.state import Losses, RunState
+from llamapro.training.weights import init_random, mask_gradients, select_trainable
 
 
-def main() -> None:
-    settings = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    """Runs the command; its options are those of the command line if `argv` is None."""
+    settings = parse(sys.argv[1:] if argv is None else argv, prog)
     check(settings, world_size())
     job = Job.open(settings)
-    t = settings.train
-    plan = make_plan(settings, job.config, job.compute_dtype, job.run_dir, job.resume_from)
-    if settings.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            earlier, _ = newest_intact(job.run_dir)
-            if earlier is not None:  # what resuming would refuse
-                changes(load_state(earlier)["settings"], settings, str(job.run_dir))
-            if settings.data.format == "chat":
-                job.tokenize()  # finds every conversation that cannot be used
-            cli.print_result(plan, settings.json, render(plan, settings))
+    is_main = os.environ.get("RANK", "0") == "0"
+    if settings.dry_run and not is_main:
         return
-    stop = StopRequest()
+    result, text = job.dry_run() if settings.dry_run else job.result(run(job))
+    if is_main:
+        cli.print_result(result, settings.json, text)
+
+
+def run(job: Job, objective: NextToken | None = None) -> RunState:
+    """Trains in this process, or among those that torchrun started; every one must call it.
+
+    Args:
+        job: what to train on, how long, and how.
+        objective: what to minimise, instead of the job's own. It holds a whole model on the CPU,
+            with `requires_grad` set, which is sharded in place.
+
+    Returns:
+        Where the run stands at its end; the trained tensors are in its last training checkpoint.
+
+    Raises:
+        DataError: the run had to end early, for example because the disk is full.
+    """
+    t, stop = job.settings.train, StopRequest()
+    if objective is not None:
+        job = replace(job, plan=job.plan | {"parameters": count_parameters(objective.model)})
     with (
         stop.listening(),
         process_group(t.device, t.shard_size) as ranks,
         backends.use(t.ops),
         locked(job.run_dir, ranks),
     ):
-        state = train(job, plan, ranks, stop)
+        state = train(job, ranks, stop, objective)
     if stop.failure:
-        raise DataError(f"{stop.failure}; stopped in order at step {state['step']}")
-    if ranks.is_main:
-        found = {key: state[key] for key in ("step", "tokens", "loss", "eval", "elapsed_s")}
-        found |= {"run_dir": str(job.run_dir), "stopped": bool(state.get("stopped"))}
-        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in state["eval"].items())
-        text = f"{job.run_dir}: {state['step']} steps done"
-        if found["stopped"]:
-            text += ", stopped by a signal: the same command continues"
-        cli.print_result(found, settings.json, f"{text}; {losses}" if losses else text)
+        raise DataError(f"{stop.failure}; stopped in order at step {state.step}")
+    return state
 
 
 # ---- Model ------------------------------------------------------------------------------------
 
 
-def build_objective(job: Job, ranks: Ranks) -> tuple[NextToken, dict[str, torch.nn.Parameter]]:
-    """Loads, puts the resumed weights in, freezes, and only then shards.
-
-    Returns:
-        The objective, which holds the sharded model, and by name the parameters that train.
-    """
-    s, config = job.settings, job.config
-    model = build_on_meta(config)
+def build_objective(job: Job) -> NextToken:
+    """Loads the weights on the CPU and freezes by the checkpoint's record."""
+    t = job.settings.train
+    model = build_on_meta(job.config)
+    select_trainable(model, t.trainable, t.new_tokens)
     if job.checkpoint is None:
-        tensors = init_random(config, s.train.seed)
+        tensors = init_random(job.config, t.seed)
     else:
         tensors = job.checkpoint.state_dict()  # mapped: read when first used
-    trainable = select_trainable(model, s.train.trainable, s.train.new_tokens)
-    if job.resume_from is not None:
-        shapes = {
-            stored_name(name, job.first_new_row): stored_shape(
-                name, model.get_parameter(name), job.first_new_row
-            )
-            for name in trainable
-        }
-        trained = load_trained(job.resume_from, config, shapes)
-        tensors = put_new_rows(tensors, trained) | {n: trained[n] for n in trained.keys() & tensors}
     load_tensors(model, tensors)
-    objective = make_objective(model, s.replay)
-    if s.train.compile:
+    return make_objective(model, job.settings.replay)
+
+
+def shard_objective(objective: NextToken, job: Job, ranks: Ranks) -> dict[str, torch.nn.Parameter]:
+    """Puts the resumed weights in, and only then shards; returns what trains, by name."""
+    t, model = job.settings.train, objective.model
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    if job.resume_from is not None:
+        load_trained(job.resume_from, model, job.first_new_row)
+    if t.compile:
         compile_blocks(model)
-    shard(objective, ranks, job.compute_dtype, s.train.frozen, s.train.offload, s.train.recompute)
-    parameters = dict(model.named_parameters())
-    trained_parameters = {name: parameters[name] for name in trainable}
+    shard(objective, ranks, job.compute_dtype, t.frozen, t.offload, t.recompute)
+    parameters = {name: model.get_parameter(name) for name in trainable}
     if job.first_new_row:
-        mask_gradients(trained_parameters, job.first_new_row)
-    return objective, trained_parameters
+        mask_gradients(parameters, job.first_new_row)
+    return parameters
 
 
 # ---- Training ---------------------------------------------------------------------------------
@@ -135,19 +126,39 @@ def forward(
     return objective(inputs, targets, documents[0] if documents else None, replayed)
 
 
-@torch.no_grad()
 def evaluate(
+    objective: NextToken,
+    val: dict[str, Source],
+    settings: Settings,
+    ranks: Ranks,
+    stop: StopRequest,
+    state: RunState,
+    progress: Progress,
+) -> None:
+    """Computes the loss of every validation set into the state, and reports it.
+
+    Raises:
+        Stopped: on every rank, if a signal came to one of them.
+    """
+    for name, sequences in val.items():
+        loss, tokens = mean_loss(objective, sequences, settings, ranks, stop)
+        state.eval[name] = loss
+        progress.evaluation(name, loss, tokens)
+    state.evaluated = state.step
+    if state.step == 0:
+        state.base_eval = dict(state.eval)
+    progress.evaluated()
+
+
+@torch.no_grad()
+def mean_loss(
     objective: NextToken,
     sequences: Source,
     settings: Settings,
     ranks: Ranks,
     stop: StopRequest,
 ) -> tuple[float, int]:
-    """Returns the mean token loss (nats) over a validation set and how many tokens it has.
-
-    Raises:
-        Stopped: on every rank, if a signal came to one of them.
-    """
+    """Returns the mean token loss (nats) over a validation set and how many tokens it has."""
     count = min(settings.eval.sequences or len(sequences), len(sequences))
     chosen = [i * len(sequences) // count for i in range(count)]
     rows = settings.train.micro_batch_size
@@ -158,9 +169,9 @@ def evaluate(
         if any(ranks.sum(stop.is_asked)):
             raise Stopped
         mine = [sequences[i] for i in chosen[start + ranks.rank * rows :][:rows]]
-        ids, following, *more = sequences[0]
-        nothing = (ids, np.full_like(following, ops.IGNORE_INDEX), *more)
-        columns = stack(mine + [nothing] * (rows - len(mine)))
+        ids, targets, *more = sequences[0]
+        padding = (ids, np.full_like(targets, ops.IGNORE_INDEX), *more)
+        columns = stack(mine + [padding] * (rows - len(mine)))
         part_sum, part_count = forward(objective, columns, ranks.device)
         loss_sum += part_sum
         tokens += part_count
@@ -180,14 +191,14 @@ def train_step(
     """One optimizer step on this rank's part of a global batch.
 
     Args:
-        columns: inputs, targets and, of conversations, documents, each (n, T) int64.
-        others: the first so many samples of the global batch are not replayed, or not apart.
-        valid: tokens that are predicted in the *global* batch. The loss is their mean, so it does
-            not depend on how the batch is split.
+        columns: inputs, targets and, for conversations, documents; each (n, T) int64.
+        others: number of samples of the global batch that come before the replayed ones.
+        valid: number of targets of the *global* batch. The loss is their mean, so it does not
+            depend on how the batch is split.
 
     Returns:
         This rank's part of the loss, (), in nats per token, and the norm of the gradient before
-        clipping, (); both still on the device.
+        clipping, (); both stay on the device.
     """
     rows = settings.train.micro_batch_size
     # FSDP averages gradients over the ranks, hence the factor world_size.
@@ -207,128 +218,83 @@ def train_step(
     return loss_sum / max(1.0, valid), norm
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, step: int, steps: int, o: OptimSettings
-) -> float:
-    """Sets and returns the rate of this step number."""
-    rate = learning_rate(step, steps, o.lr, round(o.warmup_ratio * steps), o.final_lr_ratio)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def train(job: Job, plan: dict[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, Any]:
-    """Runs the job to its last step or to where a signal stops it; returns where it then stands."""
-    s, t, run_dir = job.settings, job.settings.train, job.run_dir
-    resume_from, found, damaged = find_resume_point(run_dir, ranks)
-    job = dataclasses.replace(job, resume_from=resume_from)
-    plan = plan | {"resume_from": str(resume_from) if resume_from else None}
-    say(ranks, render(plan, s))
-    for text in damaged:
-        say(ranks, f"warning          {text}; resuming from the one before it")
-    # Where the run stands: with the weights and the optimizer, all there is to resume from.
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "samples": 0, "elapsed_s": 0.0, "loss": None}
-    state |= {"eval": {}, "evaluated": -1, "skipped": 0, "recent_losses": []}
-    changed: list[str] = []
-    if found is not None:
-        state = found
-        changed = changes(state["settings"], s, str(run_dir))
-    for text in changed:
-        say(ranks, f"changed          {text}")
+def train(
+    job: Job, ranks: Ranks, stop: StopRequest, objective: NextToken | None = None
+) -> RunState:
+    """Trains to the last step or to where a signal stops it; returns where the run then stands."""
+    s, t = job.settings, job.settings.train
+    job, state, changed = find_state(job, ranks)
     try:
-        data = load_data(job, ranks, stop)
+        data = load_data(job, state, ranks, stop)
     except Stopped:
-        return state | {"stopped": True}
-    if found is not None:
-        check_identity(state, data.identity, run_dir, s.resume.allow)
-    state["identity"] = data.identity
-    for text in data.about:
-        say(ranks, text)
-    steps = s.steps(data.mixture.samples_per_epoch)
-    say(ranks, f"steps            {steps} ({format_count(steps * plan['tokens_per_step'])} tokens)")
-    if state["step"] >= steps and state["evaluated"] == state["step"]:
-        say(ranks, f"{run_dir} is complete: nothing to do")
+        state.stopped = True
+        return state
+    if state.step >= data.steps and state.evaluated == state.step:
+        say(ranks, f"{job.run_dir} is complete: nothing to do")
         return state
 
-    objective, parameters = build_objective(job, ranks)
-    undecayed = [parameters[n] for n in NEW_ROWS.keys() & parameters] if job.first_new_row else []
+    torch.manual_seed(t.seed)  # the data order and random weights have generators of their own
+    objective = objective or build_objective(job)
+    parameters = shard_objective(objective, job, ranks)
+    first_row = job.first_new_row
+    undecayed = [parameters[name] for name in NEW_ROWS if first_row and name in parameters]
     optimizer = build_adamw(
         parameters.values(), s.optim.betas, s.optim.weight_decay, undecayed=undecayed
     )
     if job.resume_from is not None:
-        applied = state["step"] - state["skipped"]
-        load_optimizer(job.resume_from, parameters, optimizer, applied, job.first_new_row)
-        load_rng(job.resume_from, ranks, s.train.seed, state["step"])
-    else:
-        seed_all(s.train.seed, ranks.rank)
-    progress = Progress(s, data.mixture, steps, state, ranks, stop)
-    of_gradients = next(iter(parameters.values())).device  # the CPU, of those that are offloaded
-    guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, of_gradients)
-    in_background = s.save.background == "yes" or (
-        s.save.background == "auto" and ranks.device.type == "cuda"
+        applied = state.step - state.skipped
+        load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
+    guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, state.skipped)
+    progress = Progress(s, data.mixture, data.steps, state, ranks, stop)
+    losses = Losses(state, guard, ranks, s.log_spikes, progress.odd)
+    in_background = s.save.in_background(ranks.device.type)
+    saver = Saver(
+        job.run_dir, s.save.keep, s.save.keep_every, ranks, in_background, first_row, state.step
     )
-    saved, stopped = state["step"], False
-    with (
-        progress.writing(run_dir, plan, changed),
-        Saver(
-            run_dir, s.save.keep, s.save.keep_every, ranks, in_background, job.first_new_row
-        ) as saver,
-    ):
 
-        def settle() -> None:
-            """Waits for the device, to learn whether all steps so far were applied."""
-            with progress.timed():
-                skipped, is_stuck = guard.check()
-                progress.settle(skipped)
-            if is_stuck:
-                raise DivergedError(
-                    "the gradient is not finite; neither that step nor what followed was applied. "
-                    f"Look at its data ({run_dir}/metrics.jsonl, kind bad_step), lower optim.lr or "
-                    "allow optim.skip_bad_steps; the last training checkpoint is intact"
-                )
+    def save() -> None:
+        losses.read()
+        info = BlocksInfo.of(job.config, t.trainable, state.step)
+        kept = state.to_json() | {"settings": flatten(s)}
+        progress.saved(saver.save(state.step, parameters, optimizer, info, kept))
 
-        while True:
-            step, is_last = state["step"], state["step"] >= steps
-            is_due = is_last or step % s.eval.every == 0
-            if is_due and state["evaluated"] != step and not stopped:
-                settle()
-                try:
-                    for name, sequences in data.val.items():
-                        progress.evaluation(name, *evaluate(objective, sequences, s, ranks, stop))
-                    progress.evaluated()
-                except Stopped:
-                    stopped = True
-            if step > saved and (stopped or is_last or step % s.save.every == 0):
-                settle()
-                progress.saved(saver.finish())
-                info = BlocksInfo.of(job.config, s.train.trainable, step)
-                kept = state | {"settings": flatten(s)}
-                saver.start(step, parameters, optimizer, info, kept)
-                saved = step
-                if not in_background:
+    with progress.writing(job.run_dir, job.plan, changed), saver:
+        try:
+            while True:
+                is_last = state.step >= data.steps
+                if (is_last or state.step % s.eval.every == 0) and state.evaluated != state.step:
+                    losses.read()
+                    evaluate(objective, data.val, s, ranks, stop, state, progress)
+                if is_last:
+                    break
+                if state.step > saver.step and state.step % s.save.every == 0:
+                    save()
+                with state.timed():
+                    columns, others = data.batch(state.samples, ranks)
+                    targets = (columns[1] != ops.IGNORE_INDEX).sum()
+                    # All ranks learn here, at the same step, what one of them knows.
+                    valid, is_stopping, is_written, is_time = ranks.sum(
+                        targets, stop.is_asked, saver.is_done, progress.is_time
+                    )
+                    if is_stopping:
+                        raise Stopped
+                    rate = set_learning_rate(optimizer, state.step, data.steps, s.optim)
+                    loss, norm = train_step(objective, guard, columns, others, valid, s, ranks)
+                    losses.add(state.step + 1, state.samples, loss, norm)
+                    state.step += 1
+                    state.tokens += int(valid)
+                    state.samples += t.batch_size
+                if is_written:
                     progress.saved(saver.finish())
-            if stopped or is_last:
-                break
-            with progress.timed():
-                where = (state["samples"], t.batch_size, ranks.rank, ranks.world_size)
-                columns, others = batch(data.mixture, *where, data.apart)
-                # What one rank knows, all learn here, at the same step.
-                valid, stopping, is_written = ranks.sum(
-                    (columns[1] != ops.IGNORE_INDEX).sum(), stop.is_asked, saver.is_done
-                )
-                if stopping:
-                    stopped = True
-                    continue
-                rate = set_learning_rate(optimizer, step, steps, s.optim)
-                loss, norm = train_step(objective, guard, columns, others, valid, s, ranks)
-                progress.step(int(valid), loss, norm)
-            if is_written:
-                progress.saved(saver.finish())
-            if state["step"] % s.log_every == 0 or state["step"] == steps:
-                settle()
-                progress.line(norm.item(), rate)
+                if is_time or progress.is_due(state.step):
+                    losses.read()
+                    progress.step(norm.item(), rate, bool(is_time))
+        except Stopped:
+            state.stopped = True
+        if state.step > saver.step:
+            save()
         progress.saved(saver.finish())
-    return state | {"stopped": stopped}
+    return state
 
 
 if __name__ == "__main__":

@@ -85,7 +85,13 @@ def prepare(home: Path) -> list[str]:
     options: dict[str, object] = {"model.path": home / "pro", "data.train": home / "train.py"}
     options |= {"data.val": f"code={home / 'val.py'}", "data.cache-dir": home / "cache"}
     options |= {"data.seq-len": 32, "train.steps": STEPS, "train.batch-size": 4, "optim.lr": 1e-2}
-    options |= {"eval.every": 6, "eval.sequences": 5, "log-every": 1, "train.device": "cpu"}
+    options |= {
+        "eval.every": 6,
+        "eval.sequences": 5,
+        "log-every": 1,
+        "log-seconds": 0,
+        "train.device": "cpu",
+    }
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
@@ -138,12 +144,12 @@ class Start:
     @property
     def saved(self) -> int:
         """The last step it said to have saved, or else where it started."""
-        return self._last(r"saved .*/step-(\d{8})$") or self.resumed or 0
+        return self._last(rf" *\d+/{STEPS}  saved step-(\d{{8}}) ") or self.resumed or 0
 
     @property
     def computed(self) -> int:
         """The last step that it logged, or else where it started."""
-        return self._last(rf"step (\d+)/{STEPS} ") or self.resumed or 0
+        return self._last(rf" *(\d+)/{STEPS} ") or self.resumed or 0
 
     def _last(self, pattern: str) -> int | None:
         found = [m for m in (re.match(pattern, line) for line in self.output) if m]
@@ -209,7 +215,7 @@ def start(options: list[str], run_dir: Path, kind: str, target: int, rng: random
     command += [*options, "--run-dir", str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", mark.split("=")[0]: mark.split("=")[1]}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    trigger = re.compile(rf"step {target}/" if target else r"steps +\d")
+    trigger = re.compile(rf" *{target}/" if target else r"steps +\d")
     is_for_saving = target % SAVE_EVERY == 0 and rng.random() < 0.7
     delay_s = rng.uniform(0, 0.01 if is_for_saving else 0.08)
 
@@ -231,7 +237,7 @@ def start(options: list[str], run_dir: Path, kind: str, target: int, rng: random
                 result.output.append(line.rstrip("\n"))
                 is_due = not result.is_hit and kind and kind not in FULL_DISK
                 if is_due and trigger.match(line):
-                    result.after = f"{line.split(' · ')[0].strip()} + {1000 * delay_s:.1f} ms"
+                    result.after = f"step {target or line.strip()} + {1000 * delay_s:.1f} ms"
                     if is_for_saving and target and wait_for_saving(run_dir):
                         result.after += " of saving"
                     time.sleep(delay_s)

@@ -22,23 +22,20 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llamapro import backends, ops
+from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.errors import ConfigError, DivergedError
+from llamapro.checkpoints.run import TRAINABLE_FILE, training_checkpoints
+from llamapro.errors import ConfigError
 from llamapro.expansion import Layout, expand_names, insert_after, is_in_layers
 from llamapro.model import MLP, LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.text.mixture import batch
-from llamapro.training.distributed import Ranks, process_group, shard
-from llamapro.training.job import Job, load_data
+from llamapro.training.job import Job
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import FiniteGuard, build_adamw
-from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse
-from llamapro.training.progress import Progress
-from llamapro.training.rng import seed_all
 from llamapro.training.settings import Settings, check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,7 +175,7 @@ def build(about: dict[str, Any]) -> LlamaForCausalLM:
 
 
 def train(argv: list[str], make: Build) -> LlamaForCausalLM:
-    """Trains a built model as `train.py` does with these options; writes run.json, metrics.jsonl.
+    """Trains a built model by `train.py` with these options.
 
     Args:
         argv: options of `train.py`; the base is `--model.path`, and train.trainable 'all'.
@@ -193,64 +190,20 @@ def train(argv: list[str], make: Build) -> LlamaForCausalLM:
     """
     settings = parse(argv)
     check(settings, 1)
-    job, stop, steps = Job.open(settings), StopRequest(), settings.train.steps
-    file = train_file()
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "samples": 0, "elapsed_s": 0.0, "loss": None}
-    state |= {"eval": {}, "evaluated": -1, "skipped": 0, "recent_losses": []}
-    with process_group(settings.train.device) as ranks, backends.use(settings.train.ops):
-        data = load_data(job, ranks, stop)
-        model = make()
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        total = sum(p.numel() for p in model.parameters())
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        objective = NextToken(model)
-        shard(objective, ranks, job.compute_dtype, settings.train.frozen)
-        parameters = dict(model.named_parameters())
-        guard = guarded_adamw([parameters[n] for n in names], settings, ranks)
-        seed_all(settings.train.seed, ranks.rank)
-        progress = Progress(settings, data.mixture, steps, state, ranks, stop)
-        plan = {"parameters": {"total": total, "trainable": trainable}, "resume_from": None}
-        with progress.writing(job.run_dir, plan, []):
-            norm, rate = torch.zeros(()), 0.0
-            for step in range(steps + 1):
-                is_due = step == steps or step % settings.eval.every == 0
-                if is_logged := step == steps or step % settings.log_every == 0:
-                    with progress.timed():
-                        skipped, is_stuck = guard.check()
-                        progress.settle(skipped)
-                    if is_stuck:
-                        raise DivergedError("the gradient is not finite")
-                if is_logged and step:
-                    progress.line(norm.item(), rate)
-                if is_due:
-                    for name, sequences in data.val.items():
-                        found = file.evaluate(objective, sequences, settings, ranks, stop)
-                        progress.evaluation(name, *found)
-                    progress.evaluated()
-                if step == steps:
-                    break
-                with progress.timed():
-                    where = (state["samples"], settings.train.batch_size, 0, 1)
-                    columns, others = batch(data.mixture, *where)
-                    valid = int((columns[1] != ops.IGNORE_INDEX).sum())
-                    rate = file.set_learning_rate(guard.optimizer, step, steps, settings.optim)
-                    how = (columns, others, valid, settings, ranks)
-                    loss, norm = file.train_step(objective, guard, *how)
-                    progress.step(valid, loss, norm)
-        trained = {name: whole(parameters[name]) for name in names}
+    job = Job.open(settings)
+    train_file().run(job, NextToken(make()))
+    trained = load_file(training_checkpoints(job.run_dir)[-1] / TRAINABLE_FILE)
     model = make()
     unknown = model.load_state_dict(trained, strict=False).unexpected_keys
     assert not unknown, unknown
     return model.requires_grad_(False).eval()
 
 
-def guarded_adamw(
-    parameters: Sequence[nn.Parameter], settings: Settings, ranks: Ranks
-) -> FiniteGuard:
+def guarded_adamw(parameters: Sequence[nn.Parameter], settings: Settings) -> FiniteGuard:
     """Returns the optimizer of a run, guarded as `train.py` guards it."""
     o = settings.optim
     optimizer = build_adamw(parameters, o.betas, o.weight_decay)
-    return FiniteGuard(optimizer, o.skip_bad_steps, ranks.device)
+    return FiniteGuard(optimizer, o.skip_bad_steps)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -39,11 +39,13 @@ from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.distributed import process_group, shard
 from llamapro.training.job import Job, load_data
 from llamapro.training.objective import NextToken
+from llamapro.training.optim import set_learning_rate
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse
 from llamapro.training.records import read_run, summarize
 from llamapro.training.replay import write_documents
 from llamapro.training.settings import ReplaySettings
+from llamapro.training.state import RunState
 from llamapro.training.weights import init_random
 
 RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"
@@ -201,13 +203,13 @@ def base(about: dict[str, Any], out: Path) -> dict[str, Any]:
     settings = parse(argv)
     with process_group(settings.train.device) as ranks:
         job = Job.open(settings)
-        data = load_data(job, ranks, StopRequest())
+        data = load_data(job, RunState(), ranks, StopRequest())
         model = Checkpoint.open(about["base"]).load()
         objective = NextToken(model)
         shard(objective, ranks, job.compute_dtype)
-        evaluate = comparisons.train_file().evaluate
+        mean_loss = comparisons.train_file().mean_loss
         losses = {
-            name: evaluate(objective, sequences, settings, ranks, StopRequest())[0]
+            name: mean_loss(objective, sequences, settings, ranks, StopRequest())[0]
             for name, sequences in data.val.items()
         }
     return {"losses": losses} | measure(Checkpoint.open(about["base"]).load(), about)
@@ -232,10 +234,11 @@ def cost(about: dict[str, Any], out: Path) -> dict[str, Any]:
             if not sides:
                 ranks = stack.enter_context(process_group(settings.train.device))
                 stack.enter_context(backends.use(settings.train.ops))
-            data = load_data(job, ranks, StopRequest())
-            objective, parameters = file.build_objective(job, ranks)
-            guard = comparisons.guarded_adamw(list(parameters.values()), settings, ranks)
-            file.set_learning_rate(guard.optimizer, 1, 2, settings.optim)
+            data = load_data(job, RunState(), ranks, StopRequest())
+            objective = file.build_objective(job)
+            parameters = file.shard_objective(objective, job, ranks)
+            guard = comparisons.guarded_adamw(list(parameters.values()), settings)
+            set_learning_rate(guard.optimizer, 1, 2, settings.optim)
             sides.append((settings, data, objective, guard))
         for at in range(COST_ROUNDS + 1):
             took = []
@@ -283,7 +286,7 @@ def gradients(about: dict[str, Any], out: Path) -> dict[str, Any]:
     argv = [*about["argv"], "--run-dir", str(out / "run")]
     settings = parse(argv)
     with process_group("cpu") as ranks:
-        data = load_data(Job.open(settings), ranks, StopRequest())
+        data = load_data(Job.open(settings), RunState(), ranks, StopRequest())
         (inputs, targets), _ = batch(data.mixture, 0, 2, 0, 1)
     ids = torch.cat((inputs, targets[:, -1:].clamp(min=0)), 1)[:, :65]
     kinds = ("zero-outputs", "copies", "zero-norms")
@@ -315,7 +318,7 @@ def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
         objective = NextToken(model)
         shard(objective, ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
         parameters = dict(model.named_parameters())
-        guard = comparisons.guarded_adamw([parameters[n] for n in names], settings, ranks)
+        guard = comparisons.guarded_adamw([parameters[n] for n in names], settings)
         ids = torch.randint(0, config.vocab_size, (t.batch_size, settings.data.seq_len))
         how = ((ids, ids), t.batch_size, float(ids.numel()), settings, ranks)
         step_s = shortest(

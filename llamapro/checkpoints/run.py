@@ -16,11 +16,12 @@ from llamapro.files import read_json
 
 TRAINABLE_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
-LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE}  # in the manifest
+LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, STATE_FILE}  # the files that a manifest lists
+# Earlier versions also saved the state of the random generators, from which nothing is drawn.
+OLD_LISTED = LISTED | {"rng.safetensors"}
 MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
 
 
@@ -83,7 +84,7 @@ def find_damage(path: Path) -> Iterator[str]:
     except CheckpointError as error:
         yield str(error)
         return
-    if set(manifest) != LISTED:
+    if set(manifest) not in (LISTED, OLD_LISTED):
         other = ", ".join(repr(name[:80]) for name in sorted(set(manifest) ^ LISTED)[:3])
         yield f"{file}: damaged: lists other files than it must: {other}"
         return

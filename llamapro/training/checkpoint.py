@@ -1,16 +1,15 @@
-"""Training checkpoints: what trains, its optimizer state and where the run stands. Nothing frozen.
+"""Training checkpoints: the trained tensors, their optimizer state, and where the run stands.
 
     RUN_DIR/checkpoints/step-00000500/
-        trainable.safetensors   the trained tensors, fp32 masters: a new-block file (`blocks.py`)
+        trainable.safetensors   the trained tensors, fp32 masters: a new-block file
         optimizer.safetensors   AdamW's two moments of each
-        rng.safetensors         every rank's random generators (`rng.py`)
-        state.json              step, tokens seen, every setting, what the run is made of
+        state.json              step, tokens, every setting, hashes of what the run is made of
         manifest.json           size and SHA-256 of the files above
 
-Written aside and renamed: a directory named step-* is complete. What is hidden (`.step-*`) is being
-written or removed, or was left by a killed process; the next save takes it away, because only one
-process writes into a run directory (`resume.RunLock`). Tensors are gathered whole, one by one, so
-but for the generators the files do not depend on the number of processes.
+A checkpoint is written aside and renamed, so a directory named step-* is complete. Hidden ones
+(`.step-*`) are being written or removed, or were left by a killed process; the next save deletes
+them, because only one process writes into a run directory (`resume.RunLock`). Tensors are gathered
+whole, one by one, so the files do not depend on the number of processes.
 """
 
 import json
@@ -29,7 +28,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, read_blocks, write_blocks
 from llamapro.checkpoints.run import (
     OPTIMIZER_FILE,
-    RNG_FILE,
     STATE_FILE,
     TRAINABLE_FILE,
     newest_intact,
@@ -39,12 +37,17 @@ from llamapro.checkpoints.run import (
 )
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
 from llamapro.checkpoints.writing import write_safetensors
-from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, UserError
 from llamapro.files import output_directory
+from llamapro.model import LlamaForCausalLM
 from llamapro.training.distributed import Ranks
-from llamapro.training.rng import gather_rng
-from llamapro.training.weights import stored_name, stored_part, stored_shape, whole_part
+from llamapro.training.weights import (
+    put_new_rows,
+    stored_name,
+    stored_part,
+    stored_shape,
+    whole_part,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,14 +57,16 @@ Parameters = dict[str, nn.Parameter]
 class Saver:
     """Writes the training checkpoints of a run and removes old ones; every rank has one.
 
-    A save is started and, by all ranks at the same step, finished. In the foreground `start` does
-    all of it, tensor by tensor: the main process holds one at a time. In the background `start`
-    returns as soon as the main process has copied everything into its memory (12 bytes for each
-    trained parameter); a thread writes, hashes and removes while training goes on. The files are
-    the same.
+    In the foreground `start` does all the work, and the main process holds one tensor at a time. In
+    the background `start` returns as soon as the main process has copied everything into its memory
+    (12 bytes for each trained parameter); a thread then writes, hashes and removes while training
+    goes on. The files are the same.
 
-    As a context it leaves no thread behind: even when the body raises, a save that is under way is
-    written to its end, though no longer reported.
+    As a context it leaves no thread behind: even when the body raises, a running save is completed,
+    though no longer reported.
+
+    Attributes:
+        step: step of the latest checkpoint that was started, or from which the run resumed.
     """
 
     def __init__(
@@ -72,24 +77,25 @@ class Saver:
         ranks: Ranks,
         in_background: bool,
         first_row: int = 0,
+        step: int = 0,
     ) -> None:
         """Sets up; nothing is written yet.
 
         Args:
-            run_dir: of the run; locked for as long as this is used.
-            keep: as for `remove_old`.
-            keep_every: as for `remove_old`.
+            run_dir: the run directory, locked as long as the saver is used.
+            keep, keep_every: as for `remove_old`.
             ranks: from `process_group`.
             in_background: see above.
             first_row: embedding and head are saved from this row on, if they train for the sake of
                 added tokens (`weights.stored_part`); 0 saves them whole.
+            step: step from which the run resumed.
         """
-        self._first_row = first_row
+        self.step, self._first_row = step, first_row
         self._run_dir, self._ranks, self._in_background = run_dir, ranks, in_background
         self._keep, self._keep_every = keep, keep_every
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: Future[None] | None = None  # on the main rank, in the background
-        self._saved: dict[str, Any] | None = None  # what `finish` has still to report
+        self._saved: dict[str, Any] | None = None  # not yet reported by `finish`
         self._started_s = self._ended_s = 0.0
 
     def __enter__(self) -> Self:
@@ -97,6 +103,27 @@ class Saver:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
+
+    def save(
+        self,
+        step: int,
+        parameters: Parameters,
+        optimizer: torch.optim.Optimizer,
+        info: BlocksInfo,
+        state: dict[str, Any],
+    ) -> dict[str, Any] | None:
+        """Finishes the save before and starts this one; every rank must call it.
+
+        Returns:
+            The report of the save that ended: this one in the foreground, the one before it in the
+            background. None if none did.
+
+        Raises:
+            CheckpointError: as `start` and `finish`.
+        """
+        before = self.finish()
+        self.start(step, parameters, optimizer, info, state)
+        return before if self._in_background else self.finish()
 
     def start(
         self,
@@ -106,58 +133,56 @@ class Saver:
         info: BlocksInfo,
         state: dict[str, Any],
     ) -> None:
-        """Saves what everything is now; every rank must call it, the save before it finished.
+        """Saves everything as it is now; every rank must call it, with the save before finished.
 
         A damaged training checkpoint of the same step is replaced.
 
         Args:
             step: optimizer steps made.
-            parameters: name -> sharded parameter, of all that trains.
-            optimizer: AdamW over just these.
+            parameters: name -> sharded parameter, of everything that trains.
+            optimizer: AdamW over exactly these.
             info: what the trained tensors belong to.
-            state: JSON-able, kept in `state.json`.
+            state: JSON-able content of `state.json`.
 
         Raises:
             CheckpointError: on every rank, with the same message, if one of them has no memory to
-                gather or, in the foreground, the main one could not write or remove. Of what could
-                not be written nothing is left.
+                gather or, in the foreground, the main one could not write or remove. Nothing is
+                left of an incomplete checkpoint.
         """
         assert self._saved is None, "finish() the save before"
-        self._started_s = time.perf_counter()
+        self.step, self._started_s = step, time.perf_counter()
         target = self._run_dir / "checkpoints" / f"step-{step:08d}"
         specs = [
             TensorSpec(stored_name(name, self._first_row), DTYPE_CODES[p.dtype], shape)
             for name, p in parameters.items()
             for shape in [stored_shape(name, p, self._first_row)]
         ]
-        text = json.dumps(state, indent=2) + "\n"  # now: training changes the state
-        rng = gather_rng(self._ranks)
+        text = json.dumps(state, indent=2) + "\n"  # now, because training changes the state
         failures: list[str] = []
         gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
         if self._in_background:
             copies = iter(_copy(gathered, self._ranks, failures))
             if self._ranks.is_main:
-                parts = (target, specs, copies, rng, info, text)
-                self._writing = self._pool.submit(self._write, *parts)
+                self._writing = self._pool.submit(self._write, target, specs, copies, info, text)
         else:
             if self._ranks.is_main:
                 try:
-                    self._write(target, specs, gathered, rng, info, text)
+                    self._write(target, specs, gathered, info, text)
                 except UserError as failure:
                     failures.append(str(failure))
-            for _ in gathered:  # the other ranks' part of it; on the main one the last vote
+            for _ in gathered:  # the other ranks gather here; the main one has its last vote left
                 pass
             if failures:  # the vote was lost, and the gathering ended, inside `_write`
                 raise CheckpointError(failures[0])
-            self._ended_s = time.perf_counter()  # with the last vote
+            self._ended_s = time.perf_counter()  # after the last vote
         blocked_s = time.perf_counter() - self._started_s
         self._saved = {"path": str(target), "step": step, "blocked_s": blocked_s}
 
     @property
     def is_done(self) -> bool:
-        """Whether there is a save in the background that `finish` would not have to wait for.
+        """Whether `finish` would return the report of a background save without waiting.
 
-        Only the main rank knows, so the ranks have to agree: False on every other one.
+        Only the main rank knows; it is False on every other one, so the ranks have to agree.
         """
         return self._writing is not None and self._writing.done()
 
@@ -165,9 +190,9 @@ class Saver:
         """Waits until the save is written and old ones are removed; every rank must call it.
 
         Returns:
-            On every rank the same, JSON-able: the path and the step; blocked_s, how long training
-            stood still for it, here included; total_s, from its start to its end. None if there
-            was nothing to finish.
+            On every rank the same JSON-able report: path and step; blocked_s, how long training
+            stood still for it, including now; total_s, from its start to its end. None if there was
+            nothing to finish.
 
         Raises:
             CheckpointError: on every rank, with the same message, if the main one could not write
@@ -195,22 +220,19 @@ class Saver:
         target: Path,
         specs: list[TensorSpec],
         tensors: Iterator[Tensor],
-        rng: dict[str, Tensor],
         info: BlocksInfo,
         state: str,
     ) -> None:
-        """Does the main rank's part, in whichever thread; no collective but those of `tensors`."""
+        """Does the main rank's part, in either thread; its only collectives are in `tensors`."""
         _make_way(target)
         moments = [TensorSpec(f"{s.name}.{m}", s.dtype, s.shape) for s in specs for m in MOMENTS]
-        states = [TensorSpec(name, DTYPE_CODES[t.dtype], tuple(t.shape)) for name, t in rng.items()]
 
-        def following(_: TensorSpec) -> Iterator[memoryview]:
+        def next_tensor(_: TensorSpec) -> Iterator[memoryview]:
             return tensor_chunks(next(tensors))
 
         with output_directory(target) as aside:
-            write_blocks(aside / TRAINABLE_FILE, specs, following, info)
-            write_safetensors(aside / OPTIMIZER_FILE, moments, following)
-            write_safetensors(aside / RNG_FILE, states, lambda spec: tensor_chunks(rng[spec.name]))
+            write_blocks(aside / TRAINABLE_FILE, specs, next_tensor, info)
+            write_safetensors(aside / OPTIMIZER_FILE, moments, next_tensor)
             (aside / STATE_FILE).write_text(state, encoding="utf-8")
             write_manifest(aside)
         remove_old(self._run_dir, self._keep, self._keep_every)
@@ -218,12 +240,12 @@ class Saver:
 
 
 def _copy(tensors: Iterator[Tensor], ranks: Ranks, failures: list[str]) -> list[Tensor]:
-    """Copies on the main rank into its memory; one that does not fit loses the next vote."""
+    """Copies to the memory of the main rank; a tensor that does not fit loses the next vote."""
     copies: list[Tensor] = []
     for tensor in tensors:
         if ranks.is_main:
             try:
-                # Of one process on a CPU, the tensor is the parameter itself: training changes it.
+                # With one process on a CPU the tensor is the parameter, which training changes.
                 copies.append(tensor.to("cpu", copy=True))
             except RuntimeError as error:
                 failures.append(f"rank 0: no memory to copy what is saved: {error}")
@@ -239,8 +261,8 @@ def _gather(
 ) -> Iterator[Tensor]:
     """Yields all parameters, then all moments, each whole; a collective operation per tensor.
 
-    Before each one, and after the last, all ranks vote: a rank that failed on its own would leave
-    the others waiting for it. `failures` holds what has gone wrong on this rank.
+    Before each one, and after the last, all ranks vote, because a rank that failed on its own would
+    leave the others waiting for it. `failures` holds what has gone wrong on this rank.
     """
     named = [(name, parameter.detach()) for name, parameter in parameters.items()]
     for name, parameter in parameters.items():
@@ -258,12 +280,12 @@ def _gather(
 
 
 def _make_room(tensor: Tensor) -> None:
-    """Takes the memory of the whole tensor and gives it back to PyTorch's cache, for just it."""
+    """Allocates and frees the memory of the whole tensor, which gathering then takes."""
     torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _vote(ranks: Ranks, failures: list[str]) -> None:
-    """Raises CheckpointError on every rank, the lowest rank's, if any has a failure."""
+    """Raises CheckpointError on every rank if any has a failure: that of the lowest rank."""
     found: list[str | None] = [None] * ranks.world_size
     dist.all_gather_object(found, failures[0] if failures else None, group=ranks.patient)
     for failure in found:
@@ -272,7 +294,7 @@ def _vote(ranks: Ranks, failures: list[str]) -> None:
 
 
 def _make_way(target: Path) -> None:
-    """Takes away what a killed process left, and a damaged training checkpoint at the target."""
+    """Deletes what a killed process left, and a damaged training checkpoint at the target."""
     _remove_leftovers(target.parent)
     if not target.exists():
         return
@@ -290,7 +312,7 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Hides, then deletes: what is named step-* stays complete when the process is killed."""
+    """Hides, then deletes, so that a directory named step-* is complete even after a kill."""
     hidden = path.with_name(f".{path.name}.removed")
     try:
         path.rename(hidden)
@@ -305,9 +327,9 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
     Before anything is deleted the newest is read back from the disk and checked.
 
     Args:
-        run_dir: of the run; locked.
-        keep: how many of the latest stay.
-        keep_every: those whose step is a multiple of this stay too; 0: none.
+        run_dir: the run directory, locked.
+        keep: number of the latest checkpoints that stay.
+        keep_every: checkpoints whose step is a multiple of this stay too; 0 keeps none of them.
 
     Raises:
         CheckpointError: none is intact, or one cannot be removed; the others are left.
@@ -326,23 +348,26 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
             _remove(path)
 
 
-def load_trained(
-    path: Path, config: ModelConfig, expected: dict[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """Reads the trained tensors of a training checkpoint, whole, on the CPU.
+def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> None:
+    """Puts the trained tensors of a training checkpoint into a model, before it is sharded.
 
     Args:
         path: the training checkpoint.
-        config: of the model that is trained.
-        expected: name -> shape of every parameter that trains.
+        model: whole, with weights; `requires_grad` tells what trains.
+        first_row: as for `Saver`.
 
     Raises:
         CheckpointError: they were trained on another base, or are other tensors.
     """
+    trains = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {stored_name(n, first_row): stored_shape(n, p, first_row) for n, p in trains.items()}
     file = path / TRAINABLE_FILE
-    tensors, info = read_blocks(file)
-    check_blocks(file, tensors, info, config, expected)
-    return {name: tensor.read() for name, tensor in tensors.items()}
+    stored, info = read_blocks(file)
+    check_blocks(file, stored, info, model.config, shapes)
+    tensors = {name: tensor.read() for name, tensor in stored.items()}
+    joined = put_new_rows(trains, tensors) if first_row else trains
+    for name, tensor in joined.items():
+        model.get_parameter(name).data = tensors.get(name, tensor)
 
 
 def load_optimizer(
@@ -352,17 +377,17 @@ def load_optimizer(
     step: int,
     first_row: int = 0,
 ) -> None:
-    """Gives the optimizer the moments of a training checkpoint, each rank its own shards.
+    """Loads the moments of a training checkpoint into the optimizer, each rank its own shards.
 
     Args:
         path: the training checkpoint.
         parameters: name -> sharded parameter, as given to `Saver.start`.
         optimizer: fresh AdamW over these.
-        step: optimizer steps made.
+        step: optimizer steps applied.
         first_row: as for `Saver`.
 
     Raises:
-        CheckpointError: the file does not hold just these parameters' moments.
+        CheckpointError: the file holds the moments of other parameters.
     """
     file = path / OPTIMIZER_FILE
     stored = read_header(file)
@@ -377,6 +402,6 @@ def load_optimizer(
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(
                     full, parameter.device_mesh, parameter.placements, src_data_rank=None
-                ).to(parameter.device)  # the mesh's is the GPU, also of what is offloaded
+                ).to(parameter.device)  # the mesh is on the GPU, even if the parameter is offloaded
             state[moment] = full
         optimizer.state[parameter] = state

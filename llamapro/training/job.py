@@ -1,51 +1,72 @@
-"""A run's inputs: opened and checked before anything is computed, then its data."""
+"""The inputs of a run, opened and checked before anything is computed; then its data.
+
+It also holds what a run says before its first step and after its last one.
+"""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
-from llamapro.checkpoints.run import training_checkpoints
+from llamapro.checkpoints.run import load_state, newest_intact, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, DataError, UserError
+from llamapro.formatting import format_count
 from llamapro.model import build_on_meta
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import tokenize
 from llamapro.text.documents import find_files
-from llamapro.text.mixture import Mixture, PackedSequences, Source, parse_named
+from llamapro.text.mixture import Mixture, PackedSequences, Source, batch, parse_named
 from llamapro.text.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.distributed import Ranks
+from llamapro.training.plan import make_plan, render
 from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.progress import say
 from llamapro.training.replay import describe_mix, read_prompts, written_by_base
-from llamapro.training.resume import make_identity
-from llamapro.training.settings import Settings
+from llamapro.training.resume import check_identity, find_resume_point, make_identity
+from llamapro.training.settings import Settings, changes
+from llamapro.training.state import RunState
 from llamapro.training.weights import first_new_row, select_trainable, stored_name
 
 
 @dataclass(frozen=True)
 class Job:
-    """The run's inputs, all found and fitting together."""
+    """The inputs of a run, all found and fitting together.
+
+    Attributes:
+        settings: of the run.
+        run_dir: where metrics and training checkpoints go.
+        config: configuration of the model.
+        checkpoint: the weights to start from; None for random ones.
+        tokenizer: its fingerprint belongs to the run's identity.
+        template: chat template of conversations.
+        val: name -> paths of each validation set.
+        resume_from: the newest training checkpoint of the run directory.
+        plan: what the run will do (`make_plan`).
+    """
 
     settings: Settings
     run_dir: Path
     config: ModelConfig
-    checkpoint: Checkpoint | None  # None: random weights from model.config
+    checkpoint: Checkpoint | None
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # of conversations
+    template: ChatTemplate | None
     val: dict[str, list[str]]
     resume_from: Path | None
+    plan: dict[str, Any]
 
     @classmethod
     def open(cls, settings: Settings) -> "Job":
         """Opens everything the settings name; raises a UserError for what is missing or wrong."""
-        checkpoint, where = None, settings.model.path or settings.model.config
+        checkpoint, source_name = None, settings.model.path or settings.model.config
         if settings.model.path:
             checkpoint = Checkpoint.open(settings.model.path)
             config = checkpoint.config
@@ -54,14 +75,14 @@ class Job:
         if settings.data.seq_len > config.max_position_embeddings:
             raise ConfigError(
                 f"data.seq_len {settings.data.seq_len} is over max_position_embeddings "
-                f"{config.max_position_embeddings} of {where}"
+                f"{config.max_position_embeddings} of {source_name}"
             )
         if settings.train.trainable == "new_blocks":
             # Raises without a record.
             select_trainable(build_on_meta(config), "new_blocks", settings.train.new_tokens)
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
-        tokenizer.check_fits(config.vocab_size, where)
+        tokenizer.check_fits(config.vocab_size, source_name)
         template = None
         if settings.data.format == "chat":
             directory = source if source.is_dir() else source.parent
@@ -76,7 +97,10 @@ class Job:
         run_dir = Path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)
         resume_from = earlier[-1] if earlier else None
-        return cls(settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from)
+        plan = make_plan(settings, config, _compute_dtype(settings), run_dir, resume_from)
+        return cls(
+            settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from, plan
+        )
 
     @property
     def first_new_row(self) -> int:
@@ -85,10 +109,7 @@ class Job:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        if self.settings.train.dtype != "auto":
-            return getattr(torch, self.settings.train.dtype)
-        on_gpu = torch.cuda.is_available() and self.settings.train.device != "cpu"
-        return torch.bfloat16 if on_gpu else torch.float32
+        return _compute_dtype(self.settings)
 
     def tokenize(self) -> dict[str, TokenStore]:
         """Tokenises, or finds in the cache, every corpus; returns label -> its tokens.
@@ -123,34 +144,102 @@ class Job:
         where = (s.data.cache_dir, self.compute_dtype, device)
         return written_by_base(self.checkpoint, self.tokenizer, s.replay, s.data.seq_len, *where)
 
+    def dry_run(self) -> tuple[dict[str, Any], str]:
+        """Checks what only a run would notice; returns the plan, JSON-able and as text.
+
+        Raises:
+            ConfigError: the run directory holds a run with other settings.
+            DataError: a conversation cannot be used.
+        """
+        earlier, _ = newest_intact(self.run_dir)
+        if earlier is not None:
+            changes(load_state(earlier)["settings"], self.settings, str(self.run_dir))
+        if self.settings.data.format == "chat":
+            self.tokenize()
+        return self.plan, render(self.plan, self.settings)
+
+    def result(self, state: RunState) -> tuple[dict[str, Any], str]:
+        """Returns where the run stands at its end, JSON-able and as text."""
+        result = {"step": state.step, "tokens": state.tokens, "loss": state.loss}
+        result |= {"eval": state.eval, "elapsed_s": state.elapsed_s}
+        result |= {"run_dir": str(self.run_dir), "stopped": state.stopped}
+        text = f"{self.run_dir}: {state.step} steps done"
+        if state.stopped:
+            text += ", stopped by a signal: the same command continues"
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in state.eval.items())
+        return result, f"{text}; {losses}" if losses else text
+
+
+def _compute_dtype(settings: Settings) -> torch.dtype:
+    if settings.train.dtype != "auto":
+        return getattr(torch, settings.train.dtype)
+    on_gpu = torch.cuda.is_available() and settings.train.device != "cpu"
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
+    """Finds where the run stands, and says what it will do; every rank must call it.
+
+    Returns:
+        The job with the newest intact training checkpoint to resume from; the state; and the
+        settings that differ from those the run had, as text.
+
+    Raises:
+        CheckpointError: there are training checkpoints and none is intact.
+        ConfigError: a setting differs that may not.
+    """
+    resume_from, saved, damaged = find_resume_point(job.run_dir, ranks)
+    plan = job.plan | {"resume_from": str(resume_from) if resume_from else None}
+    job = replace(job, resume_from=resume_from, plan=plan)
+    say(ranks, render(plan, job.settings))
+    for text in damaged:
+        say(ranks, f"warning          {text}; resuming from the one before it")
+    if resume_from is None or saved is None:
+        return job, RunState(), []
+    changed = changes(saved["settings"], job.settings, str(job.run_dir))
+    for text in changed:
+        say(ranks, f"changed          {text}")
+    return job, RunState.from_json(saved, resume_from), changed
+
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads.
+    """The data of a run.
 
     Attributes:
         mixture: the training samples in their order; the replay's source is the last.
-        apart: the number of that source, if its loss is another than the others' or weighs more or
-            less.
+        apart: the number of that source if its loss is computed or weighted in its own way.
         val: the sequences of each validation set.
-        identity: hashes of what the run is made of: `resume.make_identity`.
-        about: lines for people: how conversations were packed, and one with what trains marked; how
-            much is replayed.
+        steps: number of optimizer steps of the whole run.
+        batch_size: samples per step, over all ranks.
     """
 
     mixture: Mixture
     apart: int | None
     val: dict[str, Source]
-    identity: dict[str, Any]
-    about: list[str]
+    steps: int
+    batch_size: int
+
+    def batch(self, start: int, ranks: Ranks) -> tuple[tuple[Tensor, ...], int]:
+        """Returns a rank's share of the global batch that begins with sample `start`.
+
+        Returns:
+            inputs, targets and, for conversations, documents: (n, T) int64 each; and how many
+            samples of the global batch come before those whose loss is apart.
+        """
+        size, last = self.batch_size, self.apart
+        return batch(self.mixture, start, size, ranks.rank, ranks.world_size, last)
 
 
-def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
+def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Data:
     """Makes on the main process what is not yet in the cache; then every process maps it.
 
-    Texts are tokenised, and the base writes what is replayed.
+    Texts are tokenised, and the base writes the text to replay. The state gets the identity of what
+    the run is made of. Says how conversations were packed,
+    with an example whose trained tokens are marked, and how much is replayed.
 
     Raises:
+        ConfigError: the run resumes, and had another base, tokenizer or other data.
         DataError: on every rank, if the main one could not.
         Stopped: on every rank, if a signal came to the main one meanwhile.
     """
@@ -177,6 +266,9 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
         raise Stopped
     if error:
         raise DataError(error)
+    if job.resume_from is not None:
+        check_identity(state.identity, identity, job.run_dir, s.resume.allow)
+    state.identity = identity
 
     about: list[str] = []
 
@@ -199,5 +291,10 @@ def load_data(job: Job, ranks: Ranks, stop: StopRequest) -> Data:
     else:
         mixture = Mixture(sources, weights, s.train.seed)
     val = {name: packed(f"val {name}") for name in job.val}
+    steps = s.steps(mixture.samples_per_epoch)
+    tokens = format_count(steps * job.plan["tokens_per_step"])
+    about.append(f"steps            {steps} ({tokens} tokens)")
+    for text in about:
+        say(ranks, text)
     apart = len(sources) if s.replay.is_apart else None
-    return Data(mixture, apart, val, identity, about)
+    return Data(mixture, apart, val, steps, s.train.batch_size)

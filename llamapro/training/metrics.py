@@ -32,7 +32,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from llamapro.checkpoints.run import METRICS_FILE, read_metrics
-from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 
 RUN_FILE = "run.json"
 PROJECT = "llamapro"  # at W&B and trackio
@@ -245,22 +244,3 @@ def _start_online(name: str, run_dir: Path, config: dict[str, Any]) -> Any:
         config=config,
         allow_val_change=True,  # some settings may differ when a run goes on
     )
-
-
-def progress_line(record: dict[str, Any], total_steps: int) -> str:
-    """Returns a `train` record as one line for people, with the time left at the present pace.
-
-    What the record lacks is left out: `memory_bytes`, for example, on a CPU.
-    """
-    shown = {
-        "loss": lambda loss: f"loss {loss:.4f} · ppl {perplexity(loss):.2f}",
-        "grad_norm": lambda norm: f"grad norm {norm:.2f}",
-        "learning_rate": lambda rate: f"lr {rate:.2e}",
-        "tokens_per_s": lambda rate: f"{format_count(rate)} tok/s",
-        "memory_bytes": lambda size: f"mem {format_bytes(size)}",
-        "tokens": lambda tokens: f"seen {format_count(tokens)} tok",
-        "step_s": lambda s: f"eta {format_duration(s * (total_steps - record['step']))}",
-    }
-    parts = [f"step {record['step']}/{total_steps}"]
-    parts += [show(record[key]) for key, show in shown.items() if record.get(key) is not None]
-    return " · ".join(parts)

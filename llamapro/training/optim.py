@@ -1,4 +1,4 @@
-"""AdamW and its schedule, as the paper trains: decay on matrices, warm-up, cosine, clipping."""
+"""AdamW and its schedule, as in the paper: decay on matrices, warm-up, cosine, clipping."""
 
 import math
 from collections.abc import Iterable
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from llamapro.training.settings import OptimSettings
 
 
 def build_adamw(
@@ -47,10 +49,10 @@ def learning_rate(
 
     Args:
         step: optimizer steps already made, 0 to steps - 1.
-        steps: of the whole run.
-        peak: reached at the end of the warm-up.
-        warmup_steps: the first step's rate is peak / warmup_steps.
-        final_ratio: the last rate, as a part of peak.
+        steps: number of steps of the whole run.
+        peak: rate at the end of the warm-up.
+        warmup_steps: number of steps in which the rate rises; the first is peak / warmup_steps.
+        final_ratio: the last rate, as a fraction of peak.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -59,34 +61,45 @@ def learning_rate(
     return peak * (final_ratio + (1 - final_ratio) * cosine)
 
 
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, steps: int, o: OptimSettings
+) -> float:
+    """Sets and returns the rate for the step after `step` of `steps` steps."""
+    rate = learning_rate(step, steps, o.lr, round(o.warmup_ratio * steps), o.final_lr_ratio)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales gradients to a norm over all ranks of at most `max_norm`; returns what it was, ()."""
+    """Scales gradients to a global norm of at most `max_norm`; returns the norm before, ()."""
     norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 class FiniteGuard:
-    """Makes optimizer steps, but none with a gradient that is not finite.
+    """Makes optimizer steps, but skips those with a gradient that is not finite.
 
-    Whether it is, stays on the device: the fused optimizer skips its update there, and nobody waits
-    for the answer. Once more than `allowed` steps in a row were skipped nothing is applied any
-    more, until `check` is called and says so: the weights stay as they were before the first.
+    The test stays on the device, where the fused optimizer skips its update, so no step waits for
+    it. Once more than `allowed` steps in a row were skipped nothing is applied any more: the
+    weights stay as they were before the first of them, until `check` reports it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, allowed: int, device: torch.device):
+    def __init__(self, optimizer: torch.optim.Optimizer, allowed: int, skipped: int = 0) -> None:
         """Guards a fused optimizer.
 
         Args:
             optimizer: with `fused=True`.
             allowed: bad steps in a row that are skipped; with one more, training cannot go on.
-            device: of the gradients.
+            skipped: steps that the run has skipped already.
         """
         self.optimizer, self.allowed = optimizer, allowed
+        device = optimizer.param_groups[0]["params"][0].device  # the CPU where it is offloaded
         self._streak = torch.zeros((), dtype=torch.int64, device=device)
-        self._skipped = torch.zeros_like(self._streak)
+        self._skipped = torch.full_like(self._streak, skipped)
 
     def step(self, norm: Tensor) -> None:
-        """Updates the weights if `norm`, (), of all gradients is finite and nothing is stuck."""
+        """Updates the weights if `norm`, (), is finite and training is not stuck."""
         stuck = self._streak > self.allowed
         bad = ~norm.isfinite() & ~stuck
         self._streak = torch.where(stuck, self._streak, torch.where(bad, self._streak + 1, 0))
@@ -95,6 +108,6 @@ class FiniteGuard:
         self.optimizer.step()
 
     def check(self) -> tuple[int, bool]:
-        """Waits for the device; returns how many steps were skipped, and whether it is stuck."""
+        """Waits for the device; returns how many steps the run skipped, and whether it is stuck."""
         skipped, streak = torch.stack((self._skipped, self._streak)).tolist()
         return skipped, streak > self.allowed

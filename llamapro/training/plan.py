@@ -50,12 +50,10 @@ def make_plan(
             memory = estimate_memory(settings, model, compute_dtype, device, spread)
     except backends.BackendError as error:
         raise ConfigError(f"train.ops {t.ops!r}: {error}; use auto, or torch for this op") from None
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = config.expansion
     return {
         "model": settings.model.path or settings.model.config,
-        "parameters": {"total": total, "trainable": trainable, "frozen": total - trainable},
+        "parameters": count_parameters(model),
         "layers": config.num_hidden_layers,
         "new_layers": list(record.new_layers) if record else None,
         "tokens_per_step": t.batch_size * settings.data.seq_len,
@@ -68,6 +66,13 @@ def make_plan(
         "run_dir": str(run_dir),
         "resume_from": str(resume_from) if resume_from else None,
     }
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Returns how many parameters a model has, how many train and how many are frozen."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"total": total, "trainable": trainable, "frozen": total - trainable}
 
 
 @dataclass(frozen=True)

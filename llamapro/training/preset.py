@@ -5,6 +5,7 @@ import difflib
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,7 +27,7 @@ The same command run again resumes.
 """
 
 
-def parse(argv: list[str]) -> Settings:
+def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
     """Reads preset and command line.
 
     Raises:
@@ -44,7 +45,7 @@ def parse(argv: list[str]) -> Settings:
     default = read_toml(Path(preset)) if preset else Settings()
     return tyro.cli(
         Settings,
-        prog="train.py",
+        prog=prog,
         description=EXAMPLES,
         default=default,
         args=argv,

@@ -1,112 +1,103 @@
-"""What a run says while it goes: lines for people, records for `metrics.jsonl`, and what is odd.
+"""What a run reports: lines for people on standard error, and records for `metrics.jsonl`.
 
-Losses and gradient norms stay on the device until there is something to say: nobody waits for them
-at every step.
+Reporters read the run's state and never change it. A progress line comes after the steps 1, 2, 5
+and 10 and after the last one, and in between by time.
 """
 
 import dataclasses
 import json
-import math
 import platform
 import resource
-import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llamapro.errors import DataError
+from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.text.mixture import Mixture
 from llamapro.training.distributed import Ranks
-from llamapro.training.metrics import (
-    RUN_FILE,
-    MetricsLog,
-    format_duration,
-    perplexity,
-    progress_line,
-)
+from llamapro.training.metrics import RUN_FILE, MetricsLog
 from llamapro.training.preemption import StopRequest
 from llamapro.training.settings import Settings
+from llamapro.training.state import OddStep, RunState
 
-RECENT = 64  # how many losses a step's is compared with
-ENOUGH = 16  # with fewer nothing is said
-# A quarter of a normal distribution lies further than this many standard deviations over its mean.
-_QUARTILE = 0.6745
+EARLY_STEPS = (1, 2, 5, 10)  # their progress lines show at once whether a run goes well
+LINE_WIDTH = 80
+HEADER_EVERY = 20  # progress lines
+# Title -> width of the columns of progress lines.
+COLUMNS = {"step": 13, "loss": 9, "ppl": 10, "grad norm": 11}
+COLUMNS |= {"lr": 10, "tok/s": 8, "memory": 10, "eta": 8}
 
 
 def say(ranks: Ranks, text: str) -> None:
-    """Progress goes to standard error, from one process."""
+    """Prints to standard error, where progress goes, on the main rank."""
     if ranks.is_main:
         print(text, file=sys.stderr, flush=True)
 
 
-def find_spikes(
-    losses: Iterable[tuple[int, float]], recent: list[float], threshold: float
-) -> list[tuple[int, float, float]]:
-    """Finds losses far above those before them.
+@dataclass(frozen=True)
+class _Mark:
+    """Where the run stood at the last report; speeds are averages since then."""
 
-    Median and quartiles say what is usual: unlike mean and variance, a spike does not move them.
+    step: int
+    tokens: int
+    elapsed_s: float
 
-    Args:
-        losses: (step, loss in nats per token), in order; what is not finite is passed over.
-        recent: the latest losses before them, `RECENT` at most; these are added to it.
-        threshold: in standard deviations; 0 finds nothing.
+    @classmethod
+    def of(cls, state: RunState) -> "_Mark":
+        return cls(state.step, state.tokens, state.elapsed_s)
 
-    Returns:
-        (step, loss, median before it) of each.
-    """
-    found = []
-    for step, loss in losses:
-        if not math.isfinite(loss):
-            continue
-        if threshold and len(recent) >= ENOUGH:
-            low, median, high = statistics.quantiles(recent, n=4)
-            deviation = max((high - low) / (2 * _QUARTILE), 1e-3 * median)
-            if loss > median + threshold * deviation:
-                found.append((step, loss, median))
-        recent.append(loss)
-        del recent[:-RECENT]
-    return found
+    def speed_at(self, state: RunState) -> dict[str, float]:
+        elapsed_s = state.elapsed_s - self.elapsed_s
+        return {
+            "tokens_per_s": (state.tokens - self.tokens) / elapsed_s,
+            "step_s": elapsed_s / (state.step - self.step),
+        }
 
 
 class Progress:
-    """One run's reports, on every rank; the main one prints and writes.
-
-    Attributes:
-        state: where the run stands; `loss`, `elapsed_s`, `skipped` and `recent_losses` are kept up
-            to date here.
-    """
+    """Reports one run; every rank has one, and the main one prints and writes."""
 
     def __init__(
         self,
         settings: Settings,
         mixture: Mixture,
         steps: int,
-        state: dict[str, Any],
+        state: RunState,
         ranks: Ranks,
         stop: StopRequest,
     ) -> None:
-        self.state = state
+        """Sets up; nothing is written yet.
+
+        Args:
+            settings: of the run.
+            mixture: names the documents of odd steps.
+            steps: number of steps of the whole run.
+            state: where the run stands; read at every report.
+            ranks: from `process_group`.
+            stop: asked to stop the run in order when the log cannot be written.
+        """
         self._settings, self._mixture, self._steps = settings, mixture, steps
-        self._ranks, self._stop = ranks, stop
+        self._state, self._ranks, self._stop = state, ranks, stop
         self._metrics: MetricsLog | None = None
-        self._unread: list[tuple[int, int, Tensor, Tensor]] = []  # step, samples, loss, norm
-        self._window = {"s": 0.0, "tokens": 0, "steps": 0}  # since the last progress line
-        self._skipped_before = state["skipped"]
+        self._logged = self._shown = _Mark.of(state)
+        self._shown_at = time.monotonic()
+        self._lines = 0
 
     @contextmanager
     def writing(self, run_dir: Path, plan: dict[str, Any], changed: list[str]) -> Iterator[None]:
         """Writes `run.json`, for the report, and opens the log.
 
         Args:
-            run_dir: of the run, locked.
+            run_dir: the run directory, locked.
             plan: goes into `run.json`.
-            changed: the settings that differ from those the run had.
+            changed: settings that differ from those the run had.
 
         Raises:
             DataError: on every rank, if the main one cannot write or the log is damaged.
@@ -123,8 +114,8 @@ class Progress:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(about, indent=2) + "\n"
                 (run_dir / RUN_FILE).write_text(text, encoding="utf-8")
-                step = self.state["step"]
-                is_evaluated = self.state["evaluated"] == step
+                step = self._state.step
+                is_evaluated = self._state.evaluated == step
                 log_to, config = self._settings.log_to, about["settings"]
                 self._metrics = MetricsLog(run_dir, step, is_evaluated, log_to, config)
             except OSError as failure:
@@ -134,7 +125,7 @@ class Progress:
         if error := self._ranks.from_main(error):
             raise DataError(error)
         if plan["resume_from"]:
-            record = {"kind": "resume", "step": self.state["step"], "changed": changed}
+            record = {"kind": "resume", "step": self._state.step, "changed": changed}
             self._log(record | {"world_size": self._ranks.world_size})
         try:
             yield
@@ -151,105 +142,123 @@ class Progress:
         except OSError as error:
             self._stop.fail(f"{error.filename or 'the log'}: cannot be written: {error.strerror}")
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Adds the time of the body to the run's; the clock is one that nobody can set."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - started
-            self.state["elapsed_s"] += elapsed
-            self._window["s"] += elapsed
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a record in `metrics.jsonl`."""
+        return step % self._settings.log_every == 0 or step == self._steps
 
-    def step(self, valid: int, loss: Tensor, norm: Tensor) -> None:
-        """Notes a step on `valid` tokens: this rank's part of its loss, (), and the norm, ()."""
-        state = self.state
-        self._unread.append((state["step"], state["samples"], loss, norm))
-        state["step"] += 1
-        state["tokens"] += valid
-        state["samples"] += self._settings.train.batch_size
-        self._window["tokens"] += valid
-        self._window["steps"] += 1
+    def is_due(self, step: int) -> bool:
+        """Whether a step has a record or a progress line, whatever the time is."""
+        return self.is_logged(step) or step in EARLY_STEPS
 
-    def settle(self, skipped: int) -> None:
-        """Reads the latest losses, which waits for the device; tells of odd steps among them.
+    @property
+    def is_time(self) -> bool:
+        """Whether a progress line is due by time; only the main rank's answer counts."""
+        return time.monotonic() - self._shown_at >= self._settings.log_seconds
 
-        Args:
-            skipped: how many steps this process has not applied: `FiniteGuard.check`.
-        """
-        if not self._unread:
-            return
-        steps, samples, parts, norms = zip(*self._unread, strict=True)
-        losses = self._ranks.sum(*parts)
-        self._unread = []
-        self.state["loss"] = losses[-1]
-        bad = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
-        bad = bad[: self._skipped_before + skipped - self.state["skipped"]]
-        for i in bad:
-            self.state["skipped"] += 1
-            self._log_odd("bad_step", steps[i], samples[i], {"skipped": self.state["skipped"]})
-            say(self._ranks, f"step {steps[i] + 1}: gradient not finite, not applied")
-        recent = self.state["recent_losses"]
-        spikes = find_spikes(zip(steps, losses, strict=True), recent, self._settings.log_spikes)
-        for step, loss, usual in spikes:
-            first = samples[steps.index(step)]
-            self._log_odd("spike", step, first, {"loss": loss, "median": usual})
-            say(self._ranks, f"step {step + 1}: the loss jumped to {loss:.4f} from {usual:.4f}")
+    def step(self, norm: float, rate: float, is_time: bool) -> None:
+        """Logs or prints the latest step's numbers, and the speed since the last time."""
+        state = self._state
+        record = {"kind": "train", "step": state.step, "loss": state.loss}
+        record |= {"grad_norm": norm, "learning_rate": rate, "tokens": state.tokens}
+        times = {"elapsed_s": state.elapsed_s, "memory_bytes": peak_memory(self._ranks.device)}
+        if self.is_logged(state.step):
+            self._log(record | self._logged.speed_at(state) | times)
+            self._logged = _Mark.of(state)
+        if is_time or state.step in EARLY_STEPS or state.step == self._steps:
+            if self._lines % HEADER_EVERY == 0:
+                say(self._ranks, header())
+            say(
+                self._ranks,
+                progress_line(record | self._shown.speed_at(state) | times, self._steps),
+            )
+            self._lines += 1
+            self._shown, self._shown_at = _Mark.of(state), time.monotonic()
 
-    def _log_odd(self, kind: str, step: int, first: int, numbers: dict[str, Any]) -> None:
-        """Logs a step with what its batch was made of."""
+    def odd(self, found: OddStep) -> None:
+        """Logs a step with what its batch was made of, and prints what is odd about it."""
+        if found.kind == "spike":
+            loss, median = (found.numbers[key] for key in ("loss", "median"))
+            text = f"the loss jumped to {loss:.4f} from {median:.4f}"
+        else:
+            text = "gradient not finite, not applied"
+        say(self._ranks, f"step {found.step}: {text}")
         if self._metrics is None:
             return
         read = []
         sources = (*self._settings.data.train, "replay")
+        first = found.first_sample
         for index in range(first, first + self._settings.train.batch_size):
             number, sequence = self._mixture.locate(index)
             documents = self._mixture.sources[number].documents(sequence)
             read.append({"source": sources[number], "sequence": sequence, "documents": documents})
-        self._log({"kind": kind, "step": step + 1} | numbers | {"sequences": read})
-
-    def line(self, norm: float, rate: float) -> None:
-        """Logs and prints the latest step's numbers, and the speed since the last line."""
-        state, window = self.state, self._window
-        record = {"kind": "train", "step": state["step"], "loss": state["loss"]}
-        record |= {"grad_norm": norm, "learning_rate": rate, "tokens": state["tokens"]}
-        record |= {"tokens_per_s": window["tokens"] / window["s"]}
-        record |= {"step_s": window["s"] / window["steps"], "elapsed_s": state["elapsed_s"]}
-        record |= {"memory_bytes": peak_memory(self._ranks.device)}
-        self._log(record)
-        say(self._ranks, progress_line(record, self._steps))
-        self._window = {"s": 0.0, "tokens": 0, "steps": 0}
+        self._log({"kind": found.kind, "step": found.step} | found.numbers | {"sequences": read})
 
     def evaluation(self, name: str, loss: float, tokens: int) -> None:
         """Logs one validation set's loss, in nats per token."""
-        self.state["eval"][name] = loss
-        record = {"kind": "eval", "step": self.state["step"], "set": name, "loss": loss}
+        record = {"kind": "eval", "step": self._state.step, "set": name, "loss": loss}
         record |= {"perplexity": perplexity(loss), "tokens": tokens}
-        self._log(record | {"tokens_seen": self.state["tokens"]})
+        self._log(record | {"tokens_seen": self._state.tokens})
 
     def evaluated(self) -> None:
-        """Prints all validation losses."""
-        self.state["evaluated"] = self.state["step"]
-        shown = " · ".join(f"{name} {loss:.4f}" for name, loss in self.state["eval"].items())
-        say(
-            self._ranks, f"eval {self.state['step']}/{self._steps} · {shown or 'no validation set'}"
-        )
+        """Prints all validation losses, with their changes from the base."""
+        state = self._state
+        say(self._ranks, evaluation_line(state.step, self._steps, state.eval, state.base_eval))
 
-    def saved(self, record: dict[str, Any] | None) -> None:
-        """Logs and prints what `Saver.finish` gives; None says nothing."""
-        if record is None:
+    def saved(self, report: dict[str, Any] | None) -> None:
+        """Logs and prints what `Saver.finish` returned; None reports nothing."""
+        if report is None:
             return
-        self._log(
-            {"kind": "save", **{key: record[key] for key in ("step", "blocked_s", "total_s")}}
-        )
-        blocked, total = (format_duration(record[key]) for key in ("blocked_s", "total_s"))
+        keys = ("step", "blocked_s", "total_s")
+        self._log({"kind": "save", **{key: report[key] for key in keys}})
+        blocked, total = (format_duration(report[key]) for key in ("blocked_s", "total_s"))
         waited = "" if blocked == total else f", training waited {blocked}"
-        say(self._ranks, f"saved {record['path']} in {total}{waited}")
+        place = _place(report["step"], self._steps)
+        say(self._ranks, f"{place}  saved {Path(report['path']).name} in {total}{waited}")
+
+
+def header() -> str:
+    """Returns the titles of the columns of progress lines."""
+    return "".join(f"{title:>{width}}" for title, width in COLUMNS.items())
+
+
+def progress_line(record: dict[str, Any], steps: int) -> str:
+    """Returns a `train` record in columns, with the time left at the present pace."""
+    ppl = perplexity(record["loss"])
+    cells = [
+        f"{record['step']}/{steps}",
+        f"{record['loss']:.4f}",
+        f"{ppl:.4g}" if ppl < 1e6 else f"{ppl:.2e}",
+        f"{record['grad_norm']:.3g}",
+        f"{record['learning_rate']:.2e}",
+        format_count(record["tokens_per_s"]),
+        format_bytes(record["memory_bytes"]),
+        format_duration(record["step_s"] * (steps - record["step"])),
+    ]
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
+
+
+def evaluation_line(step: int, steps: int, losses: dict[str, float], base: dict[str, float]) -> str:
+    """Returns validation losses with their changes from the base, wrapped to the line width."""
+    lines = [f"{_place(step, steps)}  eval"]
+    indent = " " * len(lines[0])
+    if not losses:
+        lines[0] += "  no validation set"
+    for name, loss in losses.items():
+        text = f"  {name} {loss:.3f}"
+        if step and name in base:
+            text += f" ({loss - base[name]:+.3f})"
+        if lines[-1] != indent and len(lines[-1] + text) > LINE_WIDTH:
+            lines.append(indent)
+        lines[-1] += text
+    return "\n".join(lines)
+
+
+def _place(step: int, steps: int) -> str:
+    return f"{f'{step}/{steps}':>{COLUMNS['step']}}"
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes this process has held: of the GPU, else resident."""
+    """Returns the most bytes that this process has held, of the GPU or else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -89,25 +89,22 @@ def make_identity(
 
 
 def check_identity(
-    state: dict[str, Any],
-    identity: dict[str, Any],
-    run_dir: Path,
-    allowed: Sequence[str] = (),
+    saved: Any, identity: dict[str, Any], run_dir: Path, allowed: Sequence[str] = ()
 ) -> None:
     """Refuses to go on with other weights, another tokenizer or other tokens.
 
     Args:
-        state: of the training checkpoint, with what `make_identity` gave when it was saved.
-        identity: what `make_identity` gives now.
-        run_dir: of the run.
-        allowed: `resume.allow`: what these settings name may differ.
+        saved: what `make_identity` returned when the training checkpoint was saved.
+        identity: what `make_identity` returns now.
+        run_dir: the run directory, for the message.
+        allowed: settings (`resume.allow`) whose things may differ.
 
     Raises:
         ConfigError: naming everything that differs.
-        CheckpointError: the state says nothing of it, or no such thing.
+        CheckpointError: the training checkpoint does not hold an identity.
     """
     try:
-        before = _named(state["identity"])
+        before = _named(saved)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(
             f"{run_dir}: its training checkpoints do not say which base, tokenizer and data they "

@@ -170,6 +170,10 @@ class SaveSettings:
     """Write while training goes on, from a copy in the main process's memory (12 bytes for each
     parameter that trains); auto: with GPUs."""
 
+    def in_background(self, device_type: str) -> bool:
+        """Whether a run on this type of device saves in the background."""
+        return self.background == "yes" or (self.background == "auto" and device_type == "cuda")
+
 
 @dataclass(frozen=True)
 class ResumeSettings:
@@ -197,7 +201,9 @@ class Settings:
     save: SaveSettings = field(default_factory=SaveSettings)
     resume: ResumeSettings = field(default_factory=ResumeSettings)
     log_every: int = 10
-    """Steps between progress lines."""
+    """Steps between records in metrics.jsonl."""
+    log_seconds: float = 10.0
+    """Seconds between progress lines; the steps 1, 2, 5, 10 and the last one always have a line."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also log there; metrics.jsonl is always written."""
     log_spikes: float = 6.0
@@ -218,14 +224,15 @@ class Settings:
 # A resumed run may differ in these: in how and where it computes, how long, and what it shows.
 # Everything else decides what is computed.
 FREE_TO_CHANGE = {
-    "config", "run_dir", "resume.allow", "log_every", "log_to", "log_spikes", "dry_run", "json",
+    "config", "run_dir", "resume.allow", "log_every", "log_seconds", "log_to", "log_spikes",
+    "dry_run", "json",
     "data.cache_dir", "data.workers",
     "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
     "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
     "optim.final_lr_ratio", "optim.skip_bad_steps", "eval.every", "eval.sequences",
     "save.every", "save.keep", "save.keep_every", "save.background",
 }  # fmt: skip
-_UNHEARD_OF = {"config", "run_dir", "resume.allow", "dry_run", "json"}  # nobody needs to be told
+_UNHEARD_OF = {"config", "run_dir", "resume.allow", "log_seconds", "dry_run", "json"}
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -306,7 +313,7 @@ def check(settings: Settings, world_size: int) -> None:
             wrong.append(f"{key} is {value}, expected finite numbers")
     natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
     natural += "replay.seed optim.skip_bad_steps train.shard_size save.keep_every".split()
-    natural.append("log_spikes")
+    natural += ["log_seconds", "log_spikes"]
     for key in natural:
         if flat[key] < 0:
             wrong.append(f"{key} is {flat[key]}, expected 0 or more")

@@ -170,10 +170,10 @@ def test_what_was_announced_and_what_a_signal_leaves_must_be_there(
     """A kill may cost what was not saved; a signal costs nothing; a failed write is no success."""
     lines = [
         "resume from      new run",
-        f"step 4/{faults.STEPS} · loss 1.0",
-        "saved a/step-00000004",
+        f"         4/{faults.STEPS}   1.0000",
+        f"         4/{faults.STEPS}  saved step-00000004 in 0.1s",
     ]
-    lines += [f"step 5/{faults.STEPS} · loss 1.0"]
+    lines += [f"         5/{faults.STEPS}   1.0000"]
     fault = faults.Fault(kind, 0, "")
     fault.judge_end(output(faults, *lines, status=status), newest)
     assert (fault.lost_steps, len(fault.broken)) == (lost, broken)

@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import random
 import signal
 import sys
 import traceback
@@ -17,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -69,10 +67,6 @@ def be_rank(train: ModuleType, rank: int, request: dict[str, Any]) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         os.environ |= {"WORLD_SIZE": str(request["processes"]), "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {"MASTER_PORT": str(request["port"]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    # No two processes start alike: that they draw the same can only be the run's doing.
-    random.seed(os.getpid())
-    np.random.seed(os.getpid())
-    torch.manual_seed(os.getpid())
     doomed, forward = request["die"]
     watch(log, rank, forward if rank == doomed else 0)
     sys.argv = ["train.py", *request["words"]]
@@ -103,7 +97,6 @@ def watch(log: Path, rank: int, die_at: int) -> None:
     steps = open(log / f"steps-{rank}", "w", encoding="utf-8")  # noqa: SIM115 (as long as we live)
     models: list[LlamaForCausalLM] = []
     rows: list[str] = []
-    drawn: list[float] = []
     forwards = 0
 
     def before_forward(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -115,8 +108,6 @@ def watch(log: Path, rank: int, die_at: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             models[:] = [module]
             rows.extend(sha256(*row) for row in zip(*args[:2], strict=True))  # inputs, targets
-            # The normal ones come in pairs, of which Python and NumPy keep the second.
-            drawn.extend((random.gauss(0, 1), np.random.randn(), torch.rand(()).item()))
 
     def named(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         names = {id(p): name for name, p in models[0].named_parameters()}
@@ -136,10 +127,9 @@ def watch(log: Path, rank: int, die_at: int) -> None:
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         trained = named(optimizer)
         frozen = {n: sha256(local(p)) for n, p in models[0].named_parameters() if n not in trained}
-        note = {"rows": rows, "drawn": drawn, "trained": list(trained), "frozen": frozen}
+        note = {"rows": rows, "trained": list(trained), "frozen": frozen}
         print(json.dumps(note), file=steps, flush=True)
         rows.clear()
-        drawn.clear()
 
     register_module_forward_pre_hook(before_forward)
     register_optimizer_step_pre_hook(before_step)

@@ -147,7 +147,7 @@ def take_steps(
     optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
-    guard, found = FiniteGuard(optimizer, 0, CPU), {"losses": [], "norms": []}
+    guard, found = FiniteGuard(optimizer, 0), {"losses": [], "norms": []}
     for step in range(STEPS):
         where = (step * BATCH, BATCH, ranks.rank, ranks.world_size)
         columns, others = batch(MIXTURE, *where, 1 if replay.is_apart else None)

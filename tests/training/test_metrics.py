@@ -11,7 +11,6 @@ import pytest
 
 from llamapro.checkpoints.run import read_metrics
 from llamapro.errors import DataError
-from llamapro.training import metrics
 from llamapro.training.metrics import MetricsLog
 
 
@@ -128,31 +127,6 @@ def test_a_directory_that_is_no_run_says_so(tmp_path: Path) -> None:
     """A missing log asks whether this is a run directory."""
     with pytest.raises(DataError, match=r"no metrics\.jsonl; is this a run directory\?"):
         read_metrics(tmp_path)
-
-
-def test_progress_line_shows_every_number_with_its_unit() -> None:
-    """A full record reads as documented; the time left is steps left times seconds per step."""
-    record = {
-        "kind": "train",
-        "step": 1200,
-        "loss": 1.8423,
-        "grad_norm": 0.6123,
-        "learning_rate": 2e-4,
-        "tokens_per_s": 41234.5,
-        "memory_bytes": 61.2 * 2**30,
-        "tokens": 1_258_291_200,
-        "step_s": 18720 / 15800,
-    }
-    assert metrics.progress_line(record, 17000) == (
-        "step 1200/17000 · loss 1.8423 · ppl 6.31 · grad norm 0.61 · lr 2.00e-04 · 41.2k tok/s · "
-        "mem 61.2 GiB · seen 1.26B tok · eta 5h12m"
-    )
-
-
-def test_progress_line_leaves_out_what_is_unknown() -> None:
-    """Missing and null numbers do not appear; a loss that is NaN does."""
-    record = {"step": 3, "loss": math.nan, "memory_bytes": None}
-    assert metrics.progress_line(record, 5) == "step 3/5 · loss nan · ppl nan"
 
 
 def test_a_record_that_does_not_fit_leaves_the_log_as_it_was(tmp_path: Path) -> None:

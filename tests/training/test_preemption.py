@@ -27,7 +27,8 @@ spec = importlib.util.spec_from_file_location("train", file)
 train = importlib.util.module_from_spec(spec)
 sys.modules["train"] = train
 spec.loader.exec_module(train)
-owner = train.Job if place == "tokenize" else train
+from llamapro.training.job import Data
+owner = {"tokenize": train.Job, "batch": Data}.get(place, train)
 original, calls = getattr(owner, place), 0
 
 def signalled(*args, **kwargs):

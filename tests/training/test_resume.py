@@ -56,45 +56,44 @@ def change_tensor(parts: Path, name: str) -> None:
 
 def test_the_same_parts_go_on_wherever_they_lie(parts: Path, tmp_path: Path) -> None:
     """Moved and touched files, and other values of what trains, are no difference."""
-    state = {"identity": identity(parts)}
+    saved = identity(parts)
     moved = shutil.copytree(parts, tmp_path / "moved", ignore=shutil.ignore_patterns("cache"))
     change_tensor(moved, "model.layers.3.mlp.up_proj.weight")
     os.utime(moved / "corpus.txt", (1, 1))
-    check_identity(state, identity(moved), tmp_path)
+    check_identity(saved, identity(moved), tmp_path)
 
 
 def test_every_other_part_is_refused_by_name(parts: Path, tokenizer_file: Path) -> None:
     """One bit of a frozen weight, the same lines in another order, another tokenizer: each named,
     with both values, and only those that differ."""
     before = identity(parts)
-    state = {"identity": before}
     change_tensor(parts, "model.layers.2.mlp.up_proj.weight")
     with pytest.raises(ConfigError, match="the frozen base model was sha256 ") as caught:
-        check_identity(state, identity(parts), parts)
+        check_identity(before, identity(parts), parts)
     assert "data" not in str(caught.value) and "tokenizer" not in str(caught.value)
     change_tensor(parts, "model.layers.2.mlp.up_proj.weight")
     (parts / "corpus.txt").write_text("".join(f"line {i}\n" for i in reversed(range(100))))
     now = identity(parts)
     assert now["data"]["train corpus"]["tokens"] == before["data"]["train corpus"]["tokens"]
     with pytest.raises(ConfigError, match=r"data 'train corpus' was .* tokens .*, is ") as caught:
-        check_identity(state, now, parts)
+        check_identity(before, now, parts)
     assert "base model" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"the tokenizer was sha256 .*, is sha256 cdcdcdcd"):
-        check_identity(state, before | {"tokenizer": "cd" * 32}, parts)
+        check_identity(before, before | {"tokenizer": "cd" * 32}, parts)
     with pytest.raises(ConfigError, match=r"data 'train corpus' was .*, is not there"):
-        check_identity(state, before | {"data": {}}, parts)
+        check_identity(before, before | {"data": {}}, parts)
     # What its setting allows may differ, and nothing else.
-    check_identity(state, now, parts, ["data.train"])
+    check_identity(before, now, parts, ["data.train"])
     with pytest.raises(ConfigError, match=r"allow them: --resume\.allow data\.train$"):
-        check_identity(state, now, parts, ["data.val", "model.path", "model.tokenizer"])
+        check_identity(before, now, parts, ["data.val", "model.path", "model.tokenizer"])
 
 
-@pytest.mark.parametrize("state", [{}, {"identity": None}, {"identity": {"base": "", "data": []}}])
-def test_a_state_that_names_no_parts_is_refused(tmp_path: Path, state: dict[str, Any]) -> None:
+@pytest.mark.parametrize("saved", [{}, None, {"base": "", "data": []}])
+def test_a_state_that_names_no_parts_is_refused(tmp_path: Path, saved: Any) -> None:
     """Without a record nothing can be compared."""
     now = {"base": "ab" * 32, "tokenizer": "cd" * 32, "data": {}}
     with pytest.raises(CheckpointError, match="do not say which base, tokenizer and data"):
-        check_identity(state, now, tmp_path)
+        check_identity(saved, now, tmp_path)
 
 
 # ---- The lock -----------------------------------------------------------------------------------

@@ -240,22 +240,6 @@ def test_a_run_killed_while_it_accumulates_ends_with_the_same_bits(
         assert first.read_bytes() == second.read_bytes(), file
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_random_generator_goes_on_where_it_was(
-    processes: int, resumed: Callable[[int], Run], straight: Callable[..., Run]
-) -> None:
-    """Python's, NumPy's and PyTorch's give each rank its own numbers, the same after the kill as
-    without it, though two of them had a number in store when they were saved."""
-    ranks = [[note["drawn"] for note in notes] for notes in straight(processes).starts[0]]
-    first, second = resumed(processes).starts
-    for rank, drawn in enumerate(ranks):
-        assert [note["drawn"] for note in first[rank]] == drawn[:6]
-        assert [note["drawn"] for note in second[rank]] == drawn[5:]
-    assert len({number for drawn in ranks for numbers in drawn for number in numbers}) == (
-        processes * STEPS * MICRO_BATCHES * 3
-    )
-
-
 @pytest.mark.parametrize("trainable", ["new_blocks", "all"])
 def test_four_processes_then_two_then_one_are_one_run(
     trainable: str, start: Callable[..., Run], straight: Callable[..., Run]

@@ -27,7 +27,6 @@ from llamapro.training import checkpoint as train_state
 from llamapro.training.checkpoint import Saver, load_optimizer
 from llamapro.training.distributed import Ranks, process_group
 from llamapro.training.resume import RunLock, find_resume_point, locked
-from llamapro.training.rng import load_rng, seed_all
 
 INFO = BlocksInfo("new_blocks", "ab" * 32, (1,), 0)
 SHAPES = {"model.layers.1.a.weight": (5, 3), "model.layers.1.b.weight": (7,)}
@@ -200,8 +199,8 @@ def test_a_kill_at_any_point_of_saving_loses_nothing(
     if way == "foreground":
         changes = {"open", "pwrite", "posix_fallocate", "fsync"}
         assert set(points) == changes | {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-        at = points.index("os.rename")  # five files and their directory before it, the parent after
-        assert points[at - 12 : at] == ["open", "fsync"] * 6
+        at = points.index("os.rename")  # four files and their directory before it, the parent after
+        assert points[at - 10 : at] == ["open", "fsync"] * 5
         assert points[at + 1 : at + 3] == ["open", "fsync"]
     outcomes = []
     for run_dir in killed:
@@ -289,18 +288,11 @@ def save_with_failures(folder: Path) -> None:
 
     with process_group("cpu") as ranks:
         for way in ("foreground", "background"):
-            seed_all(7, ranks.rank)
             with Saver(run_dir, 3, 0, ranks, way == "background") as saver:
                 attempt_saves(way, saver)
             if way == "foreground":
                 ranks.from_main(run_dir.rename(folder / "kept") if ranks.is_main else None)
         attempt("no memory to copy", copy_without_memory)
-
-        drawn = torch.rand(3).tolist()
-        load_rng(step_dir(folder / "kept", 3), ranks, seed=1, step=3)
-        assert torch.rand(3).tolist() == drawn  # nothing was drawn in between
-        of_main = ranks.from_main(drawn)
-        assert ranks.is_main or drawn != of_main
 
         if ranks.is_main:
             flip(step_dir(run_dir, 4) / "optimizer.safetensors")

@@ -20,6 +20,7 @@ from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings, changes, check, flatten
+from llamapro.training.state import RunState
 
 EVAL = {"kind": "eval", "step": 0, "set": "general", "loss": 1.5, "perplexity": 4.5}
 TRAIN = {"kind": "train", "step": 2, "loss": 0.5, "memory_bytes": None}
@@ -222,7 +223,7 @@ def test_a_run_logs_where_its_settings_say(tmp_path: Path, fake: Fake) -> None:
     ranks = types.SimpleNamespace(
         is_main=True, world_size=1, device=torch.device("cpu"), from_main=lambda value: value
     )
-    state = {"step": 0, "tokens": 7, "evaluated": -1, "skipped": 0, "eval": {}}
+    state = RunState(tokens=7)
     progress = Progress(settings, None, 1, state, ranks, StopRequest())  # type: ignore[arg-type]
     with progress.writing(tmp_path, {"resume_from": None}, []):
         progress.evaluation("code", 0.5, 9)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from llamapro import expansion
 from llamapro.checkpoints.base import base_names, layout_of
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.run import training_checkpoints
+from llamapro.checkpoints.run import training_checkpoints, write_manifest
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint
 from llamapro.conversion.verify import verify
@@ -145,7 +145,7 @@ def test_two_processes_give_the_losses_of_one(
         # fp32 sums in another order: a few units in the last place of a loss near 6.
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
     assert metrics(one, "eval", "tokens") == metrics(two, "eval", "tokens")
-    assert "step 6/6" in done.stderr and "new blocks       [2, 5]" in done.stderr
+    assert " 6/6 " in done.stderr and "new blocks       [2, 5]" in done.stderr
 
 
 @pytest.mark.parametrize("frozen", ["gather", "replicate"])
@@ -435,6 +435,30 @@ def test_a_damaged_training_checkpoint_is_passed_over(
             (last / "optimizer.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no training checkpoint is intact"):
         run("damaged")
+
+
+def test_a_training_checkpoint_with_random_generators_is_still_taken(
+    run: Callable[..., Path], home: Path, tmp_path: Path
+) -> None:
+    """Earlier versions saved rng.safetensors and no base_eval: such runs go on and merge."""
+    straight, run_dir = run("straight"), run("old")
+    shutil.rmtree(training_checkpoints(run_dir)[-1])
+    path = training_checkpoints(run_dir)[-1]
+    state = json.loads((path / "state.json").read_text())
+    del state["base_eval"], state["settings"]["log_seconds"]
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "rng.safetensors").write_bytes(b"states")
+    (path / "manifest.json").unlink()
+    write_manifest(path)
+    assert "rng.safetensors" in (path / "manifest.json").read_text()
+    merge_checkpoint(Checkpoint.open(home / "pro"), path, tmp_path / "merged")
+    run("old")
+    last = training_checkpoints(run_dir)[-1]
+    assert last.name == "step-00000006" and not (last / "rng.safetensors").exists()
+    for name in ("trainable.safetensors", "optimizer.safetensors"):
+        assert (last / name).read_bytes() == (
+            training_checkpoints(straight)[-1] / name
+        ).read_bytes()
 
 
 def test_blocks_of_another_base_are_refused(
