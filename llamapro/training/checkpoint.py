@@ -264,15 +264,15 @@ def _gather(
     Before each one, and after the last, all ranks vote, because a rank that failed on its own would
     leave the others waiting for it. `failures` holds what has gone wrong on this rank.
     """
-    named = [(name, parameter.detach()) for name, parameter in parameters.items()]
+    named = [(name, name, parameter.detach()) for name, parameter in parameters.items()]
     for name, parameter in parameters.items():
-        named += [(name, optimizer.state[parameter][m]) for m in MOMENTS]
-    for name, tensor in named:
+        named += [(name, f"{name}.{m}", optimizer.state[parameter][m]) for m in MOMENTS]
+    for name, label, tensor in named:
         try:
             if isinstance(tensor, DTensor):
                 _make_room(tensor)
         except RuntimeError as error:  # PyTorch's out of memory, of any device
-            failures.append(f"rank {ranks.rank}: no memory to gather {name!r} for saving: {error}")
+            failures.append(f"rank {ranks.rank}: no memory to gather {label!r} for saving: {error}")
         _vote(ranks, failures)
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         yield stored_part(name, whole, first_row)

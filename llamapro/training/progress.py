@@ -223,10 +223,10 @@ def header() -> str:
 
 def progress_line(record: dict[str, Any], steps: int) -> str:
     """Returns a `train` record in columns, with the time left at the present pace."""
-    ppl = perplexity(record["loss"])
+    loss, ppl = record["loss"], perplexity(record["loss"])
     cells = [
         f"{record['step']}/{steps}",
-        f"{record['loss']:.4f}",
+        f"{loss:.4f}" if loss < 1000 else f"{loss:.4g}",
         f"{ppl:.4g}" if ppl < 1e6 else f"{ppl:.2e}",
         f"{record['grad_norm']:.3g}",
         f"{record['learning_rate']:.2e}",
