@@ -51,7 +51,6 @@ _COUNTED = {
     "mma_sync": r"mma\.sync",
     "tma_loads": r"cp\.async\.bulk\.tensor\S*\.shared::(?:cta|cluster)\.global",
     "tma_stores": r"cp\.async\.bulk\.tensor\S*\.global\.shared::cta",
-    "tma_reductions": r"cp\.reduce\.async\.bulk\.tensor",
     "loads": r"\b(?:ld\.global|cp\.async\.c[ag])\.",
     "loads_of_16_bytes": r"ld\.global\S*\.(?:v4\.\w32|v2\.\w64|v8\.\w16)"
     r"|cp\.async\.c[ag]\.shared\.global[^;]*, 0x10\b",
@@ -193,8 +192,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "registers" in row:
             line += [row["num_warps"], row["num_stages"], row["registers"], row["spilled_bytes"]]
             line += [f"{row['shared_bytes'] / 1024:.0f}", row["wgmma"], row["mma_sync"]]
-            tma = row["tma_loads"] + row["tma_stores"] + row["tma_reductions"]
-            line += [tma, f"{row['loads_of_16_bytes']}/{row['loads']}"]
+            line += [row["tma_loads"] + row["tma_stores"]]
+            line += [f"{row['loads_of_16_bytes']}/{row['loads']}"]
         lines.append([str(cell) for cell in line])
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(heads))]
     return "\n".join(

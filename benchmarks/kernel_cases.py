@@ -83,9 +83,8 @@ class Cases:
         lengths = [2048, 4096, 8192, 16384] if self.is_gpu else [64]
         B, D = (2, 128) if self.is_gpu else (1, 32)
         for (H, KV), S in ((shape, S) for shape in shapes for S in lengths):
-            ours = partial(self._ours, attention, D)
             functions: dict[str, Callable[[], Function]] = {
-                OURS: partial(ours, attention.attention),
+                OURS: partial(self._ours, attention, D, attention.attention),
                 "cudnn": partial(self._on_gpu, partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
                 "flash": partial(self._on_gpu, partial(sdpa, SDPBackend.FLASH_ATTENTION)),
                 "cudnn, keys repeated": partial(self._on_gpu, cudnn_repeated),
@@ -104,12 +103,8 @@ class Cases:
                 functions,
             )
             yield case
-            fast = partial(attention.attention, deterministic=False)
             yield case._replace(
-                direction="backward",
-                work=2.5 * case.work,
-                inputs=partial(self._random, *sizes),
-                functions=functions | {f"{OURS}, not deterministic": partial(ours, fast)},
+                direction="backward", work=2.5 * case.work, inputs=partial(self._random, *sizes)
             )
 
     def rms_norm(self) -> Iterator[Case]:
@@ -148,8 +143,8 @@ class Cases:
         functions = self._functions(
             rope,
             D,
-            lambda q, k: rope.rope(q, k, cos, sin),
-            lambda q, k: ops.rope(q, k, cos, sin),
+            lambda q, k: (rope.rope(q, cos, sin), rope.rope(k, cos, sin)),
+            lambda q, k: (ops.rope(q, cos, sin), ops.rope(k, cos, sin)),
             lambda liger: (
                 lambda q, k: liger.liger_rope(
                     q.transpose(1, 2), k.transpose(1, 2), cos[None], sin[None]

@@ -145,7 +145,7 @@ class Case(NamedTuple):
 def attention_case(
     dtype: str, D: int, *words: str, shape: tuple[int, int, int, int] = (2, 2048, 32, 8)
 ) -> Case:
-    """shape: (B, S, H, KV). words: bounds, single_pass, unaligned, decode (one query, forward)."""
+    """shape: (B, S, H, KV). words: bounds, unaligned, decode (one query, forward only)."""
 
     def call() -> None:
         B, S, H, KV = shape
@@ -158,7 +158,7 @@ def attention_case(
         bounds = None
         if "bounds" in words:
             bounds = tuple(torch.empty(1, length, dtype=torch.int32) for length in (T, S))
-        out = attention.attention(q, k, v, bounds, deterministic="single_pass" not in words)
+        out = attention.attention(q, k, v, bounds)
         if "decode" not in words:
             torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
 
@@ -189,19 +189,19 @@ def rms_norm_case(dtype: str, C: int, *words: str, rows: int = 4096) -> Case:
 def rope_case(
     dtype: str, D: int, *words: str, shape: tuple[int, int, int, int] = (2, 2048, 32, 8)
 ) -> Case:
-    """shape: (B, T, H, KV). words: fused (q and k are parts of one tensor), batched (B angles)."""
+    """shape: (B, T, H, KV). words: fused (parts of one tensor), batched (a table per batch)."""
 
     def call() -> None:
         B, T, H, KV = shape
         if "fused" in words:
-            both = torch.empty(B, T, H + KV, D, dtype=DTYPES[dtype])
-            q, k = (x.requires_grad_() for x in both.split((H, KV), dim=2))
+            both = torch.empty(B, T, H + KV, D, dtype=DTYPES[dtype]).split((H, KV), dim=2)
         else:
-            q, k = (torch.empty(B, T, n, D, dtype=DTYPES[dtype]).requires_grad_() for n in (H, KV))
+            both = tuple(torch.empty(B, T, n, D, dtype=DTYPES[dtype]) for n in (H, KV))
         table = (B, T, D) if "batched" in words else (T, D)
         cos, sin = (torch.empty(table, dtype=DTYPES[dtype]) for _ in range(2))
-        out = rope.rope(q, k, cos, sin)
-        torch.autograd.grad(out, (q, k), tuple(torch.empty_like(x) for x in out))
+        for x in both:  # queries, then keys
+            out = rope.rope(x.requires_grad_(), cos, sin)
+            torch.autograd.grad(out, x, torch.empty_like(out))
 
     return Case(" ".join(("rope", dtype, f"D={D}", *words)), call, D == 128 and dtype == "bf16")
 
@@ -244,9 +244,7 @@ def cases() -> list[Case]:
     sizes = [("bf16", D) for D in (64, 80, 96, 128, 256)]
     sizes += [("fp16", 128)] + [("fp32", D) for D in (64, 128, 256)]
     for words in plain_and_bounded:
-        for dtype, D in sizes:
-            found += [attention_case(dtype, D, *words)]
-            found += [attention_case(dtype, D, "single_pass", *words)]
+        found += [attention_case(dtype, D, *words) for dtype, D in sizes]
         found += [attention_case("bf16", 128, "MHA", *words, shape=(2, 2048, 32, 32))]
         found += [attention_case("bf16", D, *words) for D in (8, 32)]
         found += [attention_case("bf16", 128, "decode", *words)]

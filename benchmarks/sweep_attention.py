@@ -8,9 +8,8 @@ function would launch it; those that spill, take too much shared memory or miss 
 dropped. What is left is timed where there is a GPU of that architecture, on B 2, T 4096, 32 heads,
 8 key/value heads, causal; the best are printed as lines of the table. Without one nothing is timed,
 and the order is a guess from what is known beforehand: first the side of the tile that a program
-keeps while it walks along the other (rows, but columns for "key_value" and "single_pass"), as all
-else is read once per tile of it; then warps per multiprocessor, which hide latency; then the other
-side; then stages.
+keeps while it walks along the other (rows, but columns for "key_value"), as all else is read once
+per tile of it; then warps per multiprocessor, which hide latency; then the other side; then stages.
 """
 
 import argparse
@@ -33,12 +32,11 @@ KERNELS = {
     "forward": "_attention_forward_kernel",
     "query": "_attention_query_kernel",
     "key_value": "_attention_key_value_kernel",
-    "single_pass": "_attention_key_value_kernel",
 }
 REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
 B, T, H, KV = 2, 4096, 32, 8
 # Matrix products of T x T x D, of which a causal mask leaves half: 2 in forward.
-PRODUCTS = {"forward": 2, "query": 3, "key_value": 4, "single_pass": 5}
+PRODUCTS = {"forward": 2, "query": 3, "key_value": 4}
 
 
 class Entry(NamedTuple):
@@ -78,10 +76,9 @@ def call(entry: Entry, where: str, bounded: bool) -> Any:
     asked = {"query": (q,), "key_value": (k, v)}.get(entry.kernel, (q, k, v))
     for x in asked:
         x.requires_grad_(entry.kernel != "forward")
-    is_deterministic = entry.kernel != "single_pass"
 
     def forward() -> torch.Tensor:
-        return attention.attention(q, k, v, bounds, deterministic=is_deterministic)
+        return attention.attention(q, k, v, bounds)
 
     if entry.kernel == "forward":
         return forward
@@ -149,7 +146,7 @@ def sweep(entry: Entry, chosen: list[Tile], jobs: int, has_gpu: bool) -> list[di
         if "seconds" in result or result["problems"]:
             return (len(result["problems"]), result.get("seconds", 0.0))
         rows, columns, _, num_stages = result["tile"]
-        if entry.kernel in ("key_value", "single_pass"):
+        if entry.kernel == "key_value":
             rows, columns = columns, rows
         warps = result["programs"] * result["threads"] // 32
         return (0, -rows, -min(warps, 16), -columns, -num_stages)

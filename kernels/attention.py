@@ -1,31 +1,32 @@
-"""Causal attention without its T x S matrix: flash attention, forward (Triton).
+"""Flash attention: causal attention that never holds its T x S matrix. Forward (Triton).
 
 For each query t of a head, at position p = S - T + t, over the keys n that it sees:
 
     s_n = q . k_n / sqrt(D),    out = sum_n softmax(s)_n v_n,    lse = sqrt(D) ln sum_n exp(s_n)
 
-and it sees first[t] <= n <= p, where `first` comes from a sliding window or from packed documents
-and is 0 without them. Softmax is computed online (Milakov & Gimelshein, 2018; Dao et al., 2022): a
-running maximum m, sum and output are corrected whenever a tile of keys raises the maximum.
-Everything is in powers of two: 1/sqrt(D) * log2 e is one factor, and exp2 is one instruction.
+The query sees the keys first[t] <= n <= p. `first` comes from a sliding window or from packed
+documents, and is 0 without them. Softmax is computed online (Milakov & Gimelshein, 2018; Dao et
+al., 2022): the running maximum m, sum and output are corrected whenever a tile of keys raises the
+maximum. Exponentials are powers of two, because 1/sqrt(D) * log2 e is one factor and exp2 is one
+instruction.
 
-One program owns one tile of `rows` queries of one head of one batch row. It reads its queries once
-and its keys and values tile after tile, and writes `rows` x D outputs and `rows` log-sum-exps.
-Which keys, is known before it begins: `first` does not decrease, so the tile's first and last row
-bound it. Tiles that no row sees are not visited; those that every row sees need no mask, and only
+Grid: (H, B, tiles of queries). One program owns one tile of ROWS queries of one head of one batch
+row. It reads its queries once and its keys and values tile after tile, and writes ROWS x D outputs
+and ROWS log-sum-exps. Neighbouring programs are the heads of a group, which read the same keys from
+the L2 cache. The last queries see most keys and start first, so that no long tile is left to the
+end.
+
+The program knows beforehand which keys it needs, because `first` does not decrease from row to row.
+It does not visit tiles that no row sees, and does not mask tiles that every row sees whole. Only
 the edges, at the diagonal and at `first`, are compared element by element:
 
                     first edge        unmasked        diagonal
         tiles   [start ........ a) [a ............ b) [b ....... end)
 
-Grid: (H, B, tiles of queries). Heads are next to each other, so that those of a group read the
-same keys from the L2 cache; the last queries, which see most keys, are begun first, so that no long
-tile is left to the end.
-
-Products are of the tensors' dtype with fp32 sums; softmax is in fp32 and its numerators are rounded
-to the dtype of v before the second product (FlashAttention-2, Dao 2023). fp32 tensors are
-multiplied in fp32, not in TF32. Hopper reads tiles by TMA, see tiles.py (FlashAttention-3, Shah et
-al., 2024).
+Precision: products are of the tensors' dtype with fp32 sums. Softmax is in fp32, and its numerators
+are rounded to the dtype of v before the second product (FlashAttention-2, Dao 2023). fp32 tensors
+are multiplied in fp32, not in TF32. Hopper reads tiles by TMA, see tiles.py (FlashAttention-3, Shah
+et al., 2024).
 
 Shapes: B batch, T query length, S key length, H query heads, KV key/value heads, D head dim.
 """
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from llamapro.kernels import device, tiles
 from llamapro.kernels.attention_backward import attention_backward
+from llamapro.kernels.tensors import dense_like, needed
 from llamapro.kernels.tiles import key_tiles, load_rows, store_rows
 
 MAX_HEAD_DIM = 256
@@ -53,7 +55,10 @@ def _attend(
     COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the key tiles start .. end - 1 to the softmax; from tile a on, `skip` tiles further."""
+    """Adds the key tiles start .. end - 1 to the softmax; from tile a on, `skip` tiles further.
+
+    `skip` lets one loop visit both masked edges and leave out the unmasked tiles between them.
+    """
     for i in tl.range(start, end):
         n = i * COLUMNS
         if MASKED:
@@ -62,6 +67,7 @@ def _attend(
             k_ptr, batch, n, kv_head, S, k_stride_b, k_stride_t, k_stride_h,
             COLUMNS, D, BLOCK_D, MASKED, TMA,
         )  # fmt: skip
+        # "ieee" keeps fp32 tensors from being rounded to TF32.
         s = tl.dot(q, k.T, input_precision="ieee")  # (ROWS, COLUMNS)
         if MASKED:
             keys = n + tl.arange(0, COLUMNS)
@@ -69,11 +75,13 @@ def _attend(
             if BOUNDED:
                 sees &= keys[None, :] >= first[:, None]
             s = tl.where(sees, s, float("-inf"))
+        # m is of the scaled scores, in powers of two: scale is log2 e / sqrt(D).
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
         subtracted = m_new
-        if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
+        if MASKED:  # in a row that has seen no key yet, -inf - -inf would be NaN
             subtracted = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s * scale - subtracted[:, None])
+        # What was summed so far is relative to the old maximum.
         correction = tl.exp2(m - subtracted)
         acc = acc * correction[:, None]
         v = load_rows(
@@ -94,9 +102,10 @@ def _attention_forward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head against all the keys it sees (module docstring)."""
+    """Attends from one tile of queries of one head to all keys it sees (module docstring)."""
     head = tl.program_id(0)
     batch = tl.program_id(1)
+    # Programs start in order of their number: the last tile of queries has number 0.
     row = (tl.num_programs(2) - 1 - tl.program_id(2)) * ROWS
     H = tl.num_programs(0)
     kv_head = head // GROUP
@@ -109,6 +118,7 @@ def _attention_forward_kernel(
         first = tl.load(first_ptr + rows, mask=rows < T, other=0)
     start, a, b, end = key_tiles(first_ptr, row, T, S, ROWS, COLUMNS, BOUNDED)
 
+    # Rows past T, in the last tile, are computed like the others and not stored.
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -116,6 +126,7 @@ def _attention_forward_kernel(
         q_ptr, batch, row, head, T, q_stride_b, q_stride_t, q_stride_h,
         ROWS, D, BLOCK_D, True, False,
     )  # fmt: skip
+    # Unmasked tiles first, then both edges. Softmax does not depend on the order.
     acc, total, m = _attend(
         acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
         a, b, a, 0,
@@ -129,13 +140,11 @@ def _attention_forward_kernel(
         COLUMNS, D, BLOCK_D, TMA, True, BOUNDED,
     )  # fmt: skip
 
+    # Divided by scale, lse has the units of q . k: backward subtracts it before it scales.
     base = (tl.cast(batch, tl.int64) * H + head) * T
     tl.store(lse_ptr + base + rows, (m + tl.log2(total)) / scale, mask=rows < T)
     acc = acc / total[:, None]
-    store_rows(
-        out_ptr, acc, batch, row, head, T, tl.cast(T, tl.int64) * H * D, H * D, D,
-        ROWS, D, BLOCK_D, TMA,
-    )  # fmt: skip
+    store_rows(out_ptr, acc, batch, row, head, T, H, ROWS, D, BLOCK_D, TMA)
 
 
 @torch.library.custom_op("llamapro::attention_forward", mutates_args=())
@@ -143,10 +152,8 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the output (B, T, H, D) and lse (B, H, T), fp32, in the units of q . k."""
-    B, T, H, D = q.shape
-    S, KV = k.shape[1:3]
-    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    (B, T, H, D), (S, KV) = q.shape, k.shape[1:3]
+    out, lse = _outputs(q)
     if not out.numel():
         return out, lse
     if first is not None:
@@ -168,67 +175,46 @@ def attention_forward(
     return out, lse
 
 
-@attention_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    return dense_like(q), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
 
 
-class AttentionFunction(torch.autograd.Function):
-    """Ties forward and backward; which gradients are computed follows from what is trained."""
+attention_forward.register_fake(lambda q, k, v, first: _outputs(q))
 
+
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        first: Tensor | None,
-        last: Tensor | None,
-        deterministic: bool,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None
     ) -> Tensor:
         out, lse = attention_forward(q, k, v, first)
         ctx.save_for_backward(q, k, v, out, lse, first, last)
-        ctx.deterministic = deterministic
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
-        dq, dk, dv = attention_backward(
-            dout, *ctx.saved_tensors, needs_q, needs_k or needs_v, ctx.deterministic
-        )
-        return (
-            dq if needs_q else None,
-            dk if needs_k else None,
-            dv if needs_v else None,
-            None,
-            None,
-            None,
-        )
+        gradients = attention_backward(dout, *ctx.saved_tensors, needs_q, needs_k or needs_v)
+        return needed(ctx, *gradients)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: tuple[Tensor, Tensor] | None = None,
-    deterministic: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v with grouped heads, a window, packed documents.
 
     The queries are the last T of the S positions: query t is at position p = S - T + t and sees the
-    keys first[t] <= n <= p. Flash attention (Dao et al., 2022; Dao, 2023; Shah et al., 2024).
+    keys first[t] <= n <= p. Gradients are the same bits every time.
 
     Args:
-        q: (B, T, H, D), fp32, fp16 or bf16, D a multiple of 8 up to 256. Any strides; copied
-            (k and v too) unless the last is 1, the others and the address multiples of 16 bytes.
+        q: (B, T, H, D), fp32, fp16 or bf16, D a multiple of 8 up to 256. Any strides; q, k and v
+            are copied unless the last stride is 1 and the others and the address are multiples of
+            16 bytes.
         k, v: (B, S, KV, D), dtype of q; head h of q reads key/value head h // (H / KV).
         bounds: `first` (B or 1, T), the first key that a query sees, and `last` (B or 1, S), the
             position of the last query that sees a key; int32 and non-decreasing, two descriptions
-            of the same pairs. None: all keys up to p.
-        deterministic: gradients are the same bits every time; False saves two of seven matrix
-            products in backward, for D up to 128.
+            of the same pairs. None: each query sees all keys up to p.
 
     Returns:
         (B, T, H, D) in the dtype of q, contiguous.
@@ -238,13 +224,12 @@ def attention(
     """
     first, last = (None, None) if bounds is None else bounds
     _check(q, k, v, first, last)
-    return AttentionFunction.apply(q, k, v, first, last, deterministic)
+    return _Attention.apply(q, k, v, first, last)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None) -> None:
-    """A kernel that believed wrong shapes would read other memory."""
-    B, T, H, D = q.shape
-    S, KV = k.shape[1:3]
+    """Refuses shapes and dtypes with which a kernel would read memory outside its tensors."""
+    (B, T, H, D), (S, KV) = q.shape, k.shape[1:3]
     if k.shape != (B, S, KV, D) or v.shape != k.shape or T > S or (KV and H % KV):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v are {shapes}, not (B, T, H, D), (B, S, KV, D) twice, T <= S")

@@ -11,9 +11,8 @@ import os
 import runpy
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -146,7 +145,7 @@ def write_random_checkpoint(tokenizer_file: Path) -> Callable[..., Path]:
     return write
 
 
-# ---- Kernels: the error rule, storage layouts, guards around what is written -------------------
+# ---- Kernels: where they run, and the error rule -------------------------------------------------
 
 
 @pytest.fixture(
@@ -159,17 +158,6 @@ def device(request: pytest.FixtureRequest) -> str:
     """Where a kernel is tested: in the interpreter on the CPU, or (`pytest -m gpu`) compiled."""
     if (request.param == "cuda") != torch.cuda.is_available():
         pytest.skip(f"kernels do not run on {request.param} here")
-    return request.param
-
-
-@pytest.fixture(
-    params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
-    ids=str,
-)
-def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
-    """The dtypes of the kernels; bf16 only where they are compiled."""
-    if device == "cpu" and request.param == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     return request.param
 
 
@@ -193,103 +181,3 @@ def assert_as_exact_as_torch() -> Callable[[Tensor, Tensor, Tensor], None]:
     can be 0.
     """
     return _assert_as_exact_as_torch
-
-
-LAYOUTS = ("contiguous", "offset", "padded", "transposed", "every_other", "expanded")
-
-
-def _in_layout(x: Tensor, layout: str) -> Tensor:
-    wide = float("nan") if x.is_floating_point() else -1
-    if layout == "contiguous":
-        return x.contiguous()
-    if layout == "offset":
-        out = x.new_full((x.numel() + 1,), wide)[1:].view(x.shape)
-    elif layout == "padded":
-        out = x.new_full((*x.shape[:-1], x.shape[-1] + 3), wide)[..., : x.shape[-1]]
-    elif layout == "transposed":
-        out = x.new_full((x.shape[-1], *x.shape[:-1]), wide).movedim(0, -1)
-    elif layout == "every_other":
-        out = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), wide)[..., ::2]
-    elif layout == "expanded":
-        return x[:1].expand(x.shape)
-    else:
-        raise ValueError(layout)
-    return out.copy_(x)
-
-
-@pytest.fixture(params=LAYOUTS)
-def layout(request: pytest.FixtureRequest) -> str:
-    """The name of a storage layout, for `in_layout`."""
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def in_layout() -> Callable[[Tensor, str], Tensor]:
-    """`in_layout(x, layout)`: x's values in other storage, the gaps in it filled with NaN.
-
-    offset: not 16-byte aligned. padded: rows with a gap between. transposed: the last axis is the
-    slowest. every_other: last stride 2. expanded: x[:1] repeated along the first axis by stride 0
-    (other values than x).
-    """
-    return _in_layout
-
-
-class _Launches:
-    """Stands in for a kernel: launches it, and keeps the arguments by name."""
-
-    def __init__(self, kernel: Any, seen: list[dict[str, Any]]):
-        self.kernel, self.seen = kernel, seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            self.seen.append(named | {"grid": grid})
-            self.kernel[grid](*args, **kwargs)
-
-        return launch
-
-
-@pytest.fixture
-def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """`launches_of(module, *kernel_names)`: their launches' arguments, as they are made."""
-
-    def watch(module: ModuleType, *names: str) -> list[dict[str, Any]]:
-        seen: list[dict[str, Any]] = []
-        for name in names:
-            monkeypatch.setattr(module, name, _Launches(getattr(module, name), seen))
-        return seen
-
-    return watch
-
-
-GUARD = 64
-
-
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Puts a margin around all that `torch.empty` and `torch.empty_like` give, and looks after it.
-
-    What a kernel writes outside its output is found when the test ends; what it leaves unwritten
-    inside, or reads from it, is NaN.
-    """
-    empty = torch.empty
-    made: list[tuple[Tensor, int]] = []
-
-    def guarded_empty(*size: Any, **options: Any) -> Tensor:
-        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        storage = empty(shape.numel() + 2 * GUARD, **options)
-        storage.fill_(float("nan") if storage.is_floating_point() else -77)
-        made.append((storage, shape.numel()))
-        return storage[GUARD : GUARD + shape.numel()].view(shape)
-
-    def guarded_empty_like(x: Tensor, **options: Any) -> Tensor:
-        options.pop("memory_format", None)
-        return guarded_empty(x.shape, **{"dtype": x.dtype, "device": x.device} | options)
-
-    monkeypatch.setattr(torch, "empty", guarded_empty)
-    monkeypatch.setattr(torch, "empty_like", guarded_empty_like)
-    yield
-    for storage, size in made:
-        margins = torch.cat((storage[:GUARD], storage[GUARD + size :]))
-        intact = margins.isnan() if margins.is_floating_point() else margins == -77
-        assert intact.all(), f"written outside an output of {size} elements"

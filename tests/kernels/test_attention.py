@@ -2,41 +2,32 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from llamapro import backends, ops
+from llamapro import ops
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import attention, tiles
 
-Compare = Callable[[Tensor, Tensor, Tensor], None]
+Function = Callable[..., Any]
+Check = Callable[..., None]
+Results = Callable[..., list[Tensor]]
 
 
 class Shape(NamedTuple):
     """B, T, S, H, KV, D."""
 
     B: int = 1
-    T: int = 50
-    S: int = 50
+    T: int = 40
+    S: int = 40
     H: int = 2
     KV: int = 1
     D: int = 16
-
-
-@pytest.fixture
-def half(device: str) -> torch.dtype:
-    """A 16-bit dtype that runs on the device."""
-    return torch.float16 if device == "cpu" else torch.bfloat16
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 queries by 32 keys, so that short sequences take several tiles of either."""
-    monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(16, 32, 4, 2))
 
 
 @pytest.fixture(params=["pointers", "tma"])
@@ -50,41 +41,19 @@ def tma(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyP
     return request.param == "tma"
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """q, k, v and an output gradient."""
+def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    """[q, k, v], and an output gradient."""
     B, T, S, H, KV, D = shape
     generator = torch.Generator().manual_seed(T + S + D)
     sizes = [(B, T, H, D), (B, S, KV, D), (B, S, KV, D), (B, T, H, D)]
-    return tuple(torch.randn(s, generator=generator).to(device, dtype) for s in sizes)
+    q, k, v, dout = (torch.randn(s, generator=generator).to(device, dtype) for s in sizes)
+    return [q, k, v], dout
 
 
-def computed(
-    function: Callable[..., Tensor], qkv: tuple[Tensor, ...], dout: Tensor, *options: Any
-) -> list[Tensor]:
-    """The output and the gradients of q, k, v."""
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    out = function(*leaves, *options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
-def by_torch(*args: Any) -> Tensor:
-    with backends.use("torch"):
-        return ops.attention(*args)
-
-
-def assert_exact(
-    compare: Compare,
-    qkv: tuple[Tensor, ...],
-    dout: Tensor,
-    bounds: ops.AttentionBounds | None = None,
-    deterministic: bool = True,
-) -> None:
-    """Holds the kernels' output and gradients to the error rule."""
-    found = computed(attention.attention, qkv, dout, bounds, deterministic)
-    reference = computed(by_torch, qkv, dout, bounds)
-    exact = computed(by_torch, tuple(x.double() for x in qkv), dout.double(), bounds)
-    for kernel, torch_, fp64 in zip(found, reference, exact, strict=True):
-        compare(kernel, torch_, fp64)
+@pytest.fixture
+def check(compare: Function, in_torch: Callable[[Function], Function]) -> Check:
+    """`check([q, k, v], [dout], [bounds])`: output and gradients by the error rule."""
+    return partial(compare, attention.attention, in_torch(ops.attention))
 
 
 @pytest.mark.parametrize(
@@ -100,67 +69,54 @@ def assert_exact(
         Shape(T=1, S=70),
         Shape(T=37, S=70),
         Shape(T=64, S=64),
-        Shape(B=2, T=50, S=50),
+        Shape(B=2),
     ],
     ids=str,
 )
 def test_output_and_gradients_are_as_exact_as_torch(
-    shape: Shape,
-    dtype: torch.dtype,
-    device: str,
-    small_tiles: None,
-    assert_as_exact_as_torch: Compare,
+    shape: Shape, dtype: torch.dtype, device: str, small_tiles: None, check: Check
 ) -> None:
     """Every head dim, one query, fewer queries than keys, whole tiles and not."""
-    *qkv, dout = inputs(shape, dtype, device)
-    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout)
+    qkv, dout = inputs(shape, dtype, device)
+    check(qkv, [dout])
 
 
 @pytest.mark.parametrize("shape", [Shape(D=8), Shape(T=37, S=70, D=40), Shape(B=2, D=128)], ids=str)
 def test_tiles_read_by_tma_are_right(
-    shape: Shape,
-    device: str,
-    half: torch.dtype,
-    small_tiles: None,
-    tma: bool,
-    assert_as_exact_as_torch: Compare,
+    shape: Shape, device: str, half: torch.dtype, small_tiles: None, tma: bool, check: Check
 ) -> None:
     """Incomplete tiles in T, S and D, whichever way they are read."""
-    *qkv, dout = inputs(shape, half, device)
-    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout)
+    qkv, dout = inputs(shape, half, device)
+    check(qkv, [dout])
 
 
 def test_tiles_of_the_table_are_right(
-    device: str, half: torch.dtype, tma: bool, assert_as_exact_as_torch: Compare
+    device: str, half: torch.dtype, tma: bool, check: Check
 ) -> None:
     """The sizes that are launched, on one shape with an incomplete tile."""
-    *qkv, dout = inputs(Shape(T=150, S=200, H=1, D=64), half, device)
-    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout)
+    qkv, dout = inputs(Shape(T=150, S=200, H=1, D=64), half, device)
+    check(qkv, [dout])
 
 
 @pytest.mark.parametrize("heads", [(3, 3), (4, 1), (8, 1), (6, 2)], ids=str)
 def test_each_query_head_reads_its_key_head(
-    heads: tuple[int, int],
-    device: str,
-    half: torch.dtype,
-    small_tiles: None,
-    assert_as_exact_as_torch: Compare,
+    heads: tuple[int, int], device: str, half: torch.dtype, small_tiles: None, check: Check
 ) -> None:
     """Groups of 1, 4, 8 and 3; each head's values are of another size, so none passes for another.
 
     Gradients of a key head are the sum over its group, of all heads and nothing else.
     """
     H, KV = heads
-    q, k, v, dout = inputs(Shape(T=33, S=33, H=H, KV=KV), half, device)
+    (q, k, v), dout = inputs(Shape(T=20, S=20, H=H, KV=KV), half, device)
     dout = dout * torch.arange(1, H + 1, device=device).to(half)[:, None]
     v = v * torch.arange(1, KV + 1, device=device).to(half)[:, None]
-    assert_exact(assert_as_exact_as_torch, (q, k, v), dout)
+    check([q, k, v], [dout])
 
 
 DOCUMENTS = {  # lengths
-    "one": (90,),
-    "three": (33, 1, 56),
-    "short": (1, 1, 5, 40, 16, 26, 1),
+    "one": (70,),
+    "three": (33, 1, 36),
+    "short": (1, 1, 5, 40, 16, 6, 1),
 }
 
 
@@ -177,16 +133,16 @@ def bounds_of(
 @pytest.mark.parametrize(
     "documents, window, T",
     [
-        (None, 7, 90),
-        (None, 32, 90),
+        (None, 7, 70),
+        (None, 32, 70),
         (None, 50, 41),
-        (None, 90, 90),
+        (None, 70, 70),
         (None, 1000, 41),
-        ("one", None, 90),
-        ("three", None, 90),
-        ("short", None, 90),
+        ("one", None, 70),
+        ("three", None, 70),
+        ("short", None, 70),
         ("short", 6, 41),
-        ("three", 32, 90),
+        ("three", 32, 70),
     ],
 )
 def test_bounds_are_kept(
@@ -196,62 +152,63 @@ def test_bounds_are_kept(
     device: str,
     half: torch.dtype,
     small_tiles: None,
-    assert_as_exact_as_torch: Compare,
+    check: Check,
 ) -> None:
     """Windows of 1 key to more than there are, documents of 1 token and more, and both."""
-    *qkv, dout = inputs(Shape(T=T, S=90), half, device)
+    qkv, dout = inputs(Shape(T=T, S=70), half, device)
     lengths = DOCUMENTS[documents] if documents else None
-    bounds = bounds_of(lengths, window, T, 90, device)
-    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout, bounds)
+    bounds = bounds_of(lengths, window, T, 70, device)
+    check(qkv, [dout], [bounds])
 
 
 def test_window_holds_itself_and_no_key_more(device: str, small_tiles: None) -> None:
     """Position i sees i - window < j <= i: of one-hot values, the output shows exactly those."""
     T, window = 40, 7
-    q, k, _, _ = inputs(Shape(T=T, S=T, H=1, D=40), torch.float32, device)
+    (q, k, _), _ = inputs(Shape(T=T, S=T, H=1, D=40), torch.float32, device)
     v = torch.eye(T, device=device)[None, :, None]  # (1, S, 1, D): key j is the unit vector j
     out = attention.attention(q, k, v, ops.attention_bounds(T, T, window, device=device))
     t, n = torch.arange(T)[:, None], torch.arange(T)[None]
     assert torch.equal(out[0, :, 0].cpu() > 0, (n <= t) & (n > t - window))
 
 
-def test_lone_key_gives_its_value_and_no_gradient_of_scores(device: str, small_tiles: None) -> None:
+def test_lone_key_gives_its_value_and_no_gradient_of_scores(
+    device: str, small_tiles: None, results: Results
+) -> None:
     """In a window of 1, out is v and dv is dout; dq and dk are 0 but for fp32 rounding.
 
     The error rule says nothing here: all that is left of either implementation is its rounding.
     """
-    q, k, v, dout = inputs(Shape(T=40, S=40, H=2, KV=2), torch.float32, device)
+    (q, k, v), dout = inputs(Shape(T=40, S=40, H=2, KV=2), torch.float32, device)
     bounds = ops.attention_bounds(40, 40, 1, device=device)
-    out, dq, dk, dv = computed(attention.attention, (q, k, v), dout, bounds)
+    out, dq, dk, dv = results(attention.attention, [q, k, v], [dout], [bounds])
     assert torch.equal(out, v)
     torch.testing.assert_close(dv, dout, rtol=1e-5, atol=0)  # p is 2^0 but for the rounding of lse
     assert max(dq.abs().max(), dk.abs().max()) < 1e-5
 
 
 def test_bounds_may_differ_by_batch_row(
-    device: str, half: torch.dtype, small_tiles: None, assert_as_exact_as_torch: Compare
+    device: str, half: torch.dtype, small_tiles: None, check: Check
 ) -> None:
     """(B, T) bounds, in any layout; other documents in every row."""
-    *qkv, dout = inputs(Shape(B=2, T=90, S=90, H=1), half, device)
-    each = [bounds_of(DOCUMENTS[name], 30, 90, 90, device) for name in ("three", "short")]
+    qkv, dout = inputs(Shape(B=2, T=70, S=70, H=1), half, device)
+    each = [bounds_of(DOCUMENTS[name], 30, 70, 70, device) for name in ("three", "short")]
     rows = (torch.cat(pair) for pair in zip(*each, strict=True))
     bounds = ops.AttentionBounds(*(x.T.contiguous().T for x in rows))
-    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout, bounds)
+    check(qkv, [dout], [bounds])
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
-@pytest.mark.parametrize("deterministic", [True, False])
 def test_tiles_out_of_sight_are_not_visited(
-    deterministic: bool, device: str, half: torch.dtype, small_tiles: None
+    device: str, half: torch.dtype, small_tiles: None, results: Results
 ) -> None:
     """NaN in an unseen document spoils nothing: masked, it would by way of 0 * NaN."""
-    q, k, v, dout = inputs(Shape(T=128, S=128), half, device)
+    (q, k, v), dout = inputs(Shape(T=128, S=128), half, device)
     lengths = (32, 32, 64)  # whole tiles: none holds keys of two documents
     poisoned = slice(32, 64)
     for x in (q, k, v, dout):
         x[:, poisoned] = float("nan")
     bounds = bounds_of(lengths, None, 128, 128, device)
-    for x in computed(attention.attention, (q, k, v), dout, bounds, deterministic):
+    for x in results(attention.attention, [q, k, v], [dout], [bounds]):
         assert x[:, poisoned].isnan().all()
         assert x[:, :32].isfinite().all() and x[:, 64:].isfinite().all()
 
@@ -263,16 +220,14 @@ def test_every_layout_is_read(
     half: torch.dtype,
     small_tiles: None,
     tma: bool,
-    assert_as_exact_as_torch: Compare,
+    check: Check,
 ) -> None:
-    """Of q, k, v and of the output gradient; neither is changed."""
-    shape = Shape(B=2, T=20, S=40, H=2, KV=1, D=24)
-    arguments = [in_layout(x, layout) for x in inputs(shape, half, device)]
+    """q, k, v and the output gradient in every layout; none of them is changed."""
+    qkv, dout = inputs(Shape(B=2, T=20, S=40, H=2, KV=1, D=24), half, device)
+    arguments = [in_layout(x, layout) for x in (*qkv, dout)]
     before = [x.clone() for x in arguments]
-    *qkv, dout = arguments
-    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout)
-    for x, was in zip(arguments, before, strict=True):
-        assert torch.equal(x, was)
+    check(arguments[:3], arguments[3:])
+    assert all(map(torch.equal, arguments, before))
 
 
 def test_key_cache_and_fused_projection_are_read_in_place(
@@ -292,32 +247,30 @@ def test_key_cache_and_fused_projection_are_read_in_place(
 
 @pytest.mark.usefixtures("guarded")
 def test_nothing_is_written_outside_and_nothing_left_out(
-    device: str, half: torch.dtype, small_tiles: None, tma: bool, assert_as_exact_as_torch: Compare
+    device: str, half: torch.dtype, small_tiles: None, tma: bool, check: Check
 ) -> None:
     """Incomplete tiles in T, S and D, into guarded outputs."""
-    *qkv, dout = inputs(Shape(B=2, T=37, S=70, D=40), half, device)
-    assert_exact(assert_as_exact_as_torch, tuple(qkv), dout, deterministic=False)
+    qkv, dout = inputs(Shape(B=2, T=37, S=70, D=40), half, device)
+    check(qkv, [dout])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
-def test_scores_of_any_size_are_finite(device: str, small_tiles: None) -> None:
+def test_scores_of_any_size_are_finite(device: str, small_tiles: None, results: Results) -> None:
     """Scores of +-10^4, whose exponentials are infinite; so are, before the mask, those unseen."""
-    q, k, v, dout = inputs(Shape(T=40, S=40), torch.float32, device)
+    (q, k, v), dout = inputs(Shape(T=40, S=40), torch.float32, device)
     for sign in (1, -1):
-        extreme = (q.abs() * 100 * sign, k.abs() * 100, v)
-        for deterministic in (True, False):
-            found = computed(attention.attention, extreme, dout, None, deterministic)
-            assert all(x.isfinite().all() for x in found)
+        extreme = [q.abs() * 100 * sign, k.abs() * 100, v]
+        found = results(attention.attention, extreme, [dout])
+        assert all(x.isfinite().all() for x in found)
 
 
-@pytest.mark.parametrize("sizes", [Shape(B=0), Shape(T=0, S=0), Shape(T=0, S=5), Shape(H=0, KV=0)])
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_no_elements_give_no_output_and_zero_gradients(
-    sizes: Shape, deterministic: bool, device: str
+@pytest.mark.parametrize("sizes", [Shape(T=0, S=5), Shape(H=0, KV=0)], ids=str)
+def test_no_queries_or_heads_give_no_output_and_zero_gradients(
+    sizes: Shape, device: str, results: Results
 ) -> None:
-    """No batch, no query, no head."""
-    *qkv, dout = inputs(sizes, torch.float32, device)
-    out, *gradients = computed(attention.attention, tuple(qkv), dout, None, deterministic)
+    """Keys that nobody looks at have a gradient of 0."""
+    qkv, dout = inputs(sizes, torch.float32, device)
+    out, *gradients = results(attention.attention, qkv, [dout])
     assert out.shape == qkv[0].shape
     for x, gradient in zip(qkv, gradients, strict=True):
         assert torch.equal(gradient, torch.zeros_like(x))
@@ -325,7 +278,7 @@ def test_no_elements_give_no_output_and_zero_gradients(
 
 def test_wrong_shapes_and_dtypes_are_refused(device: str) -> None:
     """They would make a kernel read other memory."""
-    q, k, v, _ = inputs(Shape(T=8, S=8, H=4, KV=2), torch.float32, device)
+    (q, k, v), _ = inputs(Shape(T=8, S=8, H=4, KV=2), torch.float32, device)
     first, last = ops.attention_bounds(8, 8, 4, device=device)
     for arguments, message in [
         ((q, k[:, :7], v), "not \\(B, T, H, D\\)"),
@@ -339,31 +292,14 @@ def test_wrong_shapes_and_dtypes_are_refused(device: str) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             attention.attention(*arguments)
-
-
-def test_unsupported_says_why(device: str) -> None:
-    """Head dims that no tile fits, on top of what the device says."""
-    where = torch.device(device)
-    assert attention.unsupported(where, torch.float16, 128) is None
     for size in (0, 12, 264):
-        assert "head dim" in attention.unsupported(where, torch.float16, size)
-    assert "float64" in attention.unsupported(where, torch.float64, 128)
-
-
-def test_attention_compiles_into_one_graph(device: str, small_tiles: None) -> None:
-    """torch.compile(fullgraph=True), the same bits as without."""
-    *qkv, dout = inputs(Shape(T=20, S=20), torch.float32, device)
-    bounds = ops.attention_bounds(20, 20, 7, device=device)
-    compiled = torch.compile(attention.attention, backend="aot_eager", fullgraph=True)
-    expected = computed(attention.attention, tuple(qkv), dout, bounds)
-    for x, wanted in zip(computed(compiled, tuple(qkv), dout, bounds), expected, strict=True):
-        assert torch.equal(x, wanted)
+        assert "head dim" in attention.unsupported(torch.device(device), torch.float16, size)
 
 
 @pytest.mark.parametrize("bounded", [False, True])
 def test_operator_is_registered_correctly(bounded: bool, device: str, small_tiles: None) -> None:
     """torch.library.opcheck: the schema, and that fake tensors are like real ones."""
-    q, k, v, _ = inputs(Shape(T=20, S=20), torch.float32, device)
+    (q, k, v), _ = inputs(Shape(T=20, S=20), torch.float32, device)
     first = ops.attention_bounds(20, 20, 7, device=device).first if bounded else None
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(attention.attention_forward, (q, k, v, first), test_utils=tests)
@@ -371,7 +307,7 @@ def test_operator_is_registered_correctly(bounded: bool, device: str, small_tile
 
 def test_lse_is_the_log_of_the_sum_of_exponentials(device: str, small_tiles: None) -> None:
     """Saved in the units of q . k, that is times sqrt(D)."""
-    q, k, v, _ = inputs(Shape(T=37, S=70, H=2, KV=2), torch.float32, device)
+    (q, k, v), _ = inputs(Shape(T=37, S=70, H=2, KV=2), torch.float32, device)
     _, lse = attention.attention_forward(q, k, v, None)
     scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double())
     hidden = torch.ones(37, 70, dtype=torch.bool, device=device).triu(70 - 37 + 1)

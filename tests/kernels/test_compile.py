@@ -1,14 +1,16 @@
 """What the compiler makes of the kernels for sm_80 and sm_90, on a machine that needs no GPU.
 
 `benchmarks/compile_kernels.py` runs in processes of its own, without TRITON_INTERPRET. Triton keeps
-what it has compiled in its cache: minutes the first time, seconds after that.
+what it has compiled in its cache, so later runs are faster.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,32 @@ def run(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All that the script found, with its exit status."""
-    file = tmp_path_factory.mktemp("compiled") / "kernels.json"
-    done = run(root, str(root / "benchmarks" / "compile_kernels.py"), "--json", str(file))
-    assert file.exists(), done.stderr[-2000:]
-    return json.loads(file.read_text()) | {"status": done.returncode}
+def compiled(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """`compiled(*options)`: all that the script found, with its exit status."""
+
+    @functools.cache
+    def run_script(*options: str) -> dict[str, Any]:
+        file = tmp_path_factory.mktemp("compiled") / "kernels.json"
+        script = str(root / "benchmarks" / "compile_kernels.py")
+        done = run(root, script, *options, "--json", str(file))
+        assert file.exists(), done.stderr[-2000:]
+        return json.loads(file.read_text()) | {"status": done.returncode}
+
+    return run_script
+
+
+@pytest.fixture
+def full(compiled: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Of every kernel, in all dtypes and sizes: minutes, unless Triton's cache has them."""
+    return compiled()
+
+
+@pytest.fixture(params=["quick", pytest.param("full", marks=pytest.mark.slow)])
+def report(
+    request: pytest.FixtureRequest, compiled: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """Of every kernel in one size and dtype, and of all."""
+    return compiled("--quick") if request.param == "quick" else compiled()
 
 
 def of(report: dict[str, Any], op: str, *words: str) -> list[dict[str, Any]]:
@@ -52,8 +74,8 @@ def test_script_finds_no_problem(report: dict[str, Any]) -> None:
 
 
 def test_every_kernel_compiles_without_spilling(report: dict[str, Any]) -> None:
-    """Both architectures, all dtypes and sizes; no register goes to memory."""
-    assert len(report["rows"]) > 100
+    """For both architectures; no register goes to memory."""
+    assert {row["architecture"] for row in report["rows"]} == {80, 90}
     for row in report["rows"]:
         assert row["registers"] <= 255 and row["spilled_bytes"] == 0, row
 
@@ -69,13 +91,14 @@ def test_attention_multiplies_on_the_tensor_cores(
     report: dict[str, Any], architecture: int, used: str
 ) -> None:
     """All its products of 16-bit numbers, in every kernel but the sum that has none."""
-    kernels = set()
-    for dtype in ("bf16", "fp16"):
-        for row in of(report, "attention", dtype):
-            if row["architecture"] == architecture and row["has_16_bit_dot"]:
-                assert row[used] > 0, row
-                kernels.add(row["kernel"])
-    assert len(kernels) >= 3  # forward, dq, dk and dv
+    rows = [
+        row
+        for dtype in ("bf16", "fp16")
+        for row in of(report, "attention", dtype)
+        if row["architecture"] == architecture and row["has_16_bit_dot"]
+    ]
+    assert all(row[used] > 0 for row in rows)
+    assert len({row["kernel"] for row in rows}) == 3  # forward, dq, dk and dv
 
 
 def test_hopper_reads_attention_tiles_by_tma(report: dict[str, Any]) -> None:
@@ -83,20 +106,21 @@ def test_hopper_reads_attention_tiles_by_tma(report: dict[str, Any]) -> None:
     for row in of(report, "attention"):
         if row["has_16_bit_dot"]:
             assert (row["tma_loads"] > 0) == (row["architecture"] == 90), row
-    rows = of(report, "attention", "bf16", "single_pass")
-    assert sum(row["tma_reductions"] > 0 for row in rows if row["architecture"] == 90) > 2
 
 
-def test_every_tile_of_the_table_was_compiled(report: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_every_tile_of_the_table_was_compiled(full: dict[str, Any]) -> None:
     """No entry is there that no case takes."""
-    assert {tuple(key) for key in report["tiles"]} == tiles.TILES.keys()
+    assert len(full["rows"]) > 100
+    assert {tuple(key) for key in full["tiles"]} == tiles.TILES.keys()
     assert {key[1] for key in tiles.TILES} == {80, 90}
 
 
-def test_every_op_was_compiled_for_large_tensors(report: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_every_op_was_compiled_for_large_tensors(full: dict[str, Any]) -> None:
     """More than 2^31 elements, in which no 32-bit offset may overflow (the script's check)."""
     for op in ("attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy"):
-        assert {row["architecture"] for row in of(report, op, "large")} == {80, 90}, op
+        assert {row["architecture"] for row in of(full, op, "large")} == {80, 90}, op
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "rope", "swiglu", "linear_cross_entropy"])
@@ -106,7 +130,8 @@ def test_memory_bound_kernels_load_16_bytes_at_a_time(report: dict[str, Any], op
         assert row["loads_of_16_bytes"] >= row["loads"] / 2 > 0, row
 
 
-TOY = """
+TOYS = """
+    import json
     from unittest import mock
     import torch, triton
     import triton.language as tl
@@ -135,104 +160,79 @@ TOY = """
     def problems(launches):
         rows = compile_all(launches, 2, lambda text: None)
         return [problem for row in rows for problem in row["problems"]]
+
+    def of_attention(kernel, architecture, *tile):
+        with mock.patch.object(tiles, "tile", lambda *_: tiles.Tile(*tile)):
+            launches, _ = record([attention_case("bf16", 128)])
+        return problems([
+            x for x in launches if kernel in x.kernel.__name__ and x.architecture == architecture
+        ])
+
+    def of_copy(rows, wide):
+        with recording(80, "copy") as launches:
+            x = torch.empty(rows, 4096, dtype=torch.bfloat16)
+            copy_kernel[(rows,)](x, x, x.stride(0), WIDE=wide, BLOCK=4096)
+        return problems(launches)
+
+    def of_carried(rows):
+        with recording(80, "carried") as launches:
+            carried_kernel[(1,)](torch.empty(4096), rows, 1024, BLOCK=1024)
+        return problems(launches)
+
+    with recording(90, "broken") as broken:
+        broken_kernel[(1,)](torch.empty(1024), BLOCK=1024)
+        copy_kernel[(1,)](torch.empty(1024), torch.empty(1024), 1024, WIDE=True, BLOCK=1024)
+    print(json.dumps({
+        "too many registers": of_attention("query", 90, 128, 128, 4, 1),
+        "too small for wgmma": of_attention("query", 90, 16, 16, 4, 1),
+        "too much shared memory": of_attention("forward", 80, 128, 128, 8, 3),
+        "small": of_copy((1 << 19) - 1, False),
+        "large": of_copy((1 << 19) + 1, False),
+        "large, in 64 bits": of_copy((1 << 19) + 1, True),
+        "short loop": of_carried(1000),
+        "long loop": of_carried(3000000),
+        "broken": problems(broken),
+    }))
 """
 
 
-def toy(root: Path, tmp_path: Path, body: str) -> str:
-    """What a script prints, of kernels and tiles that are not good."""
-    file = tmp_path / "toy.py"  # the source of a kernel must be in a file
-    file.write_text(textwrap.dedent(TOY) + textwrap.dedent(body))
+@pytest.fixture(scope="module")
+def toys(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The problems that are found in kernels and tiles which are not good."""
+    file = tmp_path_factory.mktemp("toys") / "toys.py"  # the source of a kernel must be in a file
+    file.write_text(textwrap.dedent(TOYS))
     done = run(root, str(file))
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(
-    "rows, num_warps, found", [(128, 4, "spills "), (16, 4, "16-bit product without wgmma")]
+    "toy, problem",
+    [
+        ("too many registers", "spills "),
+        ("too small for wgmma", "16-bit product without wgmma"),
+        ("too much shared memory", f"above {SHARED_LIMIT[80]} B"),
+        ("large", "32-bit overflow"),  # more than 2^31 elements
+        ("long loop", "32-bit overflow"),  # of a row number that a loop counts up
+        ("broken", "does not compile: "),
+    ],
 )
-def test_a_bad_tile_is_reported(
-    root: Path, tmp_path: Path, rows: int, num_warps: int, found: str
+def test_a_bad_kernel_or_tile_is_reported(
+    toy: str, problem: str, toys: dict[str, list[str]]
 ) -> None:
-    """Too large for its warps: registers spill. Too small for a wgmma: none is there."""
-    printed = toy(
-        root,
-        tmp_path,
-        f"""
-        bad = tiles.Tile({rows}, {rows}, {num_warps}, 1)
-        with mock.patch.object(tiles, "tile", lambda *_: bad):
-            launches, _ = record([attention_case("bf16", 128)])
-        launches = [x for x in launches if "query" in x.kernel.__name__ and x.architecture == 90]
-        print(problems(launches))
-        """,
-    )
-    assert found in printed
+    """By what is wrong with it."""
+    assert any(problem in found for found in toys[toy])
 
 
-def test_too_much_shared_memory_is_reported(root: Path, tmp_path: Path) -> None:
-    """Tiles that fit Hopper do not fit the others."""
-    printed = toy(
-        root,
-        tmp_path,
-        """
-        large = tiles.Tile(128, 128, 8, 3)
-        with mock.patch.object(tiles, "tile", lambda *_: large):
-            launches, _ = record([attention_case("bf16", 128)])
-        launches = [x for x in launches if "forward" in x.kernel.__name__ and x.architecture == 80]
-        print(problems(launches))
-        """,
-    )
-    assert "shared memory" in printed and f"above {SHARED_LIMIT[80]} B" in printed
+@pytest.mark.parametrize("toy", ["small", "large, in 64 bits", "short loop"])
+def test_no_overflow_is_reported_where_there_is_none(toy: str, toys: dict[str, list[str]]) -> None:
+    """Tensors below 2^31 elements, row numbers widened first, loops that are short."""
+    assert toys[toy] == []
 
 
-def test_a_32_bit_offset_that_overflows_is_reported(root: Path, tmp_path: Path) -> None:
-    """Only where a tensor is large enough, and not if the row is widened first."""
-    printed = toy(
-        root,
-        tmp_path,
-        """
-        for rows in ((1 << 19) - 1, (1 << 19) + 1):
-            for wide in (False, True):
-                with recording(80, "copy") as launches:
-                    x = torch.empty(rows, 4096, dtype=torch.bfloat16)
-                    copy_kernel[(rows,)](x, x, x.stride(0), WIDE=wide, BLOCK=4096)
-                print(rows > 1 << 19, wide, len(problems(launches)) > 0)
-        """,
-    )
-    assert printed.splitlines() == [
-        "False False False",
-        "False True False",
-        "True False True",
-        "True True False",
-    ]
-
-
-def test_offsets_are_followed_through_loops(root: Path, tmp_path: Path) -> None:
-    """A row number that a loop counts up overflows where the loop is long enough."""
-    printed = toy(
-        root,
-        tmp_path,
-        """
-        for rows in (1000, 3000000):
-            with recording(80, "carried") as launches:
-                carried_kernel[(1,)](torch.empty(4096), rows, 1024, BLOCK=1024)
-            print(["32-bit overflow" in problem for problem in problems(launches)][:1])
-        """,
-    )
-    assert printed.splitlines() == ["[]", "[True]"]
-
-
-def test_a_kernel_that_does_not_compile_is_reported(root: Path, tmp_path: Path) -> None:
-    """And does not stop the others."""
-    printed = toy(
-        root,
-        tmp_path,
-        """
-        x = torch.empty(1024)
-        with recording(90, "broken") as launches:
-            broken_kernel[(1,)](x, BLOCK=1024)
-            copy_kernel[(1,)](x, x, 1024, WIDE=True, BLOCK=1024)
-        print(problems(launches))
-        """,
-    )
-    assert "does not compile" in printed and "no_such_name" in printed
-    assert printed.count("does not") == 1
+def test_a_kernel_that_does_not_compile_does_not_stop_the_others(
+    toys: dict[str, list[str]],
+) -> None:
+    """Its own problem is the only one, and says why."""
+    (problem,) = toys["broken"]
+    assert "no_such_name" in problem

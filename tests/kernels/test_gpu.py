@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels: `pytest -m gpu tests/test_kernels_gpu.py`.
+"""What only a GPU can show of the kernels: `pytest -m gpu tests/kernels`.
 
 Races and determinism, addresses beyond 2^31 elements, reads and writes out of bounds as
 compute-sanitizer sees them, bf16 training, and Inductor. Each test is a function of a device and of
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llamapro import backends, ops
 from llamapro.model import build_on_meta, load_tensors
+from llamapro.training.objective import NextToken
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import attention, cross_entropy, rms_norm, rope, swiglu
@@ -52,12 +53,10 @@ def random(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 # ---- Determinism --------------------------------------------------------------------------------
 
 
-def gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, deterministic: bool = True
-) -> tuple[Tensor, ...]:
+def gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
     """The output of attention and its three gradients."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attention.attention(*inputs, deterministic=deterministic)
+    out = attention.attention(*inputs)
     return (out.detach(), *torch.autograd.grad(out, inputs, dout))
 
 
@@ -70,29 +69,9 @@ def check_attention_repeats(device: torch.device, dtype: torch.dtype, T: int, ru
             assert torch.equal(x, y)
 
 
-def test_deterministic_attention_gives_the_same_bits_50_times(gpu: torch.device) -> None:
+def test_attention_gives_the_same_bits_50_times(gpu: torch.device) -> None:
     """S 4096, 32 heads, 8 key/value heads: output and every gradient."""
     check_attention_repeats(gpu, torch.bfloat16, T=4096, runs=50)
-
-
-def check_one_pass_is_exact(device: torch.device, dtype: torch.dtype, T: int) -> None:
-    q, dout = (random(1, T, 8, 64, device=device, dtype=dtype) for _ in range(2))
-    k, v = (random(1, T, 2, 64, device=device, dtype=dtype) for _ in range(2))
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    with backends.use("torch"):
-        wide = ops.attention(*exact)
-    expected = (wide, *torch.autograd.grad(wide, exact, dout.double()))
-    split = gradients(q, k, v, dout)
-    one_pass = gradients(q, k, v, dout, deterministic=False)
-    for x, y, z in zip(one_pass, split, expected, strict=True):
-        allowed = 2 * (y.double() - z).abs().max() + torch.finfo(dtype).eps * z.abs().max()
-        assert (x.double() - z).abs().max() <= allowed
-
-
-def test_one_pass_backward_is_as_exact_as_the_deterministic_one(gpu: torch.device) -> None:
-    """dq summed by atomics or TMA reductions, which no interpreter runs, against fp64."""
-    check_one_pass_is_exact(gpu, torch.bfloat16, T=1000)
-    check_one_pass_is_exact(gpu, torch.float16, T=1024)
 
 
 # ---- More than 2^31 elements --------------------------------------------------------------------
@@ -108,15 +87,8 @@ def check_far_apart_rows(device: torch.device, dtype: torch.dtype, T: int, strid
         return x.copy_(random(1, T, heads, D, device=device, dtype=dtype))
 
     q, k, v, dout = part(H, 0), part(KV, H * D), part(KV, 1024), part(H, 2048)
-    for deterministic in (True, False):
-        found = gradients(q, k, v, dout, deterministic)
-        dense = [x.contiguous() for x in (q, k, v, dout)]
-        expected = gradients(*dense, deterministic=deterministic)  # type: ignore[misc]
-        for i, (x, y) in enumerate(zip(found, expected, strict=True)):
-            if deterministic or i != 1:  # dq is summed in any order
-                assert torch.equal(x, y)
-            else:
-                torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+    dense = gradients(q.contiguous(), k.contiguous(), v.contiguous(), dout.contiguous())
+    assert all(map(torch.equal, gradients(q, k, v, dout), dense))
 
 
 def test_attention_reads_rows_beyond_2_31_elements(gpu: torch.device) -> None:
@@ -129,19 +101,14 @@ def check_attention_of_many(device: torch.device, dtype: torch.dtype, shape: Any
     B, T, H, KV, D = shape
     q = random(B, T, H, D, device=device, dtype=dtype)
     k, v = (random(B, T, KV, D, device=device, dtype=dtype) for _ in range(2))
-    for deterministic in (True, False):
-        found = gradients(q, k, v, q, deterministic)
-        last = [x[-1:].contiguous() for x in (q, k, v, q)]
-        expected = gradients(*last, deterministic=deterministic)  # type: ignore[misc]
-        for i, (x, y) in enumerate(zip(found, expected, strict=True)):
-            if deterministic or i != 1:
-                assert torch.equal(x[-1:], y)
-            else:
-                torch.testing.assert_close(x[-1:], y, rtol=2e-2, atol=2e-2)
+    q_alone, k_alone, v_alone = (x[-1:].contiguous() for x in (q, k, v))
+    alone = gradients(q_alone, k_alone, v_alone, q_alone)
+    for x, expected in zip(gradients(q, k, v, q), alone, strict=True):
+        assert torch.equal(x[-1:], expected)
 
 
 def test_attention_of_more_than_2_31_elements(gpu: torch.device) -> None:
-    """The last of 129 sequences, as if it were alone: outputs, gradients, sums of dq."""
+    """The last of 129 sequences, as if it were alone: outputs and gradients."""
     needs_free(60)
     check_attention_of_many(gpu, torch.bfloat16, (129, 4096, 32, 8, 128))
 
@@ -185,10 +152,9 @@ def check_rope_of_many(device: torch.device, dtype: torch.dtype, shape: Any) -> 
     cos, sin = ops.rope_table(
         torch.arange(T, device=device), ops.rope_frequencies(D, 10000.0, device=device), dtype
     )
-    found = rope.rope(q, k, cos, sin)
-    expected = rope.rope(q[-1:].contiguous(), k[-1:].contiguous(), cos, sin)
-    for x, y in zip(found, expected, strict=True):
-        assert torch.equal(x[-1:], y)
+    for x in (q, k):
+        alone = rope.rope(x[-1:].contiguous(), cos, sin)
+        assert torch.equal(rope.rope(x, cos, sin)[-1:], alone)
 
 
 def test_rope_of_more_than_2_31_elements(gpu: torch.device) -> None:
@@ -226,7 +192,7 @@ def test_cross_entropy_of_more_than_2_31_logits_at_once(
 
 EVERY_KERNEL = """
     import torch
-    from llamapro import backends, ops
+    from llamapro import ops
     from llamapro.kernels import attention, cross_entropy, rms_norm, rope, swiglu
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,18 +210,17 @@ EVERY_KERNEL = """
             q = random(2, 45, 4, D, dtype=dtype)
             k, v = (random(2, 77, 2, D, dtype=dtype) for _ in range(2))
             for bounds in (None, ops.attention_bounds(45, 77, window=20, device=where)):
-                for deterministic in (True, False):
-                    backward(attention.attention(q, k, v, bounds, deterministic), q, k, v)
+                backward(attention.attention(q, k, v, bounds), q, k, v)
         x, y = (random(7, 1000, dtype=dtype) for _ in range(2))
         weight = random(1000, dtype=dtype)
         backward(rms_norm.rms_norm(x, weight, 1e-5), x, weight)
         backward(rms_norm.add_rms_norm(x, y, weight, 1e-5), x, y, weight)
         backward(swiglu.swiglu(x, y), x, y)
-        q, k = random(3, 13, 5, 24, dtype=dtype), random(3, 13, 1, 24, dtype=dtype)
+        x = random(3, 13, 5, 24, dtype=dtype)
         cos, sin = ops.rope_table(
             torch.arange(13, device=where), ops.rope_frequencies(24, 1e4, device=where), dtype
         )
-        backward(rope.rope(q, k, cos, sin), q, k)
+        backward(rope.rope(x, cos, sin), x)
         x, weight = random(9, 24, dtype=dtype), random(1003, 24, dtype=dtype)
         targets = torch.tensor([0, 1, 1002, -100, 5, 6, -100, 8, 9], device=where)
         loss, _ = cross_entropy.linear_cross_entropy(x, weight, targets)
@@ -289,6 +254,7 @@ def losses(
     """The loss of each training step, AdamW on the same four batches over and over."""
     model = build_on_meta(config)
     load_tensors(model, {name: tensor.to(device) for name, tensor in tensors.items()})
+    objective = NextToken(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(config.vocab_size, (4, 2, 65), generator=generator).to(device)
@@ -296,7 +262,7 @@ def losses(
     with backends.use(backend):
         for step in range(steps):
             tokens = batches[step % 4]
-            loss_sum, count = model(tokens[:, :-1], tokens[:, 1:])
+            loss_sum, count = objective(tokens[:, :-1], tokens[:, 1:])
             loss = loss_sum / count
             loss.backward()
             optimizer.step()
@@ -337,9 +303,9 @@ def check_compiled(
         return [loss_sum, *torch.autograd.grad(loss_sum, list(model.parameters()))]
 
     with backends.use("triton"):
-        expected = results(model)
+        expected = results(NextToken(model))
         torch.compiler.reset()
-        found = results(torch.compile(model, backend=backend, fullgraph=True))
+        found = results(torch.compile(NextToken(model), backend=backend, fullgraph=True))
     for x, y in zip(found, expected, strict=True):
         scale = y.float().abs().max().item()
         eps = torch.finfo(dtype).eps

@@ -1,0 +1,43 @@
+"""How tensors enter and leave the kernels that work row by row, and the gradients nobody needs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Returns x (..., C) as (N, C) with last stride 1 and any row stride; copies only if needed."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def dense_like(x: Tensor, is_needed: bool = True) -> Tensor:
+    """Returns a contiguous output of x's shape and dtype, or one without elements.
+
+    An operator of `torch.library` must return a tensor for every output, and a gradient that
+    nobody asked for must cost nothing.
+    """
+    if not is_needed:
+        return torch.empty(0, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def needed(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """Returns what an autograd Function's backward must return: None where nothing is needed.
+
+    Args:
+        ctx: the Function's context.
+        gradients: of its first inputs, in order. The inputs after those have no gradient.
+    """
+    needs = ctx.needs_input_grad
+    found = [g if is_needed else None for g, is_needed in zip(gradients, needs, strict=False)]
+    return (*found, *[None] * (len(needs) - len(found)))
+
+
+def num_warps(elements: int) -> int:
+    """Returns the warps for a block, at most 32.
+
+    Each thread takes 16 elements: two 16-byte loads in bf16.
+    """
+    return min(max(elements // (16 * 32), 1), 32)
