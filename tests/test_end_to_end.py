@@ -1,9 +1,12 @@
 """The whole path on a real checkpoint, through the public commands.
 
-With the shared tinystories-1m release where it lies; else with a release of the same layout that
-the test makes, random weights and a tokenizer trained on the spot.
+With the tinystories-1m release of LLAMAPRO_SHARED where that is set; else with a release of the
+same layout that the test makes, random weights and a tokenizer trained on the spot. Training runs
+in processes of its own; the other commands run here, as `llamapro X` would call them.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -17,21 +20,30 @@ from typing import Any
 import pytest
 import torch
 
+from llamapro.__main__ import run_command
 from llamapro.checkpoints.base import base_names, layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.conversion.meta import to_meta
+from llamapro.errors import UserError
 
 
-def command(root: Path, *words: Any, processes: int = 0) -> str:
-    """Runs a command at the repository root; returns its standard output."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    line = [sys.executable, *(torchrun if processes else []), *map(str, words)]
+def command(name: str, *words: Any) -> str:
+    """Runs `llamapro NAME ...` and returns its standard output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        run_command(name, list(map(str, words)))
+    return output.getvalue()
+
+
+def torchrun(root: Path, *words: Any) -> None:
+    """Runs train.py at the repository root in two processes."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line += ["train.py", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         line, cwd=root, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
-    return done.stdout
 
 
 def python_source(modules: list[types.ModuleType]) -> str:
@@ -70,10 +82,10 @@ def home(release: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
         "sunshine. One day, she saw a big red ball in the park. She was very happy.\n" * 40
     )
-    command(root, "convert.py", "from-meta", release, home / "base")
+    command("from-meta", release, home / "base")
     layers = Checkpoint.open(home / "base").config.num_hidden_layers
-    words = ["convert.py", "expand", home / "base", home / "pro", "--num-new-blocks", layers]
-    assert "bit-equal to the base's" in command(root, *words)
+    words = [home / "base", home / "pro", "--num-new-blocks", layers]
+    assert "bit-equal to the base's" in command("expand", *words)
     options: dict[str, Any] = {
         "--model.path": home / "pro", "--data.train": home / "train.py",
         "--data.seq-len": 128, "--data.cache-dir": home / "cache", "--train.steps": 100,
@@ -82,8 +94,8 @@ def home(release: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) ->
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     words += ["--data.val", f"code={home / 'code.py'}", f"story={home / 'story.txt'}"]
-    command(root, "train.py", *words, processes=2)
-    command(root, "convert.py", "merge", home / "pro", home / "run", home / "merged")
+    torchrun(root, *words)
+    command("merge", home / "pro", home / "run", home / "merged")
     return home
 
 
@@ -94,12 +106,12 @@ def hf_model(path: Path) -> Any:
     return LlamaForCausalLM.from_pretrained(path, local_files_only=True).eval()
 
 
-def test_greedy_text_is_that_of_transformers(root: Path, home: Path, release: Path) -> None:
+def test_greedy_text_is_that_of_transformers(home: Path, release: Path) -> None:
     """The converted weights write, token for token, what Hugging Face writes with them."""
     from llamapro.text.tokenizer import Tokenizer
 
-    words = ["-m", "llamapro.generate", home / "base", "--max-new-tokens", 100, "--json"]
-    found = json.loads(command(root, *words))
+    words = [home / "base", "--max-new-tokens", 100, "--json"]
+    found = json.loads(command("generate", *words))
     ids = torch.tensor([[1]])
     generated = hf_model(home / "base").generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, do_sample=False
@@ -128,7 +140,7 @@ def test_transformers_gives_the_logits_of_the_merged_model(home: Path) -> None:
         torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_every_base_tensor_keeps_its_bytes(root: Path, home: Path) -> None:
+def test_every_base_tensor_keeps_its_bytes(home: Path) -> None:
     """In the merged model each base tensor is the base's, and `verify` says so."""
     base, merged = Checkpoint.open(home / "base"), Checkpoint.open(home / "merged")
     assert merged.config.expansion is not None
@@ -139,16 +151,15 @@ def test_every_base_tensor_keeps_its_bytes(root: Path, home: Path) -> None:
         assert b"".join(map(bytes, merged.tensors[name].chunks())) == b"".join(
             map(bytes, base.tensors[base_name].chunks())
         )
-    words = ["convert.py", "verify", home / "merged", "--base", home / "base", "--json"]
-    found = json.loads(command(root, *words))
+    found = json.loads(command("verify", home / "merged", "--base", home / "base", "--json"))
     assert found["base_intact"] and found["new_blocks"] == "trained"
     assert found["logits_bit_equal"] is False and found["max_logit_difference"] > 0.01
 
 
-def test_to_meta_and_back_is_identical(root: Path, home: Path, release: Path) -> None:
+def test_to_meta_and_back_is_identical(home: Path, release: Path) -> None:
     """Meta -> Hugging Face -> Meta -> Hugging Face: the release's tensors and our files, equal."""
-    command(root, "convert.py", "to-meta", home / "base", home / "meta")
-    command(root, "convert.py", "from-meta", home / "meta", home / "again")
+    command("to-meta", home / "base", home / "meta")
+    command("from-meta", home / "meta", home / "again")
     for name in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (home / "again" / name).read_bytes() == (home / "base" / name).read_bytes(), name
     for file in sorted(release.glob("*.pth")):
@@ -158,17 +169,16 @@ def test_to_meta_and_back_is_identical(root: Path, home: Path, release: Path) ->
         assert list(before) == list(after)
         for name, tensor in before.items():
             assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name])
-    expanded = ["convert.py", "to-meta", home / "merged", home / "merged-meta"]
-    command(root, *expanded)
+    command("to-meta", home / "merged", home / "merged-meta")
     params = json.loads((home / "merged-meta" / "params.json").read_text())
     assert params["n_layers"] == Checkpoint.open(home / "merged").config.num_hidden_layers
 
 
-def test_evaluate_puts_base_and_result_side_by_side(root: Path, home: Path) -> None:
+def test_evaluate_puts_base_and_result_side_by_side(home: Path) -> None:
     """Better on code, worse on stories, and greedy text that is rarely what the base would say."""
-    words = ["-m", "llamapro.evaluate", home / "merged", "--against", home / "base"]
-    words += ["--data", home / "code.py", home / "story.txt", "--shift-prompts", 4, "--json"]
-    found = json.loads(command(root, *words))["files"]
+    words = [home / "merged", "--against", home / "base", "--json"]
+    words += ["--data", home / "code.py", home / "story.txt", "--shift-prompts", 4]
+    found = json.loads(command("evaluate", *words))["files"]
     code, story = (found[str(home / name)] for name in ("code.py", "story.txt"))
     assert code["loss"] < code["base"]["loss"] - 1
     assert code["tokens"] == code["base"]["tokens"]
@@ -176,36 +186,35 @@ def test_evaluate_puts_base_and_result_side_by_side(root: Path, home: Path) -> N
     assert sum(code["shift"][k] for k in ("unshifted", "marginal", "shifted")) == pytest.approx(1)
 
 
-def test_a_second_domain_expands_the_result_again(root: Path, home: Path) -> None:
+def test_a_second_domain_expands_the_result_again(home: Path) -> None:
     """The merged model is a base like any other; its record keeps the first generation."""
-    command(root, "convert.py", "expand", home / "merged", home / "second", "--after", "0")
-    table = json.loads(command(root, "convert.py", "inspect", home / "second", "--json"))
+    command("expand", home / "merged", home / "second", "--after", "0")
+    table = json.loads(command("inspect", home / "second", "--json"))
     origins = {row["part"]: row["origin"] for row in table["rows"]}
     assert table["record"]["new_layers"] == [1]
     assert "generation 2" in origins["layer 1"] and "generation 1" in origins["layer 2"]
-    assert "base intact" in command(root, "convert.py", "verify", home / "second")
+    assert "base intact" in command("verify", home / "second")
 
 
-def test_report_draws_the_run(root: Path, home: Path) -> None:
+def test_report_draws_the_run(home: Path) -> None:
     """The run directory is all that the report needs."""
-    text = command(root, "-m", "llamapro.report", home / "run", "--out", home / "report")
+    text = command("report", home / "run", "--out", home / "report")
     assert "code" in text and "learned" in text
     assert (home / "report" / "report.png").stat().st_size > 20_000
 
 
-def test_verify_against_transformers(root: Path, home: Path) -> None:
+def test_verify_against_transformers(home: Path) -> None:
     """`verify --hf` runs both on the user's weights; in fp32 they agree to rounding."""
-    words = ["convert.py", "verify", home / "merged", "--hf", "--json"]
-    found = json.loads(command(root, *words))["hf"]
+    words = [home / "merged", "--hf", "--json"]
+    found = json.loads(command("verify", *words))["hf"]
     assert found["max_logit_difference"] < 1e-5 and found["loss_difference"] < 1e-5
-    words += ["--dtype", "bfloat16"]
-    rounded = json.loads(command(root, *words))["hf"]
+    rounded = json.loads(command("verify", *words, "--dtype", "bfloat16"))["hf"]
     # No further from fp32 than Hugging Face's own bf16 is.
     bound = 1.05 * rounded["hf_vs_hf_fp32_max_logit_difference"]
     assert 0 < rounded["ours_vs_hf_fp32_max_logit_difference"] <= bound
 
 
-def test_damage_to_the_base_inside_is_found(root: Path, home: Path, tmp_path: Path) -> None:
+def test_damage_to_the_base_inside_is_found(home: Path, tmp_path: Path) -> None:
     """One flipped byte in a frozen tensor of the merged model."""
     shutil.copytree(home / "merged", tmp_path / "damaged")
     stored = Checkpoint.open(tmp_path / "damaged").tensors["model.layers.0.mlp.up_proj.weight"]
@@ -214,10 +223,5 @@ def test_damage_to_the_base_inside_is_found(root: Path, home: Path, tmp_path: Pa
         byte = file.read(1)[0]
         file.seek(stored.offset)
         file.write(bytes([byte ^ 1]))
-    done = subprocess.run(
-        [sys.executable, root / "convert.py", "verify", tmp_path / "damaged"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "base weights were changed" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UserError, match="base weights were changed"):
+        command("verify", tmp_path / "damaged")

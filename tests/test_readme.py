@@ -1,48 +1,192 @@
-"""The README speaks of what is there: its file map, its options, its presets."""
+"""The README and the pages beside it speak of what is there: files, commands, options, messages."""
 
-import dataclasses
+import ast
+import contextlib
+import io
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import simulate
+import pytest
 
-from llamapro import evaluate, generate
-from llamapro.training import settings
+from llamapro.__main__ import COMMANDS, run_command
+from llamapro.conversion.meta import to_meta
 
-TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--max-restarts"}
-HARNESS = {"--model", "--model_args", "--batch_size", "--tasks", "--num_fewshot"}
-HARNESS |= {"--confirm_run_unsafe_code"}  # lm_eval's own
-
-
-def readme(root: Path) -> str:
-    return (root / "README.md").read_text(encoding="utf-8")
-
-
-def test_file_map_lists_every_module(root: Path) -> None:
-    """And nothing that is not there."""
-    text = readme(root)
-    named = set(re.findall(r"`((?:llamapro/|kernels/|train|convert)[\w/]*\.py)`", text))
-    modules = {str(f.relative_to(root)) for f in root.glob("*/[!_]*.py")}
-    modules = {name for name in modules if name.startswith(("llamapro/", "kernels/"))}
-    assert named >= modules | {"train.py", "convert.py"}
-    for name in named | set(re.findall(r"`([\w-]+/)`", text)):
-        assert (root / name).exists() or name == "results/", name
-    for preset in re.findall(r"configs/[\w-]+\.toml", text):
-        assert (root / preset).exists(), preset
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    if path.name != "CHANGELOG.md"  # which names what has gone
+}
+OTHERS = {  # options of programs that are not ours
+    "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--max-restarts"},
+    "lm_eval": {"--model", "--model_args", "--batch_size", "--device", "--tasks", "--num_fewshot"}
+    | {"--confirm_run_unsafe_code"},
+}
 
 
-def test_every_option_it_names_exists(root: Path) -> None:
-    """A renamed option would leave a command that does not run as written."""
-    known = {"--" + key.replace("_", "-") for key in settings.flatten(settings.Settings())}
-    for kind in (generate.Args, evaluate.Args, simulate.Options):
-        known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)}
-    fields = re.findall(r"^    (\w+): ", (root / "convert.py").read_text(), re.MULTILINE)
-    known |= {"--" + name.replace("_", "-") for name in fields} | TORCHRUN | HARNESS | {"--help"}
-    study = (root / "experiments" / "options.py").read_text()
-    study = study[study.index("class StudySettings") :]
-    fields = re.findall(r"^    (\w+): ", study, re.MULTILINE)
-    known |= {"--" + name.replace("_", "-") for name in fields}
-    for file in (root / "benchmarks").glob("*.py"):
-        known |= set(re.findall(r'add_argument\("(--[\w-]+)"', file.read_text()))
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z]", readme(root)))
-    assert named <= known, named - known
+def blocks(language: str = "") -> list[str]:
+    """The fenced blocks of a language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
+
+
+def commands() -> list[list[str]]:
+    """The words of every command line in the fenced blocks; continued lines are one."""
+    lines = "".join(blocks()).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if not line.startswith("--")]
+
+
+def help_of(name: str) -> str:
+    """What `llamapro NAME --help` prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        run_command(name, ["--help"])
+    assert not end.value.code
+    return output.getvalue()
+
+
+def options(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?", text))
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, set[str]]:
+    """The options that each command and each script knows, from its own help text."""
+    known = {name: options(help_of(name)) for name in COMMANDS}
+    scripts = set(
+        re.findall(r"python ((?:experiments|benchmarks)/\w+\.py)", "".join(PAGES.values()))
+    )
+    for script in sorted(scripts):
+        done = subprocess.run(
+            [sys.executable, ROOT / script, "--help"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        known[script] = options(done.stdout)
+    return known | OTHERS
+
+
+# ---- What it names ------------------------------------------------------------------------------
+
+
+def test_file_map_lists_every_module() -> None:
+    """Each room's row names its modules, all of them, and nothing that is not there."""
+    rows = dict(re.findall(r"^\| `([\w/]+/)` \| (.*) \|$", README, re.MULTILINE))
+    for room in ("llamapro/", *(f"{p.parent.relative_to(ROOT)}/" for p in rooms()), "kernels/"):
+        modules = {file.name for file in (ROOT / room).glob("*.py")} - {"__init__.py"}
+        named = set(re.findall(r"`(\w+\.py)`", rows[room]))
+        assert named == modules, room
+
+
+def rooms() -> list[Path]:
+    return sorted((ROOT / "llamapro").glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_it_names_exists(page: Path) -> None:
+    """Of the repository; what a command makes, and paths of yours, are not there."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"checkpoints", "runs"}
+    for path in re.findall(r"(?<![\w/.*-])([\w.-]+(?:/[\w.-]+)*/?)(?![\w*/])", PAGES[page]):
+        if path.partition("/")[0] in folders and "/" in path:
+            assert (ROOT / path).exists(), path
+    for target in re.findall(r"\]\(([^)#:]+)", PAGES[page]):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r"^make ([\w-]+)", PAGES[page], re.MULTILINE):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), target
+
+
+def test_every_module_that_the_architecture_names_exists() -> None:
+    """There a module is named by its room, `text/store.py`, without the package before it."""
+    for path in re.findall(r"`(\w+(?:/\w+)*\.py)`", PAGES[ROOT / "docs" / "architecture.md"]):
+        assert (ROOT / path).exists() or (ROOT / "llamapro" / path).exists(), path
+
+
+def test_every_option_they_name_exists(known: dict[str, set[str]]) -> None:
+    """A renamed option would leave a sentence that is not true."""
+    named = options("\n".join(PAGES.values()))
+    assert named <= set().union(*known.values(), {"--help", "--strict"})
+
+
+def test_every_command_line_is_one_that_its_command_takes(known: dict[str, set[str]]) -> None:
+    """Each command exists, and each option in its line is one of its own."""
+    for words in commands():
+        given = {word for word in words if word.startswith("--")}
+        if words[0] in ("llamapro", "python"):
+            assert given <= known[words[1]], words
+        elif words[0] in OTHERS:
+            assert given <= known[words[0]], words
+        elif "=" not in words[0]:
+            assert words[0] in ("make", "pip", "pytest"), words
+
+
+def test_every_command_has_its_row() -> None:
+    """The table of commands names them all."""
+    table = README[README.index("## Commands") :]
+    table = table[: table.index("## Training")]
+    cells = " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    named = set(re.findall(r"`(?:llamapro )?([a-z-]+)`", cells))
+    assert named == set(COMMANDS)
+
+
+def test_every_message_in_the_table_of_troubles_is_one_of_ours() -> None:
+    """Whoever looks for a message finds it in the words in which it is printed."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "llamapro").rglob("*.py"), *ROOT.glob("experiments/*.py")]
+    literals = "\n".join(
+        node.value
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    table = README[README.index("## When something goes wrong") : README.index("## Files")]
+    for cell in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE):
+        for message in re.findall(r"`(.+?)`", cell):
+            for part in re.split(r"\.\.\.|KEY a -> b|\bN ", message):
+                assert part.strip(" ()") in literals, message
+
+
+def test_the_method_is_as_short_as_it_says() -> None:
+    """Whoever makes it longer says so."""
+    limits = dict(re.findall(r"`([\w/]+\.py)` \([^)]*?at most (\d+)", README))
+    assert limits
+    for file, limit in limits.items():
+        assert len((ROOT / file).read_text().splitlines()) <= int(limit), file
+
+
+# ---- What it shows ------------------------------------------------------------------------------
+
+
+def test_the_paper_is_shown_as_the_example_has_it() -> None:
+    """Word for word."""
+    example = (ROOT / "examples" / "paper_in_15_lines.py").read_text(encoding="utf-8")
+    assert example in blocks("python")
+
+
+def test_the_way_of_a_model_of_yours_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> None:
+    """The commands as they are printed, up to a dry run of the training, on a small model."""
+    base = write_random_checkpoint(tmp_path / "hf", tiny_config(num_hidden_layers=8))
+    to_meta(base, tmp_path / "llama-2-7b")
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus/math/a.txt", "corpus/code/a.txt", "held-out/general.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("Once upon a time there was a number. " * 200)
+    Path("held-out/code.jsonl").write_text('{"text": "def f(x): return x"}\n' * 50)
+    ours = [words[1:] for words in commands() if words[0] == "llamapro"]
+    from_meta, expand, train = ours[:3]
+    assert [words[0] for words in ours[:3]] == ["from-meta", "expand", "train"]
+    at = train.index("--processes")
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        for name, *rest in (from_meta, expand, [*train[:at], *train[at + 2 :], "--dry-run"]):
+            run_command(name, rest)
+    assert "bit-equal to the base's" in output.getvalue()
+    assert "15900" in output.getvalue() or "15,900" in output.getvalue()
