@@ -28,7 +28,7 @@ ORDER = [
     ["train", "convert"],
     ["__main__"],
 ]
-# Modules that are about to leave the package; each line goes with its file.
+# About to leave the package.
 ORDER.insert(-2, ["harness"])
 FLOORS = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 
