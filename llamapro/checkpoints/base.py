@@ -22,11 +22,7 @@ from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
 
 def layout_of(config: ModelConfig, path: str | Path = "checkpoint") -> Layout:
-    """Rebuilds from the `llamapro` record where the latest generation's new blocks are.
-
-    Raises:
-        CheckpointError: there is no record; the message names `path`.
-    """
+    """Rebuilds the layout from the `llamapro` record; raises CheckpointError without one."""
     record = config.expansion
     if record is None:
         raise CheckpointError(f"{path}: config.json has no 'llamapro' record")
@@ -59,11 +55,7 @@ def base_vocab_size(config: ModelConfig) -> int:
 
 
 def base_config(expanded: Checkpoint) -> ModelConfig:
-    """Returns the configuration of the base inside: undoes `expansion.expand_config`.
-
-    Raises:
-        CheckpointError: there is no record, or its earlier generations are impossible.
-    """
+    """Returns the configuration of the base inside: undoes `expansion.expand_config`."""
     config, layout = expanded.config, layout_of(expanded.config, expanded.path)
     assert config.expansion is not None
     layers, vocab_size = len(layout.base_layers), base_vocab_size(config)
@@ -88,11 +80,7 @@ def base_config(expanded: Checkpoint) -> ModelConfig:
 def split_rows(
     stored: StoredTensor, config: ModelConfig
 ) -> tuple[StoredTensor, StoredTensor | None]:
-    """Splits a tensor of an expanded checkpoint into the base's rows and those of added tokens.
-
-    Returns:
-        Both parts of embedding and head, if the vocabulary grew; else the whole tensor and None.
-    """
+    """Splits embedding and head into the base's rows and new ones; of others the second is None."""
     rows = base_vocab_size(config)
     if stored.name not in NEW_ROWS or rows == config.vocab_size:
         return stored, None
@@ -111,22 +99,12 @@ def contained_base(expanded: Checkpoint) -> dict[str, StoredTensor]:
 
 
 def contained_base_sha256(expanded: Checkpoint, hashes: dict[str, str]) -> str:
-    """Returns the hash of the base inside, as `Checkpoint.sha256` gives it for the base alone.
-
-    Args:
-        expanded: a checkpoint with a `llamapro` record.
-        hashes: name in the expanded model -> SHA-256 of the base's part of that tensor.
-    """
+    """Returns the base's `sha256()`; `hashes` are of its parts, by name in the expanded model."""
     return combine_hashes((t, hashes[name]) for name, t in contained_base(expanded).items())
 
 
 def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
-    """Raises CheckpointError if the base inside does not have the hash that the record names.
-
-    Args:
-        expanded: a checkpoint with a `llamapro` record.
-        hashes: as for `contained_base_sha256`.
-    """
+    """Raises CheckpointError if the base inside does not have the hash that the record names."""
     assert expanded.config.expansion is not None
     found, recorded = contained_base_sha256(expanded, hashes), expanded.config.expansion.base_sha256
     if found != recorded:
@@ -139,10 +117,7 @@ def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
 def check_contained(expanded: Checkpoint, special: bool = False) -> None:
     """Raises ConfigError if the base inside a checkpoint cannot be used in its place.
 
-    Args:
-        expanded: the checkpoint.
-        special: names of control tokens will be encoded, as chat templates ask for. The base does
-            not know the ones that were added.
+    With `special`, names of control tokens will be encoded; the base does not know added ones.
     """
     config = expanded.config
     if config.expansion is None:
@@ -166,13 +141,6 @@ def load_contained(
 
     New blocks are mapped with the rest of their file but never read: they cost no memory, no time
     and no room in a KV cache. There are logits for the base's `vocab_size` tokens.
-
-    Args:
-        expanded: an expanded or merged checkpoint; `check_contained` comes before.
-        dtype, device: as for `Checkpoint.load`.
-
-    Raises:
-        CheckpointError: there is no record of new blocks, or a file cannot be read.
     """
     mapped = expanded.state_dict()
     tensors = {

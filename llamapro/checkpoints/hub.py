@@ -30,11 +30,7 @@ _NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]
 
 
 def repository(path: str | Path) -> str | None:
-    """Returns `owner/name` of an `hf://` path, None of any other.
-
-    Raises:
-        ConfigError: it starts with `hf:/` but names no repository.
-    """
+    """Returns `owner/name` of an `hf://` path, None of any other; ConfigError for a wrong name."""
     found = _parse(path)
     return found and found["repo"]
 
@@ -49,16 +45,11 @@ def _parse(path: str | Path) -> re.Match[str] | None:
 
 
 def resolve(path: str | Path) -> Path:
-    """Returns a local directory: the path itself, or where its repository now lies.
-
-    Args:
-        path: a path, which is returned as it is, or `hf://owner/name`, with `@` a branch, tag or
-            commit.
+    """Returns a local path as it is, and for `hf://owner/name[@revision]` the fetched directory.
 
     Raises:
         ConfigError: the name is not of that form, or `huggingface_hub` is not installed.
-        CheckpointError: there is no such repository or revision, it is gated, or the hub cannot be
-            reached and the cache does not have it.
+        CheckpointError: the hub does not give the files; the message says why and the fix.
     """
     found = _parse(path)
     if found is None:

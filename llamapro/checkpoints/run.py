@@ -66,11 +66,7 @@ def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Reads `state.json` after checking every file of the training checkpoint by the manifest.
-
-    Raises:
-        CheckpointError: naming the file that is missing or damaged.
-    """
+    """Checks every file of a training checkpoint and reads `state.json`; raises CheckpointError."""
     for problem in find_damage(path):
         raise CheckpointError(problem)
     return load_state(path)

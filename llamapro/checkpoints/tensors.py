@@ -109,9 +109,6 @@ class StoredTensor(TensorSpec):
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file, name -> where it is stored.
 
-    The tensors lie side by side from the header to the end of the file, so none takes more memory
-    than the file has bytes.
-
     Raises:
         CheckpointError: naming the file, if it is missing, truncated, damaged or not safetensors.
     """

@@ -98,10 +98,9 @@ def write_checkpoint(
 
     Args:
         directory: an existing directory, usually from `files.output_directory`.
-        specs: its tensors, in order.
-        chunks_of: as for `write_safetensors`; two threads call it.
+        specs, chunks_of: as for `write_safetensors`; two threads call `chunks_of`.
         max_shard_bytes: largest file, unless a single tensor is larger.
-        label: shown by the progress bar.
+        label: of the progress bar.
     """
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:

@@ -116,7 +116,11 @@ def _tokenizer_json(model: Any) -> dict[str, Any]:
         if piece[:at] in usable and piece[at:] in usable
     ]
     bos = model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else None
-    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never"}
+    metaspace: dict[str, Any] = {
+        "type": "Metaspace",
+        "replacement": SPACE,
+        "prepend_scheme": "never",
+    }
     metaspace |= {"split": False}
     return {
         **_head(control),
@@ -164,7 +168,7 @@ def _ranks_files(ranks: dict[bytes, int], max_length: int | None) -> dict[str, d
         for at in range(1, len(token))
         if token[:at] in ranks and token[at:] in ranks
     ]
-    split = {"type": "Split", "pattern": {"Regex": LLAMA_3_PATTERN}}
+    split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": LLAMA_3_PATTERN}}
     split |= {"behavior": "Isolated", "invert": False}
     plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     config: dict[str, Any] = {
@@ -197,7 +201,7 @@ def _ranks_files(ranks: dict[bytes, int], max_length: int | None) -> dict[str, d
     return {CONFIG_NAME: config, JSON_NAME: raw}
 
 
-_BPE = {
+_BPE: dict[str, Any] = {
     "type": "BPE",
     "dropout": None,
     "unk_token": None,

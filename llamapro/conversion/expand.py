@@ -45,8 +45,7 @@ def expand_checkpoint(
         result, base_sha256, logits_bit_equal (True) and tokens_compared.
 
     Raises:
-        ConfigError: `out_dir` is or contains the base; or it exists, without `force`; or a new
-            token is in the vocabulary already.
+        ConfigError: `out_dir` is, contains or replaces what it must not, or a new token exists.
         DataError: the tokenizer cannot take tokens.
         CheckpointError: writing failed, or the result's logits differ from the base's.
     """

@@ -42,8 +42,8 @@ def to_rotate_half(weight: Tensor, num_heads: int) -> Tensor:
 
     In a head's D rows Meta rotates neighbours (2i, 2i + 1), Hugging Face (i, i + D/2), both by
     position * theta^(-2i / D). So, for i < D/2 and j in {0, 1},
-    `new[h * D + j * D/2 + i] = old[h * D + 2 * i + j]`. q and k meet only in their product, where a
-    common order of rows does not matter; wv and wo stay as they are.
+    `new[h * D + j * D/2 + i] = old[h * D + 2 * i + j]`. The product of q and k does not depend on a
+    common order of their rows; wv and wo stay as they are.
 
     Args:
         weight: (num_heads * D, C).
@@ -81,8 +81,7 @@ def from_meta(
         JSON-able: parameters and bytes of the result, shards read, dtype.
 
     Raises:
-        ConfigError: `params.json` is damaged or describes a model that is not supported, or an
-            argument is impossible.
+        ConfigError: `params.json` or an argument is impossible or not supported.
         CheckpointError: a shard is missing, damaged, not plain tensors, or does not fit the rest.
         DataError: `tokenizer.model` is no tokenizer.
     """
@@ -156,8 +155,7 @@ def to_meta(
         JSON-able: parameters, bytes written, shards, dtype.
 
     Raises:
-        ConfigError: the model does not split into `shards` (lists those that fit), Meta's layout
-            cannot say its head_dim or rope_scaling, or the `meta_release` record is damaged.
+        ConfigError: the model does not split into `shards`, or Meta's layout cannot express it.
         CheckpointError: the checkpoint is damaged, or writing failed.
     """
     checkpoint = Checkpoint.open(ckpt_dir)

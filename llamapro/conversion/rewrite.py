@@ -65,15 +65,7 @@ def rewritten(
 ) -> Iterator[Path]:
     """Writes all targets; the body checks them and adds the files that belong beside the weights.
 
-    Args:
-        out_dir: the directory to create; it appears when the body has succeeded.
-        targets: the tensors, in order.
-        label: shown by the progress bar.
-        force: replace an existing checkpoint.
-        max_shard_bytes: largest safetensors file.
-
-    Raises:
-        ConfigError, CheckpointError: as `files.output_directory`.
+    `out_dir` appears when the body has succeeded; errors are those of `files.output_directory`.
     """
     parts = {target.name: target.parts for target in targets}
 
