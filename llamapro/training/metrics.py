@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from llamapro.checkpoints.run import METRICS_FILE, read_metrics
+from llamapro.files import write_file
 
 RUN_FILE = "run.json"
 PROJECT = "llamapro"  # at W&B and trackio
@@ -78,7 +79,7 @@ class MetricsLog:
                 for record in read_metrics(run_dir)
                 if record["step"] <= resume_step and (record["kind"], record["step"]) not in again
             ]
-        _replace(path, "".join(map(_to_line, kept)))
+        write_file(path, "".join(map(_to_line, kept)))
         # Unbuffered: what could not be written is not tried again when the file is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._trackers = [
@@ -143,16 +144,6 @@ def _to_line(record: dict[str, Any]) -> str:
         for key, value in record.items()
     }
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes aside and renames: a kill in between leaves the old file as it was."""
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 class _Tracker:
