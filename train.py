@@ -1,11 +1,11 @@
 """Trains the new blocks of an expanded LLaMA, or all weights. One file, read top to bottom.
 
-    python train.py --config configs/demo.toml                          one process
-    torchrun --nproc-per-node 8 train.py --config configs/llama2-7b.toml --data.train corpus/
+    python train.py --config demo                                        one process
+    python train.py --processes 8 --config llama2-7b --data.train corpus/    8 processes
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 train.py ...    two machines
 
-A TOML preset sets everything; any option given beside it wins. `--dry-run` checks all input and
-prints the plan. The same command run again resumes from the run directory.
+A preset sets everything; any option given beside it wins. `--dry-run` checks all input and prints
+the plan. The same command run again resumes from the run directory.
 
 The order matters and is the method: load, freeze by the checkpoint's record, shard, loop.
 """
@@ -26,6 +26,7 @@ from llamapro.text.mixture import Source, stack
 from llamapro.training.checkpoint import Saver, load_optimizer, load_trained
 from llamapro.training.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.training.job import Job, find_state, load_data
+from llamapro.training.launcher import launch
 from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
 from llamapro.training.plan import count_parameters
@@ -41,8 +42,11 @@ from llamapro.training.weights import init_random, mask_gradients, select_traina
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Runs the command; its options are those of the command line if `argv` is None."""
-    settings = parse(sys.argv[1:] if argv is None else argv, prog)
-    check(settings, world_size())
+    argv = sys.argv[1:] if argv is None else argv
+    settings, is_rank = parse(argv, prog), "RANK" in os.environ
+    check(settings, world_size() if is_rank else max(1, settings.processes))
+    if settings.processes > 1 and not is_rank:
+        sys.exit(launch(__file__, argv, settings.processes))
     job = Job.open(settings)
     is_main = os.environ.get("RANK", "0") == "0"
     if settings.dry_run and not is_main:

@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -32,7 +34,9 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         main()
         sys.stdout.flush()
     except UserError as error:
-        status = _fail(f"{type(error).__name__}: {error}", 2)
+        message = f"{type(error).__name__}: {error}"
+        _tell_launcher(message)
+        status = _fail(message, 2)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:
@@ -47,10 +51,23 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(_fail("terminated", 143))
 
 
+def _tell_launcher(message: str) -> None:
+    """Writes the message to the file that torchrun reads, which then ends its report with it.
+
+    Every rank writes its own, so the message is there whichever rank torchrun takes for the first.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError), open(file, "w", encoding="utf-8") as out:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, out)
+
+
 def _fail(message: str, status: int) -> int:
     # Under torchrun every rank of a machine meets the same mistake; one of them tells. Another
     # machine may miss what the first one has: a file, a token store.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # `train.py --processes` prints what its ranks write to their error files.
+    is_shown = "LLAMAPRO_LAUNCHED" not in os.environ
+    if os.environ.get("LOCAL_RANK", "0") == "0" and is_shown:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
         print(f"{where}{message}", file=sys.stderr, flush=True)

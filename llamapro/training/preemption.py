@@ -67,11 +67,9 @@ class StopRequest:
         name, now = signal.Signals(number).name, time.monotonic()
         if not self.signal:
             self.signal, self._at = name, now
-            print(
-                f"{name}: stopping in order; a second signal ends at once",
-                file=sys.stderr,
-                flush=True,
-            )
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one of this machine's processes tells
+                text = f"{name}: stopping in order; a second signal ends at once"
+                print(text, file=sys.stderr, flush=True)
             if self._interrupts:
                 raise Stopped
         elif now - self._at > SAME_SIGNAL_S:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llamapro.errors import ConfigError, suggest
+from llamapro.scripts import CONFIGS
 from llamapro.training.settings import Settings
 
 T = TypeVar("T")
@@ -17,10 +18,10 @@ EXAMPLES = """Trains the new blocks of an expanded LLaMA, or all weights, on tex
 
 Examples:
 
-    python train.py --config configs/demo.toml --dry-run
-    torchrun --nproc-per-node 8 train.py --config configs/llama2-7b.toml \\
+    llamapro train --config demo --dry-run
+    llamapro train --processes 8 --config llama2-7b \\
         --data.train corpus/math corpus/code --data.weights 1.0 1.5 --data.val code=code.jsonl
-    torchrun --nproc-per-node 8 train.py --config configs/sft.toml \\
+    llamapro train --processes 8 --config sft \\
         --model.path checkpoints/merged --data.train chats.jsonl --run-dir runs/instruct
 
 The same command run again resumes.
@@ -42,7 +43,7 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
             preset = argv[at + 1]
         elif word.startswith("--config="):
             preset = word.removeprefix("--config=")
-    default = read_toml(Path(preset)) if preset else Settings()
+    default = read_toml(find_preset(preset)) if preset else Settings()
     return tyro.cli(
         Settings,
         prog=prog,
@@ -53,13 +54,20 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
     )
 
 
+def find_preset(name: str) -> Path:
+    """Returns the file of a preset: a path, or the name of one that this project brings along."""
+    named = CONFIGS / f"{name}.toml"
+    return named if named.is_file() and not Path(name).is_file() else Path(name)
+
+
 def read_toml(path: Path, kind: type[T] = Settings) -> T:  # type: ignore[assignment]
     """Reads a preset of this kind of settings; raises ConfigError with every mistake in it."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        beside = [str(p) for p in path.parent.glob("*.toml")]
-        near = difflib.get_close_matches(str(path), beside, n=1)
+        known = [str(p) for p in path.parent.glob("*.toml")]
+        known += [p.stem for p in CONFIGS.glob("*.toml")]
+        near = difflib.get_close_matches(str(path), known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{path}: no such preset{hint}") from None
     except (OSError, ValueError) as error:

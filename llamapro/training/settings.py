@@ -188,7 +188,7 @@ class Settings:
     """Settings of one run."""
 
     config: str = ""
-    """TOML preset; options given beside it win."""
+    """Preset: a TOML file, or a name that 'llamapro presets' lists; options beside it win."""
     run_dir: str = ""
     """Where metrics and training checkpoints go; runs/NAME_OF_THE_PRESET if empty. The same command
     run again resumes from here."""
@@ -209,6 +209,9 @@ class Settings:
     log_spikes: float = 6.0
     """Log a step, with its documents, whose loss is over the median of the latest by more than this
     many standard deviations (estimated from quartiles); 0: none."""
+    processes: int = 0
+    """Processes to start on this machine, usually one per GPU; 0: this process alone, or those that
+    torchrun started."""
     dry_run: bool = False
     """Check everything, print the plan, and stop."""
     json: bool = False
@@ -224,15 +227,16 @@ class Settings:
 # A resumed run may differ in these: in how and where it computes, how long, and what it shows.
 # Everything else decides what is computed.
 FREE_TO_CHANGE = {
-    "config", "run_dir", "resume.allow", "log_every", "log_seconds", "log_to", "log_spikes",
-    "dry_run", "json",
+    "config", "run_dir", "processes", "resume.allow", "log_every", "log_seconds", "log_to",
+    "log_spikes", "dry_run", "json",
     "data.cache_dir", "data.workers",
     "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
     "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
     "optim.final_lr_ratio", "optim.skip_bad_steps", "eval.every", "eval.sequences",
     "save.every", "save.keep", "save.keep_every", "save.background",
 }  # fmt: skip
-_UNHEARD_OF = {"config", "run_dir", "resume.allow", "log_seconds", "dry_run", "json"}
+# Nobody needs to be told that these differ.
+UNREPORTED = {"config", "run_dir", "processes", "resume.allow", "log_seconds"} | {"dry_run", "json"}
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -267,7 +271,7 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
     free: list[str] = []
     refused: list[str] = []
     for key, value in flat.items():
-        if before.get(key) == value or key in _UNHEARD_OF:
+        if before.get(key) == value or key in UNREPORTED:
             continue
         text = f"{key} {json.dumps(before.get(key))} -> {json.dumps(value)}"
         (free if key in FREE_TO_CHANGE or key in settings.resume.allow else refused).append(text)
@@ -313,7 +317,7 @@ def check(settings: Settings, world_size: int) -> None:
             wrong.append(f"{key} is {value}, expected finite numbers")
     natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
     natural += "replay.seed optim.skip_bad_steps train.shard_size save.keep_every".split()
-    natural += ["log_seconds", "log_spikes"]
+    natural += ["log_seconds", "log_spikes", "processes"]
     for key in natural:
         if flat[key] < 0:
             wrong.append(f"{key} is {flat[key]}, expected 0 or more")

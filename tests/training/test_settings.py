@@ -136,6 +136,23 @@ def test_missing_preset_names_the_nearest(tmp_path: Path) -> None:
         read_toml(tmp_path / "nowhere" / "zzz.toml")
 
 
+def test_a_preset_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`--config llama2-7b`, wherever the command runs; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--config", "llama2-7b"]).run_dir == "runs/llama2-7b-pro"
+    with pytest.raises(ConfigError, match=r"lama2-7b: no such preset \(did you mean llama2-7b\?"):
+        parse(["--config", "lama2-7b"])
+    Path("llama2-7b").write_text("log_every = 7\n")
+    assert parse(["--config", "llama2-7b"]).log_every == 7
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    """Some editors write one."""
+    file = tmp_path / "preset.toml"
+    file.write_bytes(b"\xef\xbb\xbflog_every = 7\n")
+    assert read_toml(file).log_every == 7
+
+
 @pytest.mark.parametrize("text", ["a = [", "\xff"])
 def test_what_is_not_toml_is_refused(tmp_path: Path, text: str) -> None:
     """Broken syntax and bytes that are not UTF-8 name the file."""

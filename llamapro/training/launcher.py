@@ -1,0 +1,92 @@
+"""`train.py --processes N` starts the ranks on this machine, as torchrun would, without its report.
+
+The mistake of a user is one message, whichever rank finds it first. Ctrl-C and SIGTERM are handed
+on to the ranks, which save and end in order.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+# Tells a rank that this module started it and shows its message.
+LAUNCHED = "LLAMAPRO_LAUNCHED"
+USER_ERROR = 2  # exit status of a user's mistake
+
+
+def launch(script: str, argv: Sequence[str], processes: int) -> int:
+    """Runs a script in several processes that train together, and waits for them.
+
+    Args:
+        script: the Python file to run.
+        argv: its arguments.
+        processes: number of processes on this machine.
+
+    Returns:
+        The exit status: 0 if all succeeded, 2 for a user's mistake, whose message was printed.
+    """
+    # The ranks meet at this store: a port that is in use from now on cannot be taken meanwhile.
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RUN_ID": "llamapro",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        LAUNCHED: "1",
+    }
+    envs = {
+        rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
+    }
+    args = {rank: (script, *argv) for rank in range(processes)}
+    # What it logs about a rank that fails is no help where the rank says why.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").disabled = True
+    # Read by `start_processes`, which would raise an exception of its own on a signal.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    with TemporaryDirectory(prefix="llamapro-") as logs:
+        running = start_processes("train", sys.executable, args, envs, DefaultLogsSpecs(logs))
+
+        def hand_on(number: int, _frame: object) -> None:
+            for pid in running.pids().values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, hand_on)
+        try:
+            result = running.wait()
+        finally:
+            running.close(signal.SIGKILL)
+        if result is None or not result.is_failed():
+            return 0
+        messages = [_read_message(Path(file)) for _, file in sorted(running.error_files.items())]
+        statuses = [failure.exitcode for _, failure in sorted(result.failures.items())]
+    if message := next(filter(None, messages), ""):
+        print(message, file=sys.stderr, flush=True)
+        return USER_ERROR
+    status = statuses[0] if statuses[0] > 0 else 128 - statuses[0]  # killed by a signal: negative
+    failed = ", ".join(f"rank {rank}" for rank in sorted(result.failures))
+    print(f"{failed} ended with exit status {status}", file=sys.stderr, flush=True)
+    return status
+
+
+def _read_message(file: Path) -> str:
+    """Returns the message of a user's mistake that a rank wrote (`cli.run`), "" without one."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["message"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
