@@ -202,6 +202,7 @@ def test_every_damage_changes_the_digest_and_can_be_undone(
         assert faults.digest(path) == before
 
 
+@pytest.mark.slow
 def test_real_faults_lose_and_change_nothing(script: Path, tmp_path: Path) -> None:
     """A short campaign over a real run: all faults come, the run ends, the promises hold."""
     out = tmp_path / "result.json"

@@ -323,6 +323,7 @@ def base_json(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_llama2_70b_on_512_ranks_fits_a_small_machine() -> None:
     """The shipped preset as a process: 100 blocks, within 4 GB and 60 s of one core."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -54,6 +54,7 @@ def done(script: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[s
     # token's loss moves by up to a unit in bf16's last place (2^-8); their mean by less than that.
     [("float32", 1e-5), ("bfloat16", 2**-9)],
 )
+@pytest.mark.slow
 def test_all_sides_train_alike(
     done: tuple[dict[str, Any], str], dtype: str, tolerance: float
 ) -> None:
@@ -66,6 +67,7 @@ def test_all_sides_train_alike(
         assert row["last_loss"] < row["first_loss"] - 0.01
 
 
+@pytest.mark.slow
 def test_every_side_has_its_figures_and_ours_over_it(done: tuple[dict[str, Any], str]) -> None:
     """Rate, memory and start-up belong together; ratios and targets are told; table and JSON."""
     result, printed = done

@@ -144,6 +144,7 @@ def test_a_model_without_a_template_is_told_what_to_give(
         assert done.returncode == 2 and expected in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_the_whole_chain_from_base_to_instruct_model(
     home: Path, root: Path, tmp_path: Path
 ) -> None:

@@ -175,6 +175,7 @@ def test_accumulating_four_by_one_equals_one_by_four(run: Callable[..., Path]) -
     )
 
 
+@pytest.mark.slow
 def test_twenty_steps_on_kernels_give_the_losses_of_torch(
     run: Callable[..., Path],
     tmp_path: Path,
