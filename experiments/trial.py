@@ -30,9 +30,9 @@ from llamapro.conversion.merge import merge_checkpoint
 from llamapro.errors import DivergedError, UserError
 from llamapro.evaluate import read_text
 from llamapro.expansion import expand_config, interleave, select_trainable
-from llamapro.generate import generate
 from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.inference.multiple_choice import baselines, measure_choices, read_choices
+from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.mixture import batch
 from llamapro.text.tokenizer import Tokenizer

@@ -1,8 +1,8 @@
-"""How well a checkpoint predicts files: `python -m llamapro.evaluate DIR --data FILE...`
+"""Measures how well a checkpoint predicts files: `python -m llamapro.evaluate DIR --data FILE...`
 
-With `--choices FILE...`, how well it chooses between answers. With `--against BASE_DIR`, base and
-tuned model side by side, and the paper's token-distribution shift (Appendix G): the tuned model
-writes greedily; each token it chose is ranked by the base.
+With `--choices FILE...` it measures how well the checkpoint chooses between answers. With
+`--against BASE_DIR`, base and tuned model stand side by side, with the paper's token-distribution
+shift (Appendix G): the tuned model writes greedily, and the base ranks each token it chose.
 """
 
 import math
@@ -40,7 +40,7 @@ from llamapro.training.objective import NextToken
 
 @dataclass(frozen=True)
 class Text:
-    """One --data argument, tokenised: a document is BOS and its tokens, with no EOS to predict."""
+    """The documents of one --data argument, tokenised: BOS and text, with no EOS to predict."""
 
     name: str
     documents: list[list[int]]
@@ -48,7 +48,7 @@ class Text:
 
 
 def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
-    """Reads a file, folder or glob; says on standard error what was left out."""
+    """Reads a file, folder or glob; standard error tells what was left out."""
     counts = Counts()
     documents: list[list[int]] = []
     pieces: list[Piece] = []
@@ -68,12 +68,12 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
     Args:
         length: tokens of the document.
         context: longest input.
-        stride: how far each window moves; all but the first predict `stride` tokens, each with at
-            least context - stride tokens before it.
+        stride: tokens by which each window moves. All windows but the first predict `stride`
+            tokens, each with at least context - stride tokens before it.
 
     Yields:
-        (start, end, first): inputs are tokens[start:end], and of the tokens that follow each input
-        those from index `first` on count.
+        (start, end, first): the inputs are tokens[start:end]; the tokens from index `first` to
+        `end` are predicted.
     """
     first = 1
     for start in range(0, max(1, length - 1), stride):
@@ -89,7 +89,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 def total_loss(
     model: LlamaForCausalLM, text: Text, context: int, stride: int, batch_size: int
 ) -> tuple[float, int]:
-    """Returns the summed loss (nats) over a text and how many tokens were predicted."""
+    """Returns the summed loss (nats) over a text and the number of predicted tokens."""
     device = model.lm_head.weight.device
     cut = [
         (ids[start:end], [IGNORE_INDEX] * (first - 1 - start) + ids[first : end + 1])
@@ -135,33 +135,35 @@ def measure(
 
 @dataclass
 class Args(ComputeOptions):
-    """Measure loss, perplexity and bits per byte of a checkpoint on files, or let it choose."""
+    """Measure a checkpoint on files: loss, perplexity, bits per byte, and answers to questions."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
-    """Checkpoint directory, with its tokenizer (tokenizer.model or tokenizer.json)."""
+    """Checkpoint directory with its tokenizer, or hf://owner/name."""
     data: tuple[str, ...] = ()
-    """Files, folders or globs: text, source code, .jsonl or .jsonl.gz; each is measured."""
+    """Text to predict: files, folders or globs of text, source code, .jsonl, .jsonl.gz or .parquet.
+    Each argument is measured by itself."""
     choices: tuple[str, ...] = ()
-    """Questions: .jsonl, .json or .parquet with question (or prompt), choices and answer."""
+    """Questions: .jsonl, .json or .parquet files with question (or prompt), choices and answer."""
     shots: int = 0
-    """Questions at the start of each of --choices shown as examples, and not asked."""
+    """Number of questions at the start of each --choices argument that are shown as examples
+    before every other question, and not asked."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
-    """A second checkpoint, usually the base: side by side, with the token-distribution shift. It
-    is whole, also with --skip-new-blocks."""
+    """A second checkpoint, usually the base, measured beside the first with the token-distribution
+    shift. --skip-new-blocks does not apply to it."""
     context: int = 0
-    """Longest input in tokens; 0: the model's max_position_embeddings."""
+    """Longest input in tokens; 0 takes the model's max_position_embeddings."""
     stride: int = 0
-    """How far the window moves; 0: half the context."""
+    """Tokens by which the window moves; 0 takes half the context."""
     batch_size: int = 8
-    """Windows per forward pass."""
+    """Windows or choices per forward pass."""
     text_key: str = "text"
-    """Field of a .jsonl line that holds the text."""
+    """Field of a .jsonl line or .parquet column that holds the text."""
     shift_prompts: int = 16
-    """With --against: prompts cut from each file; 0: no token-distribution shift."""
+    """With --against: prompts cut from each text; 0 measures no token-distribution shift."""
     shift_prompt_tokens: int = 32
-    """Tokens of each prompt."""
+    """Tokens of each of these prompts."""
     shift_new_tokens: int = 64
-    """Tokens written after each prompt."""
+    """Tokens written after each of these prompts."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -193,12 +195,13 @@ class Args(ComputeOptions):
 
 
 def evaluate(args: Args) -> dict[str, Any]:
-    """Measures every text and set of questions; one model is in memory at a time.
+    """Measures every text and set of questions, with one model in memory at a time.
 
     Returns:
-        JSON-able: model, against, context, stride; files: name -> loss, perplexity, bits_per_byte,
-        tokens and, with a base, base (the same four) and shift; choices: name -> accuracy,
-        accuracy_sum, stderr, `baselines` and, with a base, base (the same three), gained and lost.
+        model, against, context, stride, and by name of a --data or --choices argument:
+        files: loss, perplexity, bits_per_byte, tokens; with a base also base (these four), shift.
+        choices: accuracy, accuracy_sum, stderr and those of `baselines`; with a base also base
+        (the first three), gained and lost.
 
     Raises:
         ConfigError, CheckpointError, DataError: impossible options, a damaged checkpoint, files
@@ -220,38 +223,39 @@ def evaluate(args: Args) -> dict[str, Any]:
         replace(args, context=context, stride=stride).window(base)
     texts = [read_text(pattern, tokenizer, args.text_key) for pattern in args.data]
     questions = {p: read_choices(p, tokenizer, context, args.shots) for p in args.choices}
-    model = args.load(checkpoint)
     files: dict[str, dict[str, Any]] = {}
-    samples: dict[str, ShiftSamples] = {}
+    choices: dict[str, dict[str, Any]] = {}
+    samples: dict[str, ShiftSamples | None] = {}
+    correct: dict[str, list[bool]] = {}
+
+    model = args.load(checkpoint)
     for text in texts:
         files[text.name] = measure(model, text, context, stride, args.batch_size)
         if base is not None and args.shift_prompts:
-            written = write_greedily(
+            samples[text.name] = write_greedily(
                 model,
                 text.documents,
                 args.shift_prompts,
                 args.shift_prompt_tokens,
                 args.shift_new_tokens,
             )
-            if written is not None:
-                samples[text.name] = written
-    choices: dict[str, dict[str, Any]] = {}
-    correct: dict[str, list[bool]] = {}
     for name, asked in questions.items():
-        marks, correct[name] = measure_choices(model, asked, args.batch_size, name)
-        choices[name] = marks | baselines(asked)
+        scores, correct[name] = measure_choices(model, asked, args.batch_size, name)
+        choices[name] = scores | baselines(asked)
     del model
     if base is not None:
         model = replace(args, skip_new_blocks=False).load(base)
         for text in texts:
-            found = files[text.name]
-            found["base"] = measure(model, text, context, stride, args.batch_size)
-            found["shift"] = shift(model, samples[text.name]) if text.name in samples else None
+            sample = samples.get(text.name)
+            files[text.name] |= {
+                "base": measure(model, text, context, stride, args.batch_size),
+                "shift": shift(model, sample) if sample is not None else None,
+            }
         for name, asked in questions.items():
-            marks, before = measure_choices(model, asked, args.batch_size, name)
+            scores, before = measure_choices(model, asked, args.batch_size, name)
             turned = Counter(zip(before, correct[name], strict=True))
             gained, lost = turned[False, True], turned[True, False]
-            choices[name] |= {"base": marks, "gained": gained, "lost": lost}
+            choices[name] |= {"base": scores, "gained": gained, "lost": lost}
     return {
         "model": str(args.dir),
         "against": str(args.against) if args.against else None,
@@ -296,9 +300,9 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    flags = (tyro.conf.FlagCreatePairsOff,)
-    args = tyro.cli(Args, prog="python -m llamapro.evaluate", config=flags)
+def main(argv: list[str] | None = None, prog: str = "python -m llamapro.evaluate") -> None:
+    """Runs the command with these arguments, those of the process by default."""
+    args = tyro.cli(Args, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
     with args.backends():
         result = evaluate(args)
     cli.print_result(result, args.json, render(result))

@@ -10,8 +10,9 @@ import io
 import os
 import runpy
 import shutil
+import signal
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ if not torch.cuda.is_available():
     # them for a GPU is therefore tested in processes of their own (test_kernels_compile.py).
     os.environ["TRITON_INTERPRET"] = "1"
 
+from llamapro import cli
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ModelConfig
@@ -143,6 +145,22 @@ def write_random_checkpoint(tokenizer_file: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def run_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
+    """`run_command(main, *arguments) -> (exit status, stdout, stderr)`, in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(main: Callable[[list[str]], None], *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.run(lambda: main(list(map(str, arguments))))
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 # ---- Kernels: where they run, and the error rule -------------------------------------------------

@@ -3,10 +3,9 @@
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from llamapro import cli, expansion
 from llamapro import evaluate as command
+from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
@@ -432,19 +431,9 @@ def test_context_and_batch_size_hold_for_questions_too(args: Args, questions: st
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """`run(*arguments) -> (exit status, stdout, stderr)` of the command, in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), "--device", "cpu"])
-        with pytest.raises(SystemExit) as caught:
-            cli.run(command.main)
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, *capsys.readouterr()
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+def run(run_command: Run) -> Run:
+    """`run(*arguments) -> (exit status, stdout, stderr)` of the command."""
+    return lambda *arguments: run_command(command.main, *arguments, "--device", "cpu")
 
 
 def test_command_prints_one_json_object(checkpoint: Path, text_file: Path, root: Path) -> None:

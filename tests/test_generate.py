@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import cli
 from llamapro import generate as command
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
-from llamapro.generate import generate, sample
 from llamapro.inference.cache import KVCache
+from llamapro.inference.sampling import generate, sample
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.tokenizer import Tokenizer
 
@@ -48,19 +46,9 @@ def model(checkpoint: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """`run(*arguments) -> (exit status, stdout, stderr)` of the command, in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments), "--device", "cpu"])
-        with pytest.raises(SystemExit) as caught:
-            cli.run(command.main)
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, *capsys.readouterr()
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+def run(run_command: Run) -> Run:
+    """`run(*arguments) -> (exit status, stdout, stderr)` of the command."""
+    return lambda *arguments: run_command(command.main, *arguments, "--device", "cpu")
 
 
 def change_config(source: Path, target: Path, **changes: Any) -> Path:

@@ -1,22 +1,21 @@
-"""Conversations with a checkpoint: what `python -m llamapro.generate DIR --chat` does."""
+"""Conversations with a model: `python -m llamapro.generate DIR --chat` runs `converse`."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from llamapro.checkpoints.base import check_contained
-from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError, UserError
-from llamapro.generate import Args, generate
 from llamapro.inference.cache import KVCache
+from llamapro.inference.options import SamplingOptions
+from llamapro.inference.sampling import write_text
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate, check_messages
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
-# Control tokens that end a turn in the formats in use, whatever config.json says ends a document.
+# Control tokens that end a turn in common formats, whatever config.json says ends a document.
 ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
@@ -31,39 +30,43 @@ def stop_ids(model: LlamaForCausalLM, tokenizer: Tokenizer) -> set[int]:
 class Conversation:
     """The turns so far, and the model that answers the next one.
 
-    Each prompt is the chat template's rendering of all turns. What it shares with the ids that the
-    model saw last, from the first on, stays in the KV cache; the model reads the rest only.
+    Each prompt is the chat template's rendering of all turns. The ids at its start that the model
+    saw last time stay in the KV cache; the model reads only the rest.
 
     Attributes:
         messages: `role` and `content` of each turn, the system's first if there is one.
-        tokens: how many the model wrote, of all answers.
-        elapsed_s: how long all answers took.
+        tokens: number of tokens of all answers.
+        elapsed_s: time that all answers took.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, tokenizer: Tokenizer, template: ChatTemplate, args: Args
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        sampling: SamplingOptions,
+        system: str = "",
     ) -> None:
-        """Begins with the system's turn of `args`, or with none."""
+        """Begins with the system's turn, if there is one."""
         self.tokens, self.elapsed_s = 0, 0.0
         self._model, self._tokenizer, self._template = model, tokenizer, template
-        self._args = args
+        self._sampling, self._system = sampling, system
         self._stops = stop_ids(model, tokenizer)
-        self._generator = torch.Generator().manual_seed(args.seed)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
         self._cache = self._new_cache(0)
         self._ids: list[int] = []  # the first _cache.length of them are those in the cache
         self.reset()
 
     def reset(self) -> None:
         """Forgets all turns but the system's; it may stay in the cache."""
-        system = self._args.system
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def answer(self, text: str, show: Callable[[str], None]) -> str:
         """Adds a turn of the user and the assistant's answer to the conversation.
 
         Args:
             text: the user's turn.
-            show: is given the answer in pieces, as they are written.
+            show: receives the answer in pieces, as they are written.
 
         Returns:
             A line about the answer: why it is incomplete, if it is; tokens, speed, context.
@@ -81,18 +84,17 @@ class Conversation:
         if room < 1:
             raise ConfigError(
                 f"context full: the conversation has {len(prompt)} tokens with this turn; the "
-                f"context of {self._args.dir} is {context}: shorten the turn, or begin a new "
-                f"conversation"
+                f"context of the model is {context}: shorten the turn, or begin a new conversation"
             )
-        limit = min(self._args.max_new_tokens, room)
+        limit = min(self._sampling.max_new_tokens, room)
         started = time.perf_counter()
-        content, has_ended = self._write(prompt, limit, show)
+        content = self._write(prompt, limit, show)
         elapsed_s = time.perf_counter() - started
         count = len(self._ids) - len(prompt)
         self.tokens += count
         self.elapsed_s += elapsed_s
         notes = []
-        if not has_ended:
+        if self._ids[-1] not in self._stops:
             reason = "context full" if limit == room else f"--max-new-tokens {limit} reached"
             notes.append(f"{reason}, the answer is incomplete")
         answer = {"role": "assistant", "content": content}
@@ -105,28 +107,33 @@ class Conversation:
         notes.append(f"context {len(self._ids):,} of {context:,}")
         return "; ".join(notes)
 
-    def _write(
-        self, prompt: list[int], limit: int, show: Callable[[str], None]
-    ) -> tuple[str, bool]:
-        """Returns the text that follows a prompt, and whether the model ended it."""
+    def _write(self, prompt: list[int], limit: int, show: Callable[[str], None]) -> str:
+        """Returns the text that the model writes after a prompt; its ids are appended to ours."""
         read = self._keep_shared(prompt, len(prompt) + limit)
-        rest = torch.tensor([prompt[read:]])
-        sampling = (self._args.temperature, self._args.top_p, self._generator)
-        # Without the prompt: it strips the space that sentencepiece puts before a text.
-        decoder, pieces = StreamingDecoder(self._tokenizer), []
-        has_ended = False
-        for token in generate(self._model, rest, limit, *sampling, self._cache):
-            self._ids.append(int(token))
-            if has_ended := self._ids[-1] in self._stops:
-                break
-            pieces.append(decoder.feed(self._ids[-1]))
-            show(pieces[-1])
-        pieces.append(decoder.flush())
-        show(pieces[-1])
-        return "".join(pieces), has_ended
+        pieces = []
+        for token_id, piece in write_text(
+            self._model,
+            # Without the prompt: it strips the space that sentencepiece puts before a text.
+            StreamingDecoder(self._tokenizer),
+            prompt[read:],
+            limit,
+            self._sampling.temperature,
+            self._sampling.top_p,
+            self._generator,
+            self._stops,
+            self._cache,
+        ):
+            if token_id is not None:
+                self._ids.append(token_id)
+            pieces.append(piece)
+            show(piece)
+        return "".join(pieces)
 
     def _keep_shared(self, prompt: list[int], capacity: int) -> int:
-        """Returns how many ids of a prompt are in the cache, which is cut to them and has room."""
+        """Cuts the cache to the ids that it shares with a prompt, and returns their number.
+
+        The cache grows to this capacity if need be.
+        """
         cached = self._ids[: self._cache.length]
         shared = 0
         for cached_id, token_id in zip(cached, prompt[:-1], strict=False):  # logits need one read
@@ -147,44 +154,35 @@ class Conversation:
         return KVCache(self._model.config, 1, capacity, weight.dtype, weight.device)
 
 
-def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) -> dict[str, Any]:
-    """Loads the model and answers all turns, printing as it goes.
+def converse(conversation: Conversation, prompt: str, out: TextIO) -> dict[str, Any]:
+    """Answers `prompt`, if there is one, and the lines of standard input.
 
-    Answers go to standard output, or with --json to standard error; all else to standard error.
+    Args:
+        out: where answers go as they are written; all else goes to standard error.
 
     Returns:
         messages, tokens (of all answers), tokens_per_s.
 
     Raises:
-        ConfigError: there is no turn, the context is full, or --skip-new-blocks cannot be used.
-        DataError: there is no chat template, or it refuses a turn. On a terminal, what is wrong
-            with a turn is said, and the conversation goes on without it.
+        ConfigError: there is no turn, or the context is full.
+        DataError: the chat template refuses a turn. On a terminal the message is printed instead,
+            and the conversation goes on without this turn.
     """
-    if args.skip_new_blocks:
-        check_contained(checkpoint, special=True)
-    try:
-        template = ChatTemplate.load(checkpoint.path, tokenizer, args.chat_template)
-    except DataError as error:
-        raise DataError(f"--chat-template: {error}") from None
     is_terminal = sys.stdin.isatty()
-    out = sys.stderr if args.json else sys.stdout
 
     def show(piece: str) -> None:
         print(piece, end="", file=out, flush=True)
 
-    with args.backends():
-        model = args.load(checkpoint)
-        conversation = Conversation(model, tokenizer, template, args)
-        for text in _turns(args.prompt, is_terminal, conversation.reset):
-            try:
-                note = conversation.answer(text, show)
-            except UserError as error:
-                if not is_terminal:
-                    raise
-                note = f"{error}; the turn is left out (/reset forgets all turns)"
-            else:
-                print(file=out, flush=True)
-            print(note, file=sys.stderr, flush=True)
+    for text in _turns(prompt, is_terminal, conversation.reset):
+        try:
+            note = conversation.answer(text, show)
+        except UserError as error:
+            if not is_terminal:
+                raise
+            note = f"{error}; the turn is left out (/reset forgets all turns)"
+        else:
+            print(file=out, flush=True)
+        print(note, file=sys.stderr, flush=True)
     if not conversation.tokens and not is_terminal:
         raise ConfigError("standard input has no line to answer; give it turns, or --prompt")
     return {
@@ -195,7 +193,7 @@ def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) -> dict[str, 
 
 
 def _turns(prompt: str, is_terminal: bool, reset: Callable[[], None]) -> Iterator[str]:
-    """Yields the user's turns: --prompt, and unless it is all there is, lines of standard input."""
+    """Yields the user's turns: the prompt, and unless it is all there is, lines of input."""
     if prompt:
         yield prompt
         if not is_terminal:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llamapro.generate import generate
+from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM
 
 
 @dataclass(frozen=True)
 class ShiftSamples:
-    """What the tuned model wrote greedily: prompts (B, P) and continuations (B, N)."""
+    """Prompts (B, P) and the continuations (B, N) that the tuned model wrote greedily."""
 
     prompts: Tensor
     continuations: Tensor
@@ -25,7 +25,11 @@ def write_greedily(
     prompt_tokens: int,
     new_tokens: int,
 ) -> ShiftSamples | None:
-    """Continues prompts cut evenly from documents (token ids); None if none is long enough."""
+    """Continues prompts cut evenly from documents (token ids).
+
+    Returns:
+        The prompts and continuations, or None if no document is long enough.
+    """
     places = [
         (document, start)
         for document, ids in enumerate(documents)
@@ -42,11 +46,11 @@ def write_greedily(
 
 @torch.inference_mode()
 def shift(base: LlamaForCausalLM, samples: ShiftSamples) -> dict[str, float]:
-    """Ranks each token the tuned model chose by the base's probabilities (Appendix G).
+    """Ranks each token that the tuned model chose by the base's probabilities (Appendix G).
 
     Returns:
-        The shares of unshifted (rank 1), marginal (2 or 3) and shifted (over 3) positions, and how
-        many positions there are. Positions after an end of document do not count.
+        The shares of unshifted (rank 1), marginal (2 or 3) and shifted (over 3) positions, and the
+        number of positions. Positions after an end of document do not count.
     """
     device = base.lm_head.weight.device
     ids = torch.cat((samples.prompts, samples.continuations), dim=1)  # (B, P + N)

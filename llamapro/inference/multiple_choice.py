@@ -1,7 +1,8 @@
 """Multiple choice by likelihood: the choice with the highest log-probability per token wins.
 
-So the paper scores UNFAIR-ToS (Appendix H); the answer is right if it is in the set of right ones.
-The same choice can lose in lm-eval: its `acc` takes the plain sum, `acc_norm` the sum per byte.
+The paper scores UNFAIR-ToS this way (Appendix H); an answer is right if it is one of the right
+choices. lm-eval may rank the choices differently: its `acc` takes the plain sum of the
+log-probabilities, its `acc_norm` the sum per byte.
 
 Shapes: B batch, T length, N tokens of a choice, C hidden size, V vocabulary.
 """
@@ -19,7 +20,7 @@ import torch
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, Problems
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.documents import find_files
 from llamapro.text.tables import SUFFIX as TABLE
@@ -31,7 +32,14 @@ _PROMPTS = ("question", "query", "context", "prompt")
 
 @dataclass(frozen=True)
 class Question:
-    """Ids of the prompt, BOS first, and of each choice; which choices are right."""
+    """A tokenised question.
+
+    Attributes:
+        prompt: ids, BOS first.
+        choices: ids of each choice.
+        right: which choices are right.
+        is_cut: whether the prompt was too long and lost its beginning.
+    """
 
     prompt: list[int]
     choices: list[list[int]]
@@ -43,51 +51,49 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
     """Reads .jsonl, .json (a list) or .parquet files of questions.
 
     A row has `choices`, a list of texts or {"text": [...], "label": [...]}, and an `answer`: label,
-    index from 0, text, letter, or a list of these. Its `question` or `query` is put as
+    index from 0, text, letter, or a list of these. Its `question` or `query` becomes
     "Question: ...", "Answer:"; a `context` or `prompt` is continued as it stands.
 
     Args:
         pattern: a file, folder or glob.
         tokenizer: the model's.
-        context: longest input in tokens; a longer prompt loses its start, but not BOS.
-        shots: so many first rows are not asked, but shown before each question with the answer.
+        context: longest input in tokens; a longer prompt loses its beginning, but not BOS.
+        shots: the first rows, shown with their answers before each question, and not asked.
 
     Raises:
-        DataError: a file or its rows cannot be used; the rows that are wrong are named together.
+        DataError: a file or its rows cannot be used; all wrong rows are named together.
     """
     asked: list[tuple[str, str, list[str], frozenset[int]]] = []
-    problems: list[str] = []
+    problems = Problems(limit=20)
     for file in find_files([pattern]):
-        for where, row in _rows(file.path):
+        for place, row in _rows(file.path):
             try:
-                asked.append((where, *_read(json.loads(row) if isinstance(row, bytes) else row)))
+                asked.append((place, *_read(json.loads(row) if isinstance(row, bytes) else row)))
             except (ValueError, RecursionError) as error:
-                problems.append(f"{where}: {error}")
-    shown = "".join(p + choices[min(right)] + "\n\n" for _, p, choices, right in asked[:shots])
+                problems.add(f"{place}: {error}")
+    examples = "".join(p + choices[min(right)] + "\n\n" for _, p, choices, right in asked[:shots])
     questions = []
-    for where, prompt, choices, right in asked[shots:]:
+    for place, prompt, choices, right in asked[shots:]:
         try:
-            ids, tokens = _encode(tokenizer, shown + prompt, choices)
+            ids, tokens = _encode(tokenizer, examples + prompt, choices)
         except DataError as error:
-            problems.append(f"{where}: {error}")
+            problems.add(f"{place}: {error}")
             continue
-        room = context + 1 - max(map(len, tokens))  # a choice's last token is no input
+        room = context + 1 - max(map(len, tokens))  # the last token of a choice is no input
         if room < 1:
-            problems.append(f"{where}: has a choice longer than the context, {context} tokens")
-        # As much is cut for every choice: all follow the same prompt.
+            problems.add(f"{place}: has a choice longer than the context, {context} tokens")
+        # The longest choice decides for all, so that all choices follow the same prompt.
         start = ids[:1] if ids[0] == tokenizer.bos_id else []
         kept = ids if len(ids) <= room else start + ids[len(ids) - room + len(start) :]
         questions.append(Question(kept, tokens, right, len(kept) < len(ids)))
-    if problems:
-        more = [f"and {len(problems) - 20:,} more"] if len(problems) > 20 else []
-        raise DataError("questions that cannot be used:\n  " + "\n  ".join(problems[:20] + more))
+    problems.check(DataError, "questions that cannot be used", one_per_line=True)
     if not questions:
         raise DataError(f"{pattern}: {len(asked)} questions, none left after --shots {shots}")
     return questions
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields "file:row" and the row, of a .jsonl file its bytes."""
+    """Yields "file:row" and the row; a row of a .jsonl file is bytes."""
     name = path.name.lower()
     if not name.endswith((".json", ".jsonl", TABLE)):
         raise DataError(f"{path}: not one of .jsonl, .json, {TABLE}")
@@ -127,14 +133,14 @@ def _read(row: Any) -> tuple[str, list[str], frozenset[int]]:
         right |= _named(one, choices, labels if isinstance(labels, list) else [])
     if found[0] in ("question", "query"):
         prompt = f"Question: {prompt.strip()}\nAnswer:"
-    # White space goes with what follows it: tokens begin with it, few end with it.
+    # White space between the two belongs to the choice: tokens begin with it, few end with it.
     stem = prompt.rstrip()
     gap = prompt[len(stem) :]
     return stem, [(gap or " " * (not c[0].isspace())) + c for c in choices], frozenset(right)
 
 
 def _named(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:
-    """Returns the choices that an answer means by label, index, text or letter, in this order."""
+    """Returns the choices that an answer names: by label, else index, text or letter."""
     count = len(choices)
     for names in (labels, range(count), choices, [] if labels else ascii_uppercase[:count]):
         named = {i for i, name in enumerate(names) if name == answer and i < count}
@@ -147,9 +153,9 @@ def _named(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:
 def _encode(
     tokenizer: Tokenizer, prompt: str, choices: list[str]
 ) -> tuple[list[int], list[list[int]]]:
-    """Returns the prompt's ids and each choice's: those after the prompt's in the joined text.
+    """Returns the ids of the prompt, and of each choice as it follows the prompt in one text.
 
-    Where a token spans the border, the choice is encoded by itself, as what continues a text.
+    Where a token of that text spans the border, the choice is encoded by itself.
     """
     ids, tokens = tokenizer.encode(prompt, bos=True), []
     for choice in choices:
@@ -163,62 +169,65 @@ def _encode(
 def log_likelihoods(
     model: LlamaForCausalLM, questions: Sequence[Question], batch_size: int, name: str = ""
 ) -> list[list[float]]:
-    """Returns each choice's summed log-probability (nats): fp32 each, fp64 sums.
+    """Returns the summed log-probability (nats) of each choice: fp32 terms, fp64 sums.
 
     Args:
-        model: any dtype.
-        questions: tokenised for it.
+        model: in any dtype.
+        questions: tokenised for this model.
         batch_size: inputs per forward pass.
         name: shown beside the progress.
     """
-    # Choices that differ in their last token alone, as A, B, C and D, have one input.
+    # Choices that differ only in their last token, such as A, B, C and D, share one input.
     asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for at, question in enumerate(questions):
+    for number, question in enumerate(questions):
         for which, tokens in enumerate(question.choices):
-            asked.setdefault((*question.prompt, *tokens[:-1]), []).append((at, which))
+            asked.setdefault((*question.prompt, *tokens[:-1]), []).append((number, which))
     sums = [[0.0] * len(question.choices) for question in questions]
-    inputs = sorted(asked, key=len, reverse=True)  # memory is short at once, or never
+    # The longest first: if memory does not suffice, that shows at once.
+    inputs = sorted(asked, key=len, reverse=True)
     for first in tqdm(range(0, len(inputs), batch_size), desc=name, unit="batch", disable=None):
         batch = inputs[first : first + batch_size]
         padded = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)  # (B, T)
-        for row, ids in enumerate(batch):  # padding comes after: causal, so unseen
+        for row, ids in enumerate(batch):  # causal attention never sees the padding after it
             padded[row, : len(ids)] = torch.tensor(ids)
         hidden = model.model(padded.to(model.lm_head.weight.device))  # (B, T, C)
         for row, ids in enumerate(batch):
-            for at, which in asked[ids]:
-                targets = torch.tensor(questions[at].choices[which], device=hidden.device)  # (N,)
+            for number, which in asked[ids]:
+                choice = questions[number].choices[which]
+                targets = torch.tensor(choice, device=hidden.device)  # (N,)
                 logits = model.lm_head(hidden[row, len(ids) - len(targets) : len(ids)])  # (N, V)
                 chosen = log_softmax(logits, -1, dtype=torch.float32).gather(-1, targets[:, None])
-                sums[at][which] = chosen.sum(dtype=torch.float64).item()
+                sums[number][which] = chosen.sum(dtype=torch.float64).item()
     return sums
 
 
 def measure_choices(
     model: LlamaForCausalLM, questions: Sequence[Question], batch_size: int, name: str
 ) -> tuple[dict[str, float], list[bool]]:
-    """Lets a model choose; of equally likely choices the first. Arguments: `log_likelihoods`.
+    """Lets a model choose, the first of equally likely choices. Arguments as `log_likelihoods`.
 
     Returns:
-        accuracy, its standard error `stderr`, and `accuracy_sum`, by the plain sum; and which
-        questions were answered right, by the likelihood per token.
+        accuracy, its standard error `stderr`, and `accuracy_sum`, where the plain sum decides; and
+        for each question whether the likelihood per token answers it right.
     """
     correct, by_sum = [], []
-    sums = log_likelihoods(model, questions, batch_size, name)
-    for question, scores in zip(questions, sums, strict=True):
-        means = [s / len(tokens) for s, tokens in zip(scores, question.choices, strict=True)]
+    likelihoods = log_likelihoods(model, questions, batch_size, name)
+    for question, sums in zip(questions, likelihoods, strict=True):
+        means = [s / len(tokens) for s, tokens in zip(sums, question.choices, strict=True)]
         correct.append(means.index(max(means)) in question.right)
-        by_sum.append(scores.index(max(scores)) in question.right)
+        by_sum.append(sums.index(max(sums)) in question.right)
     count, accuracy = len(questions), sum(correct) / len(questions)
     stderr = math.sqrt(accuracy * (1 - accuracy) / max(1, count - 1))
-    found = {"accuracy": accuracy, "accuracy_sum": sum(by_sum) / count, "stderr": stderr}
-    return found, correct
+    scores = {"accuracy": accuracy, "accuracy_sum": sum(by_sum) / count, "stderr": stderr}
+    return scores, correct
 
 
 def baselines(questions: Sequence[Question]) -> dict[str, float]:
-    """Returns what needs no model: questions, cut prompts, and two accuracies.
+    """Returns numbers that need no model.
 
-    They are chance, of choosing at random, and majority, of always choosing the position that is
-    right most often: the largest class, where all questions have the same choices.
+    Returns:
+        questions and cut (prompts that were too long); chance, the accuracy of choosing at random;
+        majority, that of always choosing the position that is right most often.
     """
     count = len(questions)
     most = Counter(i for q in questions for i in q.right).most_common(1)[0][1]
@@ -227,21 +236,21 @@ def baselines(questions: Sequence[Question]) -> dict[str, float]:
     return {"questions": count, "cut": cut, "chance": chance, "majority": most / count}
 
 
-def render_choices(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns the lines of a table of evaluate's `choices`: accuracy, baselines, the change."""
-    width = max(len("file"), *map(len, found))
+def render_choices(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns a table of evaluate's `choices`: accuracies, baselines, the change from the base."""
+    width = max(len("file"), *map(len, results))
     columns = f"{'questions':>10} {'per token':>17} {'by sum':>8} {'chance':>8} {'majority':>9}"
     lines = [f"{'file':<{width}} {'model':<6} {columns}"]
-    for name, this in found.items():
-        for which in ("base", "this") if "base" in this else ("this",):
-            marks = this["base"] if which == "base" else this
+    for name, this in results.items():
+        base = this.get("base")
+        for model, scores in (("base", base), ("this", this)) if base else (("this", this),):
             lines.append(
-                f"{name:<{width}} {which:<6} {this['questions']:>10,} {marks['accuracy']:>8.2%} "
-                f"± {marks['stderr']:>6.2%} {marks['accuracy_sum']:>8.2%} {this['chance']:>8.2%} "
+                f"{name:<{width}} {model:<6} {this['questions']:>10,} {scores['accuracy']:>8.2%} "
+                f"± {scores['stderr']:>6.2%} {scores['accuracy_sum']:>8.2%} {this['chance']:>8.2%} "
                 f"{this['majority']:>9.2%}"
             )
-        if "base" in this:
-            change = 100 * (this["accuracy"] - this["base"]["accuracy"])
+        if base:
+            change = 100 * (this["accuracy"] - base["accuracy"])
             turned = f"{this['gained']:,} wrong -> right, {this['lost']:,} right -> wrong"
             lines.append(f"{'':<{width}} {change:+.2f} points: {turned}")
         if this["cut"]:

@@ -1,5 +1,6 @@
-"""Where and with what `generate` and `evaluate` compute: the options they share."""
+"""Options that `generate` and `evaluate` share: where to compute, and how tokens are chosen."""
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +21,14 @@ class ComputeOptions:
     """Device, dtype and backends."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: a GPU where there is one."""
+    """Where to compute; auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights and computation; auto: the checkpoint's."""
+    """Dtype of weights and computation; auto takes the checkpoint's."""
     ops: str = "auto"
-    """What computes: torch, triton, or auto (Triton on a GPU wherever its kernel can run); per op
-    behind it, as in auto,attention=torch."""
+    """Backend: torch, triton, or auto (Triton on a GPU wherever its kernel can run). Single
+    operations may differ, for example auto,attention=torch."""
     skip_new_blocks: bool = False
-    """Leave out the latest generation's new blocks, and the tokens added with them: what computes
+    """Leave out the latest generation's new blocks and the tokens added with them. What computes
     is the base inside, to the bit."""
 
     def choose_device(self) -> str:
@@ -48,7 +49,7 @@ class ComputeOptions:
             yield
 
     def load(self, checkpoint: Checkpoint) -> LlamaForCausalLM:
-        """Loads a model, inside `backends`, and says on standard error what will compute it.
+        """Loads a model, inside `backends`, and prints on standard error what will compute it.
 
         Raises:
             ConfigError: no GPU, a Triton kernel was asked for that cannot run, or there are no new
@@ -68,6 +69,37 @@ class ComputeOptions:
             raise ConfigError(f"--ops {self.ops}: {error}; use auto, or torch for it") from None
         kind = str(weight.dtype).removeprefix("torch.")
         which = "the base inside, new blocks skipped; " if self.skip_new_blocks else ""
-        where = f"{kind} on {weight.device}"
-        print(f"{checkpoint.path}: {which}{where}; ops: {chosen}", file=sys.stderr)
+        print(
+            f"{checkpoint.path}: {which}{kind} on {weight.device}; ops: {chosen}", file=sys.stderr
+        )
         return model
+
+
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen, and the number of tokens."""
+
+    max_new_tokens: int = 256
+    """Stop after this many tokens. Text also ends at the end of the document (with --chat: of the
+    answer), and when the context is full."""
+    temperature: float = 0.0
+    """Sampling temperature. 0 always takes the most likely token, 1.0 samples from the model's own
+    distribution, higher values write more varied text."""
+    top_p: float = 1.0
+    """Sample only from the most likely tokens that together have this probability, for example
+    0.9; 1.0 keeps all tokens."""
+    seed: int = 0
+    """Seed of the sampling. The same seed writes the same text."""
+
+    def find_mistakes(self) -> list[str]:
+        """Returns a message for every value that is impossible."""
+        wrong = []
+        if self.max_new_tokens < 1:
+            wrong.append(f"--max-new-tokens {self.max_new_tokens}: expected 1 or more")
+        if not 0 <= self.temperature < math.inf:
+            wrong.append(f"--temperature {self.temperature}: expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            wrong.append(f"--top-p {self.top_p}: expected more than 0, at most 1")
+        if not 0 <= self.seed < 1 << 64:
+            wrong.append(f"--seed {self.seed}: expected 0 or more, below 2^64")
+        return wrong

@@ -27,7 +27,7 @@ from llamapro.checkpoints.base import contained_base, contained_base_sha256, loa
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.errors import ConfigError, DataError
-from llamapro.generate import generate
+from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore, cached

@@ -26,7 +26,7 @@ from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint
 from llamapro.conversion.meta import from_meta
 from llamapro.expansion import insert_after, is_in_layers
-from llamapro.generate import generate
+from llamapro.inference.sampling import generate
 from llamapro.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.ecosystem

@@ -27,7 +27,7 @@ from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint
 from llamapro.errors import DataError
 from llamapro.expansion import insert_after, is_in_layers
-from llamapro.generate import generate
+from llamapro.inference.sampling import generate
 from llamapro.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="pip install 'llamapro[hf]'")

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro import cli
 from llamapro import generate as command
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, DataError
-from llamapro.generate import Args, generate
-from llamapro.inference import chat as talk
+from llamapro.inference import sampling
 from llamapro.inference.cache import KVCache
-from llamapro.inference.chat import Conversation
+from llamapro.inference.chat import Conversation, stop_ids
+from llamapro.inference.options import SamplingOptions
+from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import BUILT_IN, ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
@@ -74,10 +73,10 @@ Start = Callable[..., Conversation]
 def start(checkpoint: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> Start:
     """`start(**options of the command) -> Conversation`: eight tokens an answer."""
 
-    def start(**options: Any) -> Conversation:
-        args = Args(checkpoint, chat=True, **{"max_new_tokens": 8} | options)
-        template = ChatTemplate.load(checkpoint, tokenizer, args.chat_template)
-        return Conversation(model, tokenizer, template, args)
+    def start(system: str = "", chat_template: str = "", **options: Any) -> Conversation:
+        template = ChatTemplate.load(checkpoint, tokenizer, chat_template)
+        sampling = SamplingOptions(**{"max_new_tokens": 8} | options)
+        return Conversation(model, tokenizer, template, sampling, system)
 
     return start
 
@@ -111,7 +110,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def fake(model: Any, prompt: Any, limit: int, *_: Any) -> Iterator[Tensor]:
             yield from (torch.tensor([[i]]) for i in ids[:limit])
 
-        monkeypatch.setattr(talk, "generate", fake)
+        monkeypatch.setattr(sampling, "generate", fake)
 
     return writes
 
@@ -122,23 +121,15 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def run(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
+def run(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, run_command: Run) -> Run:
     """`run(stdin, *options) -> (exit status, stdout, stderr)` of the command with --chat."""
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(stdin: Any, *options: object, path: Path = checkpoint) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
-        base = ["generate", str(path), "--chat", "--device", "cpu", "--max-new-tokens", "8"]
-        monkeypatch.setattr(sys, "argv", [*base, *map(str, options)])
-        with pytest.raises(SystemExit) as caught:
-            cli.run(command.main)
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, *capsys.readouterr()
+        base = (path, "--chat", "--device", "cpu", "--max-new-tokens", 8)
+        return run_command(command.main, *base, *options)
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 def ignore(_piece: str) -> None:
@@ -189,7 +180,7 @@ def test_cached_answers_are_those_of_prompts_read_anew(
             assert conversation.messages == []
         prompt = template.encode_prompt([*conversation.messages, user(turn)])
         ids = [int(token) for token in generate(model, torch.tensor([prompt]), 8)]
-        stops = [i for i, token in enumerate(ids) if token in talk.stop_ids(model, tokenizer)]
+        stops = [i for i, token in enumerate(ids) if token in stop_ids(model, tokenizer)]
         conversation.answer(turn, ignore)
         assert conversation.messages[-1]["content"] == tokenizer.decode(ids[: (stops or [8])[0]])
 

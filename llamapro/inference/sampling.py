@@ -1,0 +1,107 @@
+"""Writing text: the next token from the logits, and one token after another.
+
+Shapes: B batch, T length, C hidden size, V vocabulary.
+"""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from llamapro.inference.cache import KVCache
+from llamapro.model import LlamaForCausalLM
+from llamapro.text.tokenizer import StreamingDecoder
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """Chooses the next token of each sequence.
+
+    Args:
+        logits: (B, V).
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: samples from the fewest most likely tokens whose probabilities reach this value
+            (nucleus sampling; Holtzman et al., 2020).
+        generator: on the CPU, so that every device writes the same text.
+
+    Returns:
+        (B, 1) token ids.
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    scaled = logits.cpu().double()
+    # The largest becomes 0, so that no temperature, however small, makes it overflow.
+    probabilities = ((scaled - scaled.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_p == 1:  # without the sort, which takes longer than a small model
+        return torch.multinomial(probabilities, 1, generator=generator).to(logits.device)
+    ordered, ids = probabilities.sort(descending=True)
+    # A token stays if those before it do not reach top_p yet; the first one always stays.
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    chosen = torch.multinomial(ordered, 1, generator=generator)  # renormalises
+    return ids.gather(-1, chosen).to(logits.device)
+
+
+@torch.inference_mode()
+def generate(
+    model: LlamaForCausalLM,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | torch.Generator = 0,
+    cache: KVCache | None = None,
+) -> Iterator[Tensor]:
+    """Continues prompts of equal length, one token at a time.
+
+    Args:
+        model: in evaluation mode.
+        prompt: (B, T) token ids, T >= 1; with a cache, the ids that follow those in it.
+        max_new_tokens: number of steps; the caller may stop sooner.
+        temperature, top_p: as for `sample`.
+        seed: an integer, or a generator that continues earlier draws.
+        cache: holds the tokens before the prompt and has room for T + max_new_tokens - 1 more. It
+            ends up with all tokens except the last one yielded.
+
+    Yields:
+        (B, 1): the token ids of each step.
+    """
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    weight = model.lm_head.weight
+    if cache is None:
+        capacity = prompt.shape[1] + max_new_tokens
+        cache = KVCache(model.config, prompt.shape[0], capacity, weight.dtype, weight.device)
+    ids = prompt.to(weight.device)
+    for _ in range(max_new_tokens):
+        x = model.model(ids, cache)  # (B, T, C)
+        logits = model.lm_head(x[:, -1:])  # (B, 1, V)
+        ids = sample(logits[:, 0], temperature, top_p, generator)
+        yield ids
+
+
+def write_text(
+    model: LlamaForCausalLM,
+    decoder: StreamingDecoder,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | torch.Generator = 0,
+    stop_ids: Collection[int] = (),
+    cache: KVCache | None = None,
+) -> Iterator[tuple[int | None, str]]:
+    """Continues one prompt and decodes what is written, up to the first token in `stop_ids`.
+
+    Args:
+        decoder: a new one; it decides how the text begins.
+        model, prompt, max_new_tokens, temperature, top_p, seed, cache: as for `generate`.
+
+    Yields:
+        Each token id and its text, "" for the token that stops; at the end None and the text of an
+        incomplete character.
+    """
+    steps = generate(model, torch.tensor([prompt]), max_new_tokens, temperature, top_p, seed, cache)
+    for step in steps:
+        token_id = int(step)
+        yield token_id, "" if token_id in stop_ids else decoder.feed(token_id)
+        if token_id in stop_ids:
+            break
+    yield None, decoder.flush()
