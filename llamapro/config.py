@@ -137,6 +137,7 @@ class ModelConfig:
             v0.1); None means all before it.
         raw: the whole `config.json`. Keys unknown to this class survive a rewrite, so other tools
             find what they put there.
+        directory: where this, or the base that was expanded, was read from; None if made in memory.
         expansion: the `llamapro` record, or None for a model that was never expanded.
     """
 
@@ -159,6 +160,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    directory: Path | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
@@ -175,7 +177,7 @@ class ModelConfig:
             raise ConfigError(f"{path}: not readable as JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-        return cls.from_dict(raw, str(path))
+        return dataclasses.replace(cls.from_dict(raw, str(path)), directory=path.parent)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str = "config") -> "ModelConfig":

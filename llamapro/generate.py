@@ -1,18 +1,21 @@
 """Writes text with a checkpoint: `python -m llamapro.generate DIR --prompt "Once upon a time"`.
 
-With `--chat` it answers the turns of a conversation.
+With `--chat` it answers the turns of a conversation. In Python,
+`llamapro.generate(llamapro.load(DIR), "Once upon a time")` returns the text.
 """
 
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, arg
 
 from llamapro import cli
+from llamapro.api import generate
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError
@@ -145,6 +148,14 @@ def write(
         "tokens_per_s": count / elapsed_s,
     }
 
+
+class _CallableModule(ModuleType):
+    """Once this module is imported it is what `llamapro.generate` names, so it can be called."""
+
+    __call__ = staticmethod(generate)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     cli.run(main)

@@ -24,12 +24,11 @@ ORDER = [
     ["text", "checkpoints"],
     ["inference"],
     ["conversion", "training"],
-    ["generate", "evaluate", "report"],
+    ["api"],
+    ["generate", "evaluate", "report", "testing"],
     ["train", "convert"],
     ["__main__"],
 ]
-# About to leave the package.
-ORDER.insert(-2, ["harness"])
 FLOORS = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 
 PACKAGE = {

@@ -19,6 +19,7 @@ from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.inference.cache import KVCache
 from llamapro.model import LlamaForCausalLM
+from llamapro.testing import assert_matches_hf
 
 SIZES = {
     "vocab_size": 403,
@@ -98,28 +99,9 @@ def random_ids(shape: tuple[int, int] = (2, LENGTH)) -> Tensor:
     return torch.randint(3, 400, shape, generator=torch.Generator().manual_seed(0))
 
 
-def logits_and_gradients(model: Any, logits_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Of the mean loss on the next tokens, by name; double where the model is."""
-    ids = random_ids()
-    logits = logits_of(ids)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    return found | {"logits": logits.detach()}
-
-
 def test_logits_and_gradients_are_those_of_transformers(base: Path) -> None:
     """Against transformers in fp64, the error is at most twice that of transformers in fp32."""
-    model = Checkpoint.open(base).load().requires_grad_()
-    ours = logits_and_gradients(model, model)
-    reference = theirs(base)
-    expected = logits_and_gradients(reference, lambda ids: reference(ids).logits)
-    double = theirs(base).double()
-    exact = logits_and_gradients(double, lambda ids: double(ids).logits)
-    assert ours.keys() == exact.keys()
-    for name, value in exact.items():
-        allowed = 2 * (expected[name] - value).abs().max() + 1e-7 * value.abs().max()
-        assert (ours[name] - value).abs().max() <= allowed, name
+    assert_matches_hf(base, random_ids(), gradients=True)
 
 
 def test_an_expanded_export_is_the_base_in_transformers_too(base: Path, tmp_path: Path) -> None:

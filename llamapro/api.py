@@ -1,0 +1,164 @@
+"""The functions of `import llamapro`: block expansion by hand, in memory.
+
+For models that do not fit into memory, or for several GPUs, there are the commands: `expand` and
+`merge` stream, and `train` shards.
+"""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.hub import COMPANION_FILES
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, combine_hashes, tensor_chunks
+from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.conversion.companions import write_companions
+from llamapro.errors import ConfigError
+from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
+from llamapro.files import output_directory
+from llamapro.inference.sampling import write_text
+from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+
+
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LlamaForCausalLM:
+    """Loads a checkpoint in Hugging Face layout, frozen and in evaluation mode.
+
+    Args:
+        path: a directory, or `hf://owner/name[@revision]`.
+        dtype: of the weights and the computation; None takes the checkpoint's.
+        device: where the model goes.
+
+    Raises:
+        ConfigError, CheckpointError: the model is of another shape than LLaMA's, or a file is
+            missing or damaged.
+    """
+    return Checkpoint.open(path).load(dtype, device)
+
+
+def expand(
+    model: LlamaForCausalLM, num_new_blocks: int, blocks_per_group: int = 1
+) -> LlamaForCausalLM:
+    """Inserts identity blocks, evenly spaced (section 3.2): the logits stay the same, to the bit.
+
+    The base's tensors are shared with `model`, not copied; the new blocks have tensors of their
+    own. The configuration records which blocks are new.
+
+    Args:
+        model: the base.
+        num_new_blocks: number of new blocks in all; the layers must split into equal groups.
+        blocks_per_group: how many of the new blocks go on top of each group.
+
+    Raises:
+        ConfigError: the layers do not split so; the message lists the numbers that work.
+    """
+    layout = interleave(model.config.num_hidden_layers, num_new_blocks, blocks_per_group)
+    base = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    expanded = build_on_meta(expand_config(model.config, layout, _sha256(base)))
+    load_tensors(expanded, expand_state_dict(base, layout))
+    return expanded.requires_grad_(False).eval()
+
+
+def train_only_new(model: LlamaForCausalLM) -> list[nn.Parameter]:
+    """Freezes everything except the new blocks, and returns their parameters for an optimizer.
+
+    Raises:
+        ConfigError: the model was not expanded.
+    """
+    return [model.get_parameter(name) for name in select_trainable(model, "new_blocks")]
+
+
+def save(model: LlamaForCausalLM, path: str | Path, force: bool = False) -> None:
+    """Writes a checkpoint directory that `load` and transformers read.
+
+    The tokenizer files of the directory that the model, or its base, was loaded from are copied.
+
+    Args:
+        model: in any dtype, on any device.
+        path: the directory to create; it appears once it is complete.
+        force: replace a checkpoint of this name.
+
+    Raises:
+        ConfigError: the directory exists or cannot be written, or the model's configuration holds
+            no `config.json` to write.
+    """
+    if not model.config.raw:
+        raise ConfigError(
+            "this model's configuration was made field by field: make it with "
+            "ModelConfig.from_dict, which keeps what config.json needs"
+        )
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    source = model.config.directory
+    companions = [f for pattern in COMPANION_FILES for f in source.glob(pattern)] if source else []
+    with output_directory(path, force) as aside:
+        write_checkpoint(aside, _specs(tensors), lambda s: tensor_chunks(tensors[s.name].cpu()))
+        write_companions(aside, model.config, sorted(companions))
+
+
+def generate(
+    model: LlamaForCausalLM,
+    text: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> str:
+    """Returns what the model writes after a text, up to the end of the document.
+
+    Args:
+        model: on any device.
+        text: the beginning; an empty one starts a new document.
+        max_new_tokens: how many tokens are written at most; a full context ends the text, too.
+        temperature: 0 takes the most likely token, 1.0 samples from the model's own distribution.
+        top_p: samples from the most likely tokens that together have this probability.
+        seed: the same seed writes the same text.
+        tokenizer: None takes the one in the directory that the model, or its base, was loaded from.
+
+    Raises:
+        ConfigError: there is no tokenizer, or the text fills the context.
+    """
+    if tokenizer is None:
+        if model.config.directory is None:
+            raise ConfigError("this model was not loaded from a directory: give a tokenizer")
+        tokenizer = _load_tokenizer(model.config.directory)
+    prompt = tokenizer.encode(text, bos=True)
+    context = model.config.max_position_embeddings
+    if not 1 <= len(prompt) < context:
+        raise ConfigError(f"the text has {len(prompt)} tokens: expected 1 to {context - 1}")
+    pieces = write_text(
+        model,
+        StreamingDecoder(tokenizer, prompt),
+        prompt,
+        min(max_new_tokens, context - len(prompt)),
+        temperature,
+        top_p,
+        seed,
+        model.config.eos_token_ids,
+    )
+    return "".join(piece for _, piece in pieces)
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer.load(directory)
+
+
+def _specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
+    return [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
+
+
+def _sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Returns what `Checkpoint.sha256` gives of a checkpoint with these tensors."""
+    hashes = []
+    for spec in _specs(tensors):
+        digest = hashlib.sha256()
+        for chunk in tensor_chunks(tensors[spec.name].cpu()):
+            digest.update(chunk)
+        hashes.append((spec, digest.hexdigest()))
+    return combine_hashes(hashes)

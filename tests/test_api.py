@@ -1,0 +1,139 @@
+"""The public API: by its example, and beside the commands, which do the same in files."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llamapro
+from llamapro import generate as command
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.config import ModelConfig
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.verify import verify
+from llamapro.errors import CheckpointError, ConfigError
+from llamapro.expansion import interleave
+from llamapro.testing import assert_matches_hf
+
+IDS = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def base_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_random_checkpoint: Callable[..., Path],
+    tiny_config: Callable[..., ModelConfig],
+) -> Path:
+    path = tmp_path_factory.mktemp("api") / "base"
+    return write_random_checkpoint(path, tiny_config(max_position_embeddings=64))
+
+
+def test_the_paper_in_15_lines_runs(base_dir: Path, root: Path, tmp_path: Path) -> None:
+    """The loss falls, the result loads, and only what is new has changed."""
+    example = root / "examples" / "paper_in_15_lines.py"
+    done = subprocess.run(
+        [sys.executable, str(example), str(base_dir), str(tmp_path / "pro")],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    statements = example.read_text().split("import llamapro\n")[1]
+    assert len([line for line in statements.splitlines() if line.strip()]) <= 17
+    found = verify(str(tmp_path / "pro"), str(base_dir))  # the base inside is intact, to the byte
+    assert not found["logits_bit_equal"]
+
+
+def test_expansion_in_memory_is_the_commands(base_dir: Path, tmp_path: Path) -> None:
+    """The saved model and what `expand` writes: the same weights, record and tokenizer."""
+    model = llamapro.expand(llamapro.load(base_dir), 2)
+    assert torch.equal(model(IDS), llamapro.load(base_dir)(IDS))
+    llamapro.save(model, tmp_path / "ours")
+    expand_checkpoint(Checkpoint.open(base_dir), tmp_path / "theirs", interleave(4, 2))
+    ours, theirs = (Checkpoint.open(tmp_path / name) for name in ("ours", "theirs"))
+    assert ours.sha256() == theirs.sha256()
+    assert ours.config.raw == theirs.config.raw
+    names = {f.name for f in theirs.path.iterdir()} - {"BASE_README.md"}
+    assert {f.name for f in ours.path.iterdir()} == names
+    with pytest.raises(ConfigError, match="exists"):
+        llamapro.save(model, tmp_path / "ours")
+
+
+def test_only_new_blocks_train(base_dir: Path) -> None:
+    """What the optimizer gets is what needs a gradient; a model without new blocks is refused."""
+    base = llamapro.load(base_dir)
+    model = llamapro.expand(base, 2)
+    parameters = llamapro.train_only_new(model)
+    assert len(parameters) == 2 * 9
+    assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
+    with pytest.raises(ConfigError, match="no 'llamapro' record"):
+        llamapro.train_only_new(base)
+
+
+def test_generate_writes_what_the_command_writes(
+    base_dir: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Whatever is sampled; of an expanded model too, whose tokenizer is its base's."""
+    options = {"max_new_tokens": 12, "temperature": 1.2, "top_p": 0.9, "seed": 3}
+    words = [w for k, v in options.items() for w in ("--" + k.replace("_", "-"), v)]
+    _, shown, _ = run_command(command.main, base_dir, "--prompt", "def f(", *words, "--json")
+    model = llamapro.expand(llamapro.load(base_dir), 4)
+    text = llamapro.generate(model, "def f(", **options)
+    assert text == json.loads(shown)["text"]
+    with pytest.raises(ConfigError, match="expected 1 to 63"):
+        llamapro.generate(model, "7" * 64)
+
+
+def test_models_made_in_memory_say_what_they_lack(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    """A tokenizer, or what config.json needs."""
+    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = llamapro.LlamaForCausalLM(llamapro.ModelConfig(**sizes, head_dim=8))
+    with pytest.raises(ConfigError, match="give a tokenizer"):
+        llamapro.generate(model, "x")
+    with pytest.raises(ConfigError, match=r"ModelConfig\.from_dict"):
+        llamapro.save(model, tmp_path / "x")
+    llamapro.save(llamapro.LlamaForCausalLM(tiny_config()), tmp_path / "made")
+    assert llamapro.load(tmp_path / "made").config == tiny_config()
+    with pytest.raises(CheckpointError, match="no such checkpoint directory"):
+        llamapro.load(tmp_path / "none")
+
+
+def test_another_model_does_not_match_transformers(base_dir: Path) -> None:
+    """The assertion of `llamapro.testing` names the tensor, its error and what is allowed."""
+    model = llamapro.expand(llamapro.load(base_dir), 2)
+    assert_matches_hf(model, gradients=True)
+    model.model.norm.eps = 1e-3  # which config.json does not say
+    with pytest.raises(AssertionError, match=r"logits: error .* allowed"):
+        assert_matches_hf(model)
+
+
+@pytest.mark.parametrize("first", ["import llamapro", "import llamapro.generate, llamapro"])
+def test_names_are_imported_when_they_are_used(first: str, root: Path) -> None:
+    """The package alone imports no torch; `llamapro.generate` is the function and the module."""
+    script = f"""
+{first}
+import sys
+assert "generate" in {first!r} or "torch" not in sys.modules
+for name in llamapro.__all__:
+    assert callable(getattr(llamapro, name)), name
+from llamapro.generate import main
+assert callable(llamapro.generate)
+try:
+    llamapro.nothing
+except AttributeError as error:
+    assert str(error) == "module 'llamapro' has no attribute 'nothing'"
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
