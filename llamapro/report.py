@@ -1,4 +1,4 @@
-"""What training taught and what it cost: a picture and a page for one run or for several.
+"""Shows what training taught and what it cost: a picture and a page for one or several runs.
 
     python -m llamapro.report runs/pro runs/full --out report
 
@@ -323,12 +323,12 @@ def report(
     out: Path | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> None:
-    """Shows what runs learned and forgot: report.png, report.md and a table.
+    """Show what runs learned and forgot: a table, report.md and report.png.
 
     Args:
-        run_dirs: run directories, for example one of new blocks and one of full fine-tuning.
-        out: where to write; the first run directory by default.
-        json: print one JSON object instead of the table.
+        run_dirs: Run directories, for example one of new blocks and one of full fine-tuning.
+        out: Directory for the two files; the first run directory by default.
+        json: Print the result as one JSON object instead of the table.
     """
     result = write_report(run_dirs, out)
     for file in result["files"]:
@@ -340,5 +340,10 @@ def report(
     cli.print_result(result, json, result_table(result["runs"], sets))
 
 
+def main(argv: list[str] | None = None, prog: str = "python -m llamapro.report") -> None:
+    """Runs the command with these arguments, those of the process by default."""
+    tyro.cli(report, args=argv, prog=prog)
+
+
 if __name__ == "__main__":
-    cli.run(lambda: tyro.cli(report))
+    cli.run(main)

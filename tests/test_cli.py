@@ -1,17 +1,22 @@
-"""What every command shares: exit status, where messages go, and cleaning up when stopped."""
+"""What every command shares: exit status, messages, cleaning up; and the command llamapro."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from llamapro import cli
+from llamapro import __main__ as console
+from llamapro import __version__, cli
+from llamapro.__main__ import COMMANDS
 
 # Output to a pipe is buffered and the process is no rank, whatever started the tests.
 ENVIRONMENT = {
@@ -145,3 +150,92 @@ def test_the_first_process_of_another_machine_tells_its_own_mistake() -> None:
     second = run(body, RANK="8", LOCAL_RANK="0")
     assert second.returncode == 2 and second.stderr.startswith("rank 8 on ")
     assert run(body, RANK="9", LOCAL_RANK="1").stderr == ""
+
+
+# ---- The command llamapro ----------------------------------------------------------------------
+
+
+def test_help_lists_every_command_with_its_purpose(
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:
+    """One line each; no arguments at all ask for help, too."""
+    for arguments in ((), ("--help",), ("-h",)):
+        status, shown, _ = run_command(console.main, *arguments)
+        assert status == 0 and shown.startswith("usage: llamapro COMMAND")
+        lines = shown.splitlines()
+        assert all(sum(line.startswith(f"  {name} ") for line in lines) == 1 for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help_text_of_one_form(
+    name: str, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The usage names the command as it was called."""
+    status, shown, _ = run_command(console.main, name, "--help")
+    assert status == 0 and shown.lstrip().startswith(f"usage: llamapro {name} ")
+
+
+def test_unknown_command_suggests_the_nearest(
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:
+    """Exit status 2 and one line."""
+    status, shown, message = run_command(console.main, "genarate")
+    assert (status, shown) == (2, "")
+    assert "did you mean 'generate'?" in message and message.count("\n") == 1
+
+
+def test_presets_are_listed_and_copied(
+    root: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """By name; an existing file is never overwritten."""
+    _, shown, _ = run_command(console.main, "presets", "--json")
+    names = {file.stem for file in (root / "configs").glob("*.toml")}
+    assert json.loads(shown)["presets"].keys() == names
+    copy = ("presets", "copy", "sft", tmp_path / "mine.toml")
+    assert run_command(console.main, *copy)[0] == 0
+    assert (tmp_path / "mine.toml").read_text() == (root / "configs" / "sft.toml").read_text()
+    assert "cannot be written" in run_command(console.main, *copy)[2]
+    status, _, message = run_command(console.main, "presets", "copy", "stf", tmp_path / "x")
+    assert status == 2 and "did you mean 'sft'?" in message
+
+
+def test_the_overview_is_fast(root: Path) -> None:
+    """`python -m llamapro` imports no torch."""
+    script = "import sys, llamapro.__main__ as m; print(m.overview()); assert 'torch' not in "
+    done = subprocess.run(
+        [sys.executable, "-c", script + "sys.modules"], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "llamapro", "--version"], cwd=root, capture_output=True, text=True
+    )
+    assert done.stdout == f"{__version__}\n"
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_commands_and_the_presets(root: Path, tmp_path: Path) -> None:
+    """Unpacked far from the clone, it lists presets, plans a run by name and explains expand."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    skipped = shutil.ignore_patterns(".*", "build", "*.egg-info", "tests", "docs", "demo-out")
+    shutil.copytree(root, source, ignore=skipped)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(site)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"llamapro"}
+    carried = {"scripts/train.py", "scripts/convert.py", "configs/llama2-7b.toml", "py.typed"}
+    assert {f"llamapro/{name}" for name in carried} <= names
+
+    def llamapro(*arguments: str) -> str:
+        environment = ENVIRONMENT | {"PYTHONPATH": str(site)}
+        command = [sys.executable, "-m", "llamapro", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return done.stdout + done.stderr
+
+    assert "llama2-7b" in llamapro("presets")
+    assert "usage: llamapro expand" in llamapro("expand", "--help")
+    assert "data.train is empty" in llamapro("train", "--config", "llama2-7b", "--dry-run")
