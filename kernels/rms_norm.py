@@ -165,7 +165,7 @@ def _backward(
     needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns dx and dweight, without elements where they are not needed."""
-    dx, dweight = _backward_outputs(s, weight, needs_dx, needs_dweight)
+    dx, dweight = dense_like(s, needs_dx), dense_like(weight, needs_dweight)
     if not s.numel():
         return dx, dweight.zero_()
     dy, s, dsum = as_rows(dy), as_rows(s), None if dsum is None else as_rows(dsum)
@@ -194,12 +194,6 @@ def _backward(
 
 @_backward.register_fake
 def _(dy, dsum, s, weight, rstd, needs_dx, needs_dweight):
-    return _backward_outputs(s, weight, needs_dx, needs_dweight)
-
-
-def _backward_outputs(
-    s: Tensor, weight: Tensor, needs_dx: bool, needs_dweight: bool
-) -> tuple[Tensor, Tensor]:
     return dense_like(s, needs_dx), dense_like(weight, needs_dweight)
 
 

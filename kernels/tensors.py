@@ -19,7 +19,7 @@ def dense_like(x: Tensor, is_needed: bool = True) -> Tensor:
     nobody asked for must cost nothing.
     """
     if not is_needed:
-        return torch.empty(0, dtype=x.dtype, device=x.device)
+        return torch.empty((0,), dtype=x.dtype, device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -36,8 +36,5 @@ def needed(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def num_warps(elements: int) -> int:
-    """Returns the warps for a block, at most 32.
-
-    Each thread takes 16 elements: two 16-byte loads in bf16.
-    """
+    """Returns the warps for a block, at most 32: a thread takes 16 elements, in bf16 two loads."""
     return min(max(elements // (16 * 32), 1), 32)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: all kernels of this process run in its interpreter. Compiling
-    # them for a GPU is therefore tested in processes of their own (test_kernels_compile.py).
+    # them for a GPU is therefore tested in processes of their own (tests/kernels/test_compile.py).
     os.environ["TRITON_INTERPRET"] = "1"
 
 from llamapro import cli
