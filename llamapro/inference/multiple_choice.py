@@ -7,12 +7,10 @@ log-probabilities, its `acc_norm` the sum per byte.
 Shapes: B batch, T length, N tokens of a choice, C hidden size, V vocabulary.
 """
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
@@ -23,8 +21,7 @@ from tqdm import tqdm
 from llamapro.errors import DataError, Problems
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.documents import find_files
-from llamapro.text.tables import SUFFIX as TABLE
-from llamapro.text.tables import read_rows
+from llamapro.text.rows import read_rows
 from llamapro.text.tokenizer import Tokenizer
 
 _PROMPTS = ("question", "query", "context", "prompt")
@@ -48,7 +45,7 @@ class Question:
 
 
 def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -> list[Question]:
-    """Reads .jsonl, .json (a list) or .parquet files of questions.
+    """Reads .jsonl, .jsonl.gz, .json (a list) or .parquet files of questions.
 
     A row has `choices`, a list of texts or {"text": [...], "label": [...]}, and an `answer`: label,
     index from 0, text, letter, or a list of these. Its `question` or `query` becomes
@@ -66,10 +63,10 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
     asked: list[tuple[str, str, list[str], frozenset[int]]] = []
     problems = Problems(limit=20)
     for file in find_files([pattern]):
-        for place, row in _rows(file.path):
+        for place, row in read_rows(file.path, problems.add, noun="question"):
             try:
-                asked.append((place, *_read(json.loads(row) if isinstance(row, bytes) else row)))
-            except (ValueError, RecursionError) as error:
+                asked.append((place, *_read(row)))
+            except ValueError as error:
                 problems.add(f"{place}: {error}")
     examples = "".join(p + choices[min(right)] + "\n\n" for _, p, choices, right in asked[:shots])
     questions = []
@@ -92,32 +89,12 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
     return questions
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields "file:row" and the row; a row of a .jsonl file is bytes."""
-    name = path.name.lower()
-    if not name.endswith((".json", ".jsonl", TABLE)):
-        raise DataError(f"{path}: not one of .jsonl, .json, {TABLE}")
-    try:
-        with open(path, "rb") as raw:
-            if name.endswith(TABLE):
-                yield from read_rows(path, raw, lambda columns: columns)
-            elif name.endswith(".jsonl"):
-                yield from ((f"{path}:{n}", line) for n, line in enumerate(raw, 1) if line.strip())
-            elif isinstance(values := json.load(raw), list):
-                yield from ((f"{path}:{n}", value) for n, value in enumerate(values, 1))
-            else:
-                raise DataError(f"{path}: {type(values).__name__}, expected a list of questions")
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-
-
-def _read(row: Any) -> tuple[str, list[str], frozenset[int]]:
+def _read(row: dict[str, Any]) -> tuple[str, list[str], frozenset[int]]:
     """Returns a row's prompt, what may follow it, and which is right; or raises ValueError."""
-    values: dict[str, Any] = row if isinstance(row, dict) else {}
-    found = [key for key in _PROMPTS if values.get(key) is not None]  # parquet: every column
+    found = [key for key in _PROMPTS if row.get(key) is not None]  # parquet: every column
     if len(found) != 1:
         raise ValueError(f"expected one of the keys {', '.join(_PROMPTS)}; found {found}")
-    prompt, given = values[found[0]], values.get("choices")
+    prompt, given = row[found[0]], row.get("choices")
     choices, labels = given, None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{found[0]!r} is {prompt!r}, expected a text")
@@ -127,7 +104,7 @@ def _read(row: Any) -> tuple[str, list[str], frozenset[int]]:
         raise ValueError(f"'choices' is {choices!r}, expected a list of two texts or more")
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise ValueError(f"'choices' is {choices!r}: one is empty or not a text")
-    answer = values.get("answer")
+    answer = row.get("answer")
     right: set[int] = set()
     for one in answer if isinstance(answer, list) and answer else [answer]:
         right |= _named(one, choices, labels if isinstance(labels, list) else [])

@@ -4,21 +4,15 @@ Files -> rows -> messages. A problem is noted with its file and row and reading 
 one run names everything that has to be repaired.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, Problems
+from llamapro.errors import Problems
 from llamapro.text.documents import SourceFile, describe_unusual
-from llamapro.text.tables import SUFFIX as TABLE
-from llamapro.text.tables import read_rows
+from llamapro.text.rows import SUFFIXES, UnreadableError, quote_names, read_rows
 
 Message = dict[str, str]  # role and content
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", TABLE)
 # The keys under which a row may hold a conversation: a list of turns, or a question and its answer.
 _FORMS = (
     ("messages",),
@@ -81,29 +75,25 @@ def read_conversations(
         template decides whether roles and turns make sense.
     """
     for file in files:
-        if not file.path.name.lower().endswith(SUFFIXES):
-            if file.is_named:
-                problems.add(f"{file.path}: not one of {', '.join(SUFFIXES)}")
-            counts.other_files += not file.is_named
+        if not file.is_named and not file.path.name.lower().endswith(SUFFIXES):
+            counts.other_files += 1
             continue
-        for location, row in _rows(file.path, problems):
+        for location, row in read_rows(file.path, problems.add, _known_columns, "conversation"):
             messages, wrong = to_messages(row)
             problems.add(*(f"{location}: {problem}" for problem in wrong))
             if not wrong:
                 yield location, messages
 
 
-def to_messages(row: Any) -> tuple[list[Message], list[str]]:
+def to_messages(row: dict[str, Any]) -> tuple[list[Message], list[str]]:
     """Returns a row's messages and no problem, or no messages and what is wrong with its form.
 
     Contents that are lists of text parts are joined.
     """
-    if not isinstance(row, dict):
-        return [], [f"expected a JSON object, found {type(row).__name__}"]
     row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
     form = _form(row)
     if form is None:
-        return [], [f"no conversation (found keys: {_names(row)}); {_EXPECTED}"]
+        return [], [f"no conversation (found keys: {quote_names(row)}); {_EXPECTED}"]
     if row.get("tools"):
         return [], ["'tools' are not supported: remove the row, or the key"]
     if len(form) == 1:
@@ -134,10 +124,6 @@ def _form(keys: Container[str]) -> tuple[str, ...] | None:
     return next((form for form in _FORMS if all(key in keys for key in form)), None)
 
 
-def _names(keys: Any) -> str:
-    return ", ".join(repr(key) for key in list(keys)[:8]) or "none"
-
-
 def _to_message(turn: Any) -> Message:
     """Returns a turn's role and content; raises ValueError with what is wrong with it."""
     if not isinstance(turn, dict):
@@ -151,7 +137,9 @@ def _to_message(turn: Any) -> Message:
         role, content = turn["from"], turn.get("value")
         role = _ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str):
-        raise ValueError(f"no role and content, or from and value (found keys: {_names(turn)})")
+        raise ValueError(
+            f"no role and content, or from and value (found keys: {quote_names(turn)})"
+        )
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
         if kinds := {str(part.get("type")) for part in parts} - {"text"}:
@@ -170,53 +158,9 @@ def _to_message(turn: Any) -> Message:
     return {"role": role, "content": content}
 
 
-def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """Yields "file:row" and the row's value; adds what cannot be read to the problems."""
-    name, row = path.name.lower(), 0
-    try:
-        if name.endswith(TABLE):
-            with open(path, "rb") as raw:
-                yield from read_rows(path, raw, lambda columns: _known_columns(path, columns))
-        elif name.endswith(".json"):
-            values = json.loads(path.read_bytes().decode("utf-8-sig"))
-            if not isinstance(values, list):
-                kind = type(values).__name__
-                raise DataError(f"{path}:1: expected a list of conversations, found {kind}")
-            for row, value in enumerate(values, 1):
-                yield f"{path}:{row}", value
-        else:
-            with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as lines:
-                for row, line in enumerate(lines, 1):
-                    if not line.strip():
-                        continue
-                    text = line.decode("utf-8-sig")
-                    try:
-                        value = json.loads(text)
-                    except (ValueError, RecursionError) as error:
-                        problems.add(f"{path}:{row}: not a line of JSON ({error})")
-                        continue
-                    yield f"{path}:{row}", value
-    except DataError as error:
-        problems.add(str(error))
-    except UnicodeDecodeError as error:
-        # The whole file is in another encoding: one problem, and the rest is not read.
-        line_number = max(row, 1) + error.object[: error.start].count(b"\n")
-        fix = "convert the file, for example with iconv -t UTF-8"
-        problems.add(f"{path}:{line_number}: not UTF-8 ({error.reason}); {fix}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        problems.add(f"{path}:{row + 1}: truncated or not gzip ({error})")
-    except OSError as error:
-        problems.add(f"{path}:{row + 1}: cannot be read: {error.strerror}")
-    except (ValueError, RecursionError) as error:
-        line_number = getattr(error, "lineno", 1)
-        hint = "; a conversation per line is a .jsonl file" if line_number == 2 else ""
-        problems.add(f"{path}:{line_number}: not JSON ({error}){hint}")
-
-
-def _known_columns(path: Path, columns: list[str]) -> list[str]:
-    """Returns the columns that are read; raises DataError if they hold no conversation."""
+def _known_columns(columns: list[str]) -> list[str]:
+    """Returns the columns to read; raises UnreadableError if they hold no conversation."""
     if _form(columns) is None:
-        raise DataError(
-            f"{path}:1: no column of a conversation (found: {_names(columns)}); {_EXPECTED}"
-        )
+        found = quote_names(columns)
+        raise UnreadableError(f"no column of a conversation (found: {found}); {_EXPECTED}")
     return [column for column in columns if column in _KEYS]

@@ -5,13 +5,10 @@ Files -> documents -> pieces, in one order, streamed: memory does not grow with 
 
 import codecs
 import glob
-import gzip
 import io
-import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +17,7 @@ from typing import IO, Any, TextIO
 from tqdm import tqdm
 
 from llamapro.errors import DataError, Problems
-from llamapro.text.tables import SUFFIX as TABLE
-from llamapro.text.tables import read_rows
+from llamapro.text.rows import quote_names, read_rows
 
 # Long documents are tokenised in pieces of this length and short ones in batches of it:
 # sentencepiece takes twice as long for 4 million characters at once as for 1/4 million at a time,
@@ -30,6 +26,7 @@ PIECE_CHARACTERS = 1 << 18
 # The last place in a long line that lies inside no token: before a space between two words, because
 # pre-tokenisation and sentencepiece's vocabulary join a space with the word after it.
 _LAST_SPACE = re.compile(r".*\w(?= \w)", re.DOTALL)
+_ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _READABLE = "only UTF-8 text, .jsonl, .jsonl.gz and .parquet are read"
 
 
@@ -180,15 +177,13 @@ def _open(file: SourceFile) -> Iterator[IO[bytes]]:
     try:
         with open(file.path, "rb") as raw:
             yield raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{file.path}: truncated or not gzip ({error})") from None
     except OSError as error:
         raise DataError(f"{file.path}: cannot be read: {error.strerror}") from None
 
 
 def _problem_at_start(file: SourceFile, text_key: str) -> str:
     """Returns why the first document of a file cannot be read, "" if it can."""
-    has_rows = file.path.name.lower().endswith((".jsonl", ".jsonl.gz", TABLE))
+    has_rows = file.path.name.lower().endswith(_ROW_SUFFIXES)
     if not has_rows and not file.is_named:
         return ""  # skipped if it is not text
     try:
@@ -203,17 +198,8 @@ def _problem_at_start(file: SourceFile, text_key: str) -> str:
 
 
 def _read_file(file: SourceFile, raw: IO[bytes], text_key: str, counts: Counts) -> Iterator[Piece]:
-    name = file.path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        with gzip.open(raw) if name.endswith(".gz") else raw as lines:
-            yield from _read_texts(_json_rows(file.path, lines, counts), text_key, "key", counts)
-    elif name.endswith(TABLE):
-
-        def choose(names: list[str]) -> list[str]:
-            # Without the column, all others are read, because their values show which was meant.
-            return [text_key] if text_key in names else names
-
-        yield from _read_texts(read_rows(file.path, raw, choose), text_key, "column", counts)
+    if file.path.name.lower().endswith(_ROW_SUFFIXES):
+        yield from _read_texts(file.path, raw, text_key, counts)
     elif not (problem := _not_text(raw)):
         yield from _split(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), counts)
     elif file.is_named:
@@ -271,37 +257,26 @@ def _split(stream: TextIO, counts: Counts) -> Iterator[Piece]:
         text, is_first = following, False
 
 
-def _json_rows(
-    path: Path, lines: Iterable[bytes], counts: Counts
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields "file:line" and the JSON object of each line."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            counts.blank_lines += 1
-            continue
-        location = f"{path}:{number}"
-        try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{location}: not a line of JSON in UTF-8 ({error})") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{location}: expected a JSON object, found {type(record).__name__}")
-        yield location, record
+def _read_texts(path: Path, raw: IO[bytes], text_key: str, counts: Counts) -> Iterator[Piece]:
+    """Yields the text of each row."""
 
+    def choose(names: list[str]) -> list[str]:
+        # Without the column, all others are read, because their values show which was meant.
+        return [text_key] if text_key in names else names
 
-def _read_texts(
-    rows: Iterable[tuple[str, dict[str, Any]]], text_key: str, key_kind: str, counts: Counts
-) -> Iterator[Piece]:
-    """Yields the text of each row; messages call its key a "key" or a "column"."""
-    for location, record in rows:
-        if text_key not in record:
-            strings = {k: v for k, v in record.items() if isinstance(v, str)}
-            present = ", ".join(repr(k) for k in list(record)[:8]) or f"no {key_kind}s"
+    def count_blank_line() -> None:
+        counts.blank_lines += 1
+
+    for location, row in read_rows(path, choose=choose, raw=raw, on_blank_line=count_blank_line):
+        if text_key not in row:
+            strings = {k: v for k, v in row.items() if isinstance(v, str)}
             # The longest string is most likely the text.
             longest = max(strings, key=lambda k: len(strings[k]), default=None)
             hint = f"; use --data.text-key {longest}" if longest is not None else ""
-            raise DataError(f"{location}: no {text_key!r} {key_kind} (found: {present}){hint}")
-        text = record[text_key]
+            kind = "column" if path.name.lower().endswith(".parquet") else "key"
+            found = quote_names(row)
+            raise DataError(f"{location}: no {text_key!r} {kind} (found: {found}){hint}")
+        text = row[text_key]
         if not isinstance(text, str):
             kind = "null" if text is None else type(text).__name__
             raise DataError(f"{location}: {text_key!r} is {kind}, expected a string")

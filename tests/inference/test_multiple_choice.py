@@ -297,7 +297,8 @@ def test_every_row_that_is_wrong_is_named(read: Callable[..., list[Question]]) -
     """One message: file, row and what was found there."""
     good = ROWS[0]
     wrong: list[tuple[Any, str]] = [
-        ([], "expected one of the keys question, query, context, prompt; found []"),
+        ([], "expected a JSON object, found list"),
+        ({}, "expected one of the keys question, query, context, prompt; found []"),
         (good | {"prompt": "x"}, "found ['question', 'prompt']"),
         (good | {"question": " "}, "'question' is ' '"),
         (good | {"choices": None}, "'choices' is None"),
@@ -333,10 +334,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, tokenizer: Tokenize
     """A line that is no JSON, a .json that is none or no list, another kind of file, none."""
     contents = {
         "line.jsonl": (b'{"question"\n', r"line\.jsonl:1: "),
-        "latin.jsonl": ('{"question": "ß"}\n'.encode("latin-1"), r"latin\.jsonl:1: .*utf-8"),
-        "broken.json": (b"[", r"broken\.json: cannot be read"),
-        "one.json": (b"{}", r"one\.json: dict, expected a list"),
-        "text.txt": (b"x", r"text\.txt: not one of \.jsonl"),
+        "latin.jsonl": ('{"question": "ß"}\n'.encode("latin-1"), r"latin\.jsonl:1: not UTF-8"),
+        "broken.json": (b"[", r"broken\.json:1: not JSON"),
+        "one.json": (b"{}", r"one\.json:1: expected a list of questions, found dict"),
+        "text.txt": (b"x", r"text\.txt:1: not one of \.jsonl"),
         "damaged.parquet": (b"PAR1", r"damaged\.parquet"),
         "empty.jsonl": (b"\n", r"empty\.jsonl: 0 questions"),
     }

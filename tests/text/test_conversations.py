@@ -76,7 +76,6 @@ def test_input_and_system_become_part_of_the_conversation() -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ([1], "found list"),
         ({"text": "x"}, "no conversation (found keys: 'text')"),
         ({"instruction": "x"}, "no conversation"),
         ({"messages": "x"}, "'messages' is str"),
@@ -161,7 +160,7 @@ def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None
     bad_turns = [{"role": "user"}, {"name": "x"}, ASKED[1]]
     rows = write(tmp_path / "rows.jsonl", ROW, {"messages": bad_turns}, ROW, {"text": "x"})
     with rows.open("a") as file:
-        file.write("{not json\n" + json.dumps(ROW) + "\n")
+        file.write("{not json\n" + json.dumps(ROW) + "\n[1]\n")
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(json.dumps(ROW).encode() + b'\n{"messages": "caf\xe9"}\n')
     wide = tmp_path / "wide.json"
@@ -183,18 +182,19 @@ def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None
         f"{rows}:2: turn 2: no role",
         f"{rows}:4: no conversation (found keys: 'text')",
         f"{rows}:5: not a line of JSON",
+        f"{rows}:7: expected a JSON object, found list",
         f"{latin}:2: not UTF-8",
         f"{wide}:1: not UTF-8",
         f"{single}:1: expected a list of conversations, found dict",
         f"{stacked}:2: not JSON (Extra data",
         f"{plain}:1: truncated or not gzip",
-        f"{other}: not one of .jsonl",
+        f"{other}:1: not one of .jsonl",
     ]
     lines = lines_of(problems)
     assert len(lines) == len(expected)
     for line, start in zip(lines, expected, strict=True):
         assert line.strip().startswith(start)
-    assert "a conversation per line is a .jsonl file" in lines[7]
+    assert "a conversation per line is a .jsonl file" in lines[8]
     assert "truncated or not gzip" in lines_of(read(cut)[1])[-1]
 
 

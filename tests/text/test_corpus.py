@@ -17,8 +17,8 @@ from llamapro.errors import DataError
 from llamapro.text import corpus, documents
 from llamapro.text.corpus import tokenize
 from llamapro.text.documents import find_files
+from llamapro.text.rows import read_rows
 from llamapro.text.store import TokenStore
-from llamapro.text.tables import read_rows
 from llamapro.text.tokenizer import Tokenizer
 
 Tokenize = Callable[..., TokenStore]
@@ -125,14 +125,14 @@ def test_what_is_left_out_is_counted_and_told(
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: not a line of JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}', r"a\.jsonl:2: 'text' is int"),
         ("a.jsonl", b'{"text": "x"}\n["text"]', r"a\.jsonl:2: expected a JSON object, found list"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"a\.jsonl:2: not a line of JSON in UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"a\.jsonl:2: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: 'text' is not valid Unicode"),
         (
             "a.jsonl.gz",
             gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9],
-            r"a\.jsonl\.gz: truncated",
+            r"a\.jsonl\.gz:10: truncated",
         ),
-        ("a.jsonl.gz", b'{"text": "x"}', r"a\.jsonl\.gz: truncated or not gzip"),
+        ("a.jsonl.gz", b'{"text": "x"}', r"a\.jsonl\.gz:1: truncated or not gzip"),
         ("a.bin", b"a\0b", r"a\.bin: binary"),
         ("a.txt", b"abc\xff", r"a\.txt: not UTF-8 .*after about 3 bytes"),
         ("a.txt", b"abc\xe2\x82", r"a\.txt: not UTF-8"),
@@ -287,7 +287,7 @@ def test_tables_are_read_batch_by_batch(
             return part
 
     with Counted(path) as raw:
-        rows = read_rows(path, raw, lambda names: names[1:])
+        rows = read_rows(path, choose=lambda names: names[1:], raw=raw)
         assert next(rows) == (f"{path}:1", {"text": table["text"][0]})
         assert 0 < raw.total < path.stat().st_size / 3
         assert list(rows)[-1] == (f"{path}:8000", {"text": table["text"][7999]})
@@ -340,7 +340,7 @@ def test_missing_pyarrow_is_told_with_the_command(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"a\.parquet: needs pyarrow: .*'llamapro\[data\]'"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: needs pyarrow: .*'llamapro\[data\]'"):
         make(tmp_path / "folder")
 
 
@@ -375,7 +375,7 @@ def test_the_mistakes_of_all_files_are_told_before_any_is_read(
     assert first == "4 files cannot be used:"
     for line, name, problem in zip(
         lines,
-        ("folder/a.jsonl:1", "folder/c.jsonl.gz", "folder/d.parquet:1", "latin.txt"),
+        ("folder/a.jsonl:1", "folder/c.jsonl.gz:1", "folder/d.parquet:1", "latin.txt"),
         ("--data.text-key content", "not gzip", "--data.text-key body", "not UTF-8"),
         strict=True,
     ):
