@@ -36,9 +36,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T: (..., C), (F, C) -> (..., F).
 
-    PyTorch multiplies fp32 matrices with MKL, which takes twice as long on AMD processors as
-    oneDNN. oneDNN's operator is the one that `torch.compile` puts in place of `nn.Linear`. It is
-    used for fp32 on a CPU, if this build of PyTorch has it.
+    For fp32 on AMD processors oneDNN takes half the time of MKL, PyTorch's own. `torch.compile` puts
+    the same operator in place of `nn.Linear`. Not every build of PyTorch has it.
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _HAS_ONEDNN:
         return _Linear.apply(x, weight)
@@ -196,12 +195,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
             mask = mask & (torch.arange(S, device=q.device) >= bounds.first[:, :, None])
         mask = mask[:, None]  # (B or 1, 1, T, S)
     out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and T > 1,
-        enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
 
@@ -216,43 +210,33 @@ def logits_at_once(device: torch.device) -> int:
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss of softmax(x W^T), and the number of targets: (N, C), (V, C), (N,) -> (), ()."""
-    chunk = _Chunks.of(x, weight, max(1, logits_at_once(x.device) // weight.shape[0]))
-    loss_sum = _LinearCrossEntropy.apply(x, weight, targets, chunk)
+    chunks = _chunks(x, weight, logits_at_once(x.device))
+    loss_sum = _LinearCrossEntropy.apply(x, weight, targets, chunks)
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
 def linear_kl(
-    x: Tensor,
-    teacher_x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    teacher_rows: int | None = None,
+    x: Tensor, teacher_x: Tensor, weight: Tensor, targets: Tensor, teacher_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Summed KL(teacher || model) through one head, and the number of targets."""
-    # Two sets of logits live at a time.
-    chunk = _Chunks.of(x, weight, max(1, logits_at_once(x.device) // (2 * weight.shape[0])))
+    chunks = _chunks(x, weight, logits_at_once(x.device) // 2)  # the teacher's logits live too
     rows = teacher_rows or weight.shape[0]
-    kl_sum = _LinearKL.apply(x, teacher_x, weight, targets, chunk, rows)
+    kl_sum = _LinearKL.apply(x, teacher_x, weight, targets, chunks, rows)
     return kl_sum, (targets != IGNORE_INDEX).sum()
 
 
 class _Chunks(NamedTuple):
-    """How a loss goes through its tokens.
-
-    Attributes:
-        tokens: the number of tokens whose logits live at a time.
-        needs_x, needs_weight: the gradients that forward computes. A Function cannot ask for them
-            itself: inside it gradients are always off, and its flags ignore `torch.no_grad`.
-    """
-
-    tokens: int
-    needs_x: bool
+    tokens: int  # whose logits live at a time
+    needs_x: bool  # which gradients forward computes
     needs_weight: bool
 
-    @classmethod
-    def of(cls, x: Tensor, weight: Tensor, tokens: int) -> "_Chunks":
-        is_on = torch.is_grad_enabled()
-        return cls(tokens, is_on and x.requires_grad, is_on and weight.requires_grad)
+
+def _chunks(x: Tensor, weight: Tensor, logits: int) -> _Chunks:
+    """Cuts the tokens for this many logits. A Function cannot ask what needs a gradient itself:
+    inside it gradients are always off."""
+    is_on = torch.is_grad_enabled()
+    tokens = max(1, logits // weight.shape[0])
+    return _Chunks(tokens, is_on and x.requires_grad, is_on and weight.requires_grad)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
