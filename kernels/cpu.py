@@ -36,8 +36,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T: (..., C), (F, C) -> (..., F).
 
-    For fp32 on AMD processors oneDNN takes half the time of MKL, PyTorch's own. `torch.compile` puts
-    the same operator in place of `nn.Linear`. Not every build of PyTorch has it.
+    oneDNN takes half the time of MKL, which PyTorch uses, for fp32 on AMD processors. It is the
+    operator that `torch.compile` puts in place of `nn.Linear`. Not every build has it.
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _HAS_ONEDNN:
         return _Linear.apply(x, weight)

@@ -12,20 +12,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-# The ops that have a Triton kernel, and its module in `llamapro.kernels`.
-TRITON_MODULES = {
-    "rms_norm": "rms_norm",
-    "rope": "rope",
-    "attention": "attention",
-    "swiglu": "swiglu",
-    "linear_cross_entropy": "cross_entropy",
-}
-OPS = ("linear", *TRITON_MODULES, "linear_kl")
+from llamapro.kernels import cpu
+
+TRITON_OPS = ("rms_norm", "rope", "attention", "swiglu", "linear_cross_entropy")
+OPS = ("linear", *TRITON_OPS, "linear_kl")
 BACKENDS = ("auto", "torch", "cpu", "triton")
 _chosen: dict[str, str] = dict.fromkeys(OPS, "auto")
 
@@ -53,8 +47,8 @@ def parse(choice: str) -> dict[str, str]:
             raise ValueError(f"{choice!r}: no op {op!r} (known: {', '.join(OPS)})")
         if backend not in BACKENDS:
             raise ValueError(f"{choice!r}: no backend {backend!r} (known: {', '.join(BACKENDS)})")
-        if backend == "triton" and op and op not in TRITON_MODULES:
-            known = ", ".join(TRITON_MODULES)
+        if backend == "triton" and op and op not in TRITON_OPS:
+            known = ", ".join(TRITON_OPS)
             raise ValueError(f"{choice!r}: {op} has no Triton kernel (known: {known})")
         chosen |= {op: backend} if op else dict.fromkeys(OPS, backend)
     return chosen
@@ -85,7 +79,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tupl
     asked = _chosen[op]
     if asked in ("torch", "cpu"):
         return asked, "asked for"
-    if op not in TRITON_MODULES:
+    if op not in TRITON_OPS:
         return "cpu", "no Triton kernel"
     if asked == "auto" and device.type != "cuda":
         return "cpu", f"device is {device.type}"
@@ -106,7 +100,7 @@ def summary(config: Any, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         BackendError: as `choose`.
     """
-    sizes = dict.fromkeys(TRITON_MODULES, config.hidden_size)
+    sizes = dict.fromkeys(TRITON_OPS, config.hidden_size)
     sizes |= {"swiglu": config.intermediate_size}
     sizes |= {"rope": config.head_dim, "attention": config.head_dim}
     groups: dict[tuple[str, str], list[str]] = {}
@@ -128,7 +122,18 @@ def _cannot_run(op: str, device: torch.device, dtype: torch.dtype, size: int) ->
 
 
 def _triton_module(op: str) -> Any:
-    return import_module(f"llamapro.kernels.{TRITON_MODULES[op]}")
+    # Written out, because `torch.compile` follows import statements but not `import_module`.
+    if op == "rms_norm":
+        from llamapro.kernels import rms_norm as module
+    elif op == "rope":
+        from llamapro.kernels import rope as module
+    elif op == "attention":
+        from llamapro.kernels import attention as module
+    elif op == "swiglu":
+        from llamapro.kernels import swiglu as module
+    else:
+        from llamapro.kernels import cross_entropy as module
+    return module
 
 
 def switched(op: str) -> Callable[[Callable[Inputs, Output]], Callable[Inputs, Output]]:
@@ -146,12 +151,9 @@ def switched(op: str) -> Callable[[Callable[Inputs, Output]], Callable[Inputs, O
                 backend = "cpu"
             if backend == "torch":
                 return reference(*args, **kwargs)
-            module = _triton_module(op) if backend == "triton" else import_module(_CPU)
+            module = _triton_module(op) if backend == "triton" else cpu
             return getattr(module, name)(*args, **kwargs)
 
         return call
 
     return decorate
-
-
-_CPU = "llamapro.kernels.cpu"

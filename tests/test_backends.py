@@ -93,7 +93,7 @@ def test_old_gpus_and_the_cpu_are_not_for_kernels(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu(7, 5))
     for where, reason in ((CPU, "device is cpu"), (CUDA, "compute capability 7.5")):
-        for op in backends.TRITON_MODULES:
+        for op in backends.TRITON_OPS:
             with backends.use("auto"):
                 backend, why = backends.choose(op, where, torch.float16, 64)
                 assert backend == "cpu" and reason in why
@@ -103,8 +103,10 @@ def test_old_gpus_and_the_cpu_are_not_for_kernels(monkeypatch: pytest.MonkeyPatc
 
 def test_without_triton_everything_is_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton exists for Linux only. `auto` does without it, `triton` says what is missing."""
-    for name in backends.TRITON_MODULES.values():
-        monkeypatch.delitem(sys.modules, f"llamapro.kernels.{name}", raising=False)
+    for name in [name for name in sys.modules if name.startswith("llamapro.kernels.")]:
+        if name != "llamapro.kernels.cpu":
+            monkeypatch.delitem(sys.modules, name)
+            monkeypatch.delattr(f"llamapro.kernels.{name.rpartition('.')[2]}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with backends.use("auto"):
         assert backends.choose("rope", CUDA, torch.bfloat16, 64)[0] == "cpu"
@@ -188,7 +190,7 @@ def test_the_whole_model_computes_and_trains_on_kernels(
             loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append((loss.detach(), gradients))
-    assert set(calls) == set(backends.TRITON_MODULES)
+    assert set(calls) == set(backends.TRITON_OPS)
     (torch_loss, torch_gradients), (loss, gradients) = found
     # fp32 sums in another order, through 3 blocks.
     torch.testing.assert_close(loss, torch_loss, rtol=2e-6, atol=0)
@@ -220,7 +222,7 @@ def test_each_op_is_switched_on_its_own(
     model: LlamaForCausalLM, ids: Tensor, calls: Counter[str]
 ) -> None:
     """Naming one op runs that kernel and no other."""
-    for op in backends.TRITON_MODULES:
+    for op in backends.TRITON_OPS:
         calls.clear()
         with backends.use(f"torch,{op}=triton"), torch.no_grad():
             loss_of(model, ids)
@@ -242,7 +244,7 @@ def test_decoding_leaves_attention_to_torch_unless_asked(
         assert calls == {"attention": 1}
 
 
-@pytest.mark.parametrize("choice", ["torch", "triton"])
+@pytest.mark.parametrize("choice", ["torch", "cpu", "triton"])
 def test_the_model_compiles_without_a_graph_break(
     model: LlamaForCausalLM, ids: Tensor, choice: str
 ) -> None:
