@@ -7,8 +7,9 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from llamapro import __version__, cli
 from llamapro.errors import ConfigError, suggest
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         cli.run(lambda: print(overview()))
     if name == "--version":
         cli.run(lambda: print(__version__))
-    cli.run(lambda: run_command(name, rest), leave=os._exit if name == "train" else sys.exit)
+    leave: Callable[[int], NoReturn] = os._exit if name == "train" else sys.exit
+    cli.run(lambda: run_command(name, rest), leave=leave)
 
 
 def run_command(name: str, argv: list[str]) -> None:
