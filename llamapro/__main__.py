@@ -7,9 +7,8 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from llamapro import __version__, cli
 from llamapro.errors import ConfigError, suggest
@@ -69,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
         cli.run(lambda: print(overview()))
     if name == "--version":
         cli.run(lambda: print(__version__))
-    leave: Callable[[int], NoReturn] = os._exit if name == "train" else sys.exit
-    cli.run(lambda: run_command(name, rest), leave=leave)
+    if name == "train":  # whose threads may abort the interpreter's teardown
+        cli.run(lambda: run_command(name, rest), leave=os._exit)
+    cli.run(lambda: run_command(name, rest))
 
 
 def run_command(name: str, argv: list[str]) -> None:
