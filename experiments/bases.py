@@ -1,6 +1,5 @@
-"""The bases and domains of a study; checkpoints are made by the public commands."""
+"""The bases and domains of a study. Checkpoints are made by the public commands."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -11,19 +10,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from domains import ROOT, STORIES
-from options import StudySettings, replay
-from schedule import Task
+from domains import STORIES
+from options import ROOT, StudySettings
 from trial import TEXT_FILE, device_of, write_json
-from variants import Variant, comparisons, fitting, plain, retention
+from variants import Variant, comparisons, nearest_number, plain, retention
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, DataError
 from llamapro.text.documents import find_files
 from llamapro.text.mixture import parse_named
+from llamapro.training.preset import parse as parse_train
 
-PRETRAIN_FILE = "pretrain.json"  # beside the base: what it was trained with
+PRETRAIN_FILE = "pretrain.json"  # in the base: what it was pre-trained with
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,21 @@ class Study:
     """One base and one domain.
 
     Attributes:
-        name: of its directory.
-        base: of the base; checkpoint: its directory.
-        domain: its name; train, val: its text.
+        s: the settings that all studies share.
+        base, checkpoint, num_layers: the base's name, directory and size.
+        domain, train, val: the new domain's name and text.
         general: name -> held-out text of other domains.
-        general_train: to replay.
-        choices: questions, or "".
-        num_layers: of the base.
-        is_written: a general set is text that the base writes, with a seed of its own.
-        is_whole: all variants, or only plain expansion, full fine-tuning and the ways to forget
-            less.
+        general_train: general text to replay, if there is any.
+        choices: file of questions, or "".
+        is_whole: whether all variants are trained, or only plain expansion, full fine-tuning and
+            the ways to forget less.
+        is_written: whether a general set is text that the base writes.
     """
 
-    name: str
+    s: StudySettings
     base: str
     checkpoint: Path
+    num_layers: int
     domain: str
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -53,32 +52,44 @@ class Study:
     general_train: tuple[str, ...]
     choices: str
     is_whole: bool
-    num_layers: int
     is_written: bool = False
 
-    def identity(self) -> str:
-        """Returns the hash of the base's weights, once it is there: results are of this one."""
+    @property
+    def name(self) -> str:
+        return "own" if self.base == "own" else f"{self.base}-{self.domain}"
+
+    @property
+    def base_sha256(self) -> str:
+        """The hash of the base's weights: results belong to these."""
         return _sha256(self.checkpoint)
 
-    def compared(self, s: StudySettings) -> int:
-        """Returns the number of new blocks at which other things are compared."""
-        return fitting(self.num_layers, s.compared)
+    @property
+    def compared(self) -> int:
+        """The number of new blocks at which everything else is compared."""
+        return nearest_number(self.num_layers, self.s.compared)
 
-    def variants(self, s: StudySettings) -> list[Variant]:
-        """Returns what is trained; of `s.variants`, with those that these vary."""
-        compared = self.compared(s)
-        found = comparisons(self.num_layers, s.new_blocks, compared)
+    @property
+    def variants(self) -> list[Variant]:
+        """What is trained: of `s.variants` those that exist here, with those that they vary."""
+        variants = comparisons(self.num_layers, self.s.new_blocks, self.compared)
         if not self.is_whole:
-            found = [v for v in found if v.name in (plain(compared).name, "full")]
-        found += retention(compared, self.general_train, self.train, replay(s))
-        wanted = set(s.variants) | {v.varies for v in found if v.name in s.variants}
-        found = [v for v in found if not s.variants or v.name in wanted]
-        if not found:
+            variants = [v for v in variants if v.name in (plain(self.compared).name, "full")]
+        variants += retention(self.s, self.compared, self.general_train, self.train)
+        names = set(self.s.variants)
+        wanted = names | {v.varies for v in variants if v.name in names}
+        chosen = [v for v in variants if not names or v.name in wanted]
+        if not chosen:
             raise ConfigError(
-                f"--variants {' '.join(s.variants)}: none is possible for {self.name}, a base of "
-                f"{self.num_layers} layers"
+                f"--variants {' '.join(self.s.variants)}: none is possible for {self.name}, a "
+                f"base of {self.num_layers} layers"
             )
-        return found
+        return chosen
+
+    def start(self, variant: Variant) -> Path:
+        """Returns where a variant starts: the base, or an expanded checkpoint."""
+        if not variant.expand:
+            return self.checkpoint
+        return self.s.dir / "bases" / f"{self.base}-{variant.varies or variant.name}"
 
 
 @cache
@@ -94,61 +105,48 @@ def own_study(s: StudySettings) -> Study:
         raise ConfigError("--general domain=...: this name is the new domain's; choose another")
     for patterns in filter(None, (s.train, s.val, s.general_train, *general.values())):
         find_files(list(patterns))  # raises DataError for a pattern that matches nothing
-    how = (s.general_train, s.choices, True, base.config.num_hidden_layers)
-    return Study("own", "own", base.path, "domain", s.train, s.val, general, *how)
+    return Study(
+        s, "own", base.path, base.config.num_hidden_layers, "domain", s.train, s.val, general,
+        s.general_train, s.choices, is_whole=True,
+    )  # fmt: skip
 
 
-def made_studies(s: StudySettings, out: Path) -> list[Study]:
-    """Returns the studies of the small base, which is made in `out`, and of the others, each in
-    both domains.
-    """
-    config = ModelConfig.from_file(ROOT / s.pretrain.config)
-    bases = {"small": (out / "bases" / "small", config.num_hidden_layers)}
+def made_studies(s: StudySettings) -> list[Study]:
+    """Returns the studies of the small base, which is still to be made, and of `more_bases`."""
+    layers = ModelConfig.from_file(s.pretrain_config).num_hidden_layers
+    bases = {"small": (s.dir / "bases" / "small", layers)}
     for name, paths in parse_named(s.more_bases, "--more-bases").items():
         if name in bases:
             raise ConfigError(f"--more-bases {name}=...: this name is taken; choose another")
         checkpoint = Checkpoint.open(paths[0])
         bases[name] = (checkpoint.path, checkpoint.config.num_hidden_layers)
-    corpus = out / "corpus"
-    found = []
+    corpus, studies = s.dir / "corpus", []
     for base, (checkpoint_dir, num_layers) in bases.items():
-        general = {"english": [str(corpus / "english" / "val")]}
-        general["packages"] = [str(corpus / "packages")]
-        replayed: tuple[str, ...] = (str(corpus / "english" / "train"),)
-        if base != "small":  # of what it was trained on, nothing need be known
-            written = str(out / "written" / base / TEXT_FILE)
-            general, replayed = {"written": [written], "stories": [str(STORIES)]}, ()
+        is_small = base == "small"
+        if is_small:
+            general = {"english": [str(corpus / "english" / "val")]}
+            general["packages"] = [str(corpus / "packages")]
+        else:  # the text that it was trained on is not known
+            written = s.dir / "written" / base / TEXT_FILE
+            general = {"written": [str(written)], "stories": [str(STORIES)]}
         for domain in ("code", "math"):
-            found.append(
+            studies.append(
                 Study(
-                    name=f"{base}-{domain}",
-                    base=base,
-                    checkpoint=checkpoint_dir,
-                    domain=domain,
+                    s,
+                    base,
+                    checkpoint_dir,
+                    num_layers,
+                    domain,
                     train=(str(corpus / domain / "train"),),
                     val=(str(corpus / domain / "val"),),
                     general=general,
-                    general_train=replayed,
+                    general_train=(str(corpus / "english" / "train"),) if is_small else (),
                     choices=str(corpus / "choices" / f"{domain}.jsonl"),
-                    is_whole=base == "small" and domain == "code",
-                    num_layers=num_layers,
-                    is_written=base != "small",
+                    is_whole=is_small and domain == "code",
+                    is_written=not is_small,
                 )
             )
-    return found
-
-
-def command(*words: str) -> None:
-    """Runs one of the public commands, shown before; its output goes to standard error.
-
-    Raises:
-        DataError: it fails.
-    """
-    print(f"$ {' '.join(words)}", file=sys.stderr, flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, *words], env=environment, stdout=sys.stderr)
-    if found.returncode:
-        raise DataError(f"python {' '.join(words[:3])} ... failed, see above")
+    return studies
 
 
 def flags(options: dict[str, Any]) -> list[str]:
@@ -156,68 +154,63 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
-def pretrain(s: StudySettings, out: Path) -> None:
+def command(*words: object) -> None:
+    """Prints and runs one of the public commands; its output goes to standard error.
+
+    Raises:
+        DataError: it fails.
+    """
+    text = [str(word) for word in words]
+    print(f"$ {' '.join(text)}", file=sys.stderr, flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *text], env=environment, stdout=sys.stderr)
+    if done.returncode:
+        raise DataError(f"python {' '.join(text[:3])} ... failed, see above")
+
+
+def pretrain(s: StudySettings) -> None:
     """Makes the small base with the public commands, unless it is there."""
-    p, tokenizer, base = s.pretrain, out / "tokenizer", out / "bases" / "small"
-    made_of = dataclasses.asdict(p) | {"seq_len": s.seq_len}
+    tokenizer, base, config = s.dir / "tokenizer", s.dir / "bases" / "small", s.pretrain_config
+    made_of = {"preset": (ROOT / s.pretrain).read_text("utf-8"), "seq_len": s.seq_len}
     if base.exists():
         if json.loads((base / PRETRAIN_FILE).read_text(encoding="utf-8")) != made_of:
             raise ConfigError(f"{base} was pre-trained with other settings: choose another --out")
         return
-    english = str(out / "corpus" / "english" / "train")
+    english = s.dir / "corpus" / "english"
     if not (tokenizer / "tokenizer.model").exists():
-        words = ("--vocab-size", str(p.vocab_size), "--out", str(tokenizer))
-        command(str(ROOT / "demo" / "train_tokenizer.py"), english, *words)
-    processes = pretrain_processes(s)
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes))
-    run_dir = str(out / "pretrain")
+        vocab_size = ModelConfig.from_file(config).vocab_size
+        words = ("--vocab-size", vocab_size, "--out", tokenizer)
+        command(ROOT / "demo" / "train_tokenizer.py", english / "train", *words)
     options = {
-        "model.config": ROOT / p.config, "model.tokenizer": tokenizer, "data.train": english,
-        "data.val": f"english={out / 'corpus' / 'english' / 'val'}", "data.seq-len": s.seq_len,
-        "data.cache-dir": out / "cache", "train.trainable": "all", "train.steps": p.steps,
-        "train.batch-size": p.batch_size, "train.micro-batch-size": p.micro_batch_size,
-        "train.seed": 1, "train.device": s.device, "optim.lr": p.lr,
-        "optim.final-lr-ratio": 0.05, "eval.every": max(1, p.steps // 4), "eval.sequences": 32,
-        "save.every": max(1, p.steps // 4), "save.keep": 1, "log-every": max(1, p.steps // 8),
-        "run-dir": run_dir,
+        "config": ROOT / s.pretrain, "model.config": config, "model.tokenizer": tokenizer,
+        "data.train": english / "train", "data.val": f"english={english / 'val'}",
+        "data.seq-len": s.seq_len, "data.cache-dir": s.dir / "cache", "train.device": s.device,
+        "run-dir": s.dir / "pretrain",
     }  # fmt: skip
-    command(*(launch if processes > 1 else ()), str(ROOT / "train.py"), *flags(options))
-    command(str(ROOT / "convert.py"), "merge", str(ROOT / p.config), run_dir, str(base))
+    processes = pretrain_processes(s)
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", processes)
+    command(*(launch if processes > 1 else ()), ROOT / "train.py", *flags(options))
+    command(ROOT / "convert.py", "merge", config, s.dir / "pretrain", base)
     write_json(base / PRETRAIN_FILE, made_of)
 
 
 def pretrain_processes(s: StudySettings) -> int:
     """Returns how many processes pre-train: on the CPU one for each worker, if they divide it."""
-    fits = s.pretrain.batch_size % (s.workers * s.pretrain.micro_batch_size) == 0
-    return s.workers if fits and device_of(s.device).type == "cpu" else 1
+    t = parse_train(["--config", str(ROOT / s.pretrain)]).train
+    divides = t.batch_size % (s.workers * t.micro_batch_size) == 0
+    return s.workers if divides and device_of(s.device).type == "cpu" else 1
 
 
-def written_task(s: StudySettings, out: Path, study: Study) -> Task:
-    """Returns the task of writing held-out text with the base, of another seed than replay's."""
-    about = {"base": str(study.checkpoint), "tokens": s.replay_tokens, "length": s.seq_len}
-    about |= {"base_sha256": study.identity(), "device": s.device}
-    return Task(f"text of {study.base}", "write", about, out / "written" / study.base)
-
-
-def expanded_dir(out: Path, study: Study, variant: Variant) -> Path:
-    """Returns where a variant starts: the base, or an expanded checkpoint of its own."""
-    if not variant.expand:
-        return study.checkpoint
-    return out / "bases" / f"{study.base}-{variant.varies or variant.name}"
-
-
-def expand(s: StudySettings, out: Path, studies: Sequence[Study]) -> None:
-    """Makes the expanded checkpoints with the public command."""
+def expand(studies: Sequence[Study]) -> None:
+    """Makes the expanded checkpoints with the public commands, unless they are there."""
     for study in studies:
-        for variant in study.variants(s):
-            start = expanded_dir(out, study, variant)
+        for variant in study.variants:
+            start = study.start(variant)
             if start.exists():
                 record = Checkpoint.open(start).config.expansion
-                if variant.expand and (not record or record.base_sha256 != study.identity()):
+                if variant.expand and (not record or record.base_sha256 != study.base_sha256):
                     raise ConfigError(f"{start} is of another base: choose another --out")
             else:
-                script = ["convert.py", "expand"]
-                if "--by" in variant.expand:
-                    script = ["experiments/placement.py"]
-                words = (str(ROOT / script[0]), *script[1:], str(study.checkpoint), str(start))
-                command(*words, *variant.expand)
+                is_measured = "--by" in variant.expand
+                script = ["experiments/placement.py"] if is_measured else ["convert.py", "expand"]
+                command(ROOT / script[0], *script[1:], study.checkpoint, start, *variant.expand)

@@ -1,16 +1,14 @@
 """What the study's numbers say about the paper's ordering, in generated sentences.
 
 A difference of two means is *told apart* if it is at least two standard errors of that difference.
-Of equal variants with three seeds each, about one pair in nine is told apart by this rule.
+About one pair in nine of equal variants with three seeds each is told apart by this rule.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from summary import AIM, Share, Spread, front, retention, summarize
+from summary import AIM, Row, Share, Spread, front, retention, summarize
 
-Row = dict[str, Any]
 HOLDS, FAILS, EQUAL = "holds", "does not hold", "not told apart"
 ERRORS = 2  # standard errors that tell a difference apart
 MEASURES = {"domain": ("domain loss", ".3f"), "general": ("general change", "+z.3f")}
@@ -19,7 +17,7 @@ ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
 
 
 class Claim(NamedTuple):
-    """That one variant has the lower number; "" is the variant all are compared with."""
+    """Says that one variant has the lower number; "" is the variant that all are compared with."""
 
     text: str
     lower: str
@@ -58,8 +56,9 @@ CLAIMS = (
 
 
 def verdict(lower: Spread, higher: Spread) -> str:
-    """Returns whether the first mean is the lower one: `HOLDS`, `FAILS`, `EQUAL`; of one seed,
-    which has no standard error, only the sign.
+    """Returns whether the first mean is the lower one: `HOLDS`, `FAILS` or `EQUAL`.
+
+    One seed has no standard error, so that only the sign is told.
     """
     difference = higher.mean - lower.mean
     if lower.error is None or higher.error is None:
@@ -73,8 +72,8 @@ def verdict(lower: Spread, higher: Spread) -> str:
 def findings(results: dict[str, Any]) -> str:
     """Returns what holds here and what does not, study by study, in Markdown.
 
-    A claim is left out where a study has not the variants; one with no finished run says so. Shares
-    on the other general sets are compared with that on the first.
+    A claim about variants that a study does not have is left out; one without a finished run says
+    so. Shares on the other general sets are compared with the share on the first.
     """
     parts = [
         "Each claim is followed by its verdict and its two numbers, mean ± standard deviation over "
@@ -89,14 +88,15 @@ def findings(results: dict[str, Any]) -> str:
     ]
     for study in results["studies"]:
         rows = {row["name"]: row for row in summarize(study)}
-        said = [*_numbers(rows), *_claims(study, rows)]
-        counts = [sum(s.count(f"**{word}**") for s in said) for word in (HOLDS, FAILS, EQUAL)]
-        if any(counts):
-            told = (f"{word}: {n}" for word, n in zip((HOLDS, FAILS, EQUAL), counts, strict=True))
-            said.insert(0, f"Of the comparisons that follow, {', '.join(told)}.")
-        said += [*_gradients(study), *_kept(study, rows), *_front(rows)]
-        said += _rates(list(rows.values()))
-        parts.append(f"### {study['name']}\n\n" + "\n".join(f"- {sentence}" for sentence in said))
+        sentences = [*_numbers(rows), *_claims(study, rows)]
+        text = " ".join(sentences)
+        counts = {word: text.count(f"**{word}**") for word in (HOLDS, FAILS, EQUAL)}
+        if any(counts.values()):
+            listed = ", ".join(f"{word}: {n}" for word, n in counts.items())
+            sentences.insert(0, f"Of the comparisons that follow, {listed}.")
+        sentences += [*_gradients(study), *_retention(study, rows), *_front(rows), *_rates(rows)]
+        lines = "\n".join(f"- {sentence}" for sentence in sentences)
+        parts.append(f"### {study['name']}\n\n{lines}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,21 +136,21 @@ def _compare(lower: Row, higher: Row, measure: str) -> str:
         )
     name, form = MEASURES[measure]
     low, high = lower[measure], higher[measure]
-    told = f"{low.text(form)} of `{lower['label']}`, {high.text(form)} of `{higher['label']}`"
-    return f"**{verdict(low, high)}** ({name}: {told})"
+    numbers = f"{low.text(form)} of `{lower['label']}`, {high.text(form)} of `{higher['label']}`"
+    return f"**{verdict(low, high)}** ({name}: {numbers})"
 
 
 def _gradients(study: dict[str, Any]) -> list[str]:
     """Which tensors of a new block can learn, and what that says of Appendix A."""
-    found, sentences = study["gradients"] or {}, []
-    for kind, steps in found.items():
-        told = []
+    gradients, sentences = study["gradients"] or {}, []
+    for kind, steps in gradients.items():
+        texts = []
         for number, norms in enumerate(steps, 1):
-            none = [name for name, norm in norms.items() if norm == 0]
-            which = f" ({', '.join(none)})" if 0 < len(none) < len(norms) else ""
-            told.append(f"step {number}: exactly 0 for {len(none)} of {len(norms)} tensors{which}")
-        sentences.append(f"Gradients of a new block, {kind}: " + "; ".join(told) + ".")
-    norms = found.get("zero-norms", [])
+            zero = [name for name, norm in norms.items() if norm == 0]
+            which = f" ({', '.join(zero)})" if 0 < len(zero) < len(norms) else ""
+            texts.append(f"step {number}: exactly 0 for {len(zero)} of {len(norms)} tensors{which}")
+        sentences.append(f"Gradients of a new block, {kind}: " + "; ".join(texts) + ".")
+    norms = gradients.get("zero-norms", [])
     if norms and all(ATTENTION_NORM in step and FFN_NORM in step for step in norms):
         first = norms[0]
         ffn = "exactly 0" if all(step[FFN_NORM] == 0 for step in norms) else "not always 0"
@@ -163,10 +163,10 @@ def _gradients(study: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _kept(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
+def _retention(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
     """Which options against forgetting meet the aim, and whether all general sets moved alike."""
     options = retention(study, list(rows.values()))
-    has_result = {option["name"] for option in options}
+    compared = {option["name"] for option in options}
     first, *others = study["general"]
     sentences = []
     for option in sorted(options, key=lambda option: not option["meets"]):
@@ -174,8 +174,8 @@ def _kept(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
         share = f"`{option['plain']}` forgets nothing" if gone is None else f"{gone.text()} gone"
         shares = option["sets"]
         if others and shares[first] is not None:
-            told = [f"{_alike(shares[first], shares[name])} of `{name}`" for name in others]
-            share += f" ({shares[first].text()} of `{first}`; {'; '.join(told)})"
+            listed = [f"{_alike(shares[first], shares[name])} of `{name}`" for name in others]
+            share += f" ({shares[first].text()} of `{first}`; {'; '.join(listed)})"
         sentences.append(
             f"`{option['label']}` **{words} the aim**: {share}, domain loss "
             f"{option['domain']:+z.1%}, training cost {option['cost']:.2f}x."
@@ -183,7 +183,7 @@ def _kept(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
     return sentences + [
         f"`{row['label']}` cannot be compared: {row['runs']} runs finished, {row['failed']} failed."
         for row in rows.values()
-        if row["group"] == "retention" and row["name"] not in has_result
+        if row["group"] == "retention" and row["name"] not in compared
     ]
 
 
@@ -195,30 +195,29 @@ def _alike(first: Share, other: Share | None) -> str:
     word = "more" if difference > 0 else "less" if difference < 0 else "the same"
     if first.error is None or other.error is None:
         return f"{other.text()} (one seed, only the sign: {word})"
-    is_told = abs(difference) >= ERRORS * (first.error**2 + other.error**2) ** 0.5
-    return f"{other.text()} (**{word if is_told and difference else EQUAL}**)"
+    is_apart = abs(difference) >= ERRORS * (first.error**2 + other.error**2) ** 0.5
+    return f"{other.text()} (**{word if is_apart and difference else EQUAL}**)"
 
 
 def _front(rows: dict[str, Row]) -> list[str]:
     """Who is on the Pareto front; differences that are not told apart count as well."""
     best = [f"`{label}`" for label in front(list(rows.values())) if label != "base"]
-    few = sum(row["runs"] > 0 for row in rows.values()) < 2
-    if few or not best:
+    if not best or sum(row["runs"] > 0 for row in rows.values()) < 2:
         return []
     return [f"No other variant's means are lower in both, domain and general: {', '.join(best)}."]
 
 
-def _rates(rows: Sequence[Row]) -> list[str]:
+def _rates(rows: dict[str, Row]) -> list[str]:
     """At which variants the learning rate is less well chosen than at others."""
     sentences = []
     for end in ("highest", "lowest"):
-        labels = [f"`{row['label']}`" for row in rows if end in row["rate"]]
+        labels = [f"`{row['label']}`" for row in rows.values() if end in row["rate"]]
         if labels:
             sentences.append(
                 f"The chosen learning rate is the {end} of those tried, so that a better one may "
                 f"lie beyond, for {', '.join(labels)}."
             )
-    alone = [row for row in rows if row["runs"] and row["tried"] == 1]
+    alone = [row for row in rows.values() if row["runs"] and row["tried"] == 1]
     for is_varied, words in ((False, "Only one learning rate was tried for"), (True, TAKEN)):
         labels = [f"`{row['label']}`" for row in alone if bool(row["varies"]) is is_varied]
         if labels:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from summary import Spread, chosen, done, final_changes, front, general_change, summarize
+from summary import Spread, done, final_changes, front, general_change, summarize
 
 from llamapro.errors import ConfigError
 from llamapro.report import COLOURS, GREY, TOKEN_UNITS, plain
@@ -91,7 +91,7 @@ def _styles(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def paths(study: dict[str, Any], variant: str, sets: Sequence[str]) -> np.ndarray:
     """Returns each run's tokens and mean change over the sets, NaN in a gap: (runs, points, 2)."""
     base = [[[0, study["base_result"]["losses"][name]]] for name in sets]
-    curves = [[run["curves"][name] for name in sets] for run in chosen(study, variant)]
+    curves = [[run["curves"][name] for name in sets] for run in done(study, variant)]
     found = [(np.array(curve, dtype=float) - base).mean(0) for curve in curves]
     points = min(map(len, found), default=0)
     return np.array([curve[:points] for curve in found]).reshape(len(found), points, 2)

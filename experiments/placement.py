@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from llamapro import cli
@@ -86,16 +86,13 @@ def block_importance(model: LlamaForCausalLM, ids: Tensor) -> list[float]:
         model: in evaluation mode.
         ids: (B, T) token ids, T >= 2; rows do not see one another.
     """
-    layers = list(model.model.layers)
-    kept = [layers, *([*layers[:i], *layers[i + 1 :]] for i in range(len(layers)))]
-    losses = [0.0] * len(kept)
-    try:
-        for rows in _batches(model, ids):
-            for i, part in enumerate(kept):
-                model.model.layers = nn.ModuleList(part)
-                losses[i] += _loss_sum(model, rows)
-    finally:
-        model.model.layers = nn.ModuleList(layers)
+    skipped: list[tuple[int, ...]] = [(), *((i,) for i in range(len(model.model.layers)))]
+    losses = [0.0] * len(skipped)
+    for rows in _batches(model, ids):
+        for i, skip in enumerate(skipped):
+            logits = model(rows, skip=skip)[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
+            targets = rows[:, 1:].flatten()
+            losses[i] += F.cross_entropy(logits, targets, reduction="sum").item()
     return [(loss - losses[0]) / ids[:, 1:].numel() for loss in losses[1:]]
 
 
@@ -103,11 +100,6 @@ def _batches(model: LlamaForCausalLM, ids: Tensor) -> tqdm:
     rows = max(1, BATCH_TOKENS // ids.shape[1])
     batches = ids.to(model.lm_head.weight.device).split(rows)
     return tqdm(batches, desc="measure layers", unit="batch", disable=None)
-
-
-def _loss_sum(model: LlamaForCausalLM, ids: Tensor) -> float:
-    logits = model(ids)[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
-    return F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
 
 
 def choose(scores: Sequence[float], number: int, by: str) -> list[int]:

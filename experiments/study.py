@@ -4,14 +4,13 @@
     python experiments/study.py --base DIR --train CORPUS --val FILE --general NAME=FILE ...
     python experiments/study.py --preset gpu                     a base of 100M parameters
 
-The first pre-trains a base on English with train.py and teaches it code and arithmetic, and with
---more-bases another one, too. The second answers for your own base and data: which placement, how
-many blocks, what is forgotten. Both write results.json, study.md and three pictures to --out.
-The same command goes on where it was killed.
+The first pre-trains a base on English with train.py and teaches it code and arithmetic; with
+--more-bases other bases, too. The second answers for your own base and data which placement to
+take, how many blocks, and what is forgotten. Both write results.json, study.md and three pictures
+to --out. The same command continues where it was killed.
 """
 
 import fcntl
-import json
 import os
 import platform
 import sys
@@ -22,18 +21,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import tasks
 import torch
-from bases import Study, expand, made_studies, own_study, pretrain, written_task
-from budget import Speed, calibrate, check_budget, left_to_do, threads
+from bases import Study, expand, made_studies, own_study, pretrain
 from domains import write_corpus
 from findings import findings
 from options import StudySettings, check, parse
 from pictures import draw
-from schedule import Progress, Task, run
+from schedule import Runner, Task
 from summary import tables
-from tasks import base_tasks, cost_tasks, options, trial, writing_tasks
-from trial import RESULT_FILE, write_json
-from variants import Variant
+from trial import write_json
+from variants import check_names
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
@@ -41,53 +39,64 @@ from llamapro.errors import ConfigError, DataError
 from llamapro.inference.multiple_choice import read_choices
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.job import Job
-from llamapro.training.preset import parse as train_options
+from llamapro.training.preset import parse as parse_train
 from llamapro.training.replay import read_prompts
-from llamapro.training.settings import check as check_settings
+from llamapro.training.settings import check as check_train
 
 RESULTS = "results.json"
 
 
-def best(study: Study, trials: Sequence[tuple[float, dict[str, Any]]]) -> float:
-    """Returns the learning rate whose trial ends with the lowest loss on the domain.
+def main() -> None:
+    s = parse(sys.argv[1:])
+    check(s)
+    check_names(s)
+    studies = [own_study(s)] if s.base else made_studies(s)
+    check_inputs(s, studies)
+    runner = Runner(s.workers)
+    try:
+        with locked(s.dir):
+            step_s = tasks.calibrate(s, studies, runner)
+            print(tasks.check_budget(s, studies, step_s), file=sys.stderr, flush=True)
+            if s.dry_run:
+                return
+            if not s.base:
+                write_corpus(s.dir / "corpus")
+                pretrain(s)
+            expand(studies)
+            writers = {study.base: study for study in studies if study.is_written}
+            runner.run([tasks.held_out_task(study) for study in writers.values()])
+            results = {"studies": run_all(s, studies, step_s, runner), "about": about_machine(s)}
+            write_json(s.dir / RESULTS, results)
+            page = write_page(results, s.dir)
+    except OSError as error:
+        where = error.filename or s.dir
+        raise DataError(f"{where}: cannot be written: {error.strerror}") from None
+    cli.print_result(results, s.json, page)
 
-    Args:
-        study: names the domain.
-        trials: learning rate and result of each; of those that all failed it is the first.
-    """
-    ends = [
-        (result["curves"][study.domain][-1][1], rate)
-        for rate, result in trials
-        if "failed" not in result and result["curves"][study.domain][-1][1] is not None
-    ]
-    return min(ends)[1] if ends else trials[0][0]
 
-
-def describe(task: Task, result: dict[str, Any]) -> str:
-    """Returns what a finished task found, in a line."""
-    if "failed" in result:
-        return f"failed: {result['failed'][:80]}"
-    ends = {
-        name: (points[0][1], points[-1][1]) for name, points in result.get("curves", {}).items()
-    }
-    return (
-        ", ".join(
-            f"{name} not finite" if None in end else f"{name} {end[1]:.3f} ({end[1] - end[0]:+.3f})"
-            for name, end in ends.items()
-        )
-        or "done"
-    )
+def check_inputs(s: StudySettings, studies: Sequence[Study]) -> None:
+    """Opens what the studies of existing bases need; raises a UserError for what is wrong."""
+    for study in (study for study in studies if study.checkpoint.exists()):
+        base = Checkpoint.open(study.checkpoint)
+        argv = [*tasks.train_options(study, s.steps), "--model.path", str(base.path)]
+        settings = parse_train([*argv, "--train.trainable", "all"])
+        check_train(settings, 1)
+        if s.base:  # the text of the other bases is not made yet
+            Job.open(settings)
+        tokenizer, context = Tokenizer.load(base.path), base.config.max_position_embeddings
+        if any(v.writing for v in study.variants):
+            read_prompts("", tokenizer, s.seq_len)
+        if s.choices:
+            read_choices(s.choices, tokenizer, context, 0)
+        if s.seq_len > context:
+            raise ConfigError(f"--seq-len {s.seq_len}: {base.path} takes up to {context}")
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Refuses a second study in the same directory."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from None
-    with lock:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -97,185 +106,125 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
-def study_all(
-    s: StudySettings, out: Path, studies: Sequence[Study], speeds: dict[str, Speed]
+# ---- Running ------------------------------------------------------------------------------------
+
+
+def run_all(
+    s: StudySettings, studies: Sequence[Study], step_s: dict[str, float], runner: Runner
 ) -> list[dict[str, Any]]:
-    """Runs everything that has no result yet; returns what results.json has of each study."""
-    bases = {study.name: base_tasks(s, out, study) for study in studies}
-    # Of a base, once: what it writes for one domain it has for the other.
-    writing = {study.base: writing_tasks(s, out, study) for study in reversed(studies)}
-    costs = {study.name: cost_tasks(s, out, study) for study in studies}
+    """Runs everything that has no result yet; returns what results.json has of each study.
+
+    Every variant is trained at all learning rates with the first seed, then with the other seeds at
+    the best of them.
+    """
+    around = {study.name: tasks.base_tasks(study) for study in studies}
+    costs = {study.name: tasks.cost_tasks(study) for study in studies}
+    # What a base writes for one domain it has for the other.
+    writing = {study.base: tasks.writing_tasks(study) for study in reversed(studies)}
     grids = {
-        study.name: {
-            v.name: [
-                (lr, trial(s, out, study, v, lr, s.seeds[0], speeds[study.base].step))
-                for lr in s.learning_rates
-            ]
-            for v in study.variants(s)
-            if not v.varies
+        (study.name, v.name): {
+            lr: tasks.trial(study, v, lr, s.seeds[0], step_s[study.base]) for lr in s.learning_rates
         }
         for study in studies
+        for v in study.variants
+        if not v.varies
     }
-    around = [task for tasks in bases.values() for task in tasks]
-    timed = [task for tasks in writing.values() for task in tasks.values()]
-    timed += [task for tasks in costs.values() for task in tasks.values()]
-    count, seconds = left_to_do(s, out, studies, speeds)
-    waiting = [task for task in (*timed, *around) if task.result() is None]
-    seconds += sum(task.estimate_s for task in waiting)
-    progress = Progress(count + len(waiting), seconds, s.workers)
-    first = [task for grid in grids.values() for row in grid.values() for _, task in row]
-    run(timed, 1, threads(s), progress, describe)  # with the machine to itself
-    run([*around, *first], s.workers, threads(s), progress, describe)
+    timed = [task for by_key in (*writing.values(), *costs.values()) for task in by_key.values()]
+    beside = [task for found in around.values() for task in found]
+    first = [task for grid in grids.values() for task in grid.values()]
+    count, seconds = tasks.trials_left(studies, step_s)
+    waiting = [task for task in (*timed, *beside) if task.result() is None]
+    runner.expect(count + len(waiting), seconds + sum(task.estimate_s for task in waiting))
+    runner.run(timed, workers=1)  # with the machine to itself
+    runner.run([*beside, *first])
 
-    found, second = [], []
+    rows: dict[str, list[dict[str, Any]]] = {study.name: [] for study in studies}
     for study in studies:
-        rates = {
-            name: best(study, [(lr, task.result() or {}) for lr, task in row])
-            for name, row in grids[study.name].items()
-        }
-        trials = []
-        for v in study.variants(s):
-            rate, seeds = rates[v.varies or v.name], s.seeds if v.varies else s.seeds[1:]
-            rows = [(lr, s.seeds[0], task) for lr, task in grids[study.name].get(v.name, [])]
-            more = [
-                (rate, seed, trial(s, out, study, v, rate, seed, speeds[study.base].step))
-                for seed in seeds
+        for v in study.variants:
+            best = best_rate(study, grids[study.name, v.varies or v.name])
+            grid = grids.get((study.name, v.name), {})
+            trials = [(lr, s.seeds[0], task) for lr, task in grid.items()]
+            for seed in s.seeds if v.varies else s.seeds[1:]:
+                trials.append((best, seed, tasks.trial(study, v, best, seed, step_s[study.base])))
+            wrote = writing[study.base].get(v.writing)
+            rows[study.name] += [
+                {"variant": v.name, "lr": lr, "seed": seed, "chosen": lr == best}
+                | {"task": task, "writing": wrote}
+                for lr, seed, task in trials
             ]
-            second += [task for _, _, task in more]
-            writes = writing[study.base].get(v.writing)
-            trials += [(v, lr == rate, lr, seed, task, writes) for lr, seed, task in rows + more]
-        found.append((study, trials))
-    run(second, s.workers, threads(s), progress, describe)
+    runner.run([row["task"] for study in studies for row in rows[study.name]])
     return [
-        collect(s, study, bases[study.name], trials)
-        | {"step_ratios": {n: (t.result() or {})["step"] for n, t in costs[study.name].items()}}
-        for study, trials in found
+        collect(study, around[study.name], costs[study.name], rows[study.name]) for study in studies
     ]
 
 
+def best_rate(study: Study, grid: dict[float, Task]) -> float:
+    """Returns the learning rate with the lowest last domain loss; the first if all failed."""
+    ends = [
+        (result["curves"][study.domain][-1][1], lr)
+        for lr, task in grid.items()
+        if "failed" not in (result := task.result() or {"failed": ""})
+    ]
+    finite = [end for end in ends if end[0] is not None]
+    return min(finite)[1] if finite else next(iter(grid))
+
+
 def collect(
-    s: StudySettings,
-    study: Study,
-    around: Sequence[Task],
-    trials: Sequence[tuple[Variant, bool, float, int, Task, Task | None]],
+    study: Study, around: Sequence[Task], costs: dict[str, Task], rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns a study's results, JSON-able: every trial, those that were not chosen and those that
-    failed as well.
+    """Returns a study's results, JSON-able: every trial, also the not chosen and the failed ones.
 
     Args:
-        s, study: which.
-        around: what was measured of the base.
-        trials: variant, whether its rate was chosen, learning rate, seed, task, and who wrote what
-            it replays.
+        study: which.
+        around: the tasks that measured the base.
+        costs: by variant, the task that timed its step.
+        rows: variant, lr, seed, chosen, task and writing (the task that wrote its replay, or None).
     """
-    beside = {task.function: task.result() for task in around}
-    rows = []
-    for v, is_chosen, lr, seed, task, writing in trials:
-        result = task.result() or {}
-        wrote = writing.result() if writing is not None else None
-        rows.append(
-            {"variant": v.name, "lr": lr, "seed": seed, "failed": None}
-            | result
-            | {"chosen": is_chosen and "failed" not in result}
-            | {"replay_s": wrote["replay_s"] if wrote else 0.0}
-        )
+    beside, trials = {task.function: task.result() for task in around}, []
+    for row in rows:
+        result, wrote = row["task"].result() or {}, row["writing"] and row["writing"].result()
+        kept = {key: row[key] for key in ("variant", "lr", "seed")} | {"failed": None} | result
+        kept["chosen"] = row["chosen"] and "failed" not in result
+        trials.append(kept | {"replay_s": wrote["replay_s"] if wrote else 0.0})
     names = ("name", "label", "group", "new_blocks", "varies")
     return {
         "name": study.name,
         "base": study.base,
         "domain": study.domain,
         "layers": study.num_layers,
-        "compared": f"new-{study.compared(s)}",
+        "compared": f"new-{study.compared}",
         "general": list(study.general),
         "domain_set": study.domain,
         "base_result": beside["base"],
-        "variants": [{key: getattr(v, key) for key in names} for v in study.variants(s)],
+        "variants": [{key: getattr(v, key) for key in names} for v in study.variants],
         "gradients": beside.get("gradients"),
-        "trials": rows,
+        "trials": trials,
+        "step_ratios": {name: (task.result() or {})["step"] for name, task in costs.items()},
     }
 
 
-def about_machine(s: StudySettings, out: Path) -> dict[str, Any]:
-    """Returns where and with what a study ran, and the seconds that its tasks took together, over
-    all times it was started: `elapsed_s`, as if the workers were never idle.
-    """
-    files = out.rglob(RESULT_FILE)
-    took = sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)
+def about_machine(s: StudySettings) -> dict[str, Any]:
+    """Returns where and with what a study ran, and `elapsed_s`, as if no worker was ever idle."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        machine = f"{os.cpu_count()} cores of {models[0]}" if models else machine
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        machine = f"{os.cpu_count()} cores of {names[0]}" if names else machine
     versions = {"python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "llamapro")}
     settings = {k: v for k, v in asdict(s).items() if k not in ("dry_run", "json")}
-    return {
-        "machine": machine,
-        "versions": versions,
-        "settings": settings,
-        "elapsed_s": took / s.workers,
-    }
+    about = {"machine": machine, "versions": versions, "settings": settings}
+    return about | {"elapsed_s": tasks.seconds_taken(s.dir) / s.workers}
 
 
 def write_page(results: dict[str, Any], out: Path) -> str:
     """Writes study.md and the pictures; returns what they say, without the list of all trials."""
-    said = findings(results)
-    pictures = draw(results, out)
+    text, pictures, page = findings(results), draw(results, out), out / "study.md"
     shown = "\n\n".join(f"![{file.stem}]({file.name})" for file in pictures)
-    page = out / "study.md"
-    page.write_text(f"# Study\n\n{said}\n\n{shown}\n\n{tables(results)}\n", encoding="utf-8")
-    return f"{said}\n\n" + "\n".join(str(file) for file in (page, *pictures))
-
-
-def check_inputs(s: StudySettings, out: Path, studies: Sequence[Study]) -> None:
-    """Opens what the studies of bases that are there need; raises a UserError for what is wrong."""
-    for study in (study for study in studies if study.checkpoint.exists()):
-        base = Checkpoint.open(study.checkpoint)
-        argv = [*options(s, out, study, s.steps), "--model.path", str(base.path)]
-        settings = train_options([*argv, "--train.trainable", "all"])
-        check_settings(settings, 1)
-        if s.base:  # the text of the others is not made yet
-            Job.open(settings)
-        tokenizer = Tokenizer.load(base.path)
-        if any(v.writing for v in study.variants(s)):
-            read_prompts("", tokenizer, s.seq_len)
-        if s.choices:
-            read_choices(s.choices, tokenizer, base.config.max_position_embeddings, 0)
-        if s.seq_len > base.config.max_position_embeddings:
-            raise ConfigError(
-                f"--seq-len {s.seq_len}: {base.path} takes up to "
-                f"{base.config.max_position_embeddings}"
-            )
-
-
-def main() -> None:
-    s = parse(sys.argv[1:])
-    check(s)
-    out = Path(s.out)
-    studies = [own_study(s)] if s.base else made_studies(s, out)
-    check_inputs(s, out, studies)
-    with alone(out):
-        speeds = calibrate(s, out, studies)
-        print(check_budget(s, out, studies, speeds), file=sys.stderr, flush=True)
-        if s.dry_run:
-            return
-        try:
-            if not s.base:
-                write_corpus(out / "corpus")
-                pretrain(s, out)
-            expand(s, out, studies)
-            written = {t.base: written_task(s, out, t) for t in studies if t.is_written}
-            run(list(written.values()), s.workers, threads(s))
-            found = study_all(s, out, studies, speeds)
-            results = {"studies": found, "about": about_machine(s, out)}
-            write_json(out / RESULTS, results)
-            page = write_page(results, out)
-        except OSError as error:
-            where = error.filename or out
-            raise DataError(f"{where}: cannot be written: {error.strerror}") from None
-    cli.print_result(results, s.json, page)
+    page.write_text(f"# Study\n\n{text}\n\n{shown}\n\n{tables(results)}\n", encoding="utf-8")
+    return f"{text}\n\n" + "\n".join(str(file) for file in (page, *pictures))
 
 
 if __name__ == "__main__":

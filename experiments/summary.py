@@ -1,7 +1,7 @@
-"""The study's numbers: one row a variant over its seeds, and the page that shows every run.
+"""The study's numbers: one row per variant over its seeds, and the page that shows every run.
 
-Losses are in nats per token, and a *change* is from the base's: below 0 a domain is learned, above
-0 what the base knew is forgotten. A spread is the standard deviation over seeds (n - 1).
+Losses are in nats per token. A *change* is from the base's loss: it is negative where a domain is
+learned, and positive where the base forgets. A spread is the standard deviation over seeds (n - 1).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,9 @@ AIM = (
     f"at least {MOST_GONE:.0%} of the forgetting gone, at a domain loss at most {MOST_LOSS:.0%} "
     f"higher and at most {MOST_COST} times the training cost"
 )
+SHIFT = ("unshifted", "marginal", "shifted")
+
+Row = dict[str, Any]
 
 
 class Spread(NamedTuple):
@@ -27,7 +30,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread | None":
-        """Returns the spread of these values; None of none."""
+        """Returns the spread of these values, or None if there are none."""
         if not values:
             return None
         return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
@@ -39,11 +42,11 @@ class Spread(NamedTuple):
 
     def text(self, form: str) -> str:
         """Returns the mean and the standard deviation, if there is one, in one format."""
-        of_sd = form.replace("+", "").replace("z", "")
-        return f"{self.mean:{form}}" + ("" if self.sd is None else f" ± {self.sd:{of_sd}}")
+        plain = form.replace("+", "").replace("z", "")
+        return f"{self.mean:{form}}" + ("" if self.sd is None else f" ± {self.sd:{plain}}")
 
 
-# ---- One row a variant --------------------------------------------------------------------------
+# ---- One row per variant ------------------------------------------------------------------------
 
 
 def final_changes(study: dict[str, Any], trial: dict[str, Any]) -> dict[str, float]:
@@ -61,55 +64,47 @@ def failure(trial: dict[str, Any]) -> str | None:
     """Returns why a trial has no result; None if it has one."""
     if trial["failed"] is not None:
         return str(trial["failed"])
-    ends = [curve[-1][1] for curve in trial["curves"].values()]
-    return "the last loss is not finite" if None in ends else None  # as JSON has it
+    # JSON has null for a loss that is not finite.
+    is_finite = all(curve[-1][1] is not None for curve in trial["curves"].values())
+    return None if is_finite else "the last loss is not finite"
 
 
-def done(study: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the trials that have a result."""
-    return [trial for trial in study["trials"] if failure(trial) is None]
+def done(study: dict[str, Any], variant: str | None = None) -> list[dict[str, Any]]:
+    """Returns the trials that have a result; of a variant, those at the chosen learning rate."""
+    trials = [trial for trial in study["trials"] if failure(trial) is None]
+    return [t for t in trials if variant is None or (t["variant"] == variant and t["chosen"])]
 
 
-def chosen(study: dict[str, Any], variant: str) -> list[dict[str, Any]]:
-    """Returns a variant's trials at the chosen learning rate, a trial a seed."""
-    return [trial for trial in done(study) if trial["variant"] == variant and trial["chosen"]]
+def summarize(study: dict[str, Any]) -> list[Row]:
+    """Returns one row per variant, in their order.
 
+    A row has the variant's own keys, `runs` and `failed` (counts; a failure counts at any learning
+    rate), and, over the chosen runs (None where there is none):
 
-def summarize(study: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns one row a variant, in their order.
-
-    Each row has the variant's own keys, `runs` and `failed` (how many; failed ones at any learning
-    rate), and, of the runs that were chosen, None where there is none:
-
-    - `lr`; `tried`, how many there were; `rate`, the first with "highest of 3" or "lowest of 3" if
-      the ones tried end there.
+    - `lr`; `tried`, how many rates there were; `rate`, the text, with "highest of 3" or "lowest of
+      3" where a better rate may lie beyond those tried.
     - `general`, `sets` (by general set), `domain_change`, `domain`: spreads of the mean change, of
       each set's change, of the domain's change and of its loss.
     - `accuracy`, `unshifted`, `marginal`, `shifted`: spreads, as shares of 1.
     - `tokens`, read in training (mean); `trainable`, `total` (parameters), `tokens_per_s` (median),
-      `memory_bytes` (largest), `train_s`, `replay_s` (means), `cost_s` (their sum).
+      `memory_bytes` (largest), `train_s`, `replay_s` (means).
     """
     return [_row(study, variant) for variant in study["variants"]]
 
 
-def _row(study: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
-    runs = chosen(study, variant["name"])
-    tried = [t for t in study["trials"] if t["variant"] == variant["name"]]
+def _row(study: dict[str, Any], variant: dict[str, Any]) -> Row:
+    runs, domain = done(study, variant["name"]), study["domain_set"]
+    tried = [trial for trial in study["trials"] if trial["variant"] == variant["name"]]
     changes = [final_changes(study, run) for run in runs]
-    domain = study["domain_set"]
-
-    def over(
-        how: Callable[[list[Any]], Any], part: str, key: str = ""
-    ) -> Any:  # of the runs that have it
-        found = [run[part] for run in runs if run[part] is not None]
-        values = [value[key] for value in found] if key else found
-        return how(values) if values else None
-
-    lr = runs[0]["lr"] if runs else None
     rates = sorted({trial["lr"] for trial in tried})
-    train_s, replay_s = over(mean, "train_s"), over(mean, "replay_s")
-    return {
-        **variant,
+    lr = runs[0]["lr"] if runs else None
+
+    def over(function: Callable[[list[Any]], Any], part: str, key: str = "") -> Any:
+        values = [run[part] for run in runs if run[part] is not None]
+        values = [value[key] for value in values] if key else values
+        return function(values) if values else None
+
+    row = variant | {
         "runs": len(runs),
         "failed": sum(failure(trial) is not None for trial in tried),
         "lr": lr,
@@ -120,16 +115,12 @@ def _row(study: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
         "domain_change": Spread.of([c[domain] for c in changes]),
         "domain": Spread.of([run["curves"][domain][-1][1] for run in runs]),
         "accuracy": over(Spread.of, "choices", "accuracy"),
-        **{key: over(Spread.of, "shift", key) for key in ("unshifted", "marginal", "shifted")},
         "tokens": mean(run["curves"][domain][-1][0] for run in runs) if runs else None,
-        "trainable": over(max, "trainable"),
-        "total": over(max, "total"),
         "tokens_per_s": over(median, "tokens_per_s"),
-        "memory_bytes": over(max, "memory_bytes"),
-        "train_s": train_s,
-        "replay_s": replay_s,
-        "cost_s": None if train_s is None or replay_s is None else train_s + replay_s,
     }
+    row |= {key: over(Spread.of, "shift", key) for key in SHIFT}
+    row |= {key: over(max, key) for key in ("trainable", "total", "memory_bytes")}
+    return row | {key: over(mean, key) for key in ("train_s", "replay_s")}
 
 
 def _rate(lr: float, tried: Sequence[float]) -> str:
@@ -138,11 +129,11 @@ def _rate(lr: float, tried: Sequence[float]) -> str:
     return f"{lr:g} ({end} of {len(tried)})" if end else f"{lr:g}"
 
 
-def front(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Returns the base and the variants that no other one beats at learning and forgetting both.
+def front(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Returns the base and the variants that no other one beats at both learning and forgetting.
 
     Returns:
-        label -> change of the domain and of the general sets, from who learns most on.
+        label -> change of the domain and of the general sets; who learns most comes first.
     """
     means = {"base": (0.0, 0.0)} | {
         row["label"]: (row["domain_change"].mean, row["general"].mean)
@@ -161,13 +152,12 @@ def front(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 
 class Share(NamedTuple):
-    """What part of the plain expansion's forgetting is gone, and the standard error of that."""
+    """What part of the plain expansion's forgetting is gone, and its standard error."""
 
     gone: float
     error: float | None
 
     def text(self) -> str:
-        """Returns both in percent."""
         return f"{self.gone:.1%}" + ("" if self.error is None else f" ± {self.error:.1%}")
 
 
@@ -184,44 +174,39 @@ def share_gone(change: Spread, plain: Spread) -> Share | None:
     return Share(1 - ratio, (change.error**2 + (ratio * plain.error) ** 2) ** 0.5 / plain.mean)
 
 
-def retention(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns what each option against forgetting gives, compared with the expansion it varies.
+def retention(study: dict[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """Compares each option against forgetting with the plain expansion that it varies.
 
     Returns:
-        For each that has runs, as has what it varies: its `name` and `label`; `plain`, that one's
-        label; `gone` on the mean of the general sets and `sets`, each of them (`Share`, or None);
-        `domain`, its loss over that one's, minus 1; `tokens`, read in training, and `cost`, the
-        seconds of training, over that one's; `replay_s`, once for the base, the seconds of writing,
-        and `written`, these over one plain run's; `meets`.
+        For each that has runs, as has the plain one: `name`, `label`; `plain`, that one's label;
+        `gone`, the share on the mean of the general sets, and `sets`, on each of them; `domain`,
+        its loss over the plain one's, minus 1; `tokens` and `cost`, tokens read and seconds of
+        training over the plain one's; `replay_s`, the seconds of writing, once for a base, and
+        `written`, these over the seconds of one plain run; `meets`, whether it meets the aim.
     """
-    by_name, found = {row["name"]: row for row in rows}, []
+    by_name, options = {row["name"]: row for row in rows}, []
     for row in rows:
         plain = by_name.get(row["varies"])
         if row["group"] != "retention" or plain is None or not (row["runs"] and plain["runs"]):
             continue
+        option = {key: row[key] for key in ("name", "label", "replay_s")}
         gone = share_gone(row["general"], plain["general"])
         domain = row["domain"].mean / plain["domain"].mean - 1
         tokens = row["tokens"] / plain["tokens"]
         cost = tokens * study["step_ratios"][row["name"]]
-        found.append(
-            {
-                "name": row["name"],
-                "label": row["label"],
-                "plain": plain["label"],
-                "gone": gone,
-                "sets": {s: share_gone(c, plain["sets"][s]) for s, c in row["sets"].items()},
-                "domain": domain,
-                "cost": cost,
-                "tokens": tokens,
-                "replay_s": row["replay_s"],
-                "written": row["replay_s"] / plain["train_s"],
-                "meets": gone is not None
-                and gone.gone >= MOST_GONE
-                and domain <= MOST_LOSS
-                and cost <= MOST_COST,
-            }
-        )
-    return found
+        is_gone = gone is not None and gone.gone >= MOST_GONE
+        option |= {
+            "plain": plain["label"],
+            "gone": gone,
+            "sets": {s: share_gone(c, plain["sets"][s]) for s, c in row["sets"].items()},
+            "domain": domain,
+            "tokens": tokens,
+            "cost": cost,
+            "written": row["replay_s"] / plain["train_s"],
+            "meets": is_gone and domain <= MOST_LOSS and cost <= MOST_COST,
+        }
+        options.append(option)
+    return options
 
 
 # ---- The page -----------------------------------------------------------------------------------
@@ -238,9 +223,8 @@ def tables(results: dict[str, Any]) -> str:
     for study in results["studies"]:
         rows = summarize(study)
         parts += [f"## {study['name']}", _compared(study, rows)]
-        kept = retention(study, rows)
-        if kept:
-            parts += ["### Against forgetting", _retention_table(study, kept)]
+        if options := retention(study, rows):
+            parts += ["### Against forgetting", _retention_table(study, options)]
             parts.append(
                 f"The aim is {AIM}; the means are held against it. The share is of the plain "
                 "expansion's increase. *Tokens* are all that training read, replayed or not, over "
@@ -249,7 +233,7 @@ def tables(results: dict[str, Any]) -> str:
                 "it is then trained on and for how long; it is not part of the training cost."
             )
         if study["gradients"]:
-            parts += ["### Gradients of a new block's tensors", gradient_table(study["gradients"])]
+            parts += ["### Gradients of a new block's tensors", _gradients(study["gradients"])]
             parts.append("The norm over all new blocks, in fp64; 0 is exactly 0.")
     for study in results["studies"]:
         parts += [f"## All trials: {study['name']}", _trials(study)]
@@ -260,56 +244,57 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _compared(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """A table like the paper's Table 5; the base's row has its losses."""
-    base, general, domain = study["base_result"], study["general"], study["domain_set"]
-    losses, marks = base["losses"], base["choices"]
-    changes = [f"{name} change" for name in general]
-    accuracy = "choices" + ("" if marks is None else f" (chance {marks['chance']:.1%})")
-    head = ["variant", "learning rate", "trained", "general change", *changes, f"{domain} loss"]
-    lines = [[*head, accuracy, "unshifted", "tokens/s", "peak memory", "seeds"]]
-    general_loss = f"loss {mean(losses[name] for name in general):.3f}"
-    of_base = ["base", MISSING, MISSING, general_loss, *(f"loss {losses[n]:.3f}" for n in general)]
-    of_base += [f"{losses[domain]:.3f}", show(marks, lambda found: f"{found['accuracy']:.1%}")]
-    lines.append([*of_base, *[MISSING] * 4])
-    for row in rows:
-        failed = f" ({row['failed']} failed)" if row["failed"] else ""
-        cells = [row["label"], row["rate"], show(row["trainable"], format_count)]
-        cells += [_spread(c, "+z.3f") for c in (row["general"], *row["sets"].values())]
-        change = _spread(row["domain_change"] and row["domain_change"]._replace(sd=None), "+z.3f")
-        cells.append(_spread(row["domain"], ".3f") + (f" ({change})" if row["runs"] else ""))
-        cells += [_spread(row["accuracy"], ".1%"), _spread(row["unshifted"], ".1%")]
-        cells += [show(row["tokens_per_s"], format_count), show(row["memory_bytes"], format_bytes)]
-        lines.append([*cells, f"{row['runs']}{failed}"])
-    return table(lines)
-
-
 def _spread(value: Spread | None, form: str) -> str:
     return show(value, lambda spread: spread.text(form))
 
 
-def _retention_table(study: dict[str, Any], kept: Sequence[dict[str, Any]]) -> str:
-    head = ["variant", "against", "forgetting gone", *(f"on {name}" for name in study["general"])]
-    lines = [[*head, f"{study['domain_set']} loss", "tokens", "training cost"]]
-    lines[0] += ["writing, once", "meets the aim"]
-    for found in kept:
-        shares = [show(s, Share.text) for s in (found["gone"], *found["sets"].values())]
-        cells = [found["label"], found["plain"], *shares, f"{found['domain']:+z.1%}"]
-        cells += [f"{found['tokens']:.2f}x", f"{found['cost']:.2f}x"]
-        wrote = f"{found['replay_s']:.1f} s ({found['written']:.2f} of a run)"
-        cells.append(wrote if found["replay_s"] else MISSING)
-        lines.append([*cells, "yes" if found["meets"] else "no"])
+def _compared(study: dict[str, Any], rows: Sequence[Row]) -> str:
+    """A table like the paper's Table 5; the base's row has its losses."""
+    base, general, domain = study["base_result"], study["general"], study["domain_set"]
+    losses, choices = base["losses"], base["choices"]
+    accuracy = "choices" + ("" if choices is None else f" (chance {choices['chance']:.1%})")
+    head = ["variant", "learning rate", "trained", "general change"]
+    head += [*(f"{name} change" for name in general), f"{domain} loss", accuracy, "unshifted"]
+    first = ["base", MISSING, MISSING, f"loss {mean(losses[name] for name in general):.3f}"]
+    first += [*(f"loss {losses[name]:.3f}" for name in general), f"{losses[domain]:.3f}"]
+    first += [show(choices, lambda c: f"{c['accuracy']:.1%}"), *[MISSING] * 4]
+    lines = [[*head, "tokens/s", "peak memory", "seeds"], first]
+    for row in rows:
+        cells = [row["label"], row["rate"], show(row["trainable"], format_count)]
+        cells += [_spread(c, "+z.3f") for c in (row["general"], *row["sets"].values())]
+        change = f" ({row['domain_change'].mean:+z.3f})" if row["runs"] else ""
+        cells += [_spread(row["domain"], ".3f") + change, _spread(row["accuracy"], ".1%")]
+        cells += [_spread(row["unshifted"], ".1%"), show(row["tokens_per_s"], format_count)]
+        failed = f" ({row['failed']} failed)" if row["failed"] else ""
+        lines.append([*cells, show(row["memory_bytes"], format_bytes), f"{row['runs']}{failed}"])
     return table(lines)
 
 
-def gradient_table(gradients: dict[str, list[dict[str, float]]]) -> str:
-    """Returns the gradient norms of a new block's tensors, a column for each kind and step."""
-    steps = [(kind, i) for kind, found in gradients.items() for i in range(len(found))]
-    lines = [["tensor", *(f"{kind}, step {i + 1}" for kind, i in steps)]]
-    tensors = dict.fromkeys(name for found in gradients.values() for step in found for name in step)
-    for name in tensors:
-        norms = [gradients[kind][i].get(name) for kind, i in steps]
-        lines.append([name, *(show(n, lambda n: "0" if n == 0 else f"{n:.2e}") for n in norms)])
+def _retention_table(study: dict[str, Any], options: Sequence[Row]) -> str:
+    head = ["variant", "against", "forgetting gone", *(f"on {name}" for name in study["general"])]
+    head += [f"{study['domain_set']} loss", "tokens", "training cost"]
+    lines = [[*head, "writing, once", "meets the aim"]]
+    for option in options:
+        shares = [show(s, Share.text) for s in (option["gone"], *option["sets"].values())]
+        cells = [option["label"], option["plain"], *shares, f"{option['domain']:+z.1%}"]
+        cells += [f"{option['tokens']:.2f}x", f"{option['cost']:.2f}x"]
+        writing = f"{option['replay_s']:.1f} s ({option['written']:.2f} of a run)"
+        cells.append(writing if option["replay_s"] else MISSING)
+        lines.append([*cells, "yes" if option["meets"] else "no"])
+    return table(lines)
+
+
+def _gradients(gradients: dict[str, list[dict[str, float]]]) -> str:
+    """The gradient norms of a new block's tensors, a column for each kind and step."""
+    columns = {
+        f"{kind}, step {number}": norms
+        for kind, steps in gradients.items()
+        for number, norms in enumerate(steps, 1)
+    }
+    lines = [["tensor", *columns]]
+    for name in dict.fromkeys(name for norms in columns.values() for name in norms):
+        values = [norms.get(name) for norms in columns.values()]
+        lines.append([name, *(show(n, lambda n: "0" if n == 0 else f"{n:.2e}") for n in values)])
     return table(lines)
 
 
@@ -317,18 +302,17 @@ def _trials(study: dict[str, Any]) -> str:
     """Every trial, whether it was chosen, not chosen, or failed."""
     labels = {variant["name"]: variant["label"] for variant in study["variants"]}
     sets = [*study["general"], study["domain_set"]]
-    lines = [
-        ["variant", "learning rate", "seed", "chosen", "general change", *sets, "choices", "time"]
-    ]
+    head = ["variant", "learning rate", "seed", "chosen", "general change", *sets]
+    lines = [[*head, "choices", "time"]]
     for trial in study["trials"]:
-        cells = [labels.get(trial["variant"], trial["variant"]), f"{trial['lr']:g}"]
-        cells.append(str(trial["seed"]))
+        label = labels.get(trial["variant"], trial["variant"])
+        cells = [label, f"{trial['lr']:g}", str(trial["seed"])]
         if (reason := failure(trial)) is not None:
             lines.append([*cells, f"failed: {reason}", *[MISSING] * (len(sets) + 3)])
             continue
         changes = final_changes(study, trial)
         cells += ["yes" if trial["chosen"] else "no", f"{general_change(study, changes):+z.3f}"]
         cells += [f"{changes[name]:+z.3f}" for name in sets]
-        cells.append(show(trial["choices"], lambda found: f"{found['accuracy']:.1%}"))
+        cells.append(show(trial["choices"], lambda c: f"{c['accuracy']:.1%}"))
         lines.append([*cells, format_duration(trial["train_s"] + trial["replay_s"])])
     return table(lines)

@@ -1,26 +1,33 @@
-"""The tasks of a study: what each trial is about, in options of train.py."""
+"""The tasks of a study, in options of train.py, and how long they take."""
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bases import Study, expanded_dir, flags
-from comparisons import lora_rank
-from options import StudySettings
-from schedule import Task
+from bases import Study, flags, pretrain_processes
+from models import lora_rank
+from options import ROOT, StudySettings
+from schedule import Runner, Task
+from trial import RESULT_FILE
 from variants import Variant
 
+from llamapro.errors import ConfigError
 from llamapro.expansion import interleave
+from llamapro.formatting import format_duration
+from llamapro.training.preset import parse as parse_train
 
-OVERHEAD_S = 5.0  # of a trial beside what it computes: starting, loading, the shift
-COST_S = 8.0  # of comparing steps
+OVERHEAD_S = 5.0  # of a trial, beside what it computes: starting, loading, measuring
+PREPARATION_S = 60.0  # corpus, tokenizer and merging of the small base
 QUESTIONS_TOKENS = 20_000  # of the choices that a trial reads
 
 
-def options(s: StudySettings, out: Path, study: Study, steps: int) -> list[str]:
-    """Returns the options of train.py that trials of so many steps share."""
-    sets = {study.domain: list(study.val)} | study.general
+def train_options(study: Study, steps: int) -> list[str]:
+    """Returns the options of train.py that all trials of a study share."""
+    s, sets = study.s, {study.domain: list(study.val)} | study.general
     shared = {
-        "data.seq-len": s.seq_len, "data.cache-dir": out / "cache", "train.steps": steps,
+        "data.seq-len": s.seq_len, "data.cache-dir": s.dir / "cache", "train.steps": steps,
         "train.batch-size": s.batch_size, "train.micro-batch-size": s.micro_batch_size,
         "train.device": s.device, "eval.every": steps // s.evaluations,
         "eval.sequences": s.eval_sequences, "save.every": steps, "log-spikes": 0,
@@ -30,93 +37,157 @@ def options(s: StudySettings, out: Path, study: Study, steps: int) -> list[str]:
     return [*flags(shared), "--data.train", *study.train, "--data.val", *val]
 
 
+def variant_options(study: Study, variant: Variant) -> list[str]:
+    """Returns the options of train.py for a variant, but for its learning rate and seed."""
+    argv = train_options(study, steps_of(study.s, variant))
+    argv += ["--model.path", str(study.start(variant)), *variant.options, *variant.writing]
+    return argv if variant.expand else [*argv, "--train.trainable", "all"]
+
+
 def steps_of(s: StudySettings, variant: Variant) -> int:
-    """Returns how many steps a variant trains."""
     return s.replay_steps if variant.group == "retention" else s.steps
 
 
-def trial(
-    s: StudySettings, out: Path, study: Study, variant: Variant, lr: float, seed: int, step_s: float
-) -> Task:
-    """Returns the task of training and measuring one variant."""
-    start = expanded_dir(out, study, variant)
-    argv = options(s, out, study, steps_of(s, variant))
-    argv += ["--model.path", str(start), "--optim.lr", f"{lr:g}", "--train.seed", str(seed)]
-    argv += [*variant.options, *variant.writing]
-    if not variant.expand:
-        argv += ["--train.trainable", "all"]
+def trial(study: Study, variant: Variant, lr: float, seed: int, step_s: float) -> Task:
+    """Returns the task of training and measuring one variant; `step_s` as for `trial_seconds`."""
+    argv = variant_options(study, variant)
+    argv += ["--optim.lr", f"{lr:g}", "--train.seed", str(seed)]
     built = None
     if variant.built is not None:
         built = variant.built | {"base": str(study.checkpoint), "seed": seed}
         if "like" in built:
             built["rank"] = lora_rank(study.checkpoint, built["like"])
-    about = measured(s, study) | {"variant": variant.name, "argv": argv, "built": built}
-    where = out / study.name / variant.name / f"lr-{lr:g}-seed-{seed}"
+    about = measured(study) | {"variant": variant.name, "argv": argv, "built": built}
+    out = study.s.dir / study.name / variant.name / f"lr-{lr:g}-seed-{seed}"
     label = f"{study.name} · {variant.label} · lr {lr:g} · seed {seed}"
-    return Task(label, "train", about, where, trial_seconds(s, study, variant, step_s))
+    return Task(label, "train", about, out, trial_seconds(study, variant, step_s))
 
 
-def measured(s: StudySettings, study: Study) -> dict[str, Any]:
+def measured(study: Study) -> dict[str, Any]:
     """Returns what `trial.measure` takes."""
-    about = {"base": str(study.checkpoint), "base_sha256": study.identity(), "device": s.device}
-    return about | {"choices": study.choices, "val": list(study.val)}
+    about = {"base": str(study.checkpoint), "base_sha256": study.base_sha256}
+    return about | {"device": study.s.device, "choices": study.choices, "val": list(study.val)}
 
 
-def trial_seconds(s: StudySettings, study: Study, variant: Variant, step_s: float) -> float:
-    """Estimates a trial, s, from the seconds of a training step of all the base's weights.
-
-    Of a step's work forward is a third, and so are the gradients of inputs and those of weights:
-    new blocks add to the first two with all layers, to the last with their own.
-    """
-    L, n = study.num_layers, variant.new_blocks or 0
-    factor = (2 * (L + n) + (n or L)) / (3 * L)
-    evaluated = (s.evaluations + 1) * (1 + len(study.general)) * s.eval_sequences  # sequences
-    read = evaluated + QUESTIONS_TOKENS / s.seq_len
-    forward = read / s.batch_size * (L + n) / L / 3
-    return OVERHEAD_S + step_s * (steps_of(s, variant) * factor + forward)
-
-
-def base_tasks(s: StudySettings, out: Path, study: Study) -> list[Task]:
-    """Returns what is measured of the base itself."""
-    argv = options(s, out, study, s.steps)
-    argv += ["--model.path", str(study.checkpoint), "--train.trainable", "all"]
-    about, where = measured(s, study) | {"argv": argv}, out / study.name
-    tasks = [Task(f"{study.name} · base", "base", about, where / "base")]
+def base_tasks(study: Study) -> list[Task]:
+    """Returns the tasks of measuring the base itself."""
+    argv = [*train_options(study, 1), "--eval.every", "1", "--model.path", str(study.checkpoint)]
+    argv += ["--train.trainable", "all"]
+    out, about = study.s.dir / study.name, measured(study) | {"argv": argv}
+    tasks = [Task(f"{study.name} · base", "base", about, out / "base")]
     if study.is_whole:
-        layout = interleave(study.num_layers, study.compared(s))
-        tops = [layout.sources[i] for i in layout.new_layers]
-        about = {"base": str(study.checkpoint), "argv": argv, "layers": tops}
+        layout = interleave(study.num_layers, study.compared)
+        about = {"base": str(study.checkpoint), "val": list(study.val)}
+        about |= {"layers": [layout.sources[i] for i in layout.new_layers]}
         label = f"{study.name} · first gradients"
-        tasks.append(Task(label, "gradients", about, where / "gradients"))
+        tasks.append(Task(label, "gradients", about, out / "gradients"))
     return tasks
 
 
-def cost_tasks(s: StudySettings, out: Path, study: Study) -> dict[str, Task]:
-    """Returns, by variant, the tasks of comparing its step with that of what it varies."""
-    by_name = {variant.name: variant for variant in study.variants(s)}
-    argv = {
-        name: trial(s, out, study, variant, s.learning_rates[0], s.seeds[0], 0.0).about["argv"]
-        for name, variant in by_name.items()
-        if variant.varies or variant.group == "number"
-    }
-    found = {}
-    for name, variant in by_name.items():
+def cost_tasks(study: Study) -> dict[str, Task]:
+    """Returns, by variant, the tasks of comparing its step with that of the plain expansion."""
+    variants = {variant.name: variant for variant in study.variants}
+    tasks = {}
+    for variant in variants.values():
         if variant.varies:
-            about = {"plain": argv[variant.varies], "other": argv[name]}
-            label, where = f"{study.name} · a step of {variant.label}", study.name
-            found[name] = Task(label, "cost", about, out / "cost" / where / name, COST_S)
-    return found
+            about = {"plain": variant_options(study, variants[variant.varies])}
+            about |= {"other": variant_options(study, variant)}
+            label = f"{study.name} · a step of {variant.label}"
+            out = study.s.dir / "cost" / study.name / variant.name
+            tasks[variant.name] = Task(label, "cost", about, out)
+    return tasks
 
 
-def writing_tasks(s: StudySettings, out: Path, study: Study) -> dict[tuple[str, ...], Task]:
+def writing_tasks(study: Study) -> dict[tuple[str, ...], Task]:
     """Returns, by `Variant.writing`, the tasks of writing what the studies of a base replay."""
-    found = {}
-    for variant in study.variants(s):
-        if variant.writing and variant.writing not in found:
-            argv = options(s, out, study, s.replay_steps)
-            argv += ["--model.path", str(expanded_dir(out, study, variant))]
-            argv += [*variant.options, *variant.writing]
-            label, where = f"{study.base} writes for {variant.name}", f"{study.base}-{variant.name}"
-            about = {"argv": argv, "base_sha256": study.identity()}
-            found[variant.writing] = Task(label, "replay", about, out / "replay" / where)
-    return found
+    tasks: dict[tuple[str, ...], Task] = {}
+    for variant in study.variants:
+        if variant.writing and variant.writing not in tasks:
+            about = {"argv": variant_options(study, variant), "base_sha256": study.base_sha256}
+            label = f"{study.base} writes for {variant.name}"
+            out = study.s.dir / "replay" / f"{study.base}-{variant.name}"
+            tasks[variant.writing] = Task(label, "replay", about, out)
+    return tasks
+
+
+def held_out_task(study: Study) -> Task:
+    """Returns the task of writing held-out text with the base, of another seed than replay's."""
+    s, about = study.s, {"base": str(study.checkpoint), "base_sha256": study.base_sha256}
+    about |= {"tokens": s.replay_tokens, "length": s.seq_len, "device": s.device}
+    return Task(f"text of {study.base}", "write", about, s.dir / "written" / study.base)
+
+
+# ---- How long it takes --------------------------------------------------------------------------
+
+
+def calibrate(s: StudySettings, studies: Sequence[Study], runner: Runner) -> dict[str, float]:
+    """Returns by base the seconds of a training step of plain expansion, with all workers busy.
+
+    Measured on random weights of the base's shape, before there is a base.
+    """
+    argv = ["--data.seq-len", str(s.seq_len), "--train.batch-size", str(s.batch_size)]
+    argv += ["--train.micro-batch-size", str(s.micro_batch_size), "--train.device", s.device]
+    out, step_s = s.dir / "calibration", {}
+    shutil.rmtree(out, ignore_errors=True)  # of another day
+    for study in {study.base: study for study in studies}.values():
+        is_small = study.base == "small"
+        config = s.pretrain_config if is_small else study.checkpoint / "config.json"
+        about = {"config": str(config), "argv": argv, "new_blocks": study.compared}
+        copies = [
+            Task(study.base, "calibrate", about, out / f"{study.base}-{copy}")
+            for copy in range(s.workers)
+        ]
+        step_s[study.base] = max(result["step_s"] for result in runner.run(copies))
+    return step_s
+
+
+def trial_seconds(study: Study, variant: Variant, step_s: float) -> float:
+    """Estimates a trial, s, from the seconds of a training step, a third of which is forward."""
+    s = study.s
+    evaluated = (s.evaluations + 1) * (1 + len(study.general)) * s.eval_sequences  # sequences
+    passes = (evaluated + QUESTIONS_TOKENS / s.seq_len) / s.batch_size
+    return OVERHEAD_S + step_s * (steps_of(s, variant) + passes / 3)
+
+
+def trials_left(studies: Sequence[Study], step_s: dict[str, float]) -> tuple[int, float]:
+    """Returns how many trials have no result yet, and their seconds one after another."""
+    count, seconds = 0, 0.0
+    for study in studies:
+        for variant in study.variants:
+            s = study.s
+            wanted = len(s.seeds) + (0 if variant.varies else len(s.learning_rates) - 1)
+            done = len(list((s.dir / study.name / variant.name).glob(f"*/{RESULT_FILE}")))
+            count += (left := max(0, wanted - done))
+            seconds += left * trial_seconds(study, variant, step_s[study.base])
+    return count, seconds
+
+
+def check_budget(s: StudySettings, studies: Sequence[Study], step_s: dict[str, float]) -> str:
+    """Returns what will be done and about how long it takes.
+
+    Raises:
+        ConfigError: it takes longer than `budget_minutes`.
+    """
+    count, seconds = trials_left(studies, step_s)
+    seconds /= s.workers
+    if "small" in step_s and not (s.dir / "bases" / "small").exists():
+        t = parse_train(["--config", str(ROOT / s.pretrain)]).train
+        seconds += PREPARATION_S
+        seconds += step_s["small"] * t.steps * t.batch_size / s.batch_size / pretrain_processes(s)
+    measured = ", ".join(f"{step:.2f} s of {name}" for name, step in step_s.items())
+    text = (
+        f"{count} trials, {s.workers} at a time: about {format_duration(seconds)} (a training step "
+        f"takes {measured} here)"
+    )
+    if seconds > 60 * s.budget_minutes:
+        raise ConfigError(
+            f"{text}, more than --budget-minutes {s.budget_minutes:g}; raise it, lower --steps "
+            f"{s.steps}, give fewer --seeds or --learning-rates, or name --variants"
+        )
+    return text
+
+
+def seconds_taken(out: Path) -> float:
+    """Returns the seconds of all finished tasks together, one after another."""
+    files = out.rglob(RESULT_FILE)
+    return sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)

@@ -1,113 +1,124 @@
-"""What a study computes, each in a process of its own: train one variant and measure it.
+"""The work of a study, each task in a process of its own: train one variant and measure it.
 
-A function here takes what a task is about and its directory, and returns its result; both are
-JSON-able. Models that `train.py` can make are trained by it, with the options a user would give.
+A function here takes what a task is about and the task's directory, and returns its result; both
+are JSON-able. All training is `train.run`, with the options that a user would give.
 """
 
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import comparisons
+import models
 import torch
-from tqdm import tqdm
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 
-from llamapro import backends, ops
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.run import TRAINABLE_FILE, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.conversion.merge import merge_checkpoint
 from llamapro.errors import DivergedError, UserError
 from llamapro.evaluate import read_text
 from llamapro.expansion import expand_config, interleave, select_trainable
+from llamapro.files import write_file
 from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.inference.multiple_choice import baselines, measure_choices, read_choices
-from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.text.mixture import batch
+from llamapro.scripts import train as script
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.distributed import process_group, shard
-from llamapro.training.job import Job, load_data
+from llamapro.training.job import Job
 from llamapro.training.objective import NextToken
-from llamapro.training.optim import set_learning_rate
-from llamapro.training.preemption import StopRequest
+from llamapro.training.optim import build_adamw
 from llamapro.training.preset import parse
-from llamapro.training.records import read_run, summarize
+from llamapro.training.records import Run, read_run, summarize
 from llamapro.training.replay import write_documents
-from llamapro.training.settings import ReplaySettings
-from llamapro.training.state import RunState
+from llamapro.training.settings import ReplaySettings, check
 from llamapro.training.weights import init_random
 
-RESULT_FILE, MESSAGE_FILE, LOG_FILE = "result.json", "message.txt", "log.txt"
+RESULT_FILE, LOG_FILE = "result.json", "log.txt"
 SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each
-CALIBRATION_STEPS, COST_ROUNDS = 3, 10
-WRITTEN_AT_A_TIME = 64  # documents
+CALIBRATION_STEPS, COST_ROUNDS, COST_STEPS = 3, 2, 8
 TEXT_FILE, HELD_OUT_SEED = "text.txt", 1 << 32
+WRITTEN_AT_A_TIME = 64  # documents
 
 
-def execute(function: str, about: dict[str, Any], out: str, threads: int) -> None:
-    """Runs a function of `FUNCTIONS` and writes its result; never returns.
-
-    What it prints goes to its log. Exit status 2: a mistake of the user's, whose message is in
-    `MESSAGE_FILE`; 1: anything else. It ends with the process that started it.
-    """
-    directory = Path(out)
-    shutil.rmtree(directory, ignore_errors=True)  # what a killed one left
-    directory.mkdir(parents=True)
-    log = os.open(directory / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def execute(function: str, about: dict[str, Any], out: Path, threads: int) -> float:
+    """Runs a function of `FUNCTIONS`, writes its result and its log, and returns its seconds."""
+    shutil.rmtree(out, ignore_errors=True)  # left by a process that was killed
+    out.mkdir(parents=True)
+    log = os.open(out / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    tqdm.set_lock(threading.RLock())  # one between processes would be left behind by _exit
-    started, status = time.perf_counter(), 0
+    started = time.perf_counter()
     try:
-        result = FUNCTIONS[function](about, directory)
-        seconds = time.perf_counter() - started
-        write_json(directory / RESULT_FILE, {"about": about, "result": result, "seconds": seconds})
-    except UserError as error:
-        (directory / MESSAGE_FILE).write_text(str(error), encoding="utf-8")
-        status = 2
+        result = FUNCTIONS[function](about, out)
+    except UserError:
+        raise
     except BaseException:
         traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # without teardown, during which gloo's threads sometimes abort
+        raise
+    seconds = time.perf_counter() - started
+    write_json(out / RESULT_FILE, {"about": about, "result": result, "seconds": seconds})
+    return seconds
 
 
 def _end_with_parent() -> None:
-    """Leaves nobody behind who would write where the next one does."""
+    """Ends this process when the study ends: the next study writes to the same place."""
     if (parent := multiprocessing.parent_process()) is not None:
         wait([parent.sentinel])
         os._exit(1)
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    aside.rename(file)
+    write_file(file, json.dumps(value, indent=1) + "\n")
+
+
+def device_of(name: str) -> torch.device:
+    """Returns the device that "auto", "cpu" or "cuda" stands for."""
+    has_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if has_gpu else "cpu")
 
 
 # ---- One variant --------------------------------------------------------------------------------
+
+
+def run_training(argv: list[str], run_dir: Path, model: LlamaForCausalLM | None = None) -> Run:
+    """Trains by train.py's loop, with its options; returns the run's records.
+
+    Args:
+        argv: options of train.py.
+        run_dir: for the run.
+        model: trained instead of the one that the options name.
+
+    Raises:
+        SystemExit: it was stopped before its last step was evaluated.
+    """
+    settings = parse([*argv, "--run-dir", str(run_dir)])
+    check(settings, 1)
+    script.run(Job.open(settings), objective=None if model is None else NextToken(model))
+    run = read_run(run_dir, run_dir.name)
+    if any(records[-1]["step"] != settings.train.steps for records in run.evals.values()):
+        raise SystemExit(f"{run_dir}: stopped before step {settings.train.steps} was evaluated")
+    return run
 
 
 def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Trains one variant at one learning rate and seed, and measures it.
 
     Args:
-        about: `argv`, options of train.py; `built`, a model of comparisons.py, or None; and what
+        about: `argv`, options of train.py; `built`, arguments of `models.build`, or None; and what
             `measure` takes.
         out: for the run's records; its weights are removed once they are measured.
 
@@ -116,18 +127,23 @@ def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
         trainable, total: parameters; tokens_per_s, memory_bytes: median and peak; train_s: seconds
         in training steps; choices, shift: as `measure`.
     """
-    run_dir, merged = out / "run", out / "merged"
-    argv = [*about["argv"], "--run-dir", str(run_dir)]
+    run_dir, merged, built = out / "run", out / "merged", about["built"]
     try:
-        if about["built"] is None:
-            sys.argv = ["train.py", *argv]
-            comparisons.train_file().main()
-            merge_checkpoint(Checkpoint.open(parse(argv).model.path), run_dir, merged)
-            model = Checkpoint.open(merged).load()
+        run = run_training(about["argv"], run_dir, models.build(built) if built else None)
+        if built:
+            model = trained(built, run_dir)
         else:
-            model = comparisons.train(argv, lambda: comparisons.build(about["built"]))
-        result = records(run_dir, parse(argv).train.steps)
-        return result | measure(model, about)
+            merge_checkpoint(Checkpoint.open(parse(about["argv"]).model.path), run_dir, merged)
+            model = Checkpoint.open(merged).load()
+        summary = summarize(run, list(run.evals))
+        return {
+            "curves": curves(run),
+            "trainable": summary["trainable_parameters"],
+            "total": summary["total_parameters"],
+            "tokens_per_s": summary["tokens_per_s"],
+            "memory_bytes": summary["memory_bytes"],
+            "train_s": run.train[-1]["elapsed_s"],
+        } | measure(model.requires_grad_(False).eval(), about)
     except DivergedError as error:
         return {"failed": str(error)}
     except torch.OutOfMemoryError:
@@ -137,26 +153,20 @@ def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
 
 
-def records(run_dir: Path, steps: int) -> dict[str, Any]:
-    """Returns what a run's records say of it: all of `train`'s result but what is measured after.
+def trained(built: dict[str, Any], run_dir: Path) -> LlamaForCausalLM:
+    """Returns the built model with what its run has trained, whole, on the CPU."""
+    model = models.build(built)
+    tensors = load_file(training_checkpoints(run_dir)[-1] / TRAINABLE_FILE)
+    unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
+    assert not unknown, unknown
+    return model
 
-    Raises:
-        SystemExit: it was stopped before its last step was evaluated.
-    """
-    run = read_run(run_dir, run_dir.name)
-    if any(of_a_set[-1]["step"] != steps for of_a_set in run.evals.values()):
-        raise SystemExit(f"{run_dir}: stopped before step {steps} was evaluated")
-    found = summarize(run, list(run.evals))
+
+def curves(run: Run) -> dict[str, list[list[float]]]:
+    """Returns validation set -> [tokens trained on, loss in nats per token] of each evaluation."""
     return {
-        "curves": {
-            name: [[record["tokens_seen"], record["loss"]] for record in of_a_set]
-            for name, of_a_set in run.evals.items()
-        },
-        "trainable": found["trainable_parameters"],
-        "total": found["total_parameters"],
-        "tokens_per_s": found["tokens_per_s"],
-        "memory_bytes": found["memory_bytes"],
-        "train_s": run.train[-1]["elapsed_s"],
+        name: [[record["tokens_seen"], record["loss"]] for record in records]
+        for name, records in run.evals.items()
     }
 
 
@@ -166,32 +176,27 @@ def measure(model: LlamaForCausalLM, about: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         model: whole, on the CPU.
-        about: `base`, its checkpoint; `device`; `choices`, a file of questions or ""; `val`, text
-            of the new domain that was held out, pieces of which the model continues.
+        about: `base`, its checkpoint; `device`; `choices`, a file of questions or ""; `val`,
+            held-out text of the new domain, pieces of which the model continues.
 
     Returns:
         choices: of `measure_choices` and `baselines`, or None; shift: of `shift`, or None.
     """
     base = Checkpoint.open(about["base"])
-    device, tokenizer = device_of(about["device"]), Tokenizer.load(base.path)
+    device, tokenizer, choices = device_of(about["device"]), Tokenizer.load(base.path), None
     model = model.to(device)
-    choices, context = None, base.config.max_position_embeddings
     if about["choices"]:
+        context = base.config.max_position_embeddings
         questions = read_choices(about["choices"], tokenizer, context, 0)
-        marks, _ = measure_choices(model, questions, 16, "choices")
-        choices = marks | baselines(questions)
-    documents = [
-        ids for path in about["val"] for ids in read_text(path, tokenizer, "text").documents
-    ]
-    samples = write_greedily(model, documents, *SHIFT)
-    moved = shift(base.load(device=device), samples) if samples is not None else None
-    return {"choices": choices, "shift": moved}
+        choices = measure_choices(model, questions, 16, "choices")[0] | baselines(questions)
+    samples = write_greedily(model, documents(about, tokenizer), *SHIFT)
+    shifted = shift(base.load(device=device), samples) if samples is not None else None
+    return {"choices": choices, "shift": shifted}
 
 
-def device_of(name: str) -> torch.device:
-    """Returns what "auto", "cpu" or "cuda" stands for: where a run computes."""
-    has_gpu = name != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if has_gpu else "cpu")
+def documents(about: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
+    """Returns the token ids of the new domain's held-out documents."""
+    return [ids for path in about["val"] for ids in read_text(path, tokenizer, "text").documents]
 
 
 # ---- Around it ----------------------------------------------------------------------------------
@@ -199,80 +204,52 @@ def device_of(name: str) -> torch.device:
 
 def base(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Measures the base itself: `losses` as training measures them, and as `measure`."""
-    argv = [*about["argv"], "--run-dir", str(out / "run")]
-    settings = parse(argv)
-    with process_group(settings.train.device) as ranks:
-        job = Job.open(settings)
-        data = load_data(job, RunState(), ranks, StopRequest())
-        model = Checkpoint.open(about["base"]).load()
-        objective = NextToken(model)
-        shard(objective, ranks, job.compute_dtype)
-        mean_loss = comparisons.train_file().mean_loss
-        losses = {
-            name: mean_loss(objective, sequences, settings, ranks, StopRequest())[0]
-            for name, sequences in data.val.items()
-        }
+    model = models.base_model(Path(about["base"]))
+    model.model.norm.weight.requires_grad_()  # a step has to train something, however small
+    run = run_training(about["argv"], out / "run", model)
+    losses = {name: curve[0][1] for name, curve in curves(run).items()}  # before that step
+    shutil.rmtree(out / "run" / "checkpoints")
     return {"losses": losses} | measure(Checkpoint.open(about["base"]).load(), about)
 
 
 def cost(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Times steps of two runs in turn, so that what else the machine does slows both alike.
+    """Times two short runs in turn, so that other work of the machine slows both alike.
 
     Args:
         about: `plain` and `other`, options of train.py.
-        out: for what they would write.
+        out: for the runs.
 
     Returns:
-        step: the other's seconds per step, over the plain one's; the median of rounds.
+        step: the other's median seconds per step, over the plain one's.
     """
-    file, rounds = comparisons.train_file(), []
-    with ExitStack() as stack:
-        sides: list[Any] = []
-        for name in ("plain", "other"):
-            settings = parse([*about[name], "--run-dir", str(out / name)])
-            job = Job.open(settings)
-            if not sides:
-                ranks = stack.enter_context(process_group(settings.train.device))
-                stack.enter_context(backends.use(settings.train.ops))
-            data = load_data(job, RunState(), ranks, StopRequest())
-            objective = file.build_objective(job)
-            parameters = file.shard_objective(objective, job, ranks)
-            guard = comparisons.guarded_adamw(list(parameters.values()), settings)
-            set_learning_rate(guard.optimizer, 1, 2, settings.optim)
-            sides.append((settings, data, objective, guard))
-        for at in range(COST_ROUNDS + 1):
-            took = []
-            for settings, data, objective, guard in sides:
-                count = settings.train.batch_size
-                columns, others = batch(data.mixture, at * count, count, 0, 1, data.apart)
-                valid = float((columns[1] != ops.IGNORE_INDEX).sum())
-                started = time.perf_counter()
-                loss, _ = file.train_step(objective, guard, columns, others, valid, settings, ranks)
-                loss.item()  # waits for the device
-                took.append(time.perf_counter() - started)
-            rounds.append(took[1] / took[0])
-    return {"step": median(rounds[1:])}  # the first warms up
+    seconds: dict[str, list[float]] = {"plain": [], "other": []}
+    short = ["--train.steps", str(COST_STEPS), "--log-every", "1", "--data.val"]
+    for number in range(COST_ROUNDS):
+        for side, times in seconds.items():
+            run = run_training([*about[side], *short], out / f"{side}-{number}")
+            times += [record["step_s"] for record in run.train[1:]]  # the first step warms up
+            shutil.rmtree(run.path)
+    return {"step": median(seconds["other"]) / median(seconds["plain"])}
 
 
 def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Has the base write what is replayed, and says in how many seconds: `replay_s`."""
+    """Has the base write what is replayed; returns the seconds that it took as `replay_s`."""
     settings = parse([*about["argv"], "--run-dir", str(out / "run")])
-    job = Job.open(settings)
     started = time.perf_counter()
-    store = job.replay(device_of(settings.train.device))
+    store = Job.open(settings).replay(device_of(settings.train.device))
     return {"replay_s": time.perf_counter() - started, "tokens": store.tokens}
 
 
 def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Has the base write held-out text, from BOS on, with a seed that no replay has."""
+    """Has the base write held-out text from BOS on, with a seed that no replay has."""
     checkpoint = Checkpoint.open(about["base"])
     tokenizer = Tokenizer.load(checkpoint.path)
     model = checkpoint.load(device=device_of(about["device"]))
     assert tokenizer.bos_id is not None
-    how = ReplaySettings(seed=HELD_OUT_SEED, batch_size=WRITTEN_AT_A_TIME)
+    settings = ReplaySettings(seed=HELD_OUT_SEED, batch_size=WRITTEN_AT_A_TIME)
     ends = set(checkpoint.config.eos_token_ids)
     texts, tokens = [], 0
-    for ids in write_documents(model, [[tokenizer.bos_id]], ends, about["length"], how):
+    for ids in write_documents(model, [[tokenizer.bos_id]], ends, about["length"], settings):
         texts.append(tokenizer.decode(ids[1:]))
         tokens += len(ids)
         if tokens >= about["tokens"]:
@@ -282,69 +259,47 @@ def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def gradients(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Returns `comparisons.first_gradients` of each kind of new block, on the domain's text."""
-    argv = [*about["argv"], "--run-dir", str(out / "run")]
-    settings = parse(argv)
-    with process_group("cpu") as ranks:
-        data = load_data(Job.open(settings), RunState(), ranks, StopRequest())
-        (inputs, targets), _ = batch(data.mixture, 0, 2, 0, 1)
-    ids = torch.cat((inputs, targets[:, -1:].clamp(min=0)), 1)[:, :65]
+    """Returns `models.first_gradients` of each kind of new block, on the domain's text."""
+    tokenizer = Tokenizer.load(Path(about["base"]))
+    ids = torch.tensor([*chain(*documents(about, tokenizer))][: 2 * 65]).view(2, -1)
     kinds = ("zero-outputs", "copies", "zero-norms")
-    where = (Path(about["base"]), about["layers"])
-    return {kind: comparisons.first_gradients(*where, kind, ids) for kind in kinds}
+    base, layers = Path(about["base"]), about["layers"]
+    return {kind: models.first_gradients(base, layers, kind, ids) for kind in kinds}
 
 
 def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Times a training step and a step of writing of a random model of the base's shape.
+    """Times a training step of plain expansion, on a random model of the base's shape.
 
     Args:
-        about: `config`, a file; `argv`, options of train.py; `new_blocks`: how many are added and
-            train alone, or 0: all weights train.
+        about: `config`, a file; `new_blocks`, how many are added; `argv`, options of train.py.
         out: unused.
 
     Returns:
-        step_s, write_s: seconds of each, the shortest of a few.
+        step_s: seconds of a step, the shortest of a few.
     """
-    config = ModelConfig.from_file(Path(about["config"]))
-    settings = parse(about["argv"])
-    t = settings.train
-    if about["new_blocks"]:
-        layout = interleave(config.num_hidden_layers, about["new_blocks"])
-        config = expand_config(config, layout, "")
-    with process_group(t.device) as ranks, backends.use(t.ops):
-        model = build_on_meta(config)
-        names = select_trainable(model, "new_blocks" if about["new_blocks"] else "all")
-        load_tensors(model, init_random(config, 0))
-        objective = NextToken(model)
-        shard(objective, ranks, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
-        parameters = dict(model.named_parameters())
-        guard = comparisons.guarded_adamw([parameters[n] for n in names], settings)
-        ids = torch.randint(0, config.vocab_size, (t.batch_size, settings.data.seq_len))
-        how = ((ids, ids), t.batch_size, float(ids.numel()), settings, ranks)
-        step_s = shortest(
-            lambda: comparisons.train_file().train_step(objective, guard, *how)[0].item()
-        )
-        row, length = torch.zeros(WRITTEN_AT_A_TIME, 1, dtype=torch.int64), 8
-        write_s = shortest(lambda: list(generate(model, row.to(ranks.device), length))) / length
-    return {"step_s": step_s, "write_s": write_s}
-
-
-def shortest(work: Callable[[], Any]) -> float:
-    """Returns how long it takes, the shortest of a few times."""
-    times = []
+    config, settings = ModelConfig.from_file(Path(about["config"])), parse(about["argv"])
+    config = expand_config(config, interleave(config.num_hidden_layers, about["new_blocks"]), "")
+    device, model = device_of(settings.train.device), build_on_meta(config)
+    select_trainable(model, "new_blocks")
+    load_tensors(model, init_random(config, 0))
+    optimizer = build_adamw(model.to(device).parameters(), (0.9, 0.95), 0.1)
+    shape = (settings.train.batch_size, settings.data.seq_len)
+    ids, times = torch.randint(config.vocab_size, shape, device=device), []
     for _ in range(CALIBRATION_STEPS):
         started = time.perf_counter()
-        work()
+        for rows in ids.split(settings.train.micro_batch_size):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(rows).flatten(0, 1)
+            loss = cross_entropy(logits.float(), rows.flatten())
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
         times.append(time.perf_counter() - started)
-    return min(times)
+    return {"step_s": min(times)}
 
 
 FUNCTIONS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
-    "train": train,
-    "base": base,
-    "cost": cost,
-    "replay": replay,
-    "write": write,
-    "gradients": gradients,
-    "calibrate": calibrate,
+    function.__name__: function
+    for function in (train, base, cost, replay, write, gradients, calibrate)
 }

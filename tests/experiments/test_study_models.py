@@ -1,16 +1,18 @@
-"""experiments/comparisons.py, variants.py, domains.py: what the study compares, and on what."""
+"""experiments/models.py, variants.py, domains.py: what the study compares, and on what."""
 
-import importlib
 import math
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
+import domains
+import models
 import numpy as np
 import pytest
 import torch
+import trial
+import variants
+from options import StudySettings
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import read_metrics
@@ -21,18 +23,7 @@ from llamapro.text.tokenizer import Tokenizer
 
 TOPS = [1, 3]
 IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))
-INPUTS, TARGETS = IDS[:, :-1], IDS[:, 1:]
-
-
-@pytest.fixture(scope="module")
-def study(root: Path) -> Iterator[SimpleNamespace]:
-    """The modules, which import one another as siblings."""
-    names = ("variants", "comparisons", "domains")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "experiments")
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
+INPUTS = IDS[:, :-1]
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +43,9 @@ def trained(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("keep", ["zero-outputs", "zero-norms"])
-def test_a_block_whose_outputs_or_norms_are_zero_is_the_identity(
-    study: SimpleNamespace, base: Path, keep: str
-) -> None:
+def test_a_block_whose_outputs_or_norms_are_zero_is_the_identity(base: Path, keep: str) -> None:
     """The expanded model's logits are the base's, to the bit; its new blocks alone train."""
-    model = study.comparisons.expanded(base, TOPS, keep)
+    model = models.expanded(base, TOPS, keep)
     assert torch.equal(model(INPUTS), Checkpoint.open(base).load()(INPUTS))
     assert model.config.num_hidden_layers == 6
     assert trained(model) == {
@@ -64,11 +53,9 @@ def test_a_block_whose_outputs_or_norms_are_zero_is_the_identity(
     }
 
 
-def test_copies_are_their_sources_and_change_what_the_base_says(
-    study: SimpleNamespace, base: Path
-) -> None:
+def test_copies_are_their_sources_and_change_what_the_base_says(base: Path) -> None:
     """Nothing in them is zero, and they share no storage with what they are copies of."""
-    model = study.comparisons.expanded(base, TOPS, "copies")
+    model = models.expanded(base, TOPS, "copies")
     for new, source in ((2, 1), (5, 4)):
         for p, q in zip(
             model.model.layers[new].parameters(),
@@ -79,81 +66,79 @@ def test_copies_are_their_sources_and_change_what_the_base_says(
     assert not torch.allclose(model(INPUTS), Checkpoint.open(base).load()(INPUTS), atol=1e-2)
 
 
-def test_the_moe_baseline_starts_with_a_scaled_w3_as_in_appendix_h(
-    study: SimpleNamespace, base: Path
-) -> None:
+def test_the_moe_baseline_starts_with_a_scaled_w3_as_in_appendix_h(base: Path) -> None:
     """softmax(1, 0) = (0.731, 0.269), the second projection zero: not an identity."""
-    model = study.comparisons.moe(base)
+    model = models.moe(base)
     mlp, x = model.model.layers[0].mlp, torch.randn(3, 64)
     plain = Checkpoint.open(base).load().model.layers[0].mlp(x)
     torch.testing.assert_close(mlp(x), plain / (1 + math.exp(-1)))
     assert {name.split(".", 4)[4] for name in trained(model)} == {"new_down_proj.weight", "scales"}
     assert len(trained(model)) == 2 * 4
-    model(INPUTS, TARGETS)[0].backward()
+    model(INPUTS).sum().backward()
     assert all(model.get_parameter(name).grad.any() for name in trained(model))
 
 
 def test_the_moe_baseline_of_a_bf16_base_computes_in_bf16(
-    study: SimpleNamespace,
     write_random_checkpoint: Callable[..., Path],
     tiny_config: Callable,
     tmp_path: Path,
 ) -> None:
     """As it is measured, whole: real checkpoints are not fp32."""
     base = write_random_checkpoint(tmp_path / "base", tiny_config(), torch.bfloat16)
-    model = study.comparisons.moe(base)
+    model = models.moe(base)
     assert model(INPUTS).dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_lora_starts_as_the_base_and_has_as_many_parameters_as_the_blocks(
-    study: SimpleNamespace, base: Path
-) -> None:
+def test_lora_starts_as_the_base_and_has_as_many_parameters_as_the_blocks(base: Path) -> None:
     """Nearest rank; only the adapters train, on every linear; each seed draws its own."""
-    rank = study.comparisons.lora_rank(base, 2)
-    model = study.comparisons.lora(base, rank, seed=1)
+    rank = models.lora_rank(base, 2)
+    model = models.lora(base, rank, seed=1)
     block = sum(p.numel() for p in Checkpoint.open(base).load().model.layers[0].parameters())
     count = sum(model.get_parameter(name).numel() for name in trained(model))
     assert abs(count - 2 * block) <= count / rank / 2
     assert len(trained(model)) == 2 * 7 * 4 and all("lora_" in name for name in trained(model))
     assert torch.equal(model(INPUTS), Checkpoint.open(base).load()(INPUTS))
-    first = [study.comparisons.lora(base, 2, seed).state_dict() for seed in (1, 1, 2)]
+    first = [models.lora(base, 2, seed).state_dict() for seed in (1, 1, 2)]
     drawn = next(name for name in first[0] if "lora_A" in name)
     assert torch.equal(first[0][drawn], first[1][drawn])
     assert not torch.equal(first[0][drawn], first[2][drawn])
 
 
-def test_of_the_originals_just_the_named_blocks_train(study: SimpleNamespace, base: Path) -> None:
+def test_of_the_originals_just_the_named_blocks_train(base: Path) -> None:
     """The control: as many blocks train, none is added."""
-    model = study.comparisons.originals(base, TOPS)
+    model = models.build({"model": "originals", "base": base, "layers": TOPS})
     assert trained(model) == {n for n, _ in model.named_parameters() if is_in_layers(n, TOPS)}
     assert len(trained(model)) == 2 * 9
 
 
 def test_adapters_are_trained_as_train_py_trains_and_come_back_whole(
-    study: SimpleNamespace, base: Path, tmp_path: Path
+    base: Path, tmp_path: Path
 ) -> None:
     """By its step, sharded; the last evaluation is of what is given back."""
     (tmp_path / "text.txt").write_text("def usage(parser): print(parser.usage)\n" * 60)
     text, about = str(tmp_path / "text.txt"), {"model": "lora", "rank": 2, "seed": 0}
     argv = ["--model.path", str(base), "--train.trainable", "all", "--data.train", text]
     argv += ["--data.val", f"code={text}", "--data.seq-len", "32", "--train.device", "cpu"]
-    argv += ["--data.cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run")]
+    argv += ["--data.cache-dir", str(tmp_path / "cache")]
     argv += ["--train.steps", "3", "--train.batch-size", "2", "--optim.lr", "0.1"]
     argv += ["--log-every", "2", "--eval.every", "3"]
-    model = study.comparisons.train(argv, lambda: study.comparisons.build(about | {"base": base}))
-    records = read_metrics(tmp_path / "run")
+    built = about | {"base": str(base)}
+    trial.run_training(argv, tmp_path / "run", models.build(built))
+    model, records = trial.trained(built, tmp_path / "run"), read_metrics(tmp_path / "run")
     assert [r["step"] for r in records if r["kind"] == "train"] == [2, 3]
     first, last = (r["loss"] for r in records if r["kind"] == "eval")
     assert last < first - 0.1 and any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
     (cached,) = {path for path in (tmp_path / "cache").iterdir() if path.is_dir()}
     sequences = PackedSequences(TokenStore(cached, Tokenizer.load(base).fingerprint), 32)
     columns = [torch.from_numpy(np.stack(c)) for c in zip(*sequences, strict=True)]
-    loss, count = model(*columns)
-    assert (loss / count).item() == pytest.approx(last, rel=1e-4)
+    with torch.no_grad():
+        logits = model(columns[0]).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, columns[1].flatten())
+    assert loss.item() == pytest.approx(last, rel=1e-4)
 
 
-def test_nothing_that_is_built_reaches_the_checkpoint(study: SimpleNamespace, base: Path) -> None:
+def test_nothing_that_is_built_reaches_the_checkpoint(base: Path) -> None:
     """Its files are mapped: a model trained in place must not be those bytes."""
     before = Checkpoint.open(base).sha256()
     for about in (
@@ -162,7 +147,7 @@ def test_nothing_that_is_built_reaches_the_checkpoint(study: SimpleNamespace, ba
         {"model": "moe"},
         {"model": "lora", "rank": 2, "seed": 0},
     ):
-        model = study.comparisons.build(about | {"base": str(base)})
+        model = models.build(about | {"base": str(base)})
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1.0)
@@ -173,19 +158,19 @@ def test_nothing_that_is_built_reaches_the_checkpoint(study: SimpleNamespace, ba
 
 
 def test_two_of_nine_tensors_have_a_gradient_at_first_and_all_from_the_second_step(
-    study: SimpleNamespace, base: Path
+    base: Path,
 ) -> None:
     """The paper's identity blocks."""
-    first, second = study.comparisons.first_gradients(base, TOPS, "zero-outputs", IDS)
+    first, second = models.first_gradients(base, TOPS, "zero-outputs", IDS)
     assert {n for n, norm in first.items() if norm} == {"self_attn.o_proj", "mlp.down_proj"}
     assert len(second) == 9 and all(second.values())
 
 
 def test_with_zero_norms_the_ffn_never_learns_and_the_attention_only_by_its_values(
-    study: SimpleNamespace, base: Path
+    base: Path,
 ) -> None:
     """Appendix A holds for the FFN, exactly 0 at each step; the attention's norm has a gradient."""
-    first, second = study.comparisons.first_gradients(base, TOPS, "zero-norms", IDS)
+    first, second = models.first_gradients(base, TOPS, "zero-norms", IDS)
     assert {n for n, norm in first.items() if norm} == {"input_layernorm"}
     ffn = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"}
     assert {n for n, norm in second.items() if not norm} == ffn
@@ -194,9 +179,9 @@ def test_with_zero_norms_the_ffn_never_learns_and_the_attention_only_by_its_valu
 # ---- Variants -----------------------------------------------------------------------------------
 
 
-def test_what_does_not_interleave_is_left_out(study: SimpleNamespace) -> None:
+def test_what_does_not_interleave_is_left_out() -> None:
     """Of a base of 8 blocks +3 is not one of the paper's; +2 is, and what all is compared with."""
-    found = study.variants.comparisons(8, [1, 3, 4, 16], 2)
+    found = variants.comparisons(8, [1, 3, 4, 16], 2)
     assert [v.name for v in found if v.group == "number"] == ["new-1", "new-2", "new-4"]
     originals = next(v for v in found if v.name == "originals")
     assert originals.built == {"model": "originals", "layers": [3, 7]}
@@ -205,20 +190,20 @@ def test_what_does_not_interleave_is_left_out(study: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(("layers", "wanted", "nearest"), [(8, 4, 4), (5, 4, 5), (6, 4, 3)])
 def test_the_compared_number_is_the_nearest_that_interleaves(
-    study: SimpleNamespace, layers: int, wanted: int, nearest: int
+    layers: int, wanted: int, nearest: int
 ) -> None:
     """A base of five blocks takes one or five."""
-    assert study.variants.fitting(layers, wanted) == nearest
+    assert variants.nearest_number(layers, wanted) == nearest
 
 
-def test_the_ways_to_forget_less_start_where_plain_expansion_does(study: SimpleNamespace) -> None:
+def test_the_ways_to_forget_less_start_where_plain_expansion_does() -> None:
     """They differ in options of train.py alone; without general text there is none to replay."""
-    replay = study.variants.Replay(0.25, (1.0, 3.0), 4096, 1.3)
+    s = StudySettings(replay_weights=(1.0, 3.0), replay_tokens=4096)
     names = ["self-replay", "distill-1", "distill-3", "distill-domain"]
-    found = study.variants.retention(4, [], ["code"], replay)
+    found = variants.retention(s, 4, [], ["code"])
     assert [v.name for v in found] == names
-    assert study.variants.retention(4, ["english"], ["code"], replay)[0].name == "replay"
-    plain = study.variants.plain(4)
+    assert variants.retention(s, 4, ["english"], ["code"])[0].name == "replay"
+    plain = variants.plain(4)
     assert all(v.expand == plain.expand and v.varies == plain.name for v in found)
     assert all(v.options[:2] == ("--replay.share", "0.25") for v in found)
     assert [v.writing[3:4] for v in found] == [("1",), ("1.3",), ("1.3",), ()]
@@ -228,28 +213,28 @@ def test_the_ways_to_forget_less_start_where_plain_expansion_does(study: SimpleN
 # ---- Text ---------------------------------------------------------------------------------------
 
 
-def test_arithmetic_is_right_and_its_held_out_part_is_another_draw(study: SimpleNamespace) -> None:
+def test_arithmetic_is_right_and_its_held_out_part_is_another_draw() -> None:
     """Each answer is what Python computes; the same text every time."""
-    texts = list(study.domains.arithmetic("val", 20))
+    texts = list(domains.arithmetic("val", 20))
     for line in "".join(texts).splitlines():
         if line.startswith("Answer:"):
             problem, answer = line.removeprefix("Answer: ").split(" = ")
             assert eval(problem) == int(answer)
-    assert texts == list(study.domains.arithmetic("val", 20))
-    assert texts != list(study.domains.arithmetic("train", 20))
+    assert texts == list(domains.arithmetic("val", 20))
+    assert texts != list(domains.arithmetic("train", 20))
 
 
-def test_each_question_has_one_right_choice_among_four(study: SimpleNamespace) -> None:
+def test_each_question_has_one_right_choice_among_four() -> None:
     """Sums: the right one is computed. Lines of code: the one that follows in the file."""
-    for question in study.domains.math_questions():
+    for question in domains.math_questions():
         right = question["choices"][question["answer"]]
         assert eval(question["context"].rsplit("Answer: ")[1].removesuffix("=")) == int(right)
         assert len(set(question["choices"])) == 4
     draw = random.Random(0)
     lines = [f"    value_{draw.random()} = {i}" for i in range(400)]
     files = ["\n".join(lines[:200]), "\n".join(lines[200:])]
-    questions = list(study.domains.code_questions(files))
-    assert len(questions) == study.domains.QUESTIONS
+    questions = list(domains.code_questions(files))
+    assert len(questions) == domains.QUESTIONS
     for question in questions:
         right = question["choices"][question["answer"]]
         assert any(question["context"] + right in text for text in files)

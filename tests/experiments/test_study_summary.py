@@ -1,37 +1,19 @@
 """experiments/summary.py, findings.py, pictures.py: the study's numbers, verdicts and pictures."""
 
 import copy
-import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import findings
+import pictures
 import pytest
+import summary
 
 from llamapro.errors import ConfigError
 
 Study = dict[str, Any]
 TENSORS = ("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
-
-
-@pytest.fixture(scope="module")
-def page(root: Path) -> Iterator[SimpleNamespace]:
-    """The three modules, which import one another as siblings."""
-    names = ("summary", "findings", "pictures")
-    modules = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "experiments")
-        for name in names:
-            patch.delitem(sys.modules, name, raising=False)
-        for name in names:
-            spec = importlib.util.spec_from_file_location(name, root / "experiments" / f"{name}.py")
-            assert spec is not None and spec.loader is not None
-            modules[name] = importlib.util.module_from_spec(spec)
-            patch.setitem(sys.modules, name, modules[name])
-            spec.loader.exec_module(modules[name])
-        yield SimpleNamespace(**modules)
 
 
 def trial(variant: str, seed: int, domain: float, general: float, **more: Any) -> dict[str, Any]:
@@ -95,7 +77,7 @@ def line(text: str, start: str) -> str:
 # ---- One row a variant --------------------------------------------------------------------------
 
 
-def test_a_row_is_the_mean_and_spread_of_the_chosen_runs(page: SimpleNamespace) -> None:
+def test_a_row_is_the_mean_and_spread_of_the_chosen_runs() -> None:
     """By hand: of 1, 2 and 3 the mean is 2 and the deviation 1, n - 1 in its denominator."""
     shift = {"unshifted": 0.8, "marginal": 0.15, "shifted": 0.05, "positions": 64}
     runs = [trial("new-4", seed, -0.1 * seed, 0.2 * seed, shift=shift) for seed in (1, 2, 3)]
@@ -103,7 +85,7 @@ def test_a_row_is_the_mean_and_spread_of_the_chosen_runs(page: SimpleNamespace) 
     runs[2]["replay_s"] = 3.0
     others = [trial("new-4", 1, -9.0, 9.0, lr=3e-4, chosen=False)]
     others.append({"variant": "new-4", "lr": 3e-3, "seed": 1, "chosen": False, "failed": "inf"})
-    (row,) = page.summary.summarize(make(("new-4", "number", 4), trials=[*others, *runs]))
+    (row,) = summary.summarize(make(("new-4", "number", 4), trials=[*others, *runs]))
     assert row["runs"] == 3 and row["failed"] == 1 and row["lr"] == 1e-3 and row["tried"] == 3
     assert tuple(row["domain_change"]) == pytest.approx((-0.2, 0.1, 3))
     assert tuple(row["domain"]) == pytest.approx((3.8, 0.1, 3))
@@ -115,44 +97,42 @@ def test_a_row_is_the_mean_and_spread_of_the_chosen_runs(page: SimpleNamespace) 
     assert shares == pytest.approx([0.8, 0.15, 0.05])
     assert (row["trainable"], row["total"]) == (1000, 5000)
     assert (row["tokens_per_s"], row["memory_bytes"]) == (400.0, 3 * 2**20)  # median, largest
-    assert (row["train_s"], row["replay_s"], row["cost_s"]) == pytest.approx((10, 1, 11))
+    assert (row["train_s"], row["replay_s"]) == pytest.approx((10, 1))
 
 
-def test_one_seed_has_no_spread(page: SimpleNamespace) -> None:
+def test_one_seed_has_no_spread() -> None:
     """None, not 0, and no ± in the page."""
     study = make(("new-4", "number", 4), trials=[trial("new-4", 1, -0.1, 0.2)])
-    (row,) = page.summary.summarize(study)
+    (row,) = summary.summarize(study)
     assert row["domain"].sd is None and row["domain"].error is None
-    assert "3.900 (-0.100)" in line(page.summary.tables(results(study)), "the new-4")
+    assert "3.900 (-0.100)" in line(summary.tables(results(study)), "the new-4")
 
 
 @pytest.mark.parametrize(
     ("chosen", "said"), [(1e-3, "0.001"), (3e-3, "highest of 3"), (3e-4, "lowest of 3")]
 )
-def test_a_rate_at_the_end_of_those_tried_is_said(
-    page: SimpleNamespace, chosen: float, said: str
-) -> None:
+def test_a_rate_at_the_end_of_those_tried_is_said(chosen: float, said: str) -> None:
     """A better one may lie beyond; a failed rate counts as tried."""
     runs = [trial("new-4", 1, 0, 0, lr=lr, chosen=lr == chosen) for lr in (3e-4, 1e-3, 3e-3)]
     study = make(("new-4", "number", 4), trials=runs)
-    assert said in line(page.summary.tables(results(study)), "the new-4")
-    text = page.findings.findings(results(study))
+    assert said in line(summary.tables(results(study)), "the new-4")
+    text = findings.findings(results(study))
     assert ("a better one may lie beyond" in text) is ("of 3" in said)
     if chosen == 1e-3:
         runs[2] = {"variant": "new-4", "lr": 3e-3, "seed": 1, "chosen": False, "failed": "inf"}
-        assert "of 3" not in line(page.summary.tables(results(study)), "the new-4")
+        assert "of 3" not in line(summary.tables(results(study)), "the new-4")
 
 
 # ---- The page -----------------------------------------------------------------------------------
 
 
-def test_the_page_hides_no_trial(page: SimpleNamespace) -> None:
+def test_the_page_hides_no_trial() -> None:
     """The chosen, the others, the failed with their reason, and one whose loss was not finite."""
     runs = [trial("new-4", 1, -0.123, 0.1), trial("new-4", 2, -0.456, 0.1, chosen=False, lr=0.5)]
     runs.append({"variant": "new-4", "lr": 9.0, "seed": 3, "chosen": False, "failed": "too hot"})
     runs.append(trial("new-4", 4, 0, 0, lr=7.0))
     runs[-1]["curves"]["english"][-1][1] = None
-    text = page.summary.tables(results(make(("new-4", "number", 4), trials=runs)))
+    text = summary.tables(results(make(("new-4", "number", 4), trials=runs)))
     listed = text.split("## All trials: small-code")[1].split("## Settings")[0]
     rows = [r.replace(" ", "") for r in listed.splitlines() if r.startswith("| the new-4")]
     assert len(rows) == 4
@@ -161,10 +141,10 @@ def test_the_page_hides_no_trial(page: SimpleNamespace) -> None:
     assert "failed:toohot" in rows[2] and "failed:thelastlossisnotfinite" in rows[3]
 
 
-def test_the_page_begins_with_the_base_and_keeps_the_order(page: SimpleNamespace) -> None:
+def test_the_page_begins_with_the_base_and_keeps_the_order() -> None:
     """And ends with settings, machine and versions."""
     study = pair("aaa", "place", [-0.5, -0.6], [-0.1, -0.2], "domain")
-    text = page.summary.tables(results(study))
+    text = summary.tables(results(study))
     base = text.index("| base")
     assert base < text.index("| the new-4") < text.index("| the aaa")
     assert "4.000" in line(text, "base") and "50.0%" in line(text, "base")
@@ -172,12 +152,12 @@ def test_the_page_begins_with_the_base_and_keeps_the_order(page: SimpleNamespace
         assert part in text.split("## Settings")[1]
 
 
-def test_gradients_that_are_zero_are_shown_as_zero(page: SimpleNamespace) -> None:
+def test_gradients_that_are_zero_are_shown_as_zero() -> None:
     """Exactly 0 as 0; a tiny one is not."""
     study = make(("new-4", "number", 4), trials=[trial("new-4", 1, -0.1, 0.2)])
     step = dict.fromkeys(TENSORS, 0.0) | {"input_layernorm": 1e-30}
     study["gradients"] = {"zero-norms": [step, step]}
-    text = page.summary.tables(results(study))
+    text = summary.tables(results(study))
     assert line(text, "input_layernorm").replace(" ", "") == "|input_layernorm|1.00e-30|1.00e-30|"
     assert line(text, "mlp.down_proj").replace(" ", "") == "|mlp.down_proj|0|0|"
 
@@ -197,20 +177,20 @@ def test_gradients_that_are_zero_are_shown_as_zero(page: SimpleNamespace) -> Non
     ],
 )
 def test_a_verdict_is_of_two_standard_errors(
-    page: SimpleNamespace, ours: list[float], theirs: list[float], said: str
+    ours: list[float], theirs: list[float], said: str
 ) -> None:
     """Of the difference of means; one seed has none."""
-    text = page.findings.findings(results(pair("suffix", "place", ours, theirs, "domain")))
+    text = findings.findings(results(pair("suffix", "place", ours, theirs, "domain")))
     sentence = line(text, "Interleaved new blocks learn more than stacked at the end")
     assert said in sentence and "60.98" in sentence
 
 
-def test_two_standard_errors_are_the_border(page: SimpleNamespace) -> None:
+def test_two_standard_errors_are_the_border() -> None:
     """sd 1 of two seeds each: the difference's standard error is 1."""
-    spread, verdict = page.summary.Spread, page.findings.verdict
-    assert verdict(spread(0, 1, 2), spread(1.99, 1, 2)) == page.findings.EQUAL
-    assert verdict(spread(0, 1, 2), spread(2.01, 1, 2)) == page.findings.HOLDS
-    assert verdict(spread(2.01, 1, 2), spread(0, 1, 2)) == page.findings.FAILS
+    spread, verdict = summary.Spread, findings.verdict
+    assert verdict(spread(0, 1, 2), spread(1.99, 1, 2)) == findings.EQUAL
+    assert verdict(spread(0, 1, 2), spread(2.01, 1, 2)) == findings.HOLDS
+    assert verdict(spread(2.01, 1, 2), spread(0, 1, 2)) == findings.FAILS
 
 
 @pytest.mark.parametrize(
@@ -232,17 +212,17 @@ def test_two_standard_errors_are_the_border(page: SimpleNamespace) -> None:
     ],
 )
 def test_each_claim_is_of_the_right_number_and_direction(
-    page: SimpleNamespace, name: str, what: str, ours: float, theirs: float, start: str
+    name: str, what: str, ours: float, theirs: float, start: str
 ) -> None:
     """It holds for numbers in the paper's order, and not for the opposite ones."""
     mine, other = [ours, ours + 0.01], [theirs, theirs + 0.01]
-    text = page.findings.findings(results(pair(name, "compared", mine, other, what)))
+    text = findings.findings(results(pair(name, "compared", mine, other, what)))
     assert "**holds**" in line(text, start)
-    text = page.findings.findings(results(pair(name, "compared", other, mine, what)))
+    text = findings.findings(results(pair(name, "compared", other, mine, what)))
     assert "**does not hold**" in line(text, start)
 
 
-def test_numbers_of_new_blocks_are_compared_with_their_neighbours(page: SimpleNamespace) -> None:
+def test_numbers_of_new_blocks_are_compared_with_their_neighbours() -> None:
     """In the order of the numbers, however the variants are listed."""
     changes = {"new-8": (8, -0.4), "new-1": (1, -0.2), "new-4": (4, -0.6)}
     runs = [
@@ -251,38 +231,36 @@ def test_numbers_of_new_blocks_are_compared_with_their_neighbours(page: SimpleNa
         for seed in (1, 2)
     ]
     variants = [(name, "number", blocks) for name, (blocks, _) in changes.items()]
-    text = page.findings.findings(results(make(*variants, trials=runs)))
+    text = findings.findings(results(make(*variants, trials=runs)))
     sentence = line(text, "More new blocks learn more")
     first, second = sentence.split("; ")
     assert "**holds**" in first and "the new-4" in first and "the new-1" in first
     assert "**does not hold**" in second and "the new-8" in second
 
 
-def test_what_is_missing_is_left_out_and_what_failed_is_said(page: SimpleNamespace) -> None:
+def test_what_is_missing_is_left_out_and_what_failed_is_said() -> None:
     """No claim is made of a variant without a finished run, nor of one that is not there."""
     study = pair("suffix", "place", [-0.5, -0.6], [], "domain")
     failed = {"variant": "suffix", "lr": 1e-3, "seed": 1, "chosen": False, "failed": "inf"}
     study["trials"].append(failed)
-    text = page.findings.findings(results(study))
+    text = findings.findings(results(study))
     sentence = line(text, "Interleaved new blocks learn more than stacked at the end")
     assert "`the suffix` has no finished run (1 failed)" in sentence and "**" not in sentence
     for other in ("full fine-tuning", "LoRA", "MoE", "Zero norms", "More new blocks", "meet"):
         assert f"- {other}" not in text
-    assert "0 (1 failed)" in line(page.summary.tables(results(study)), "the suffix")
+    assert "0 (1 failed)" in line(summary.tables(results(study)), "the suffix")
     empty = make(trials=[]) | {"compared": "new-4", "base_result": study["base_result"]}
-    assert "small-code" in page.summary.tables(results(empty))
-    assert "small-code" in page.findings.findings(results(empty))
+    assert "small-code" in summary.tables(results(empty))
+    assert "small-code" in findings.findings(results(empty))
 
 
 @pytest.mark.parametrize(("ffn", "said"), [(0.0, "it is exactly 0"), (0.1, "it is not always 0")])
-def test_the_zero_norms_are_said_as_they_were_measured(
-    page: SimpleNamespace, ffn: float, said: str
-) -> None:
+def test_the_zero_norms_are_said_as_they_were_measured(ffn: float, said: str) -> None:
     """Appendix A is compared with the gradients, not repeated."""
     study = make(("new-4", "number", 4), trials=[trial("new-4", 1, -0.1, 0.2)])
     step = dict.fromkeys(TENSORS, 0.0) | {"input_layernorm": 0.25, "post_attention_layernorm": ffn}
     study["gradients"] = {"zero-norms": [step, step]}
-    text = page.findings.findings(results(study))
+    text = findings.findings(results(study))
     assert said in line(text, "With zero norms") and "2.50e-01" in line(text, "With zero norms")
     count = "2" if ffn else "3"
     assert f"exactly 0 for {count} of 4" in line(text, "Gradients of a new block, zero-norms")
@@ -315,36 +293,36 @@ def kept(general: float, domain: float = -0.5, cost: float = 1.0, plain: float =
     ],
 )
 def test_the_aim_is_met_by_share_domain_and_cost_together(
-    page: SimpleNamespace, general: float, domain: float, cost: float, meets: bool
+    general: float, domain: float, cost: float, meets: bool
 ) -> None:
     """Each alone can fail it."""
     study = kept(general, domain, cost)
-    (found,) = page.summary.retention(study, page.summary.summarize(study))
+    (found,) = summary.retention(study, summary.summarize(study))
     assert found["gone"].gone == pytest.approx(1 - general / 0.2)
     assert found["sets"]["packages"].gone == pytest.approx(1 - general / 0.2)
     assert found["domain"] == pytest.approx((4 + domain) / 3.5 - 1)
     assert found["cost"] == pytest.approx(cost) and found["tokens"] == pytest.approx(1.1)
     assert (found["replay_s"], found["written"]) == (4.0, pytest.approx(0.4))
     assert found["meets"] is meets
-    table = page.summary.tables(results(study)).split("### Against forgetting")[1]
+    table = summary.tables(results(study)).split("### Against forgetting")[1]
     row = table.split("## All")[0]
     assert line(row, "the replay").rstrip("| ").endswith("yes" if meets else "no")
-    text = page.findings.findings(results(study))
+    text = findings.findings(results(study))
     assert ("**meets the aim**" in text, "**does not meet the aim**" in text) == (meets, not meets)
 
 
-def test_nothing_forgotten_has_no_share(page: SimpleNamespace) -> None:
+def test_nothing_forgotten_has_no_share() -> None:
     """Where the plain expansion did not forget, there is nothing to keep it from."""
     study = kept(0.01, plain=-0.1)
-    (found,) = page.summary.retention(study, page.summary.summarize(study))
+    (found,) = summary.retention(study, summary.summarize(study))
     assert found["gone"] is None and found["meets"] is False
-    assert "forgets nothing" in page.findings.findings(results(study))
+    assert "forgets nothing" in findings.findings(results(study))
 
 
-def test_the_error_of_a_share_is_that_of_a_ratio(page: SimpleNamespace) -> None:
+def test_the_error_of_a_share_is_that_of_a_ratio() -> None:
     """1 of 4 left; errors 0.5 and 1: sqrt(0.5^2 + (1/4)^2) / 4."""
-    spread = page.summary.Spread
-    share = page.summary.share_gone(spread(1, 1, 4), spread(4, 2, 4))
+    spread = summary.Spread
+    share = summary.share_gone(spread(1, 1, 4), spread(4, 2, 4))
     assert share.gone == 0.75 and share.error == pytest.approx((0.25 + 1 / 16) ** 0.5 / 4)
 
 
@@ -352,22 +330,20 @@ def test_the_error_of_a_share_is_that_of_a_ratio(page: SimpleNamespace) -> None:
     ("packages", "said"),
     [(0.101, "89.9% ± 0.5% (**not told apart**)"), (0.9, "(**less**)"), (-0.9, "(**more**)")],
 )
-def test_other_general_sets_are_compared_with_the_replayed_one(
-    page: SimpleNamespace, packages: float, said: str
-) -> None:
+def test_other_general_sets_are_compared_with_the_replayed_one(packages: float, said: str) -> None:
     """Replay that is only learned by heart keeps one set and not the other."""
     study = kept(0.1, plain=1.0)
     for run in study["trials"]:
         if run["variant"] == "replay":
             run["curves"]["packages"][-1][1] = 3 + 2 * packages + 0.02 * (run["seed"] - 1.5)
-    text = page.findings.findings(results(study))
+    text = findings.findings(results(study))
     sentence = line(text, "`the replay`")
     assert "90.0% ± 0.0% of `english`" in sentence and said in sentence
 
 
-def test_a_rate_that_was_not_chosen_for_a_variant_is_said(page: SimpleNamespace) -> None:
+def test_a_rate_that_was_not_chosen_for_a_variant_is_said() -> None:
     """An option against forgetting takes it from the plain expansion."""
-    text = page.findings.findings(results(kept(0.1)))
+    text = findings.findings(results(kept(0.1)))
     assert "`the new-4`" in line(text, "Only one learning rate was tried for")
     taken = line(text, "The learning rate is that of the variant they vary")
     assert "`the replay`" in taken and "`the new-4`" not in taken
@@ -376,27 +352,25 @@ def test_a_rate_that_was_not_chosen_for_a_variant_is_said(page: SimpleNamespace)
 # ---- The front and pictures ----------------------------------------------------------------------
 
 
-def test_the_front_is_what_nothing_beats(page: SimpleNamespace) -> None:
+def test_the_front_is_what_nothing_beats() -> None:
     """Neither a point with another to its lower left, nor one with another just below."""
     points = {"a": (-3.0, 3.0), "b": (-2.0, 1.0), "c": (-2.0, 2.0), "d": (-1.0, 1.5)}
     runs = [trial(name, 1, x, y / 1.5) for name, (x, y) in points.items()]
     study = make(*((name, "compared", None) for name in points), trials=runs)
-    front = page.summary.front(page.summary.summarize(study))
+    front = summary.front(summary.summarize(study))
     assert list(front) == ["the a", "the b", "base"]
     assert front["the b"] == pytest.approx(points["b"]) and front["base"] == (0, 0)
-    text = page.findings.findings(results(study))
+    text = findings.findings(results(study))
     sentence = line(text, "No other variant's means")
     assert sentence.endswith("`the a`, `the b`.")
 
 
-def test_pictures_are_written(
-    page: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a study with all groups and a failed variant, and of one with retention alone."""
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    monkeypatch.setattr(page.pictures, "DPI", 50)
+    monkeypatch.setattr(pictures, "DPI", 50)
     full = kept(0.02)
     for name, group in (("new-1", "number"), ("suffix", "place"), ("full", "compared")):
         about = {"name": name, "label": name, "group": group, "new_blocks": 4, "varies": ""}
@@ -404,30 +378,30 @@ def test_pictures_are_written(
         full["trials"].append(trial(name, 1, -0.3, 0.3))
     full["trials"][-1] = {"variant": "full", "lr": 1, "seed": 1, "chosen": False, "failed": "inf"}
     other = copy.deepcopy(kept(0.05)) | {"name": "small-math"}
-    files = page.pictures.draw(results(full, other), tmp_path)
+    files = pictures.draw(results(full, other), tmp_path)
     assert [file.name for file in files] == ["curves.png", "pareto.png", "blocks.png"]
     for file in files:
         picture = imread(file)
         assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.01
 
 
-def test_curves_average_runs_point_by_point(page: SimpleNamespace) -> None:
+def test_curves_average_runs_point_by_point() -> None:
     """Over sets and as changes from the base, tokens averaged too; a loss not finite is a gap."""
     study = kept(0.1)
     study["trials"][2]["curves"]["english"][1] = [110, None]
     study["trials"][2]["curves"]["packages"][1][0] = 110
-    runs = page.pictures.paths(study, "replay", ["english", "packages"])
+    runs = pictures.paths(study, "replay", ["english", "packages"])
     assert runs.shape == (2, 3, 2)
     assert runs[:, :, 0].tolist() == [[0, 110, 220], [0, 100, 220]]
     expected = [[0, float("nan"), 0.15], [0, 0.075, 0.15]]
     assert runs[:, :, 1].ravel() == pytest.approx([*expected[0], *expected[1]], nan_ok=True)
-    assert page.pictures.paths(study, "absent", ["english"]).shape == (0, 0, 2)
+    assert pictures.paths(study, "absent", ["english"]).shape == (0, 0, 2)
 
 
 def test_without_matplotlib_its_extra_is_named(
-    page: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'llamapro\[study\]'"):
-        page.pictures.draw(results(kept(0.1)), tmp_path)
+        pictures.draw(results(kept(0.1)), tmp_path)
