@@ -1,38 +1,18 @@
 """benchmarks/faults.py: its judge sees what is lost or changed, and real faults come out clean."""
 
-import importlib.util
 import json
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import faults
 import pytest
 
 
-@pytest.fixture(scope="module")
-def script(root: Path) -> Path:
-    """The file of the benchmark."""
-    return root / "benchmarks" / "faults.py"
-
-
-@pytest.fixture(scope="module")
-def faults(script: Path) -> ModuleType:
-    """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("faults_benchmark", script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their types
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(script.parent)  # where it finds fault_injection
-        spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run_dir(faults: ModuleType, tmp_path: Path) -> Path:
+def run_dir(tmp_path: Path) -> Path:
     """A run as the judge sees it: two training checkpoints, the last one final, and a log."""
     run_dir = tmp_path / "run"
     for step in (2, faults.STEPS):
@@ -48,11 +28,11 @@ def run_dir(faults: ModuleType, tmp_path: Path) -> Path:
     return run_dir
 
 
-def output(faults: ModuleType, *lines: str, status: int = 0) -> object:
+def output(*lines: str, status: int = 0) -> object:
     return faults.Start(list(lines), status)
 
 
-def test_a_run_like_the_straight_one_has_no_differences(faults: ModuleType, run_dir: Path) -> None:
+def test_a_run_like_the_straight_one_has_no_differences(run_dir: Path) -> None:
     """Times may differ, state.json with them, and a last line may be cut off."""
     truth = faults.Truth.of(run_dir)
     log = run_dir / "metrics.jsonl"
@@ -61,7 +41,7 @@ def test_a_run_like_the_straight_one_has_no_differences(faults: ModuleType, run_
     assert truth.differences(run_dir, set(), True) == []
 
 
-def test_one_other_bit_of_a_tensor_file_is_seen(faults: ModuleType, run_dir: Path) -> None:
+def test_one_other_bit_of_a_tensor_file_is_seen(run_dir: Path) -> None:
     """In every training checkpoint, unless a fault is known to have damaged it."""
     truth = faults.Truth.of(run_dir)
     path = run_dir / "checkpoints" / "step-00000002"
@@ -74,7 +54,7 @@ def test_one_other_bit_of_a_tensor_file_is_seen(faults: ModuleType, run_dir: Pat
     assert truth.differences(run_dir, set(), True) == ["step-00000002/optimizer.safetensors"]
 
 
-def test_another_loss_is_seen_wherever_it_stands(faults: ModuleType, run_dir: Path) -> None:
+def test_another_loss_is_seen_wherever_it_stands(run_dir: Path) -> None:
     """The last bit of one record, alone or beside the right one; a record too many; one missing."""
     truth = faults.Truth.of(run_dir)
     log = run_dir / "metrics.jsonl"
@@ -92,9 +72,7 @@ def test_another_loss_is_seen_wherever_it_stands(faults: ModuleType, run_dir: Pa
     assert truth.differences(run_dir, set(), False) == []  # it has not come so far
 
 
-def test_a_run_that_ended_without_its_last_checkpoint_is_seen(
-    faults: ModuleType, run_dir: Path
-) -> None:
+def test_a_run_that_ended_without_its_last_checkpoint_is_seen(run_dir: Path) -> None:
     """Exit status 0 alone does not make it complete."""
     truth = faults.Truth.of(run_dir)
     shutil.rmtree(run_dir / "checkpoints" / f"step-{faults.STEPS:08d}")
@@ -117,19 +95,19 @@ TOLD = "warning          runs/a/checkpoints/step-00000006/state.json: missing; r
     ids=["at_the_newest", "passed_over", "too_early", "started_anew", "from_a_damaged_one"],
 )
 def test_steps_lost_on_resume_are_counted(
-    faults: ModuleType, lines: list[str], newest: int, lost: int, differences: int
+    lines: list[str], newest: int, lost: int, differences: int
 ) -> None:
     """From the newest undamaged training checkpoint to where the run went on."""
     fault = faults.Fault("flip a bit", 0, "")
-    fault.judge_resume(output(faults, *lines), newest, [])
+    fault.judge_resume(output(*lines), newest, [])
     assert (fault.lost_steps, len(fault.differences), fault.broken) == (lost, differences, [])
 
 
-def test_a_damaged_checkpoint_must_be_named(faults: ModuleType) -> None:
+def test_a_damaged_checkpoint_must_be_named() -> None:
     """To resume from the one before it in silence is a silent difference."""
     for lines, count in (([RESUMED, TOLD], 0), ([RESUMED], 1)):
         fault = faults.Fault("flip a bit", 0, "")
-        fault.judge_resume(output(faults, *lines), 4, ["step-00000006"])
+        fault.judge_resume(output(*lines), 4, ["step-00000006"])
         assert len(fault.differences) == count
 
 
@@ -142,12 +120,10 @@ def test_a_damaged_checkpoint_must_be_named(faults: ModuleType) -> None:
         ("resume from      new run", 0, False),
     ],
 )
-def test_a_run_with_nothing_intact_must_refuse(
-    faults: ModuleType, line: str, status: int, is_right: bool
-) -> None:
+def test_a_run_with_nothing_intact_must_refuse(line: str, status: int, is_right: bool) -> None:
     """With its message and an exit status."""
     fault = faults.Fault("flip a bit", 0, "")
-    fault.judge_resume(output(faults, line, status=status), None, ["step-00000006"])
+    fault.judge_resume(output(line, status=status), None, ["step-00000006"])
     assert fault.refused is is_right and len(fault.broken) == (not is_right)
 
 
@@ -165,7 +141,7 @@ def test_a_run_with_nothing_intact_must_refuse(
     ],
 )
 def test_what_was_announced_and_what_a_signal_leaves_must_be_there(
-    faults: ModuleType, kind: str, status: int, newest: int, lost: int, broken: int
+    kind: str, status: int, newest: int, lost: int, broken: int
 ) -> None:
     """A kill may cost what was not saved; a signal costs nothing; a failed write is no success."""
     lines = [
@@ -175,12 +151,12 @@ def test_what_was_announced_and_what_a_signal_leaves_must_be_there(
     ]
     lines += [f"         5/{faults.STEPS}   1.0000"]
     fault = faults.Fault(kind, 0, "")
-    fault.judge_end(output(faults, *lines, status=status), newest)
+    fault.judge_end(output(*lines, status=status), newest)
     assert (fault.lost_steps, len(fault.broken)) == (lost, broken)
 
 
 @pytest.mark.parametrize("name", ["lost_steps", "differences", "broken", "unprovoked"])
-def test_one_broken_promise_fails_the_campaign(faults: ModuleType, name: str) -> None:
+def test_one_broken_promise_fails_the_campaign(name: str) -> None:
     """And none does not."""
     totals = {"lost_steps": 0, "differences": 0, "broken": 0}
     assert faults.is_kept({"totals": totals, "unprovoked": []})
@@ -188,9 +164,7 @@ def test_one_broken_promise_fails_the_campaign(faults: ModuleType, name: str) ->
     assert not faults.is_kept({"totals": totals | {name: 1}, "unprovoked": unprovoked})
 
 
-def test_every_damage_changes_the_digest_and_can_be_undone(
-    faults: ModuleType, run_dir: Path
-) -> None:
+def test_every_damage_changes_the_digest_and_can_be_undone(run_dir: Path) -> None:
     """Whatever file and place is drawn."""
     path = run_dir / "checkpoints" / "step-00000002"
     before, rng = faults.digest(path), random.Random(0)
@@ -203,10 +177,10 @@ def test_every_damage_changes_the_digest_and_can_be_undone(
 
 
 @pytest.mark.slow
-def test_real_faults_lose_and_change_nothing(script: Path, tmp_path: Path) -> None:
+def test_real_faults_lose_and_change_nothing(root: Path, tmp_path: Path) -> None:
     """A short campaign over a real run: all faults come, the run ends, the promises hold."""
-    out = tmp_path / "result.json"
-    command = [sys.executable, str(script), "--faults", "2", "--seed", "3", "--out", str(out)]
+    out, script = tmp_path / "result.json", str(root / "benchmarks" / "faults.py")
+    command = [sys.executable, script, "--faults", "2", "--seed", "3", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())

@@ -1,13 +1,15 @@
 """A simulated run shards and communicates what a real one does, whatever its size.
 
-Run by torchrun, this file is the worker: real processes train a small model with every layout, and
-what they shard and communicate is written down. Run by pytest, it starts them and compares.
+Run as a script, this file forks real processes that train a small model with every layout, and
+writes down what they shard and communicate. Run by pytest, it starts the script and compares.
 """
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,8 +84,9 @@ def real_run(ranks: Ranks, frozen: Frozen) -> dict[str, Any]:
     return {"collectives": list(map(dataclasses.asdict, recorder.collectives)), "shapes": shapes}
 
 
-def worker(out: Path) -> None:
-    """Runs every layout; one file per rank."""
+def worker(out: Path, rank: int) -> None:
+    """Runs every layout as one rank; one file per rank."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     found = {}
     with process_group("cpu", GROUP) as grouped:
         flat = dataclasses.replace(grouped, mesh=make_mesh("cpu", RANKS))
@@ -100,9 +103,8 @@ def worker(out: Path) -> None:
 def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank: what 4 processes communicated and held, for each layout."""
     out = tmp_path_factory.mktemp("real")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", str(RANKS), __file__, str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, __file__, str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
     done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(RANKS)]
@@ -434,4 +436,14 @@ def test_a_directory_or_a_file_names_the_model(base_json: str) -> None:
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ |= address | {"WORLD_SIZE": str(RANKS)}
+    context = multiprocessing.get_context("fork")  # all have the imports of this process
+    ranks = [context.Process(target=worker, args=(Path(sys.argv[1]), i)) for i in range(RANKS)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(process.exitcode or 0 for process in ranks))

@@ -1,6 +1,5 @@
 """The kernel benchmarks: what they compare computes the same, and nothing stops them."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,21 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+time_kernels = pytest.importorskip("time_kernels")  # it needs Triton
 
 OPS = {"attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "linear_cross_entropy"}
-
-
-@pytest.fixture(scope="module")
-def kernels(root: Path) -> Any:
-    """benchmarks/time_kernels.py as a module."""
-    spec = importlib.util.spec_from_file_location("bench", root / "benchmarks" / "time_kernels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "benchmarks")  # where it finds kernel_cases
-        spec.loader.exec_module(module)
-    return module
 
 
 def run(root: Path, script: str, *arguments: str) -> str:
@@ -39,7 +26,7 @@ def run(root: Path, script: str, *arguments: str) -> str:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures for minutes on a GPU")
 def test_what_cannot_run_is_a_row_with_the_reason(root: Path, tmp_path: Path) -> None:
     """On a CPU only plain PyTorch runs; every op and direction has a row for each backend."""
-    file = tmp_path / "kernels.json"
+    file = tmp_path / "time_kernels.json"
     printed = run(root, "time_kernels.py", "--out", str(file))
     result = json.loads(file.read_text())
     assert {row["op"] for row in result["rows"]} == OPS
@@ -59,15 +46,15 @@ def test_what_cannot_run_is_a_row_with_the_reason(root: Path, tmp_path: Path) ->
 @pytest.mark.interpreted
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted")
 @pytest.mark.parametrize("op", ["attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy"])
-def test_what_is_compared_computes_the_same(kernels: Any, op: str) -> None:
+def test_what_is_compared_computes_the_same(op: str) -> None:
     """Ours and plain PyTorch, from the same inputs, as they are timed."""
     count = 0
-    for case in kernels.OPS[op](kernels.Cases(torch.device("cpu"))):
+    for case in time_kernels.OPS[op](time_kernels.Cases(torch.device("cpu"))):
         results = {}
         for name, get in case.functions.items():
             if name == "torch" or "llamapro" in name:
                 torch.manual_seed(0)
-                out = kernels.timed(case, get())()
+                out = time_kernels.timed(case, get())()
                 results[name] = out if isinstance(out, tuple) else (out,)
         expected = results.pop("torch")
         for found in results.values():
@@ -78,7 +65,7 @@ def test_what_is_compared_computes_the_same(kernels: Any, op: str) -> None:
     assert count
 
 
-def test_ratio_is_to_the_fastest_other(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratio_is_to_the_fastest_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates are work per time; ours never count as the other; a refusal is none."""
 
     def refuse() -> Any:
@@ -86,9 +73,11 @@ def test_ratio_is_to_the_fastest_other(kernels: Any, monkeypatch: pytest.MonkeyP
 
     times = {"llamapro": 2.0, "slow": 8.0, "fast": 4.0}
     functions = {name: lambda name=name: lambda x: name for name in times} | {"none": refuse}
-    case = kernels.Case("op", "shape", "forward", 8e9, "GB/s", lambda: [torch.ones(1)], functions)
-    monkeypatch.setattr(kernels, "seconds", lambda function, _: times[function()])
-    rows = {row["by"]: row for row in kernels.measure(case, torch.device("cpu"), 16.0)}
+    case = time_kernels.Case(
+        "op", "shape", "forward", 8e9, "GB/s", lambda: [torch.ones(1)], functions
+    )
+    monkeypatch.setattr(time_kernels, "seconds", lambda function, _: times[function()])
+    rows = {row["by"]: row for row in time_kernels.measure(case, torch.device("cpu"), 16.0)}
     assert {name: row["rate"] for name, row in rows.items() if "rate" in row} == {
         "llamapro": 4.0,
         "slow": 1.0,
@@ -97,7 +86,7 @@ def test_ratio_is_to_the_fastest_other(kernels: Any, monkeypatch: pytest.MonkeyP
     assert rows["llamapro"]["ours_to_best_other"] == 2.0
     assert "ours_to_best_other" not in rows["fast"]
     assert rows["llamapro"]["share_of_copy"] == 0.25
-    assert rows["none"]["refused"] == "too large" and "too large" in kernels.line(rows["none"])
+    assert rows["none"]["refused"] == "too large" and "too large" in time_kernels.line(rows["none"])
 
 
 def test_sweep_prints_sound_tiles_as_lines_of_the_table(root: Path, tmp_path: Path) -> None:

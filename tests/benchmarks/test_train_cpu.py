@@ -1,36 +1,23 @@
 """benchmarks/train_cpu.py: its sides compute the same, in processes of their own, and end."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import train_cpu
 
 pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def script(root: Path) -> Path:
-    """The file of the benchmark."""
+    """The file of the train_cpu."""
     return root / "benchmarks" / "train_cpu.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark(script: Path) -> ModuleType:
-    """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("train_cpu_benchmark", script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(script.parent)  # where it finds train_step
-        spec.loader.exec_module(module)
-    return module
 
 
 def run(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -94,12 +81,12 @@ def test_every_side_has_its_figures_and_ours_over_it(done: tuple[dict[str, Any],
 
 
 def test_speed_compares_steps_that_were_taken_one_after_the_other(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A load that slows every other pair of steps fivefold leaves the ratio as it is."""
     taken: list[str] = []
 
-    class Scripted(benchmark.Group):  # type: ignore[misc, name-defined]
+    class Scripted(train_cpu.Group):  # type: ignore[misc, name-defined]
         def __init__(self, side: str, dtype: str, args: argparse.Namespace):
             self.started, self.processes, self.side, self.steps = 0.0, [], side, 0
 
@@ -111,21 +98,19 @@ def test_speed_compares_steps_that_were_taken_one_after_the_other(
                 seconds = 1000.0
             return {"step_s": seconds, "loss": 1.0, "peak_mb": 700.0, "libraries_mb": 300.0}
 
-    monkeypatch.setattr(benchmark, "Group", Scripted)
+    monkeypatch.setattr(train_cpu, "Group", Scripted)
     args = argparse.Namespace(sides=["ours", "ddp"], rounds=2, warmup=5, steps=3, batch_size=2)
-    ours, ddp = benchmark.measure("float32", argparse.Namespace(**vars(args), size="tiny"))
+    ours, ddp = train_cpu.measure("float32", argparse.Namespace(**vars(args), size="tiny"))
     assert ddp["ours"]["speed"] == pytest.approx(1.5) and ddp["ours"]["memory"] == 1
     assert ours["step_s"] < 10 and ddp["tokens_per_s"] == pytest.approx(96 / ddp["step_s"])
     assert taken == ["ours", "ddp"] * 8 + ["ddp", "ours"] * 8
 
 
-def test_a_process_that_ends_stops_its_group(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_ends_stops_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other process does not wait for it: the step fails and says whose it is."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     args = argparse.Namespace(size="tiny", batch_size=1, threads=1)
-    with benchmark.Group("ours", "float32", args) as group:
+    with train_cpu.Group("ours", "float32", args) as group:
         assert group.step()["loss"] > 0
         group.processes[0].kill()
         group.processes[0].wait()
@@ -134,35 +119,33 @@ def test_a_process_that_ends_stops_its_group(
     assert all(process.poll() is not None for process in group.processes)
 
 
-def test_a_process_that_cannot_start_stops_its_group(benchmark: ModuleType) -> None:
+def test_a_process_that_cannot_start_stops_its_group() -> None:
     """It was told to take a step and ends without an answer: that is an error, not a wait."""
     args = argparse.Namespace(size="unknown", batch_size=1, threads=1)
     with (
-        benchmark.Group("ddp", "bfloat16", args) as group,
+        train_cpu.Group("ddp", "bfloat16", args) as group,
         pytest.raises(RuntimeError, match="ddp in bfloat16: a process ended"),
     ):
         group.step()
 
 
 @pytest.mark.parametrize("option", ["--steps", "--batch-size", "--rounds", "--threads"])
-def test_a_number_below_one_is_refused(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, option: str
-) -> None:
+def test_a_number_below_one_is_refused(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     """The option and its value are named before anything starts."""
     monkeypatch.setattr(sys, "argv", ["train_cpu.py", option, "0"])
-    with pytest.raises(benchmark.ConfigError, match=f"{option} 0: expected 1 or more"):
-        benchmark.main()
+    with pytest.raises(train_cpu.ConfigError, match=f"{option} 0: expected 1 or more"):
+        train_cpu.main()
 
 
 def test_without_transformers_its_sides_are_refused_and_ours_runs(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The message names the extra; `--sides ours` does not need it."""
-    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    monkeypatch.setattr(train_cpu, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["train_cpu.py", "--sides", "ddp"])
-    with pytest.raises(benchmark.ConfigError, match=r"pip install 'llamapro\[hf\]'"):
-        benchmark.main()
+    with pytest.raises(train_cpu.ConfigError, match=r"pip install 'llamapro\[hf\]'"):
+        train_cpu.main()
     words = ["--size", "tiny", "--sides", "ours", "--dtypes", "float32", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["train_cpu.py", *words, "--steps", "1", "--warmup", "1"])
-    benchmark.main()
+    train_cpu.main()
     assert "ours  float32" in capsys.readouterr().out

@@ -1,32 +1,20 @@
 """benchmarks/train_step.py: its sides compute the same, and it says what they took."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import train_step
 
 
 @pytest.fixture(scope="module")
 def script(root: Path) -> Path:
-    """The file of the benchmark."""
+    """The file of the train_step."""
     return root / "benchmarks" / "train_step.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark(script: Path) -> ModuleType:
-    """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("train_step_benchmark", script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks there for its annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(script: Path, *words: str, interpret: bool) -> subprocess.CompletedProcess[str]:
@@ -90,31 +78,29 @@ def test_triton_is_refused_where_it_cannot_run(script: Path) -> None:
     assert "--sides triton: " in done.stderr and "device is cpu" in done.stderr
 
 
-def test_missing_transformers_names_the_extra(
-    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """And how to go on without; nobody is told who did not ask for it."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    cpu, tiny = benchmark.torch.device("cpu"), benchmark.SIZES["tiny"]
+    cpu, tiny = train_step.torch.device("cpu"), train_step.SIZES["tiny"]
     for asked in (None, ["torch", "transformers"]):
-        with pytest.raises(benchmark.ConfigError, match=r"llamapro\[hf\].*--sides triton torch"):
-            benchmark.choose_sides(asked, tiny, cpu)
-    assert benchmark.choose_sides(["torch"], tiny, cpu) == ["torch"]
+        with pytest.raises(train_step.ConfigError, match=r"llamapro\[hf\].*--sides triton torch"):
+            train_step.choose_sides(asked, tiny, cpu)
+    assert train_step.choose_sides(["torch"], tiny, cpu) == ["torch"]
 
 
-def test_the_full_size_is_the_papers(benchmark: ModuleType) -> None:
+def test_the_full_size_is_the_papers() -> None:
     """LLaMA-2-7B, eight of its blocks once more, and only those train: the paper's 8.3 B."""
-    base = benchmark.ModelConfig.from_dict(benchmark.SIZES["7b"].base)
-    layout = benchmark.interleave(base.num_hidden_layers, benchmark.SIZES["7b"].new_blocks)
-    model = benchmark.build_on_meta(benchmark.expand_config(base, layout, base_sha256=""))
-    trainable = benchmark.select_trainable(model, "new_blocks")
+    base = train_step.ModelConfig.from_dict(train_step.SIZES["7b"].base)
+    layout = train_step.interleave(base.num_hidden_layers, train_step.SIZES["7b"].new_blocks)
+    model = train_step.build_on_meta(train_step.expand_config(base, layout, base_sha256=""))
+    trainable = train_step.select_trainable(model, "new_blocks")
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert layout.new_layers == (4, 9, 14, 19, 24, 29, 34, 39)
     assert sum(sizes.values()) == 6_738_415_616 + 8 * 202_383_360
     assert sum(sizes[name] for name in trainable) == 8 * 202_383_360
 
 
-def test_a_gpus_table_has_the_references_and_what_did_not_fit(benchmark: ModuleType) -> None:
+def test_a_gpus_table_has_the_references_and_what_did_not_fit() -> None:
     """Labelled as not measured here; a side without memory has a line of its own."""
     fitting = {"side": "triton", "tokens_per_s": 12345.6, "step_s": 0.6636, "peak_memory_gb": 71.25}
     fitting |= {"forward_s": 0.25, "backward_s": 0.4, "optimizer_s": 0.0136}
@@ -127,7 +113,7 @@ def test_a_gpus_table_has_the_references_and_what_did_not_fit(benchmark: ModuleT
         },
         "rows": [fitting, {"side": "transformers", "failed": "out of memory"}],
     }
-    lines = benchmark.render(result).splitlines()
+    lines = train_step.render(result).splitlines()
     assert "2 x 4096 tokens a step, bfloat16 on Some GPU" in lines[0]
     assert lines[2].split()[:2] == ["triton", "12,346"] and "71.2" in lines[2]
     assert lines[3].split() == ["transformers", "out", "of", "memory"]
