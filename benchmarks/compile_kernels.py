@@ -203,10 +203,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one size and dtype per function")
-    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
-    parser.add_argument("--json", type=Path, help="where the rows go")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="compile one size and dtype per function"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="compilations that run at a time")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     if kernel_device.is_interpreted():
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")

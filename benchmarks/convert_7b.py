@@ -158,12 +158,16 @@ def measure(name: str, words: list[str], out: Path, repeats: int) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("work_dir", type=Path)
-    parser.add_argument("--layers", type=int, default=32, help="of the made base (LLaMA-2-7B: 32)")
-    parser.add_argument("--new-blocks", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("work_dir", type=Path, help="directory with 65 GB free")
+    parser.add_argument(
+        "--layers", type=int, default=32, help="layers of the base (LLaMA-2-7B: 32)"
+    )
+    parser.add_argument("--new-blocks", type=int, default=8, help="blocks that expand adds")
+    parser.add_argument("--repeats", type=int, default=2, help="measurements of each command")
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     work = args.work_dir / "convert-benchmark"
     release, base, pro, merged = (work / n for n in ("release", "base", "pro", "merged"))

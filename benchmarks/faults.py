@@ -328,10 +328,14 @@ def render(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faults", type=int, default=200, help="how many")
-    parser.add_argument("--seed", type=int, default=0, help="of which faults come, and where")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--faults", type=int, default=200, help="number of faults")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed that draws the faults and their places"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     if args.faults < 1:
         raise ConfigError(f"--faults {args.faults}: expected 1 or more")

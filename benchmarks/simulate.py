@@ -1,12 +1,12 @@
-"""What a run on many GPUs would do, seen from one CPU: shards, memory and traffic of a step.
+"""Simulates a training step on many GPUs with one CPU: shards, memory and traffic.
 
     python benchmarks/simulate.py --config configs/llama2-70b.toml --ranks 512
     python benchmarks/simulate.py --config configs/llama2-70b.toml --ranks 512 \
         --train.shard-size 8 --train.frozen replicate --bandwidth 50
 
 Every option of `train.py` means what it means there. Only a config.json is read: no weights, no
-data. The step is not a formula: the real model takes it, under the real `shard`, among pretended
-ranks, and what FSDP asks of them is recorded (`traffic.py`).
+data. Nothing is computed by a formula: the real model takes the step, sharded by the real `shard`
+among pretended ranks, and `traffic.py` records what FSDP asks of them.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ class Options:
     """What train.py has no option for; its own options may follow."""
 
     ranks: int
-    """GPUs, one process each."""
+    """Number of GPUs, with one process each."""
     ranks_per_node: int = 8
-    """GPUs of one machine; neighbouring ranks share it."""
+    """GPUs of one machine, which neighbouring ranks share."""
     num_new_blocks: int = 0
-    """Expand the model first, as 'convert.py expand' would; 0: model.path is expanded already."""
+    """Expand the model first, as 'convert.py expand' does; 0 if model.path is already expanded."""
     bandwidth: float = 0.0
-    """GB/s (10^9 bytes) that a GPU has to other machines, each way (400 Gb/s: 50), to estimate the
-    least time on the network; 0: no estimate."""
+    """GB/s (10^9 bytes) from a GPU to other machines, each way, to estimate the least time on the
+    network. 50 is a 400 Gb/s link; 0 estimates nothing."""
 
 
 def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[str, Any]:

@@ -165,15 +165,31 @@ def line(entry: Entry, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
-    parser.add_argument("--block-d", type=int, choices=(64, 128, 256), nargs="+", default=[128])
-    parser.add_argument("--architecture", type=int, choices=(80, 90), nargs="+")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
-    parser.add_argument("--candidates", nargs="+", help="ROWSxCOLUMNSxWARPSxSTAGES; else all")
-    parser.add_argument("--show", type=int, default=5, help="how many of each entry are printed")
-    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
-    parser.add_argument("--json", type=Path, help="where all results go")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--kernel", choices=KERNELS, nargs="+", default=list(KERNELS), help="kernels to sweep"
+    )
+    parser.add_argument(
+        "--block-d", type=int, choices=(64, 128, 256), nargs="+", default=[128], help="head dims"
+    )
+    parser.add_argument(
+        "--architecture",
+        type=int,
+        choices=(80, 90),
+        nargs="+",
+        help="sm_80, sm_90; default: this GPU, or both",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="dtypes of the inputs"
+    )
+    parser.add_argument(
+        "--candidates", nargs="+", help="tiles as ROWSxCOLUMNSxWARPSxSTAGES; default: all"
+    )
+    parser.add_argument("--show", type=int, default=5, help="tiles printed of each entry")
+    parser.add_argument("--jobs", type=int, default=2, help="compilations that run at a time")
+    parser.add_argument("--json", type=Path, help="file to write all results to")
     args = parser.parse_args()
     if device.is_interpreted():
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")

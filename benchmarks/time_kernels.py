@@ -140,9 +140,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=OPS, nargs="+", default=list(OPS))
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--op", choices=OPS, nargs="+", default=list(OPS), help="ops to time")
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

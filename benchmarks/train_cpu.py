@@ -303,16 +303,20 @@ def render(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=CPU_SIZES, default="small")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--batch-size", type=int, default=2, help="sequences in a process's step")
-    parser.add_argument("--steps", type=int, default=10, help="in each round")
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes, so many times")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--size", choices=CPU_SIZES, default="small", help="size of the model")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="sides")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences per step and process")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are measured in a round")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="times that fresh processes are started"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -334,13 +334,19 @@ def render(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, help="default: 7b on a GPU, tiny on a CPU")
-    parser.add_argument("--batch-size", type=int, default=2, help="sequences in a step")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: all that run here")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=3, help="steps that are not counted")
-    parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--size", choices=SIZES, help="model to train; default: 7b on a GPU, tiny on a CPU"
+    )
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences per step")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, help="sides; default: all that run here"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="steps that are measured")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them that are not")
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     with process_group("auto") as ranks:
         args.size = args.size or ("7b" if ranks.device.type == "cuda" else "tiny")
