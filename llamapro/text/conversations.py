@@ -65,14 +65,9 @@ def read_conversations(
     (ShareGPT: from, value), `instruction`/`input`/`output`, or `prompt` or `query` with `response`
     or `completion`; a `system` beside them becomes the first message.
 
-    Args:
-        files: from `documents.find_files`.
-        problems: gets what cannot be read, by file and row; nothing is raised here.
-        counts: `other_files` counts the files of a folder that are not of these kinds.
-
-    Yields:
-        "file:row", counted from 1, and the messages, each with a `role` and a `content`. The chat
-        template decides whether roles and turns make sense.
+    Yields "file:row", counted from 1, and the messages, each with a `role` and a `content`. The
+    chat template decides whether roles and turns make sense. `problems` gets what cannot be read,
+    by file and row; nothing is raised here.
     """
     for file in files:
         if not file.is_named and not file.path.name.lower().endswith(SUFFIXES):

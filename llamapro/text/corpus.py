@@ -23,8 +23,8 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
     """Returns the token ids of pieces, each document between BOS and EOS."""
     ids: list[int] = []
     for piece in pieces:
-        first, last = piece.is_first, piece.is_last
-        ids += tokenizer.encode(piece.text, bos=first, eos=last, continues=not first)
+        first = piece.is_first
+        ids += tokenizer.encode(piece.text, bos=first, eos=piece.is_last, continues=not first)
     return ids
 
 
@@ -70,14 +70,13 @@ def tokenize(
     Args:
         patterns: as for `find_files`.
         tokenizer: its fingerprint is part of the cache's key, as are sizes and times of the files.
-        cache_dir: where stores are kept.
+        cache_dir: the directory of all stores.
         text_key: key of the text in a JSON line, or name of its column.
         workers: number of threads; 0 is one per core. The tokens do not depend on it.
         label: names the corpus in progress and messages.
 
     Raises:
-        DataError: a file is missing or cannot be used, there is no text, the disk is full, or the
-            store in the cache is damaged.
+        DataError: a file cannot be used, there is no text, or as `cached`.
     """
     files = find_files(patterns)
     states = [file.state() for file in files]

@@ -27,7 +27,6 @@ PIECE_CHARACTERS = 1 << 18
 # pre-tokenisation and sentencepiece's vocabulary join a space with the word after it.
 _LAST_SPACE = re.compile(r".*\w(?= \w)", re.DOTALL)
 _ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_READABLE = "only UTF-8 text, .jsonl, .jsonl.gz and .parquet are read"
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,8 @@ def read_pieces(
     file. The first document of every file is checked before any file is read, so that one run
     reports the wrong keys and kinds of all files, at once.
 
-    Args:
-        files: from `find_files`.
-        text_key: key of the text in a JSON line, or name of its column.
-        counts: updated while reading.
-        label: shown by the progress bar.
+    `text_key` is the key of the text in a JSON line, or the name of its column. `counts` grow while
+    the pieces are read.
 
     Raises:
         DataError: naming the files, and the line or row, that cannot be used.
@@ -183,15 +179,12 @@ def _open(file: SourceFile) -> Iterator[IO[bytes]]:
 
 def _problem_at_start(file: SourceFile, text_key: str) -> str:
     """Returns why the first document of a file cannot be read, "" if it can."""
-    has_rows = file.path.name.lower().endswith(_ROW_SUFFIXES)
-    if not has_rows and not file.is_named:
-        return ""  # skipped if it is not text
     try:
         with _open(file) as raw:
-            if has_rows:
-                next(_read_file(file, raw, text_key, Counts()), None)
-            elif problem := _not_text(raw, only_start=True):
-                return f"{file.path}: {problem}; {_READABLE}"
+            if file.path.name.lower().endswith(_ROW_SUFFIXES):
+                next(_read_texts(file.path, raw, text_key, Counts()), None)
+            elif file.is_named:  # others are skipped if they are not text
+                _check_text(file, raw, only_start=True)
     except DataError as error:
         return str(error)
     return ""
@@ -200,30 +193,34 @@ def _problem_at_start(file: SourceFile, text_key: str) -> str:
 def _read_file(file: SourceFile, raw: IO[bytes], text_key: str, counts: Counts) -> Iterator[Piece]:
     if file.path.name.lower().endswith(_ROW_SUFFIXES):
         yield from _read_texts(file.path, raw, text_key, counts)
-    elif not (problem := _not_text(raw)):
-        yield from _split(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), counts)
-    elif file.is_named:
-        raise DataError(f"{file.path}: {problem}; {_READABLE}")
-    else:
+        return
+    try:
+        _check_text(file, raw)
+    except DataError:
+        if file.is_named:
+            raise
         counts.binary_files += 1
+    else:
+        yield from _split(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), counts)
 
 
-def _not_text(raw: IO[bytes], only_start: bool = False) -> str:
-    """Returns why a file, or its first MiB, is not UTF-8 text, or "" and rewinds the file."""
+def _check_text(file: SourceFile, raw: IO[bytes], only_start: bool = False) -> None:
+    """Raises DataError if a file, or its first MiB, is not UTF-8 text, and rewinds the file."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    readable = "only UTF-8 text, .jsonl, .jsonl.gz and .parquet are read"
     try:
         while chunk := raw.read(1 << 20):
             if position == 0 and b"\0" in chunk[:8192]:
-                return "binary (it has zero bytes)"
+                raise DataError(f"{file.path}: binary (it has zero bytes); {readable}")
             decoder.decode(chunk)
             position += len(chunk)
             if only_start:
                 break
         decoder.decode(b"", final=not only_start or not raw.read(1))
     except UnicodeDecodeError as error:
-        return f"not UTF-8 ({error.reason} after about {position + error.start:,} bytes)"
+        place = f"{error.reason} after about {position + error.start:,} bytes"
+        raise DataError(f"{file.path}: not UTF-8 ({place}); {readable}") from None
     raw.seek(0)
-    return ""
 
 
 def _split(stream: TextIO, counts: Counts) -> Iterator[Piece]:
@@ -269,10 +266,10 @@ def _read_texts(path: Path, raw: IO[bytes], text_key: str, counts: Counts) -> It
 
     for location, row in read_rows(path, choose=choose, raw=raw, on_blank_line=count_blank_line):
         if text_key not in row:
-            strings = {k: v for k, v in row.items() if isinstance(v, str)}
             # The longest string is most likely the text.
-            longest = max(strings, key=lambda k: len(strings[k]), default=None)
-            hint = f"; use --data.text-key {longest}" if longest is not None else ""
+            lengths = {k: len(v) for k, v in row.items() if isinstance(v, str)}
+            longest = max(lengths, key=lengths.__getitem__, default="")
+            hint = f"; use --data.text-key {longest}" if longest else ""
             kind = "column" if path.name.lower().endswith(".parquet") else "key"
             found = quote_names(row)
             raise DataError(f"{location}: no {text_key!r} {kind} (found: {found}){hint}")

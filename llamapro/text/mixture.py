@@ -82,7 +82,8 @@ class Mixture:
     end of an epoch interrupts continues in the next epoch.
 
     A replayed source is not shuffled among the others but dealt out evenly: with a share of 0.1 it
-    gives every tenth sample, so that each batch has the same amount of it.
+    gives every tenth sample, so that each batch has the same amount of it. It is repeated as often
+    as that needs, each time in a new order. The samples of the other sources stay the same.
 
     Attributes:
         sources: as given; the replayed one is the last.
@@ -99,14 +100,7 @@ class Mixture:
         replay: Source | None = None,
         share: float = 0.0,
     ) -> None:
-        """Makes the order.
-
-        Args:
-            sources: an epoch has the same samples of them with and without a replay.
-            weights: passes over each source in one epoch, such as 1.5.
-            seed: of the permutations.
-            replay: a source that is repeated as often as its share needs, each time in a new order.
-            share: of all samples that are replayed, above 0 and below 1.
+        """Makes the order; `replay` gives a `share` of all samples, above 0 and below 1.
 
         Raises:
             ConfigError: there is not one positive weight per source, or the seed is negative.
@@ -180,14 +174,8 @@ def batch(
 
     The union over the ranks is the same for any world size.
 
-    Args:
-        mixture: the order of all samples.
-        first: number of the batch's first sample.
-        size: number of samples over all ranks.
-        rank: whose share is returned.
-        world_size: number of ranks.
-        last_source: number of a source whose samples are put behind all others before they are
-            dealt out, so that the ranks' numbers of them differ by at most one.
+    The samples of source number `last_source` are put behind all others before they are dealt out,
+    so that the ranks' numbers of them differ by at most one.
 
     Returns:
         Inputs, targets and, where the sources have them, documents, each (n, T) int64, where n is

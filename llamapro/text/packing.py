@@ -43,10 +43,7 @@ def tokenize_conversations(
         sources: label -> patterns as for `find_files`; each becomes a store.
         template: checks, renders and tokenises; its source is part of the cache's key.
         tokenizer_sha256: the tokenizer's fingerprint, part of the key as well.
-        cache_dir: where stores are kept.
-
-    Returns:
-        label -> store, in which `documents` is the number of conversations.
+        cache_dir: the directory of all stores.
 
     Raises:
         DataError: one for the problems of all sources, each with its file and row; or the disk is
@@ -70,8 +67,8 @@ def tokenize_conversations(
         key = ["conversations", FORMAT_VERSION, tokenizer_sha256, template_sha256, states]
         earlier = len(problems)
         conversations = read_conversations(files, problems, counts)
-        source = ", ".join(patterns)
-        arrays = _encode_all(conversations, template, problems, counts, label, source)
+        bar = tqdm(conversations, label, unit=" conversations", disable=None)
+        arrays = _encode_all(bar, template, problems, counts, ", ".join(patterns))
         try:
             stores[label] = cached(cache_dir, key, index, arrays, label, _summarize)
         except DataError:
@@ -91,19 +88,17 @@ def _encode_all(
     template: ChatTemplate,
     problems: Problems,
     counts: ConversationCounts,
-    label: str,
     source: str,
 ) -> Iterator[NDArray[np.uint32]]:
     """Yields the content of a store: the marked tokens of all conversations, then their lengths.
 
-    Raises:
-        DataError: in the end, if there were problems, or nothing to train on, in this source.
+    Raises DataError in the end if there were problems, or nothing to train on, in this source.
     """
     earlier = len(problems)
     lengths: list[int] = []
     chunk: list[NDArray[np.uint32]] = []
     gathered = 0
-    for location, messages in tqdm(conversations, label, unit=" conversations", disable=None):
+    for location, messages in conversations:
         try:
             ids, trained = template.encode(messages)
         except DataError as error:
@@ -139,8 +134,6 @@ class PackedConversations:
     token. The windows are a function of the store, T and the policy.
 
     Attributes:
-        store: from `tokenize_conversations`.
-        seq_len: T.
         too_long: number of conversations longer than a window (T + 1 tokens).
         left_out: number of these, or of their pieces, without a trained token in what is kept.
         fill: share of the positions that hold tokens, 0 to 1.
@@ -152,14 +145,11 @@ class PackedConversations:
         seq_len: int,
         policy: Literal["drop", "truncate", "split"] = "drop",
     ) -> None:
-        """Packs the conversations.
+        """Packs the conversations of a store from `tokenize_conversations`.
 
-        Args:
-            store: from `tokenize_conversations`.
-            seq_len: T, in tokens.
-            policy: for conversations longer than a window. "drop" leaves them out, "truncate" keeps
-                the beginning, "split" makes pieces of T positions, each of which sees only itself.
-                Pieces in which nothing is trained are left out.
+        The policy is for conversations longer than a window: "drop" leaves them out, "truncate"
+        keeps the beginning, "split" makes pieces of T positions, each of which sees only itself.
+        Pieces in which nothing is trained are left out.
 
         Raises:
             DataError: nothing is left to train on.
@@ -273,11 +263,8 @@ def mark_trained(
 ) -> str:
     """Returns the text of a window's first conversation with marks around what is trained.
 
-    Args:
-        sample: inputs, targets and documents of a `PackedConversations`.
-        decode: token ids to text.
-        is_terminal: mark by colour instead of ⟦ ⟧.
-        limit: largest number of tokens shown.
+    The marks are ⟦ ⟧, or a colour where the text is for a terminal. The text ends after `limit`
+    tokens.
     """
     whole_size = int(np.searchsorted(sample[2], 0, side="right"))
     size = min(limit, whole_size)

@@ -46,8 +46,7 @@ class TokenStore:
         """Opens a store made with the tokenizer of this fingerprint.
 
         Raises:
-            DataError: a file is missing, has another size than `index.json` says, or the store was
-                made with another tokenizer.
+            DataError: a file is missing, damaged or of another tokenizer.
         """
         self.path = Path(path)
         file = self.path / INDEX_FILE
@@ -86,16 +85,13 @@ class TokenStore:
         total = sum(tokens.nbytes for tokens in self._shards)
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
             for shard, sha256 in self._hashes.items():
-                digest = hashlib.sha256()
                 with open(shard, "rb") as file:
-                    while chunk := file.read(1 << 20):
-                        digest.update(chunk)
-                        bar.update(len(chunk))
-                if digest.hexdigest() != sha256:
-                    raise DataError(
-                        f"{shard}: damaged: other bytes than were written; remove {self.path} and "
-                        "run again"
-                    )
+                    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                        raise DataError(
+                            f"{shard}: damaged: other bytes than were written; "
+                            f"remove {self.path} and run again"
+                        )
+                bar.update(shard.stat().st_size)
 
     def read(self, start: int, stop: int) -> Int64s:
         """Returns the tokens [start, stop), a copy; raises IndexError outside the stream."""
@@ -117,12 +113,9 @@ class TokenStore:
         mark = eos if bos is None else bos
         if mark is None:
             return None
-        starts = np.concatenate(
-            [
-                np.flatnonzero(tokens == mark) + (end - tokens.size)
-                for tokens, end in zip(self._shards, self._ends, strict=True)
-            ]
-        )
+        shards = zip(self._shards, self._ends, strict=True)
+        places = [np.flatnonzero(tokens == mark) + end - tokens.size for tokens, end in shards]
+        starts = np.concatenate(places)
         return starts if bos is not None else np.concatenate(([0], starts[:-1] + 1))
 
     def document_of(self, position: int) -> int | None:
@@ -155,9 +148,8 @@ def cached(
 ) -> TokenStore:
     """Returns a store from the cache, where it is first written if it is not there.
 
-    A store in the cache is read and compared with the hashes it was written with, because a run
-    continues from tokens and not from text: a byte that changed on the disk would silently change
-    the run. That takes a second per GB or two. A store just written is not read again.
+    A store in the cache is read and compared with the hashes it was written with, because a byte
+    that changed on the disk would silently change the run. That takes a second per GB or two.
 
     Args:
         cache_dir: the directory of all stores.
@@ -165,11 +157,11 @@ def cached(
             is never out of date.
         index: as for `write_store`.
         arrays: as for `write_store`; consumed only if the store is not in the cache.
-        label: names the store in the progress bar, and in the line printed on standard error.
-        summarize: returns that line's text.
+        label: names the store in the progress bar and in a line on standard error.
+        summarize: returns the rest of that line.
 
     Raises:
-        DataError: the store in the cache is damaged, or as `write_store`.
+        DataError: the store in the cache is damaged, or a new one cannot be written.
     """
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     directory = Path(cache_dir).expanduser() / name
@@ -187,11 +179,8 @@ def cached(
 def write_store(directory: Path, index: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> None:
     """Writes a store, complete or not at all; if another process was first, its store stays.
 
-    Args:
-        directory: where it will stand.
-        index: what `index.json` holds beside the shards. Its counts, a dataclass or a dict, may
-            grow while the arrays are made.
-        arrays: the tokens in order, all of the dtype in which they are stored.
+    `index` is what `index.json` holds beside the shards. Its counts, a dataclass or a dict, may
+    grow while the arrays are made. The arrays hold the tokens in the dtype of the store.
 
     Raises:
         DataError: the disk is full or cannot be written.
