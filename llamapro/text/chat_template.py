@@ -31,8 +31,6 @@ BUILT_IN = {
 _MARK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode's noncharacters
 _RESERVED = re.compile(f"[{_MARK}{_START}{_END}]")
 _BORDER = re.compile(f"([{_START}{_END}])")
-# What Python raises when a template fails on the values of a conversation.
-_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class ChatTemplate:
@@ -44,11 +42,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, origin: str) -> None:
-        """Compiles a template; see `load`.
-
-        Raises:
-            DataError: it is not a template, or Jinja is not installed.
-        """
+        """Compiles a template; raises DataError if it is none, or Jinja is not installed."""
         try:
             import jinja2
         except ImportError:
@@ -57,7 +51,6 @@ class ChatTemplate:
             ) from None
         self.source, self.origin = source, origin
         self._tokenizer = tokenizer
-        self._failures = (jinja2.TemplateError, *_FAILURES)
         names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
         # A token that is missing is not defined, instead of "": some templates test for it.
         frame = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
@@ -86,7 +79,6 @@ class ChatTemplate:
         Raises:
             DataError: there is none, it is not a template, or it needs another model's tokens.
         """
-        directory = Path(directory)
         known = ", ".join(BUILT_IN)
         if template in BUILT_IN:
             source = BUILT_IN[template]
@@ -97,10 +89,16 @@ class ChatTemplate:
                     f"{template!r} needs: use the template of this model"
                 )
             return cls(source, tokenizer, template)
-        if template or (directory / "chat_template.jinja").exists():
-            file = Path(template) if template else directory / "chat_template.jinja"
-            return cls(_read(file, f"; built-in: {known}"), tokenizer, str(file))
-        file = directory / "tokenizer_config.json"
+        file = Path(template) if template else Path(directory, "chat_template.jinja")
+        if template or file.exists():
+            try:
+                return cls(file.read_text(encoding="utf-8"), tokenizer, str(file))
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+                raise DataError(
+                    f"{file}: the chat template cannot be read: {reason}; built-in: {known}"
+                ) from None
+        file = Path(directory, "tokenizer_config.json")
         stored = read_object(file).get("chat_template")
         if isinstance(stored, list):
             try:
@@ -117,16 +115,14 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Returns a conversation as text, as transformers' `apply_chat_template` does.
 
-        Raises:
-            DataError: the template fails or refuses the conversation.
+        Raises DataError if the template fails or refuses the conversation.
         """
         return _RESERVED.sub("", self._render(messages, add_generation_prompt))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids up to where the assistant's next answer begins.
 
-        Raises:
-            DataError: as for `encode`; the conversation may lack a turn of the assistant.
+        Raises DataError as `encode`, but the conversation may lack a turn of the assistant.
         """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))
@@ -140,9 +136,6 @@ class ChatTemplate:
         and excludes the header. A turn is what {% generation %} encloses. In a template without
         that tag it is what the turn adds to the rendering of the turns before it, without white
         space after its last control token.
-
-        Args:
-            messages: each with `role` and `content`.
 
         Raises:
             DataError: `check_messages` finds problems, the template fails, or it does not show
@@ -174,7 +167,7 @@ class ChatTemplate:
                 documents=None,
                 **self._variables,
             )
-        except self._failures as error:
+        except Exception as error:  # a template is a program: any error is one of its own
             raise DataError(f"{self.origin}: {type(error).__name__}: {error}") from None
 
     def _protect(self, value: Any) -> Any:
@@ -295,14 +288,6 @@ def check_messages(messages: Any, needs_assistant: bool = True) -> list[str]:
     return problems
 
 
-def _read(file: Path, hint: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise DataError(f"{file}: the chat template cannot be read: {reason}{hint}") from None
-
-
 def _tagged_spans(marked: str) -> list[Span]:
     """Returns the spans that {% generation %} enclosed."""
     spans, position, first = [], 0, 0
@@ -328,8 +313,7 @@ def _environment() -> Any:
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = nodes.CallBlock(self.call_method("_enclose"), [], [], body)
-            return call.set_lineno(line)
+            return nodes.CallBlock(self.call_method("_enclose"), [], [], body).set_lineno(line)
 
         def _enclose(self, caller: Any) -> str:
             return f"{_START}{caller()}{_END}"

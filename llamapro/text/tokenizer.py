@@ -56,7 +56,6 @@ class Tokenizer:
         raw_json: dict[str, Any],
     ) -> None:
         self.path, self.files = files[0], tuple(files)
-        self._directory = directory
         config = read_object(directory / "tokenizer_config.json")
         names = read_object(directory / "special_tokens_map.json") | config
         tokens = dict(vocabulary.added)
@@ -76,8 +75,18 @@ class Tokenizer:
         # Words to split off; the library finds those of the vocabulary itself.
         words = {n: t for n, t in own.items() if not t.special and n not in vocabulary.added}
         self._patterns = {False: _pattern(words), True: _pattern(words | control)}
-        self.bos_id = self._frame_id(names, "bos_token", vocabulary.bos_id)
-        self.eos_id = self._frame_id(names, "eos_token", vocabulary.eos_id)
+
+        def frame_id(key: str, default: int | None) -> int | None:
+            """Returns the id of the BOS or EOS that the files beside the vocabulary name."""
+            if key not in names:
+                return default
+            name = name_of(names[key])
+            if name is not None and name not in tokens:
+                raise DataError(f"{directory}: {key} is {name!r}, which is no token of it")
+            return None if name is None else tokens[name].id
+
+        self.bos_id = frame_id("bos_token", vocabulary.bos_id)
+        self.eos_id = frame_id("eos_token", vocabulary.eos_id)
         self.adds_space = b"".join(map(self.bytes_of, self._encode_text("a"))) == b" a"
         self._newline = self._encode_text("\n")
         # Whether the space is also put after each control token: "legacy" in transformers.
@@ -193,11 +202,8 @@ class Tokenizer:
     ) -> Iterator[tuple[str, list[int]]]:
         """Yields the parts of a text with their ids: a token's name, or the text between tokens.
 
-        Args:
-            text: as for `encode`.
-            mark: a character that is left out; a name with a mark in it is plain text.
-            special: as for `encode`.
-            continues: as for `encode`.
+        The character `mark` is left out, and a name with it inside is plain text. The other
+        arguments are those of `encode`.
         """
         for number, part in enumerate(self._patterns[special].split(text)):
             if number % 2:  # the name of a token
@@ -229,22 +235,8 @@ class Tokenizer:
         return "".join([*map(decoder.feed, ids), decoder.flush()])
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Returns the bytes of text a token stands for: part of a character, or many of them.
-
-        Control tokens and ids past the vocabulary have none.
-        """
+        """Returns the bytes of text a token stands for; those of a control token are none."""
         return self._pieces.get(token_id, b"")
-
-    def _frame_id(self, names: dict[str, Any], key: str, default: int | None) -> int | None:
-        """Returns the id of the BOS or EOS that the files beside the vocabulary name, if any."""
-        if key not in names:
-            return default
-        name = name_of(names[key])
-        if name is None:
-            return None
-        if name not in self._tokens:
-            raise DataError(f"{self._directory}: {key} is {name!r}, which is no token of it")
-        return self._tokens[name].id
 
 
 class StreamingDecoder:

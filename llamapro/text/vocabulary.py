@@ -80,12 +80,7 @@ class Vocabulary:
 
 
 def read_vocabulary(path: Path, content: bytes, raw_json: dict[str, Any]) -> Vocabulary:
-    """Reads a vocabulary file of any kind.
-
-    Args:
-        path: the file; one that ends in .json is a tokenizer.json.
-        content: its bytes.
-        raw_json: the parsed tokenizer.json, if it is one.
+    """Reads a vocabulary file of any kind, `raw_json` if it is a tokenizer.json.
 
     Raises:
         DataError: the file is damaged or of another kind, or the library for it is not installed.
@@ -186,10 +181,7 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         raise DataError(f"{path}: {_INSTALL.format('tokenizers')}") from None
     try:
         model = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:
-        if type(error) is not ValueError and type(error) is not Exception:
-            raise
-        # The library raises plain exceptions.
+    except Exception as error:  # the library raises plain exceptions
         raise DataError(f"{path}: not a tokenizer of the tokenizers library ({error})") from None
     model.no_truncation()
     model.no_padding()
@@ -222,13 +214,13 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
             f"or Metaspace: not the tokenizer of a LLaMA-shaped model"
         )
     model = raw.get("model")
-    listed = model.get("vocab") if isinstance(model, dict) else None
-    # BPE has a mapping to ids, Unigram a list with scores.
-    if not isinstance(listed, dict | list):
+    tokens = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(tokens, dict):  # BPE
+        tokens = list(tokens.items())
+    elif isinstance(tokens, list):  # Unigram, with scores
+        tokens = [(token, i) for i, (token, _) in enumerate(tokens)]
+    else:
         raise DataError(f"{path}: has no vocabulary ('model.vocab')")
-    tokens = (
-        listed.items() if isinstance(listed, dict) else ((t[0], i) for i, t in enumerate(listed))
-    )
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
     added = {token["id"] for token in raw.get("added_tokens", [])}
     pieces: dict[int, bytes] = {}
@@ -284,10 +276,8 @@ def added_tokens(
 ) -> dict[str, AddedToken]:
     """Returns the tokens that the files of a directory add to its vocabulary, or rename.
 
-    Args:
-        directory: the directory of the vocabulary's file.
-        names: its `special_tokens_map.json` and `tokenizer_config.json`, as one object.
-        raw_json: its `tokenizer.json`, or {}.
+    `names` are its `special_tokens_map.json` and `tokenizer_config.json`, as one object, and
+    `raw_json` is its `tokenizer.json`, or {}.
 
     Raises:
         DataError: naming the file, if an entry is not a token, or two files disagree about its id.

@@ -254,13 +254,6 @@ def test_templates_that_rewrite_earlier_turns_are_refused(
         template.encode(CHAT[1:])
 
 
-def test_templates_that_ignore_the_generation_prompt_are_refused(tokenizer: Tokenizer) -> None:
-    """Their header would be trained."""
-    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
-    with pytest.raises(DataError, match=r"turn 2: .*ignores add_generation_prompt.*assistant"):
-        ChatTemplate(source, tokenizer, "x").encode(CHAT[1:3])
-
-
 def test_template_is_found_in_the_model_s_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """chat_template.jinja, then tokenizer_config.json, one or named ones; a given one first."""
     config = tmp_path / "tokenizer_config.json"
@@ -400,7 +393,7 @@ def test_a_header_is_never_trained(tokenizer: Tokenizer, source: str, answer: st
     """Whatever it is called, before the answer or behind it."""
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
     template = ChatTemplate(source, tokenizer, "their.jinja")
-    with pytest.raises(DataError, match="ignores add_generation_prompt"):
+    with pytest.raises(DataError, match=r"turn 2: .*ignores add_generation_prompt.*assistant"):
         template.encode(messages)
 
 

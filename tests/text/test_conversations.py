@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,16 +142,6 @@ def test_parquet_is_read_and_its_mistakes_are_named(
     assert f"{columns}:1: no column of a conversation (found: 'text', 'n')" in lines[1]
     assert f"{broken}:1: not a parquet file, or a damaged one" in lines[2]
     assert len(lines) == 3
-
-
-def test_missing_pyarrow_is_told_with_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the extra, a parquet file is a problem that says what to install."""
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    _, problems = read(tmp_path / "a.parquet")
-    assert "pip install 'llamapro[data]'" in lines_of(problems)[0]
 
 
 def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None:
