@@ -15,38 +15,32 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from llamapro import backends, cli, ops
-from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
-from llamapro.errors import DataError
+from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.text.mixture import Source, stack
+from llamapro.training import launcher, plan, preset, replay, resume
 from llamapro.training.checkpoint import Saver, load_optimizer, load_trained
 from llamapro.training.distributed import Ranks, compile_blocks, process_group, shard, world_size
-from llamapro.training.job import Job, find_state, load_data
-from llamapro.training.launcher import launch
+from llamapro.training.job import Data, Job, find_state, is_complete, load_data
 from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
-from llamapro.training.plan import count_parameters
 from llamapro.training.preemption import Stopped, StopRequest
-from llamapro.training.preset import parse
-from llamapro.training.progress import Progress, say
-from llamapro.training.replay import split_replayed
-from llamapro.training.resume import locked
+from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings, check, flatten
 from llamapro.training.state import Losses, RunState
-from llamapro.training.weights import init_random, mask_gradients, select_trainable
+from llamapro.training.validation import evaluate, forward
+from llamapro.training.weights import init_random, mask_gradients, select_trainable, undecayed
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Runs the command; its options are those of the command line if `argv` is None."""
     argv = sys.argv[1:] if argv is None else argv
-    settings, is_rank = parse(argv, prog), "RANK" in os.environ
+    settings, is_rank = preset.parse(argv, prog), "RANK" in os.environ
     check(settings, world_size() if is_rank else max(1, settings.processes))
     if settings.processes > 1 and not is_rank:
-        sys.exit(launch(__file__, argv, settings.processes))
+        sys.exit(launcher.launch(__file__, argv, settings.processes))
     job = Job.open(settings)
     is_main = os.environ.get("RANK", "0") == "0"
     if settings.dry_run and not is_main:
@@ -72,16 +66,21 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
     """
     t, stop = job.settings.train, StopRequest()
     if objective is not None:
-        job = replace(job, plan=job.plan | {"parameters": count_parameters(objective.model)})
+        job = replace(job, plan=job.plan | {"parameters": plan.count_parameters(objective.model)})
     with (
         stop.listening(),
         process_group(t.device, t.shard_size) as ranks,
         backends.use(t.ops),
-        locked(job.run_dir, ranks),
+        resume.locked(job.run_dir, ranks),
     ):
-        state = train(job, ranks, stop, objective)
-    if stop.failure:
-        raise DataError(f"{stop.failure}; stopped in order at step {state.step}")
+        job, state, changed = find_state(job, ranks)
+        try:
+            data = load_data(job, state, ranks, stop)
+            if not is_complete(job, state, data, ranks):
+                train(job, data, state, changed, objective or build_objective(job), ranks, stop)
+        except Stopped:
+            state.stopped = True
+    stop.raise_failure(state.step)
     return state
 
 
@@ -91,6 +90,7 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
 def build_objective(job: Job) -> NextToken:
     """Loads the weights on the CPU and freezes by the checkpoint's record."""
     t = job.settings.train
+    torch.manual_seed(t.seed)  # data order and random weights have generators of their own
     model = build_on_meta(job.config)
     select_trainable(model, t.trainable, t.new_tokens)
     if job.checkpoint is None:
@@ -119,70 +119,6 @@ def shard_objective(objective: NextToken, job: Job, ranks: Ranks) -> dict[str, t
 # ---- Training ---------------------------------------------------------------------------------
 
 
-def forward(
-    objective: NextToken,
-    columns: Sequence[torch.Tensor],
-    device: torch.device,
-    replayed: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns loss sum (nats), (), and number of targets, (), of inputs, targets [, documents]."""
-    inputs, targets, *documents = (column.to(device) for column in columns)
-    return objective(inputs, targets, documents[0] if documents else None, replayed)
-
-
-def evaluate(
-    objective: NextToken,
-    val: dict[str, Source],
-    settings: Settings,
-    ranks: Ranks,
-    stop: StopRequest,
-    state: RunState,
-    progress: Progress,
-) -> None:
-    """Computes the loss of every validation set into the state, and reports it.
-
-    Raises:
-        Stopped: on every rank, if a signal came to one of them.
-    """
-    for name, sequences in val.items():
-        loss, tokens = mean_loss(objective, sequences, settings, ranks, stop)
-        state.eval[name] = loss
-        progress.evaluation(name, loss, tokens)
-    state.evaluated = state.step
-    if state.step == 0:
-        state.base_eval = dict(state.eval)
-    progress.evaluated()
-
-
-@torch.no_grad()
-def mean_loss(
-    objective: NextToken,
-    sequences: Source,
-    settings: Settings,
-    ranks: Ranks,
-    stop: StopRequest,
-) -> tuple[float, int]:
-    """Returns the mean token loss (nats) over a validation set and how many tokens it has."""
-    count = min(settings.eval.sequences or len(sequences), len(sequences))
-    chosen = [i * len(sequences) // count for i in range(count)]
-    rows = settings.train.micro_batch_size
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
-    for start in range(0, count, rows * ranks.world_size):
-        # Every process makes the same number of passes: sharded weights are gathered together.
-        if any(ranks.sum(stop.is_asked)):
-            raise Stopped
-        mine = [sequences[i] for i in chosen[start + ranks.rank * rows :][:rows]]
-        ids, targets, *more = sequences[0]
-        padding = (ids, np.full_like(targets, ops.IGNORE_INDEX), *more)
-        columns = stack(mine + [padding] * (rows - len(mine)))
-        part_sum, part_count = forward(objective, columns, ranks.device)
-        loss_sum += part_sum
-        tokens += part_count
-    total, valid = ranks.sum(loss_sum, tokens)
-    return total / max(1.0, valid), int(valid)
-
-
 def train_step(
     objective: NextToken,
     guard: FiniteGuard,
@@ -209,7 +145,7 @@ def train_step(
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
     micro_batches = list(zip(*(column.split(rows) for column in columns), strict=True))
-    replayed = split_replayed(others, len(micro_batches), rows, ranks.rank, ranks.world_size)
+    replayed = replay.split_replayed(others, len(micro_batches), rows, ranks.rank, ranks.world_size)
     for number, micro_batch in enumerate(micro_batches, 1):
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
         objective.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
@@ -222,43 +158,40 @@ def train_step(
     return loss_sum / max(1.0, valid), norm
 
 
-def train(
-    job: Job, ranks: Ranks, stop: StopRequest, objective: NextToken | None = None
-) -> RunState:
-    """Trains to the last step or to where a signal stops it; returns where the run then stands."""
-    s, t = job.settings, job.settings.train
-    job, state, changed = find_state(job, ranks)
-    try:
-        data = load_data(job, state, ranks, stop)
-    except Stopped:
-        state.stopped = True
-        return state
-    if state.step >= data.steps and state.evaluated == state.step:
-        say(ranks, f"{job.run_dir} is complete: nothing to do")
-        return state
-
-    torch.manual_seed(t.seed)  # the data order and random weights have generators of their own
-    objective = objective or build_objective(job)
-    parameters = shard_objective(objective, job, ranks)
-    first_row = job.first_new_row
-    undecayed = [parameters[name] for name in NEW_ROWS if first_row and name in parameters]
-    optimizer = build_adamw(
-        parameters.values(), s.optim.betas, s.optim.weight_decay, undecayed=undecayed
-    )
+def build_optimizer(
+    parameters: dict[str, torch.nn.Parameter], job: Job, state: RunState
+) -> torch.optim.AdamW:
+    """AdamW over what trains, with the moments of the training checkpoint that the run resumes."""
+    o, first_row = job.settings.optim, job.first_new_row
+    kept = undecayed(parameters, first_row)
+    optimizer = build_adamw(parameters.values(), o.betas, o.weight_decay, undecayed=kept)
     if job.resume_from is not None:
         applied = state.step - state.skipped
         load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
+    return optimizer
+
+
+def train(
+    job: Job,
+    data: Data,
+    state: RunState,
+    changed: list[str],
+    objective: NextToken,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> None:
+    """Advances the state to the last step, or to where a signal stops the run."""
+    s = job.settings
+    parameters = shard_objective(objective, job, ranks)
+    optimizer = build_optimizer(parameters, job, state)
     guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, state.skipped)
     progress = Progress(s, data.mixture, data.steps, state, ranks, stop)
     losses = Losses(state, guard, ranks, s.log_spikes, progress.odd)
-    in_background = s.save.in_background(ranks.device.type)
-    saver = Saver(
-        job.run_dir, s.save.keep, s.save.keep_every, ranks, in_background, first_row, state.step
-    )
+    saver = Saver.of(job.run_dir, s.save, ranks, job.first_new_row, state.step)
 
     def save() -> None:
         losses.read()
-        info = BlocksInfo.of(job.config, t.trainable, state.step)
+        info = BlocksInfo.of(job.config, s.train.trainable, state.step)
         kept = state.to_json() | {"settings": flatten(s)}
         progress.saved(saver.save(state.step, parameters, optimizer, info, kept))
 
@@ -287,7 +220,7 @@ def train(
                     losses.add(state.step + 1, state.samples, loss, norm)
                     state.step += 1
                     state.tokens += int(valid)
-                    state.samples += t.batch_size
+                    state.samples += s.train.batch_size
                 if is_written:
                     progress.saved(saver.finish())
                 if is_time or progress.is_due(state.step):
@@ -298,7 +231,6 @@ def train(
         if state.step > saver.step:
             save()
         progress.saved(saver.finish())
-    return state
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from llamapro.errors import CheckpointError, UserError
 from llamapro.files import output_directory
 from llamapro.model import LlamaForCausalLM
 from llamapro.training.distributed import Ranks
+from llamapro.training.settings import SaveSettings
 from llamapro.training.weights import (
     put_new_rows,
     stored_name,
@@ -97,6 +98,15 @@ class Saver:
         self._writing: Future[None] | None = None  # on the main rank, in the background
         self._saved: dict[str, Any] | None = None  # not yet reported by `finish`
         self._started_s = self._ended_s = 0.0
+
+    @classmethod
+    def of(
+        cls, run_dir: Path, settings: SaveSettings, ranks: Ranks, first_row: int, step: int
+    ) -> Self:
+        """Sets up as the settings say; the other arguments are those of the constructor."""
+        in_background = settings.in_background(ranks.device.type)
+        keep, keep_every = settings.keep, settings.keep_every
+        return cls(run_dir, keep, keep_every, ranks, in_background, first_row, step)
 
     def __enter__(self) -> Self:
         return self

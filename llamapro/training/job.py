@@ -202,6 +202,14 @@ def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
     return job, RunState.from_json(saved, resume_from), changed
 
 
+def is_complete(job: Job, state: RunState, data: "Data", ranks: Ranks) -> bool:
+    """Says whether nothing is left to do, also on the screen."""
+    if state.step < data.steps or state.evaluated != state.step:
+        return False
+    say(ranks, f"{job.run_dir} is complete: nothing to do")
+    return True
+
+
 @dataclass(frozen=True)
 class Data:
     """The data of a run.

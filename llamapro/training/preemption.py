@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from llamapro.errors import DataError
+
 # torchrun hands on to its workers what the terminal has sent them already: within this time, two
 # signals are one.
 SAME_SIGNAL_S = 2.0
@@ -40,6 +42,11 @@ class StopRequest:
         if not self.failure:
             self.failure = reason
             print(f"{reason}; stopping in order", file=sys.stderr, flush=True)
+
+    def raise_failure(self, step: int) -> None:
+        """Raises DataError with the reason if the run had to end by itself, at this step."""
+        if self.failure:
+            raise DataError(f"{self.failure}; stopped in order at step {step}")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -99,6 +99,11 @@ def mask_gradients(parameters: Mapping[str, nn.Parameter], first_row: int) -> No
         parameter.register_post_accumulate_grad_hook(apply)
 
 
+def undecayed(parameters: Mapping[str, nn.Parameter], first_row: int) -> list[nn.Parameter]:
+    """Returns the masked matrices: weight decay would move the base's rows."""
+    return [parameters[name] for name in NEW_ROWS if first_row and name in parameters]
+
+
 def stored_name(name: str, first_row: int) -> str:
     """Returns the name under which what trains of a parameter is saved."""
     return NEW_ROWS.get(name, name) if first_row else name

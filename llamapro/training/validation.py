@@ -1,0 +1,79 @@
+"""Validation: the loss of a set of held-out sequences, computed by all ranks together."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llamapro import ops
+from llamapro.text.mixture import Source, stack
+from llamapro.training.distributed import Ranks
+from llamapro.training.objective import NextToken
+from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.progress import Progress
+from llamapro.training.settings import Settings
+from llamapro.training.state import RunState
+
+
+def forward(
+    objective: NextToken,
+    columns: Sequence[torch.Tensor],
+    device: torch.device,
+    replayed: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns loss sum (nats), (), and number of targets, (), of inputs, targets [, documents]."""
+    inputs, targets, *documents = (column.to(device) for column in columns)
+    return objective(inputs, targets, documents[0] if documents else None, replayed)
+
+
+def evaluate(
+    objective: NextToken,
+    val: dict[str, Source],
+    settings: Settings,
+    ranks: Ranks,
+    stop: StopRequest,
+    state: RunState,
+    progress: Progress,
+) -> None:
+    """Computes the loss of every validation set into the state, and reports it.
+
+    Raises:
+        Stopped: on every rank, if a signal came to one of them.
+    """
+    for name, sequences in val.items():
+        loss, tokens = mean_loss(objective, sequences, settings, ranks, stop)
+        state.eval[name] = loss
+        progress.evaluation(name, loss, tokens)
+    state.evaluated = state.step
+    if state.step == 0:
+        state.base_eval = dict(state.eval)
+    progress.evaluated()
+
+
+@torch.no_grad()
+def mean_loss(
+    objective: NextToken,
+    sequences: Source,
+    settings: Settings,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> tuple[float, int]:
+    """Returns the mean token loss (nats) over a validation set and how many tokens it has."""
+    count = min(settings.eval.sequences or len(sequences), len(sequences))
+    chosen = [i * len(sequences) // count for i in range(count)]
+    rows = settings.train.micro_batch_size
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    for start in range(0, count, rows * ranks.world_size):
+        # Every process makes the same number of passes: sharded weights are gathered together.
+        if any(ranks.sum(stop.is_asked)):
+            raise Stopped
+        mine = [sequences[i] for i in chosen[start + ranks.rank * rows :][:rows]]
+        ids, targets, *more = sequences[0]
+        padding = (ids, np.full_like(targets, ops.IGNORE_INDEX), *more)
+        columns = stack(mine + [padding] * (rows - len(mine)))
+        part_sum, part_count = forward(objective, columns, ranks.device)
+        loss_sum += part_sum
+        tokens += part_count
+    total, valid = ranks.sum(loss_sum, tokens)
+    return total / max(1.0, valid), int(valid)
