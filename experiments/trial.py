@@ -20,6 +20,7 @@ from typing import Any
 
 import models
 import torch
+import torch._dynamo  # FSDP and optimizers import it when they are first used, which takes seconds
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 

@@ -122,9 +122,11 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in layers)
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # drawing it on meta takes 3 s
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
