@@ -1,25 +1,21 @@
 """A run that was killed and goes on, on as many processes or on others, is the run that was not.
 
-The processes are those of resume_worker.py, which notes what they are really given and hold.
+The processes run resume_worker.py, which notes what they are really given and hold.
 
 Shapes: rows of a sharded weight are 30, 6, 50, 403: over 4 processes uneven, or none on the last.
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,8 +38,8 @@ class Run:
         starts: per start, per rank, a line of every optimizer step.
     """
 
-    def __init__(self, ask: Callable[[dict[str, Any]], list[int]], home: Path, path: Path) -> None:
-        self.ask, self.home, self.path = ask, home, path
+    def __init__(self, fork_ranks: Callable[..., Any], home: Path, path: Path) -> None:
+        self.fork_ranks, self.home, self.path = fork_ranks, home, path
         self.starts: list[list[list[dict[str, Any]]]] = []
 
     def go(self, processes: int, die: tuple[int, int] = (0, 0), **changes: Any) -> "Run":
@@ -79,12 +75,8 @@ class Run:
         words = []
         for key, value in options.items():
             words += [f"--{key.replace('_', '-')}", *str(value).split()]
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )
-        request = {"processes": processes, "port": store.port, "log": str(log)}
-        statuses = self.ask(request | {"die": die, "words": words})
-        told = "\n".join(file.read_text() for file in sorted(log.glob("output-*")))
+        args = [str(log), *die, words]
+        statuses, _, told = self.fork_ranks(processes, WORKER, "train_watched", *args)
         if die[1]:
             assert statuses[die[0]] == -signal.SIGKILL and (log / "killed").exists(), told
         else:
@@ -146,27 +138,14 @@ def home(
 
 @pytest.fixture(scope="module")
 def start(
-    home: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Run]]:
+    home: Path, fork_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Run]:
     """`start(processes, die=..., **changes) -> Run`: a new run."""
-    command = [sys.executable, str(WORKER), str(root / "train.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
-        assert server.stdin and server.stdout
 
-        def ask(request: dict[str, Any]) -> list[int]:
-            assert server.stdin and server.stdout
-            server.stdin.write(json.dumps(request) + "\n")
-            server.stdin.flush()
-            return json.loads(server.stdout.readline())
+    def start(*args: Any, **changes: Any) -> Run:
+        return Run(fork_ranks, home, tmp_path_factory.mktemp("runs") / "run").go(*args, **changes)
 
-        def start(*args: Any, **changes: Any) -> Run:
-            run = Run(ask, home, tmp_path_factory.mktemp("runs") / "run")
-            return run.go(*args, **changes)
-
-        yield start
-        server.stdin.close()
+    return start
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,97 @@
+"""What the tests of training share: train.py in this process, and ranks that start fast."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch.distributed as dist
+
+
+@pytest.fixture(scope="session")
+def train_module() -> ModuleType:
+    """train.py as a module: its `main(words)` trains in this process."""
+    return importlib.import_module("llamapro.scripts.train")
+
+
+def _words(options: dict[str, Any], **changes: Any) -> list[str]:
+    changed = options | {key.replace("__", "."): value for key, value in changes.items()}
+    words: list[str] = []
+    for key, value in changed.items():
+        if value is not None:
+            words += [f"--{key.replace('_', '-')}", *str(value).split()]
+    return words
+
+
+@pytest.fixture(scope="session")
+def words() -> Callable[..., list[str]]:
+    """`words(options, **changes)`: {"save.every": 2} or save__every=2 is `--save.every 2`.
+
+    None leaves an option out, and "" is a flag without a value.
+    """
+    return _words
+
+
+class Ranks(NamedTuple):
+    """What processes that trained together left.
+
+    Attributes:
+        statuses: exit status of each rank; negative for a signal.
+        stdout: of all ranks, in their order.
+        stderr: of all ranks, in their order.
+    """
+
+    statuses: list[int]
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def fork_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ranks]]:
+    """`fork_ranks(processes, file, function, *args) -> Ranks`: calls a function of a file in each.
+
+    The arguments travel as JSON. One process is no rank: it is started alone.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("forking.py"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+        assert server.stdin and server.stdout
+
+        def fork(processes: int, file: str | Path, function: str, *args: Any) -> Ranks:
+            assert server.stdin and server.stdout
+            log = tmp_path_factory.mktemp("ranks")
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                "127.0.0.1", 0, is_master=True, wait_for_workers=False
+            )
+            request = {"processes": processes, "port": store.port, "log": str(log)}
+            request |= {"file": str(file), "function": function, "args": args}
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            statuses = json.loads(server.stdout.readline())
+            told = [
+                "".join((log / f"{name}-{rank}").read_text() for rank in range(processes))
+                for name in ("stdout", "stderr")
+            ]
+            return Ranks(statuses, *told)
+
+        yield fork
+        server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def train_on(root: Path, fork_ranks: Callable[..., Ranks]) -> Callable[..., Ranks]:
+    """`train_on(processes, words) -> Ranks`: train.py in several processes, all successful."""
+
+    def train(processes: int, words: list[str]) -> Ranks:
+        done = fork_ranks(processes, root / "train.py", "main", words)
+        assert done.statuses == [0] * processes, done.stderr
+        return done
+
+    return train
