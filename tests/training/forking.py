@@ -17,6 +17,7 @@ from typing import Any
 import pytest  # noqa: F401 (these are imported here once, for every rank)
 import sentencepiece  # noqa: F401
 import torch._dynamo  # noqa: F401
+import tyro  # noqa: F401
 
 from llamapro import cli
 from llamapro.scripts import train  # noqa: F401

@@ -1,25 +1,21 @@
 """However the weights are spread, the step is the same; what is frozen costs what it says.
 
-Run by torchrun, this file is the worker: it trains a small model with every option and writes down
-what each rank saw. Run by pytest, it starts these workers and compares.
+`worker` trains a small model with every option and writes down what each rank saw; the tests
+compare.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -131,21 +127,17 @@ def counts(comm: CommDebugMode) -> dict[str, int]:
     return {str(name).split(".")[-1]: n for name, n in comm.get_comm_counts().items()}
 
 
-def worker(out: Path, shard_size: int) -> None:
-    """Trains with every option; one file per option and rank. With groups, also without them."""
-    with process_group("cpu", shard_size) as grouped:
-        layouts = {"groups" if shard_size else "flat": grouped}
-        if shard_size:  # to start the processes once more would take longer than all else
-            flat = init_device_mesh("cpu", (grouped.world_size,), mesh_dim_names=("shard",))
-            layouts["flat"] = dataclasses.replace(grouped, mesh=flat)
-        for (layout, ranks), frozen, dtype in itertools.product(layouts.items(), OPTIONS, DTYPES):
+def worker(out: str, shard_size: int) -> None:
+    """Trains with every option; one file per option and rank."""
+    with process_group("cpu", shard_size) as ranks:
+        for frozen, dtype in itertools.product(OPTIONS, DTYPES):
             objective = NextToken(build())
             model = objective.model
             shard(objective, ranks, getattr(torch, dtype), frozen)
             kept = sum(whole_or_part(p).nbytes for p in model.parameters())
             seen = train(objective, ranks.rank, ranks.world_size) | {"kept": kept}
             seen["mesh"] = [list(ranks.mesh.mesh_dim_names or ()), ranks.mesh.mesh.tolist()]
-            file = out / f"{layout}-{frozen}-{dtype}-{ranks.rank}"
+            file = Path(out) / f"{frozen}-{dtype}-{ranks.rank}"
             torch.save(seen.pop("gradients"), f"{file}.pt")
             Path(f"{file}.json").write_text(json.dumps(seen))
 
@@ -153,29 +145,16 @@ def worker(out: Path, shard_size: int) -> None:
 # ---- What pytest runs ---------------------------------------------------------------------------
 
 
-def torchrun(out: Path, processes: int, shard_size: int) -> Path:
-    """Runs `worker` in real processes; returns where their files are."""
-    out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), __file__, str(out), str(shard_size)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 class Spread(NamedTuple):
     """The results of some processes.
 
     Attributes:
         out: where the files are.
-        layout: "flat", one group, or "groups" (HSDP).
         processes: how many.
-        shard_size: of a group.
+        shard_size: of a group; fewer than all processes are groups (HSDP).
     """
 
     out: Path
-    layout: str
     processes: int
     shard_size: int
 
@@ -183,29 +162,35 @@ class Spread(NamedTuple):
         """What each rank saw, by rank."""
         found = []
         for rank in range(self.processes):
-            file = self.out / f"{self.layout}-{frozen}-{dtype}-{rank}"
+            file = self.out / f"{frozen}-{dtype}-{rank}"
             gradients = torch.load(f"{file}.pt", weights_only=True)
             found.append(json.loads(Path(f"{file}.json").read_text()) | {"gradients": gradients})
         return found
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return torchrun(tmp_path_factory.mktemp("spread") / "two", 2, 0)
+def spread_over(
+    tmp_path_factory: pytest.TempPathFactory, fork_ranks: Callable[..., Any]
+) -> Callable[[int, int], Path]:
+    """`spread_over(processes, shard_size)` runs `worker` in real processes, once; their files."""
+
+    @cache
+    def run(processes: int, shard_size: int) -> Path:
+        out = tmp_path_factory.mktemp("spread")
+        done = fork_ranks(processes, __file__, "worker", str(out), shard_size)
+        assert done.statuses == [0] * processes, done.stderr
+        return out
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return torchrun(tmp_path_factory.mktemp("spread") / "four", 4, 2)
-
-
-@pytest.fixture(params=["2", "4", "2x2"])
-def spread(request: pytest.FixtureRequest) -> Spread:
+@pytest.fixture(
+    params=[(2, 2), pytest.param((4, 4), marks=pytest.mark.slow), (4, 2)], ids=["2", "4", "2x2"]
+)
+def spread(request: pytest.FixtureRequest, spread_over: Callable[[int, int], Path]) -> Spread:
     """2 processes, 4, and 4 in two groups."""
-    if request.param == "2":
-        return Spread(request.getfixturevalue("two"), "flat", 2, 2)
-    out = request.getfixturevalue("four")
-    return Spread(out, "flat", 4, 4) if request.param == "4" else Spread(out, "groups", 4, 2)
+    processes, shard_size = request.param
+    return Spread(spread_over(processes, shard_size), processes, shard_size)
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +319,7 @@ def test_a_tied_head_stays_tied(frozen: Frozen) -> None:
         assert found.item() == expected.item()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_blocks_compute_the_same(
     monkeypatch: pytest.MonkeyPatch,
     recompute: bool,
@@ -386,10 +371,6 @@ def test_offloading_without_a_gpu_is_refused() -> None:
         model = build()
         with pytest.raises(ConfigError, match=r"train\.offload true: the device is cpu"):
             shard(NextToken(model), ranks, torch.float32, offload=True)
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]), int(sys.argv[2]))
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])

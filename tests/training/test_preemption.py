@@ -1,11 +1,12 @@
 """A signal ends a run in order: everything is saved, and the same command continues."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,38 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamapro import expansion
+from llamapro import cli, expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.scripts import train
+from llamapro.training.job import Data, Job
 from llamapro.training.preemption import Stopped, StopRequest
 
-# train.py, but one rank sends itself a signal just before the n-th call of one of its functions.
-TRAIN = """
-import importlib.util, os, signal, sys
-file, place, rank, count, name, *sys.argv[1:] = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("train", file)
-train = importlib.util.module_from_spec(spec)
-sys.modules["train"] = train
-spec.loader.exec_module(train)
-from llamapro.training.job import Data
-owner = {"tokenize": train.Job, "batch": Data}.get(place, train)
-original, calls = getattr(owner, place), 0
 
-def signalled(*args, **kwargs):
-    global calls
-    calls += 1
-    is_first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if calls == int(count) and os.environ["RANK"] == rank and is_first_start:
-        os.kill(os.getpid(), getattr(signal, name))
-    return original(*args, **kwargs)
+def train_signalled(
+    place: str, rank: str, count: int, name: str, words: Sequence[str] | None = None
+) -> None:
+    """Is train.py, but one rank sends itself a signal just before a call of one of its functions.
 
-setattr(owner, place, signalled)
-train.cli.run(train.main, leave=os._exit)
-"""
+    Args:
+        place: name of the function.
+        rank: which one is signalled, on its first start.
+        count: number of the call.
+        name: of the signal.
+        words: arguments of train.py; those of the command line if None.
+    """
+    owner: Any = {"tokenize": Job, "batch": Data}.get(place, train)
+    original, calls = getattr(owner, place), itertools.count(1)
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if next(calls) == count and os.environ["RANK"] == rank and is_first_start:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(*args, **kwargs)
+
+    setattr(owner, place, signalled)
+    train.main(words)
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +54,21 @@ def home(
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
 ) -> Path:
-    """An expanded model and the program that is signalled."""
+    """An expanded model."""
     home = tmp_path_factory.mktemp("stopping")
     base = write_random_checkpoint(home / "base", tiny_config(num_hidden_layers=2))
     expand_checkpoint(Checkpoint.open(base), home / "pro", expansion.interleave(2, 1))
-    (home / "signalled.py").write_text(TRAIN)
     return home
 
 
-def torchrun(
-    home: Path, run_dir: Path, *program: str, restarts: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """4 steps on 2 processes, evaluation and saving every 2."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--max-restarts", str(restarts)]
-    command += ["--nproc-per-node", "2", *program, "--model.path", str(home / "pro")]
-    command += ["--data.train", os.__file__, "--data.val", f"code={signal.__file__}"]
-    command += ["--data.seq-len", "32", "--data.cache-dir", str(run_dir / "cache")]
-    command += ["--train.steps", "4", "--train.batch-size", "4", "--train.micro-batch-size", "2"]
-    command += ["--eval.every", "2", "--eval.sequences", "8", "--save.every", "2"]
-    command += ["--run-dir", str(run_dir)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+def options(home: Path, run_dir: Path) -> list[str]:
+    """4 steps, evaluation and saving every 2."""
+    words = ["--model.path", str(home / "pro")]
+    words += ["--data.train", os.__file__, "--data.val", f"code={signal.__file__}"]
+    words += ["--data.seq-len", "32", "--data.cache-dir", str(run_dir / "cache")]
+    words += ["--train.steps", "4", "--train.batch-size", "4", "--train.micro-batch-size", "2"]
+    words += ["--eval.every", "2", "--eval.sequences", "8", "--save.every", "2"]
+    return [*words, "--run-dir", str(run_dir)]
 
 
 def evaluated(run_dir: Path) -> list[int]:
@@ -80,10 +77,9 @@ def evaluated(run_dir: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def straight(home: Path, root: Path) -> dict[str, torch.Tensor]:
+def straight(home: Path, train_on: Callable[..., Any]) -> dict[str, torch.Tensor]:
     """What 4 steps without a signal give."""
-    done = torchrun(home, home / "straight", str(root / "train.py"))
-    assert done.returncode == 0, done.stderr
+    train_on(2, options(home, home / "straight"))
     return load_file(training_checkpoints(home / "straight")[-1] / "trainable.safetensors")
 
 
@@ -105,15 +101,15 @@ def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bit
     name: str,
     saved: int,
     home: Path,
-    root: Path,
+    fork_ranks: Callable[..., Any],
+    train_on: Callable[..., Any],
     tmp_path: Path,
     straight: dict[str, torch.Tensor],
 ) -> None:
     """Exit status 0 on every rank, wherever it comes; the same command then ends as if without."""
-    train = str(root / "train.py")
-    signalled = [str(home / "signalled.py"), train, place, str(rank), str(call), name]
-    done = torchrun(home, tmp_path, *signalled)
-    assert done.returncode == 0, done.stderr
+    words = options(home, tmp_path)
+    done = fork_ranks(2, __file__, "train_signalled", place, str(rank), call, name, words)
+    assert done.statuses == [0, 0], done.stderr
     assert f"{saved} steps done, stopped by a signal: the same command continues" in done.stdout
     found = [path.name for path in training_checkpoints(tmp_path)]
     assert found[-1:] == ([f"step-{saved:08d}"] if saved else [])
@@ -121,8 +117,7 @@ def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bit
     if place == "evaluate":  # it is left in the middle, and done again below
         assert evaluated(tmp_path) == [0]
 
-    done = torchrun(home, tmp_path, train)
-    assert done.returncode == 0, done.stderr
+    done = train_on(2, words)
     assert "4 steps done" in done.stdout and "stopped" not in done.stdout
     assert evaluated(tmp_path) == [0, 2, 4]
     tensors = load_file(training_checkpoints(tmp_path)[-1] / "trainable.safetensors")
@@ -131,13 +126,15 @@ def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bit
         assert torch.equal(tensor, straight[key]), key
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_process_and_the_run_ends_with_the_same_bits(
-    home: Path, root: Path, tmp_path: Path, straight: dict[str, torch.Tensor]
+    home: Path, tmp_path: Path, straight: dict[str, torch.Tensor]
 ) -> None:
     """SIGKILL in the third step: both start again from step 2, by --max-restarts alone."""
-    program = [str(home / "signalled.py"), str(root / "train.py")]
-    program += ["clip_gradients", "1", "3", "SIGKILL"]
-    done = torchrun(home, tmp_path, *program, restarts=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--max-restarts", "1", "--nproc-per-node", "2", __file__, *options(home, tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "step-00000002" in done.stderr and "4 steps done" in done.stdout
     assert evaluated(tmp_path) == [0, 2, 4]
@@ -184,3 +181,7 @@ def test_a_second_signal_ends_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stdout == "still here\n" and "second signal" in done.stderr
+
+
+if __name__ == "__main__":
+    cli.run(lambda: train_signalled("clip_gradients", "1", 3, "SIGKILL"), leave=os._exit)

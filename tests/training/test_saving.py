@@ -1,6 +1,6 @@
 """A training checkpoint is complete or invisible, whoever writes it and whatever fails meanwhile.
 
-Run as a script, this file is the processes that are killed or that fill the disk.
+Processes that are killed while they save, or that fill the disk, are forked (see forking.py).
 """
 
 import errno
@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -158,10 +157,10 @@ def arm(run_dir: Path, number: int, log: Path) -> None:
     sys.addaudithook(audit)
 
 
-def kill_at_points(folder: Path, way: str) -> None:
+def kill_at_points(out: str, way: str) -> None:
     """For n = 1, 2, ...: copies the run and lets a fork save step 2 in it and remove the old one,
     killed at its n-th point, until one gets through. In the background: at every third."""
-    of = trained(2)
+    folder, of = Path(out), trained(2)
     for number in range(1, 200, 3 if way == "background" else 1):
         run_dir = folder / f"killed-{number:03d}"
         shutil.copytree(folder / "run", run_dir)
@@ -172,27 +171,19 @@ def kill_at_points(folder: Path, way: str) -> None:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
-            sys.exit(os.WEXITSTATUS(status))
+            assert os.WEXITSTATUS(status) == 0
+            return
         assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-def this_file(*words: object, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [__file__, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
 @pytest.mark.parametrize("way", ["foreground", "background"])
 def test_a_kill_at_any_point_of_saving_loses_nothing(
-    tmp_path: Path, alone: Ranks, way: str
+    tmp_path: Path, alone: Ranks, fork_ranks: Callable[..., Any], way: str
 ) -> None:
     """The one before or the new one is there, whole; the next save cleans up and succeeds."""
     save_step(tmp_path / "run", 1, alone)
-    done = this_file("kill", tmp_path, way)
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(1, __file__, "kill_at_points", str(tmp_path), way)
+    assert done.statuses == [0], done.stderr
     *killed, through = sorted(tmp_path.glob("killed-*"))
     points = (tmp_path / "points").read_text().split()
     assert len(points) == len(killed)
@@ -219,8 +210,9 @@ def test_a_kill_at_any_point_of_saving_loses_nothing(
 # ---- Several processes: one's failure is everyone's, and training could go on -------------------
 
 
-def save_with_failures(folder: Path) -> None:
+def save_with_failures(out: str) -> None:
     """What each of several ranks sees; written to rank-N.json."""
+    folder = Path(out)
     seen: dict[str, Any] = {}
     run_dir = folder / "run"
 
@@ -312,11 +304,11 @@ def save_with_failures(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, fork_ranks: Callable[..., Any]) -> Path:
     """The folder of two real processes that met every failure."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = this_file("ranks", folder, processes=2)
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(2, __file__, "save_with_failures", str(folder))
+    assert done.statuses == [0, 0], done.stderr
     return folder
 
 
@@ -388,8 +380,3 @@ def test_the_weights_do_not_depend_on_the_number_of_processes(
     two = step_dir(two_ranks / "kept", 3)
     for name in ("trainable.safetensors", "optimizer.safetensors", "state.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
-
-
-if __name__ == "__main__":
-    act = {"kill": kill_at_points, "ranks": save_with_failures}[sys.argv[1]]
-    act(Path(sys.argv[2]), *sys.argv[3:])  # type: ignore[operator]
