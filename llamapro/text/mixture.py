@@ -47,11 +47,9 @@ class PackedSequences:
         start = index * self.seq_len
         stop = min(start + self.seq_len + 1, self.store.tokens)
         tokens = self.store.read(start, stop)  # the last is a target only
-        inputs = np.zeros(self.seq_len, dtype=np.int64)
-        targets = np.full(self.seq_len, IGNORE_INDEX, dtype=np.int64)
-        inputs[: tokens.size - 1] = tokens[:-1]
-        targets[: tokens.size - 1] = tokens[1:]
-        return inputs, targets
+        padding = (0, self.seq_len + 1 - tokens.size)
+        targets = np.pad(tokens[1:], padding, constant_values=IGNORE_INDEX)
+        return np.pad(tokens[:-1], padding), targets
 
     def documents(self, index: int) -> list[int | None]:
         """Returns the first and the last document of which a sequence holds a part."""

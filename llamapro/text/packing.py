@@ -25,7 +25,6 @@ from llamapro.text.store import Int64s, TokenStore, cached
 
 FORMAT_VERSION = 1
 TRAINED = 1 << 31  # set in a stored token of an assistant's turn; ids are far below it
-CHUNK_TOKENS = 1 << 20  # number of tokens gathered before they are written
 
 
 def tokenize_conversations(
@@ -51,6 +50,10 @@ def tokenize_conversations(
     """
     stores: dict[str, TokenStore] = {}
     problems = Problems(limit=20)
+
+    def summarize(store: TokenStore) -> str:
+        return ConversationCounts(**store.index["counts"]).describe()
+
     template_sha256 = hashlib.sha256(template.source.encode()).hexdigest()
     for label, patterns in sources.items():
         files = find_files(patterns)
@@ -67,10 +70,9 @@ def tokenize_conversations(
         key = ["conversations", FORMAT_VERSION, tokenizer_sha256, template_sha256, states]
         earlier = len(problems)
         conversations = read_conversations(files, problems, counts)
-        bar = tqdm(conversations, label, unit=" conversations", disable=None)
-        arrays = _encode_all(bar, template, problems, counts, ", ".join(patterns))
+        arrays = _encode_all(conversations, template, problems, counts, label, ", ".join(patterns))
         try:
-            stores[label] = cached(cache_dir, key, index, arrays, label, _summarize)
+            stores[label] = cached(cache_dir, key, index, arrays, label, summarize)
         except DataError:
             if len(problems) == earlier:  # not in the data: the disk is full
                 raise
@@ -79,15 +81,12 @@ def tokenize_conversations(
     return stores
 
 
-def _summarize(store: TokenStore) -> str:
-    return ConversationCounts(**store.index["counts"]).describe()
-
-
 def _encode_all(
     conversations: Iterable[tuple[str, list[Message]]],
     template: ChatTemplate,
     problems: Problems,
     counts: ConversationCounts,
+    label: str,
     source: str,
 ) -> Iterator[NDArray[np.uint32]]:
     """Yields the content of a store: the marked tokens of all conversations, then their lengths.
@@ -96,9 +95,7 @@ def _encode_all(
     """
     earlier = len(problems)
     lengths: list[int] = []
-    chunk: list[NDArray[np.uint32]] = []
-    gathered = 0
-    for location, messages in conversations:
+    for location, messages in tqdm(conversations, label, unit=" conversations", disable=None):
         try:
             ids, trained = template.encode(messages)
         except DataError as error:
@@ -114,12 +111,8 @@ def _encode_all(
         counts.trained_tokens += sum(trained)
         lengths.append(len(ids))
         marks = np.where(trained, TRAINED, 0).astype(np.uint32)
-        chunk.append(np.array(ids, dtype=np.uint32) | marks)
-        gathered += len(ids)
-        if gathered >= CHUNK_TOKENS:
-            yield np.concatenate(chunk)
-            chunk, gathered = [], 0
-    yield np.concatenate([*chunk, np.array(lengths, dtype=np.uint32)])
+        yield np.array(ids, dtype=np.uint32) | marks
+    yield np.array(lengths, dtype=np.uint32)
     if not counts.documents and len(problems) == earlier:
         problems.add(f"{source}: nothing to train on: {counts.describe()}")
     if len(problems) > earlier:

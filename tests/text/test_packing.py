@@ -204,18 +204,6 @@ def test_store_is_cached_by_files_and_template(
     assert read(path)["a.jsonl"].path != first.path
 
 
-def test_stores_are_written_in_chunks_without_a_difference(
-    tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is held in memory before it is written does not show in the store."""
-    turns = [[("user", "q" * n), ("assistant", "a" * n)] for n in range(1, 9)]
-    whole = read(write(tmp_path / "a.jsonl", *turns))["a.jsonl"]
-    monkeypatch.setattr(packing, "CHUNK_TOKENS", 16)
-    chunked = read(write(tmp_path / "b.jsonl", *turns))["b.jsonl"]
-    assert chunked.path != whole.path
-    assert (chunked.read(0, chunked.tokens) == whole.read(0, whole.tokens)).all()
-
-
 def test_problems_of_all_sources_are_in_one_error(tmp_path: Path, read: Read) -> None:
     """Reading, checking and rendering mistakes come together; good sources are kept, bad not."""
     good, answer = [("user", "a"), ("assistant", "b")], ("assistant", "b")
