@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.distributed._composable import checkpoint
+from torch.distributed._composable.checkpoint_activation import checkpoint
 
 from llamapro import expansion
 from llamapro.config import ModelConfig
