@@ -112,7 +112,8 @@ def writing_tasks(study: Study) -> dict[tuple[str, ...], Task]:
 
 def held_out_task(study: Study) -> Task:
     """Returns the task of writing held-out text with the base, of another seed than replay's."""
-    s, about = study.s, {"base": str(study.checkpoint), "base_sha256": study.base_sha256}
+    s = study.s
+    about: dict[str, Any] = {"base": str(study.checkpoint), "base_sha256": study.base_sha256}
     about |= {"tokens": s.replay_tokens, "length": s.seq_len, "device": s.device}
     return Task(f"text of {study.base}", "write", about, s.dir / "written" / study.base)
 

@@ -107,8 +107,8 @@ def retention(
     kinds.append(("self-replay", "self-replay", (), written(1.0)))
     for weight in s.replay_weights:
         name, label = f"distill-{weight:g}", f"self-distillation, weight {weight:g}"
-        options = ("--replay.distill", "--replay.weight", f"{weight:g}")
-        kinds.append((name, label, options, written(s.replay_temperature)))
+        weighted = ("--replay.distill", "--replay.weight", f"{weight:g}")
+        kinds.append((name, label, weighted, written(s.replay_temperature)))
     options = ("--replay.distill", "--replay.data", *domain)
     kinds.append(("distill-domain", "self-distillation on the domain's text", options, ()))
     start, share = plain(compared), ("--replay.share", f"{s.replay_share:g}")

@@ -160,7 +160,7 @@ class Job:
 
     def result(self, state: RunState) -> tuple[dict[str, Any], str]:
         """Returns where the run stands at its end, JSON-able and as text."""
-        result = {"step": state.step, "tokens": state.tokens, "loss": state.loss}
+        result: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "loss": state.loss}
         result |= {"eval": state.eval, "elapsed_s": state.elapsed_s}
         result |= {"run_dir": str(self.run_dir), "stopped": state.stopped}
         text = f"{self.run_dir}: {state.step} steps done"
