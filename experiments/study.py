@@ -129,7 +129,8 @@ def run_all(
         for v in study.variants
         if not v.varies
     }
-    timed = [task for by_key in [*writing.values(), *costs.values()] for task in by_key.values()]
+    timed = [task for by_base in writing.values() for task in by_base.values()]
+    timed += [task for by_base in costs.values() for task in by_base.values()]
     beside = [task for found in around.values() for task in found]
     first = [task for grid in grids.values() for task in grid.values()]
     count, seconds = tasks.trials_left(studies, step_s)
