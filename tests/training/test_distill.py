@@ -1,21 +1,14 @@
 """Self-distillation: what is replayed learns what the base inside says, and nothing else changes.
 
-Run as a script, this file is two processes that train a small model with every layout of frozen
-weights and write down what came out. Run by pytest, it starts them and compares.
+`two_processes` trains a small model with every layout of frozen weights and writes down what came
+out; the tests compare.
 """
 
-import importlib.util
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +29,7 @@ from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError
 from llamapro.kernels import cpu
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.scripts import train
 from llamapro.text.mixture import Mixture, batch
 from llamapro.training.distributed import Frozen, Ranks, compile_blocks, process_group, shard
 from llamapro.training.objective import Replay, make_objective
@@ -46,7 +40,6 @@ from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettin
 from llamapro.training.settings import TrainSettings as Train
 from llamapro.training.weights import init_random, mask_gradients, select_trainable
 
-ROOT = Path(__file__).resolve().parents[2]
 IGNORED = ops.IGNORE_INDEX
 OPTIONS: tuple[Frozen, ...] = ("shard", "gather", "replicate")
 STEPS, BATCH, LENGTH = 3, 8, 12
@@ -68,16 +61,6 @@ BASE = ModelConfig.from_dict(
 )
 CONFIG = expansion.expand_config(BASE, expansion.interleave(4, 2), "")
 NEW = (2, 5)
-
-
-def load_train() -> ModuleType:
-    """train.py as a module: nothing imports it, so it is loaded by its path."""
-    spec = importlib.util.spec_from_file_location("train_for_distill", ROOT / "train.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---- The same steps in one process and in two ----------------------------------------------------
@@ -132,7 +115,7 @@ def base_of(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def take_steps(
-    train: ModuleType, ranks: Ranks, frozen: Frozen = "shard", rows: int = 1, **options: Any
+    ranks: Ranks, frozen: Frozen = "shard", rows: int = 1, steps: int = STEPS, **options: Any
 ) -> dict[str, Any]:
     """Trains on the mixture with train.py's own step; returns what came out, weights gathered."""
     replay = options.pop("replay", DISTILLED)
@@ -148,7 +131,7 @@ def take_steps(
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     guard, found = FiniteGuard(optimizer, 0), {"losses": [], "norms": []}
-    for step in range(STEPS):
+    for step in range(steps):
         where = (step * BATCH, BATCH, ranks.rank, ranks.world_size)
         columns, others = batch(MIXTURE, *where, 1 if replay.is_apart else None)
         (valid,) = ranks.sum((columns[1] != IGNORED).sum())
@@ -163,35 +146,22 @@ def take_steps(
     return found | {"weights": {name: p.detach().clone() for name, p in weights.items()}}
 
 
-def two_processes(out: Path) -> None:
+def two_processes(out: str) -> None:
     """Takes the steps with every layout; the main rank writes one file each."""
-    train = load_train()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rank = 0 if os.fork() else 1  # what is imported is imported once
-    signal.alarm(120)  # ends it if the other one has failed
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with process_group("cpu") as ranks:
         for frozen in OPTIONS:
-            found = take_steps(train, ranks, frozen, recompute=frozen == "gather")
+            found = take_steps(ranks, frozen, recompute=frozen == "gather")
             if ranks.is_main:
-                torch.save(found, out / f"{frozen}.pt")
+                torch.save(found, Path(out) / f"{frozen}.pt")
 
 
 # ---- What pytest runs ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def train_module() -> ModuleType:
-    return load_train()
-
-
-@pytest.fixture(scope="module")
-def alone(train_module: ModuleType) -> dict[str, Any]:
+def alone() -> dict[str, Any]:
     with process_group("cpu") as ranks:
-        return take_steps(train_module, ranks)
+        return take_steps(ranks)
 
 
 def assert_same_steps(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -203,38 +173,35 @@ def assert_same_steps(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_take_the_steps_of_one(alone: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(
+    alone: dict[str, Any], fork_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
     """Wherever frozen weights lie; at some steps only one of the two has something replayed."""
     counts = [BATCH - batch(MIXTURE, i * BATCH, BATCH, 0, 1, 1)[1] for i in range(STEPS)]
     assert any(count % 2 for count in counts)
-    command, environment = [sys.executable, __file__, str(tmp_path)], {"OMP_NUM_THREADS": "1"}
-    environment = os.environ | environment
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = fork_ranks(2, __file__, "two_processes", str(tmp_path))
+    assert done.statuses == [0, 0], done.stderr
     for frozen in OPTIONS:
         assert_same_steps(torch.load(tmp_path / f"{frozen}.pt"), alone)
 
 
 @pytest.mark.parametrize("rows", [2, 4, 8])
-def test_micro_batches_do_not_change_the_steps(
-    rows: int, alone: dict[str, Any], train_module: ModuleType
-) -> None:
+def test_micro_batches_do_not_change_the_steps(rows: int, alone: dict[str, Any]) -> None:
     """Some of them hold both kinds of sequences, of 8 rows each step's only one."""
     with process_group("cpu") as ranks:
-        assert_same_steps(take_steps(train_module, ranks, rows=rows), alone)
+        assert_same_steps(take_steps(ranks, rows=rows), alone)
 
 
-def test_recomputed_blocks_take_the_same_steps(
-    alone: dict[str, Any], train_module: ModuleType
-) -> None:
+def test_recomputed_blocks_take_the_same_steps(alone: dict[str, Any]) -> None:
     """To the bit."""
     with process_group("cpu") as ranks:
-        found = take_steps(train_module, ranks, recompute=True)
+        found = take_steps(ranks, recompute=True)
     assert found["losses"] == alone["losses"] and found["norms"] == alone["norms"]
 
 
+@pytest.mark.slow  # that blocks compute the same when compiled, test_distributed.py says too
 def test_compiled_blocks_take_the_same_steps(
-    alone: dict[str, Any], train_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the base runs them without a gradient."""
     graphs: list[int] = []
@@ -247,19 +214,16 @@ def test_compiled_blocks_take_the_same_steps(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.compiler.reset()
     with process_group("cpu") as ranks:
-        assert_same_steps(take_steps(train_module, ranks, rows=4, compile=True), alone)
+        assert_same_steps(take_steps(ranks, rows=4, compile=True), alone)
     assert graphs
 
 
 @pytest.mark.parametrize("distill", [True, False])
-def test_the_step_is_that_of_the_formula(
-    distill: bool, train_module: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_step_is_that_of_the_formula(distill: bool) -> None:
     """(CE of the others + weight x (KL or CE) of the replayed) / tokens, and its gradient."""
-    monkeypatch.setattr(sys.modules[__name__], "STEPS", 1)
     with process_group("cpu") as ranks:
         settings = replace(DISTILLED, distill=distill)
-        found = take_steps(train_module, ranks, rows=2, replay=settings)
+        found = take_steps(ranks, rows=2, steps=1, replay=settings)
     model = build().double()
     base, total, valid = base_of(model), torch.zeros((), dtype=torch.float64), 0
     for i in range(BATCH):
@@ -316,10 +280,10 @@ def test_a_simulated_step_has_the_teacher_in_its_part_of_the_micro_batches() -> 
     """A quarter of 8 samples on 2 ranks: in one micro-batch of four."""
     from simulate import Options, simulate
 
-    train, data = Train(batch_size=8), DataSettings(train=("-",), seq_len=LENGTH)
+    steps, data = Train(batch_size=8), DataSettings(train=("-",), seq_len=LENGTH)
     calls = []
     for replay in (ReplaySettings(), ReplaySettings(share=0.25, distill=True)):
-        found = simulate(Settings(train=train, data=data, replay=replay), CONFIG, Options(2))
+        found = simulate(Settings(train=steps, data=data, replay=replay), CONFIG, Options(2))
         calls.append(
             {(r["phase"], r["operation"], r["weights"]): r["calls"] for r in found["traffic"]}
         )
@@ -598,9 +562,7 @@ def test_the_logits_of_a_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def run(
-    train_module: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
+def run(words: Callable[..., list[str]], home: Path, tmp_path: Path) -> Callable[..., Path]:
     """`run(name, **changes)` trains in this process; returns the run directory."""
 
     def run(name: str, **changes: Any) -> Path:
@@ -622,13 +584,8 @@ def run(
             "save.every": 2,
             "log_every": 1,
             "run_dir": tmp_path / name,
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        words = ["train.py"]
-        for key, value in options.items():
-            if value is not None:
-                words += [f"--{key.replace('_', '-')}", *str(value).split()]
-        monkeypatch.setattr(sys, "argv", words)
-        train_module.main()
+        }
+        train.main(words(options, **changes))
         return tmp_path / name
 
     return run
@@ -746,7 +703,3 @@ def test_impossible_settings_are_refused(replay: ReplaySettings, told: list[str]
         check(replace(VALID, replay=replay), 1)
     message = str(caught.value)
     assert all(text in message for text in told) and message.count("; ") == len(told) - 1
-
-
-if __name__ == "__main__":
-    two_processes(Path(sys.argv[1]))

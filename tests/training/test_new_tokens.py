@@ -1,10 +1,7 @@
 """Training added tokens: their rows of embedding and head move, the base's keep every bit."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,24 +152,22 @@ def test_the_plan_counts_embedding_and_head(expand: Expand) -> None:
     assert having["activations"] > 2 * without["activations"]
 
 
-def train(root: Path, home: Path, out: Path, *more: str, processes: int = 1) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(root / "train.py")]
-    options: dict[str, Any] = {"model.path": home / "grown", "run_dir": out}
-    options |= {"data.format": "chat", "data.chat_template": "chatml", "data.seq_len": 96}
-    options |= {"data.train": home / "chat.jsonl", "data.val": f"chat={home / 'chat.jsonl'}"}
-    options |= {"data.cache_dir": home / "cache", "train.steps": 4, "train.batch_size": 4}
-    options |= {"train.micro_batch_size": 2, "eval.every": 4, "save.every": 2, "optim.lr": 1e-2}
-    for key, value in options.items():
-        command += [f"--{key.replace('_', '-')}", str(value)]
-    done = subprocess.run(
-        [*command, "--train.new-tokens", *more],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture
+def train(
+    train_on: Callable[..., Any], words: Callable[..., list[str]], tmp_path: Path
+) -> Callable[..., None]:
+    """`train(processes, run_dir, **changes)`: 4 steps on conversations, with the new rows."""
+
+    def train(processes: int, out: Path, **changes: Any) -> None:
+        options: dict[str, Any] = {"model.path": tmp_path / "grown", "run_dir": out}
+        options |= {"data.format": "chat", "data.chat_template": "chatml", "data.seq_len": 96}
+        chat = tmp_path / "chat.jsonl"
+        options |= {"data.train": chat, "data.val": f"chat={chat}", "train.new_tokens": ""}
+        options |= {"data.cache_dir": tmp_path / "cache", "train.steps": 4, "train.batch_size": 4}
+        options |= {"train.micro_batch_size": 2, "eval.every": 4, "save.every": 2, "optim.lr": 1e-2}
+        train_on(processes, words(options, **changes))
+
+    return train
 
 
 def trained(run: Path, step: int) -> dict[str, Tensor]:
@@ -181,18 +176,18 @@ def trained(run: Path, step: int) -> dict[str, Tensor]:
 
 
 def test_new_rows_train_beside_new_blocks_and_old_rows_keep_their_bytes(
-    expand: Expand, root: Path, tmp_path: Path
+    expand: Expand, train: Callable[..., None], tmp_path: Path
 ) -> None:
     """On one process, on two with frozen weights on each, and begun on one and ended on two: the
     same rows; what is saved and merged is new blocks, new rows and the base as it was."""
     base, grown = expand()
     turn = {"role": "user", "content": "What is 1?"}, {"role": "assistant", "content": "It is 1."}
     (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turn})] * 40))
-    train(root, tmp_path, tmp_path / "one")
+    train(1, tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved/checkpoints/step-00000004")
-    train(root, tmp_path, tmp_path / "moved", "--train.frozen", "gather", processes=2)
-    train(root, tmp_path, tmp_path / "two", "--train.frozen", "replicate", processes=2)
+    train(2, tmp_path / "moved", train__frozen="gather")
+    train(2, tmp_path / "two", train__frozen="replicate")
     ours = trained(tmp_path / "one", 4)
     assert ours.keys() == {*NEW_ROWS.values(), *(f"model.layers.2.{p}" for p in parts(grown))}
     for other in ("moved", "two"):

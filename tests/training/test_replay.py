@@ -1,11 +1,7 @@
 """Replay: what the base inside writes, how much of an epoch it is, and resuming with it."""
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -273,19 +269,13 @@ def test_prompts_beside_text_of_ones_own_are_a_mistake() -> None:
 # ---- In a run ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def train_module(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_for_replay", root / "train.py")
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 @pytest.fixture
 def run(
-    train_module: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_module: ModuleType,
+    train_on: Callable[..., Any],
+    words: Callable[..., list[str]],
+    home: Path,
+    tmp_path: Path,
 ) -> Callable[..., Path]:
     """`run(name, processes=1, **changes)` trains, in this process if it is one.
 
@@ -311,20 +301,12 @@ def run(
             "save.every": 3,
             "log_every": 1,
             "run_dir": tmp_path / name,
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        words = [train_module.__file__ or ""]
-        for key, value in options.items():
-            words += [f"--{key.replace('_', '-')}", *str(value).split()]
+        }
         if processes > 1:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command = [*torchrun, "--nproc-per-node", str(processes), *words]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            assert done.returncode == 0, done.stderr
+            done = train_on(processes, words(options, **changes))
             assert done.stderr.count("that the base wrote") == 1
         else:
-            monkeypatch.setattr(sys, "argv", words)
-            train_module.main()
+            train_module.main(words(options, **changes))
         return tmp_path / name
 
     return run

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import read_metrics
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.errors import UserError
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 
@@ -53,20 +55,19 @@ def home(
     return home
 
 
-def options(home: Path, out: Path, *more: str) -> list[str]:
-    words = ["--data.format", "chat", "--data.chat-template", "llama2", "--data.seq-len", "160"]
-    words += ["--data.train", str(home / "train.jsonl"), "--data.val", f"chat={home / 'val.json'}"]
-    words += ["--data.cache-dir", str(home / "cache"), "--run-dir", str(out), "--train.steps", "4"]
-    words += ["--train.batch-size", "4", "--train.micro-batch-size", "2", "--log-every", "1"]
-    return [*words, "--eval.every", "2", "--save.every", "2", *more]
+@pytest.fixture
+def options(words: Callable[..., list[str]], home: Path) -> Callable[..., list[str]]:
+    """`options(run_dir, **changes)`: 4 steps on the conversations."""
 
+    def options(out: Path, **changes: Any) -> list[str]:
+        options: dict[str, Any] = {"model.path": home / "pro", "run_dir": out}
+        options |= {"data.format": "chat", "data.chat_template": "llama2", "data.seq_len": 160}
+        options |= {"data.train": home / "train.jsonl", "data.val": f"chat={home / 'val.json'}"}
+        options |= {"data.cache_dir": home / "cache", "train.steps": 4, "train.batch_size": 4}
+        options |= {"train.micro_batch_size": 2, "log_every": 1, "eval.every": 2, "save.every": 2}
+        return words(options, **changes)
 
-def train(root: Path, words: list[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(root / "train.py"), *words]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command[1:1] = [*launcher, str(processes)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return options
 
 
 @torch.no_grad()
@@ -87,20 +88,15 @@ def loss_by_hand(path: Path, messages: list[list[dict[str, str]]]) -> tuple[floa
 
 @pytest.mark.parametrize("trainable", ["all", "new_blocks"])
 def test_the_loss_is_that_of_the_assistants_tokens(
-    trainable: str, home: Path, root: Path, tmp_path: Path
+    trainable: str,
+    home: Path,
+    options: Callable[..., list[str]],
+    train_on: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     """Of the untrained model, packed, on two processes: each conversation's alone, by hand; it then
     falls, and the start-up shows what trains."""
-    words = [
-        "--model.path",
-        str(home / "pro"),
-        "--train.trainable",
-        trainable,
-        "--optim.lr",
-        "1e-2",
-    ]
-    done = train(root, options(home, tmp_path / "run", *words), processes=2)
-    assert done.returncode == 0, done.stderr
+    done = train_on(2, options(tmp_path / "run", train__trainable=trainable, optim__lr=1e-2))
     records = read_metrics(tmp_path / "run")
     evals = [record for record in records if record["kind"] == "eval"]
     loss, count = loss_by_hand(home / "pro", conversations(3))
@@ -112,7 +108,7 @@ def test_the_loss_is_that_of_the_assistants_tokens(
 
 
 def test_what_cannot_be_used_is_found_before_training(
-    home: Path, root: Path, tmp_path: Path
+    options: Callable[..., list[str]], train_module: ModuleType, tmp_path: Path
 ) -> None:
     """By --dry-run, all of it in one message with file and row; nothing is written to the run."""
     rows: list[Any] = [
@@ -124,24 +120,23 @@ def test_what_cannot_be_used_is_found_before_training(
     ]
     bad = tmp_path / "bad.jsonl"
     bad.write_text("\n".join(map(json.dumps, rows)))
-    words = ["--model.path", str(home / "pro"), "--data.train", str(bad), "--dry-run"]
-    done = train(root, options(home, tmp_path / "run", *words))
-    assert done.returncode == 2, done.stderr
+    with pytest.raises(UserError) as caught:
+        train_module.main(options(tmp_path / "run", data__train=bad, dry_run=""))
+    message = str(caught.value)
     for row in (1, 2, 4, 5):
-        assert f"{bad}:{row}: " in done.stderr
-    assert f"{bad}:3: " not in done.stderr and "robot" in done.stderr
+        assert f"{bad}:{row}: " in message
+    assert f"{bad}:3: " not in message and "robot" in message
     assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_a_template_is_told_what_to_give(
-    home: Path, root: Path, tmp_path: Path
+    options: Callable[..., list[str]], train_module: ModuleType, tmp_path: Path
 ) -> None:
     """And a template of another model's tokens is refused."""
-    words = options(home, tmp_path / "run", "--model.path", str(home / "pro"))
-    for template, expected in (("", "no chat template"), ("llama3", "<|start_header_id|>")):
-        changed = [*words, "--data.chat-template", template, "--dry-run"]
-        done = train(root, changed)
-        assert done.returncode == 2 and expected in done.stderr, done.stderr
+    for template, expected in (("", "no chat template"), ("llama3", r"<\|start_header_id\|>")):
+        words = [*options(tmp_path / "run", dry_run=""), "--data.chat-template", template]
+        with pytest.raises(UserError, match=expected):
+            train_module.main(words)
 
 
 @pytest.mark.slow
