@@ -208,6 +208,7 @@ class ChatTemplate:
 
     def _added_spans(self, messages: Sequence[Message]) -> list[Span]:
         """Returns the assistant's turns: what each adds to the turns before it."""
+        fix = "put {% generation %} around the assistant's text in a template of your own"
         full = self.render(messages)
         spans = []
         for index, message in enumerate(messages):
@@ -219,7 +220,7 @@ class ChatTemplate:
                 raise DataError(
                     f"{self.origin}: turn {index + 1}: the template renders earlier turns "
                     f"differently once there are later ones, so where this one begins is unknown; "
-                    f"put {{% generation %}} around the assistant's text in a template of your own"
+                    f"{fix}"
                 )
             added, content = after[len(before) :], str(message.get("content") or "").strip()
             header, _, tail = added.partition(content) if content else (added, "", "")
@@ -229,8 +230,7 @@ class ChatTemplate:
             if ignores_prompt and (header.strip() or "assistant" in tail.lower()):
                 raise DataError(
                     f"{self.origin}: turn {index + 1}: the template ignores add_generation_prompt, "
-                    f"so a header would be trained, in {added[:80]!r}; put {{% generation %}} "
-                    f"around the assistant's text in a template of your own"
+                    f"so a header would be trained, in {added[:80]!r}; {fix}"
                 )
             spans.append((len(before.encode()), len(after.encode())))
         return spans

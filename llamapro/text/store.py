@@ -36,7 +36,6 @@ class TokenStore:
         path: the directory.
         tokens: length of the stream, with BOS and EOS.
         documents: number of documents.
-        bytes: UTF-8 length of their text.
         fingerprint: SHA-256 of the tokenizer.
         sha256: hash of the tokens as they were written, wherever the files are.
         index: all of `index.json`.
@@ -57,7 +56,6 @@ class TokenStore:
             self.fingerprint: str = self.index["tokenizer_sha256"]
             self.tokens: int = self.index["tokens"]
             self.documents: int = self.index["counts"]["documents"]
-            self.bytes: int = self.index["counts"]["bytes"]
             dtype = np.dtype({"uint16": "uint16", "uint32": "uint32"}[self.index["dtype"]])
             shards = [_parse_shard(self.path, entry) for entry in self.index["shards"]]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -96,7 +96,7 @@ def test_each_document_stands_between_bos_and_eos(
     expected = [i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)]
     assert tokens_of(store) == expected
     assert (store.documents, store.tokens) == (5, len(expected))
-    assert store.bytes == sum(len(text.encode()) for text in texts)
+    assert store.index["counts"]["bytes"] == sum(len(text.encode()) for text in texts)
 
 
 def test_what_is_left_out_is_counted_and_told(

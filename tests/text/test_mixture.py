@@ -21,12 +21,12 @@ from llamapro.text.store import TokenStore, write_store
 FINGERPRINT = "ab" * 32
 
 
-def make_store(path: Path, tokens: int, first: int = 0) -> TokenStore:
-    """Stores first, first + 1, ... in several arrays."""
+def make_store(path: Path, tokens: int, first: int = 0, arrays: int = 3) -> TokenStore:
+    """Stores first, first + 1, ... from several arrays."""
     stream = np.arange(first, first + tokens, dtype=np.uint16)
     counts = {"documents": 1, "bytes": tokens}
     index = {"tokenizer_sha256": FINGERPRINT, "dtype": "uint16", "counts": counts}
-    write_store(path, index, np.array_split(stream, 3))
+    write_store(path, index, np.array_split(stream, arrays))
     return TokenStore(path, FINGERPRINT)
 
 
@@ -124,14 +124,10 @@ def test_a_byte_changed_after_writing_is_found(
 
 def test_the_hash_is_of_the_tokens_alone(tmp_path: Path) -> None:
     """Where a store lies and in which pieces it was written changes nothing; a token does."""
-    hashes = {}
-    for name, tokens, pieces in (("a", 10, 1), ("elsewhere/b", 10, 4), ("other", 11, 4)):
-        stream = np.array_split(np.arange(tokens, dtype=np.uint16), pieces)
-        counts = {"documents": 1, "bytes": tokens}
-        index = {"tokenizer_sha256": FINGERPRINT, "dtype": "uint16", "counts": counts}
-        write_store(tmp_path / name, index, stream)
-        hashes[name] = TokenStore(tmp_path / name, FINGERPRINT).sha256
-    assert hashes["a"] == hashes["elsewhere/b"] != hashes["other"]
+    one = make_store(tmp_path / "a", 10, arrays=1)
+    same = make_store(tmp_path / "elsewhere" / "b", 10, arrays=4)
+    other = make_store(tmp_path / "other", 11, arrays=4)
+    assert one.sha256 == same.sha256 != other.sha256
 
 
 SHARD = {"file": "shard-00000.bin", "tokens": 10, "sha256": "ab" * 32}
