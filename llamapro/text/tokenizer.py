@@ -8,13 +8,14 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llamapro.errors import DataError, suggest
 from llamapro.text.vocabulary import (
+    COMPANIONS,
     JSON_NAME,
     RANKS_NAME,
     AddedToken,
@@ -35,6 +36,7 @@ class Tokenizer:
 
     Attributes:
         path: the vocabulary's file.
+        files: all files that decide the ids; `path` is the first.
         vocab_size: the highest id + 1, added tokens included.
         bos_id: id put before a document, or None if there is none.
         eos_id: id put after a document, or None.
@@ -47,13 +49,13 @@ class Tokenizer:
 
     def __init__(
         self,
-        path: Path,
         directory: Path,
+        files: Sequence[Path],
         content: bytes,
         vocabulary: Vocabulary,
         raw_json: dict[str, Any],
     ) -> None:
-        self.path = path
+        self.path, self.files = files[0], tuple(files)
         config = read_object(directory / "tokenizer_config.json")
         names = read_object(directory / "special_tokens_map.json") | config
         tokens = dict(vocabulary.added)
@@ -134,7 +136,9 @@ class Tokenizer:
         json_path = path if path.suffix == ".json" else directory / JSON_NAME
         raw_json = read_object(json_path)
         vocabulary = read_vocabulary(path, content, raw_json)
+        files = [path, *(directory / n for n in COMPANIONS if (directory / n).exists())]
         if raw_json and path is not json_path:
+            files.append(json_path)
             # What sentencepiece calls user-defined pieces are added tokens there.
             listed = {t.get("id"): name_of(t) for t in raw_json.get("added_tokens", [])}
             texts = {i: str(name).replace("\u2581", " ").encode() for i, name in listed.items()}
@@ -144,7 +148,7 @@ class Tokenizer:
                     f"{path} and {json_path.name} are of different vocabularies; remove the one "
                     f"that is not the model's"
                 )
-        return cls(path, directory, content, vocabulary, raw_json)
+        return cls(directory, files, content, vocabulary, raw_json)
 
     def check_fits(self, vocab_size: int, model: str) -> None:
         """Raises DataError if a model of this `vocab_size`, named `model`, lacks some tokens."""
