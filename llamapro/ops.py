@@ -135,8 +135,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def interleaved_to_halves(weight: Tensor, heads: int) -> Tensor:
     """Reorders the rows of Meta's wq or wk for `rope`.
 
-    Meta's RoPE rotates neighbours (2i, 2i + 1) of a head, this one and Hugging Face's rotate
-    (i, i + D/2). With its rows reordered a projection gives the same scores.
+    In a head's D rows Meta's RoPE rotates neighbours (2i, 2i + 1), this one and Hugging Face's
+    (i, i + D/2). The product of q and k does not depend on a common order of their rows.
 
     Args:
         weight: (heads * D, ...).

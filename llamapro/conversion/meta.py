@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPE_CODES, DTYPES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
@@ -35,28 +36,6 @@ from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.files import output_directory, refuse_large, refuse_source
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
-
-
-def to_rotate_half(weight: Tensor, num_heads: int) -> Tensor:
-    """Permutes the rows of Meta's wq or wk: Hugging Face's RoPE then rotates the same pairs.
-
-    In a head's D rows Meta rotates neighbours (2i, 2i + 1), Hugging Face (i, i + D/2), both by
-    position * theta^(-2i / D). So, for i < D/2 and j in {0, 1},
-    `new[h * D + j * D/2 + i] = old[h * D + 2 * i + j]`. The product of q and k does not depend on a
-    common order of their rows; wv and wo stay as they are.
-
-    Args:
-        weight: (num_heads * D, C).
-        num_heads: H for wq, KV for wk.
-    """
-    pairs = weight.view(num_heads, -1, 2, weight.shape[1])  # (H, D / 2, 2, C)
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """Undoes `to_rotate_half`: `new[h * D + 2 * i + j] = old[h * D + j * D/2 + i]`."""
-    halves = weight.view(num_heads, 2, -1, weight.shape[1])  # (H, 2, D / 2, C)
-    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def from_meta(
@@ -118,7 +97,7 @@ def from_meta(
         parts = shards.parts(name)[: 1 if dim is None else None]
         if heads := _rope_heads(name, config):
             # Joined first: with fewer heads than shards, one shard holds part of a head.
-            parts = [to_rotate_half(torch.cat(parts), heads)]
+            parts = [ops.interleaved_to_halves(torch.cat(parts), heads)]
         for block in _row_blocks(parts, dim):
             yield from tensor_chunks(block.to(DTYPES[spec.dtype]))
 
@@ -169,7 +148,7 @@ def to_meta(
         is_tied = config.tie_word_embeddings and name == "output.weight"
         hf, _ = names["tok_embeddings.weight" if is_tied else name]
         tensor, heads = checkpoint.tensors[hf].read(), _rope_heads(name, config)
-        return to_interleaved(tensor, heads) if heads else tensor
+        return ops.halves_to_interleaved(tensor, heads) if heads else tensor
 
     written = 0
     companions = {file.name: file for file in checkpoint.companions() if file.is_file()}

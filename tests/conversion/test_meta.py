@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamapro import expansion
+from llamapro import expansion, ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion import meta, meta_release
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.conversion.meta import from_meta, to_interleaved, to_meta, to_rotate_half
+from llamapro.conversion.meta import from_meta, to_meta
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.inference.cache import KVCache
 
@@ -212,12 +212,12 @@ def test_permutation_follows_its_index_formula() -> None:
     """new[h D + j D/2 + i] = old[h D + 2 i + j], and the inverse undoes it."""
     H, D = 3, 8
     old = torch.arange(H * D * 5).view(H * D, 5)
-    new = to_rotate_half(old, H)
+    new = ops.interleaved_to_halves(old, H)
     for h in range(H):
         for i in range(D // 2):
             for j in range(2):
                 assert torch.equal(new[h * D + j * D // 2 + i], old[h * D + 2 * i + j])
-    assert torch.equal(to_interleaved(new, H), old)
+    assert torch.equal(ops.halves_to_interleaved(new, H), old)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
