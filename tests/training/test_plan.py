@@ -48,11 +48,13 @@ def build(config: ModelConfig, trainable: str = "new_blocks") -> LlamaForCausalL
     return freeze(model, trainable)
 
 
-def tokens(config: ModelConfig, device: torch.device | str = CPU) -> Tensor:
-    return torch.arange(SHAPE[0] * SHAPE[1], device=device).view(SHAPE) % config.vocab_size
+def tokens(
+    config: ModelConfig, device: torch.device | str = CPU, shape: tuple[int, int] = SHAPE
+) -> Tensor:
+    return torch.arange(shape[0] * shape[1], device=device).view(shape) % config.vocab_size
 
 
-def saved_bytes(model: LlamaForCausalLM) -> int:
+def saved_bytes(model: LlamaForCausalLM, shape: tuple[int, int] = SHAPE) -> int:
     """Runs blocks and norm for real; the distinct storages that autograd holds, less weights."""
     saved = {}
 
@@ -61,7 +63,7 @@ def saved_bytes(model: LlamaForCausalLM) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.model(tokens(model.config, model.lm_head.weight.device))
+        model.model(tokens(model.config, model.lm_head.weight.device, shape))
     for weight in model.parameters():
         saved.pop(weight.untyped_storage().data_ptr(), None)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
@@ -105,7 +107,8 @@ def test_activations_are_what_autograd_saves(
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 def test_activations_follow_the_backend(config: ModelConfig, device: str, choice: str) -> None:
     """The kernels save a little else than plain PyTorch, and the estimate knows what."""
-    config = dataclasses.replace(config, num_hidden_layers=3)  # the interpreter is slow
+    config = dataclasses.replace(config, num_hidden_layers=3)
+    shape = (2, 16)  # the interpreter is slow
     model = build_on_meta(config).requires_grad_(False)
     real_model = build_on_meta(config)
     load_tensors(real_model, init_random(config, seed=0))
@@ -114,10 +117,10 @@ def test_activations_follow_the_backend(config: ModelConfig, device: str, choice
         each.model.layers[1].requires_grad_(True)
     with backends.use(choice):
         where = torch.device(device)
-        found = activation_bytes(model, SHAPE, torch.float32, where, False)
-        assert found == pytest.approx(saved_bytes(real_model), rel=0.1)
+        found = activation_bytes(model, shape, torch.float32, where, False)
+        assert found == pytest.approx(saved_bytes(real_model, shape), rel=0.1)
     with backends.use("torch"):
-        plain = activation_bytes(model, SHAPE, torch.float32, where, False)
+        plain = activation_bytes(model, shape, torch.float32, where, False)
     assert (found == plain) == (choice == "torch")
 
 
