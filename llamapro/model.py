@@ -1,5 +1,4 @@
-"""LLaMA, written out. Every module and parameter has its Hugging Face name, so that checkpoints
-load here and there without a mapping.
+"""LLaMA, written out. Parameters have Hugging Face's names: a checkpoint loads without a mapping.
 
 One block (LLaMA Pro, section 3.1):
 
@@ -124,9 +123,8 @@ class LlamaModel(nn.Module):
         self.config = config
         weight = torch.empty(config.vocab_size, config.hidden_size)  # drawing it on meta takes 3 s
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
+        count = config.num_hidden_layers
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(count))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
