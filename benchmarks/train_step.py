@@ -4,8 +4,9 @@
                                     [--steps 10] [--warmup 3] [--out RESULT.json]
 
 Sides: this implementation with its Triton kernels (`triton`), with PyTorch alone (`torch`: the
-backend `cpu`), and `transformers`' LlamaForCausalLM; the last two have SDPA's attention, cuDNN's where it can run: on
-Hopper PyTorch would take the slower FlashAttention-2 by itself. All get the same random weights,
+backend `cpu`), and `transformers`' LlamaForCausalLM; the last two have SDPA's attention, cuDNN's
+where it can run: on Hopper PyTorch would take the slower FlashAttention-2 by itself. All get the
+same random weights,
 the same batch of random tokens, and train the same new blocks by train.py's own code: FSDP2 in a
 process group of one, frozen weights in bf16, fp32 masters, gradients reduced in fp32, clipping,
 fused AdamW. `transformers` differs in the model's forward alone, and so in its backward; its loss
