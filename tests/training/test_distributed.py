@@ -190,7 +190,8 @@ def spread_over(
 def spread(request: pytest.FixtureRequest, spread_over: Callable[[int, int], Path]) -> Spread:
     """2 processes, 4, and 4 in two groups."""
     processes, shard_size = request.param
-    return Spread(spread_over(processes, shard_size), processes, shard_size)
+    groups = shard_size if shard_size < processes else 0  # 0: all processes are one group
+    return Spread(spread_over(processes, groups), processes, shard_size)
 
 
 @pytest.fixture(scope="module")
