@@ -1,6 +1,6 @@
 """Training settings: a TOML preset, overridden by typed options of the command line.
 
-Every mistake is found before anything starts, and all of them are told in one message.
+Every mistake is found before anything starts, and one message names all of them.
 """
 
 import dataclasses
@@ -16,113 +16,113 @@ from llamapro.training.metrics import is_installed
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is trained."""
+    """The model to train."""
 
     path: str = ""
-    """Checkpoint directory to start from (usually made by 'convert.py expand')."""
+    """Checkpoint directory to start from, usually made by 'convert.py expand', or hf://owner/name."""
     config: str = ""
-    """Instead of path: a config.json to train from random weights."""
+    """A config.json to train from random weights, instead of path."""
     tokenizer: str = ""
-    """tokenizer.model or its directory; model.path's own if empty."""
+    """tokenizer.model, tokenizer.json or their directory; empty takes the one in model.path."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What it reads: text, source code, .jsonl[.gz], .parquet: files, globs, folders."""
+    """The data to read: files, globs and folders of text, source code, .jsonl[.gz] and .parquet."""
 
     train: tuple[str, ...] = ()
-    """Training sources."""
+    """Training sources, for example corpus/math corpus/code."""
     weights: tuple[float, ...] = ()
-    """Passes over each source, relative to one another (paper: 1.0 math, 1.5 code); 1 if empty."""
+    """Passes over each source relative to the others (paper: 1.0 math, 1.5 code); empty means 1."""
     val: tuple[str, ...] = ()
-    """Validation sets as NAME=PATH, watched side by side; a name may repeat."""
+    """Validation sets as NAME=PATH, for example code=held-out.jsonl; a name may repeat."""
     format: Literal["text", "chat"] = "text"
-    """text: every token trains. chat: conversations, of which the assistant's tokens train: .jsonl,
+    """text trains every token. chat reads conversations and trains the assistant's tokens: .jsonl,
     .json or .parquet with messages, ShareGPT's conversations, or instruction, input and output."""
     text_key: str = "text"
     """Field of a .jsonl line, or column of a table, that holds the text."""
     chat_template: str = ""
-    """Of chats: llama2, llama3, mistral, chatml or a .jinja file; the model's own if empty."""
+    """Template of conversations: llama2, llama3, mistral, chatml or a .jinja file; empty takes the
+    model's own."""
     too_long: Literal["drop", "truncate", "split"] = "drop"
-    """What is done with a conversation that is longer than a sequence."""
+    """What to do with a conversation that is longer than a sequence."""
     seq_len: int = 4096
-    """Tokens per sequence; documents, or whole conversations, are packed to fill it."""
+    """Tokens per sequence. Documents, or whole conversations, are packed to fill it."""
     cache_dir: str = "~/.cache/llamapro"
-    """Where tokenised corpora are kept."""
+    """Directory that keeps tokenised corpora."""
     workers: int = 0
-    """Threads that tokenise; 0: one per core."""
+    """Threads that tokenise; 0 means one per core."""
 
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """General text among the training data, against forgetting: the base inside the expanded model
-    writes it, once, or files hold it. With train.trainable new_blocks."""
+    """General text among the training data, against forgetting. The base inside the expanded model
+    writes it once, or files hold it. Needs train.trainable new_blocks."""
 
     share: float = 0.0
-    """Part of the sequences that are replayed; 0: none."""
+    """Share of all sequences that is replayed, 0 to below 1; 0 turns replay off."""
     data: tuple[str, ...] = ()
-    """General text of yours, instead of the base's: files, globs, folders."""
+    """Your own general text instead of the base's: files, globs, folders."""
     prompts: str = ""
-    """A file of short texts, one a line, that the base's documents begin with; BOS alone if
-    empty."""
+    """File with one short text per line for the base to continue; empty starts from BOS."""
     tokens: int = 1_000_000
-    """How much the base writes; what training takes beyond it repeats."""
+    """Tokens that the base writes. Training repeats them if it needs more."""
     temperature: float = 1.0
-    """Of the draws; 1: as the base's probabilities are."""
+    """Sampling temperature; 1.0 samples from the base's own distribution."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the sampling."""
     batch_size: int = 16
-    """Documents, of up to data.seq_len tokens, that are written at a time."""
+    """Documents of up to data.seq_len tokens that are written at a time."""
     distill: bool = False
-    """Replayed sequences teach what the base would say, not what they say: their loss is KL(base ||
-    model) per token, the base being the model without its new blocks. With replay.data naming the
-    files of data.train it is self-distillation on these."""
+    """Learn the base's predictions on replayed sequences instead of their text. The loss is KL(base
+    || model) per token, and the base is the model without its new blocks. With the files of
+    data.train as replay.data this is self-distillation on the domain."""
     weight: float = 1.0
-    """Of the loss of replayed sequences, beside the others' 1."""
+    """Factor of the loss of replayed sequences; all others have 1."""
 
     @property
     def is_apart(self) -> bool:
-        """Whether replayed sequences have another loss than the others, or another weight."""
+        """Says whether replayed sequences have a loss or weight of their own."""
         return self.share > 0 and (self.distill or self.weight != 1)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long, how much at a time, and which weights."""
+    """Length, batch size, trained weights, and where everything lies."""
 
     trainable: Literal["new_blocks", "all"] = "new_blocks"
-    """The latest generation's new blocks, or every weight."""
+    """Train the new blocks of the latest expansion, or every weight."""
     new_tokens: bool = False
-    """With new_blocks: the rows of added tokens in embedding and head train, too."""
+    """Also train the embedding and head rows of added tokens (with new_blocks)."""
     steps: int = 0
-    """Optimizer steps; 0: as many as train.epochs take."""
+    """Optimizer steps; 0 takes as many as train.epochs need."""
     epochs: float = 1.0
-    """Passes over the data, if steps is 0."""
+    """Passes over the data if train.steps is 0."""
     batch_size: int = 1024
-    """Sequences per optimizer step, over all processes."""
+    """Sequences per optimizer step, summed over all processes."""
     micro_batch_size: int = 1
-    """Sequences per forward pass of one process; the rest is accumulated."""
+    """Sequences per forward pass of one process; gradients of the rest are accumulated."""
     seed: int = 0
-    """Of the data order and of random weights."""
+    """Seed of the data order and of random weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device to compute on; auto takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of computation and frozen weights; auto: bfloat16 on GPU, float32 on CPU."""
+    """Dtype of computation and frozen weights; auto is bfloat16 on a GPU, float32 on a CPU."""
     ops: str = "auto"
-    """What computes: torch, triton, or auto (Triton on a GPU wherever its kernel can run); per op
-    behind it, as in auto,attention=torch."""
+    """Backend: auto (Triton on a GPU wherever its kernel can run), cpu, torch or triton. Single ops
+    follow, for example auto,attention=torch."""
     recompute: bool = False
-    """Activation checkpointing: compute blocks again in backward instead of keeping activations."""
+    """Activation checkpointing: compute blocks again in backward to save memory."""
     frozen: Literal["shard", "gather", "replicate"] = "shard"
-    """Where frozen weights lie: in parts on every process; in parts, but whole from forward to
-    backward; or whole on every process, without communication."""
+    """Where frozen weights lie. shard: in parts on all processes. gather: in parts, but whole from
+    forward to backward. replicate: whole on every process, without communication."""
     shard_size: int = 0
-    """Processes that share one copy of what is sharded (HSDP), such as those of one machine; 0:
-    all of them."""
+    """Processes that share one copy of sharded weights (HSDP), such as those of a machine; 0 means
+    all."""
     offload: bool = False
-    """Keep the shards and the optimizer state in the memory of the CPU (with GPUs only)."""
+    """Keep shards and optimizer state in CPU memory (only with GPUs)."""
     compile: bool = False
-    """torch.compile every block."""
+    """Compile every block with torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,18 @@ class OptimSettings:
     lr: float = 2e-4
     """Peak learning rate. The paper's 2e-4 suits LLaMA-2; other bases may need a tenth."""
     final_lr_ratio: float = 0.0
-    """Last learning rate, as a part of lr."""
+    """Last learning rate as a fraction of optim.lr."""
     warmup_ratio: float = 0.06
-    """Part of the steps in which the rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW's moving averages."""
+    """Decay rates of AdamW's two moving averages."""
     weight_decay: float = 0.1
-    """On matrices only."""
+    """Weight decay of matrices; norms have none."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest gradient norm; a larger gradient is scaled down."""
     skip_bad_steps: int = 0
-    """Steps in a row that may be left out because their gradient is not finite; with one more the
-    run ends."""
+    """Steps in a row that may be skipped because their gradient is not finite; one more ends the
+    run."""
 
 
 @dataclass(frozen=True)
@@ -151,36 +151,36 @@ class EvalSettings:
     """Evaluation during training."""
 
     every: int = 500
-    """Steps between evaluations; also before the first step and after the last."""
+    """Steps between evaluations. One always comes before the first step and after the last."""
     sequences: int = 0
-    """Evenly spaced sequences of each validation set; 0: all."""
+    """Evenly spaced sequences to take from each validation set; 0 means all."""
 
 
 @dataclass(frozen=True)
 class SaveSettings:
-    """Training checkpoints: what trains, with its optimizer state."""
+    """Training checkpoints: trained tensors and optimizer state."""
 
     every: int = 500
-    """Steps between training checkpoints; one is always made after the last step."""
+    """Steps between training checkpoints. One always comes after the last step."""
     keep: int = 2
-    """How many of the latest to keep."""
+    """Number of the latest training checkpoints to keep."""
     keep_every: int = 0
-    """Keep those whose step is a multiple of this, too; 0: none."""
+    """Also keep those whose step is a multiple of this; 0 keeps none."""
     background: Literal["auto", "yes", "no"] = "auto"
     """Write while training goes on, from a copy in the main process's memory (12 bytes for each
-    parameter that trains); auto: with GPUs."""
+    parameter that trains); auto does so with GPUs."""
 
     def in_background(self, device_type: str) -> bool:
-        """Whether a run on this type of device saves in the background."""
+        """Says whether a run on this type of device saves in the background."""
         return self.background == "yes" or (self.background == "auto" and device_type == "cuda")
 
 
 @dataclass(frozen=True)
 class ResumeSettings:
-    """What a run that goes on may do."""
+    """Changes that a resumed run may make."""
 
     allow: tuple[str, ...] = ()
-    """Settings that may differ from the run's, although they decide what is computed."""
+    """Settings that may differ although they decide what is computed, for example optim.lr."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class Settings:
     config: str = ""
     """Preset: a TOML file, or a name that 'llamapro presets' lists; options beside it win."""
     run_dir: str = ""
-    """Where metrics and training checkpoints go; runs/NAME_OF_THE_PRESET if empty. The same command
-    run again resumes from here."""
+    """Directory of metrics and training checkpoints; empty means runs/NAME_OF_THE_PRESET. The same
+    command run again resumes from it."""
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
@@ -205,15 +205,15 @@ class Settings:
     log_seconds: float = 10.0
     """Seconds between progress lines; the steps 1, 2, 5, 10 and the last one always have a line."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Also log there; metrics.jsonl is always written."""
+    """Trackers to log to besides metrics.jsonl."""
     log_spikes: float = 6.0
-    """Log a step, with its documents, whose loss is over the median of the latest by more than this
-    many standard deviations (estimated from quartiles); 0: none."""
+    """Log a step with its documents if its loss exceeds the median of the latest by this many
+    standard deviations (estimated from quartiles); 0 logs none."""
     processes: int = 0
-    """Processes to start on this machine, usually one per GPU; 0: this process alone, or those that
-    torchrun started."""
+    """Processes to start on this machine, usually one per GPU; 0 means this process alone, or those
+    that torchrun started."""
     dry_run: bool = False
-    """Check everything, print the plan, and stop."""
+    """Check all input, print the plan, and stop."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -260,7 +260,7 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
         where: names the run in the message.
 
     Returns:
-        What differs and may, as "train.steps 100 -> 200".
+        The allowed differences, for example "train.steps 100 -> 200".
 
     Raises:
         ConfigError: naming everything that differs and may not.
