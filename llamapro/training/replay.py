@@ -1,16 +1,13 @@
-"""Replay: general text among what the new blocks are trained on, against forgetting.
+"""Replay: general text among the training data of the new blocks, against forgetting.
 
-The expanded model contains its base, so there is a source of such text even where nothing is known
-of what the base was trained on: the base itself. It writes documents, each drawn from BOS or from
-a short text on, once before the training; or the user names files instead. Either is one more
-source of the mixture, with a given share of its samples.
+The expanded model contains its base, so a source of general text is at hand even where nobody knows
+what the base was trained on. The base writes documents once before training, each sampled from BOS
+or from a short text on; or the user names files instead. Either is one more source of the mixture,
+with a given share of its samples. Models that write before they learn: Sun et al., LAMOL (2020).
 
-The same idea, with models that write before they learn: Sun et al., LAMOL (2020).
-
-Of a text the base knows more than its tokens: how likely every other one was. With `distill` it is
-the teacher there (Hinton et al., 2015), and a token's loss is KL(base || model), the base's
-distribution being the model's without its new blocks: Li & Hoiem's "Learning without Forgetting"
-(2016), with no second set of weights.
+The base also knows how likely every other token was. With `distill` it is the teacher (Hinton et
+al., 2015) and a token's loss is KL(base || model), where the base is the model without its new
+blocks: Li & Hoiem's "Learning without Forgetting" (2016), with no second set of weights.
 """
 
 import random
