@@ -1,7 +1,6 @@
 """LLaMA, written out. Parameters have Hugging Face's names: a checkpoint loads without a mapping.
 
 One block (LLaMA Pro, section 3.1):
-
     x = x + Attention(RMSNorm(x))
     x = x + MLP(RMSNorm(x))
 
@@ -121,7 +120,8 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        weight = torch.empty(config.vocab_size, config.hidden_size)  # drawing it on meta takes 3 s
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # drawing on meta takes 3 s
+        weight = weight if weight.is_meta else weight.normal_(0.0, config.initializer_range)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         count = config.num_hidden_layers
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(count))

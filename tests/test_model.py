@@ -270,3 +270,10 @@ def test_first_step_moves_the_two_zero_matrices_and_the_second_all_nine(
     model.zero_grad()
     backward(model, seed=1)
     assert moving() == set(trainable)
+
+
+def test_a_model_built_by_hand_has_random_weights(tiny_config: Callable[..., ModelConfig]) -> None:
+    """Embeddings too: their standard deviation is the configuration's, and they train."""
+    weight = LlamaForCausalLM(tiny_config()).model.embed_tokens.weight
+    assert weight.requires_grad and weight.isfinite().all()
+    assert abs(weight.std().item() - 0.1) < 0.01
