@@ -26,7 +26,7 @@ study: .venv/ready  ## run the paper's comparisons: about an hour on 2 cores
 test: lint  ## lint, types and every test that is not marked slow
 	$(PYTEST)
 
-test-all: lint  ## the same, with the slow tests: what has to pass before a change lands
+test-all: lint  ## the same, with the slow tests
 	$(PYTEST) -m 'not gpu and not ecosystem'
 
 lint: .venv/ready  ## ruff and mypy
