@@ -29,7 +29,7 @@ def script(body: str) -> list[str]:
     text = (
         "import signal, sys, time\n"
         "from llamapro import cli\n"
-        "from llamapro.config import CheckpointError, ConfigError, DataError\n"
+        "from llamapro.errors import CheckpointError, ConfigError, DataError\n"
         "def main():\n" + textwrap.indent(textwrap.dedent(body), "    ") + "\ncli.run(main)\n"
     )
     return [sys.executable, "-c", text]

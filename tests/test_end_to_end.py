@@ -166,7 +166,8 @@ def test_to_meta_and_back_is_identical(home: Path, release: Path) -> None:
         before, after = (
             torch.load(f, weights_only=True) for f in (file, home / "meta" / file.name)
         )
-        assert list(before) == list(after)
+        before.pop("rope.freqs", None)  # follows from params.json, and is not written
+        assert before.keys() == after.keys()
         for name, tensor in before.items():
             assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name])
     command("to-meta", home / "merged", home / "merged-meta")
