@@ -214,7 +214,7 @@ class Strip(Output):
 
 @dataclass(kw_only=True)
 class Input:
-    """What the commands that only read take."""
+    """Options of the commands that only read."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
     """A checkpoint directory, hf://owner/name, run, training checkpoint or new-block file."""

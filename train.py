@@ -21,7 +21,7 @@ from llamapro import backends, cli, ops
 from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.training import launcher, plan, preset, replay, resume
-from llamapro.training.checkpoint import Saver, load_optimizer, load_trained
+from llamapro.training.checkpoint import Saver
 from llamapro.training.distributed import Ranks, compile_blocks, process_group, shard, world_size
 from llamapro.training.job import Data, Job, find_state, is_complete, load_data
 from llamapro.training.objective import NextToken, make_objective
@@ -31,7 +31,7 @@ from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings, check, flatten
 from llamapro.training.state import Losses, RunState
 from llamapro.training.validation import evaluate, forward
-from llamapro.training.weights import init_random, mask_gradients, select_trainable, undecayed
+from llamapro.training.weights import freeze, init_random, mask_gradients, undecayed
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -92,7 +92,7 @@ def build_objective(job: Job) -> NextToken:
     t = job.settings.train
     torch.manual_seed(t.seed)  # data order and random weights have generators of their own
     model = build_on_meta(job.config)
-    select_trainable(model, t.trainable, t.new_tokens)
+    freeze(model, t.trainable, t.new_tokens)
     if job.checkpoint is None:
         tensors = init_random(job.config, t.seed)
     else:
@@ -106,7 +106,7 @@ def shard_objective(objective: NextToken, job: Job, ranks: Ranks) -> dict[str, t
     t, model = job.settings.train, objective.model
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if job.resume_from is not None:
-        load_trained(job.resume_from, model, job.first_new_row)
+        resume.load_trained(job.resume_from, model, job.first_new_row)
     if t.compile:
         compile_blocks(model)
     shard(objective, ranks, job.compute_dtype, t.frozen, t.offload, t.recompute)
@@ -123,7 +123,7 @@ def train_step(
     objective: NextToken,
     guard: FiniteGuard,
     columns: Sequence[torch.Tensor],
-    others: int,
+    first_replayed: int,
     valid: float,
     settings: Settings,
     ranks: Ranks,
@@ -132,7 +132,7 @@ def train_step(
 
     Args:
         columns: inputs, targets and, for conversations, documents; each (n, T) int64.
-        others: number of samples of the global batch that come before the replayed ones.
+        first_replayed: number of samples of the global batch that come before the replayed ones.
         valid: number of targets of the *global* batch. The loss is their mean, so it does not
             depend on how the batch is split.
 
@@ -145,7 +145,9 @@ def train_step(
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
     micro_batches = list(zip(*(column.split(rows) for column in columns), strict=True))
-    replayed = replay.split_replayed(others, len(micro_batches), rows, ranks.rank, ranks.world_size)
+    replayed = replay.split_replayed(
+        first_replayed, len(micro_batches), rows, ranks.rank, ranks.world_size
+    )
     for number, micro_batch in enumerate(micro_batches, 1):
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
         objective.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
@@ -167,7 +169,7 @@ def build_optimizer(
     optimizer = build_adamw(parameters.values(), o.betas, o.weight_decay, undecayed=kept)
     if job.resume_from is not None:
         applied = state.step - state.skipped
-        load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
+        resume.load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
     return optimizer
 
 
@@ -207,7 +209,7 @@ def train(
                 if state.step > saver.step and state.step % s.save.every == 0:
                     save()
                 with state.timed():
-                    columns, others = data.batch(state.samples, ranks)
+                    columns, first_replayed = data.batch(state.samples, ranks)
                     targets = (columns[1] != ops.IGNORE_INDEX).sum()
                     # All ranks learn here, at the same step, what one of them knows.
                     valid, is_stopping, is_written, is_time = ranks.sum(
@@ -216,7 +218,9 @@ def train(
                     if is_stopping:
                         raise Stopped
                     rate = set_learning_rate(optimizer, state.step, data.steps, s.optim)
-                    loss, norm = train_step(objective, guard, columns, others, valid, s, ranks)
+                    loss, norm = train_step(
+                        objective, guard, columns, first_replayed, valid, s, ranks
+                    )
                     losses.add(state.step + 1, state.samples, loss, norm)
                     state.step += 1
                     state.tokens += int(valid)

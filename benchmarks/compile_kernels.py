@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of every kernel, checked on a machine that needs no GPU.
+"""Compiles every kernel with Triton and checks the result on a machine that needs no GPU.
 
     python benchmarks/compile_kernels.py [--quick] [--jobs 2] [--json RESULT.json]
 
@@ -85,7 +85,7 @@ def compiled(launch: Launch) -> dict[str, Any]:
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled launch, by the rules of the module docstring."""
+    """Names each rule of the module docstring that a compiled launch breaks."""
     found = []
     if row["spilled_bytes"]:
         found.append(f"spills {row['spilled_bytes']} B")

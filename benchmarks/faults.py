@@ -65,7 +65,7 @@ TENSOR_FILES = ("trainable.safetensors", "optimizer.safetensors")
 
 @dataclass
 class Truth:
-    """What the straight run made: step -> file -> SHA-256, and its log."""
+    """The files of the straight run, step -> file -> SHA-256, and its log."""
 
     files: dict[int, dict[str, str]]
     log: Log

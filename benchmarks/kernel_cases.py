@@ -1,4 +1,4 @@
-"""What time_kernels.py times: each op at sizes of real models, and all that can compute it."""
+"""Cases of time_kernels.py: each op at sizes of real models, and all that can compute it."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

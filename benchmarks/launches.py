@@ -1,4 +1,4 @@
-"""What the kernels' public functions launch: recorded on CPU tensors, of which nothing is computed.
+"""Records what the kernels' public functions launch, on CPU tensors, without computing.
 
 A stand-in for Triton's driver says which GPU there is, and a hook takes each launch with the
 specialisation that Triton itself derived from the arguments. `cases` are the calls of which
@@ -48,7 +48,7 @@ class Launch(NamedTuple):
     numbers: dict[str, int]
 
     def code(self) -> str:
-        """What the compiled code depends on: equal for launches that share it."""
+        """The key of the compiled code: equal for launches that share it."""
         kernel = f"{self.kernel.__module__}.{self.kernel.__name__}"
         return repr((kernel, *self[2:8]))
 

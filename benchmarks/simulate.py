@@ -33,12 +33,12 @@ from llamapro.training.plan import Spread, estimate_memory, is_trained
 from llamapro.training.preset import parse
 from llamapro.training.replay import split_replayed
 from llamapro.training.settings import DataSettings, Settings, check
-from llamapro.training.weights import select_trainable
+from llamapro.training.weights import freeze
 
 
 @dataclass(frozen=True)
 class Options:
-    """What train.py has no option for; its own options may follow."""
+    """Options beyond those of train.py, which may follow."""
 
     ranks: int
     """Number of GPUs, with one process each."""
@@ -70,7 +70,7 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
 
     def build() -> LlamaForCausalLM:
         model = build_on_meta(config)
-        select_trainable(model, t.trainable, t.new_tokens)
+        freeze(model, t.trainable, t.new_tokens)
         return model
 
     model = build()

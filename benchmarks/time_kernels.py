@@ -59,7 +59,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def timed(case: Case, function: Function) -> Callable[[], object]:
-    """What is timed: forward without a graph, backward of one forward, or both."""
+    """The timed pass: forward without a graph, backward of one forward, or both."""
     inputs = case.inputs()
     asked = [x for x in inputs if x.requires_grad]
     if case.direction == "forward":

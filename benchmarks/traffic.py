@@ -1,4 +1,4 @@
-"""What a step communicates: every collective of FSDP, recorded, among ranks real or pretended.
+"""Records every collective of a step under FSDP, among real or simulated ranks.
 
 Pretended ranks cost nothing: the model takes its step on tensors that have shapes but no memory
 (`FakeTensorMode`), in a process group of which the others do not exist (PyTorch's "fake" backend).

@@ -70,7 +70,7 @@ class Study:
 
     @property
     def variants(self) -> list[Variant]:
-        """What is trained: of `s.variants` those that exist here, with those that they vary."""
+        """The variants of `s.variants` that exist here, and those that they vary."""
         variants = comparisons(self.num_layers, self.s.new_blocks, self.compared)
         if not self.is_whole:
             variants = [v for v in variants if v.name in (plain(self.compared).name, "full")]

@@ -1,4 +1,4 @@
-"""What the study's numbers say about the paper's ordering, in generated sentences.
+"""Generated sentences: whether the study's numbers agree with the paper's ordering.
 
 A difference of two means is *told apart* if it is at least two standard errors of that difference.
 About one pair in nine of equal variants with three seeds each is told apart by this rule.

@@ -152,7 +152,7 @@ def front(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 
 class Share(NamedTuple):
-    """What part of the plain expansion's forgetting is gone, and its standard error."""
+    """Returns the part of plain expansion's forgetting that is gone, and its standard error."""
 
     gone: float
     error: float | None

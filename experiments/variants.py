@@ -1,4 +1,4 @@
-"""What a study compares: the paper's variants (Table 5, Appendix H), controls, and the ways to
+"""The variants of a study: the paper's variants (Table 5, Appendix H), controls, and the ways to
 forget less. Each is a start for `train.py` with a few options, or a model of `models.py`.
 """
 

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tile(NamedTuple):
-    """What one program works on at a time, and with which resources.
+    """The block of one program, and the resources it runs with.
 
     Attributes:
         rows: queries per tile.

@@ -47,3 +47,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'llamapro' has no attribute {name!r}")
     return getattr(import_module(_MODULES.get(name, "llamapro.api")), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})

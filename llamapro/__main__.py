@@ -100,9 +100,10 @@ def presets(argv: list[str]) -> None:
     Raises:
         ConfigError: there is no preset of this name, or the file exists or cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="llamapro presets", description=presets.__doc__)
+    purpose = "List the presets of 'llamapro train', or copy one to a file."
+    parser = argparse.ArgumentParser(prog="llamapro presets", description=purpose)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    actions = parser.add_subparsers(dest="action", metavar="copy")
+    actions = parser.add_subparsers(dest="action", metavar="[copy NAME FILE]")
     copy = actions.add_parser("copy", help="copy a preset to a file")
     copy.add_argument("name", metavar="NAME", help="a preset that 'llamapro presets' lists")
     copy.add_argument("file", metavar="FILE", type=Path, help="the file to create")

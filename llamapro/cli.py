@@ -1,4 +1,4 @@
-"""What every command shares: errors become one message and exit status 2, results go to stdout."""
+"""The frame of every command: errors become one message and exit 2, results go to stdout."""
 
 import io
 import json

@@ -171,7 +171,7 @@ class ModelConfig:
         except FileNotFoundError:
             raise ConfigError(
                 f"{path}: no such file; a checkpoint directory in Hugging Face layout has one "
-                "(a Meta release is converted with 'convert.py from-meta')"
+                "(a Meta release is converted with 'llamapro from-meta')"
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not readable as JSON: {error}") from None

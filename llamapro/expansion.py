@@ -210,7 +210,7 @@ def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> 
     if trainable == "new_blocks" and record is None:
         raise ConfigError(
             "train.trainable 'new_blocks': this model's config.json has no 'llamapro' record; "
-            "run 'convert.py expand' first, or set train.trainable to 'all'"
+            "run 'llamapro expand' first, or set train.trainable to 'all'"
         )
     for name, parameter in model.named_parameters():
         # What is new is read from the record, never guessed from the weights.

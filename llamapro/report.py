@@ -81,7 +81,7 @@ def result_table(summaries: Sequence[dict[str, Any]], sets: Sequence[str]) -> st
 
 
 def _sentence(summary: dict[str, Any]) -> str:
-    """What the run learned and forgot, in words."""
+    """Says in words what the run learned and forgot."""
     parts = []
     for name, result in summary["sets"].items():
         if result["change"] is not None:
@@ -289,7 +289,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str,
         DataError: a directory is not a run's, or its records are damaged.
     """
     if not run_dirs:
-        raise ConfigError("no run directory given; usage: python -m llamapro.report RUN_DIR...")
+        raise ConfigError("no run directory given; usage: llamapro report RUN_DIR...")
     names = _names(run_dirs)
     runs = [read_run(path, name) for path, name in zip(run_dirs, names, strict=True)]
     sets = list(dict.fromkeys(name for run in runs for name in run.evals))

@@ -27,10 +27,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from llamapro import cli
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.expansion import interleave
 from llamapro.training.weights import init_random
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,3 +202,22 @@ def assert_as_exact_as_torch() -> Callable[[Tensor, Tensor, Tensor], None]:
     can be 0.
     """
     return _assert_as_exact_as_torch
+
+
+@pytest.fixture
+def expand(
+    tmp_path: Path,
+    tiny_config: Callable[..., ModelConfig],
+    write_random_checkpoint: Callable[..., Path],
+) -> Callable[..., tuple[Path, Path]]:
+    """`expand(dtype=..., **config) -> (base, grown)`: 2 layers, then 3 and two added tokens."""
+
+    def make(dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Path, Path]:
+        config = tiny_config(num_hidden_layers=2, **overrides)
+        base = write_random_checkpoint(tmp_path / "base", config, dtype)
+        grown, layout = tmp_path / "grown", interleave(2, 1)
+        tokens = ("<|im_start|>", "<|im_end|>")
+        expand_checkpoint(Checkpoint.open(base), grown, layout, new_tokens=tokens)
+        return base, grown
+
+    return make

@@ -129,7 +129,7 @@ def check_contained(expanded: Checkpoint, special: bool = False) -> None:
     if special and added:
         raise ConfigError(
             f"--skip-new-blocks: {expanded.path} has {added} added tokens, which its base does not "
-            "know and conversations may name; 'convert.py strip' writes the base with its own "
+            "know and conversations may name; 'llamapro strip' writes the base with its own "
             "tokenizer: use that"
         )
 

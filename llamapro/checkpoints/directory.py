@@ -148,7 +148,7 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / SINGLE_FILE).exists():
         return [path / SINGLE_FILE]
     if any(path.glob("*.pth")):
-        fix = f"this is a Meta release: run 'convert.py from-meta {path} OUT_DIR' first"
+        fix = f"this is a Meta release: run 'llamapro from-meta {path} OUT_DIR' first"
     elif any(path.glob("pytorch_model*.bin")):
         fix = "pickled weights (pytorch_model*.bin) are not read: save the model as safetensors"
     else:

@@ -37,7 +37,7 @@ _HASH_KEY = "llamapro_sha256"
 
 @dataclass(frozen=True)
 class BlocksInfo:
-    """What a new-block file belongs to.
+    """The base and the run that a new-block file belongs to.
 
     Attributes:
         trainable: "new_blocks" or "all", as in `train.trainable`.

@@ -150,7 +150,7 @@ def render(
     if len(trainings) > 1:
         page += [
             "Each file was trained and measured on the base alone. What the blocks do together was "
-            "not measured here: `python -m llamapro.evaluate` tells.",
+            "not measured here; measure it with `llamapro evaluate`.",
             "",
         ]
     return "\n".join(["---", *front, "---", "", *page])

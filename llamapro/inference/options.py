@@ -25,7 +25,7 @@ class ComputeOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of weights and computation; auto takes the checkpoint's."""
     ops: str = "auto"
-    """Backend: torch, triton, or auto (Triton on a GPU wherever its kernel can run). Single
+    """Backend: auto (Triton on a GPU wherever its kernel can run), cpu, torch or triton. Single
     operations may differ, for example auto,attention=torch."""
     skip_new_blocks: bool = False
     """Leave out the latest generation's new blocks and the tokens added with them. What computes

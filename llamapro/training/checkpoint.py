@@ -23,9 +23,9 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, read_blocks, write_blocks
+from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.run import (
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -35,20 +35,13 @@ from llamapro.checkpoints.run import (
     training_checkpoints,
     write_manifest,
 )
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_safetensors
 from llamapro.errors import CheckpointError, UserError
 from llamapro.files import output_directory
-from llamapro.model import LlamaForCausalLM
 from llamapro.training.distributed import Ranks
 from llamapro.training.settings import SaveSettings
-from llamapro.training.weights import (
-    put_new_rows,
-    stored_name,
-    stored_part,
-    stored_shape,
-    whole_part,
-)
+from llamapro.training.weights import stored_name, stored_part, stored_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -356,62 +349,3 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
     for path in old:
         if path != newest:
             _remove(path)
-
-
-def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> None:
-    """Puts the trained tensors of a training checkpoint into a model, before it is sharded.
-
-    Args:
-        path: the training checkpoint.
-        model: whole, with weights; `requires_grad` tells what trains.
-        first_row: as for `Saver`.
-
-    Raises:
-        CheckpointError: they were trained on another base, or are other tensors.
-    """
-    trains = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {stored_name(n, first_row): stored_shape(n, p, first_row) for n, p in trains.items()}
-    file = path / TRAINABLE_FILE
-    stored, info = read_blocks(file)
-    check_blocks(file, stored, info, model.config, shapes)
-    tensors = {name: tensor.read() for name, tensor in stored.items()}
-    joined = put_new_rows(trains, tensors) if first_row else trains
-    for name, tensor in joined.items():
-        model.get_parameter(name).data = tensors.get(name, tensor)
-
-
-def load_optimizer(
-    path: Path,
-    parameters: Parameters,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    first_row: int = 0,
-) -> None:
-    """Loads the moments of a training checkpoint into the optimizer, each rank its own shards.
-
-    Args:
-        path: the training checkpoint.
-        parameters: name -> sharded parameter, as given to `Saver.start`.
-        optimizer: fresh AdamW over these.
-        step: optimizer steps applied.
-        first_row: as for `Saver`.
-
-    Raises:
-        CheckpointError: the file holds the moments of other parameters.
-    """
-    file = path / OPTIMIZER_FILE
-    stored = read_header(file)
-    names = {name: stored_name(name, first_row) for name in parameters}
-    if set(stored) != {f"{name}.{moment}" for name in names.values() for moment in MOMENTS}:
-        raise CheckpointError(f"{file}: holds the moments of other parameters")
-    for name, parameter in parameters.items():
-        state: dict[str, Tensor] = {"step": torch.tensor(float(step), device=parameter.device)}
-        for moment in MOMENTS:
-            saved = stored[f"{names[name]}.{moment}"].read()
-            full = whole_part(name, saved, first_row).to(parameter.device)
-            if isinstance(parameter, DTensor):
-                full = distribute_tensor(
-                    full, parameter.device_mesh, parameter.placements, src_data_rank=None
-                ).to(parameter.device)  # the mesh is on the GPU, even if the parameter is offloaded
-            state[moment] = full
-        optimizer.state[parameter] = state

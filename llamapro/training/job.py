@@ -31,10 +31,10 @@ from llamapro.training.plan import make_plan, render
 from llamapro.training.preemption import Stopped, StopRequest
 from llamapro.training.progress import say
 from llamapro.training.replay import describe_mix, read_prompts, written_by_base
-from llamapro.training.resume import check_identity, find_resume_point, make_identity
-from llamapro.training.settings import Settings, changes
+from llamapro.training.resume import changes, check_identity, find_resume_point, make_identity
+from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
-from llamapro.training.weights import first_new_row, select_trainable, stored_name
+from llamapro.training.weights import first_new_row, freeze, stored_name
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Job:
             )
         if settings.train.trainable == "new_blocks":
             # Raises without a record.
-            select_trainable(build_on_meta(config), "new_blocks", settings.train.new_tokens)
+            freeze(build_on_meta(config), "new_blocks", settings.train.new_tokens)
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
         tokenizer.check_fits(config.vocab_size, source_name)
@@ -261,7 +261,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
                     stores["replay"] = job.replay(ranks.device)
                 paths = {label: store.path for label, store in stores.items()}
                 model = build_on_meta(job.config)
-                trainable = select_trainable(model, s.train.trainable, s.train.new_tokens)
+                trainable = freeze(model, s.train.trainable, s.train.new_tokens)
                 fingerprint = job.tokenizer.fingerprint
                 names = [stored_name(name, job.first_new_row) for name in trainable]
                 identity = make_identity(job.checkpoint, names, fingerprint, stores)

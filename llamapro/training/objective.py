@@ -1,4 +1,4 @@
-"""What training minimises. An objective holds the model and is the root that FSDP shards.
+"""The losses that training minimises. An objective holds the model and is the root of FSDP.
 
 `NextToken` is the ordinary loss. `Replay` gives some sequences a loss of their own: those that the
 base wrote, so that the model does not forget. With distillation the base itself is the teacher

@@ -16,7 +16,7 @@ from llamapro.kernels import cpu
 from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta
 from llamapro.training.distributed import Frozen, world_size
 from llamapro.training.settings import ReplaySettings, Settings
-from llamapro.training.weights import select_trainable
+from llamapro.training.weights import freeze
 
 
 def make_plan(
@@ -42,7 +42,7 @@ def make_plan(
     has_gpu = torch.cuda.is_available() and t.device != "cpu"
     device = torch.device("cuda" if has_gpu else "cpu")
     model = build_on_meta(config)
-    select_trainable(model, t.trainable, t.new_tokens)
+    freeze(model, t.trainable, t.new_tokens)
     spread = Spread(world_size(), t.shard_size, t.frozen, t.offload)
     try:
         with backends.use(t.ops):

@@ -1,4 +1,4 @@
-"""What a run reports: lines for people on standard error, and records for `metrics.jsonl`.
+"""The reports of a run: lines for people on standard error, and records for `metrics.jsonl`.
 
 Reporters read the run's state and never change it. A progress line comes after the steps 1, 2, 5
 and 10 and after the last one, and in between by time.

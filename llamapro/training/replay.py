@@ -187,13 +187,13 @@ def written_by_base(
 
 
 def split_replayed(
-    others: int, micro_batches: int, rows: int, rank: int, world_size: int
+    first_replayed: int, micro_batches: int, rows: int, rank: int, world_size: int
 ) -> list[int | None]:
     """Says how many last rows of each micro-batch of a rank are replayed.
 
     Args:
-        others: the number of samples of the global batch, dealt out by `mixture.batch`, that are
-            not replayed.
+        first_replayed: the number of the first replayed sample of the global batch that
+            `mixture.batch` deals out.
         micro_batches: the number of micro-batches that the rank makes of its share.
         rows: sequences of a micro-batch.
         rank, world_size: whose they are.
@@ -203,8 +203,8 @@ def split_replayed(
         None on all ranks: the base inside runs on all of them or on none, because sharded weights
         are gathered by all together.
     """
-    # The others that this rank has, and those of the last rank, which has the fewest.
-    here, least = len(range(rank, others, world_size)), others // world_size
+    # Samples before it on this rank, and on the last rank, which has the fewest.
+    here, least = len(range(rank, first_replayed, world_size)), first_replayed // world_size
     return [
         min(rows, max(0, end - here)) if end > least else None
         for end in range(rows, (micro_batches + 1) * rows, rows)

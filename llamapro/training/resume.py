@@ -1,10 +1,11 @@
-"""Resuming: which training checkpoint a run goes on from, whether it still may, and alone.
+"""Resuming: from which training checkpoint, whether the run is still the same, and alone.
 
 A run is what it was only with the same frozen weights, tokenizer and corpora. Paths do not say so:
 their contents are hashed when a run starts, kept in every `state.json`, and compared on resume.
 """
 
 import fcntl
+import json
 import os
 import re
 import socket
@@ -13,13 +14,22 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.run import load_state, newest_intact
-from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
+from llamapro.checkpoints.new_blocks import check_blocks, read_blocks
+from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE, load_state, newest_intact
+from llamapro.checkpoints.tensors import combine_hashes, hash_tensors, read_header
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.files import make_directory
+from llamapro.model import LlamaForCausalLM
 from llamapro.text.store import TokenStore
+from llamapro.training.checkpoint import MOMENTS, Parameters
 from llamapro.training.distributed import Ranks
+from llamapro.training.settings import Settings, flatten
+from llamapro.training.weights import put_new_rows, stored_name, stored_shape, whole_part
 
 LOCK_FILE = "lock"
 
@@ -137,6 +147,118 @@ def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
         setting = "replay.data" if kind == "replay" else f"data.{kind}"
         named[setting, f"data {label!r}"] = text
     return named
+
+
+# ---- Settings: what may change -----------------------------------------------------------------
+
+# A resumed run may differ in these: in how and where it computes, how long, and what it shows.
+# Everything else decides what is computed.
+FREE_TO_CHANGE = {
+    "config", "run_dir", "processes", "resume.allow", "log_every", "log_seconds", "log_to",
+    "log_spikes", "dry_run", "json",
+    "data.cache_dir", "data.workers",
+    "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
+    "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
+    "optim.final_lr_ratio", "optim.skip_bad_steps", "eval.every", "eval.sequences",
+    "save.every", "save.keep", "save.keep_every", "save.background",
+}  # fmt: skip
+# Nobody needs to be told that these differ.
+UNREPORTED = {"config", "run_dir", "processes", "resume.allow", "log_seconds"} | {"dry_run", "json"}
+
+
+def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]:
+    """Compares a run's settings with those it is to go on with.
+
+    Args:
+        before: what `flatten` gave, from JSON.
+        settings: of now.
+        where: names the run in the message.
+
+    Returns:
+        The allowed differences, for example "train.steps 100 -> 200".
+
+    Raises:
+        ConfigError: naming everything that differs and may not.
+    """
+    flat = json.loads(json.dumps(flatten(settings)))
+    # A run of an earlier version did what is now the default of a setting it did not know.
+    before = json.loads(json.dumps(flatten(Settings()))) | before
+    free: list[str] = []
+    refused: list[str] = []
+    for key, value in flat.items():
+        if before.get(key) == value or key in UNREPORTED:
+            continue
+        text = f"{key} {json.dumps(before.get(key))} -> {json.dumps(value)}"
+        (free if key in FREE_TO_CHANGE or key in settings.resume.allow else refused).append(text)
+    if refused:
+        names = " ".join(text.split(" ", 1)[0] for text in refused)
+        raise ConfigError(
+            f"{where} holds a run with other settings: {'; '.join(refused)}; continue it with its "
+            f"own, choose another --run-dir, or allow them: --resume.allow {names}"
+        )
+    return free
+
+
+# ---- Weights and optimizer --------------------------------------------------------------------
+
+
+def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> None:
+    """Puts the trained tensors of a training checkpoint into a model, before it is sharded.
+
+    Args:
+        path: the training checkpoint.
+        model: whole, with weights; `requires_grad` tells what trains.
+        first_row: as for `Saver`.
+
+    Raises:
+        CheckpointError: they were trained on another base, or are other tensors.
+    """
+    trains = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {stored_name(n, first_row): stored_shape(n, p, first_row) for n, p in trains.items()}
+    file = path / TRAINABLE_FILE
+    stored, info = read_blocks(file)
+    check_blocks(file, stored, info, model.config, shapes)
+    tensors = {name: tensor.read() for name, tensor in stored.items()}
+    joined = put_new_rows(trains, tensors) if first_row else trains
+    for name, tensor in joined.items():
+        model.get_parameter(name).data = tensors.get(name, tensor)
+
+
+def load_optimizer(
+    path: Path,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    first_row: int = 0,
+) -> None:
+    """Loads the moments of a training checkpoint into the optimizer, each rank its own shards.
+
+    Args:
+        path: the training checkpoint.
+        parameters: name -> sharded parameter, as given to `Saver.start`.
+        optimizer: fresh AdamW over these.
+        step: optimizer steps applied.
+        first_row: as for `Saver`.
+
+    Raises:
+        CheckpointError: the file holds the moments of other parameters.
+    """
+    file = path / OPTIMIZER_FILE
+    stored = read_header(file)
+    names = {name: stored_name(name, first_row) for name in parameters}
+    if set(stored) != {f"{name}.{moment}" for name in names.values() for moment in MOMENTS}:
+        raise CheckpointError(f"{file}: holds the moments of other parameters")
+    for name, parameter in parameters.items():
+        state: dict[str, Tensor] = {"step": torch.tensor(float(step), device=parameter.device)}
+        for moment in MOMENTS:
+            saved = stored[f"{names[name]}.{moment}"].read()
+            full = whole_part(name, saved, first_row).to(parameter.device)
+            if isinstance(parameter, DTensor):
+                full = distribute_tensor(
+                    full, parameter.device_mesh, parameter.placements, src_data_rank=None
+                ).to(parameter.device)  # the mesh is on the GPU, even if the parameter is offloaded
+            state[moment] = full
+        optimizer.state[parameter] = state
 
 
 # ---- One run in a run directory -----------------------------------------------------------------

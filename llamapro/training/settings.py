@@ -4,7 +4,6 @@ Every mistake is found before anything starts, and one message names all of them
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +18,7 @@ class ModelSettings:
     """The model to train."""
 
     path: str = ""
-    """Checkpoint directory to start from, usually made by 'convert.py expand', or hf://owner/name."""
+    """Checkpoint directory to start from, usually made by 'llamapro expand', or hf://owner/name."""
     config: str = ""
     """A config.json to train from random weights, instead of path."""
     tokenizer: str = ""
@@ -45,7 +44,7 @@ class DataSettings:
     """Template of conversations: llama2, llama3, mistral, chatml or a .jinja file; empty takes the
     model's own."""
     too_long: Literal["drop", "truncate", "split"] = "drop"
-    """What to do with a conversation that is longer than a sequence."""
+    """Treatment of a conversation that is longer than a sequence."""
     seq_len: int = 4096
     """Tokens per sequence. Documents, or whole conversations, are packed to fill it."""
     cache_dir: str = "~/.cache/llamapro"
@@ -224,21 +223,6 @@ class Settings:
         return max(1, round(self.train.epochs * samples_per_epoch / self.train.batch_size))
 
 
-# A resumed run may differ in these: in how and where it computes, how long, and what it shows.
-# Everything else decides what is computed.
-FREE_TO_CHANGE = {
-    "config", "run_dir", "processes", "resume.allow", "log_every", "log_seconds", "log_to",
-    "log_spikes", "dry_run", "json",
-    "data.cache_dir", "data.workers",
-    "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
-    "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
-    "optim.final_lr_ratio", "optim.skip_bad_steps", "eval.every", "eval.sequences",
-    "save.every", "save.keep", "save.keep_every", "save.background",
-}  # fmt: skip
-# Nobody needs to be told that these differ.
-UNREPORTED = {"config", "run_dir", "processes", "resume.allow", "log_seconds"} | {"dry_run", "json"}
-
-
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
     """Returns {"train.steps": 100, ...}."""
     flat: dict[str, Any] = {}
@@ -249,39 +233,6 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = value
     return flat
-
-
-def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]:
-    """Compares a run's settings with those it is to go on with.
-
-    Args:
-        before: what `flatten` gave, from JSON.
-        settings: of now.
-        where: names the run in the message.
-
-    Returns:
-        The allowed differences, for example "train.steps 100 -> 200".
-
-    Raises:
-        ConfigError: naming everything that differs and may not.
-    """
-    flat = json.loads(json.dumps(flatten(settings)))
-    # A run of an earlier version did what is now the default of a setting it did not know.
-    before = json.loads(json.dumps(flatten(Settings()))) | before
-    free: list[str] = []
-    refused: list[str] = []
-    for key, value in flat.items():
-        if before.get(key) == value or key in UNREPORTED:
-            continue
-        text = f"{key} {json.dumps(before.get(key))} -> {json.dumps(value)}"
-        (free if key in FREE_TO_CHANGE or key in settings.resume.allow else refused).append(text)
-    if refused:
-        names = " ".join(text.split(" ", 1)[0] for text in refused)
-        raise ConfigError(
-            f"{where} holds a run with other settings: {'; '.join(refused)}; continue it with its "
-            f"own, choose another --run-dir, or allow them: --resume.allow {names}"
-        )
-    return free
 
 
 def check(settings: Settings, world_size: int) -> None:

@@ -35,9 +35,7 @@ def init_random(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def select_trainable(
-    model: LlamaForCausalLM, trainable: str, new_tokens: bool = False
-) -> list[str]:
+def freeze(model: LlamaForCausalLM, trainable: str, new_tokens: bool = False) -> list[str]:
     """Sets `requires_grad` of every parameter, before weights are loaded and sharded.
 
     Args:
@@ -60,7 +58,7 @@ def select_trainable(
         raise ConfigError("train.new_tokens true: with train.trainable 'all' they train anyway")
     if not first_new_row(model.config):
         raise ConfigError(
-            "train.new_tokens true: this model's vocabulary did not grow; give 'convert.py expand' "
+            "train.new_tokens true: this model's vocabulary did not grow; give 'llamapro expand' "
             "--add-tokens, or set it to false"
         )
     for name in NEW_ROWS:

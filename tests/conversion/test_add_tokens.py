@@ -4,7 +4,6 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,24 +26,6 @@ TOKENS = ("<|im_start|>", "<|im_end|>")
 EMBEDDING, HEAD = NEW_ROWS
 LAYOUT = expansion.interleave(2, 1)
 Expand = Callable[..., tuple[Path, Path]]
-
-
-@pytest.fixture
-def expand(
-    tmp_path: Path,
-    tiny_config: Callable[..., ModelConfig],
-    write_random_checkpoint: Callable[..., Path],
-) -> Expand:
-    """`expand(dtype=..., **config) -> (base, grown)`: 2 layers, then 3 and `TOKENS`."""
-
-    def make(dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Path, Path]:
-        config = tiny_config(num_hidden_layers=2, **overrides)
-        base = write_random_checkpoint(tmp_path / "base", config, dtype)
-        grown = tmp_path / "grown"
-        expand_checkpoint(Checkpoint.open(base), grown, LAYOUT, new_tokens=TOKENS)
-        return base, grown
-
-    return make
 
 
 def bits(tensor: Tensor) -> Tensor:

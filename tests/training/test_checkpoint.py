@@ -24,8 +24,9 @@ from llamapro.checkpoints.run import (
 )
 from llamapro.errors import CheckpointError
 from llamapro.training import checkpoint as train_state
-from llamapro.training.checkpoint import Saver, load_optimizer, remove_old
+from llamapro.training.checkpoint import Saver, remove_old
 from llamapro.training.distributed import Ranks, process_group
+from llamapro.training.resume import load_optimizer
 
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safetensors"]
 INFO = BlocksInfo("new_blocks", "ab" * 32, (1,), 0)

@@ -38,7 +38,7 @@ from llamapro.training.plan import Spread, estimate_memory
 from llamapro.training.replay import split_replayed
 from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.training.settings import TrainSettings as Train
-from llamapro.training.weights import init_random, mask_gradients, select_trainable
+from llamapro.training.weights import freeze, init_random, mask_gradients
 
 IGNORED = ops.IGNORE_INDEX
 OPTIONS: tuple[Frozen, ...] = ("shard", "gather", "replicate")
@@ -445,7 +445,7 @@ def test_rows_of_added_tokens_learn_from_it_and_the_bases_do_not(home: Path) -> 
     """With train.new_tokens only the head's last row has a gradient."""
     checkpoint = Checkpoint.open(home / "again")
     model = build_on_meta(checkpoint.config)
-    names = select_trainable(model, "new_blocks", new_tokens=True)
+    names = freeze(model, "new_blocks", new_tokens=True)
     load_tensors(model, checkpoint.state_dict())
     mask_gradients({name: model.get_parameter(name) for name in names}, 400)
     distilling(model)(IDS, FOLLOWING, None, 1)[0].backward()

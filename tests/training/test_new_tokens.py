@@ -15,7 +15,6 @@ from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import NEW_ROWS, read_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE, read_metrics
-from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint, merge_many, strip_checkpoint
 from llamapro.conversion.verify import verify
@@ -26,7 +25,7 @@ from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
 from llamapro.training.plan import Spread, estimate_memory
 from llamapro.training.settings import DataSettings, Settings, TrainSettings
-from llamapro.training.weights import mask_gradients, select_trainable
+from llamapro.training.weights import freeze, mask_gradients
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
 EMBEDDING, HEAD = NEW_ROWS
@@ -34,36 +33,14 @@ LAYOUT = expansion.interleave(2, 1)
 Expand = Callable[..., tuple[Path, Path]]
 
 
-@pytest.fixture
-def expand(
-    tmp_path: Path,
-    tiny_config: Callable[..., ModelConfig],
-    write_random_checkpoint: Callable[..., Path],
-) -> Expand:
-    """`expand(dtype=..., **config) -> (base, grown)`: 2 layers, then 3 and `TOKENS`."""
-
-    def make(dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Path, Path]:
-        config = tiny_config(num_hidden_layers=2, **overrides)
-        base = write_random_checkpoint(tmp_path / "base", config, dtype)
-        grown = tmp_path / "grown"
-        expand_checkpoint(Checkpoint.open(base), grown, LAYOUT, new_tokens=TOKENS)
-        return base, grown
-
-    return make
-
-
 def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in directory.iterdir() if f.suffix != ".safetensors"}
 
 
 def loaded(path: Path, new_tokens: bool) -> tuple[LlamaForCausalLM, list[str]]:
     checkpoint = Checkpoint.open(path)
     model = build_on_meta(checkpoint.config)
-    names = select_trainable(model, "new_blocks", new_tokens)
+    names = freeze(model, "new_blocks", new_tokens)
     load_tensors(model, checkpoint.state_dict())
     return model, names
 
@@ -98,7 +75,7 @@ def test_new_rows_train_only_where_there_are_some(expand: Expand, tmp_path: Path
         loaded(tmp_path / "blocks", True)
     model = build_on_meta(Checkpoint.open(grown).config)
     with pytest.raises(ConfigError, match="'all'"):
-        select_trainable(model, "all", True)
+        freeze(model, "all", True)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -23,9 +23,9 @@ from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
 from llamapro.checkpoints.run import newest_intact, read_state, training_checkpoints
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.training import checkpoint as train_state
-from llamapro.training.checkpoint import Saver, load_optimizer
+from llamapro.training.checkpoint import Saver
 from llamapro.training.distributed import Ranks, process_group
-from llamapro.training.resume import RunLock, find_resume_point, locked
+from llamapro.training.resume import RunLock, find_resume_point, load_optimizer, locked
 
 INFO = BlocksInfo("new_blocks", "ab" * 32, (1,), 0)
 SHAPES = {"model.layers.1.a.weight": (5, 3), "model.layers.1.b.weight": (7,)}

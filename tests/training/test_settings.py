@@ -11,11 +11,10 @@ import pytest
 
 from llamapro.errors import ConfigError
 from llamapro.training.preset import parse, read_toml
+from llamapro.training.resume import FREE_TO_CHANGE, changes
 from llamapro.training.settings import (
-    FREE_TO_CHANGE,
     Settings,
     TrainSettings,
-    changes,
     check,
     flatten,
 )

@@ -19,7 +19,8 @@ from llamapro.training.metrics import MetricsLog, is_installed
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.progress import Progress
-from llamapro.training.settings import Settings, changes, check, flatten
+from llamapro.training.resume import changes
+from llamapro.training.settings import Settings, check, flatten
 from llamapro.training.state import RunState
 
 EVAL = {"kind": "eval", "step": 0, "set": "general", "loss": 1.5, "perplexity": 4.5}

@@ -498,7 +498,7 @@ def test_blocks_of_another_base_are_refused(
 
 MISTAKES: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"model__path": "nowhere"}, CheckpointError, "nowhere: no such checkpoint directory"),
-    ({"model__path": "{home}/base"}, ConfigError, "no 'llamapro' record; run 'convert.py expand'"),
+    ({"model__path": "{home}/base"}, ConfigError, "no 'llamapro' record; run 'llamapro expand'"),
     ({"data__train": "{home}/nothing*.py"}, DataError, r"nothing\*\.py"),
     ({"data__val": "code={home}/gone.py"}, DataError, r"gone\.py"),
     ({"data__val": "{home}/val.py"}, ConfigError, "NAME=PATH"),
