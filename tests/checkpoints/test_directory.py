@@ -209,7 +209,7 @@ def test_a_missing_directory_or_configuration_is_named(single: Path, tmp_path: P
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("consolidated.00.pth", "Meta release: run 'convert.py from-meta"),
+        ("consolidated.00.pth", "Meta release: run 'llamapro from-meta"),
         ("pytorch_model-00001-of-00002.bin", "pickled weights"),
         ("readme.txt", f"expected {SINGLE_FILE} or {INDEX_FILE}"),
     ],
