@@ -165,7 +165,7 @@ def test_only_the_latest_generation_trains(tiny_config: Callable[..., ModelConfi
     assert names == [name for name, p in model.named_parameters() if p.requires_grad]
     everything = [name for name, _ in model.named_parameters()]
     assert expansion.select_trainable(model, "all") == everything
-    with pytest.raises(ConfigError, match=r"no 'llamapro' record.*convert\.py expand"):
+    with pytest.raises(ConfigError, match=r"no 'llamapro' record.*llamapro expand"):
         expansion.select_trainable(build_on_meta(tiny_config()), "new_blocks")
 
 
