@@ -1,7 +1,6 @@
-"""Tokenizers of every LLaMA-shaped model: text to ids, ids to text, also as a stream.
+"""Tokenizers: text to ids, and ids to text, also as a stream.
 
-They are read from sentencepiece's `tokenizer.model`, Llama 3's `tokenizer.model` of BPE ranks, or
-`tokenizer.json`, together with the Hugging Face files beside these.
+`vocabulary` reads their files; the Hugging Face files beside these add tokens.
 """
 
 import codecs
@@ -38,11 +37,10 @@ class Tokenizer:
         path: the vocabulary's file.
         files: all files that decide the ids; `path` is the first.
         vocab_size: the highest id + 1, added tokens included.
-        bos_id: id put before a document, or None if there is none.
+        bos_id: id put before a document, or None.
         eos_id: id put after a document, or None.
         special_tokens: control tokens, name to id.
-        adds_space: whether a space is put before every text, as sentencepiece does and Llama 3's
-            tokenizer does not.
+        adds_space: whether a space is put before every text, as sentencepiece does.
         fingerprint: SHA-256, in hexadecimal, of what decides the ids: the vocabulary's file, and
             added tokens, BOS and EOS where other files change them.
     """
@@ -108,9 +106,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Loads a vocabulary file, or the one in a directory, and the files beside it.
 
-        In a directory, `tokenizer.model`, then Llama 3's in `original`, comes before
-        `tokenizer.json`, because the model was trained with the first and the second is made from
-        it. They must agree. The directory's Hugging Face files decide added tokens, BOS and EOS.
+        `tokenizer.model`, here or in `original`, comes before `tokenizer.json`, which is made from
+        it; they must agree.
 
         Raises:
             DataError: a file is missing, damaged, of another kind or contradicts one beside it, or
@@ -139,7 +136,7 @@ class Tokenizer:
         files = [path, *(directory / n for n in COMPANIONS if (directory / n).exists())]
         if raw_json and path is not json_path:
             files.append(json_path)
-            # What sentencepiece calls user-defined pieces are added tokens there.
+            # Sentencepiece's user-defined pieces are added tokens there.
             listed = {t.get("id"): name_of(t) for t in raw_json.get("added_tokens", [])}
             texts = {i: str(name).replace("\u2581", " ").encode() for i, name in listed.items()}
             rest = {i: p for i, p in vocabulary.pieces.items() if texts.get(i) != p}
@@ -177,14 +174,15 @@ class Tokenizer:
         """Returns the token ids of a text.
 
         Args:
-            text: any text; the names of control tokens in it ("<s>") are plain characters.
+            text: any text.
             bos: put `bos_id` first, if there is one.
             eos: put `eos_id` last, if there is one.
-            special: the names of control tokens stand for them; for trusted text only.
+            special: names of control tokens ("<s>") stand for them instead of being plain
+                characters; for trusted text only.
             continues: the text continues a document, so no space is put before it.
 
         Raises:
-            DataError: the text holds half a surrogate pair, which UTF-8 cannot encode.
+            DataError: UTF-8 cannot encode the text.
         """
         try:
             text.encode()
@@ -202,8 +200,7 @@ class Tokenizer:
     ) -> Iterator[tuple[str, list[int]]]:
         """Yields the parts of a text with their ids: a token's name, or the text between tokens.
 
-        The character `mark` is left out, and a name with it inside is plain text. The other
-        arguments are those of `encode`.
+        The character `mark` is left out of the text; a name with it inside is plain text.
         """
         for number, part in enumerate(self._patterns[special].split(text)):
             if number % 2:  # the name of a token
@@ -226,24 +223,23 @@ class Tokenizer:
         return self._encode_text(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of token ids.
+        """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD.
 
-        Control tokens give no text, and neither do ids past the vocabulary, because models are
-        often padded with rows that no token has. Bytes that are not UTF-8 become U+FFFD.
+        Control tokens and ids past the vocabulary, the rows of a padded model, give no text.
         """
         decoder = StreamingDecoder(self)
         return "".join([*map(decoder.feed, ids), decoder.flush()])
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Returns the bytes of text a token stands for; those of a control token are none."""
+        """Returns the bytes of text that a token stands for, b"" for a control token."""
         return self._pieces.get(token_id, b"")
 
 
 class StreamingDecoder:
     """Turns ids into text one at a time, as they are generated.
 
-    The texts returned by `feed`, and by `flush` at the end, continue the prompt's text: together
-    they are `tokenizer.decode` of all ids, although a token may end inside a character.
+    The texts of the prompt, of `feed` and of `flush` are together `tokenizer.decode` of all ids,
+    although a token may end inside a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()) -> None:

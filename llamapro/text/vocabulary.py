@@ -1,8 +1,7 @@
 """The vocabulary files of LLaMA-shaped models, and the files beside them that name tokens.
 
-Each kind of vocabulary file is read with its own library: sentencepiece's `tokenizer.model` with
-sentencepiece, Llama 3's `tokenizer.model` of BPE ranks with tiktoken, and `tokenizer.json` with
-tokenizers. `llamapro.text.tokenizer` makes one tokenizer from what they say.
+The library sentencepiece reads its own `tokenizer.model`, tiktoken Llama 3's `tokenizer.model` of
+BPE ranks, and tokenizers `tokenizer.json`.
 """
 
 import base64
@@ -16,7 +15,7 @@ from llamapro.errors import DataError
 from llamapro.files import read_json
 
 JSON_NAME = "tokenizer.json"
-# Where Meta's Hugging Face repositories keep Llama 3's ranks, because other programs take a
+# Meta's Hugging Face repositories keep Llama 3's ranks here, because other programs take a
 # `tokenizer.model` beside a tokenizer.json for a sentencepiece model.
 RANKS_NAME = "original/tokenizer.model"
 # Optional files beside the vocabulary that name tokens.
@@ -30,7 +29,7 @@ LLAMA_3_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA_3_RANKS = 128_000
-# That file also cuts longer runs with or without white space: tiktoken crashes on 10^6 spaces.
+# That file also cuts longer runs with or without white space: tiktoken crashes on a million spaces.
 _RUN = 25_000
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_RUN + 1},}}|(?<!\S)\S{{{_RUN + 1},}}")
 # The names of Llama 3.1 and later; some of them are still reserved tokens in 3.0.
@@ -63,10 +62,9 @@ class Vocabulary:
 
     Attributes:
         encode: text to ids; names of control tokens are plain characters.
-        pieces: id to the bytes of text it stands for; control tokens have none.
+        pieces: id to the bytes of text that it stands for, without control tokens.
         added: control tokens, and others that `encode` finds itself.
-        bos_id: BOS according to this file alone, or None.
-        eos_id: EOS likewise.
+        bos_id, eos_id: BOS and EOS according to this file alone, or None.
     """
 
     encode: Callable[[str], list[int]]
@@ -80,7 +78,7 @@ class Vocabulary:
 
 
 def read_vocabulary(path: Path, content: bytes, raw_json: dict[str, Any]) -> Vocabulary:
-    """Reads a vocabulary file of any kind, `raw_json` if it is a tokenizer.json.
+    """Reads a vocabulary file of any kind; `raw_json` is the content of a tokenizer.json.
 
     Raises:
         DataError: the file is damaged or of another kind, or the library for it is not installed.
@@ -107,10 +105,8 @@ def _read_sentencepiece(path: Path, content: bytes) -> Vocabulary:
         piece: str = model.id_to_piece(i)
         if model.is_control(i) or model.is_unknown(i):
             added[piece] = AddedToken(i, special=True)
-        elif model.is_byte(i):
-            pieces[i] = bytes.fromhex(piece[3:5])  # "<0x0A>"
         else:
-            pieces[i] = piece.replace("\u2581", " ").encode()
+            pieces[i] = _piece_bytes(piece)
     bos, eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
     return Vocabulary(model.encode, pieces, added, bos, eos)
 
@@ -205,7 +201,7 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
     """Returns id to bytes of the tokens in a tokenizer.json, without the added ones.
 
     Raises:
-        DataError: its decoder is not that of a LLaMA-shaped model, or it has no vocabulary.
+        DataError: the decoder is not that of a LLaMA-shaped model, or there is no vocabulary.
     """
     kinds = {part.get("type") for part in _parts(raw.get("decoder"), "decoders")}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
@@ -213,27 +209,25 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
             f"{path}: its decoder is {sorted(map(str, kinds))}, expected ByteLevel, ByteFallback "
             f"or Metaspace: not the tokenizer of a LLaMA-shaped model"
         )
-    model = raw.get("model")
-    tokens = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(tokens, dict):  # BPE
-        tokens = list(tokens.items())
-    elif isinstance(tokens, list):  # Unigram, with scores
-        tokens = [(token, i) for i, (token, _) in enumerate(tokens)]
-    else:
+    vocab = raw.get("model", {}).get("vocab")
+    if isinstance(vocab, list):  # Unigram: names and scores
+        vocab = {name: i for i, (name, _) in enumerate(vocab)}
+    if not isinstance(vocab, dict):
         raise DataError(f"{path}: has no vocabulary ('model.vocab')")
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
+
+    def to_bytes(name: str) -> bytes:
+        return bytes(map(to_byte.__getitem__, name)) if "ByteLevel" in kinds else _piece_bytes(name)
+
     added = {token["id"] for token in raw.get("added_tokens", [])}
-    pieces: dict[int, bytes] = {}
-    for token, i in tokens:
-        if i in added:
-            continue
-        if "ByteLevel" in kinds:
-            pieces[i] = bytes(to_byte[character] for character in token)
-        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
-            pieces[i] = bytes.fromhex(token[3:5])
-        else:
-            pieces[i] = token.replace("\u2581", " ").encode()
-    return pieces
+    return {i: to_bytes(name) for name, i in vocab.items() if i not in added}
+
+
+def _piece_bytes(name: str) -> bytes:
+    """Returns the bytes of a token that is named as sentencepiece does: "<0x0A>", "▁word"."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", name):
+        return bytes.fromhex(name[3:5])
+    return name.replace("\u2581", " ").encode()
 
 
 def _parts(raw: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -276,11 +270,13 @@ def added_tokens(
 ) -> dict[str, AddedToken]:
     """Returns the tokens that the files of a directory add to its vocabulary, or rename.
 
-    `names` are its `special_tokens_map.json` and `tokenizer_config.json`, as one object, and
-    `raw_json` is its `tokenizer.json`, or {}.
+    Args:
+        directory: holds the files.
+        names: `special_tokens_map.json` and `tokenizer_config.json`, as one object.
+        raw_json: `tokenizer.json`, or {}.
 
     Raises:
-        DataError: naming the file, if an entry is not a token, or two files disagree about its id.
+        DataError: an entry is not a token, or two files disagree about its id.
     """
     lists = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     roles = {name_of(token) for key, token in names.items() if key.endswith("_token")}
