@@ -16,7 +16,7 @@ from llamapro.scripts import CONFIGS
 
 
 class Command(NamedTuple):
-    """Where a command's `main(argv, prog)` is, and what the overview says about it."""
+    """The module of a command's `main(argv, prog)`, and its line in the overview."""
 
     module: str
     usage: str
@@ -90,8 +90,8 @@ def run_command(name: str, argv: list[str]) -> None:
     elif module == _CONVERT:  # whose own subcommands these are
         importlib.import_module(module).main([name, *argv], prog="llamapro")
     else:
-        argv = [*argv, "--chat"] if name == "chat" else argv
-        importlib.import_module(module).main(argv, prog=f"llamapro {name}")
+        main = "main_chat" if name == "chat" else "main"
+        getattr(importlib.import_module(module), main)(argv, prog=f"llamapro {name}")
 
 
 def presets(argv: list[str]) -> None:

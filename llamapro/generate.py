@@ -22,56 +22,75 @@ from llamapro.errors import ConfigError, DataError
 from llamapro.inference.chat import Conversation, converse
 from llamapro.inference.options import ComputeOptions, SamplingOptions
 from llamapro.inference.sampling import write_text
-from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
 
 @dataclass
-class Args(ComputeOptions, SamplingOptions):
-    """Continue a prompt, or a conversation, with a checkpoint; text is printed as it is written."""
+class ChatArgs(ComputeOptions, SamplingOptions):
+    """Hold a conversation with a checkpoint; answers are printed as they are written.
+
+    A terminal asks for each turn: an empty line, /exit or Ctrl-D ends, /reset starts again. In a
+    script, --prompt is the only turn; without it, each line of standard input is a turn.
+    """
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
     """Checkpoint directory with its tokenizer, or hf://owner/name."""
     prompt: str = ""
-    """Text to continue; an empty one starts a new document. With --chat: the first turn."""
-    chat: bool = False
-    """Answer turns of a conversation. A terminal asks for each turn: an empty line, /exit or Ctrl-D
-    ends, /reset starts again. In a script, --prompt is the only turn; without it, each line of
-    standard input is a turn."""
+    """First turn of the conversation."""
     system: str = ""
-    """With --chat: the system's turn, before all others."""
+    """System turn of the conversation, before all others."""
     chat_template: str = ""
-    """With --chat: llama2, llama3, mistral, chatml or a .jinja file; the model's own if empty."""
+    """Chat template of the conversation: llama2, llama3, mistral, chatml or a .jinja file; the
+    model's own by default."""
     json: bool = False
     """Print the result as one JSON object."""
 
-    def check(self) -> None:
-        """Raises ConfigError with every option that is impossible."""
+
+@dataclass
+class Args(ChatArgs):
+    """Continue a prompt with a checkpoint; the text is printed as it is written."""
+
+    prompt: str = ""
+    """Text to continue; an empty one starts a new document. With --chat: the first turn."""
+    chat: bool = False
+    """Hold a conversation, as 'llamapro chat' does."""
+
+    def find_mistakes(self) -> list[str]:
+        """Returns a message for every value that is impossible."""
+        chat_only = {"--system": self.system, "--chat-template": self.chat_template}
         wrong = [
             f"{name}: is of use with --chat only"
-            for name, value in [("--system", self.system), ("--chat-template", self.chat_template)]
+            for name, value in chat_only.items()
             if value and not self.chat
         ]
-        if wrong := wrong + self.find_mistakes():
-            raise ConfigError("; ".join(wrong))
+        return wrong + super().find_mistakes()
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m llamapro.generate") -> None:
     """Runs the command with these arguments, those of the process by default."""
-    args = tyro.cli(Args, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-    args.check()
+    _run(tyro.cli(Args, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,)))
+
+
+def main_chat(argv: list[str], prog: str) -> None:
+    """Runs the command `llamapro chat` with these arguments."""
+    _run(tyro.cli(ChatArgs, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,)))
+
+
+def _run(args: ChatArgs) -> None:
+    if wrong := args.find_mistakes():
+        raise ConfigError("; ".join(wrong))
     checkpoint = Checkpoint.open(args.dir)
     tokenizer = Tokenizer.load(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))
-    command = chat if args.chat else continue_prompt
+    is_text = isinstance(args, Args) and not args.chat
     with args.backends():
-        result = command(checkpoint, tokenizer, args)
+        result = (continue_prompt if is_text else chat)(checkpoint, tokenizer, args)
     if args.json:
         cli.print_result(result, True, "")
 
 
-def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) -> dict[str, Any]:
+def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> dict[str, Any]:
     """Loads the model and answers turns; with --json the answers go to standard error.
 
     Raises:
@@ -88,8 +107,11 @@ def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) -> dict[str, 
     return converse(conversation, args.prompt, sys.stderr if args.json else sys.stdout)
 
 
-def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) -> dict[str, Any]:
-    """Loads the model and continues --prompt.
+def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> dict[str, Any]:
+    """Loads the model and continues --prompt, printing as it goes unless JSON was asked for.
+
+    Returns:
+        prompt, text, tokens (their number), tokens_per_s.
 
     Raises:
         ConfigError: the prompt is empty or too long.
@@ -104,31 +126,18 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: Args) ->
             f"--prompt has {len(prompt)} tokens; the context of {args.dir} is {context}: shorten it"
         )
     model = args.load(checkpoint)
-    result = write(model, tokenizer, prompt, min(args.max_new_tokens, room), args)
-    stopped = "context full, " if result["tokens"] == room < args.max_new_tokens else ""
-    print(
-        f"{stopped}{result['tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s",
-        file=sys.stderr,
-    )
-    return result
 
+    def show(text: str) -> None:
+        if not args.json:
+            print(text, end="", flush=True)
 
-def write(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: list[int], limit: int, args: Args
-) -> dict[str, Any]:
-    """Continues a prompt, printing as it goes unless JSON was asked for.
-
-    Returns:
-        prompt, text, tokens (their number), tokens_per_s.
-    """
-    if not args.json:
-        print(args.prompt, end="", flush=True)
+    show(args.prompt)
     pieces, count, started = [], 0, time.perf_counter()
     for token_id, piece in write_text(
         model,
         StreamingDecoder(tokenizer, prompt),
         prompt,
-        limit,
+        min(args.max_new_tokens, room),
         args.temperature,
         args.top_p,
         args.seed,
@@ -136,17 +145,13 @@ def write(
     ):
         count += token_id is not None
         pieces.append(piece)
-        if not args.json:
-            print(piece, end="", flush=True)
-    elapsed_s = time.perf_counter() - started
-    if not args.json:
-        print()
-    return {
-        "prompt": args.prompt,
-        "text": "".join(pieces),
-        "tokens": count,
-        "tokens_per_s": count / elapsed_s,
-    }
+        show(piece)
+    tokens_per_s = count / (time.perf_counter() - started)
+    show("\n")
+    stopped = "context full, " if count == room < args.max_new_tokens else ""
+    print(f"{stopped}{count} tokens, {tokens_per_s:.1f} tokens/s", file=sys.stderr)
+    text = "".join(pieces)
+    return {"prompt": args.prompt, "text": text, "tokens": count, "tokens_per_s": tokens_per_s}
 
 
 class _CallableModule(ModuleType):

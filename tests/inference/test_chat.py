@@ -4,9 +4,9 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def start(checkpoint: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> St
 
 
 class Reader:
-    """What the model is given: `ids` as they stand in its context, and how many at a time."""
+    """Records the model's inputs: `ids` in its context, and the number read at a time."""
 
     def __init__(self, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ids: list[int] = []
@@ -122,22 +122,23 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def run(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, run_command: Run) -> Run:
-    """`run(stdin, *options) -> (exit status, stdout, stderr)` of the command with --chat."""
+    """`run(stdin, *options) -> (exit status, stdout, stderr)` of the command."""
 
     def run(stdin: Any, *options: object, path: Path = checkpoint) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
-        base = (path, "--chat", "--device", "cpu", "--max-new-tokens", 8)
-        return run_command(command.main, *base, *options)
+        base = (path, "--device", "cpu", "--max-new-tokens", 8)
+        main = partial(command.main_chat, prog="llamapro chat")
+        return run_command(main, *base, *options)
 
     return run
 
 
 def ignore(_piece: str) -> None:
-    """Where an answer is not looked at as it is written."""
+    """Takes an answer that no test looks at while it is written."""
 
 
 def shared_start(first: list[int], second: list[int]) -> int:
-    """How many ids two sequences have in common before they differ."""
+    """The number of ids that two sequences have in common before they differ."""
     pairs = enumerate(zip(first, second, strict=False))
     return next(at for at, (a, b) in pairs if a != b)
 
@@ -154,7 +155,7 @@ def assistant(text: str) -> dict[str, str]:
 def test_each_prompt_is_the_templates_token_by_token(
     checkpoint: Path, tokenizer: Tokenizer, start: Start, reader: Reader, name: str
 ) -> None:
-    """Of all turns so far, whatever is cached; names of control tokens in a turn stay text."""
+    """A prompt renders all turns, cached or not; names of control tokens in a turn stay text."""
     template = ChatTemplate.load(checkpoint, tokenizer, name)
     conversation = start(chat_template=name, system="Be brief.")
     assert conversation.messages == [{"role": "system", "content": "Be brief."}]
@@ -186,7 +187,7 @@ def test_cached_answers_are_those_of_prompts_read_anew(
 
 
 def test_only_what_is_new_is_read(start: Start, reader: Reader, tokenizer: Tokenizer) -> None:
-    """What a prompt shares with the last one and its answer is not read again; nor is a system."""
+    """The start that a prompt shares with the last one and its answer is not read again."""
     conversation = start(system="Be brief, and always say what you know and what you guess.")
     conversation.answer("def f(x):", ignore)
     before = list(reader.ids)
@@ -423,23 +424,15 @@ def test_missing_and_foreign_templates_exit_2(run: Run, checkpoint: Path, tmp_pa
     assert status == 2 and "renders the conversation as nothing" in message
 
 
-def test_command_runs_on_a_terminal(checkpoint: Path, root: Path, start: Start) -> None:
+def test_command_runs_on_a_terminal(run: Run, start: Start) -> None:
     """A real one for its input: the answers alone are on standard output."""
     pty = pytest.importorskip("pty")
     conversation = start()
     conversation.answer("def", ignore)
     ours, theirs = pty.openpty()
     os.write(ours, b"def\n/exit\n")
-    arguments = [str(checkpoint), "--chat", "--device", "cpu", "--max-new-tokens", "8"]
-    done = subprocess.run(
-        [sys.executable, "-m", "llamapro.generate", *arguments],
-        cwd=root,
-        stdin=theirs,
-        capture_output=True,
-        text=True,
-    )
+    with open(theirs) as terminal:
+        status, shown, notes = run(terminal)
     os.close(ours)
-    os.close(theirs)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == conversation.messages[-1]["content"] + "\n"
-    assert done.stderr.count("you: ") == 2
+    assert (status, shown) == (0, conversation.messages[-1]["content"] + "\n")
+    assert notes.count("you: ") == 2
