@@ -1,4 +1,4 @@
-"""What every command shares: exit status, messages, cleaning up; and the command llamapro."""
+"""Exit status, messages and cleaning up, which all commands share; and the command llamapro."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_users_mistake_is_one_line_and_exit_2(kind: str) -> None:
 
 
 def test_programmers_mistake_keeps_its_traceback() -> None:
-    """What is not the user's fault is not dressed up as if it were."""
+    """An error that is not the user's fault does not look as if it were."""
     done = run("raise KeyError('oops')")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "KeyError: 'oops'" in done.stderr
@@ -111,7 +112,7 @@ def test_signals_clean_up_and_tell_in_one_line(
 
 
 def test_reader_that_goes_away_is_no_error() -> None:
-    """As in `command | head -1`: the command ends soon, with not a word on standard error."""
+    """The command ends soon, as in `command | head -1`, and prints nothing on standard error."""
     with started("print('ready', flush=True)\nwhile True:\n    print('x' * 1000)") as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
@@ -173,6 +174,7 @@ def test_every_command_has_a_help_text_of_one_form(
     """The usage names the command as it was called."""
     status, shown, _ = run_command(console.main, name, "--help")
     assert status == 0 and shown.lstrip().startswith(f"usage: llamapro {name} ")
+    assert ("Hold a conversation" in shown.split("options")[0]) == (name == "chat")
 
 
 def test_unknown_command_suggests_the_nearest(
@@ -187,7 +189,7 @@ def test_unknown_command_suggests_the_nearest(
 def test_presets_are_listed_and_copied(
     root: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """By name; an existing file is never overwritten."""
+    """A preset is copied by name; an existing file is never overwritten."""
     _, shown, _ = run_command(console.main, "presets", "--json")
     names = {file.stem for file in (root / "configs").glob("*.toml")}
     assert json.loads(shown)["presets"].keys() == names
@@ -197,6 +199,22 @@ def test_presets_are_listed_and_copied(
     assert "cannot be written" in run_command(console.main, *copy)[2]
     status, _, message = run_command(console.main, "presets", "copy", "stf", tmp_path / "x")
     assert status == 2 and "did you mean 'sft'?" in message
+
+
+def test_the_preset_of_a_base_needs_no_clone(
+    tmp_path: Path,
+    tokenizer_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:
+    """Its configuration is found from any directory, by name."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("Once upon a time there was a number. " * 500)
+    options = ["--data.train", "text.txt", "--data.val", "text=text.txt", "--dry-run"]
+    options += ["--config", "demo-base", "--model.tokenizer", tokenizer_file]
+    train = partial(console.run_command, "train")
+    status, shown, message = run_command(train, *options)
+    assert status == 0 and "demo-base" in shown, message
 
 
 def test_the_overview_is_fast(root: Path) -> None:

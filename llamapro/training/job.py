@@ -29,6 +29,7 @@ from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.distributed import Ranks
 from llamapro.training.plan import make_plan, render
 from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.preset import find_preset
 from llamapro.training.progress import say
 from llamapro.training.replay import describe_mix, read_prompts, written_by_base
 from llamapro.training.resume import changes, check_identity, find_resume_point, make_identity
@@ -71,7 +72,7 @@ class Job:
             checkpoint = Checkpoint.open(settings.model.path)
             config = checkpoint.config
         else:
-            config = ModelConfig.from_file(settings.model.config)
+            config = ModelConfig.from_file(find_preset(settings.model.config, ".json"))
         if settings.data.seq_len > config.max_position_embeddings:
             raise ConfigError(
                 f"data.seq_len {settings.data.seq_len} is over max_position_embeddings "

@@ -54,9 +54,9 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
     )
 
 
-def find_preset(name: str) -> Path:
-    """Returns the file of a preset: a path, or the name of one that this project brings along."""
-    named = CONFIGS / f"{name}.toml"
+def find_preset(name: str, suffix: str = ".toml") -> Path:
+    """Returns the file of a preset, given by its path or by its name among this project's own."""
+    named = CONFIGS / f"{name}{suffix}"
     return named if named.is_file() and not Path(name).is_file() else Path(name)
 
 

@@ -20,7 +20,7 @@ class ModelSettings:
     path: str = ""
     """Checkpoint directory to start from, usually made by 'llamapro expand', or hf://owner/name."""
     config: str = ""
-    """A config.json to train from random weights, instead of path."""
+    """A config.json, or demo-base, to train from random weights, instead of path."""
     tokenizer: str = ""
     """tokenizer.model, tokenizer.json or their directory; empty takes the one in model.path."""
 
