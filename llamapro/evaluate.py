@@ -22,7 +22,7 @@ from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError
 from llamapro.formatting import perplexity
-from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
+from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.inference.multiple_choice import (
     baselines,
     measure_choices,
@@ -40,7 +40,7 @@ from llamapro.training.objective import NextToken
 
 @dataclass(frozen=True)
 class Text:
-    """The documents of one --data argument, tokenised: BOS and text, with no EOS to predict."""
+    """The tokenised documents of one --data argument: BOS and text, with no EOS to predict."""
 
     name: str
     documents: list[list[int]]
@@ -48,7 +48,7 @@ class Text:
 
 
 def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
-    """Reads a file, folder or glob; standard error tells what was left out."""
+    """Reads a file, folder or glob; prints on standard error what was left out."""
     counts = Counts()
     documents: list[list[int]] = []
     pieces: list[Piece] = []
@@ -86,10 +86,14 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 @torch.inference_mode()
-def total_loss(
+def measure(
     model: LlamaForCausalLM, text: Text, context: int, stride: int, batch_size: int
-) -> tuple[float, int]:
-    """Returns the summed loss (nats) over a text and the number of predicted tokens."""
+) -> dict[str, float]:
+    """Returns loss (nats per token), perplexity, bits_per_byte and tokens of a text.
+
+    Raises:
+        ConfigError: the text has no token to predict.
+    """
     device = model.lm_head.weight.device
     cut = [
         (ids[start:end], [IGNORE_INDEX] * (first - 1 - start) + ids[first : end + 1])
@@ -101,7 +105,7 @@ def total_loss(
     loss_sum, count = 0.0, 0
     for at in tqdm(range(0, len(cut), batch_size), desc=text.name, unit="batch", disable=None):
         part = cut[at : at + batch_size]
-        shape = (len(part), max(len(ids) for ids, _ in part))
+        shape = (len(part), len(part[-1][0]))
         inputs = torch.zeros(shape, dtype=torch.int64)
         targets = torch.full(shape, IGNORE_INDEX)
         for row, (ids, following) in enumerate(part):  # padding comes after: causal, so unseen
@@ -110,32 +114,20 @@ def total_loss(
         part_sum, part_count = objective(inputs.to(device), targets.to(device))
         loss_sum += part_sum.item()
         count += int(part_count)
-    return loss_sum, count
-
-
-def measure(
-    model: LlamaForCausalLM, text: Text, context: int, stride: int, batch_size: int
-) -> dict[str, float]:
-    """Returns loss (nats per token), perplexity, bits_per_byte and tokens of a text.
-
-    Raises:
-        ConfigError: the text has no token to predict.
-    """
-    loss_sum, tokens = total_loss(model, text, context, stride, batch_size)
-    if not tokens:
+    if not count:
         raise ConfigError(f"{text.name}: has no token to predict")
-    loss = loss_sum / tokens
+    loss = loss_sum / count
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
         "bits_per_byte": loss_sum / math.log(2) / text.bytes,
-        "tokens": tokens,
+        "tokens": count,
     }
 
 
 @dataclass
 class Args(ComputeOptions):
-    """Measure a checkpoint on files: loss, perplexity, bits per byte, and answers to questions."""
+    """Measure a checkpoint: loss, perplexity and bits per byte of files, answers to questions."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
     """Checkpoint directory with its tokenizer, or hf://owner/name."""
@@ -145,30 +137,31 @@ class Args(ComputeOptions):
     choices: tuple[str, ...] = ()
     """Questions: .jsonl, .json or .parquet files with question (or prompt), choices and answer."""
     shots: int = 0
-    """Number of questions at the start of each --choices argument that are shown as examples
-    before every other question, and not asked."""
+    """Number of examples before each question. They are the first questions of the --choices
+    argument, which are not asked."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
-    """A second checkpoint, usually the base, measured beside the first with the token-distribution
+    """Second checkpoint, usually the base, measured beside the first with the token-distribution
     shift. --skip-new-blocks does not apply to it."""
     context: int = 0
     """Longest input in tokens; 0 takes the model's max_position_embeddings."""
     stride: int = 0
-    """Tokens by which the window moves; 0 takes half the context."""
+    """Tokens by which the window of the context moves; 0 takes half the context."""
     batch_size: int = 8
-    """Windows or choices per forward pass."""
+    """Number of windows or choices per forward pass."""
     text_key: str = "text"
     """Field of a .jsonl line or .parquet column that holds the text."""
     shift_prompts: int = 16
-    """With --against: prompts cut from each text; 0 measures no token-distribution shift."""
+    """With --against: number of prompts cut from each text; 0 measures no token-distribution
+    shift."""
     shift_prompt_tokens: int = 32
-    """Tokens of each of these prompts."""
+    """Length of each of these prompts in tokens."""
     shift_new_tokens: int = 64
-    """Tokens written after each of these prompts."""
+    """Number of tokens written after each of these prompts."""
     json: bool = False
     """Print the result as one JSON object."""
 
     def window(self, checkpoint: Checkpoint) -> tuple[int, int]:
-        """Returns context and stride; raises ConfigError with every option that is impossible."""
+        """Returns context and stride; raises ConfigError that names every impossible option."""
         limit = checkpoint.config.max_position_embeddings
         context = self.context or limit
         stride = self.stride or max(1, context // 2)
@@ -199,9 +192,8 @@ def evaluate(args: Args) -> dict[str, Any]:
 
     Returns:
         model, against, context, stride, and by name of a --data or --choices argument:
-        files: loss, perplexity, bits_per_byte, tokens; with a base also base (these four), shift.
-        choices: accuracy, accuracy_sum, stderr and those of `baselines`; with a base also base
-        (the first three), gained and lost.
+        files: as `measure`; with a base also `base`, the same of the base, and `shift`.
+        choices: as `measure_choices` and `baselines`; with a base also `base`, `gained`, `lost`.
 
     Raises:
         ConfigError, CheckpointError, DataError: impossible options, a damaged checkpoint, files
@@ -223,37 +215,28 @@ def evaluate(args: Args) -> dict[str, Any]:
         replace(args, context=context, stride=stride).window(base)
     texts = [read_text(pattern, tokenizer, args.text_key) for pattern in args.data]
     questions = {p: read_choices(p, tokenizer, context, args.shots) for p in args.choices}
-    files: dict[str, dict[str, Any]] = {}
-    choices: dict[str, dict[str, Any]] = {}
-    samples: dict[str, ShiftSamples | None] = {}
-    correct: dict[str, list[bool]] = {}
+
+    def measure_all(model: LlamaForCausalLM) -> tuple[dict[str, Any], dict[str, Any]]:
+        size = args.batch_size
+        files = {text.name: measure(model, text, context, stride, size) for text in texts}
+        answers = {n: measure_choices(model, asked, size, n) for n, asked in questions.items()}
+        return files, answers
 
     model = args.load(checkpoint)
-    for text in texts:
-        files[text.name] = measure(model, text, context, stride, args.batch_size)
-        if base is not None and args.shift_prompts:
-            samples[text.name] = write_greedily(
-                model,
-                text.documents,
-                args.shift_prompts,
-                args.shift_prompt_tokens,
-                args.shift_new_tokens,
-            )
-    for name, asked in questions.items():
-        scores, correct[name] = measure_choices(model, asked, args.batch_size, name)
-        choices[name] = scores | baselines(asked)
-    del model
+    files, answers = measure_all(model)
+    choices = {n: scores | baselines(questions[n]) for n, (scores, _) in answers.items()}
     if base is not None:
+        sizes = (args.shift_prompts, args.shift_prompt_tokens, args.shift_new_tokens)
+        samples = {text.name: write_greedily(model, text.documents, *sizes) for text in texts}
+        del model
         model = replace(args, skip_new_blocks=False).load(base)
-        for text in texts:
-            sample = samples.get(text.name)
-            files[text.name] |= {
-                "base": measure(model, text, context, stride, args.batch_size),
-                "shift": shift(model, sample) if sample is not None else None,
-            }
-        for name, asked in questions.items():
-            scores, before = measure_choices(model, asked, args.batch_size, name)
-            turned = Counter(zip(before, correct[name], strict=True))
+        base_files, base_answers = measure_all(model)
+        for name, numbers in base_files.items():
+            sample = samples[name]
+            files[name] |= {"base": numbers, "shift": sample and shift(model, sample)}
+        for name, (scores, before) in base_answers.items():
+            _, correct = answers[name]
+            turned = Counter(zip(before, correct, strict=True))
             gained, lost = turned[False, True], turned[True, False]
             choices[name] |= {"base": scores, "gained": gained, "lost": lost}
     return {
@@ -267,32 +250,29 @@ def evaluate(args: Args) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns the measurements as tables: of texts, of questions."""
+    """Returns the measurements as a table of texts and a table of questions."""
     width = max(map(len, ("file", *result["files"])))
     columns = f"{'tokens':>10} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}"
     lines = [f"{result['model']}, context {result['context']}, stride {result['stride']}"]
     if result["files"]:
         lines.append(f"{'file':<{width}} {'model':<6} {columns}")
 
-    def row(name: str, model: str, found: dict[str, Any]) -> str:
-        return (
-            f"{name:<{width}} {model:<6} {found['tokens']:>10,} {found['loss']:>8.4f} "
-            f"{found['perplexity']:>11.3f} {found['bits_per_byte']:>10.4f}"
-        )
-
     for name, found in result["files"].items():
-        if base := found.get("base"):
-            lines.append(row(name, "base", base))
-            lines.append(row(name, "this", found))
+        base = found.get("base")
+        for model, numbers in (("base", base), ("this", found)):
+            if numbers is not None:
+                lines.append(
+                    f"{name:<{width}} {model:<6} {numbers['tokens']:>10,} {numbers['loss']:>8.4f} "
+                    f"{numbers['perplexity']:>11.3f} {numbers['bits_per_byte']:>10.4f}"
+                )
+        if base is not None:
             change = found["loss"] - base["loss"]
             verdict = "learned" if change < 0 else "forgot" if change > 0 else "changed"
             lines.append(f"{'':<{width}} {verdict} {abs(change):.4f} nats per token")
-        else:
-            lines.append(row(name, "this", found))
         if shift := found.get("shift"):
             lines.append(
-                f"{'':<{width}} of {shift['positions']:,} tokens written greedily, by their rank "
-                f"in the base: unshifted {shift['unshifted']:.1%}, marginal "
+                f"{'':<{width}} {shift['positions']:,} tokens written greedily, by their rank in "
+                f"the base: unshifted {shift['unshifted']:.1%}, marginal "
                 f"{shift['marginal']:.1%}, shifted {shift['shifted']:.1%}"
             )
     if result["choices"]:

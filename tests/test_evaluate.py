@@ -2,8 +2,8 @@
 
 import json
 import math
+import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +17,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+import llamapro
 from llamapro import evaluate as command
-from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
-from llamapro.conversion.companions import write_companions
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.evaluate import Args, evaluate, measure, read_text, windows
 from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
@@ -31,10 +28,10 @@ from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]
-Tensors = Callable[..., dict[str, Tensor]]
 Write = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 
+GENERATOR = torch.Generator().manual_seed(7)
 TEXT = "def größe(self, parser):\n    return [x for x in parser]  # 日本\n"
 
 
@@ -108,7 +105,7 @@ def their_losses(model: transformers.LlamaForCausalLM, ids: list[int]) -> Tensor
 
 
 def test_windows_predict_every_token_once_with_enough_before_it() -> None:
-    """For all lengths to 40, contexts to 12 and strides up to the context."""
+    """This holds for all lengths to 40, contexts to 12 and strides up to the context."""
     for context in range(1, 13):
         for stride in range(1, context + 1):
             for length in range(41):
@@ -185,7 +182,7 @@ def test_default_is_the_models_context_and_half_of_it_as_stride(args: Args) -> N
 
 
 def test_batch_size_does_not_change_the_result(args: Args) -> None:
-    """Up to the order of fp32 sums."""
+    """Losses agree up to the order of fp32 sums."""
     losses = [only(evaluate(replace(args, batch_size=n)))["loss"] for n in (1, 2, 5, 100)]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
@@ -240,26 +237,11 @@ def test_each_argument_is_measured_by_itself(args: Args, tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def expanded(
-    tmp_path_factory: pytest.TempPathFactory,
-    checkpoint: Path,
-    config: ModelConfig,
-    random_tensors: Tensors,
-) -> Path:
+def expanded(tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM) -> Path:
     """The checkpoint with two new blocks that nothing has trained."""
     path = tmp_path_factory.mktemp("expanded") / "ckpt"
-    path.mkdir()
-    layout = expansion.interleave(config.num_hidden_layers, 2)
-    tensors = expansion.expand_state_dict(random_tensors(config), layout)
-    write_tensors(path, tensors)
-    write_companions(path, expansion.expand_config(config, layout, "0" * 64), [])
-    shutil.copyfile(checkpoint / "tokenizer.model", path / "tokenizer.model")
+    llamapro.save(llamapro.expand(model, 2), path)
     return path
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    specs = [TensorSpec(name, "F32", tuple(t.shape)) for name, t in tensors.items()]
-    write_checkpoint(path, specs, lambda spec: tensor_chunks(tensors[spec.name]))
 
 
 @pytest.mark.parametrize("tuned", ["checkpoint", "expanded"])
@@ -277,20 +259,15 @@ def test_untouched_model_against_its_base_shows_no_change(
     assert "changed 0.0000 nats per token" in shown and "unshifted 100.0%" in shown
 
 
+@torch.no_grad()
 def test_trained_model_is_told_apart_from_its_base(
-    args: Args, expanded: Path, random_tensors: Tensors, tmp_path: Path
+    args: Args, expanded: Path, tmp_path: Path
 ) -> None:
     """Change the new blocks: base keeps its loss, this has its own, some tokens are shifted."""
-    path = tmp_path / "trained"
-    shutil.copytree(expanded, path)
-    changed = random_tensors(Checkpoint.open(path).config, seed=7)
-    untouched = Checkpoint.open(path).state_dict()
-    new = Checkpoint.open(path).config.expansion
-    assert new is not None
-    for name, tensor in untouched.items():
-        if not expansion.is_in_layers(name, new.new_layers):
-            changed[name] = tensor.clone()
-    write_tensors(path, changed)
+    trained, path = llamapro.load(expanded), tmp_path / "trained"
+    for parameter in llamapro.train_only_new(trained):
+        parameter += 0.2 * torch.randn(parameter.shape, generator=GENERATOR)
+    llamapro.save(trained, path)
     result = evaluate(replace(args, dir=path, against=args.dir))
     found, alone = only(result), only(evaluate(args))
     assert found["base"] == alone
@@ -436,21 +413,25 @@ def run(run_command: Run) -> Run:
     return lambda *arguments: run_command(command.main, *arguments, "--device", "cpu")
 
 
-def test_command_prints_one_json_object(checkpoint: Path, text_file: Path, root: Path) -> None:
+def test_command_prints_one_json_object(
+    checkpoint: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, run_command: Run
+) -> None:
     """`python -m llamapro.evaluate --json`: files and their four numbers, progress elsewhere."""
-    line = [sys.executable, "-m", "llamapro.evaluate", str(checkpoint), "--data", str(text_file)]
-    done = subprocess.run(
-        [*line, "--json", "--device", "cpu"], cwd=root, capture_output=True, text=True
+    line = ["evaluate", checkpoint, "--data", text_file, "--json", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", list(map(str, line)))
+    monkeypatch.delitem(sys.modules, "llamapro.evaluate")  # runpy warns of a module run twice
+    status, shown, notes = run_command(
+        lambda _: runpy.run_module("llamapro.evaluate", run_name="__main__", alter_sys=True)
     )
-    assert done.returncode == 0
-    result = json.loads(done.stdout)
-    assert done.stdout.count("\n") == 1
+    assert status == 0
+    result = json.loads(shown)
+    assert shown.count("\n") == 1
     assert set(result) == {"model", "against", "context", "stride", "files", "choices"}
     assert result["choices"] == {}
     assert (result["model"], result["against"]) == (str(checkpoint), None)
     assert set(result["files"]) == {str(text_file)}
     assert set(only(result)) == {"loss", "perplexity", "bits_per_byte", "tokens"}
-    assert f"{text_file}: 1 documents" in done.stderr
+    assert f"{text_file}: 1 documents" in notes
 
 
 def test_command_prints_a_table(run: Run, args: Args, text_file: Path) -> None:

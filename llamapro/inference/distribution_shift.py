@@ -25,7 +25,7 @@ def write_greedily(
     prompt_tokens: int,
     new_tokens: int,
 ) -> ShiftSamples | None:
-    """Continues prompts cut evenly from documents (token ids).
+    """Cuts prompts evenly from documents (token ids) and continues them.
 
     Returns:
         The prompts and continuations, or None if no document is long enough.
@@ -53,16 +53,15 @@ def shift(base: LlamaForCausalLM, samples: ShiftSamples) -> dict[str, float]:
         number of positions. Positions after an end of document do not count.
     """
     device = base.lm_head.weight.device
-    ids = torch.cat((samples.prompts, samples.continuations), dim=1)  # (B, P + N)
     ranks: list[int] = []
-    new_tokens = samples.continuations.shape[1]
-    for row in ids:
-        logits = base(row[None, :-1].to(device))[0, -new_tokens:].float().cpu()  # (N, V)
-        chosen = row[-new_tokens:]
+    for prompt, chosen in zip(samples.prompts, samples.continuations, strict=True):
+        ids = torch.cat((prompt, chosen))[None, :-1].to(device)  # (1, P + N - 1)
+        logits = base(ids)[0, -len(chosen) :].float().cpu()  # (N, V)
         above = logits > logits.gather(1, chosen[:, None])
-        row_ranks = (1 + above.sum(1)).tolist()
-        ends = [i for i, t in enumerate(chosen.tolist()) if t in base.config.eos_token_ids]
-        ranks += row_ranks[: ends[0] + 1 if ends else None]
+        for token_id, rank in zip(chosen.tolist(), (1 + above.sum(1)).tolist(), strict=True):
+            ranks.append(rank)
+            if token_id in base.config.eos_token_ids:
+                break
     return {
         "unshifted": sum(rank == 1 for rank in ranks) / len(ranks),
         "marginal": sum(rank in (2, 3) for rank in ranks) / len(ranks),

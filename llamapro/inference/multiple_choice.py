@@ -1,8 +1,8 @@
 """Multiple choice by likelihood: the choice with the highest log-probability per token wins.
 
-The paper scores UNFAIR-ToS this way (Appendix H); an answer is right if it is one of the right
-choices. lm-eval may rank the choices differently: its `acc` takes the plain sum of the
-log-probabilities, its `acc_norm` the sum per byte.
+The paper scores UNFAIR-ToS this way (Appendix H). Any of several right choices counts. lm-eval may
+rank the choices differently: its `acc` takes the plain sum of the log-probabilities, its `acc_norm`
+the sum per byte.
 
 Shapes: B batch, T length, N tokens of a choice, C hidden size, V vocabulary.
 """
@@ -47,50 +47,43 @@ class Question:
 def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -> list[Question]:
     """Reads .jsonl, .jsonl.gz, .json (a list) or .parquet files of questions.
 
-    A row has `choices`, a list of texts or {"text": [...], "label": [...]}, and an `answer`: label,
-    index from 0, text, letter, or a list of these. Its `question` or `query` becomes
-    "Question: ...", "Answer:"; a `context` or `prompt` is continued as it stands.
+    A row has `choices`, a list of texts or {"text": [...], "label": [...]}. Its `answer` is a
+    label, an index from 0, a text, a letter, or a list of these. A `question` or `query` is put
+    between "Question:" and "Answer:"; a `context` or `prompt` is continued as it stands.
 
     Args:
         pattern: a file, folder or glob.
         tokenizer: the model's.
         context: longest input in tokens; a longer prompt loses its beginning, but not BOS.
-        shots: the first rows, shown with their answers before each question, and not asked.
+        shots: number of first rows that stand with their answers before each question. They are
+            not asked.
 
     Raises:
-        DataError: a file or its rows cannot be used; all wrong rows are named together.
+        DataError: a file or its rows cannot be used. One message names all wrong rows.
     """
-    asked: list[tuple[str, str, list[str], frozenset[int]]] = []
+    rows: list[tuple[str, str, list[str], frozenset[int]]] = []
     problems = Problems(limit=20)
     for file in find_files([pattern]):
         for place, row in read_rows(file.path, problems.add, noun="question"):
             try:
-                asked.append((place, *_read(row)))
+                rows.append((place, *_read(row)))
             except ValueError as error:
                 problems.add(f"{place}: {error}")
-    examples = "".join(p + choices[min(right)] + "\n\n" for _, p, choices, right in asked[:shots])
+    examples = "".join(p + choices[min(right)] + "\n\n" for _, p, choices, right in rows[:shots])
     questions = []
-    for place, prompt, choices, right in asked[shots:]:
+    for place, prompt, choices, right in rows[shots:]:
         try:
-            ids, tokens = _encode(tokenizer, examples + prompt, choices)
-        except DataError as error:
+            questions.append(_tokenize(tokenizer, examples + prompt, choices, right, context))
+        except (DataError, ValueError) as error:
             problems.add(f"{place}: {error}")
-            continue
-        room = context + 1 - max(map(len, tokens))  # the last token of a choice is no input
-        if room < 1:
-            problems.add(f"{place}: has a choice longer than the context, {context} tokens")
-        # The longest choice decides for all, so that all choices follow the same prompt.
-        start = ids[:1] if ids[0] == tokenizer.bos_id else []
-        kept = ids if len(ids) <= room else start + ids[len(ids) - room + len(start) :]
-        questions.append(Question(kept, tokens, right, len(kept) < len(ids)))
     problems.check(DataError, "questions that cannot be used", one_per_line=True)
     if not questions:
-        raise DataError(f"{pattern}: {len(asked)} questions, none left after --shots {shots}")
+        raise DataError(f"{pattern}: {len(rows)} questions, none left after --shots {shots}")
     return questions
 
 
 def _read(row: dict[str, Any]) -> tuple[str, list[str], frozenset[int]]:
-    """Returns a row's prompt, what may follow it, and which is right; or raises ValueError."""
+    """Returns a row's prompt, its choices and the right ones; raises ValueError."""
     found = [key for key in _PROMPTS if row.get(key) is not None]  # parquet: every column
     if len(found) != 1:
         raise ValueError(f"expected one of the keys {', '.join(_PROMPTS)}; found {found}")
@@ -117,7 +110,7 @@ def _read(row: dict[str, Any]) -> tuple[str, list[str], frozenset[int]]:
 
 
 def _named(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:
-    """Returns the choices that an answer names: by label, else index, text or letter."""
+    """Returns the choices that an answer names by label, or else by index, text or letter."""
     count = len(choices)
     for names in (labels, range(count), choices, [] if labels else ascii_uppercase[:count]):
         named = {i for i, name in enumerate(names) if name == answer and i < count}
@@ -127,10 +120,10 @@ def _named(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:
     raise ValueError(f"'answer' is {answer!r}, expected 0 to {count - 1}, {letters} or the text")
 
 
-def _encode(
-    tokenizer: Tokenizer, prompt: str, choices: list[str]
-) -> tuple[list[int], list[list[int]]]:
-    """Returns the ids of the prompt, and of each choice as it follows the prompt in one text.
+def _tokenize(
+    tokenizer: Tokenizer, prompt: str, choices: list[str], right: frozenset[int], context: int
+) -> Question:
+    """Returns a question whose choices have the ids that follow the prompt in the joined text.
 
     Where a token of that text spans the border, the choice is encoded by itself.
     """
@@ -139,7 +132,13 @@ def _encode(
         joined = tokenizer.encode(prompt + choice, bos=True)
         agrees = joined[: len(ids)] == ids
         tokens.append(joined[len(ids) :] if agrees else tokenizer.encode(choice, continues=True))
-    return ids, tokens
+    # The longest choice decides for all, so that all choices follow the same prompt.
+    room = context + 1 - max(map(len, tokens))  # the last token of a choice is no input
+    if room < 1:
+        raise ValueError(f"has a choice longer than the context, {context} tokens")
+    start = ids[:1] if ids[0] == tokenizer.bos_id else []
+    kept = ids if len(ids) <= room else start + ids[len(ids) - room + len(start) :]
+    return Question(kept, tokens, right, len(kept) < len(ids))
 
 
 @torch.inference_mode()
@@ -184,8 +183,8 @@ def measure_choices(
     """Lets a model choose, the first of equally likely choices. Arguments as `log_likelihoods`.
 
     Returns:
-        accuracy, its standard error `stderr`, and `accuracy_sum`, where the plain sum decides; and
-        for each question whether the likelihood per token answers it right.
+        accuracy, its standard error `stderr`, and `accuracy_sum`, where the plain sum decides.
+        Then, for each question, whether the likelihood per token answers it right.
     """
     correct, by_sum = [], []
     likelihoods = log_likelihoods(model, questions, batch_size, name)
@@ -200,11 +199,13 @@ def measure_choices(
 
 
 def baselines(questions: Sequence[Question]) -> dict[str, float]:
-    """Returns numbers that need no model.
+    """Returns the numbers that need no model.
 
     Returns:
-        questions and cut (prompts that were too long); chance, the accuracy of choosing at random;
-        majority, that of always choosing the position that is right most often.
+        questions: their number.
+        cut: the number of prompts that were too long.
+        chance: the accuracy of choosing at random.
+        majority: the accuracy of always choosing the position that is right most often.
     """
     count = len(questions)
     most = Counter(i for q in questions for i in q.right).most_common(1)[0][1]
@@ -214,19 +215,21 @@ def baselines(questions: Sequence[Question]) -> dict[str, float]:
 
 
 def render_choices(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns a table of evaluate's `choices`: accuracies, baselines, the change from the base."""
+    """Returns the lines of a table: accuracies, baselines, and the change from the base."""
     width = max(len("file"), *map(len, results))
     columns = f"{'questions':>10} {'per token':>17} {'by sum':>8} {'chance':>8} {'majority':>9}"
     lines = [f"{'file':<{width}} {'model':<6} {columns}"]
     for name, this in results.items():
         base = this.get("base")
-        for model, scores in (("base", base), ("this", this)) if base else (("this", this),):
-            lines.append(
-                f"{name:<{width}} {model:<6} {this['questions']:>10,} {scores['accuracy']:>8.2%} "
-                f"± {scores['stderr']:>6.2%} {scores['accuracy_sum']:>8.2%} {this['chance']:>8.2%} "
-                f"{this['majority']:>9.2%}"
-            )
-        if base:
+        for model, scores in (("base", base), ("this", this)):
+            if scores is not None:
+                lines.append(
+                    f"{name:<{width}} {model:<6} {this['questions']:>10,} "
+                    f"{scores['accuracy']:>8.2%} ± {scores['stderr']:>6.2%} "
+                    f"{scores['accuracy_sum']:>8.2%} {this['chance']:>8.2%} "
+                    f"{this['majority']:>9.2%}"
+                )
+        if base is not None:
             change = 100 * (this["accuracy"] - base["accuracy"])
             turned = f"{this['gained']:,} wrong -> right, {this['lost']:,} right -> wrong"
             lines.append(f"{'':<{width}} {change:+.2f} points: {turned}")
