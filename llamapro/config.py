@@ -1,14 +1,13 @@
 """The model's configuration: Hugging Face's `config.json`, read strictly, and the expansion record.
 
-LLaMA 1 to 3.2, Code Llama, TinyLlama and Mistral differ in these numbers only. What cannot be
-represented by `llamapro/model.py` (biases, other activations, experts, ...) is refused with the
-field's name: a model that would be computed wrongly is never loaded.
+LLaMA 1 to 3.2, Code Llama, TinyLlama and Mistral differ in these numbers only. Whatever
+`llamapro/model.py` cannot compute (biases, other activations, experts, ...) is refused by the
+field's name, so no model is ever computed wrongly.
 """
 
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +18,16 @@ from llamapro.errors import ConfigError
 
 @dataclass(frozen=True)
 class ExpansionRecord:
-    """Which layers of a checkpoint are new blocks: written by `expand`, never recomputed.
+    """Which layers of a checkpoint are new blocks. `expand` writes it; nothing recomputes it.
 
     Attributes:
-        new_layers: indices in this checkpoint of the latest expansion's new blocks.
+        new_layers: the latest expansion's new blocks, as indices in this checkpoint.
         source_layers: for each of them, the layer of the base that it was copied from.
         base_sha256: `Checkpoint.sha256()` of the base that was expanded.
-        generations: the earlier expansions, oldest first, each a mapping with the same keys. Their
-            `new_layers` are indices in this checkpoint too.
-        base_vocab_size: the number of rows of embedding and head that are the base's. Rows after
-            them are of added tokens. None if there are none; then the file has no such key.
+        generations: the earlier expansions, oldest first. Each is a mapping with the same keys, and
+            its `new_layers` are indices in this checkpoint too.
+        base_vocab_size: the number of rows of embedding and head that are the base's; the rows of
+            added tokens follow. None, and absent from the file, if no token was added.
     """
 
     new_layers: tuple[int, ...]
@@ -43,13 +42,13 @@ class ExpansionRecord:
     ) -> "ExpansionRecord":
         """Reads the `llamapro` entry of a `config.json`; raises ConfigError naming `where`."""
         try:
-            base_vocab_size = raw.get("base_vocab_size")
+            rows = raw.get("base_vocab_size")
             record = cls(
                 tuple(int(i) for i in raw["new_layers"]),
                 tuple(int(i) for i in raw["source_layers"]),
                 str(raw["base_sha256"]),
                 tuple(raw.get("generations", ())),
-                None if base_vocab_size is None else int(base_vocab_size),
+                None if rows is None else int(rows),
             )
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{where}: the 'llamapro' record is damaged ({error!r})") from None
@@ -64,39 +63,46 @@ class ExpansionRecord:
         ):
             raise ConfigError(
                 f"{where}: the 'llamapro' record lists new_layers {list(layers)} with "
-                f"source_layers {list(sources)}, impossible for "
-                f"{num_hidden_layers} layers"
+                f"source_layers {list(sources)}, impossible for {num_hidden_layers} layers"
             )
         return record
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form, the value of `config.json`'s `llamapro` key."""
         raw = json.loads(json.dumps(dataclasses.asdict(self)))
-        if self.base_vocab_size is None:
-            del raw["base_vocab_size"]
-        return raw
+        return {key: value for key, value in raw.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's frequencies are stretched for longer contexts: see `ops.rope_frequencies`.
+    """Stretches RoPE's frequencies for longer contexts, as `ops.rope_frequencies` describes.
 
     Attributes:
-        kind: "linear" (Chen et al., 2023) or "llama3" (Llama 3.1).
-        factor: by which the frequencies, in "llama3" the low ones alone, are divided.
-        low_freq_factor, high_freq_factor: "llama3": a wave that fits this often into the original
-            context is low, or high; between the two it is blended.
-        original_max_position_embeddings: "llama3": the context before, in tokens.
+        kind: "linear" (Chen et al., 2023) or "llama3" (Llama 3.1), which alone has the last three.
+        factor: divides all frequencies ("linear"), or the low ones ("llama3").
+        low_freq_factor, high_freq_factor: a frequency is low, or high, if its wave fits this often
+            into the original context; the frequencies between are blended.
+        original_max_position_embeddings: the original context in tokens.
     """
 
     kind: str
     factor: float
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
-    original_max_position_embeddings: int = 0
+    original_max_position_embeddings: float = 0.0
 
 
-# What transformers assumes of an absent field, where the two kinds differ.
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+# The value that transformers assumes for an absent field, where the two kinds differ.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {
@@ -105,7 +111,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
 }
-# Fields that must have exactly this value (or be absent), because the model computes nothing else.
+# A field that is present must have one of these values: the model computes nothing else.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "partial_rotary_factor": (1, 1.0, None),
@@ -135,8 +141,7 @@ class ModelConfig:
         model_type: "llama" or "mistral".
         sliding_window: the number of positions that a token sees, itself included (Mistral 7B
             v0.1); None means all before it.
-        raw: the whole `config.json`. Keys unknown to this class survive a rewrite, so other tools
-            find what they put there.
+        raw: the whole `config.json`. Keys unknown to this class survive a rewrite.
         directory: where this, or the base that was expanded, was read from; None if made in memory.
         expansion: the `llamapro` record, or None for a model that was never expanded.
     """
@@ -164,7 +169,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Reads a `config.json`; raises ConfigError naming the file and every wrong field."""
+        """Reads a `config.json`; raises ConfigError that names the file and every wrong field."""
         path = Path(path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -184,11 +189,11 @@ class ModelConfig:
         """Reads the fields of a `config.json`, as transformers 4 or 5 writes it.
 
         Raises:
-            ConfigError: naming `where` and, in one message, every field that is missing, impossible
-                or not supported, each with the value found.
+            ConfigError: some fields are missing, impossible or not supported. One message names
+                `where` and all of them, each with its value.
         """
         model_type = raw.get("model_type", "llama")
-        if model_type not in _DEFAULTS:
+        if model_type not in [*_DEFAULTS]:  # a list has no hash
             supported = " and ".join(map(repr, _DEFAULTS))
             raise ConfigError(
                 f"{where}: model_type {model_type!r} is not supported (only {supported})"
@@ -253,21 +258,20 @@ class ModelConfig:
         """Returns the text of `config.json`, for transformers 4 and 5 alike."""
         raw, rope = dict(self.raw), self.raw.get("rope_parameters")
         if rope and "rope_theta" not in raw:
-            # Version 4 would not see `rope_parameters`, and compute with its defaults in silence.
+            # Version 4 does not see `rope_parameters`; it would compute with its defaults.
             raw["rope_theta"] = self.rope_theta
             raw["rope_scaling"] = rope if self.rope_scaling else None
         return json.dumps(raw, indent=2) + "\n"
 
 
 class _Fields:
-    """Reads numbers out of a `config.json`; collects what is wrong with them."""
+    """Reads numbers out of a JSON object and collects what is wrong with them."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self.raw, self.wrong = raw, list[str]()
 
     def number(self, key: str, default: Any = None, kind: type = int, value: Any = None) -> Any:
-        value = self.raw.get(key) if value is None else value
-        value = default if value is None else value
+        value = next((v for v in (value, self.raw.get(key), default) if v is not None), None)
         if value is None:
             self.wrong.append(f"{key} is missing")
             return 1
@@ -281,7 +285,7 @@ class _Fields:
 
 
 def _typos(raw: dict[str, Any], known: list[str]) -> Iterator[str]:
-    """Foreign keys are fine, but a near miss of an absent key would become a silent default."""
+    """Yields the near misses of absent keys, which would become silent defaults."""
     known = [*known, "eos_token_id", *_ONLY_SUPPORTED]
     for key in raw:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.9)
@@ -312,27 +316,13 @@ def _read_rope_scaling(rope: dict[str, Any], wrong: list[str]) -> RopeScaling | 
     kind = rope.get("rope_type", rope.get("type", "default"))
     if (part := rope.get("partial_rotary_factor", 1)) != 1:
         wrong.append(f"partial_rotary_factor {part!r} is not supported (only 1)")
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }.get(kind)
-    if needed is None:
+    if kind not in [*_ROPE_FIELDS]:  # a list has no hash
         wrong.append(f"rope type {kind!r} is not supported (only default, linear and llama3)")
         return None
-    values: dict[str, Any] = {key: rope.get(key) for key in needed}
-    bad = {
-        key: value
-        for key, value in values.items()
-        if type(value) not in (int, float) or not 0 < value < math.inf
-    }
-    wrong += [f"rope {kind}: {key} is {bad[key]!r}, expected a positive number" for key in bad]
-    if kind == "default" or bad:
+    fields = _Fields(rope)
+    values = {key: fields.number(key, kind=float) for key in _ROPE_FIELDS[kind]}
+    wrong += [f"rope {kind}: {problem}" for problem in fields.wrong]
+    if kind == "default" or fields.wrong:
         return None
     scaling = RopeScaling(kind, **values)
     if scaling.low_freq_factor > 0 and scaling.low_freq_factor >= scaling.high_freq_factor:

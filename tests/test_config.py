@@ -84,7 +84,7 @@ def test_transformers_4_style_is_read() -> None:
     ],
 )
 def test_theta_is_found_where_either_generation_writes_it(rope: dict[str, Any]) -> None:
-    """At the top level (transformers 4) or inside rope_parameters (5)."""
+    """It stands at the top level (transformers 4) or inside rope_parameters (5)."""
     assert ModelConfig.from_dict(LLAMA_2_7B | rope).rope_theta == 500000.0
 
 
@@ -114,7 +114,7 @@ def test_what_the_installed_transformers_writes_is_read(tmp_path: Path) -> None:
 def test_what_is_written_here_is_read_by_transformers(
     tiny_config: Callable[..., ModelConfig], tmp_path: Path
 ) -> None:
-    """Also with a record, which it carries along without reading it."""
+    """A record is carried along without being read."""
     record = ExpansionRecord.from_dict(RECORD, 4, "")
     config = tiny_config(num_hidden_layers=2, rope_theta=777.0, head_dim=24)
     config = config.resized(4, config.vocab_size, record)
@@ -204,7 +204,7 @@ def test_a_field_the_model_does_not_compute_is_refused_by_name(field: str, value
     ],
 )
 def test_other_scaled_rope_is_refused_by_its_type(rope: dict[str, Any]) -> None:
-    """Under all three spellings."""
+    """All three spellings are refused."""
     inner = next(iter(rope.values()))
     kind = inner.get("rope_type", inner.get("type"))
     assert f"rope type {kind!r} is not supported" in message(LLAMA_2_7B | rope)
@@ -226,7 +226,7 @@ def test_all_mistakes_are_in_one_message() -> None:
 
 
 def test_a_typo_is_answered_with_the_nearest_key() -> None:
-    """Where the right key is absent; beside it, a similar foreign key is no mistake."""
+    """A foreign key is a typo if a similar key is absent; beside that key it is no mistake."""
     raw = SIZES | {"num_key_value_head": 8}
     assert "unknown key 'num_key_value_head' (did you mean 'num_key_value_heads'?)" in message(raw)
     assert ModelConfig.from_dict(raw | {"num_key_value_heads": 8}).num_key_value_heads == 8
@@ -270,7 +270,7 @@ def test_a_damaged_record_is_refused(damage: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("key", ["new_layers", "source_layers", "base_sha256"])
 def test_a_record_without_one_of_its_keys_is_refused(key: str) -> None:
-    """So is one that is no object at all."""
+    """A record that is no object is refused, too."""
     record = {k: v for k, v in RECORD.items() if k != key}
     assert f"damaged (KeyError('{key}'))" in message(SIZES | {"llamapro": record})
     assert "is damaged" in message(SIZES | {"llamapro": [1, 3]})
@@ -319,7 +319,7 @@ def test_llama_3_scaling_is_found_where_either_generation_writes_it(rope: dict[s
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"factor": None}, "rope llama3: factor is None, expected a positive number"),
+        ({"factor": None}, "rope llama3: factor is missing"),
         ({"factor": "8"}, "rope llama3: factor is '8', expected a positive number"),
         ({"low_freq_factor": 4.0}, "low_freq_factor 4.0 is not below high_freq_factor 4.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
