@@ -2,8 +2,8 @@
 
     python -m llamapro.report runs/pro runs/full --out report
 
-The question is always the same: by how much did the loss fall on the new domain, and by how much
-did it rise on what the base already knew? The base is each run's evaluation at step 0.
+By how much did the loss fall on the new domain, and by how much did it rise on what the base
+already knew? The base is each run's evaluation at step 0.
 """
 
 import os
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MISSING = "-"
-# Okabe & Ito's colours, told apart by colour-blind readers; black and grey are the base's.
+LOSS = "{:.3f}".format
+# Okabe & Ito's colours, which colour-blind readers can tell apart; grey is the base's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#595959"
 NOT_EVALUATED = (
@@ -44,14 +45,6 @@ def _verdict(change: float) -> str:
     return "learned" if change < 0 else "forgot"
 
 
-def _loss_cell(result: dict[str, Any]) -> str:
-    first, last, change = result["initial_loss"], result["final_loss"], result["change"]
-    if first is None and last is None:
-        return MISSING
-    cell = f"{show(first, '{:.3f}'.format)} -> {show(last, '{:.3f}'.format)}"
-    return cell if change is None else f"{cell} ({change:+z.3f}, {_verdict(change)})"
-
-
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table, its columns aligned so that it reads well unrendered too."""
     cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
@@ -63,33 +56,30 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def result_table(summaries: Sequence[dict[str, Any]], sets: Sequence[str]) -> str:
     """Returns the Markdown table of what each run trained, learned and forgot."""
-
-    def trainable(summary: dict[str, Any]) -> str:
+    rows = [["run", "trains", "trainable parameters", "tokens"]]
+    rows[0] += [f"{name} base -> final" for name in sets]
+    for summary in summaries:
         count, total = summary["trainable_parameters"], summary["total_parameters"]
         share = f" ({count / total:.1%})" if count is not None and total else ""
-        return show(count, format_count) + share
-
-    rows = [
-        ["run", "trains", "trainable parameters", "tokens", *(f"{s} base -> final" for s in sets)]
-    ]
-    rows += [
-        [s["run"], show(s["trains"]), trainable(s), show(s["tokens"], format_count)]
-        + [_loss_cell(s["sets"][name]) for name in sets]
-        for s in summaries
-    ]
+        cells = [summary["run"], show(summary["trains"]), show(count, format_count) + share]
+        cells.append(show(summary["tokens"], format_count))
+        for result in (summary["sets"][name] for name in sets):
+            first, last, change = result["initial_loss"], result["final_loss"], result["change"]
+            losses = f"{show(first, LOSS)} -> {show(last, LOSS)}"
+            verdict = "" if change is None else f" ({change:+z.3f}, {_verdict(change)})"
+            cells.append(MISSING if first is None and last is None else losses + verdict)
+        rows.append(cells)
     return table(rows)
 
 
 def _sentence(summary: dict[str, Any]) -> str:
     """Says in words what the run learned and forgot."""
-    parts = []
-    for name, result in summary["sets"].items():
-        if result["change"] is not None:
-            first, last = (perplexity(result[key]) for key in ("initial_loss", "final_loss"))
-            parts.append(
-                f"{_verdict(result['change'])} `{name}` (loss {result['change']:+z.3f}, "
-                f"perplexity {first:.2f} -> {last:.2f})"
-            )
+    parts = [
+        f"{_verdict(result['change'])} `{name}` (loss {result['change']:+z.3f}, perplexity "
+        f"{perplexity(result['initial_loss']):.2f} -> {perplexity(result['final_loss']):.2f})"
+        for name, result in summary["sets"].items()
+        if result["change"] is not None
+    ]
     return f"- **{summary['run']}** " + ("; ".join(parts) or NOT_EVALUATED) + "."
 
 
@@ -113,7 +103,7 @@ def _settings_table(runs: Sequence[Run]) -> str:
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [settings.get(key, MISSING) for settings in flat]
         rows.append([f"**{key}**" if len(set(values)) > 1 else key, *values])
-    rows.sort(key=lambda row: not row[0].startswith("**"))  # what differs comes first
+    rows.sort(key=lambda row: not row[0].startswith("**"))  # differences come first
     return table([["setting", *(run.name for run in runs)], *rows])
 
 
@@ -121,17 +111,12 @@ def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: 
     """Returns the whole page; `picture` is the image's path relative to it."""
     sets = list(summaries[0]["sets"])
     speed = [["run", "steps", "final training loss", "throughput", "time", "peak memory"]]
-    speed += [
-        [
-            s["run"],
-            show(s["steps"]),
-            show(s["final_train_loss"], "{:.3f}".format),
-            show(s["tokens_per_s"], lambda rate: f"{format_count(rate)} tok/s"),
-            show(s["elapsed_s"], format_duration),
-            show(s["memory_bytes"], format_bytes),
-        ]
-        for s in summaries
-    ]
+    for s in summaries:
+        rate = show(s["tokens_per_s"], lambda rate: f"{format_count(rate)} tok/s")
+        cells = [s["run"], show(s["steps"]), show(s["final_train_loss"], LOSS), rate]
+        speed.append(
+            [*cells, show(s["elapsed_s"], format_duration), show(s["memory_bytes"], format_bytes)]
+        )
     return "\n\n".join(
         [
             "# Training report: " + ", ".join(run.name for run in runs),
@@ -139,15 +124,15 @@ def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: 
             "## Learned and forgotten",
             result_table(summaries, sets),
             "\n".join(map(_sentence, summaries)),
-            "Losses are in nats per token; *base* is the evaluation before the first step. A set "
-            "is *learned* where its loss fell, *forgot* where it rose, *kept* where three decimals "
-            "show no change.",
+            "Losses are in nats per token; *base* is the evaluation before the first step. A run "
+            "*learned* a set if its loss fell, *forgot* it if it rose, and *kept* it if three "
+            "decimals show no change.",
             "## Training",
             table(speed),
-            f"The final training loss is the mean of the last {LAST_RECORDS} logged steps, the "
-            "throughput the median over all of them.",
+            f"The final training loss is the mean of the last {LAST_RECORDS} logged steps; the "
+            "throughput is the median over all of them.",
             "## Settings",
-            _settings_table(runs) + ("\n\nWhat differs is in bold." if len(runs) > 1 else ""),
+            _settings_table(runs) + ("\n\nDifferences are in bold." if len(runs) > 1 else ""),
         ]
     )
 
@@ -217,7 +202,7 @@ def _draw_losses(
     summaries: Sequence[dict[str, Any]],
     unit: float,
 ) -> None:
-    """One validation set: a line a run, and a dashed one for each base they began from."""
+    """Draws one validation set: a line for each run, and a dashed one for each base."""
     bases: list[float] = []
     for run, summary, style in zip(runs, summaries, _styles(len(runs)), strict=True):
         if name not in run.evals:
@@ -225,7 +210,7 @@ def _draw_losses(
         result = summary["sets"][name]
         x, y = _series(run.evals[name], "tokens_seen", "loss", unit)
         change = "" if result["change"] is None else f" ({result['change']:+z.3f})"
-        label = f"{plain(run.name)}: {show(result['final_loss'], '{:.3f}'.format)}{change}"
+        label = f"{plain(run.name)}: {show(result['final_loss'], LOSS)}{change}"
         marker = "o" if len(x) <= 40 else None
         axes.plot(x, y, **style, linewidth=2, marker=marker, markersize=3.5, label=label)
         base = result["initial_loss"]
@@ -244,22 +229,21 @@ def _draw_losses(
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
-    """A colour for each run; past the last colour, the line's dashes tell them apart."""
-    dashes = ("-", "-.", ":")
-    n = len(COLOURS)
-    return [{"color": COLOURS[i % n], "linestyle": dashes[i // n % 3]} for i in range(count)]
+    """Returns a colour for each run, and other dashes where the colours come again."""
+    styles = [{"color": c, "linestyle": dashes} for dashes in ("-", "-.", ":") for c in COLOURS]
+    return [styles[i % len(styles)] for i in range(count)]
 
 
 def _series(
     records: Sequence[dict[str, Any]], x: str, y: str, unit: float
 ) -> tuple[list[float], list[float]]:
-    """The points of a line; a loss that was not finite (null) leaves a gap."""
+    """Returns the points of a line; a loss that was not finite (null) leaves a gap."""
     points = [(r[x] / unit, r.get(y)) for r in records if r.get(x) is not None]
     return [a for a, _ in points], [float("nan") if b is None else b for _, b in points]
 
 
 def _smooth(values: Sequence[float]) -> Sequence[float]:
-    """Running mean over a tenth of the points around each, gaps left out."""
+    """Returns the running mean over a tenth of the points, without the gaps."""
     if not values:
         return values
     window = np.ones(2 * round(len(values) / 20) + 1)
@@ -278,11 +262,12 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str,
     """Writes `report.png` and `report.md` for one run or several, side by side.
 
     Args:
-        run_dirs: the runs, in the order they shall be shown.
-        out: where to write; the first run's directory if None.
+        run_dirs: the runs, in the order of the report.
+        out: the directory to write to; the first run's if None.
 
     Returns:
-        `runs`, their numbers as `summarize` gives them, and `files`, what was written.
+        runs: their numbers, as `summarize` gives them.
+        files: the files that were written.
 
     Raises:
         ConfigError: no run, the same run twice, no matplotlib, or `out` cannot be written.
@@ -306,16 +291,14 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str,
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
-    """The directories' names, with as many parents as it takes to tell them apart."""
+    """Returns the directories' names, with as many parents as tell them apart."""
     paths = [Path(os.path.abspath(path)) for path in run_dirs]
     if len(set(paths)) < len(paths):
         twice = next(str(d) for d, p in zip(run_dirs, paths, strict=True) if paths.count(p) > 1)
         raise ConfigError(f"{twice}: given twice; name each run directory once")
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
+    depths = range(1, max(len(path.parts) for path in paths) + 1)
+    names = (["/".join(path.parts[-depth:]) for path in paths] for depth in depths)
+    return next(found for found in names if len(set(found)) == len(found))
 
 
 def report(
@@ -326,9 +309,9 @@ def report(
     """Show what runs learned and forgot: a table, report.md and report.png.
 
     Args:
-        run_dirs: Run directories, for example one of new blocks and one of full fine-tuning.
-        out: Directory for the two files; the first run directory by default.
-        json: Print the result as one JSON object instead of the table.
+        run_dirs: Run directories, for example one that trained new blocks and one that trained all.
+        out: Directory for report.md and report.png; the first run directory by default.
+        json: Print the result as one JSON object.
     """
     result = write_report(run_dirs, out)
     for file in result["files"]:

@@ -4,15 +4,18 @@ import json
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamapro import report
 from llamapro.errors import ConfigError, DataError
 from llamapro.report import result_table, write_report
 
-ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., tuple[int, str, str]]
+Reported = tuple[Path, dict[str, Any]]
 
 
 def make_run(
@@ -67,10 +70,22 @@ def pro(tmp_path: Path) -> Path:
     return make_run(tmp_path / "pro", {"domain": (2.104, 1.612), "general": (1.75, 1.758)})
 
 
-@pytest.fixture
-def full(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """The directory of a report on two runs, and their numbers."""
+    path = tmp_path_factory.mktemp("report")
+    pro = make_run(path / "pro", {"domain": (2.104, 1.612), "general": (1.75, 1.758)})
     sets = {"domain": (2.104, 1.583), "code": (1.5, 1.4998)}
-    return make_run(tmp_path / "full", sets, "all", 8_357_000_000)
+    return pro, write_report([pro, make_run(path / "full", sets, "all", 8_357_000_000)])
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collects the figures instead of drawing them, which takes most of a report's time."""
+    found: list[Any] = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: found.append(self))
+    return found
 
 
 def table_rows(text: str) -> list[list[str]]:
@@ -81,10 +96,9 @@ def table_rows(text: str) -> list[list[str]]:
     ]
 
 
-def test_table_shows_what_each_run_learned_and_forgot(pro: Path, full: Path) -> None:
+def test_table_shows_what_each_run_learned_and_forgot(reported: Reported) -> None:
     """Every cell is exact; a set that a run was not evaluated on is a dash."""
-    summaries = write_report([pro, full])["runs"]
-    header, *rows = table_rows(result_table(summaries, ["domain", "general", "code"]))
+    header, *rows = table_rows(result_table(reported[1]["runs"], ["domain", "general", "code"]))
     assert header[:4] == ["run", "trains", "trainable parameters", "tokens"]
     assert header[4:] == ["domain base -> final", "general base -> final", "code base -> final"]
     assert [row[:4] for row in rows] == [
@@ -97,10 +111,9 @@ def test_table_shows_what_each_run_learned_and_forgot(pro: Path, full: Path) -> 
     ]
 
 
-def test_page_holds_table_words_training_settings_and_picture(pro: Path, full: Path) -> None:
+def test_page_holds_table_words_training_settings_and_picture(reported: Reported) -> None:
     """report.md says what was learned in words with perplexities, what it cost, and with what."""
-    write_report([pro, full])
-    page = (pro / "report.md").read_text(encoding="utf-8")
+    page = (reported[0] / "report.md").read_text(encoding="utf-8")
     assert "](report.png)" in page
     assert (
         "- **pro** learned `domain` (loss -0.492, perplexity 8.20 -> 5.01); "
@@ -109,7 +122,7 @@ def test_page_holds_table_words_training_settings_and_picture(pro: Path, full: P
     assert "| pro  | 40    | 1.645               | 41.0k tok/s | 16m16s | 3.00 GiB    |" in page
     settings = [line for line in page.split("## Settings")[1].splitlines() if line[:1] == "|"]
     keys = [line.split("|")[1].strip() for line in settings[2:]]
-    # What differs between the runs comes first.
+    # Settings that differ between the runs come first.
     assert keys == [
         "**train.trainable**",
         "**new_layers**",
@@ -119,16 +132,15 @@ def test_page_holds_table_words_training_settings_and_picture(pro: Path, full: P
     ]
 
 
-def test_picture_is_a_png_with_something_in_it(pro: Path, full: Path) -> None:
+def test_picture_is_a_png_with_something_in_it(reported: Reported) -> None:
     """The file is a PNG, wide enough to read, and no panel is blank: both runs' colours occur."""
     image = pytest.importorskip("matplotlib.image")
-    write_report([pro, full])
-    data = (pro / "report.png").read_bytes()
+    data = (reported[0] / "report.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
     assert width == 1800
     assert 900 < height < 1500
-    pixels = (image.imread(pro / "report.png")[..., :3] * 255).round().astype(int)
+    pixels = (image.imread(reported[0] / "report.png")[..., :3] * 255).round().astype(int)
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x59, 0x59, 0x59)):
         assert (pixels == colour).all(axis=-1).sum() > 500
     for third in range(3):  # each panel of the upper row
@@ -137,15 +149,21 @@ def test_picture_is_a_png_with_something_in_it(pro: Path, full: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5])
-def test_any_number_of_sets_has_a_panel_each(tmp_path: Path, count: int) -> None:
+def test_any_number_of_sets_has_a_panel_each(
+    tmp_path: Path, count: int, figures: list[Any]
+) -> None:
     """More sets make a higher picture; none is dropped and none refused."""
-    run = make_run(tmp_path / "run", {f"set{i}": (2.0, 1.0) for i in range(count)})
-    write_report([run])
-    _, height = struct.unpack(">II", (run / "report.png").read_bytes()[16:24])
-    assert height == round(150 * (3.5 + 3.6 * (1 if count < 4 else 2)))
+    write_report([make_run(tmp_path / "run", {f"set{i}": (2.0, 1.0) for i in range(count)})])
+    (figure,) = figures
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[:count] == [f"set{i}" for i in range(count)]
+    assert titles[count:] == ["training", "learning rate", "throughput"]
+    assert figure.get_figheight() == pytest.approx(3.5 + 3.6 * (1 if count < 4 else 2))
 
 
-def test_a_run_without_evaluations_is_reported_and_says_so(tmp_path: Path) -> None:
+def test_a_run_without_evaluations_is_reported_and_says_so(
+    tmp_path: Path, figures: list[Any]
+) -> None:
     """No evaluation records: the rest of the report is made, and the gap is put into words."""
     run = make_run(tmp_path / "run", {})
     result = write_report([run])
@@ -153,7 +171,7 @@ def test_a_run_without_evaluations_is_reported_and_says_so(tmp_path: Path) -> No
     assert result["runs"][0]["tokens"] == 40_000_000
     page = (run / "report.md").read_text(encoding="utf-8")
     assert "**run** has no evaluation both before and after training" in page
-    assert (run / "report.png").stat().st_size > 10_000
+    assert len(figures[0].axes) == 3
 
 
 def test_what_run_json_lacks_is_a_dash(tmp_path: Path) -> None:
@@ -173,7 +191,7 @@ def test_names_that_read_as_markup_are_shown_as_they_are(tmp_path: Path) -> None
     assert result_table(summaries, ["c$^$"]).splitlines()[2].startswith(r"| a$\x$\|b |")
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, figures: list[Any]) -> None:
     """Equal directory names get their parents' names in front."""
     runs = [make_run(tmp_path / parent / "run", {"general": (2.0, 1.0)}) for parent in ("a", "b")]
     names = [summary["run"] for summary in write_report(runs)["runs"]]
@@ -208,33 +226,27 @@ def test_without_matplotlib_the_extra_is_named(pro: Path, monkeypatch: pytest.Mo
     assert not (pro / "report.md").exists()
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llamapro.report", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_command_prints_the_table_and_writes_where_told(pro: Path, tmp_path: Path) -> None:
+def test_command_prints_the_table_and_writes_where_told(
+    pro: Path, tmp_path: Path, run_command: Run
+) -> None:
     """Standard output is the table alone; the files are named on standard error."""
-    done = command(pro, "--out", tmp_path / "new" / "out")
-    assert done.returncode == 0, done.stderr
-    assert [row[0] for row in table_rows(done.stdout)] == ["run", "pro"]
-    assert all(line.startswith("|") for line in done.stdout.splitlines())
-    assert "report.png" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == [
-        "report.md",
-        "report.png",
-    ]
+    out = tmp_path / "new" / "out"
+    status, shown, notes = run_command(report.main, pro, "--out", out)
+    assert status == 0
+    assert [row[0] for row in table_rows(shown)] == ["run", "pro"]
+    assert all(line.startswith("|") for line in shown.splitlines())
+    assert "report.png" in notes
+    assert sorted(p.name for p in out.iterdir()) == ["report.md", "report.png"]
 
 
-def test_command_prints_one_json_object(pro: Path, full: Path) -> None:
+def test_command_prints_one_json_object(
+    reported: Reported, run_command: Run, figures: list[Any]
+) -> None:
     """--json gives each run's losses per set, null where there is none, and the files."""
-    done = command(pro, full, "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    pro = reported[0]
+    status, shown, _ = run_command(report.main, pro, pro.parent / "full", "--json")
+    assert status == 0
+    result = json.loads(shown)
     general = [run["sets"]["general"] for run in result["runs"]]
     assert general[0] == {
         "initial_loss": 1.75,
@@ -245,9 +257,10 @@ def test_command_prints_one_json_object(pro: Path, full: Path) -> None:
     assert result["files"] == [str(pro / "report.png"), str(pro / "report.md")]
 
 
-def test_command_exits_2_on_a_mistake_without_a_traceback(tmp_path: Path) -> None:
+def test_command_exits_2_on_a_mistake_without_a_traceback(tmp_path: Path, root: Path) -> None:
     """The message goes to standard error, and standard output stays empty."""
-    done = command(tmp_path)
+    line = [sys.executable, "-m", "llamapro.report", str(tmp_path)]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("DataError: ")
