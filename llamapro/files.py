@@ -1,6 +1,6 @@
 """Files that are complete or absent, and JSON files that a stranger wrote.
 
-Everything is written aside, flushed to the disk and renamed: a failure, a signal or a full disk
+Everything is written aside, flushed to the disk and renamed, so a failure, a signal or a full disk
 leaves what was there before. `output_directory` reports to the user; `directory_aside` and
 `write_file` raise OSError, for callers with a message of their own.
 """
@@ -20,16 +20,15 @@ from typing import Any
 
 from llamapro.errors import CheckpointError, ConfigError, UserError
 
-# Largest JSON file or safetensors header that is read. The safetensors format allows headers of
-# 100 MB, which take gigabytes when parsed; a LLaMA of 1,000 layers has one of 1.5 MB.
+# The largest JSON file or safetensors header that is read. The format allows headers of 100 MB,
+# which take gigabytes when parsed; that of a LLaMA with 1,000 layers has 1.5 MB.
 MAX_JSON_BYTES = 1 << 24
 
 
 def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
     """Raises ConfigError if `out_dir` is, or contains, one of the files it is made from.
 
-    With --force an existing directory is replaced, and the source would be lost. Links are
-    followed.
+    --force replaces a directory, and the source would be lost with it. Links are followed.
     """
     out = Path(out_dir).resolve()
     for source in sources:
@@ -39,24 +38,10 @@ def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
             raise ConfigError(f"{out_dir}: {relation}; choose another output directory")
 
 
-def refuse_existing(path: str | Path, force: bool = False) -> None:
-    """Raises ConfigError if `path` exists and may not be replaced; `force` allows a checkpoint."""
-    path = Path(path)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise ConfigError(f"{path}: exists and is not a directory")
-    if any(path.iterdir()):
-        if not force:
-            raise ConfigError(f"{path}: exists and is not empty; choose another or pass --force")
-        if not (path / "config.json").exists() and not (path / "params.json").exists():
-            raise ConfigError(f"{path}: holds no checkpoint; --force replaces checkpoints only")
-
-
 def make_directory(path: str | Path) -> None:
     """Makes a directory and its parents and flushes each to the disk; raises OSError.
 
-    Without the flush, a power failure could take away a directory whose files were all written.
+    Without the flush, a power failure could remove a directory whose files were all written.
     """
     path = Path(path)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -79,14 +64,20 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
-    """As `directory_aside`, for what a user asked for: refuses and reports with clear messages.
+    """Gives a hidden directory, as `directory_aside`, for the output that a user asked for.
 
     Raises:
-        ConfigError: as `refuse_existing`; or the directory cannot be created.
+        ConfigError: the directory exists and may not be replaced, or cannot be created.
         CheckpointError: writing failed; the message names the file.
     """
     path = Path(path).resolve()  # a link to another disk: written there, and the link stays
-    refuse_existing(path, force)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: exists and is not a directory")
+    if path.exists() and any(path.iterdir()):
+        if not force:
+            raise ConfigError(f"{path}: exists and is not empty; choose another or pass --force")
+        if not (path / "config.json").exists() and not (path / "params.json").exists():
+            raise ConfigError(f"{path}: holds no checkpoint; --force replaces checkpoints only")
     is_created = False
     try:
         with directory_aside(path) as aside:
@@ -105,12 +96,12 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
 def directory_aside(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Gives a hidden directory beside `path` that takes its name when the body has succeeded.
 
-    Whatever ends the body early, the hidden directory is removed; so is one that a killed process
-    of this machine left.
+    The hidden directory is removed if the body fails. One that a killed process of this machine
+    left is removed too.
 
     Args:
         path: the directory to write.
-        keep_existing: one that another process completed meanwhile stays; else it is replaced.
+        keep_existing: keep, instead of replacing, a directory that another process completed.
 
     Raises:
         OSError: something cannot be written; nothing else was changed.
@@ -133,7 +124,7 @@ def directory_aside(path: Path, keep_existing: bool = False) -> Iterator[Path]:
 
 
 def _put_in_place(aside: Path, path: Path, keep_existing: bool) -> None:
-    """Renames; a directory that is replaced is moved away first and removed last."""
+    """Renames `aside` to `path`. A directory that is replaced is moved away and removed last."""
     old = aside.with_name(aside.name.replace(".partial-", ".replaced-"))
     # Between the two renames `path` does not exist; a signal must not land there.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -172,7 +163,7 @@ def _fsync(path: Path) -> None:
 
 
 def reason(error: OSError) -> str:
-    """Returns why the system refused, in words."""
+    """Returns in words why the system refused."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk full"
     return error.strerror or str(error)
@@ -189,7 +180,7 @@ def read_json(
     Args:
         file: to read; links are followed.
         max_bytes: a larger file is not read.
-        error: raised, with the file's name, for whatever is wrong with it.
+        error: the kind that is raised, with the file's name, if anything is wrong.
     """
     refuse_large(file, max_bytes, error)
     try:
@@ -201,7 +192,7 @@ def read_json(
 def refuse_large(
     file: Path, max_bytes: int = MAX_JSON_BYTES, error: type[UserError] = CheckpointError
 ) -> None:
-    """Raises `error` if a file is missing, too large to mean well, or a pipe."""
+    """Raises `error` if a file is missing, too large or not a plain file."""
     if not file.exists():
         raise error(f"{file}: missing")
     if not file.is_file():
@@ -211,12 +202,12 @@ def refuse_large(
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
-    """Parses a JSON object; raises ValueError, or RecursionError where it nests too deep."""
+    """Parses a JSON object; raises ValueError, or RecursionError if it nests too deep."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):  # which of the two counts depends on the reader
-            name = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
             raise ValueError(f"{name[:80]!r} comes twice")
         return found
 
