@@ -170,10 +170,11 @@ def run_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., An
 
 
 @pytest.fixture(
+    scope="session",
     params=[
         pytest.param("cpu", marks=pytest.mark.interpreted),
         pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
+    ],
 )
 def device(request: pytest.FixtureRequest) -> str:
     """Where a kernel is tested: in the interpreter on the CPU, or (`pytest -m gpu`) compiled."""

@@ -1,5 +1,7 @@
 """The switch between plain PyTorch and the Triton kernels, op by op and for the whole model."""
 
+import copy
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -54,7 +56,7 @@ def test_a_choice_names_one_backend_and_exceptions() -> None:
 
 
 def test_a_choice_ends_with_its_block() -> None:
-    """Also when an error ends it."""
+    """The choice before comes back, also when an error ends the block."""
     with backends.use("torch,rope=auto"):
         with pytest.raises(KeyError), backends.use("triton"):
             raise KeyError
@@ -76,7 +78,7 @@ def test_a_choice_ends_with_its_block() -> None:
 def test_what_a_kernel_cannot_do_falls_back_under_auto_only(
     op: str, dtype: torch.dtype, size: int, reason: str, has_gpu: None
 ) -> None:
-    """With the reason; `triton` raises it instead, naming the op."""
+    """`auto` gives the reason; `triton` raises an error with the op and the reason."""
     with backends.use("auto"):
         assert backends.choose(op, CUDA, torch.bfloat16, 64) == ("triton", "device is cuda")
         backend, why = backends.choose(op, CUDA, dtype, size)
@@ -131,8 +133,8 @@ def test_the_summary_groups_ops_by_backend_and_reason(
 def expanded_model(
     config: ModelConfig, tensors: dict[str, Tensor], device: str
 ) -> LlamaForCausalLM:
-    """3 blocks, of which the last is new, trains, and is no longer the identity."""
-    layout = expansion.interleave(2, 1)
+    """2 blocks, of which the last is new, trains, and is no longer the identity."""
+    layout = expansion.interleave(1, 1)
     tensors = expansion.expand_state_dict(tensors, layout)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in tensors.items():
@@ -144,23 +146,48 @@ def expanded_model(
     return model
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(
     tiny_config: Callable[..., ModelConfig], random_tensors: Any, device: str
 ) -> LlamaForCausalLM:
-    config = tiny_config(num_hidden_layers=2, head_dim=24)
+    # Small, because the interpreter needs about 50 ms for each launch.
+    sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "head_dim": 24}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = tiny_config(num_hidden_layers=1, **sizes, **heads)
     return expanded_model(config, random_tensors(config), device)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ids(model: LlamaForCausalLM, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (2, 18), generator=generator).to(device)
+    return torch.randint(model.config.vocab_size, (2, 10), generator=generator).to(device)
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     loss_sum, count = NextToken(model)(ids[:, :-1], ids[:, 1:])
     return loss_sum / count
+
+
+def trained(
+    model: LlamaForCausalLM, ids: Tensor, loss_of: Callable[..., Tensor] = loss_of
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and the gradients of all that trains."""
+    model.zero_grad()
+    loss = loss_of(model, ids)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def eager(model: LlamaForCausalLM, ids: Tensor) -> Callable[[str], Any]:
+    """`eager(backend) -> (loss, gradients)`, computed once for each backend."""
+
+    @functools.cache
+    def compute(choice: str) -> tuple[Tensor, dict[str, Tensor]]:
+        with backends.use(choice):
+            return trained(model, ids)
+
+    return compute
 
 
 @pytest.fixture
@@ -177,22 +204,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def test_the_whole_model_computes_and_trains_on_kernels(
-    model: LlamaForCausalLM, ids: Tensor, calls: Counter[str]
-) -> None:
-    """With `triton` every op is a kernel: loss and gradients are those of PyTorch, to rounding."""
-    found = []
-    for choice in ("torch", "triton"):
-        model.zero_grad()
-        assert not calls
-        with backends.use(choice):
-            loss = loss_of(model, ids)
-            loss.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found.append((loss.detach(), gradients))
-    assert set(calls) == set(backends.TRITON_OPS)
-    (torch_loss, torch_gradients), (loss, gradients) = found
-    # fp32 sums in another order, through 3 blocks.
+def test_the_whole_model_computes_and_trains_on_kernels(eager: Callable[[str], Any]) -> None:
+    """Loss and gradients of `triton` are those of PyTorch, to rounding."""
+    (torch_loss, torch_gradients), (loss, gradients) = eager("torch"), eager("triton")
+    # fp32 sums in another order, through 2 blocks.
     torch.testing.assert_close(loss, torch_loss, rtol=2e-6, atol=0)
     assert set(gradients) == set(torch_gradients) and len(gradients) == 9
     for name, gradient in gradients.items():
@@ -201,32 +216,30 @@ def test_the_whole_model_computes_and_trains_on_kernels(
 
 
 def test_recomputing_on_kernels_changes_no_bit_of_a_gradient(
-    model: LlamaForCausalLM, ids: Tensor
+    model: LlamaForCausalLM, ids: Tensor, eager: Callable[[str], Any]
 ) -> None:
     """Activation checkpointing runs each kernel's forward twice, and gets the same."""
-    found = []
-    for recompute in (False, True):
-        for layer in model.model.layers:
-            if recompute:
-                checkpoint(layer)
-        model.zero_grad()
-        with backends.use("triton"):
-            loss_of(model, ids).backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0] and found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        assert torch.equal(gradient, found[1][name]), name
+    recomputing = copy.deepcopy(model)
+    for layer in recomputing.model.layers:
+        checkpoint(layer)
+    with backends.use("triton"):
+        _, found = trained(recomputing, ids)
+    _, expected = eager("triton")
+    assert found and found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
 
 
 def test_each_op_is_switched_on_its_own(
     model: LlamaForCausalLM, ids: Tensor, calls: Counter[str]
 ) -> None:
-    """Naming one op runs that kernel and no other."""
-    for op in backends.TRITON_OPS:
+    """Naming one op runs that kernel and no other; `torch` runs none, `triton` runs all."""
+    named = {f"torch,{op}=triton": {op} for op in backends.TRITON_OPS}
+    for choice, expected in (named | {"torch": set(), "triton": {*backends.TRITON_OPS}}).items():
         calls.clear()
-        with backends.use(f"torch,{op}=triton"), torch.no_grad():
+        with backends.use(choice), torch.no_grad():
             loss_of(model, ids)
-        assert set(calls) == {op}
+        assert set(calls) == expected
 
 
 def test_decoding_leaves_attention_to_torch_unless_asked(
@@ -246,19 +259,15 @@ def test_decoding_leaves_attention_to_torch_unless_asked(
 
 @pytest.mark.parametrize("choice", ["torch", "cpu", "triton"])
 def test_the_model_compiles_without_a_graph_break(
-    model: LlamaForCausalLM, ids: Tensor, choice: str
+    model: LlamaForCausalLM, ids: Tensor, eager: Callable[[str], Any], choice: str
 ) -> None:
     """One graph for forward and one for backward, with the eager loss and gradients."""
+    expected_loss, expected = eager(choice)
     torch._dynamo.reset()
     with backends.use(choice):
-        loss = loss_of(model, ids)
-        loss.backward()
-        eager = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
         compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
-        compiled_loss = compiled(model, ids)
-        compiled_loss.backward()
-    torch.testing.assert_close(compiled_loss, loss)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, eager[name])
+        loss, found = trained(model, ids, compiled)
+    torch.testing.assert_close(loss, expected_loss)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llamapro import expansion
+from llamapro import expansion, ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
@@ -25,7 +25,7 @@ SIZES = {
     "vocab_size": 403,
     "hidden_size": 48,
     "intermediate_size": 80,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "hidden_act": "silu",
     "initializer_range": 0.1,  # with 0.02 blocks this narrow would hardly do anything
@@ -76,18 +76,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
     },
 }
-LENGTH = 24  # past the window and the original context
+LENGTH = 24  # beyond the window and the original context
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module")
 def base(
-    request: pytest.FixtureRequest, tmp_path: Path, write_random_checkpoint: Callable[..., Path]
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_random_checkpoint: Callable[..., Path],
 ) -> Path:
     """A random checkpoint of one family."""
     raw = {"model_type": "llama"} | SIZES | FAMILIES[request.param]
     name = "Mistral" if raw["model_type"] == "mistral" else "Llama"
     raw["architectures"] = [f"{name}ForCausalLM"]
-    return write_random_checkpoint(tmp_path / "base", ModelConfig.from_dict(raw))
+    path = tmp_path_factory.mktemp("families") / "base"
+    return write_random_checkpoint(path, ModelConfig.from_dict(raw))
+
+
+def families(*names: str) -> pytest.MarkDecorator:
+    """Runs a test on checkpoints of these families."""
+    return pytest.mark.parametrize("base", names, indirect=True)
 
 
 def theirs(path: Path) -> transformers.PreTrainedModel:
@@ -99,27 +107,31 @@ def random_ids(shape: tuple[int, int] = (2, LENGTH)) -> Tensor:
     return torch.randint(3, 400, shape, generator=torch.Generator().manual_seed(0))
 
 
+@families(*FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(base: Path) -> None:
     """Against transformers in fp64, the error is at most twice that of transformers in fp32."""
     assert_matches_hf(base, random_ids(), gradients=True)
 
 
+@families("llama-2", "llama-3.1", "llama-3.2", "linear", "mistral-v0.1")
 def test_an_expanded_export_is_the_base_in_transformers_too(base: Path, tmp_path: Path) -> None:
     """The same class reads it, and its logits are the base's to the bit; so are ours."""
-    expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", expansion.interleave(4, 2))
-    assert type(theirs(tmp_path / "pro")) is type(theirs(base))
+    expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", expansion.interleave(2, 1))
+    their_pro, their_base = theirs(tmp_path / "pro"), theirs(base)
+    assert type(their_pro) is type(their_base)
     ids = random_ids()
     with torch.no_grad():
-        assert torch.equal(theirs(tmp_path / "pro")(ids).logits, theirs(base)(ids).logits)
+        assert torch.equal(their_pro(ids).logits, their_base(ids).logits)
         ours = [Checkpoint.open(path).load()(ids) for path in (tmp_path / "pro", base)]
     assert torch.equal(*ours)
     written = json.loads((tmp_path / "pro" / "config.json").read_text())
     assert "rope_theta" in written or "rope_parameters" not in written
 
 
+@families("llama-3.1", "mistral-v0.1")
 @torch.no_grad()
 def test_a_cache_gives_the_logits_of_the_whole_text(base: Path) -> None:
-    """Token by token, past the window's end."""
+    """Token by token, past the window's end and past the original context."""
     model = Checkpoint.open(base).load()
     ids = random_ids()
     cache = KVCache(model.config, 2, LENGTH, torch.float32)
@@ -127,9 +139,10 @@ def test_a_cache_gives_the_logits_of_the_whole_text(base: Path) -> None:
     assert torch.allclose(one_by_one, model(ids), rtol=0, atol=2e-5)
 
 
+@families("llama-3.1", "mistral-v0.1")
 @torch.no_grad()
 def test_documents_in_one_sequence_are_as_if_alone(base: Path) -> None:
-    """Also with a window, and also continued from a cache: neither text nor place is shared."""
+    """Neither text nor positions are shared, in a window and continued from a cache too."""
     model: LlamaForCausalLM = Checkpoint.open(base).load()
     ids = random_ids((1, LENGTH))
     documents = torch.tensor([[0] * 10 + [3] * 13 + [4]])
@@ -145,10 +158,9 @@ def test_documents_in_one_sequence_are_as_if_alone(base: Path) -> None:
     assert torch.allclose(torch.cat(parts, dim=1), alone, rtol=0, atol=2e-5)
 
 
+@families("llama-2")
 def test_a_document_starts_at_position_0(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RoPE is relative, so the logits alone would not tell."""
-    from llamapro import ops
-
     seen, table = [], ops.rope_table
 
     def watched(positions: Tensor, *rest: Any) -> Any:

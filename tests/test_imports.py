@@ -5,7 +5,6 @@ The order of the rooms is the list in tests/imports.py, which also reads the sou
 
 import ast
 import importlib.util
-import json
 import os
 import runpy
 import subprocess
@@ -46,7 +45,7 @@ def run(script: str, *path: Path) -> str:
 
 
 def test_the_scan_sees_imports_of_every_form(tmp_path: Path) -> None:
-    """What the other tests rest on: it tells the forms apart and where they run."""
+    """The other tests rest on this: the scan sees each form, and whether it runs at import."""
     file = tmp_path / "x.py"
     file.write_text(
         "import a.b, c\nfrom llamapro import ops, __version__\n"
@@ -109,7 +108,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_the_package_itself_is_asked_for_its_version_only() -> None:
-    """What llamapro/__init__.py offers, it takes from above: inside, it would be a circle."""
+    """The names of llamapro/__init__.py come from above, so using them inside would be a circle."""
     for module, file in MODULES.items():
         for node, _ in SCAN.nodes(file):
             if isinstance(node, ast.ImportFrom) and node.module == "llamapro":
@@ -127,7 +126,7 @@ def test_make_imports_prints_the_order() -> None:
     assert f"{len(SCAN.FLOORS)} rooms, {len(MODULES)} modules" in done.stdout
 
 
-# ---- What may be imported at all ----------------------------------------------------------------
+# ---- Third-party packages ------------------------------------------------------------------------
 
 
 def test_third_party_packages_of_the_core_are_few() -> None:
@@ -167,7 +166,7 @@ def test_the_scripts_are_imported_by_their_full_name_only() -> None:
 
 
 def test_transformers_is_imported_where_it_is_compared_with() -> None:
-    """In the modules made for it, inside functions; nowhere else."""
+    """Only the modules made for it import it, and only inside functions."""
     made_for_it = {"llamapro.conversion.hf_parity"}
     for module, file in MODULES.items():
         found = [
@@ -201,7 +200,7 @@ def test_no_wheel_of_ours_ships_a_top_level_kernels() -> None:
 
 
 def test_every_module_is_imported_without_triton_and_extras() -> None:
-    """With only the required packages and no Triton; nothing starts CUDA."""
+    """The required packages are enough, without Triton, and nothing starts CUDA."""
     run(f"""
 import importlib, sys
 class Blocker:
@@ -216,36 +215,33 @@ assert not torch.cuda.is_initialized()
 """)
 
 
-@pytest.mark.parametrize(
-    "imported, absent",
-    [
-        # The package itself is a name and a version: nothing outside the standard library.
-        ("llamapro", {"torch", "numpy", "safetensors", "tyro"}),
-        # The model needs torch and the core, and none of the rooms around it.
-        (
-            "llamapro.model, llamapro.expansion",
-            {"triton", "safetensors", "sentencepiece", "tyro", "tqdm", *EXTRAS}
-            | {f"llamapro.{name}" for name in ("text", "checkpoints", "inference", "training")},
-        ),
-    ],
-)
-def test_importing_costs_no_more_than_it_must(imported: str, absent: set[str]) -> None:
-    """What a module does not need, importing it does not load; torch loads what torch needs."""
-    shown = run(f"""
-import json, sys
-before = set()
-if {"llamapro.model" in imported}:
-    import torch
-    before = set(sys.modules)
-import {imported}
-print(json.dumps(sorted(set(sys.modules) - before)))
+def test_importing_costs_no_more_than_it_must() -> None:
+    """Importing a module loads nothing that it does not need; names are imported on first use."""
+    # The model needs torch and the core, and none of the rooms around it.
+    rooms = {f"llamapro.{name}" for name in ("text", "checkpoints", "inference", "training")}
+    absent = {"triton", "safetensors", "sentencepiece", "tyro", "tqdm", *EXTRAS, *rooms}
+    run(f"""
+import sys
+import llamapro
+assert not sys.modules.keys() & {{"torch", "numpy", "safetensors", "tyro"}}
+import torch
+before = set(sys.modules)  # torch loads what torch needs
+import llamapro.model, llamapro.expansion
+assert not (sys.modules.keys() - before) & {absent!r}
+for name in llamapro.__all__:
+    assert callable(getattr(llamapro, name)), name
+from llamapro.generate import main
+assert callable(llamapro.generate)  # the function is still there, beside the module
+try:
+    llamapro.nothing
+except AttributeError as error:
+    assert str(error) == "module 'llamapro' has no attribute 'nothing'"
 """)
-    assert not absent & set(json.loads(shown))
 
 
 # ---- Hugging Face's package of the same name ----------------------------------------------------
 
-# What transformers takes from Hugging Face's package when it finds one recent enough.
+# All that transformers takes from Hugging Face's package if it is recent enough.
 FAKE_KERNELS = """
 __version__ = {version!r}
 class _Anything:
@@ -260,13 +256,13 @@ def __getattr__(name):
 """
 
 
-@pytest.mark.parametrize("version", [None, "0.10.0", "accepted"])
-def test_transformers_is_imported_beside_the_folder(version: str | None, tmp_path: Path) -> None:
-    """Hugging Face's `kernels` absent, installed but old, installed in a version it accepts."""
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_transformers_is_imported_beside_the_folder(is_installed: bool, tmp_path: Path) -> None:
+    """Hugging Face's `kernels` absent, and installed in a version that transformers accepts."""
     path = []
-    if version is not None:
-        if version == "accepted":
-            from transformers.utils.import_utils import KERNELS_MIN_VERSION as version
+    if is_installed:
+        from transformers.utils.import_utils import KERNELS_MIN_VERSION as version
+
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels" / "__init__.py").write_text(FAKE_KERNELS.format(version=version))
         info = tmp_path / f"kernels-{version}.dist-info"
