@@ -1,7 +1,7 @@
 """The functions of `import llamapro`: block expansion by hand, in memory.
 
-For models that do not fit into memory, or for several GPUs, there are the commands: `expand` and
-`merge` stream, and `train` shards.
+For models that do not fit into memory, and for several GPUs, use the commands: `expand` and `merge`
+stream, and `train` shards.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ def load(
 
     Args:
         path: a directory, or `hf://owner/name[@revision]`.
-        dtype: of the weights and the computation; None takes the checkpoint's.
-        device: where the model goes.
+        dtype: dtype of the weights and the computation; None takes the checkpoint's.
+        device: device of the model.
 
     Raises:
-        ConfigError, CheckpointError: the model is of another shape than LLaMA's, or a file is
-            missing or damaged.
+        ConfigError: the model is not of LLaMA's shape.
+        CheckpointError: a file is missing or damaged.
     """
     return Checkpoint.open(path).load(dtype, device)
 
@@ -44,18 +44,18 @@ def load(
 def expand(
     model: LlamaForCausalLM, num_new_blocks: int, blocks_per_group: int = 1
 ) -> LlamaForCausalLM:
-    """Inserts identity blocks, evenly spaced (section 3.2): the logits stay the same, to the bit.
+    """Inserts evenly spaced identity blocks (section 3.2); the logits stay the same, to the bit.
 
-    The base's tensors are shared with `model`, not copied; the new blocks have tensors of their
-    own. The configuration records which blocks are new.
+    The result shares the base's tensors; the new blocks have tensors of their own. The
+    configuration records which blocks are new.
 
     Args:
         model: the base.
         num_new_blocks: number of new blocks in all; the layers must split into equal groups.
-        blocks_per_group: how many of the new blocks go on top of each group.
+        blocks_per_group: number of new blocks on top of each group.
 
     Raises:
-        ConfigError: the layers do not split so; the message lists the numbers that work.
+        ConfigError: the layers do not split like this; the message lists the numbers that work.
     """
     layout = interleave(model.config.num_hidden_layers, num_new_blocks, blocks_per_group)
     base = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -65,7 +65,7 @@ def expand(
 
 
 def train_only_new(model: LlamaForCausalLM) -> list[nn.Parameter]:
-    """Freezes everything except the new blocks, and returns their parameters for an optimizer.
+    """Freezes everything except the new blocks and returns their parameters for an optimizer.
 
     Raises:
         ConfigError: the model was not expanded.
@@ -76,7 +76,7 @@ def train_only_new(model: LlamaForCausalLM) -> list[nn.Parameter]:
 def save(model: LlamaForCausalLM, path: str | Path, force: bool = False) -> None:
     """Writes a checkpoint directory that `load` and transformers read.
 
-    The tokenizer files of the directory that the model, or its base, was loaded from are copied.
+    Tokenizer files are copied from the directory that the model, or its base, was loaded from.
 
     Args:
         model: in any dtype, on any device.
@@ -84,8 +84,8 @@ def save(model: LlamaForCausalLM, path: str | Path, force: bool = False) -> None
         force: replace a checkpoint of this name.
 
     Raises:
-        ConfigError: the directory exists or cannot be written, or the model's configuration holds
-            no `config.json` to write.
+        ConfigError: the directory exists or cannot be written, or the model's configuration was
+            made field by field.
     """
     if not model.config.raw:
         raise ConfigError(
@@ -109,14 +109,14 @@ def generate(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> str:
-    """Returns what the model writes after a text, up to the end of the document.
+    """Returns the text that the model writes after another, up to the end of the document.
 
     Args:
         model: on any device.
-        text: the beginning; an empty one starts a new document.
-        max_new_tokens: how many tokens are written at most; a full context ends the text, too.
+        text: the text to continue; an empty one starts a new document.
+        max_new_tokens: largest number of tokens; a full context ends the text, too.
         temperature: 0 takes the most likely token, 1.0 samples from the model's own distribution.
-        top_p: samples from the most likely tokens that together have this probability.
+        top_p: sample only from the most likely tokens that together have this probability.
         seed: the same seed writes the same text.
         tokenizer: None takes the one in the directory that the model, or its base, was loaded from.
 
@@ -154,7 +154,7 @@ def _specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
 
 
 def _sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Returns what `Checkpoint.sha256` gives of a checkpoint with these tensors."""
+    """Returns the `Checkpoint.sha256` of a checkpoint with these tensors."""
     hashes = []
     for spec in _specs(tensors):
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The switch between the three implementations of every op in `ops.py`.
+"""Switches between the three implementations of every op in `ops.py`.
 
     torch    the formulas of `ops.py`, as a textbook prints them: the reference
     cpu      `kernels/cpu.py`: plain PyTorch that keeps less for backward, on any device
@@ -56,7 +56,7 @@ def parse(choice: str) -> dict[str, str]:
 
 @contextmanager
 def use(choice: str = "auto") -> Iterator[None]:
-    """Computes with these backends inside the with-block; `parse` says how to name them."""
+    """Computes with these backends inside the with-block; the choice is read by `parse`."""
     before = dict(_chosen)
     _chosen.update(parse(choice))
     try:
@@ -92,7 +92,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tupl
 
 
 def summary(config: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Says in one line which backend computes each op that has a Triton kernel, and why.
+    """Returns one line that names the backend of each op with a Triton kernel, and the reason.
 
     Args:
         config: the `ModelConfig` of the model.
@@ -146,7 +146,7 @@ def switched(op: str) -> Callable[[Callable[Inputs, Output]], Callable[Inputs, O
         def call(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
             x: Any = args[0]
             backend, _ = choose(op, x.device, x.dtype, x.shape[-1])
-            # One query would leave a tile of the kernel all but empty.
+            # With one query, a tile of the kernel would be almost empty.
             if op == "attention" and x.shape[1] == 1 and _chosen[op] == "auto":
                 backend = "cpu"
             if backend == "torch":

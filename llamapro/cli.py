@@ -1,4 +1,4 @@
-"""The frame of every command: errors become one message and exit 2, results go to stdout."""
+"""The frame of every command: an error is one message and exit status 2, a result is printed."""
 
 import io
 import json
@@ -23,8 +23,8 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
 
     Args:
         main: the command.
-        leave: what ends the process. `os._exit` skips the interpreter's teardown, during which
-            gloo's threads sometimes abort a process whose work is done.
+        leave: ends the process. `os._exit` skips the interpreter's teardown, during which gloo's
+            threads sometimes abort a process whose work is done.
     """
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -40,7 +40,7 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader of our output went away ('| head'): nothing is left to say to anybody.
+        # The reader of our output went away, as in '| head'.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     sys.stderr.flush()
@@ -52,9 +52,9 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _tell_launcher(message: str) -> None:
-    """Writes the message to the file that torchrun reads, which then ends its report with it.
+    """Writes the message to the file that torchrun reads, so that its report ends with it.
 
-    Every rank writes its own, so the message is there whichever rank torchrun takes for the first.
+    Every rank writes its own: torchrun may take any of them for the first that failed.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -63,11 +63,10 @@ def _tell_launcher(message: str) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    # Under torchrun every rank of a machine meets the same mistake; one of them tells. Another
-    # machine may miss what the first one has: a file, a token store.
-    # `train.py --processes` prints what its ranks write to their error files.
-    is_shown = "LLAMAPRO_LAUNCHED" not in os.environ
-    if os.environ.get("LOCAL_RANK", "0") == "0" and is_shown:
+    # Under torchrun every rank of a machine meets the same mistake, so the first one reports it.
+    # Another machine may lack a file that this one has. `train.py --processes` sets the second
+    # variable, and prints what its ranks write to their error files.
+    if os.environ.get("LOCAL_RANK", "0") == "0" and "LLAMAPRO_LAUNCHED" not in os.environ:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
         print(f"{where}{message}", file=sys.stderr, flush=True)
@@ -80,7 +79,7 @@ def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Puts null where a number is not finite: JSON has no word for it."""
+    """Replaces numbers that are not finite by null: JSON cannot hold them."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -33,7 +33,7 @@ def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
 class Problems:
     """Collects problems, so that one error names everything the user has to repair.
 
-    Its length is the number of problems. It keeps the first `limit` of them, which the error lists.
+    Its length is the number of problems; the error lists the first `limit` of them.
     """
 
     def __init__(self, problems: Iterable[str] = (), limit: int = 8) -> None:

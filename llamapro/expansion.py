@@ -1,4 +1,4 @@
-"""Block expansion (LLaMA Pro, section 3.2): where new blocks go, what they hold, what trains.
+"""Block expansion (LLaMA Pro, section 3.2): new blocks, their place, their weights, their training.
 
 The L blocks of the base form N groups of M = L / N. Copies of the top P blocks of each group are
 stacked on top of it, so L becomes L + N * P. Four blocks, with N = 2 and P = 1:
@@ -62,15 +62,15 @@ def _layout(num_layers: int, inserted: Mapping[int, Iterable[int]]) -> Layout:
 
 
 def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) -> Layout:
-    """The paper's placement: on top of each of N groups, copies of its top P blocks.
+    """Places copies of the top P blocks of each of N groups on top of the group, as the paper does.
 
     Args:
-        num_layers: L of the base.
-        num_new_blocks: N * P, the number of blocks that are added in all.
+        num_layers: L, the number of the base's layers.
+        num_new_blocks: N * P, the number of new blocks in all.
         blocks_per_group: P.
 
     Raises:
-        ConfigError: the layers do not split into such groups; lists the numbers that work.
+        ConfigError: the layers do not split like this; the message lists the numbers that work.
     """
     P = blocks_per_group
     # N groups must be equal, and none can copy more blocks than it has.
@@ -89,9 +89,10 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
 
 
 def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
-    """One new block directly after each listed base layer, copied from it.
+    """Places a copy of each listed base layer directly after it.
 
-    Raises ConfigError if a layer is listed twice or does not exist.
+    Raises:
+        ConfigError: a layer is listed twice or does not exist.
     """
     layers = list(layers)
     wrong = sorted({i for i in layers if not 0 <= i < num_layers or layers.count(i) > 1})
@@ -104,9 +105,9 @@ def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
 
 
 def stack(num_layers: int, num_new_blocks: int, placement: str) -> Layout:
-    """Table 5: copies of the bottom blocks below all ("prefix") or of the top above all ("suffix").
+    """Places copies of the bottom blocks below all ("prefix"), or of the top above all ("suffix").
 
-    Both train worse than `interleave`. Raises ConfigError for more copies than layers.
+    Both train worse than `interleave` (Table 5). Raises ConfigError for more copies than layers.
     """
     if not 1 <= num_new_blocks <= num_layers:
         raise ConfigError(
@@ -125,12 +126,12 @@ def expand_config(
 
     Args:
         config: the configuration of the base.
-        layout: where the new blocks go.
+        layout: the places of the new blocks.
         base_sha256: `Checkpoint.sha256()` of the base.
         new_tokens: the number of tokens that are added to the vocabulary.
     """
-    # An expanded model can be expanded again. Its earlier new blocks stay on record, at the places
-    # they have now, but are part of the base from here on.
+    # An expanded model can be expanded again. Its earlier new blocks stay on record, at their new
+    # places, but belong to the base from now on.
     moved_to = layout.base_layers
     generations = []
     if (earlier := config.expansion) is not None:
@@ -149,11 +150,11 @@ def expand_config(
 
 
 def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[str, bool]]:
-    """Says what every tensor of the expanded model is.
+    """Maps every tensor of the expanded model to its source.
 
     Args:
         base_names: the parameter names of the base.
-        layout: where the new blocks go.
+        layout: the places of the new blocks.
 
     Returns:
         Name in the expanded model -> (name in the base, is_zero). The tensor is the base's or, if
@@ -178,7 +179,7 @@ def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[s
 
 
 def is_in_layers(name: str, layers: Iterable[int]) -> bool:
-    """Says whether a parameter belongs to one of these blocks."""
+    """Returns whether a parameter belongs to one of these blocks."""
     match = _LAYER.fullmatch(name)
     return match is not None and int(match[1]) in set(layers)
 
@@ -197,14 +198,14 @@ def expand_state_dict(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str
 
 
 def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> list[str]:
-    """Freezes: sets `requires_grad` of every parameter, before weights are loaded and sharded.
+    """Sets `requires_grad` of every parameter and returns the names of those that train.
 
     Args:
         model: the model; its configuration has the expansion record.
         trainable: "new_blocks" (those of the latest expansion) or "all".
 
-    Returns:
-        The names of the parameters that train. Raises ConfigError if nothing is recorded as new.
+    Raises:
+        ConfigError: no block is recorded as new.
     """
     record = model.config.expansion
     if trainable == "new_blocks" and record is None:
@@ -213,7 +214,7 @@ def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> 
             "run 'llamapro expand' first, or set train.trainable to 'all'"
         )
     for name, parameter in model.named_parameters():
-        # What is new is read from the record, never guessed from the weights.
+        # The record says which blocks are new; the weights are never asked.
         is_new = record is not None and is_in_layers(name, record.new_layers)
         parameter.requires_grad_(trainable == "all" or is_new)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,9 +1,9 @@
-"""`train.py`, `convert.py` and the presets, wherever they are installed.
+"""Finds `train.py`, `convert.py` and the presets, in a clone and in an installed wheel.
 
     from llamapro.scripts import train
 
-In a clone the two files stand beside this package, where people read and run them. A wheel carries
-copies in `llamapro/scripts/`, and the presets in `llamapro/configs/`.
+In a clone the two files stand beside this package. A wheel carries copies in `llamapro/scripts/`,
+and the presets in `llamapro/configs/`.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""For your own tests: does a model compute what Hugging Face's transformers computes?
+"""For your own tests: asserts that a model computes what Hugging Face's transformers computes.
 
 from llamapro.testing import assert_matches_hf
 
@@ -28,17 +28,17 @@ def assert_matches_hf(
     """Asserts that logits, and optionally gradients, are those of transformers on the same weights.
 
     Both run in fp32 on the CPU, and transformers in fp64 too. Against fp64, the error of this
-    implementation may be at most twice the error of transformers in fp32. 1e-7 of the largest value
-    is allowed on top, because transformers' own error can be 0.
+    implementation may be at most twice the error of transformers in fp32. A further 1e-7 of the
+    largest value is allowed, because transformers' own error can be 0.
 
     Args:
-        model: a model, or a checkpoint directory, or `hf://owner/name`.
+        model: a model, a checkpoint directory, or `hf://owner/name`.
         input_ids: (B, T) token ids; None draws 2 x 64 random ones.
         gradients: compare every parameter's gradient of the mean next-token loss as well.
-        seed: of the random token ids.
+        seed: seed of the random token ids.
 
     Raises:
-        AssertionError: naming the first tensor that differs too much.
+        AssertionError: a tensor differs too much; the message names it.
         ConfigError: transformers is not installed.
     """
     with tempfile.TemporaryDirectory() as directory:

@@ -155,7 +155,7 @@ def test_a_second_expansion_keeps_the_first_renumbered(
 
 
 def test_only_the_latest_generation_trains(tiny_config: Callable[..., ModelConfig]) -> None:
-    """Unless all is asked for; a model that was never expanded has no new blocks to train."""
+    """Earlier generations are frozen; a model that was never expanded has no blocks to train."""
     twice = expansion.expand_config(
         expansion.expand_config(tiny_config(), interleave(4, 2), "a"), interleave(6, 3), "b"
     )
@@ -178,7 +178,7 @@ def test_expanded_logits_are_bit_identical_to_base(
     tiny_config: Callable[..., ModelConfig],
     random_tensors: Any,
 ) -> None:
-    """In fp32 and bf16, for every placement: not close, equal."""
+    """Logits are equal, not close, in fp32 and bf16 and for every placement."""
     config = tiny_config()
     tensors = random_tensors(config, dtype)
     expanded = expansion.expand_state_dict(tensors, layout)

@@ -172,7 +172,7 @@ def readme_command(root: Path, checkpoint: Path) -> list[str]:
 def test_the_readmes_command_runs_without_a_gpu(
     run: Callable[..., Results], root: Path, checkpoint: Path
 ) -> None:
-    """As it is printed, except for the checkpoint and the tasks: each task has its numbers."""
+    """Each task has its numbers; only the checkpoint and the tasks differ from the README."""
     results, samples = run(*readme_command(root, checkpoint))
     assert results.keys() == {f"local_{name}" for name in TASKS}
     assert all(len(rows) == 14 for rows in samples.values())
@@ -181,7 +181,7 @@ def test_the_readmes_command_runs_without_a_gpu(
 def test_every_number_of_the_example_is_that_of_the_readmes_command(
     run: Callable[..., Results], root: Path, checkpoint: Path
 ) -> None:
-    """In fp32: metrics, and each answer; texts equal, log-probabilities to fp32's rounding."""
+    """Metrics, texts and log-probabilities agree in fp32, numbers up to rounding."""
     command = " ".join(readme_command(root, checkpoint)).replace("bfloat16", "float32").split()
     theirs = run(*command)
     example = ["examples/lm_eval_model.py", "--model", "llamapro"]
@@ -200,7 +200,7 @@ def close(number: str | float) -> Any:
 
 
 def leaves(value: Any, read: Callable[[Any], Any]) -> list[Any]:
-    """What is in lists and mappings, by key, in order; numbers as `read` gives them."""
+    """The items of lists and mappings, by key, in order; numbers as `read` gives them."""
     if isinstance(value, dict):
         return [leaf for key in sorted(value) for leaf in (key, *leaves(value[key], read))]
     if isinstance(value, list):

@@ -69,7 +69,7 @@ def known() -> dict[str, set[str]]:
     return known | OTHERS
 
 
-# ---- What it names ------------------------------------------------------------------------------
+# ---- Names --------------------------------------------------------------------------------------
 
 
 def test_file_map_lists_every_module() -> None:
@@ -87,7 +87,7 @@ def rooms() -> list[Path]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_it_names_exists(page: Path) -> None:
-    """Of the repository; what a command makes, and paths of yours, are not there."""
+    """This holds for paths of the repository, not for outputs of commands and paths of yours."""
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."} - {
         "checkpoints",
         "runs",
@@ -156,7 +156,7 @@ def test_the_method_is_as_short_as_it_says() -> None:
         assert len((ROOT / file).read_text().splitlines()) <= int(limit), file
 
 
-# ---- What it shows ------------------------------------------------------------------------------
+# ---- Examples -----------------------------------------------------------------------------------
 
 
 def test_the_paper_is_shown_as_the_example_has_it() -> None:

@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of the tokens so far, so that each new token costs one step."""
+"""The KV cache keeps keys and values of earlier tokens, so that a new token costs one step."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class KVCache:
         self.capacity = capacity
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new k, v (B, T, KV, D); returns all its positions (B, S, KV, D).
+        """Stores one layer's new k, v (B, T, KV, D) and returns all positions (B, S, KV, D).
 
         Raises:
             ValueError: the positions do not fit.

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from typing import Any, TextIO
 
 import torch
@@ -15,12 +16,12 @@ from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate, check_messages
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
-# Control tokens that end a turn in common formats, whatever config.json says ends a document.
+# Control tokens that end a turn in common formats. config.json may not list them.
 ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
 def stop_ids(model: LlamaForCausalLM, tokenizer: Tokenizer) -> set[int]:
-    """Returns the ids that end an answer: ends of document and of turn."""
+    """Returns the ids that end an answer: the ends of a document and of a turn."""
     stops = {tokenizer.special_tokens[n] for n in ENDS_OF_TURN if n in tokenizer.special_tokens}
     if tokenizer.eos_id is not None:
         stops.add(tokenizer.eos_id)
@@ -30,13 +31,13 @@ def stop_ids(model: LlamaForCausalLM, tokenizer: Tokenizer) -> set[int]:
 class Conversation:
     """The turns so far, and the model that answers the next one.
 
-    Each prompt is the chat template's rendering of all turns. The ids at its start that the model
-    saw last time stay in the KV cache; the model reads only the rest.
+    The chat template renders all turns into each prompt. The ids at its start that the model saw
+    last time stay in the KV cache, so the model reads only the rest.
 
     Attributes:
         messages: `role` and `content` of each turn, the system's first if there is one.
-        tokens: number of tokens of all answers.
-        elapsed_s: time that all answers took.
+        tokens: number of tokens in all answers.
+        elapsed_s: duration of all answers.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all turns but the system's; it may stay in the cache."""
+        """Forgets all turns but the system's, which may stay in the cache."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def answer(self, text: str, show: Callable[[str], None]) -> str:
@@ -69,7 +70,7 @@ class Conversation:
             show: receives the answer in pieces, as they are written.
 
         Returns:
-            A line about the answer: why it is incomplete, if it is; tokens, speed, context.
+            A line about the answer: the reason if it is incomplete, tokens, speed, context.
 
         Raises:
             ConfigError: the turn leaves no room in the context for an answer.
@@ -108,7 +109,7 @@ class Conversation:
         return "; ".join(notes)
 
     def _write(self, prompt: list[int], limit: int, show: Callable[[str], None]) -> str:
-        """Returns the text that the model writes after a prompt; its ids are appended to ours."""
+        """Returns the text that the model writes after a prompt; appends its ids to `_ids`."""
         read = self._keep_shared(prompt, len(prompt) + limit)
         pieces = []
         for token_id, piece in write_text(
@@ -132,14 +133,12 @@ class Conversation:
     def _keep_shared(self, prompt: list[int], capacity: int) -> int:
         """Cuts the cache to the ids that it shares with a prompt, and returns their number.
 
-        The cache grows to this capacity if need be.
+        The cache grows to this capacity if it is smaller.
         """
         cached = self._ids[: self._cache.length]
-        shared = 0
-        for cached_id, token_id in zip(cached, prompt[:-1], strict=False):  # logits need one read
-            if cached_id != token_id:
-                break
-            shared += 1
+        # The last id of a prompt is always read: its logits are needed.
+        pairs = zip(cached, prompt[:-1], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         if self._cache.capacity < capacity:
             old, new = self._cache, self._new_cache(capacity)
             for kept, copy in zip(old.keys + old.values, new.keys + new.values, strict=True):
@@ -158,7 +157,7 @@ def converse(conversation: Conversation, prompt: str, out: TextIO) -> dict[str, 
     """Answers `prompt`, if there is one, and the lines of standard input.
 
     Args:
-        out: where answers go as they are written; all else goes to standard error.
+        out: receives the answers as they are written; notes go to standard error.
 
     Returns:
         messages, tokens (of all answers), tokens_per_s.
@@ -193,7 +192,7 @@ def converse(conversation: Conversation, prompt: str, out: TextIO) -> dict[str, 
 
 
 def _turns(prompt: str, is_terminal: bool, reset: Callable[[], None]) -> Iterator[str]:
-    """Yields the user's turns: the prompt, and unless it is all there is, lines of input."""
+    """Yields the user's turns: the prompt, then on a terminal, or without a prompt, input lines."""
     if prompt:
         yield prompt
         if not is_terminal:

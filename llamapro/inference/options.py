@@ -1,4 +1,4 @@
-"""Options that `generate` and `evaluate` share: where to compute, and how tokens are chosen."""
+"""Options that `generate` and `evaluate` share: device, dtype, backends, sampling."""
 
 import math
 import sys
@@ -21,15 +21,15 @@ class ComputeOptions:
     """Device, dtype and backends."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device; auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of weights and computation; auto takes the checkpoint's."""
     ops: str = "auto"
     """Backend: auto (Triton on a GPU wherever its kernel can run), cpu, torch or triton. Single
     operations may differ, for example auto,attention=torch."""
     skip_new_blocks: bool = False
-    """Leave out the latest generation's new blocks and the tokens added with them. What computes
-    is the base inside, to the bit."""
+    """Leave out the latest generation's new blocks and the tokens added with them: the base inside
+    computes, to the bit."""
 
     def choose_device(self) -> str:
         """Returns "cpu" or "cuda"; raises ConfigError for "cuda" without a GPU."""
@@ -40,7 +40,7 @@ class ComputeOptions:
 
     @contextmanager
     def backends(self) -> Iterator[None]:
-        """Computes as --ops says inside the with-block; raises ConfigError for a wrong choice."""
+        """Applies --ops inside the with-block; raises ConfigError for a wrong choice."""
         try:
             backends.parse(self.ops)
         except ValueError as error:
@@ -49,11 +49,11 @@ class ComputeOptions:
             yield
 
     def load(self, checkpoint: Checkpoint) -> LlamaForCausalLM:
-        """Loads a model, inside `backends`, and prints on standard error what will compute it.
+        """Loads a model, inside `backends`, and prints its device and backends on standard error.
 
         Raises:
-            ConfigError: no GPU, a Triton kernel was asked for that cannot run, or there are no new
-                blocks to skip.
+            ConfigError: there is no GPU, no kernel for what --ops asks for, or no new block to
+                skip.
             CheckpointError: as `Checkpoint.load`.
         """
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -77,17 +77,17 @@ class ComputeOptions:
 
 @dataclass(kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen, and the number of tokens."""
+    """The choice of the next token, and the number of tokens."""
 
     max_new_tokens: int = 256
-    """Stop after this many tokens. Text also ends at the end of the document (with --chat: of the
-    answer), and when the context is full."""
+    """Stop after this many tokens. A text also ends at the end of its document, an answer at the
+    end of its turn, and both when the context is full."""
     temperature: float = 0.0
-    """Sampling temperature. 0 always takes the most likely token, 1.0 samples from the model's own
-    distribution, higher values write more varied text."""
+    """Sampling temperature. 0 always takes the most likely token; 1.0 samples from the model's own
+    distribution; higher values write more varied text."""
     top_p: float = 1.0
-    """Sample only from the most likely tokens that together have this probability, for example
-    0.9; 1.0 keeps all tokens."""
+    """Sample only from the most likely tokens that together have this probability; 1.0 keeps all
+    tokens."""
     seed: int = 0
     """Seed of the sampling. The same seed writes the same text."""
 

@@ -19,7 +19,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     Args:
         logits: (B, V).
         temperature: divides the logits; 0 takes the most likely token.
-        top_p: samples from the fewest most likely tokens whose probabilities reach this value
+        top_p: keep only the most likely tokens, the fewest whose probabilities reach this value
             (nucleus sampling; Holtzman et al., 2020).
         generator: on the CPU, so that every device writes the same text.
 
@@ -58,8 +58,8 @@ def generate(
         max_new_tokens: number of steps; the caller may stop sooner.
         temperature, top_p: as for `sample`.
         seed: an integer, or a generator that continues earlier draws.
-        cache: holds the tokens before the prompt and has room for T + max_new_tokens - 1 more. It
-            ends up with all tokens except the last one yielded.
+        cache: holds the tokens before the prompt, with room for T + max_new_tokens - 1 more. At the
+            end it holds all tokens except the last one yielded.
 
     Yields:
         (B, 1): the token ids of each step.
@@ -88,15 +88,15 @@ def write_text(
     stop_ids: Collection[int] = (),
     cache: KVCache | None = None,
 ) -> Iterator[tuple[int | None, str]]:
-    """Continues one prompt and decodes what is written, up to the first token in `stop_ids`.
+    """Continues one prompt and decodes the new tokens, up to the first one in `stop_ids`.
 
     Args:
         decoder: a new one; it decides how the text begins.
         model, prompt, max_new_tokens, temperature, top_p, seed, cache: as for `generate`.
 
     Yields:
-        Each token id and its text, "" for the token that stops; at the end None and the text of an
-        incomplete character.
+        Each token id with its text, which is "" for the token that stops. At the end, None with the
+        text of an incomplete character.
     """
     steps = generate(model, torch.tensor([prompt]), max_new_tokens, temperature, top_p, seed, cache)
     for step in steps:

@@ -84,7 +84,7 @@ def test_scores_are_those_of_transformers_one_by_one(
     read: Callable[..., list[Question]],
     batch_size: int,
 ) -> None:
-    """Whatever the batch: no padding, no sharing, logits of every position, the joined text."""
+    """The reference has no batch, no padding and no sharing: the joined text, every position."""
     theirs = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
     found = log_likelihoods(model, read(ROWS, shots=1), batch_size)
     row, choices = ROWS[0], ROWS[1]["choices"]
@@ -144,7 +144,7 @@ def test_best_per_token_wins_and_the_sum_is_told_apart() -> None:
 
 
 def test_any_of_several_right_choices_counts(read: Callable[..., list[Question]]) -> None:
-    """As in the paper: the option with the highest likelihood belongs to the label set."""
+    """An answer is right if its option is in the label set, as in the paper."""
     stub: Any = Table(torch.full((4, 4), 0.25))
     questions = [Question([0], [[1], [2]], frozenset(right), False) for right in ({1}, {0, 1})]
     assert measure_choices(stub, questions, 1, "")[1] == [False, True]  # equal: the first is taken
@@ -199,7 +199,7 @@ LABELLED = {"text": ["2", "3", "1"], "label": ["1", "2", "3"]}
 def test_answer_is_a_label_index_text_or_letter(
     read: Callable[..., list[Question]], choices: Any, answer: Any, right: set[int]
 ) -> None:
-    """In this order, so that a label that is also a text means the label."""
+    """Labels come first, so a label that is also a text means the label."""
     (question,) = read([{"question": "x", "choices": choices, "answer": answer}])
     assert question.right == right
 
@@ -228,7 +228,7 @@ def test_prompt_and_choice_are_joined_by_white_space_once(
 def test_choice_that_merges_with_the_prompt_is_encoded_by_itself(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """Where the joined text has a token over the border, the prompt's ids stay as they are."""
+    """If a token of the joined text spans the border, the prompt's ids stay as they are."""
     names = {"q": 5, " ab": 6, "q ab": 7, " c": 8}
 
     def encode(text: str, bos: bool = False, continues: bool = False) -> list[int]:
@@ -349,11 +349,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, tokenizer: Tokenize
         read_choices(str(tmp_path / "nowhere"), tokenizer, CONTEXT, 0)
 
 
-# ---- What is shown ----------------------------------------------------------------------------
+# ---- Tables -----------------------------------------------------------------------------------
 
 
 def test_baselines_are_chance_and_the_position_right_most_often() -> None:
-    """Of 2, 4 and 4 choices with 1, 1 and 2 right ones; the second is right twice."""
+    """There are 2, 4 and 4 choices with 1, 1 and 2 right ones; the second is right twice."""
     sizes = [(2, {1}), (4, {3}), (4, {0, 1})]
     questions = [Question([0], [[1]] * n, frozenset(right), False) for n, right in sizes]
     found = baselines(questions)

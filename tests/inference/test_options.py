@@ -1,4 +1,4 @@
-"""What generate and evaluate share: device, dtype and the backend of each op."""
+"""Device, dtype and the backend of each op, which generate and evaluate share."""
 
 import re
 from collections.abc import Callable
