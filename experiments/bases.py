@@ -1,4 +1,4 @@
-"""The bases and domains of a study. Checkpoints are made by the public commands."""
+"""The bases and domains of a study."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from domains import STORIES
+from domains import STORIES, write_corpus
 from options import ROOT, StudySettings
-from trial import TEXT_FILE, device_of, write_json
+from trial import CHECKPOINT, TEXT_FILE, device_of, write_json
 from variants import Variant, comparisons, nearest_number, plain, retention
 
 from llamapro.checkpoints.directory import Checkpoint
@@ -30,15 +30,12 @@ class Study:
     """One base and one domain.
 
     Attributes:
-        s: the settings that all studies share.
-        base, checkpoint, num_layers: the base's name, directory and size.
-        domain, train, val: the new domain's name and text.
-        general: name -> held-out text of other domains.
-        general_train: general text to replay, if there is any.
+        general: held-out text of other domains, by name.
+        general_train: general text to replay; may be empty.
         choices: file of questions, or "".
-        is_whole: whether all variants are trained, or only plain expansion, full fine-tuning and
-            the ways to forget less.
-        is_written: whether a general set is text that the base writes.
+        is_whole: whether all variants train, or only plain expansion, full fine-tuning and the ways
+            to forget less.
+        is_written: whether the base writes one of the general sets.
     """
 
     s: StudySettings
@@ -60,41 +57,50 @@ class Study:
 
     @property
     def base_sha256(self) -> str:
-        """The hash of the base's weights: results belong to these."""
+        """The hash of the base's weights, to which all results belong."""
         return _sha256(self.checkpoint)
 
     @property
     def compared(self) -> int:
-        """The number of new blocks at which everything else is compared."""
+        """The number of new blocks in all comparisons that are not about this number."""
         return nearest_number(self.num_layers, self.s.compared)
 
     @property
-    def variants(self) -> list[Variant]:
-        """The variants of `s.variants` that exist here, and those that they vary."""
+    def possible(self) -> list[Variant]:
+        """All variants for this base and domain."""
         variants = comparisons(self.num_layers, self.s.new_blocks, self.compared)
         if not self.is_whole:
             variants = [v for v in variants if v.name in (plain(self.compared).name, "full")]
-        variants += retention(self.s, self.compared, self.general_train, self.train)
-        names = set(self.s.variants)
-        wanted = names | {v.varies for v in variants if v.name in names}
-        chosen = [v for v in variants if not names or v.name in wanted]
-        if not chosen:
-            raise ConfigError(
-                f"--variants {' '.join(self.s.variants)}: none is possible for {self.name}, a "
-                f"base of {self.num_layers} layers"
-            )
-        return chosen
+        return variants + retention(self.s, self.compared, self.general_train, self.train)
+
+    @property
+    def variants(self) -> list[Variant]:
+        """The variants that `s.variants` names, and those that they vary."""
+        names, possible = set(self.s.variants), self.possible
+        wanted = names | {v.varies for v in possible if v.name in names}
+        return [v for v in possible if not names or v.name in wanted]
+
+    def expanded(self, variant: Variant) -> Path:
+        """Returns the directory of the task that makes a variant's expanded checkpoint."""
+        return self.s.dir / "expanded" / f"{self.base}-{variant.varies or variant.name}"
 
     def start(self, variant: Variant) -> Path:
-        """Returns where a variant starts: the base, or an expanded checkpoint."""
-        if not variant.expand:
-            return self.checkpoint
-        return self.s.dir / "bases" / f"{self.base}-{variant.varies or variant.name}"
+        """Returns the checkpoint from which a variant starts."""
+        return self.expanded(variant) / CHECKPOINT if variant.expand else self.checkpoint
 
 
 @cache
 def _sha256(checkpoint: Path) -> str:
     return Checkpoint.open(checkpoint).sha256()
+
+
+def with_variants(studies: Sequence[Study]) -> list[Study]:
+    """Returns the studies that have variants; raises ConfigError for names that none has."""
+    known = dict.fromkeys(v.name for study in studies for v in study.possible)
+    if unknown := [name for name in studies[0].s.variants if name not in known]:
+        names = " ".join(unknown)
+        raise ConfigError(f"--variants {names}: not possible here; possible are {', '.join(known)}")
+    return [study for study in studies if study.variants]
 
 
 def own_study(s: StudySettings) -> Study:
@@ -112,7 +118,7 @@ def own_study(s: StudySettings) -> Study:
 
 
 def made_studies(s: StudySettings) -> list[Study]:
-    """Returns the studies of the small base, which is still to be made, and of `more_bases`."""
+    """Returns the studies of the small base, which may not exist yet, and of `more_bases`."""
     layers = ModelConfig.from_file(s.pretrain_config).num_hidden_layers
     bases = {"small": (s.dir / "bases" / "small", layers)}
     for name, paths in parse_named(s.more_bases, "--more-bases").items():
@@ -121,25 +127,23 @@ def made_studies(s: StudySettings) -> list[Study]:
         checkpoint = Checkpoint.open(paths[0])
         bases[name] = (checkpoint.path, checkpoint.config.num_hidden_layers)
     corpus, studies = s.dir / "corpus", []
-    for base, (checkpoint_dir, num_layers) in bases.items():
+    english = {"english": [str(corpus / "english" / "val")], "packages": [str(corpus / "packages")]}
+    for base, (path, num_layers) in bases.items():
         is_small = base == "small"
-        if is_small:
-            general = {"english": [str(corpus / "english" / "val")]}
-            general["packages"] = [str(corpus / "packages")]
-        else:  # the text that it was trained on is not known
-            written = s.dir / "written" / base / TEXT_FILE
-            general = {"written": [str(written)], "stories": [str(STORIES)]}
+        # The training text of other bases is not known, so they write one of the sets.
+        written = [str(s.dir / "written" / base / TEXT_FILE)]
+        other = {"written": written, "stories": [str(STORIES)]}
         for domain in ("code", "math"):
             studies.append(
                 Study(
                     s,
                     base,
-                    checkpoint_dir,
+                    path,
                     num_layers,
                     domain,
                     train=(str(corpus / domain / "train"),),
                     val=(str(corpus / domain / "val"),),
-                    general=general,
+                    general=english if is_small else other,
                     general_train=(str(corpus / "english" / "train"),) if is_small else (),
                     choices=str(corpus / "choices" / f"{domain}.jsonl"),
                     is_whole=is_small and domain == "code",
@@ -149,16 +153,19 @@ def made_studies(s: StudySettings) -> list[Study]:
     return studies
 
 
+# ---- The study's own base -----------------------------------------------------------------------
+
+
 def flags(options: dict[str, Any]) -> list[str]:
     """Returns options as words of a command line."""
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
 def command(*words: object) -> None:
-    """Prints and runs one of the public commands; its output goes to standard error.
+    """Prints and runs one of the project's scripts; its output goes to standard error.
 
     Raises:
-        DataError: it fails.
+        DataError: the script fails.
     """
     text = [str(word) for word in words]
     print(f"$ {' '.join(text)}", file=sys.stderr, flush=True)
@@ -169,48 +176,33 @@ def command(*words: object) -> None:
 
 
 def pretrain(s: StudySettings) -> None:
-    """Makes the small base with the public commands, unless it is there."""
-    tokenizer, base, config = s.dir / "tokenizer", s.dir / "bases" / "small", s.pretrain_config
+    """Makes the corpus and the small base with the public commands, unless they are there."""
+    corpus, tokenizer, base = s.dir / "corpus", s.dir / "tokenizer", s.dir / "bases" / "small"
+    if not (corpus / "complete").exists():
+        command(ROOT / "demo" / "corpus.py", corpus)
+        write_corpus(corpus)
     made_of = {"preset": (ROOT / s.pretrain).read_text("utf-8"), "seq_len": s.seq_len}
     if base.exists():
         if json.loads((base / PRETRAIN_FILE).read_text(encoding="utf-8")) != made_of:
             raise ConfigError(f"{base} was pre-trained with other settings: choose another --out")
         return
-    english = s.dir / "corpus" / "english"
+    english, config = corpus / "english", s.pretrain_config
     if not (tokenizer / "tokenizer.model").exists():
-        vocab_size = ModelConfig.from_file(config).vocab_size
-        words = ("--vocab-size", vocab_size, "--out", tokenizer)
+        words = ("--vocab-size", ModelConfig.from_file(config).vocab_size, "--out", tokenizer)
         command(ROOT / "demo" / "train_tokenizer.py", english / "train", *words)
     options = {
         "config": ROOT / s.pretrain, "model.config": config, "model.tokenizer": tokenizer,
         "data.train": english / "train", "data.val": f"english={english / 'val'}",
         "data.seq-len": s.seq_len, "data.cache-dir": s.dir / "cache", "train.device": s.device,
-        "run-dir": s.dir / "pretrain",
+        "run-dir": s.dir / "pretrain", "processes": pretrain_processes(s),
     }  # fmt: skip
-    processes = pretrain_processes(s)
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", processes)
-    command(*(launch if processes > 1 else ()), ROOT / "train.py", *flags(options))
+    command(ROOT / "train.py", *flags(options))
     command(ROOT / "convert.py", "merge", config, s.dir / "pretrain", base)
     write_json(base / PRETRAIN_FILE, made_of)
 
 
 def pretrain_processes(s: StudySettings) -> int:
-    """Returns how many processes pre-train: on the CPU one for each worker, if they divide it."""
+    """Returns the number of pre-training processes: on a CPU one per worker, if they divide it."""
     t = parse_train(["--config", str(ROOT / s.pretrain)]).train
     divides = t.batch_size % (s.workers * t.micro_batch_size) == 0
     return s.workers if divides and device_of(s.device).type == "cpu" else 1
-
-
-def expand(studies: Sequence[Study]) -> None:
-    """Makes the expanded checkpoints with the public commands, unless they are there."""
-    for study in studies:
-        for variant in study.variants:
-            start = study.start(variant)
-            if start.exists():
-                record = Checkpoint.open(start).config.expansion
-                if variant.expand and (not record or record.base_sha256 != study.base_sha256):
-                    raise ConfigError(f"{start} is of another base: choose another --out")
-            else:
-                is_measured = "--by" in variant.expand
-                script = ["experiments/placement.py"] if is_measured else ["convert.py", "expand"]
-                command(ROOT / script[0], *script[1:], study.checkpoint, start, *variant.expand)

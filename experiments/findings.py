@@ -1,7 +1,7 @@
-"""Generated sentences: whether the study's numbers agree with the paper's ordering.
+"""Sentences that say whether the study's numbers agree with the paper's.
 
-A difference of two means is *told apart* if it is at least two standard errors of that difference.
-About one pair in nine of equal variants with three seeds each is told apart by this rule.
+Two means *differ* if their difference is at least two of its standard errors. With three seeds
+each, this rule finds a difference between two equal variants in about one case of nine.
 """
 
 from itertools import pairwise
@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 from summary import AIM, Row, Share, Spread, front, retention, summarize
 
-HOLDS, FAILS, EQUAL = "holds", "does not hold", "not told apart"
-ERRORS = 2  # standard errors that tell a difference apart
+HOLDS, FAILS, EQUAL = "holds", "does not hold", "no clear difference"
+ERRORS = 2  # standard errors that make a clear difference
 MEASURES = {"domain": ("domain loss", ".3f"), "general": ("general change", "+z.3f")}
-TAKEN = "The learning rate is that of the variant they vary, chosen without them, for"
 ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
 
 
 class Claim(NamedTuple):
-    """Says that one variant has the lower number; "" is the variant that all are compared with."""
+    """The claim that one variant has the lower number; "" names the compared number of blocks."""
 
     text: str
     lower: str
@@ -58,7 +57,7 @@ CLAIMS = (
 def verdict(lower: Spread, higher: Spread) -> str:
     """Returns whether the first mean is the lower one: `HOLDS`, `FAILS` or `EQUAL`.
 
-    One seed has no standard error, so that only the sign is told.
+    One seed has no standard error, so only the sign counts.
     """
     difference = higher.mean - lower.mean
     if lower.error is None or higher.error is None:
@@ -70,21 +69,23 @@ def verdict(lower: Spread, higher: Spread) -> str:
 
 
 def findings(results: dict[str, Any]) -> str:
-    """Returns what holds here and what does not, study by study, in Markdown.
+    """Returns the verdicts on all claims, study by study, in Markdown.
 
-    A claim about variants that a study does not have is left out; one without a finished run says
-    so. Shares on the other general sets are compared with the share on the first.
+    A claim about a variant that a study does not have is left out. Shares on the other general sets
+    are compared with the share on the first.
     """
     parts = [
-        "Each claim is followed by its verdict and its two numbers, mean ± standard deviation over "
-        f"seeds. *{HOLDS.capitalize()}* and *{FAILS}* are said of differences of at least "
-        f"{ERRORS} standard errors, *{EQUAL}* of smaller ones. With three seeds each, this rule "
-        "tells apart about one pair in nine of equal variants. The paper's numbers are its Table 5 "
-        "(LLaMA-2-7B on law; higher is better); here, lower is better. The aim of what is done "
-        f"against forgetting: {AIM}; a share's ± is its standard error. Shares on other general "
-        "sets are compared with that on the first: if replayed text is of the first one's source, "
-        "*less* elsewhere is a sign of text learned by heart, a like share one of ability kept. "
-        "All are at the chosen learning rates, on which learning and forgetting both depend."
+        "A verdict and two numbers follow each claim. The numbers are means ± standard deviations "
+        f"over seeds. A claim *{HOLDS}* or *{FAILS}* if the means differ by at least {ERRORS} "
+        f"standard errors of their difference; otherwise there is *{EQUAL}*. With three seeds, "
+        "this rule finds a difference between two equal variants in about one case of nine. The "
+        "paper's numbers are those of its Table 5 (LLaMA-2-7B on law), where higher is better; "
+        f"here, lower is better. A way to forget less meets the aim if {AIM}. After the ± of a "
+        "share stands its standard error. The shares on the other general sets are compared with "
+        "the share on the first. If the replayed text comes from the first set's source, *less* on "
+        "the others suggests that the model learned that text by heart, and no clear difference "
+        "that it kept its abilities. All numbers belong to the chosen learning rates, on which "
+        "learning and forgetting depend."
     ]
     for study in results["studies"]:
         rows = {row["name"]: row for row in summarize(study)}
@@ -92,8 +93,8 @@ def findings(results: dict[str, Any]) -> str:
         text = " ".join(sentences)
         counts = {word: text.count(f"**{word}**") for word in (HOLDS, FAILS, EQUAL)}
         if any(counts.values()):
-            listed = ", ".join(f"{word}: {n}" for word, n in counts.items())
-            sentences.insert(0, f"Of the comparisons that follow, {listed}.")
+            listed = ", ".join(f"*{word}* {n}" for word, n in counts.items())
+            sentences.insert(0, f"Number of verdicts: {listed}.")
         sentences += [*_gradients(study), *_retention(study, rows), *_front(rows), *_rates(rows)]
         lines = "\n".join(f"- {sentence}" for sentence in sentences)
         parts.append(f"### {study['name']}\n\n{lines}")
@@ -101,7 +102,7 @@ def findings(results: dict[str, Any]) -> str:
 
 
 def _numbers(rows: dict[str, Row]) -> list[str]:
-    """More new blocks against fewer, neighbours on the axis."""
+    """Compares neighbouring numbers of new blocks."""
     axis = [r for r in rows.values() if r["group"] == "number" and r["new_blocks"] is not None]
     axis.sort(key=lambda row: row["new_blocks"])
     if len(axis) < 2:
@@ -128,9 +129,8 @@ def _claims(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
 
 
 def _compare(lower: Row, higher: Row, measure: str) -> str:
-    """The verdict with its two numbers."""
-    missing = [row for row in (lower, higher) if not row["runs"]]
-    if missing:
+    """Returns the verdict with its two numbers."""
+    if missing := [row for row in (lower, higher) if not row["runs"]]:
         return " and ".join(
             f"`{row['label']}` has no finished run ({row['failed']} failed)" for row in missing
         )
@@ -141,30 +141,22 @@ def _compare(lower: Row, higher: Row, measure: str) -> str:
 
 
 def _gradients(study: dict[str, Any]) -> list[str]:
-    """Which tensors of a new block can learn, and what that says of Appendix A."""
-    gradients, sentences = study["gradients"] or {}, []
-    for kind, steps in gradients.items():
-        texts = []
-        for number, norms in enumerate(steps, 1):
-            zero = [name for name, norm in norms.items() if norm == 0]
-            which = f" ({', '.join(zero)})" if 0 < len(zero) < len(norms) else ""
-            texts.append(f"step {number}: exactly 0 for {len(zero)} of {len(norms)} tensors{which}")
-        sentences.append(f"Gradients of a new block, {kind}: " + "; ".join(texts) + ".")
-    norms = gradients.get("zero-norms", [])
-    if norms and all(ATTENTION_NORM in step and FFN_NORM in step for step in norms):
-        first = norms[0]
-        ffn = "exactly 0" if all(step[FFN_NORM] == 0 for step in norms) else "not always 0"
-        attention = "0, too" if first[ATTENTION_NORM] == 0 else f"{first[ATTENTION_NORM]:.2e}"
-        sentences.append(
-            "With zero norms, Appendix A derives that the gradient of the FFN's norm is 0: "
-            f"it is {ffn} at the {len(norms)} steps measured. That of the attention's norm, "
-            f"which the values can reach, is {attention} at step 1."
-        )
-    return sentences
+    """Compares the measured gradients of zero norms with Appendix A."""
+    norms = (study["gradients"] or {}).get("zero-norms", [])
+    if not norms or any(not {ATTENTION_NORM, FFN_NORM} <= step.keys() for step in norms):
+        return []
+    ffn = "exactly 0" if all(step[FFN_NORM] == 0 for step in norms) else "not always 0"
+    first = norms[0][ATTENTION_NORM]
+    attention = "also 0" if first == 0 else f"{first:.2e}"
+    return [
+        "With zero norms, Appendix A derives that the gradient of the FFN's norm is 0. In the "
+        f"{len(norms)} steps measured it is {ffn}. The gradient of the attention's norm, which "
+        f"flows through the values, is {attention} at step 1."
+    ]
 
 
 def _retention(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
-    """Which options against forgetting meet the aim, and whether all general sets moved alike."""
+    """Says which ways to forget less meet the aim, and whether all general sets moved alike."""
     options = retention(study, list(rows.values()))
     compared = {option["name"] for option in options}
     first, *others = study["general"]
@@ -174,8 +166,8 @@ def _retention(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
         share = f"`{option['plain']}` forgets nothing" if gone is None else f"{gone.text()} gone"
         shares = option["sets"]
         if others and shares[first] is not None:
-            listed = [f"{_alike(shares[first], shares[name])} of `{name}`" for name in others]
-            share += f" ({shares[first].text()} of `{first}`; {'; '.join(listed)})"
+            listed = [f"{_alike(shares[first], shares[name])} on `{name}`" for name in others]
+            share += f" ({shares[first].text()} on `{first}`; {'; '.join(listed)})"
         sentences.append(
             f"`{option['label']}` **{words} the aim**: {share}, domain loss "
             f"{option['domain']:+z.1%}, training cost {option['cost']:.2f}x."
@@ -188,7 +180,7 @@ def _retention(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:
 
 
 def _alike(first: Share, other: Share | None) -> str:
-    """The share of another general set, and how it stands to that of the first."""
+    """Compares the share on another general set with the share on the first."""
     if other is None:
         return "nothing was forgotten"
     difference = other.gone - first.gone
@@ -200,26 +192,27 @@ def _alike(first: Share, other: Share | None) -> str:
 
 
 def _front(rows: dict[str, Row]) -> list[str]:
-    """Who is on the Pareto front; differences that are not told apart count as well."""
+    """Lists the Pareto front, on which every difference of means counts."""
     best = [f"`{label}`" for label in front(list(rows.values())) if label != "base"]
     if not best or sum(row["runs"] > 0 for row in rows.values()) < 2:
         return []
-    return [f"No other variant's means are lower in both, domain and general: {', '.join(best)}."]
+    return [
+        "The Pareto front, where no other variant has lower means on both domain and general text, "
+        f"consists of {', '.join(best)}."
+    ]
 
 
 def _rates(rows: dict[str, Row]) -> list[str]:
-    """At which variants the learning rate is less well chosen than at others."""
-    sentences = []
-    for end in ("highest", "lowest"):
-        labels = [f"`{row['label']}`" for row in rows.values() if end in row["rate"]]
-        if labels:
-            sentences.append(
-                f"The chosen learning rate is the {end} of those tried, so that a better one may "
-                f"lie beyond, for {', '.join(labels)}."
-            )
-    alone = [row for row in rows.values() if row["runs"] and row["tried"] == 1]
-    for is_varied, words in ((False, "Only one learning rate was tried for"), (True, TAKEN)):
-        labels = [f"`{row['label']}`" for row in alone if bool(row["varies"]) is is_varied]
-        if labels:
-            sentences.append(f"{words} {', '.join(labels)}.")
-    return sentences
+    """Names the variants whose learning rate is less well chosen than that of others."""
+    run = [row for row in rows.values() if row["runs"]]
+    alone = [row for row in run if row["tried"] == 1]
+    beyond = "The chosen rate is the {} of those tried, so a better one may lie beyond, for"
+    taken = "The learning rate was chosen for the plain expansion and taken over by"
+    groups = {
+        beyond.format("highest"): [row for row in run if "highest" in row["rate"]],
+        beyond.format("lowest"): [row for row in run if "lowest" in row["rate"]],
+        "Only one learning rate was tried for": [row for row in alone if not row["varies"]],
+        taken: [row for row in alone if row["varies"]],
+    }
+    labels = {words: [f"`{row['label']}`" for row in group] for words, group in groups.items()}
+    return [f"{words} {', '.join(named)}." for words, named in labels.items() if named]

@@ -1,14 +1,14 @@
-"""The models that `train.py` does not make and block expansion is compared with.
+"""The models for comparison that `train.py` does not make by itself.
 
 - `lora`: low-rank adapters (Hu et al., 2022) by PEFT on every linear layer of the base.
-- `moe`: the paper's Appendix H. Every W_3 (`down_proj`) gets a second one beside it, zero at first.
-  The two are weighted by the softmax of two scalars, and both are always active.
-- `originals`: train as many of the base's own blocks as would have been added.
-- `copies`: new blocks that are plain copies, W_O and W_3 not zeroed.
-- `zero-norms`: new blocks that are the identity because the weights of their norms are zero (Shen
-  et al., 2022), W_O and W_3 copied.
+- `moe`: the paper's Appendix H. Every W_3 (`down_proj`) gets a second one, zero at first. The
+  softmax of two scalars weighs the two, and both are always active.
+- `originals`: as many of the base's own blocks train as would have been added.
+- `copies`: new blocks that are plain copies, with W_O and W_3 not zeroed.
+- `zero-norms`: new blocks with copied W_O and W_3 that are the identity because the weights of
+  their norms are zero (Shen et al., 2022).
 
-`build` gives a whole model on the CPU with `requires_grad` set, ready for `train.run`.
+`build` returns a whole model on the CPU with `requires_grad` set, ready for `train.run`.
 """
 
 import math
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.errors import ConfigError
 from llamapro.expansion import expand_names, insert_after, is_in_layers
 from llamapro.model import MLP, LlamaForCausalLM, build_on_meta, load_tensors
 
@@ -30,13 +29,10 @@ LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 class TwoDownProjections(nn.Module):
-    """The FFN of Appendix H: `h (s_1 W_3 + s_2 W_3^)` with s = softmax(a), a = (1, 0) at first.
+    """The FFN of Appendix H: `h (s_1 W_3 + s_2 W_3')` with s = softmax(a).
 
-    W_3's part is scaled by 0.731 at first, so this start is not the base.
-
-    Attributes:
-        new_down_proj: W_3^, zero at first.
-        scales: a, (2,).
+    At first, W_3' (`new_down_proj`) is zero and a (`scales`) is (1, 0). The output of W_3 is then
+    scaled by 0.731, so this start is not the base.
     """
 
     def __init__(self, mlp: MLP) -> None:
@@ -54,7 +50,7 @@ class TwoDownProjections(nn.Module):
 
 
 def base_model(base: Path) -> LlamaForCausalLM:
-    """Returns a checkpoint's model, frozen. Its weights are copies: the file stays as it is."""
+    """Returns a checkpoint's model, frozen. Its weights are copies, so the file never changes."""
     model = Checkpoint.open(base).load()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -62,7 +58,7 @@ def base_model(base: Path) -> LlamaForCausalLM:
 
 
 def expanded(base: Path, layers: Sequence[int], start: str) -> LlamaForCausalLM:
-    """Returns the base with new blocks, which alone train.
+    """Returns the base with new blocks on top of some of its layers. Only the new blocks train.
 
     Args:
         base: checkpoint directory.
@@ -83,14 +79,14 @@ def expanded(base: Path, layers: Sequence[int], start: str) -> LlamaForCausalLM:
 
 
 def train_layers(model: LlamaForCausalLM, layers: Sequence[int]) -> LlamaForCausalLM:
-    """Freezes all but these layers of a model, and returns it."""
+    """Freezes all parameters outside these layers, and returns the model."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_in_layers(name, layers))
     return model
 
 
 def moe(base: Path) -> LlamaForCausalLM:
-    """Returns the base with second down projections, which train with their scales."""
+    """Returns the base with second down projections. Only these and their scales train."""
     model = base_model(base)
     for layer in model.model.layers:
         layer.mlp = TwoDownProjections(layer.mlp)  # type: ignore[arg-type]
@@ -98,9 +94,7 @@ def moe(base: Path) -> LlamaForCausalLM:
 
 
 def lora_rank(base: Path, blocks: int) -> int:
-    """Returns the rank at which adapters on every linear have about as many parameters as `blocks`
-    blocks of the base.
-    """
+    """Returns the rank at which adapters have about as many parameters as blocks of the base."""
     checkpoint = Checkpoint.open(base)
     layers = [checkpoint.layer(i).values() for i in range(checkpoint.config.num_hidden_layers)]
     per_block = sum(math.prod(tensor.shape) for tensor in layers[0])
@@ -109,15 +103,9 @@ def lora_rank(base: Path, blocks: int) -> int:
 
 
 def lora(base: Path, rank: int, seed: int) -> LlamaForCausalLM:
-    """Returns the base with adapters of this rank, scaled by 1.
+    """Returns the base with adapters of this rank, scaled by 1. Needs PEFT."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    Raises:
-        ConfigError: PEFT is not installed.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ConfigError("variant lora needs PEFT: pip install 'llamapro[study]'") from None
     model = base_model(base)
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS, lora_dropout=0.0)
@@ -128,7 +116,7 @@ def lora(base: Path, rank: int, seed: int) -> LlamaForCausalLM:
 
 
 def build(about: dict[str, Any]) -> LlamaForCausalLM:
-    """Returns the model that a trial's `built` describes: its kind and that kind's arguments."""
+    """Returns the model that a trial's `built` describes by kind and arguments."""
     kind, base = about["model"], Path(about["base"])
     if kind == "lora":
         return lora(base, about["rank"], about["seed"])
@@ -140,17 +128,17 @@ def build(about: dict[str, Any]) -> LlamaForCausalLM:
 def first_gradients(
     base: Path, layers: Sequence[int], start: str, ids: Tensor, steps: int = 2, lr: float = 1e-3
 ) -> list[dict[str, float]]:
-    """Shows which tensors of new blocks can learn: the norm of each one's gradient, step by step.
+    """Returns the gradient norms of new blocks at the first steps of AdamW without decay.
 
     Args:
         base, layers, start: as for `expanded`.
         ids: (B, T + 1) tokens, the same at every step.
-        steps: steps of AdamW without decay.
-        lr: their learning rate.
+        steps: number of steps.
+        lr: learning rate.
 
     Returns:
-        For each step: a tensor's name inside its block -> norm over all new blocks. Everything is
-        computed in fp64, so that a norm of 0 is exact.
+        For each step, the norm over all new blocks by a tensor's name inside its block. Everything
+        is computed in fp64, so a norm of 0 is exact.
     """
     model = expanded(base, layers, start).double()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}

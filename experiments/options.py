@@ -1,5 +1,6 @@
 """The settings of a study: a TOML preset, overridden by options on the command line."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,75 +15,76 @@ from llamapro.errors import ConfigError
 from llamapro.training.preset import read_toml
 
 ROOT = Path(__file__).resolve().parents[1]
-DESCRIPTION = """Compares block expansion with its alternatives, and ways to forget less, from one
-base under one budget. Without --base it pre-trains a small base on English, and teaches it code and
-arithmetic."""
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """Compare block expansion with its alternatives, from one base under one budget."""
+    """Compares block expansion with its alternatives, and ways to forget less, from one base under
+    one budget. Without --base, it pre-trains a small base on English first and teaches it code and
+    arithmetic.
+    """
 
     preset: str = "cpu"
     """cpu, gpu, or a TOML file of these settings. Options on the command line override it."""
     out: str = "study-out"
-    """Directory for everything that is made. The same command continues there."""
+    """Directory for everything that the study makes. The same command continues there."""
     base: str = ""
-    """Checkpoint directory to study, instead of a base that is pre-trained first."""
+    """Checkpoint directory of the base. Without it, the study pre-trains a small one."""
     train: tuple[str, ...] = ()
-    """With --base: text of the new domain (files, globs, folders)."""
+    """With --base: training text of the new domain (files, globs or folders)."""
     val: tuple[str, ...] = ()
     """With --base: held-out text of the new domain."""
     general: tuple[str, ...] = ()
-    """With --base: held-out general text, as NAME=PATH for each set."""
+    """With --base: held-out general text, NAME=PATH for each set."""
     general_train: tuple[str, ...] = ()
-    """With --base: general text to replay, if you have any."""
+    """With --base: general text to replay. Without it, that variant is left out."""
     choices: str = ""
-    """With --base: questions of the domain, in the format of `llamapro.evaluate --choices`."""
+    """With --base: questions on the domain, in the format of `llamapro.evaluate --choices`."""
     more_bases: tuple[str, ...] = ()
-    """Without --base: checkpoints (NAME=DIR) on which the ways to forget less are compared too."""
+    """Without --base: further checkpoints (NAME=DIR) on which to compare ways to forget less."""
     variants: tuple[str, ...] = ()
-    """Train these variants only; all if empty."""
+    """Names of the variants to train; all of them if empty."""
     budget_minutes: float = 60.0
-    """A study that is estimated to take longer does not start."""
+    """Longest estimated duration, in minutes, with which a study starts."""
     workers: int = 2
-    """Trials that run side by side."""
+    """Number of trials that run side by side."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the trials."""
     seq_len: int = 256
     """Tokens per sequence."""
     steps: int = 72
-    """Optimizer steps of a trial."""
+    """Optimizer steps per trial."""
     batch_size: int = 4
     """Sequences per step."""
     micro_batch_size: int = 4
     """Sequences per forward pass."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    """Every variant is trained at each of these with the first seed. The rate with the lowest loss
-    on the domain's held-out text is chosen."""
+    """Learning rates to try with the first seed. The study chooses, for each variant, the rate with
+    the lowest loss on the domain's held-out text."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Seeds of the data order, each trained at the chosen learning rate."""
+    """Seeds of the data order. Each trains at the chosen learning rate."""
     new_blocks: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of new blocks to try; those that do not interleave in the base are left out."""
+    """Numbers of new blocks to try. Those that do not interleave in the base are left out."""
     compared: int = 4
-    """Number of new blocks at which everything else is compared, or the nearest possible."""
+    """Number of new blocks, or the nearest possible, in all other comparisons."""
     evaluations: int = 4
     """Evaluations during a trial, after the one at its start."""
     eval_sequences: int = 12
-    """Sequences of each held-out set in an evaluation."""
+    """Sequences of each held-out set per evaluation."""
     replay_share: float = 0.25
-    """Share of replayed sequences in the ways to forget less, which train a ninth more steps."""
+    """Share of replayed sequences in the ways to forget less, which take a ninth more steps."""
     replay_weights: tuple[float, ...] = (1.0, 3.0, 8.0)
-    """Weights of the distillation loss on replayed sequences; each is a variant."""
+    """Weights of the distillation loss on replayed sequences. Each is a variant."""
     replay_temperature: float = 1.3
-    """Sampling temperature of the text for distillation; 1.0 is the model's own distribution."""
+    """Sampling temperature of text for distillation; 1.0 samples from the model's own
+    distribution."""
     replay_tokens: int = 16384
     """Tokens that the base writes for replay."""
     pretrain: str = "experiments/cpu-base.toml"
-    """Preset of train.py that pre-trains the study's own base, on the demo's English. The base's
-    config.json lies beside it: the same name, ending in .json."""
+    """Preset of train.py for pre-training the study's own base. The config.json of that base lies
+    beside it, under the same name with the ending .json."""
     dry_run: bool = False
-    """Print how many trials there are and how long they take, and stop."""
+    """Print the number of trials and their estimated duration, and stop."""
     json: bool = False
     """Print the results as one JSON object."""
 
@@ -96,23 +98,19 @@ class StudySettings:
 
     @property
     def replay_steps(self) -> int:
-        """Optimizer steps of the ways to forget less, a multiple of `evaluations`."""
+        """Optimizer steps of a way to forget less, a multiple of `evaluations`."""
         return max(1, round(self.steps * 10 / 9 / self.evaluations)) * self.evaluations
 
 
 def parse(argv: Sequence[str]) -> StudySettings:
-    """Reads preset and command line; raises ConfigError for what is impossible."""
-    preset = StudySettings.preset
-    for at, word in enumerate(argv):
-        if word == "--preset" and at + 1 < len(argv):
-            preset = argv[at + 1]
-        elif word.startswith("--preset="):
-            preset = word.removeprefix("--preset=")
+    """Reads preset and command line; raises ConfigError for mistakes in the preset."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", default=StudySettings.preset)
+    preset = finder.parse_known_args(argv)[0].preset
     file = Path(__file__).with_name(f"{preset}.toml") if preset.isidentifier() else Path(preset)
     return tyro.cli(
         StudySettings,
         prog="python experiments/study.py",
-        description=DESCRIPTION,
         default=dataclasses.replace(read_toml(file, StudySettings), preset=preset),
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -120,10 +118,7 @@ def parse(argv: Sequence[str]) -> StudySettings:
 
 
 def check(s: StudySettings) -> None:
-    """Raises ConfigError with every setting that is impossible and every package that is missing.
-
-    Names of variants are checked by `variants.check_names`.
-    """
+    """Raises ConfigError with all impossible settings and all missing packages."""
     values = {f"--{key.replace('_', '-')}": value for key, value in vars(s).items()}
     positive = "workers seq-len steps batch-size micro-batch-size compared evaluations"
     positive += " eval-sequences replay-temperature replay-tokens budget-minutes"

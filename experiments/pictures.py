@@ -1,6 +1,6 @@
-"""The study's pictures: losses over training, the plane of learning and forgetting, and new blocks.
+"""The study's pictures: losses over training, learning against forgetting, and new blocks.
 
-A variant has one colour and marker in all of them; the one all are compared with is black.
+A variant has the same colour and marker in all pictures. The compared number of blocks is black.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from summary import Spread, done, final_changes, front, general_change, summarize
+from summary import done, final_changes, front, general_change, summarize
 
-from llamapro.errors import ConfigError
 from llamapro.report import COLOURS, GREY, TOKEN_UNITS, plain
 
 if TYPE_CHECKING:
@@ -25,19 +24,15 @@ GROUPS = {
     "retention": "against forgetting",
 }
 MARKERS = dict(zip(GROUPS, "osD^", strict=True))
-SIZES = {"*": 14, "o": 8, "s": 8, "D": 7.5, "^": 9.5}  # points, that look equally large
+SIZES = {"*": 14, "o": 8, "s": 8, "D": 7.5, "^": 9.5}  # points; these look equally large
 LEARNED, FORGOTTEN = "domain loss, change", "general loss, change"
 DPI = 150
 ACROSS = 4  # panels of curves side by side
-FAR = 5  # times the median: with a variant that far out, a linear axis shows nothing of the others
+FAR = 5  # times the median: a variant that far out would hide all others on a linear axis
 
 
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
-    """Draws all pictures into a directory; returns their files.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Draws all pictures into a directory; returns their files. Needs matplotlib."""
     pictures = {out / f"{picture.__name__}.png": picture for picture in (curves, pareto, blocks)}
     for file, picture in pictures.items():
         picture(results["studies"]).savefig(file, dpi=DPI, facecolor="white")
@@ -45,12 +40,9 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError:
-        message = "the study's pictures need matplotlib: pip install 'llamapro[study]'"
-        raise ConfigError(message) from None
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     figure.suptitle(title, fontsize=14)
     return figure
@@ -69,12 +61,12 @@ def _is_compared(study: dict[str, Any], variant: dict[str, Any]) -> bool:
 
 
 def _has(study: dict[str, Any], group: str) -> bool:
-    """Whether there are variants to put beside the compared one."""
+    """Whether the group has variants beside the compared one."""
     return any(v["group"] == group and not _is_compared(study, v) for v in study["variants"])
 
 
 def _styles(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each variant: the marker is its group's."""
+    """Returns colour and marker by variant. A group has one marker."""
     styles, seen = {}, dict.fromkeys(GROUPS, 0)
     for variant in study["variants"]:
         group = variant["group"]
@@ -89,7 +81,7 @@ def _styles(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def paths(study: dict[str, Any], variant: str, sets: Sequence[str]) -> np.ndarray:
-    """Returns each run's tokens and mean change over the sets, NaN in a gap: (runs, points, 2)."""
+    """Returns each run's tokens and mean change over the sets, (runs, points, 2); NaN is a gap."""
     base = [[[0, study["base_result"]["losses"][name]]] for name in sets]
     curves = [[run["curves"][name] for name in sets] for run in done(study, variant)]
     found = [(np.array(curve, dtype=float) - base).mean(0) for curve in curves]
@@ -98,7 +90,7 @@ def paths(study: dict[str, Any], variant: str, sets: Sequence[str]) -> np.ndarra
 
 
 def curves(studies: Sequence[dict[str, Any]]) -> "Figure":
-    """Draws losses over tokens: each study's groups side by side, the compared variant in all."""
+    """Draws losses over tokens, a panel per study and group, the compared variant in all."""
     panels = [(study, group) for study in studies for group in GROUPS if _has(study, group)]
     rows = max(1, -(-len(panels) // ACROSS))
     title = "Change of loss over training: lower is better (band: standard deviation over seeds)"
@@ -117,7 +109,7 @@ def curves(studies: Sequence[dict[str, Any]]) -> "Figure":
 def _curves(
     axes: "Axes", study: dict[str, Any], group: str, sets: Sequence[str], label: str
 ) -> None:
-    """One panel: a line a variant of the group, its mean change over these sets."""
+    """Draws the mean change over these sets, a line per variant of the group."""
     axes.set_visible(True)
     most = max((trial["curves"][sets[0]][-1][0] for trial in done(study)), default=0)
     unit, unit_name = next((pair for pair in TOKEN_UNITS if most >= pair[0]), TOKEN_UNITS[-1])
@@ -140,11 +132,11 @@ def _curves(
 
 
 def pareto(studies: Sequence[dict[str, Any]]) -> "Figure":
-    """Draws each trial by what it learned and forgot, chosen means over them, and their front."""
+    """Draws what the variants learned and forgot, and their Pareto front."""
     across = min(2, max(1, len(studies)))
     rows = max(1, -(-len(studies) // across))
     title = "What is learned and what is forgotten: lower left is better"
-    told = "(faint: every run; line: the way there; bars: standard deviation over seeds)"
+    told = "(faint: single runs; line: during training; bars: standard deviation over seeds)"
     figure = _figure(8.2 * across, 6.2 * rows + 0.5, f"{title}\n{told}")
     grid = figure.subplots(rows, across, squeeze=False)
     for axes in grid.flat[len(studies) :]:
@@ -172,7 +164,7 @@ def _plane(axes: "Axes", study: dict[str, Any]) -> None:
     best = front(rows).values()
     axes.step(*zip(*best, strict=True), where="post", color=GREY, ls=":", label="Pareto front")
     scale = _compress(axes, [row["general"].mean for row in rows if row["general"].mean > 0])
-    # The view is that of the chosen runs; what lies beyond is drawn at its edge, not hidden.
+    # The view is that of the chosen runs. Runs beyond it are drawn at its edge.
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     beyond = 0
     for trial in done(study):
@@ -191,7 +183,7 @@ def _plane(axes: "Axes", study: dict[str, Any]) -> None:
 
 
 def _compress(axes: "Axes", forgot: Sequence[float]) -> str:
-    """Makes the axis of forgetting logarithmic far from 0 if a variant is far out, and says so."""
+    """Makes the axis of forgetting logarithmic if a variant is far out; returns a note of it."""
     if not forgot or max(forgot) <= FAR * median(forgot):
         return ""
     width, (bottom, top) = median(forgot), axes.get_ylim()
@@ -201,7 +193,7 @@ def _compress(axes: "Axes", forgot: Sequence[float]) -> str:
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
     axes.set_ylim(bottom, top)
-    return " (far from 0 logarithmic)"
+    return " (logarithmic far from 0)"
 
 
 # ---- New blocks ---------------------------------------------------------------------------------
@@ -226,21 +218,18 @@ def blocks(studies: Sequence[dict[str, Any]]) -> "Figure":
 
 
 def _numbers(axes: "Axes", rows: Sequence[dict[str, Any]], key: str) -> None:
-    """A line over the numbers of new blocks; the base has none, and no change."""
+    """Draws a line over the numbers of new blocks, from the base with none and no change."""
     axis = [row for row in rows if row["group"] == "number" and row["new_blocks"] is not None]
     axis.sort(key=lambda row: row["new_blocks"])
     x = [0, *(row["new_blocks"] for row in axis)]
-    spreads = [Spread(0.0, None, 1), *(row[key] for row in axis)]
-    y, sd = [spread.mean for spread in spreads], [spread.sd or 0 for spread in spreads]
+    y, sd = [0.0, *(row[key].mean for row in axis)], [0.0, *(row[key].sd or 0 for row in axis)]
     axes.errorbar(x, y, sd, color=COLOURS[0], marker="o", capsize=4)
     axes.set_xticks(x)
 
 
 def _places(axes: "Axes", study: dict[str, Any], rows: Sequence[dict[str, Any]], key: str) -> None:
-    """A bar a place, of as many new blocks as the compared variant has."""
+    """Draws a bar per place. All have the compared number of new blocks."""
     places = [row for row in rows if row["group"] == "place" or _is_compared(study, row)]
-    numbers = {row["new_blocks"] for row in places if _is_compared(study, row)}
-    places = [row for row in places if not numbers or row["new_blocks"] in numbers]
     names = ["interleaved" if _is_compared(study, row) else plain(row["name"]) for row in places]
     for i, row in enumerate(places):
         color = _styles(study)[row["name"]]["color"]

@@ -5,9 +5,9 @@
 
 The paper spaces new blocks evenly. Two follow-ups measure the base first. They choose the layers
 whose output is most like their input ("similar": Yi-9B, 01.AI 2024), or without which the loss
-rises least ("unimportant": ADEPT, Zhang et al. 2025). The text is yours; without --text the base
-writes it. The command prints a table of all layers and the list for `convert.py expand --after`;
-given OUT_DIR, it writes the expanded checkpoint too. Layers of equal score are taken from below.
+rises least ("unimportant": ADEPT, Zhang et al. 2025). Without --text, the base writes the text.
+The command prints a table of all layers and the list for `convert.py expand --after`. Given
+OUT_DIR, it also writes the expanded checkpoint.
 
 Shapes: B rows of text, T context, C hidden size, V vocabulary.
 """
@@ -39,15 +39,14 @@ from llamapro.training.settings import ReplaySettings
 
 SCORES = {"similar": "cosine", "unimportant": "loss increase"}  # what each choice measures
 TOKENS, MAX_CONTEXT = 16_384, 512  # a longer context takes the base longer to write
-BATCH_TOKENS = 4096  # that pass through the model at a time
+BATCH_TOKENS = 4096  # per forward pass
 
 
 @torch.inference_mode()
 def block_similarity(model: LlamaForCausalLM, ids: Tensor) -> list[float]:
-    """Returns for each block how alike its input and output are (Yi-9B, 01.AI 2024).
+    """Returns for each block the cosine of the hidden states that enter and leave it (Yi-9B).
 
-    The score is the cosine of the hidden states (C,) that enter and leave the block, in fp64,
-    averaged over all tokens. It is 1 for the identity. Costs one forward pass.
+    The cosine is computed in fp64 and averaged over all tokens. It is 1 for the identity.
 
     Args:
         model: in evaluation mode.
@@ -55,7 +54,7 @@ def block_similarity(model: LlamaForCausalLM, ids: Tensor) -> list[float]:
     """
     sums = [0.0] * len(model.model.layers)
 
-    def add(index: int, x: Tensor, y: Tensor) -> None:
+    def add(index: int, x: Tensor, y: Tensor) -> None:  # (B, T, C) each
         x, y = x.double(), y.double()
         # The square root of a rounded square is exact: where y equals x to the bit, this is 1.
         xy, xx, yy = (x * y).sum(-1), (x * x).sum(-1), (y * y).sum(-1)  # (B, T)
@@ -77,10 +76,9 @@ def block_similarity(model: LlamaForCausalLM, ids: Tensor) -> list[float]:
 
 @torch.inference_mode()
 def block_importance(model: LlamaForCausalLM, ids: Tensor) -> list[float]:
-    """Returns for each block how much higher the loss is without it (ADEPT, Zhang et al. 2025).
+    """Returns for each block the increase of the loss without it, in nats per token (ADEPT).
 
-    The increase is in nats per predicted token, and negative where the loss falls. L blocks cost
-    L + 1 forward passes.
+    The model runs once as it is and once without each of its blocks.
 
     Args:
         model: in evaluation mode.
@@ -103,15 +101,12 @@ def _batches(model: LlamaForCausalLM, ids: Tensor) -> tqdm:
 
 
 def choose(scores: Sequence[float], number: int, by: str) -> list[int]:
-    """Returns the chosen layers, bottom to top: highest "similar" or lowest "unimportant" scores.
+    """Returns the `number` layers with the highest "similar" or lowest "unimportant" scores.
 
-    Args:
-        scores: one of each layer.
-        number: how many layers to choose.
-        by: a key of `SCORES`.
+    The order is from bottom to top, and the lower of two equal layers is preferred.
     """
     order = sorted(range(len(scores)), key=scores.__getitem__, reverse=by == "similar")
-    return sorted(order[:number])  # sorting is stable, reversed too: the lower of equal ones
+    return sorted(order[:number])  # sorting is stable, reversed too
 
 
 def measure(
@@ -119,14 +114,12 @@ def measure(
 ) -> dict[str, Any]:
     """Measures a checkpoint's layers and chooses some. The same call gives the same choice.
 
-    The whole model is loaded in its own dtype, on a GPU if one is visible. The text is cut,
-    wherever documents end, into rows of min(max_position_embeddings, 512) tokens.
-
     Args:
         base: the checkpoint to expand, with its tokenizer; it may be expanded already.
-        by, number: as for `choose`.
-        text: files, globs or folders. None: the base writes documents from BOS, at temperature 1.
-        tokens: how much text is measured, at least 2.
+        by: a key of `SCORES`.
+        number: how many layers to choose.
+        text: files, globs or folders. Without any, the base writes documents at temperature 1.
+        tokens: how many are measured, at least 2, in rows of min(max_position_embeddings, 512).
 
     Returns:
         JSON-able: by, text, tokens, context, scores (cosine, or nats per token), chosen.
@@ -134,7 +127,7 @@ def measure(
     Raises:
         ConfigError: the base has too few layers or no BOS.
         DataError: files or tokenizer cannot be used, or there is no text.
-        CheckpointError: what the model computes is not finite.
+        CheckpointError: logits or scores are not finite.
     """
     layers = base.config.num_hidden_layers
     if not 1 <= number <= layers:
@@ -182,7 +175,7 @@ def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, tokens: int, context: 
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns what `measure` found as a table, and the chosen layers as `--after` takes them."""
+    """Returns the result of `measure` as a table, and the chosen layers as `--after` takes them."""
     name, text = SCORES[result["by"]], ", ".join(result["text"]) or "text that the base wrote"
     lines = [f"measured on {result['tokens']:,} tokens, {result['context']} at a time, of {text}"]
     lines.append(f"layer  {name:>8}")
@@ -192,18 +185,19 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"--after {','.join(map(str, result['chosen']))}"])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; its options are those of the command line if `argv` is None."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("base_dir", type=Path, help="checkpoint directory to expand")
     parser.add_argument("out_dir", type=Path, nargs="?", help="expanded checkpoint to create")
     parser.add_argument("--num-new-blocks", type=int, required=True, help="new blocks to add")
-    parser.add_argument("--by", choices=SCORES, required=True, help="how layers are chosen")
+    parser.add_argument("--by", choices=SCORES, required=True, help="measure that chooses layers")
     parser.add_argument("--text", nargs="+", default=[], help="files, globs or folders to measure")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     base = Checkpoint.open(args.base_dir)
     result = measure(base, args.by, args.num_new_blocks, args.text, args.tokens)
     text = render(result)

@@ -1,8 +1,8 @@
-"""Runs tasks side by side, each in a process of its own, and none twice.
+"""Runs tasks side by side, each once and in a process of its own.
 
-A task's result is a file that appears when it is complete, so a study that was killed continues
-with what is missing. The processes come from a fork server that has loaded the libraries and has
-computed nothing: a task starts at once, and its peak of memory is its own.
+A result is a file that appears when it is complete, so a study that was killed continues with what
+is missing. The processes come from a fork server that has loaded the libraries but has computed
+nothing. Tasks therefore start at once, and their peaks of memory are their own.
 """
 
 import json
@@ -20,30 +20,28 @@ from trial import LOG_FILE, RESULT_FILE, execute
 from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.formatting import format_duration
 
+# FSDP and the optimizers import torch._dynamo when they are first used, which takes seconds.
+PRELOADED = ["trial", "torch._dynamo"]
+
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a function of `trial.FUNCTIONS`.
+    """One call of a function of `trial.FUNCTIONS`, by name.
 
-    Attributes:
-        label: shown in the progress.
-        function: name of the function.
-        about: its JSON-able argument; a result that was made from another one is refused.
-        out: directory of its result and its log.
-        estimate_s: how long it takes, estimated before anything like it has run.
+    `about` is its JSON-able argument; a result for another argument is refused. `out` is the
+    directory of result and log.
     """
 
     label: str
     function: str
     about: dict[str, Any]
     out: Path
-    estimate_s: float = 6.0
 
     def result(self) -> dict[str, Any] | None:
-        """Returns the result if it is there.
+        """Returns the result, or None if there is none yet.
 
         Raises:
-            ConfigError: it was made from other settings.
+            ConfigError: the result was made with other settings.
             DataError: the file is damaged.
         """
         file = self.out / RESULT_FILE
@@ -64,40 +62,36 @@ class Task:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Returns the outcome of a task in a line: the last losses with their changes."""
+    """Returns the outcome of a task in one line: its last losses and their changes."""
     if "failed" in result:
         return f"failed: {result['failed'][:80]}"
     texts = []
     for name, curve in result.get("curves", {}).items():
         first, last = curve[0][1], curve[-1][1]
         is_finite = None not in (first, last)
-        texts.append(
-            f"{name} {last:.3f} ({last - first:+.3f})" if is_finite else f"{name} not finite"
-        )
+        texts.append(f"{name} {last:.3f} ({last - first:+.3f})" if is_finite else f"{name}: NaN")
     return ", ".join(texts) or "done"
 
 
 class Runner:
-    """Runs tasks, and prints on standard error what is done and how long the rest will take."""
+    """Runs tasks, and prints what is done and how long the rest takes on standard error."""
 
     def __init__(self, workers: int) -> None:
-        """Sets how many tasks run at a time; they share the machine's threads."""
+        """Sets the number of tasks that run at a time. They share the machine's threads."""
         self._workers, self._threads = workers, max(1, (os.cpu_count() or 1) // workers)
-        self.expect(0, 0.0)
+        self.expect(0)
 
-    def expect(self, count: int, seconds: float) -> None:
-        """Sets how many tasks will come, and how long they take one after another."""
-        self._count, self._seconds = count, seconds
-        self._done, self._estimated, self._taken = 0, 0.0, 0.0
+    def expect(self, count: int) -> None:
+        """Starts to count this number of tasks to come."""
+        self._count, self._done, self._taken = count, 0, 0.0
 
     def note(self, task: Task, seconds: float, text: str) -> None:
         """Counts a task that is done, and prints a line if it was expected."""
-        if not self._count:
+        self._done, self._taken = self._done + 1, self._taken + seconds
+        if (left := self._count - self._done) < 0:
             return
-        self._done += 1
-        self._estimated, self._taken = self._estimated + task.estimate_s, self._taken + seconds
-        left = (self._seconds - self._estimated) * self._taken / self._estimated / self._workers
-        more = f" · about {format_duration(left)} left" if self._done < self._count else ""
+        left_s = left * self._taken / self._done / self._workers
+        more = f" · about {format_duration(left_s)} left" if left else ""
         number = f"[{self._done:>{len(str(self._count))}}/{self._count}]"
         line = f"{number} {task.label}: {text} · {format_duration(seconds)}{more}"
         print(line, file=sys.stderr, flush=True)
@@ -106,18 +100,18 @@ class Runner:
         """Runs the tasks that have no result yet; returns all results, in order.
 
         Args:
-            tasks: what to run, started in this order.
-            workers: how many at a time, if not as many as usual.
+            tasks: started in this order.
+            workers: number of tasks at a time; 0 for the usual one.
 
         Raises:
-            ConfigError, DataError: as `Task.result`, or a task failed: the message is the user's
-                mistake, or names the log. Tasks that are running then still end.
+            ConfigError, DataError: as `Task.result`; or a task failed, and the message is the
+                user's mistake or names the log. Tasks that are running then still end.
         """
-        # The fork server finds the modules beside this file by the environment.
+        # The fork server finds the modules beside this file through the environment.
         paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trial"])
+        context.set_forkserver_preload(PRELOADED)
         with ProcessPoolExecutor(workers or self._workers, context, max_tasks_per_child=1) as pool:
             futures = {
                 pool.submit(execute, task.function, task.about, task.out, self._threads): task

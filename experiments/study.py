@@ -4,15 +4,16 @@
     python experiments/study.py --base DIR --train CORPUS --val FILE --general NAME=FILE ...
     python experiments/study.py --preset gpu                     a base of 100M parameters
 
-The first pre-trains a base on English with train.py and teaches it code and arithmetic; with
---more-bases other bases, too. The second answers for your own base and data which placement to
-take, how many blocks, and what is forgotten. Both write results.json, study.md and three pictures
-to --out. The same command continues where it was killed.
+The first command pre-trains a base on English with train.py and teaches it, and every one of
+--more-bases, code and arithmetic. The second finds, for your own base and data, the best number and
+place of new blocks and what is forgotten. Both write results.json, study.md and three pictures to
+--out. The same command continues where it was killed.
 """
 
 import fcntl
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,15 +24,13 @@ from typing import Any
 
 import tasks
 import torch
-from bases import Study, expand, made_studies, own_study, pretrain
-from domains import write_corpus
+from bases import Study, made_studies, own_study, pretrain, with_variants
 from findings import findings
 from options import StudySettings, check, parse
 from pictures import draw
 from schedule import Runner, Task
 from summary import tables
 from trial import write_json
-from variants import check_names
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
@@ -46,11 +45,11 @@ from llamapro.training.settings import check as check_train
 RESULTS = "results.json"
 
 
-def main() -> None:
-    s = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; its options are those of the command line if `argv` is None."""
+    s = parse(sys.argv[1:] if argv is None else argv)
     check(s)
-    check_names(s)
-    studies = [own_study(s)] if s.base else made_studies(s)
+    studies = with_variants([own_study(s)] if s.base else made_studies(s))
     check_inputs(s, studies)
     runner = Runner(s.workers)
     try:
@@ -60,12 +59,9 @@ def main() -> None:
             if s.dry_run:
                 return
             if not s.base:
-                write_corpus(s.dir / "corpus")
                 pretrain(s)
-            expand(studies)
-            writers = {study.base: study for study in studies if study.is_written}
-            runner.run([tasks.held_out_task(study) for study in writers.values()])
-            results = {"studies": run_all(s, studies, step_s, runner), "about": about_machine(s)}
+            runner.run(tasks.start_tasks(studies))
+            results = {"studies": run_all(s, studies, runner), "about": about_machine(s)}
             write_json(s.dir / RESULTS, results)
             page = write_page(results, s.dir)
     except OSError as error:
@@ -75,8 +71,10 @@ def main() -> None:
 
 
 def check_inputs(s: StudySettings, studies: Sequence[Study]) -> None:
-    """Opens what the studies of existing bases need; raises a UserError for what is wrong."""
-    for study in (study for study in studies if study.checkpoint.exists()):
+    """Opens the inputs of all studies of existing bases; raises a UserError for a mistake."""
+    for study in studies:
+        if not study.checkpoint.exists():
+            continue
         base = Checkpoint.open(study.checkpoint)
         argv = [*tasks.train_options(study, s.steps), "--model.path", str(base.path)]
         settings = parse_train([*argv, "--train.trainable", "all"])
@@ -109,22 +107,18 @@ def locked(out: Path) -> Iterator[None]:
 # ---- Running ------------------------------------------------------------------------------------
 
 
-def run_all(
-    s: StudySettings, studies: Sequence[Study], step_s: dict[str, float], runner: Runner
-) -> list[dict[str, Any]]:
-    """Runs everything that has no result yet; returns what results.json has of each study.
+def run_all(s: StudySettings, studies: Sequence[Study], runner: Runner) -> list[dict[str, Any]]:
+    """Runs all tasks that have no result yet; returns each study's part of results.json.
 
-    Every variant is trained at all learning rates with the first seed, then with the other seeds at
+    Every variant trains with the first seed at all learning rates, and then with the other seeds at
     the best of them.
     """
     around = {study.name: tasks.base_tasks(study) for study in studies}
     costs = {study.name: tasks.cost_tasks(study) for study in studies}
-    # What a base writes for one domain it has for the other.
+    # A base writes once for all domains.
     writing = {study.base: tasks.writing_tasks(study) for study in reversed(studies)}
     grids = {
-        (study.name, v.name): {
-            lr: tasks.trial(study, v, lr, s.seeds[0], step_s[study.base]) for lr in s.learning_rates
-        }
+        (study.name, v.name): {lr: tasks.trial(study, v, lr, s.seeds[0]) for lr in s.learning_rates}
         for study in studies
         for v in study.variants
         if not v.varies
@@ -133,9 +127,9 @@ def run_all(
     timed += [task for by_base in costs.values() for task in by_base.values()]
     beside = [task for found in around.values() for task in found]
     first = [task for grid in grids.values() for task in grid.values()]
-    count, seconds = tasks.trials_left(studies, step_s)
     waiting = [task for task in (*timed, *beside) if task.result() is None]
-    runner.expect(count + len(waiting), seconds + sum(task.estimate_s for task in waiting))
+    left = sum(tasks.trials_left(study, v) for study in studies for v in study.variants)
+    runner.expect(left + len(waiting))
     runner.run(timed, workers=1)  # with the machine to itself
     runner.run([*beside, *first])
 
@@ -146,7 +140,7 @@ def run_all(
             grid = grids.get((study.name, v.name), {})
             trials = [(lr, s.seeds[0], task) for lr, task in grid.items()]
             for seed in s.seeds if v.varies else s.seeds[1:]:
-                trials.append((best, seed, tasks.trial(study, v, best, seed, step_s[study.base])))
+                trials.append((best, seed, tasks.trial(study, v, best, seed)))
             wrote = writing[study.base].get(v.writing)
             rows[study.name] += [
                 {"variant": v.name, "lr": lr, "seed": seed, "chosen": lr == best}
@@ -161,25 +155,21 @@ def run_all(
 
 def best_rate(study: Study, grid: dict[float, Task]) -> float:
     """Returns the learning rate with the lowest last domain loss; the first if all failed."""
-    ends = [
-        (result["curves"][study.domain][-1][1], lr)
-        for lr, task in grid.items()
-        if "failed" not in (result := task.result() or {"failed": ""})
-    ]
-    finite = [end for end in ends if end[0] is not None]
-    return min(finite)[1] if finite else next(iter(grid))
+    ends = []
+    for lr, task in grid.items():
+        result = task.result() or {"failed": ""}
+        if "failed" not in result and result["curves"][study.domain][-1][1] is not None:
+            ends.append((result["curves"][study.domain][-1][1], lr))
+    return min(ends)[1] if ends else next(iter(grid))
 
 
 def collect(
     study: Study, around: Sequence[Task], costs: dict[str, Task], rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns a study's results, JSON-able: every trial, also the not chosen and the failed ones.
+    """Returns a study's results, JSON-able, with all trials: chosen, not chosen and failed.
 
-    Args:
-        study: which.
-        around: the tasks that measured the base.
-        costs: by variant, the task that timed its step.
-        rows: variant, lr, seed, chosen, task and writing (the task that wrote its replay, or None).
+    `around` measured the base, `costs` the steps by variant. A row has variant, lr, seed, chosen,
+    task, and writing (the task that wrote its replay, or None).
     """
     beside, trials = {task.function: task.result() for task in around}, []
     for row in rows:
@@ -205,14 +195,12 @@ def collect(
 
 
 def about_machine(s: StudySettings) -> dict[str, Any]:
-    """Returns where and with what a study ran, and `elapsed_s`, as if no worker was ever idle."""
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    """Returns machine, versions and settings of a study, and its seconds if no worker idled."""
+    machine, cpus = f"{os.cpu_count()} cores, {platform.machine()}", Path("/proc/cpuinfo")
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        machine = f"{os.cpu_count()} cores of {names[0]}" if names else machine
+    elif cpus.exists() and (name := re.search(r"model name\s*: (.+)", cpus.read_text("utf-8"))):
+        machine = f"{os.cpu_count()} cores of {name[1]}"
     versions = {"python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "llamapro")}
     settings = {k: v for k, v in asdict(s).items() if k not in ("dry_run", "json")}
@@ -221,7 +209,7 @@ def about_machine(s: StudySettings) -> dict[str, Any]:
 
 
 def write_page(results: dict[str, Any], out: Path) -> str:
-    """Writes study.md and the pictures; returns what they say, without the list of all trials."""
+    """Writes study.md and the pictures; returns the findings and the names of the files."""
     text, pictures, page = findings(results), draw(results, out), out / "study.md"
     shown = "\n\n".join(f"![{file.stem}]({file.name})" for file in pictures)
     page.write_text(f"# Study\n\n{text}\n\n{shown}\n\n{tables(results)}\n", encoding="utf-8")

@@ -18,9 +18,9 @@ from llamapro.expansion import interleave
 from llamapro.formatting import format_duration
 from llamapro.training.preset import parse as parse_train
 
-OVERHEAD_S = 5.0  # of a trial, beside what it computes: starting, loading, measuring
+OVERHEAD_S = 5.0  # of a trial, for starting, loading and measuring
 PREPARATION_S = 60.0  # corpus, tokenizer and merging of the small base
-QUESTIONS_TOKENS = 20_000  # of the choices that a trial reads
+QUESTIONS_TOKENS = 20_000  # that a trial reads in questions
 
 
 def train_options(study: Study, steps: int) -> list[str]:
@@ -38,7 +38,7 @@ def train_options(study: Study, steps: int) -> list[str]:
 
 
 def variant_options(study: Study, variant: Variant) -> list[str]:
-    """Returns the options of train.py for a variant, but for its learning rate and seed."""
+    """Returns the options of train.py for a variant, without learning rate and seed."""
     argv = train_options(study, steps_of(study.s, variant))
     argv += ["--model.path", str(study.start(variant)), *variant.options, *variant.writing]
     return argv if variant.expand else [*argv, "--train.trainable", "all"]
@@ -48,8 +48,8 @@ def steps_of(s: StudySettings, variant: Variant) -> int:
     return s.replay_steps if variant.group == "retention" else s.steps
 
 
-def trial(study: Study, variant: Variant, lr: float, seed: int, step_s: float) -> Task:
-    """Returns the task of training and measuring one variant; `step_s` as for `trial_seconds`."""
+def trial(study: Study, variant: Variant, lr: float, seed: int) -> Task:
+    """Returns the task of training and measuring one variant."""
     argv = variant_options(study, variant)
     argv += ["--optim.lr", f"{lr:g}", "--train.seed", str(seed)]
     built = None
@@ -60,17 +60,39 @@ def trial(study: Study, variant: Variant, lr: float, seed: int, step_s: float) -
     about = measured(study) | {"variant": variant.name, "argv": argv, "built": built}
     out = study.s.dir / study.name / variant.name / f"lr-{lr:g}-seed-{seed}"
     label = f"{study.name} · {variant.label} · lr {lr:g} · seed {seed}"
-    return Task(label, "train", about, out, trial_seconds(study, variant, step_s))
+    return Task(label, "train", about, out)
+
+
+def of_base(study: Study) -> dict[str, Any]:
+    """Returns what tells a study's base from any other."""
+    return {"base": str(study.checkpoint), "base_sha256": study.base_sha256}
 
 
 def measured(study: Study) -> dict[str, Any]:
-    """Returns what `trial.measure` takes."""
-    about = {"base": str(study.checkpoint), "base_sha256": study.base_sha256}
-    return about | {"device": study.s.device, "choices": study.choices, "val": list(study.val)}
+    """Returns the arguments of `trial.measure`."""
+    about = {"device": study.s.device, "choices": study.choices, "val": list(study.val)}
+    return of_base(study) | about
+
+
+def start_tasks(studies: Sequence[Study]) -> list[Task]:
+    """Returns the tasks that make expanded checkpoints, and general text that a base writes."""
+    tasks = {}
+    for study in studies:
+        s = study.s
+        for variant in study.variants:
+            about = of_base(study) | {"options": list(variant.expand)}
+            out = study.expanded(variant)
+            if variant.expand:
+                tasks[out] = Task(f"{study.base} · expansion {out.name}", "expand", about, out)
+        if study.is_written:
+            about = {"tokens": s.replay_tokens, "length": s.seq_len, "device": s.device}
+            out = s.dir / "written" / study.base
+            tasks[out] = Task(f"text of {study.base}", "write", of_base(study) | about, out)
+    return list(tasks.values())
 
 
 def base_tasks(study: Study) -> list[Task]:
-    """Returns the tasks of measuring the base itself."""
+    """Returns the tasks that measure the base itself."""
     argv = [*train_options(study, 1), "--eval.every", "1", "--model.path", str(study.checkpoint)]
     argv += ["--train.trainable", "all"]
     out, about = study.s.dir / study.name, measured(study) | {"argv": argv}
@@ -85,7 +107,7 @@ def base_tasks(study: Study) -> list[Task]:
 
 
 def cost_tasks(study: Study) -> dict[str, Task]:
-    """Returns, by variant, the tasks of comparing its step with that of the plain expansion."""
+    """Returns, by variant, the tasks that compare its step with that of plain expansion."""
     variants = {variant.name: variant for variant in study.variants}
     tasks = {}
     for variant in variants.values():
@@ -99,7 +121,7 @@ def cost_tasks(study: Study) -> dict[str, Task]:
 
 
 def writing_tasks(study: Study) -> dict[tuple[str, ...], Task]:
-    """Returns, by `Variant.writing`, the tasks of writing what the studies of a base replay."""
+    """Returns, by `Variant.writing`, the tasks that write the text which studies replay."""
     tasks: dict[tuple[str, ...], Task] = {}
     for variant in study.variants:
         if variant.writing and variant.writing not in tasks:
@@ -110,26 +132,18 @@ def writing_tasks(study: Study) -> dict[tuple[str, ...], Task]:
     return tasks
 
 
-def held_out_task(study: Study) -> Task:
-    """Returns the task of writing held-out text with the base, of another seed than replay's."""
-    s = study.s
-    about: dict[str, Any] = {"base": str(study.checkpoint), "base_sha256": study.base_sha256}
-    about |= {"tokens": s.replay_tokens, "length": s.seq_len, "device": s.device}
-    return Task(f"text of {study.base}", "write", about, s.dir / "written" / study.base)
-
-
 # ---- How long it takes --------------------------------------------------------------------------
 
 
 def calibrate(s: StudySettings, studies: Sequence[Study], runner: Runner) -> dict[str, float]:
-    """Returns by base the seconds of a training step of plain expansion, with all workers busy.
+    """Returns, by base, the seconds of a training step of plain expansion with all workers busy.
 
-    Measured on random weights of the base's shape, before there is a base.
+    The models have random weights, as the small base may not exist yet.
     """
     argv = ["--data.seq-len", str(s.seq_len), "--train.batch-size", str(s.batch_size)]
     argv += ["--train.micro-batch-size", str(s.micro_batch_size), "--train.device", s.device]
     out, step_s = s.dir / "calibration", {}
-    shutil.rmtree(out, ignore_errors=True)  # of another day
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier start
     for study in {study.base: study for study in studies}.values():
         is_small = study.base == "small"
         config = s.pretrain_config if is_small else study.checkpoint / "config.json"
@@ -142,43 +156,38 @@ def calibrate(s: StudySettings, studies: Sequence[Study], runner: Runner) -> dic
     return step_s
 
 
+def trials_left(study: Study, variant: Variant) -> int:
+    """Returns the number of trials of a variant that have no result yet."""
+    s = study.s
+    wanted = len(s.seeds) + (0 if variant.varies else len(s.learning_rates) - 1)
+    return max(0, wanted - len([*(s.dir / study.name / variant.name).glob(f"*/{RESULT_FILE}")]))
+
+
 def trial_seconds(study: Study, variant: Variant, step_s: float) -> float:
-    """Estimates a trial, s, from the seconds of a training step, a third of which is forward."""
+    """Estimates the seconds of a trial from those of a training step, a third of it forward."""
     s = study.s
     evaluated = (s.evaluations + 1) * (1 + len(study.general)) * s.eval_sequences  # sequences
     passes = (evaluated + QUESTIONS_TOKENS / s.seq_len) / s.batch_size
     return OVERHEAD_S + step_s * (steps_of(s, variant) + passes / 3)
 
 
-def trials_left(studies: Sequence[Study], step_s: dict[str, float]) -> tuple[int, float]:
-    """Returns how many trials have no result yet, and their seconds one after another."""
-    count, seconds = 0, 0.0
-    for study in studies:
-        for variant in study.variants:
-            s = study.s
-            wanted = len(s.seeds) + (0 if variant.varies else len(s.learning_rates) - 1)
-            done = len(list((s.dir / study.name / variant.name).glob(f"*/{RESULT_FILE}")))
-            count += (left := max(0, wanted - done))
-            seconds += left * trial_seconds(study, variant, step_s[study.base])
-    return count, seconds
-
-
 def check_budget(s: StudySettings, studies: Sequence[Study], step_s: dict[str, float]) -> str:
-    """Returns what will be done and about how long it takes.
+    """Returns the number of trials to do and their estimated duration.
 
     Raises:
-        ConfigError: it takes longer than `budget_minutes`.
+        ConfigError: they take longer than `budget_minutes`.
     """
-    count, seconds = trials_left(studies, step_s)
+    left = [(study, v, trials_left(study, v)) for study in studies for v in study.variants]
+    seconds = sum(n * trial_seconds(study, v, step_s[study.base]) for study, v, n in left)
     seconds /= s.workers
     if "small" in step_s and not (s.dir / "bases" / "small").exists():
         t = parse_train(["--config", str(ROOT / s.pretrain)]).train
         seconds += PREPARATION_S
         seconds += step_s["small"] * t.steps * t.batch_size / s.batch_size / pretrain_processes(s)
-    measured = ", ".join(f"{step:.2f} s of {name}" for name, step in step_s.items())
+    steps = ", ".join(f"{step:.2f} s with {name}" for name, step in step_s.items())
+    count, duration = sum(n for *_, n in left), format_duration(seconds)
     text = (
-        f"{count} trials, {s.workers} at a time: about {format_duration(seconds)} (a training step "
-        f"takes {measured} here)"
+        f"{count} trials, {s.workers} at a time: about {duration} (a training step takes {steps})"
     )
     if seconds > 60 * s.budget_minutes:
         raise ConfigError(
@@ -189,6 +198,6 @@ def check_budget(s: StudySettings, studies: Sequence[Study], step_s: dict[str, f
 
 
 def seconds_taken(out: Path) -> float:
-    """Returns the seconds of all finished tasks together, one after another."""
+    """Returns the seconds of all finished tasks, one after another."""
     files = out.rglob(RESULT_FILE)
     return sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)

@@ -1,7 +1,7 @@
-"""The work of a study, each task in a process of its own: train one variant and measure it.
+"""The work of a study: every function of `FUNCTIONS` is run as a task, in a process of its own.
 
-A function here takes what a task is about and the task's directory, and returns its result; both
-are JSON-able. All training is `train.run`, with the options that a user would give.
+A function takes what the task is about and the task's directory, and returns a result. Argument and
+result are JSON-able. All training is `train.run` with options that a user could give.
 """
 
 import json
@@ -19,8 +19,8 @@ from statistics import median
 from typing import Any
 
 import models
+import placement
 import torch
-import torch._dynamo  # FSDP and optimizers import it when they are first used, which takes seconds
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -35,6 +35,7 @@ from llamapro.files import write_file
 from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.inference.multiple_choice import baselines, measure_choices, read_choices
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.scripts import convert
 from llamapro.scripts import train as script
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.job import Job
@@ -47,14 +48,14 @@ from llamapro.training.settings import ReplaySettings, check
 from llamapro.training.weights import init_random
 
 RESULT_FILE, LOG_FILE = "result.json", "log.txt"
-SHIFT = (8, 32, 32)  # prompts, tokens of each, tokens written after each
+CHECKPOINT = "checkpoint"  # the directory that `expand` makes
+SHIFT = {"prompts": 8, "prompt_tokens": 32, "new_tokens": 32}
 CALIBRATION_STEPS, COST_ROUNDS, COST_STEPS = 3, 2, 8
 TEXT_FILE, HELD_OUT_SEED = "text.txt", 1 << 32
-WRITTEN_AT_A_TIME = 64  # documents
 
 
 def execute(function: str, about: dict[str, Any], out: Path, threads: int) -> float:
-    """Runs a function of `FUNCTIONS`, writes its result and its log, and returns its seconds."""
+    """Runs a function of `FUNCTIONS`, writes its result and log, and returns its seconds."""
     shutil.rmtree(out, ignore_errors=True)  # left by a process that was killed
     out.mkdir(parents=True)
     log = os.open(out / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -76,7 +77,7 @@ def execute(function: str, about: dict[str, Any], out: Path, threads: int) -> fl
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the study ends: the next study writes to the same place."""
+    """Ends this process with the study, because the next study writes to the same place."""
     if (parent := multiprocessing.parent_process()) is not None:
         wait([parent.sentinel])
         os._exit(1)
@@ -96,15 +97,10 @@ def device_of(name: str) -> torch.device:
 
 
 def run_training(argv: list[str], run_dir: Path, model: LlamaForCausalLM | None = None) -> Run:
-    """Trains by train.py's loop, with its options; returns the run's records.
-
-    Args:
-        argv: options of train.py.
-        run_dir: for the run.
-        model: trained instead of the one that the options name.
+    """Trains as train.py does with these options, a model if one is given; returns the records.
 
     Raises:
-        SystemExit: it was stopped before its last step was evaluated.
+        SystemExit: training was stopped before the evaluation of its last step.
     """
     settings = parse([*argv, "--run-dir", str(run_dir)])
     check(settings, 1)
@@ -119,14 +115,13 @@ def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Trains one variant at one learning rate and seed, and measures it.
 
     Args:
-        about: `argv`, options of train.py; `built`, arguments of `models.build`, or None; and what
-            `measure` takes.
-        out: for the run's records; its weights are removed once they are measured.
+        about: `argv`, options of train.py; `built`, arguments of `models.build`, or None; and the
+            arguments of `measure`.
+        out: directory of the run. Its weights are removed after they were measured.
 
     Returns:
-        curves: validation set -> [tokens trained on, loss in nats per token] of each evaluation;
-        trainable, total: parameters; tokens_per_s, memory_bytes: median and peak; train_s: seconds
-        in training steps; choices, shift: as `measure`.
+        `curves`; `trainable` and `total` parameters; `tokens_per_s`, the median; `memory_bytes`,
+        the peak; `train_s`, in training steps; the results of `measure`. Or `failed`, the reason.
     """
     run_dir, merged, built = out / "run", out / "merged", about["built"]
     try:
@@ -155,7 +150,7 @@ def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def trained(built: dict[str, Any], run_dir: Path) -> LlamaForCausalLM:
-    """Returns the built model with what its run has trained, whole, on the CPU."""
+    """Returns the built model with the weights that its run has trained, on the CPU."""
     model = models.build(built)
     tensors = load_file(training_checkpoints(run_dir)[-1] / TRAINABLE_FILE)
     unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
@@ -164,7 +159,7 @@ def trained(built: dict[str, Any], run_dir: Path) -> LlamaForCausalLM:
 
 
 def curves(run: Run) -> dict[str, list[list[float]]]:
-    """Returns validation set -> [tokens trained on, loss in nats per token] of each evaluation."""
+    """Returns [tokens trained on, loss in nats per token] of each evaluation, by validation set."""
     return {
         name: [[record["tokens_seen"], record["loss"]] for record in records]
         for name, records in run.evals.items()
@@ -173,15 +168,10 @@ def curves(run: Run) -> dict[str, list[list[float]]]:
 
 @torch.inference_mode()
 def measure(model: LlamaForCausalLM, about: dict[str, Any]) -> dict[str, Any]:
-    """Measures what a trained model chooses and writes.
+    """Measures a trained model: its `choices` and the `shift` of its text, each None if impossible.
 
-    Args:
-        model: whole, on the CPU.
-        about: `base`, its checkpoint; `device`; `choices`, a file of questions or ""; `val`,
-            held-out text of the new domain, pieces of which the model continues.
-
-    Returns:
-        choices: of `measure_choices` and `baselines`, or None; shift: of `shift`, or None.
+    `about` has `base`, its checkpoint; `device`; `choices`, a file of questions or ""; and `val`,
+    held-out text of the new domain, which the model continues.
     """
     base = Checkpoint.open(about["base"])
     device, tokenizer, choices = device_of(about["device"]), Tokenizer.load(base.path), None
@@ -190,8 +180,8 @@ def measure(model: LlamaForCausalLM, about: dict[str, Any]) -> dict[str, Any]:
         context = base.config.max_position_embeddings
         questions = read_choices(about["choices"], tokenizer, context, 0)
         choices = measure_choices(model, questions, 16, "choices")[0] | baselines(questions)
-    samples = write_greedily(model, documents(about, tokenizer), *SHIFT)
-    shifted = shift(base.load(device=device), samples) if samples is not None else None
+    samples = write_greedily(model, documents(about, tokenizer), **SHIFT)
+    shifted = None if samples is None else shift(base.load(device=device), samples)
     return {"choices": choices, "shift": shifted}
 
 
@@ -200,11 +190,21 @@ def documents(about: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
     return [ids for path in about["val"] for ids in read_text(path, tokenizer, "text").documents]
 
 
-# ---- Around it ----------------------------------------------------------------------------------
+# ---- The other tasks ----------------------------------------------------------------------------
+
+
+def expand(about: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Makes an expanded checkpoint, by placement.py if it has --by, or by `convert.py expand`."""
+    words = [about["base"], str(out / CHECKPOINT), *about["options"]]
+    if "--by" in words:
+        placement.main(words)
+    else:
+        convert.main(["expand", *words])
+    return {}
 
 
 def base(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Measures the base itself: `losses` as training measures them, and as `measure`."""
+    """Measures the base itself: `losses`, as in training, and the results of `measure`."""
     model = models.base_model(Path(about["base"]))
     model.model.norm.weight.requires_grad_()  # a step has to train something, however small
     run = run_training(about["argv"], out / "run", model)
@@ -214,14 +214,10 @@ def base(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def cost(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Times two short runs in turn, so that other work of the machine slows both alike.
+    """Times short runs of two variants in turn, so that other load slows both alike.
 
-    Args:
-        about: `plain` and `other`, options of train.py.
-        out: for the runs.
-
-    Returns:
-        step: the other's median seconds per step, over the plain one's.
+    `about` has the options of train.py for `plain` and `other`. The result is `step`, the ratio of
+    the other's median seconds per step to those of the plain one.
     """
     seconds: dict[str, list[float]] = {"plain": [], "other": []}
     short = ["--train.steps", str(COST_STEPS), "--log-every", "1", "--data.val"]
@@ -234,7 +230,7 @@ def cost(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Has the base write what is replayed; returns the seconds that it took as `replay_s`."""
+    """Lets the base write text for replay, within `replay_s` seconds."""
     settings = parse([*about["argv"], "--run-dir", str(out / "run")])
     started = time.perf_counter()
     store = Job.open(settings).replay(device_of(settings.train.device))
@@ -242,12 +238,12 @@ def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Has the base write held-out text from BOS on, with a seed that no replay has."""
+    """Lets the base write held-out text from BOS on, with a seed that no replay uses."""
     checkpoint = Checkpoint.open(about["base"])
     tokenizer = Tokenizer.load(checkpoint.path)
     model = checkpoint.load(device=device_of(about["device"]))
     assert tokenizer.bos_id is not None
-    settings = ReplaySettings(seed=HELD_OUT_SEED, batch_size=WRITTEN_AT_A_TIME)
+    settings = ReplaySettings(seed=HELD_OUT_SEED, batch_size=64)
     ends = set(checkpoint.config.eos_token_ids)
     texts, tokens = [], 0
     for ids in write_documents(model, [[tokenizer.bos_id]], ends, about["length"], settings):
@@ -260,23 +256,17 @@ def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def gradients(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Returns `models.first_gradients` of each kind of new block, on the domain's text."""
-    tokenizer = Tokenizer.load(Path(about["base"]))
-    ids = torch.tensor([*chain(*documents(about, tokenizer))][: 2 * 65]).view(2, -1)
-    kinds = ("zero-outputs", "copies", "zero-norms")
+    """Returns `models.first_gradients` for each kind of new block, on the domain's text."""
     base, layers = Path(about["base"]), about["layers"]
+    ids = torch.tensor([*chain(*documents(about, Tokenizer.load(base)))][: 2 * 65]).view(2, -1)
+    kinds = ("zero-outputs", "copies", "zero-norms")
     return {kind: models.first_gradients(base, layers, kind, ids) for kind in kinds}
 
 
 def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Times a training step of plain expansion, on a random model of the base's shape.
+    """Returns the seconds of a training step of plain expansion, with random weights, as `step_s`.
 
-    Args:
-        about: `config`, a file; `new_blocks`, how many are added; `argv`, options of train.py.
-        out: unused.
-
-    Returns:
-        step_s: seconds of a step, the shortest of a few.
+    `about` has `config`, a file; `new_blocks`, their number; and `argv`, options of train.py.
     """
     config, settings = ModelConfig.from_file(Path(about["config"])), parse(about["argv"])
     config = expand_config(config, interleave(config.num_hidden_layers, about["new_blocks"]), "")
@@ -302,5 +292,5 @@ def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 FUNCTIONS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     function.__name__: function
-    for function in (train, base, cost, replay, write, gradients, calibrate)
+    for function in (train, expand, base, cost, replay, write, gradients, calibrate)
 }

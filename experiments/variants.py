@@ -1,14 +1,14 @@
-"""The variants of a study: the paper's variants (Table 5, Appendix H), controls, and the ways to
-forget less. Each is a start for `train.py` with a few options, or a model of `models.py`.
+"""The variants of a study: those of the paper (Table 5, Appendix H), controls, ways to forget less.
+
+Each is a start for `train.py` with a few options, or a model of `models.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from options import StudySettings
 
-from llamapro.errors import ConfigError
 from llamapro.expansion import interleave
 
 
@@ -17,16 +17,16 @@ class Variant:
     """One row of a study's table.
 
     Attributes:
-        name: also the name of its directory.
-        label: what the table calls it.
+        name: its name on the command line and of its directory.
+        label: its name in tables.
         group: "number" or "place" of new blocks, "compared" with them, or "retention".
-        new_blocks: how many there are, if any.
+        new_blocks: their number, or None.
         expand: options that make its start, of `convert.py expand` or, with --by, of
-            `placement.py`; () starts from the base itself.
-        options: options of train.py, beside those that all variants share.
-        writing: options of train.py that say what the base writes for it, if it writes.
-        built: arguments of `models.build`; None: the model that train.py loads.
-        varies: the variant that it changes only by options; its learning rate is taken over.
+            `placement.py`. It starts from the base if there are none.
+        options: further options of train.py.
+        writing: options of train.py for the text that the base writes for it, if any.
+        built: arguments of `models.build`, or None for the model that train.py loads.
+        varies: the variant, or "", that it changes by options only and whose rate it takes over.
     """
 
     name: str
@@ -41,24 +41,24 @@ class Variant:
 
 
 def nearest_number(num_layers: int, wanted: int) -> int:
-    """Returns the number of new blocks that interleaves in a base and is nearest to `wanted`."""
+    """Returns the number nearest to `wanted` of new blocks that interleave in a base."""
     divisors = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
     return min(divisors, key=lambda n: (abs(n - wanted), n))
 
 
 def plain(blocks: int) -> Variant:
-    """Returns the paper's method: interleaved new blocks that start as the identity."""
+    """Returns the paper's method, interleaved new blocks that start as the identity."""
     label = f"+{blocks} block{'s' * (blocks > 1)}"
     return Variant(f"new-{blocks}", label, "number", blocks, ("--num-new-blocks", str(blocks)))
 
 
 def comparisons(num_layers: int, numbers: Sequence[int], compared: int) -> list[Variant]:
-    """Returns the variants of the paper's question: what trains, how many blocks, and where.
+    """Returns the variants that differ in what trains, how many new blocks, and where.
 
     Args:
         num_layers: layers of the base.
-        numbers: numbers of new blocks; those that do not interleave in this base are left out.
-        compared: the number at which places and other methods are compared.
+        numbers: numbers of new blocks. Those that do not interleave in this base are left out.
+        compared: the number for comparing places and other methods.
     """
     variants = [plain(n) for n in sorted({n for n in numbers if num_layers % n == 0} | {compared})]
     number = ("--num-new-blocks", str(compared))
@@ -92,48 +92,31 @@ def retention(
     Args:
         s: how much is replayed.
         compared: the number of new blocks.
-        general: general text to replay; without any, that variant is left out.
+        general: general text to replay. Without any, that variant is left out.
         domain: the training text.
     """
+    start, distill = plain(compared), "--replay.distill"
 
-    def written(temperature: float) -> tuple[str, ...]:
-        tokens, sampled = ("--replay.tokens", str(s.replay_tokens)), f"{temperature:g}"
-        return (*tokens, "--replay.temperature", sampled, "--replay.batch-size", "64")
-
-    kinds: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = []
-    if general:
-        kinds.append(("replay", "replay of general text", ("--replay.data", *general), ()))
-    # Text that is learned as it stands is sampled from the model's own distribution.
-    kinds.append(("self-replay", "self-replay", (), written(1.0)))
-    for weight in s.replay_weights:
-        name, label = f"distill-{weight:g}", f"self-distillation, weight {weight:g}"
-        weighted = ("--replay.distill", "--replay.weight", f"{weight:g}")
-        kinds.append((name, label, weighted, written(s.replay_temperature)))
-    options = ("--replay.distill", "--replay.data", *domain)
-    kinds.append(("distill-domain", "self-distillation on the domain's text", options, ()))
-    start, share = plain(compared), ("--replay.share", f"{s.replay_share:g}")
-    return [
-        Variant(
-            name,
-            f"+{compared}, {label}",
-            "retention",
-            compared,
-            start.expand,
-            (*share, *options),
-            writing,
+    def way(
+        name: str, label: str, options: tuple[str, ...] = (), temperature: float = 0.0
+    ) -> Variant:
+        written = f"--replay.tokens {s.replay_tokens} --replay.temperature {temperature:g}"
+        return replace(
+            start,
+            name=name,
+            label=f"+{compared}, {label}",
+            group="retention",
+            options=("--replay.share", f"{s.replay_share:g}", *options),
+            writing=(*written.split(), "--replay.batch-size", "64") if temperature else (),
             varies=start.name,
         )
-        for name, label, options, writing in kinds
-    ]
 
-
-def check_names(s: StudySettings) -> None:
-    """Raises ConfigError for names in --variants that no base has."""
-    layers = max(s.compared, *s.new_blocks, 1)
-    known = [plain(n).name for n in sorted({s.compared, *s.new_blocks})]
-    others = [*comparisons(layers, (), layers), *retention(s, 1, ["general"], ["domain"])]
-    known += [v.name for v in others if v.group != "number"]
-    wrong = [f"--variants {name}: unknown; known are {', '.join(known)}" for name in s.variants
-             if name not in known]  # fmt: skip
-    if wrong:
-        raise ConfigError("; ".join(wrong))
+    ways = [way("replay", "replay of general text", ("--replay.data", *general))] if general else []
+    # Text that is learned as it stands is sampled from the model's own distribution.
+    ways.append(way("self-replay", "self-replay", temperature=1.0))
+    for weight in s.replay_weights:
+        name, label = f"distill-{weight:g}", f"self-distillation, weight {weight:g}"
+        weighted = (distill, "--replay.weight", f"{weight:g}")
+        ways.append(way(name, label, weighted, s.replay_temperature))
+    label = "self-distillation on the domain's text"
+    return [*ways, way("distill-domain", label, (distill, "--replay.data", *domain))]

@@ -8,10 +8,8 @@ in processes of its own; the other commands run here, as `llamapro X` would call
 import contextlib
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -35,15 +33,14 @@ def command(name: str, *words: Any) -> str:
     return output.getvalue()
 
 
-def torchrun(root: Path, *words: Any) -> None:
-    """Runs train.py at the repository root in two processes."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line += ["train.py", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        line, cwd=root, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+def train(*words: Any) -> None:
+    """Runs `llamapro train` in two processes, which the launcher starts from here."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as ended:
+        command("train", "--processes", 2, *words)
+    for number, handler in handlers.items():  # the launcher hands signals on to the processes
+        signal.signal(number, handler)
+    assert ended.value.code == 0
 
 
 def python_source(modules: list[types.ModuleType]) -> str:
@@ -67,7 +64,7 @@ def release(
 
 
 @pytest.fixture(scope="module")
-def home(release: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """from-meta, expand, train on Python source with 2 processes, merge."""
     import dis
     import inspect
@@ -94,7 +91,7 @@ def home(release: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) ->
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     words += ["--data.val", f"code={home / 'code.py'}", f"story={home / 'story.txt'}"]
-    torchrun(root, *words)
+    train(*words)
     command("merge", home / "pro", home / "run", home / "merged")
     return home
 

@@ -1,7 +1,6 @@
 """Placement by measurement: scores, choice, text and command of experiments/placement.py."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from placement import block_importance, block_similarity, choose, measure
 from torch import Tensor
 
-from llamapro import cli
 from llamapro.checkpoints.base import layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
@@ -180,28 +178,13 @@ def test_scores_that_are_not_finite_are_refused(home: Path, by: str) -> None:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def command(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """`command(base, *words) -> (exit status, standard output, standard error)`."""
-
-    def call(base: str, *words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["placement.py", str(home / base), *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.run(placement.main)
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def test_the_command_puts_new_blocks_where_it_measured(
-    command: Callable[..., tuple[int, str, str]], home: Path, tmp_path: Path
+    run_command: Callable[..., tuple[int, str, str]], home: Path, tmp_path: Path
 ) -> None:
     """Table, list for --after, and an expansion with the record of any other."""
-    words = ["--by", "similar", "--num-new-blocks", 2, "--text", home / "a.txt"]
-    status, out, error = command("pro", *words, "--tokens", TOKENS)
+    words: list[Any] = [home / "pro", "--by", "similar", "--num-new-blocks", 2]
+    words += ["--tokens", TOKENS, "--text", home / "a.txt"]
+    status, out, error = run_command(placement.main, *words)
     lines = out.splitlines()
     assert status == 0, error
     assert lines[0] == f"measured on 640 tokens, {CONTEXT} at a time, of {home / 'a.txt'}"
@@ -209,7 +192,8 @@ def test_the_command_puts_new_blocks_where_it_measured(
     marked = [row.split()[0] for row in lines[2:8] if row.endswith("new block on top")]
     # Untrained new blocks do nothing, so they are the most similar of an expanded model.
     assert marked == ["2", "5"] and lines[8] == "--after 2,5" and not list(tmp_path.iterdir())
-    status, out, _ = command("pro", tmp_path / "out", *words, "--tokens", TOKENS, "--json")
+    words.insert(1, tmp_path / "out")
+    status, out, _ = run_command(placement.main, *words, "--json")
     found = json.loads(out)
     assert status == 0 and found["chosen"] == [2, 5]
     config, layout = Checkpoint.open(tmp_path / "out").config, insert_after(6, [2, 5])
@@ -227,7 +211,7 @@ def test_the_command_puts_new_blocks_where_it_measured(
     ],
 )
 def test_mistakes_are_told_before_anything_is_computed(
-    command: Callable[..., tuple[int, str, str]],
+    run_command: Callable[..., tuple[int, str, str]],
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
     words: list[str],
@@ -235,12 +219,12 @@ def test_mistakes_are_told_before_anything_is_computed(
 ) -> None:
     """Exit status 2 and one message with the option; no model is loaded."""
     monkeypatch.setattr(Checkpoint, "load", None)
-    given = [word.format(home=home) for word in words]
-    status, out, error = command("base", "--by", "similar", "--num-new-blocks", "2", *given)
+    given = ["--by", "similar", "--num-new-blocks", 2, *(word.format(home=home) for word in words)]
+    status, out, error = run_command(placement.main, home / "base", *given)
     assert status == 2 and out == "" and message.format(home=home) in error
 
 
-def test_a_real_model_is_measured(tmp_path: Path, shared: Path) -> None:
+def test_a_real_model_is_measured(tmp_path: Path, root: Path, shared: Path) -> None:
     """TinyStories: its lowest layers change the hidden state least, the highest the loss."""
     from llamapro.conversion.meta import from_meta
 
@@ -249,8 +233,8 @@ def test_a_real_model_is_measured(tmp_path: Path, shared: Path) -> None:
         pytest.skip(f"{release} is not there")
     from_meta(release, tmp_path / "base", None)
     base = Checkpoint.open(tmp_path / "base")
-    similar = measure(base, "similar", 2, [], 2048)
-    unimportant = measure(base, "unimportant", 2, [], 2048)
+    stories = [str(root / "experiments" / "stories.txt")]
+    similar, unimportant = (measure(base, by, 2, stories, 1024) for by in placement.SCORES)
     assert similar["chosen"] == [0, 1] and unimportant["chosen"] == [3, 4]
     assert all(0 < score < 1 for score in similar["scores"])
     assert all(score > 0.5 for score in unimportant["scores"])

@@ -1,32 +1,34 @@
 """experiments/study.py: one command that first says how long it takes and continues when killed."""
 
 import dataclasses
+import io
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import bases
+import models
 import options
+import pictures
 import pytest
 import schedule
 import study
 import tasks
-import variants
+from trial import write_json
 
-from llamapro import expansion
-from llamapro.checkpoints.directory import Checkpoint
-from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError, DataError, UserError
 
 SETTINGS = """
-workers = 1
+workers = 2
 steps = 4
 batch_size = 2
 micro_batch_size = 2
@@ -93,13 +95,13 @@ def ended(root: Path, preset: Path, base: Path, tmp_path_factory: pytest.TempPat
     home = tmp_path_factory.mktemp("study")
     (home / "text.txt").write_text(TEXT * 100)
     text, out = str(home / "text.txt"), home / "out"
-    command = [sys.executable, STUDY, "--preset", str(preset), "--out", str(out)]
-    command += ["--base", str(base), "--train", text, "--val", text, "--general", f"wiki={text}"]
-    command += ["--variants", "new-1", "similar", "full", "lora", "distill-3"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    how: dict[str, Any] = {"cwd": root, "env": environment, "text": True}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, start_new_session=True, **pipes, **how) as first:
+    words = ["--preset", str(preset), "--out", str(out), "--base", str(base), "--train", text]
+    words += ["--val", text, "--general", f"wiki={text}"]
+    words += ["--variants", "new-1", "similar", "full", "originals", "distill-3"]
+    with subprocess.Popen(
+        [sys.executable, STUDY, *words], cwd=root, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as first:  # fmt: skip
         said = []
         for line in first.stdout:  # it says when a trial is done
             said.append(line)
@@ -108,23 +110,27 @@ def ended(root: Path, preset: Path, base: Path, tmp_path_factory: pytest.TempPat
         os.killpg(first.pid, signal.SIGKILL)
     assert first.returncode == -signal.SIGKILL, "".join(said)
     before = {file: file.stat().st_mtime_ns for file in out.glob("own/*/*/result.json")}
-    second = subprocess.run(command, capture_output=True, **how)
-    assert second.returncode == 0, second.stderr
+    second = io.StringIO()
+    with redirect_stdout(second), redirect_stderr(second), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "DPI", 50)
+        study.main(words)
     results = json.loads((out / "results.json").read_text())
-    return Ended(out, before, "".join(said), second.stderr + second.stdout, results)
+    return Ended(out, before, "".join(said), second.getvalue(), results)
 
 
 def test_it_says_first_how_long_it_takes(ended: Ended) -> None:
     """Estimated from a measured step, before anything is made: one of each of 5 variants."""
     first = ended.first.splitlines()[0]
-    assert re.match(r"5 trials, 1 at a time: about \d.* \(a training step takes .* s of own", first)
+    assert re.match(
+        r"5 trials, 2 at a time: about \d.* \(a training step takes .* s with own", first
+    )
 
 
 def test_a_killed_study_continues_without_repeating_what_is_done(ended: Ended) -> None:
     """Results that were there keep their files; the second run says how many are left."""
     assert len(ended.before) >= 2
     assert all(file.stat().st_mtime_ns == made for file, made in ended.before.items())
-    assert f"{5 - len(ended.before)} trials, 1 at a time" in ended.second
+    assert f"{5 - len(ended.before)} trials, 2 at a time" in ended.second
     assert "[1/" in ended.second and " left\n" in ended.second
 
 
@@ -151,10 +157,10 @@ def test_every_trial_is_in_the_results_with_its_measures(ended: Ended) -> None:
     (own,) = ended.results["studies"]
     check_trials(own, "wiki")
     sizes = {t["variant"]: (t["trainable"], t["total"]) for t in own["trials"]}
-    assert set(sizes) == {"new-1", "similar", "full", "lora", "distill-3"}
+    assert set(sizes) == {"new-1", "similar", "full", "originals", "distill-3"}
     assert sizes["new-1"] == sizes["similar"] == sizes["distill-3"]
     assert sizes["new-1"][1] - sizes["new-1"][0] == sizes["full"][0] == sizes["full"][1]
-    assert 0 < sizes["lora"][1] - sizes["lora"][0] == sizes["full"][0]
+    assert sizes["originals"] == (sizes["new-1"][0], sizes["full"][0])
 
 
 def test_the_whole_study_has_the_gradients_and_the_page_has_everything(ended: Ended) -> None:
@@ -202,7 +208,7 @@ def settings(*words: str) -> options.StudySettings:
         (["--replay-share", "1"], "--replay-share 1.0: expected more than 0 and less than 1"),
         (["--replay-weights", "0"], "--replay-weights 0.0: expected more than 0"),
         (["--learning-rates", "-1"], "--learning-rates -1.0: expected more than 0"),
-        (["--variants", "new-3"], "--variants new-3: unknown; known are new-1, new-2, new-4"),
+        (["--variants", "new-3"], "--variants new-3: not possible here; possible are new-1, new-2"),
         (["--train", "a.txt"], "--train needs --base"),
         (["--seeds", "1", "2", "1"], "--seeds (1, 2, 1): one is named twice"),
         (["--learning-rates", "0.1", "0.1"], "--learning-rates (0.1, 0.1): one is named twice"),
@@ -218,7 +224,7 @@ def test_mistakes_are_told_before_anything_starts(words: list[str], message: str
     s = settings(*words)
     with pytest.raises(ConfigError, match=re.escape(message)):
         options.check(s)
-        variants.check_names(s)
+        bases.with_variants(bases.made_studies(s))
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "peft"])
@@ -250,8 +256,7 @@ def test_the_presets_are_possible(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(options.torch.cuda, "is_available", lambda: True)
     s = settings("--preset", name)
     options.check(s)
-    variants.check_names(s)
-    studies = bases.made_studies(s)
+    studies = bases.with_variants(bases.made_studies(s))
     assert [found.name for found in studies] == ["small-code", "small-math"]
     numbers = [v.new_blocks for v in studies[0].variants if v.group == "number"]
     assert numbers == list(s.new_blocks) and studies[0].compared == s.compared
@@ -265,8 +270,9 @@ def test_a_study_over_its_budget_does_not_start(tmp_path: Path) -> None:
     assert text.startswith("116 trials, 2 at a time: about ")
     with pytest.raises(ConfigError, match="more than --budget-minutes 30; raise it, lower"):
         tasks.check_budget(s, studies, {"small": 1.0})
-    slow, fast = (tasks.trials_left(studies, {"small": step_s})[1] for step_s in (1.0, 0.5))
-    assert slow - fast > 0.5 * 116 * s.steps
+    plain = studies[0].variants[0]
+    slow, fast = (tasks.trial_seconds(studies[0], plain, step_s) for step_s in (1.0, 0.5))
+    assert slow - fast > 0.5 * s.steps
     assert (s.steps, s.replay_steps) == (72, 80)
 
 
@@ -289,6 +295,9 @@ def test_a_base_of_ones_own_has_all_variants(own: options.StudySettings) -> None
     names = [v.name for v in found.variants]
     assert {"new-1", "new-2", "prefix", "lora", "moe", "self-replay"} <= set(names)
     assert "replay" not in names and list(found.general) == ["wiki", "books"]
+    lora = next(v for v in found.variants if v.name == "lora")
+    built = tasks.trial(found, lora, 1e-3, 1).about["built"]
+    assert built["rank"] == models.lora_rank(found.checkpoint, found.compared)
     study.check_inputs(own, [found])
 
 
@@ -300,7 +309,10 @@ def test_a_base_of_ones_own_has_all_variants(own: options.StudySettings) -> None
         ({"seq_len": 1024}, "seq_len 1024 is over max_position_embeddings 512"),
         ({"general": ("text.txt",)}, "--general: 'text.txt' is not NAME=PATH"),
         ({"general": ("domain=text.txt",)}, "--general domain=...: this name is the new domain's"),
-        ({"variants": ("new-8",)}, "--variants new-8: none is possible for own, a base of 2"),
+        (
+            {"variants": ("new-8",)},
+            "--variants new-8: not possible here; possible are new-1",
+        ),
     ],
 )
 def test_what_a_base_of_ones_own_lacks_is_told_before_anything_starts(
@@ -309,7 +321,7 @@ def test_what_a_base_of_ones_own_lacks_is_told_before_anything_starts(
     """By the file or the option; --out is not even made."""
     s = dataclasses.replace(own, **change)
     with pytest.raises(UserError, match=message):
-        study.check_inputs(s, [bases.own_study(s)])
+        study.check_inputs(s, bases.with_variants([bases.own_study(s)]))
     assert not Path("out").exists()
 
 
@@ -320,15 +332,17 @@ def test_names_of_more_bases_are_not_taken_twice(base: Path) -> None:
 
 
 def test_an_expansion_of_another_base_is_not_taken_for_this_ones(
-    own: options.StudySettings, base: Path
+    own: options.StudySettings,
 ) -> None:
-    """In the same --out, after --base has changed."""
+    """In the same --out, after the weights of --base have changed."""
     found = bases.own_study(dataclasses.replace(own, variants=("new-1",)))
-    start = found.start(found.variants[0])
-    expand_checkpoint(Checkpoint.open(base), start, expansion.interleave(2, 1))
-    bases.expand([found])  # it is there, and of this base
-    with pytest.raises(ConfigError, match="is of another base: choose another --out"):
-        bases.expand([dataclasses.replace(found, checkpoint=start)])
+    (task,) = tasks.start_tasks([found])
+    task.out.mkdir(parents=True)
+    write_json(task.out / "result.json", {"about": task.about, "result": {}, "seconds": 1})
+    assert task.result() == {}
+    other = dataclasses.replace(task, about=task.about | {"base_sha256": "another"})
+    with pytest.raises(ConfigError, match=r"other settings \(base_sha256\): choose another --out"):
+        other.result()
 
 
 # ---- Tasks --------------------------------------------------------------------------------------
@@ -360,47 +374,39 @@ def test_a_task_runs_once_and_a_failed_one_names_its_log(base: Path, tmp_path: P
     assert "KeyError" in (tmp_path / "crashed" / "log.txt").read_text()
 
 
-def test_a_worker_ends_with_the_study(root: Path, base: Path, tmp_path: Path) -> None:
+def test_a_worker_ends_with_the_study(root: Path, tmp_path: Path) -> None:
     """Even if the study alone is killed: it would write where the next one does."""
-    about = {"base": str(base), "tokens": 1 << 40, "length": 8, "device": "cpu"}  # for ever
-    task = f"Task('text', 'write', {about!r}, Path({str(tmp_path / 'text')!r}))"
+    preset = tmp_path / "preset.toml"
+    os.mkfifo(preset)  # its reader waits, and is seen to end
+    about = {"argv": ["--config", str(preset)]}
     (tmp_path / "study.py").write_text(
+        f"import sys; sys.path.insert(0, {str(root / 'experiments')!r})\n"
+        "import pathlib, schedule\n"
         "if __name__ == '__main__':\n"
-        f"    import sys; sys.path.insert(0, {str(root / 'experiments')!r})\n"
-        "    from pathlib import Path\n"
-        "    from schedule import Runner, Task\n"
-        f"    Runner(1).run([{task}])\n"
+        "    schedule.PRELOADED = []  # one process computes nothing: it needs no libraries early\n"
+        f"    out = pathlib.Path({str(tmp_path / 'out')!r})\n"
+        f"    schedule.Runner(1).run([schedule.Task('text', 'replay', {about!r}, out)])\n"
     )
-    started = subprocess.Popen([sys.executable, str(tmp_path / "study.py")])
-    log = tmp_path / "text" / "log.txt"
-    while not log.exists():
-        assert started.poll() is None
-    workers = [
-        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if writes(pid, log)
-    ]
-    assert workers
-    started.kill()
-    started.wait()
-    for _ in range(10_000_000):
-        if not any(writes(pid, log) for pid in workers):
-            return
-    raise AssertionError(f"{workers} still run")
-
-
-def writes(pid: int, log: Path) -> bool:
-    """Whether a process has a file as its standard output."""
-    try:
-        return os.readlink(f"/proc/{pid}/fd/1") == str(log)
-    except OSError:
-        return False
+    with subprocess.Popen([sys.executable, str(tmp_path / "study.py")]) as started:
+        writer = None
+        while writer is None:
+            with suppress(OSError):  # until a worker reads
+                writer = os.open(preset, os.O_WRONLY | os.O_NONBLOCK)
+            with suppress(subprocess.TimeoutExpired):
+                raise AssertionError(f"ended with status {started.wait(timeout=0.1)}")
+        started.kill()
+    reader = select.poll()
+    reader.register(writer, 0)
+    assert reader.poll(60_000), "the worker still reads"
+    os.close(writer)
 
 
 def test_the_time_left_follows_what_trials_really_take(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Estimated at 10 s, taken 20: three more take 60, two at a time 30."""
-    task, runner = schedule.Task("trial", "train", {}, tmp_path, 10.0), schedule.Runner(2)
-    runner.expect(4, 40.0)
+    """One took 20 s, so three more take 60, and two at a time 30."""
+    task, runner = schedule.Task("trial", "train", {}, tmp_path), schedule.Runner(2)
+    runner.expect(4)
     runner.note(task, 20.0, "code 3.9")
     assert capsys.readouterr().err == "[1/4] trial: code 3.9 · 20s · about 30s left\n"
 
@@ -429,5 +435,5 @@ def test_a_trial_that_diverged_is_shown_and_never_chosen() -> None:
 
     assert best(good, null) == best(good, failed) == best(failed, failed) == 1
     assert best(failed, good) == 2
-    assert schedule.describe(null) == "code not finite"
+    assert schedule.describe(null) == "code: NaN"
     assert schedule.describe(failed) == "failed: the gradient is not finite"
