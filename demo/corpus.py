@@ -2,9 +2,9 @@
 
     python demo/corpus.py OUT_DIR
 
-English, the general domain: the language reference that `help()` shows, and the standard library's
-docstrings. Code, the new domain: the standard library's source, its docstrings removed, so that the
-two do not overlap. Every tenth document is held out for validation, whole.
+English is the general domain. Its text is the language reference that `help()` shows, and the
+docstrings of the standard library. Code is the new domain. Its text is the library's source without
+docstrings, so the two do not overlap. Every tenth document is held out for validation.
 """
 
 import ast
@@ -37,7 +37,7 @@ def parse(path: Path) -> tuple[str, ast.Module] | None:
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
-    """Yields the statements that are docstrings, and their text."""
+    """Yields the statements that are docstrings, with their text."""
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -47,7 +47,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
 
 
 def english() -> Iterator[str]:
-    """Yields documents: topics of the language reference, then each module's docstrings."""
+    """Yields the topics of the language reference, then the docstrings of each module."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
@@ -59,10 +59,10 @@ def english() -> Iterator[str]:
 
 
 def code() -> Iterator[str]:
-    """Yields source files without their docstrings, from all over the library, up to a limit."""
+    """Yields source files of all packages without their docstrings, up to a limit."""
     written = 0
     files = list(library_files())
-    # Every k-th file first: the cut then falls on all packages alike.
+    # With every seventh file first, the limit cuts all packages alike.
     for path in [path for start in range(7) for path in files[start::7]]:
         if not (parsed := parse(path)):
             continue

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole path on a laptop, through the public commands, each shown before it runs:
-# train a small base on English, expand it, train the new blocks on code, and beside that fine-tune
-# all weights on as much code; then what each learned and what it forgot.
+# Runs the whole path on a laptop with the public commands, and shows each command before it runs.
+# Trains a small base on English, expands it, and trains the new blocks on code. For comparison, it
+# fine-tunes all weights on as much code. The end shows what each model learned and forgot.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,7 +21,7 @@ run python demo/train_tokenizer.py $out/corpus/english/train --vocab-size 2048 -
 run env OMP_NUM_THREADS=1 torchrun --nproc-per-node $PROCESSES train.py --config configs/demo-base.toml
 run python convert.py merge configs/demo-base.json $out/runs/base $out/base
 
-step "3. Block expansion: 4 identity blocks between the base's 4; the logits do not change by a bit"
+step "3. Block expansion: 4 identity blocks between the 4 of the base leave the logits bit-equal"
 run python convert.py expand $out/base $out/expanded --num-new-blocks 4
 run python convert.py inspect $out/expanded
 
@@ -32,12 +32,12 @@ step "5. For comparison: fine-tune all weights of the base for the same tokens"
 run env OMP_NUM_THREADS=1 torchrun --nproc-per-node $PROCESSES train.py --config configs/demo.toml \
     --model.path $out/base --train.trainable all --run-dir $out/runs/full
 
-step "6. Back to ordinary checkpoints; the base inside the first is intact, to the byte"
+step "6. Back to ordinary checkpoints; the first one holds the base, byte for byte"
 run python convert.py merge $out/expanded $out/runs/pro $out/pro
 run python convert.py merge $out/base $out/runs/full $out/full
 run python convert.py verify $out/pro --base $out/base
 
-step "7. What was learned and what was forgotten, on all held-out text"
+step "7. What each model learned and forgot, on all held-out text"
 for model in pro full; do
     run python -m llamapro.evaluate $out/$model --against $out/base \
         --data $out/corpus/english/val $out/corpus/code/val

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a base to an instruct model with its domain: expand, domain stage, SFT, merge.
 #   bash demo/recipe.sh BASE_DIR OUT_DIR 'CORPUS...' 'CHATS...'
-# Set by the environment: NEW_BLOCKS, PROCESSES, DOMAIN_PRESET, SFT_PRESET, and DOMAIN_OPTIONS and
-# SFT_OPTIONS for any option of train.py. What is there already is not done again.
+# Environment variables: NEW_BLOCKS, PROCESSES, DOMAIN_PRESET, SFT_PRESET, and DOMAIN_OPTIONS and
+# SFT_OPTIONS for any options of train.py. The same command run again continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -eq 4 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }

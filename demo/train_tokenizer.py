@@ -35,17 +35,14 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a tokenizer; the same texts give the same model.
+    """Returns the bytes of a `tokenizer.model`. The same texts give the same model.
 
-    Nothing is normalised: every text comes back from its tokens as it was, except that U+2581,
-    sentencepiece's mark for a space, comes back as a space. All texts are held in memory.
+    Tokens decode to the text as it was, except that U+2581, sentencepiece's mark for a space,
+    becomes a space. All texts are held in memory.
 
     Args:
         texts: the corpus.
         vocab_size: number of tokens, of which 259 are special tokens and bytes.
-
-    Returns:
-        The bytes of a `tokenizer.model`.
 
     Raises:
         DataError: there is no text, or the vocabulary is too small or too large for it.
@@ -85,13 +82,13 @@ class Args:
     """Trains a sentencepiece tokenizer (BPE with byte fallback, Llama 2's settings)."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
-    """Text, .jsonl, .jsonl.gz or .parquet files, folders or globs."""
+    """Text, .jsonl, .jsonl.gz or .parquet files; folders or globs."""
     vocab_size: int
-    """Number of tokens, for example 32000; 259 of them are special tokens and bytes."""
+    """Number of tokens, for example 32000. 259 of them are special tokens and bytes."""
     out: Path
     """Directory to write tokenizer.model to."""
     text_key: str = "text"
-    """Key of the text in a line of a .jsonl file, or name of its column."""
+    """Key of the text in .jsonl files, or its column in .parquet files."""
     force: bool = False
     """Replace an existing tokenizer.model."""
     json: bool = False
