@@ -209,7 +209,7 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
             f"{path}: its decoder is {sorted(map(str, kinds))}, expected ByteLevel, ByteFallback "
             f"or Metaspace: not the tokenizer of a LLaMA-shaped model"
         )
-    vocab = raw.get("model", {}).get("vocab")
+    vocab = (raw.get("model") or {}).get("vocab")
     if isinstance(vocab, list):  # Unigram: names and scores
         vocab = {name: i for i, (name, _) in enumerate(vocab)}
     if not isinstance(vocab, dict):

@@ -1,4 +1,4 @@
-"""What the tests of text share: real and small tokenizers, and parquet files."""
+"""Fixtures of the tests of text: real and small tokenizers, and parquet files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +31,13 @@ def real(shared: Path, tokenizer_file: Path) -> Tokenizer:
     """Llama 2's tokenizer where it is at hand, else the small one."""
     file = shared / "tokenizers" / "llama-2" / "tokenizer.model"
     return Tokenizer.load(file if file.exists() else tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def llama_3(shared: Path) -> Tokenizer | None:
+    """Llama 3's tokenizer where it is at hand."""
+    file = shared / "tokenizers" / "llama-3" / "tokenizer.model"
+    return Tokenizer.load(file) if file.exists() else None
 
 
 @pytest.fixture(scope="session")

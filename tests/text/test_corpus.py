@@ -163,7 +163,7 @@ def test_long_document_has_the_tokens_of_the_whole(
     tmp_path: Path,
     make: Tokenize,
     tokenizer: Tokenizer,
-    shared: Path,
+    real: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pieces cut at line ends change no token; a line longer than a piece loses no character."""
@@ -181,24 +181,22 @@ def test_long_document_has_the_tokens_of_the_whole(
     assert tokenizer.decode(tokens_of(line)) == "no line end " * 50
     assert tokens_of(line).count(tokenizer.bos_id) == tokens_of(line).count(tokenizer.eos_id) == 1
     assert make(tmp_path / "edge.txt").index["counts"]["long_documents"] == 0
-    if (file := shared / "tokenizers" / "llama-2" / "tokenizer.model").exists():
-        llama = Tokenizer.load(file)
-        store = tokenize([str(tmp_path / "a.txt")], llama, tmp_path / "cache")
-        assert tokens_of(store) == llama.encode(text, bos=True, eos=True)
+    store = tokenize([str(tmp_path / "a.txt")], real, tmp_path / "cache")
+    assert tokens_of(store) == real.encode(text, bos=True, eos=True)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Tokenizer:
+def ranks(tmp_path_factory: pytest.TempPathFactory, llama_3: Tokenizer | None) -> Tokenizer:
     """Llama 3's tokenizer where it is at hand, else a small one whose tokens span line ends too."""
-    file = shared / "tokenizers" / "llama-3" / "tokenizer.model"
-    if not file.exists():
-        tokens = [bytes([byte]) for byte in range(256)]
-        for whole in (b"    ", b";\n\n\n\n", b"\r\n\r\n", b" word", b"word", b"1234", b"\r\r"):
-            tokens += [whole[:end] for end in range(2, len(whole) + 1)]
-        unique = sorted(dict.fromkeys(tokens), key=len)
-        lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(unique)]
-        file = tmp_path_factory.mktemp("ranks") / "tokenizer.model"
-        file.write_bytes(b"".join(lines))
+    if llama_3 is not None:
+        return llama_3
+    tokens = [bytes([byte]) for byte in range(256)]
+    for whole in (b"    ", b";\n\n\n\n", b"\r\n\r\n", b" word", b"word", b"1234", b"\r\r"):
+        tokens += [whole[:end] for end in range(2, len(whole) + 1)]
+    unique = sorted(dict.fromkeys(tokens), key=len)
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(unique)]
+    file = tmp_path_factory.mktemp("ranks") / "tokenizer.model"
+    file.write_bytes(b"".join(lines))
     return Tokenizer.load(file)
 
 
@@ -274,7 +272,8 @@ def test_tables_are_read_batch_by_batch(
 ) -> None:
     """The first row is there when little of the file has been read."""
     rng = np.random.default_rng(0)
-    table = {"id": range(8000), "text": [rng.bytes(500).hex() for _ in range(8000)]}
+    rows = 8000
+    table = {"id": range(rows), "text": [rng.bytes(500).hex() for _ in range(rows)]}
     path = tmp_path / "a.parquet"
     write_parquet(path, table, row_group_size=row_group_size, use_dictionary=False)
 
@@ -287,10 +286,10 @@ def test_tables_are_read_batch_by_batch(
             return part
 
     with Counted(path) as raw:
-        rows = read_rows(path, choose=lambda names: names[1:], raw=raw)
-        assert next(rows) == (f"{path}:1", {"text": table["text"][0]})
+        found = read_rows(path, choose=lambda names: names[1:], raw=raw)
+        assert next(found) == (f"{path}:1", {"text": table["text"][0]})
         assert 0 < raw.total < path.stat().st_size / 3
-        assert list(rows)[-1] == (f"{path}:8000", {"text": table["text"][7999]})
+        assert list(found)[-1] == (f"{path}:{rows}", {"text": table["text"][-1]})
         assert raw.total > 0.9 * path.stat().st_size
 
 

@@ -124,8 +124,8 @@ def test_every_conversation_is_packed_once_and_windows_are_full(tmp_path: Path) 
     """Random lengths: none is lost, repeated or cut, and over 95 % of the positions are used."""
     random = np.random.default_rng(0)
     for name, sizes in {
-        "uniform": random.integers(2, 513, 2000),
-        "short": np.clip(random.lognormal(4, 1, 2000).astype(int), 2, 513),
+        "uniform": random.integers(2, 513, 1000),
+        "short": np.clip(random.lognormal(4, 1, 1000).astype(int), 2, 513),
     }.items():
         store = make_store(tmp_path / name, sizes.tolist())
         packed = PackedConversations(store, 512)

@@ -30,6 +30,7 @@ TEXTS = [
     b"\xff broken \xf0\x9f bytes".decode(errors="replace"),
     " " * 700 + "x" + "\n" * 300,
 ]
+LLAMA_3 = "tokenizers/llama-3/tokenizer.model in LLAMAPRO_SHARED"
 NAMES = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 
 
@@ -81,16 +82,13 @@ def ranks_file(json_directory: Path, byte_level: tokenizers.Tokenizer) -> Path:
     return write_ranks(json_directory, byte_level)
 
 
-@pytest.fixture(scope="module", params=["sentencepiece", "trained", "ranks", "json", "llama-3"])
+@pytest.fixture(scope="module", params=["sentencepiece", "trained", "ranks", "json", "llama_3"])
 def each(request: pytest.FixtureRequest) -> Tokenizer:
     """A tokenizer of each kind, real ones where they are at hand."""
-    if request.param == "llama-3":
-        file = request.getfixturevalue("shared") / "tokenizers" / "llama-3" / "tokenizer.model"
-        if not file.exists():
-            pytest.skip(f"needs {file}; the small tokenizer of its kind is tested")
-        return Tokenizer.load(file)
     fixture = {"ranks": "ranks_file", "json": "json_directory", "sentencepiece": "real"}
     made = request.getfixturevalue(fixture.get(request.param, request.param))
+    if made is None:
+        pytest.skip(f"needs {LLAMA_3}; the small tokenizer of its kind is tested")
     return made if isinstance(made, Tokenizer) else Tokenizer.load(made)
 
 
@@ -216,12 +214,11 @@ def test_ids_are_the_reference_library_s(
     assert of_json.encode(text, special=True) == special
 
 
-def test_llama_3_is_as_meta_released_it(shared: Path) -> None:
+def test_llama_3_is_as_meta_released_it(llama_3: Tokenizer | None) -> None:
     """Control tokens have the published ids, and text those of tiktoken with Meta's settings."""
-    file = shared / "tokenizers" / "llama-3" / "tokenizer.model"
-    if not file.exists():
-        pytest.skip(f"needs {file}")
-    tokenizer = Tokenizer.load(file.parent)
+    if llama_3 is None:
+        pytest.skip(f"needs {LLAMA_3}")
+    tokenizer = llama_3
     published = {
         "<|begin_of_text|>": 128000,
         "<|end_of_text|>": 128001,
@@ -236,7 +233,7 @@ def test_llama_3_is_as_meta_released_it(shared: Path) -> None:
     assert published.items() <= tokenizer.special_tokens.items()
     assert (tokenizer.vocab_size, len(tokenizer.special_tokens)) == (128256, 256)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (128000, 128001)
-    lines = [line.split() for line in file.read_bytes().splitlines()]
+    lines = [line.split() for line in tokenizer.path.read_bytes().splitlines()]
     meta = tiktoken.Encoding(
         "llama-3",
         pat_str=LLAMA_3_PATTERN,
@@ -250,13 +247,13 @@ def test_llama_3_is_as_meta_released_it(shared: Path) -> None:
 
 
 def test_runs_of_any_length_are_encoded(ranks_file: Path) -> None:
-    """A million spaces, of which tiktoken dies; cut every 25,000 characters, as Meta does."""
+    """A million spaces would crash tiktoken; text is cut every 25,000 characters, as Meta does."""
     tokenizer = Tokenizer.load(ranks_file)
-    for character in (" ", "a"):
-        text = character * 1_000_000
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert ids == tokenizer.encode(text[:25_000]) * 40
+    for character, runs in ((" ", 40), ("a", 3)):
+        run = character * 25_000
+        ids = tokenizer.encode(run)
+        assert tokenizer.decode(ids) == run
+        assert tokenizer.encode(run * runs) == ids * runs
 
 
 def test_word_piece_is_refused(tmp_path: Path, byte_level: tokenizers.Tokenizer) -> None:

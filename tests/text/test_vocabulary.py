@@ -19,6 +19,12 @@ from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_RANKS
 
 
+@pytest.fixture(scope="module")
+def small(tokenizer_file: Path) -> Tokenizer:
+    """A sentencepiece tokenizer of 400 tokens."""
+    return Tokenizer.load(tokenizer_file)
+
+
 def copy_of(source: Path, target: Path, **files: Any) -> Path:
     """Copies a tokenizer into a directory, beside JSON files (`name=content`, .json left out)."""
     target.mkdir(exist_ok=True)
@@ -97,13 +103,13 @@ def test_added_tokens_are_found_as_their_files_say(tmp_path: Path, tokenizer_fil
     assert ids == [*tokenizer.encode("a"), 400, *b, 401, *space, 1]
 
 
-def test_space_after_control_tokens_is_the_checkpoint_s(tmp_path: Path, real: Tokenizer) -> None:
+def test_space_after_control_tokens_is_the_checkpoint_s(tmp_path: Path, small: Tokenizer) -> None:
     """None unless "legacy" says so: the same ids as transformers', whose switch it is."""
     text = "<s>[INST] hi</s>a b</s>\n c"
     for legacy in (False, True):
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
         config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        path = copy_of(real.path, tmp_path / str(legacy), tokenizer_config=config)
+        path = copy_of(small.path, tmp_path / str(legacy), tokenizer_config=config)
         expected = AutoTokenizer.from_pretrained(path).encode(text, add_special_tokens=False)
         assert Tokenizer.load(path).encode(text, special=True) == expected
 
@@ -121,15 +127,15 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
     return json.loads(made.to_str())
 
 
-def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, real: Tokenizer) -> None:
+def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, small: Tokenizer) -> None:
     """Of both, if they agree: its ids; the other's added tokens and its spaces."""
-    raw = sentencepiece_json(real)
-    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": real.vocab_size, "content": "<x>"})
-    tokenizer = Tokenizer.load(copy_of(real.path, tmp_path, tokenizer=raw))
+    raw = sentencepiece_json(small)
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": small.vocab_size, "content": "<x>"})
+    tokenizer = Tokenizer.load(copy_of(small.path, tmp_path, tokenizer=raw))
     assert tokenizer.path.name == "tokenizer.model"
-    assert tokenizer.encode("x  y") == real.encode("x  y")
-    assert tokenizer.token_id("<x>") == real.vocab_size
-    assert tokenizer.encode("<s>[", special=True)[1:] == real.encode("[")
+    assert tokenizer.encode("x  y") == small.encode("x  y")
+    assert tokenizer.token_id("<x>") == small.vocab_size
+    assert tokenizer.encode("<s>[", special=True)[1:] == small.encode("[")
     # Alone it is read with its library, which has no merges here: characters.
     (tmp_path / "tokenizer.model").unlink()
     alone = Tokenizer.load(tmp_path)
@@ -138,9 +144,9 @@ def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, real: Tokeniz
     assert alone.decode(alone.encode(" a é😀")) == " a é😀"
 
 
-def test_files_that_contradict_each_other_are_refused(tmp_path: Path, real: Tokenizer) -> None:
+def test_files_that_contradict_each_other_are_refused(tmp_path: Path, small: Tokenizer) -> None:
     """Two vocabularies, two ids for a name, a BOS that does not exist: the files are named."""
-    raw = sentencepiece_json(real)
+    raw = sentencepiece_json(small)
     vocab = raw["model"]["vocab"]
     names = list(vocab)
     vocab[names[300]], vocab[names[301]] = vocab[names[301]], vocab[names[300]]
@@ -154,7 +160,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path: Path, real: Toke
         ({"added_tokens": {"<x>": "one"}}, r"added_tokens\.json: added token .*'one'"),
     ]
     for number, (files, message) in enumerate(cases):
-        path = copy_of(real.path, tmp_path / str(number), **files)
+        path = copy_of(small.path, tmp_path / str(number), **files)
         with pytest.raises(DataError, match=message) as error:
             Tokenizer.load(path)
         assert str(path) in str(error.value)
