@@ -1,11 +1,11 @@
 """Chat templates: conversations to text and token ids, with the assistant's tokens marked.
 
 A template is the model's own (`chat_template` of its Hugging Face files), a .jinja file, or one of
-`BUILT_IN`. It is rendered as transformers does, and its text is tokenised as a whole. One thing is
-stricter: names of control tokens in what people wrote ("<|eot_id|>") stay plain characters.
+`BUILT_IN`. It is rendered as in transformers, and its text is tokenised as a whole. Unlike there,
+names of control tokens in messages ("<|eot_id|>") stay plain characters.
 
-A rendered text holds characters that no text has: `_MARK` breaks names that people wrote, `_START`
-and `_END` enclose {% generation %}, transformers' tag for what the assistant wrote.
+Noncharacters mark a rendered text: `_MARK` breaks the names of tokens in messages, `_START` and
+`_END` enclose {% generation %}, transformers' tag for what the assistant wrote.
 """
 
 import datetime
@@ -20,7 +20,7 @@ from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import read_object
 
 ROLES = ("system", "user", "assistant", "tool")
-Message = Mapping[str, Any]
+Message = Mapping[str, str]  # role and content
 Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
 
 # From the public descriptions of the formats by Meta, Mistral and OpenAI.
@@ -42,7 +42,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, origin: str) -> None:
-        """Compiles a template; raises DataError if it is none, or Jinja is not installed."""
+        """Compiles a template; raises DataError for a wrong one, or without jinja2."""
         try:
             import jinja2
         except ImportError:
@@ -71,13 +71,13 @@ class ChatTemplate:
         """Loads the chat template of a model, or the one that the user named.
 
         Args:
-            directory: the model's, with `chat_template.jinja`, or `chat_template` in
-                `tokenizer_config.json` (of several, the one named "default").
+            directory: holds `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`;
+                the one named "default" is taken from a list.
             tokenizer: the model's.
             template: a name in `BUILT_IN` or a .jinja file to use instead.
 
         Raises:
-            DataError: there is none, it is not a template, or it needs another model's tokens.
+            DataError: there is no template, it is wrong, or it needs tokens of another model.
         """
         known = ", ".join(BUILT_IN)
         if template in BUILT_IN:
@@ -101,10 +101,7 @@ class ChatTemplate:
         file = Path(directory, "tokenizer_config.json")
         stored = read_object(file).get("chat_template")
         if isinstance(stored, list):
-            try:
-                stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
-            except (KeyError, TypeError) as error:
-                raise DataError(f"{file}: chat_template cannot be read ({error!r})") from None
+            stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
         if not isinstance(stored, str):
             raise DataError(
                 f"{directory}: the model has no chat template (chat_template.jinja, or "
@@ -115,31 +112,32 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Returns a conversation as text, as transformers' `apply_chat_template` does.
 
-        Raises DataError if the template fails or refuses the conversation.
+        Raises:
+            DataError: the template fails or refuses the conversation.
         """
         return _RESERVED.sub("", self._render(messages, add_generation_prompt))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids up to where the assistant's next answer begins.
 
-        Raises DataError as `encode`, but the conversation may lack a turn of the assistant.
+        Raises:
+            DataError: as `encode`, but no turn of the assistant is needed.
         """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))
         return self._tokenize(_BORDER.sub("", self._render(messages, True)))[0]
 
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Returns the token ids of a conversation and which of them the assistant wrote.
+        """Returns the token ids of a conversation and which of them are trained.
 
-        The ids are those of the whole rendered text; no BOS is added to the template's. A token is
-        trained if it lies wholly in a turn of the assistant, which includes the end-of-turn token
-        and excludes the header. A turn is what {% generation %} encloses. In a template without
-        that tag it is what the turn adds to the rendering of the turns before it, without white
-        space after its last control token.
+        No BOS is added to the template's. A token is trained if it lies wholly in a turn of the
+        assistant, which includes the end-of-turn token and excludes the header. A turn is what
+        {% generation %} encloses. Without that tag it is what the turn adds to the rendering of the
+        turns before it, up to its last control token if only white space follows.
 
         Raises:
             DataError: `check_messages` finds problems, the template fails, or it does not show
-                where the assistant's turns begin because later turns change earlier ones.
+                where the assistant's turns begin.
         """
         if problems := check_messages(messages):
             raise DataError("; ".join(problems))
@@ -161,7 +159,10 @@ class ChatTemplate:
         """Returns the text with marks in it."""
         try:
             return self._template.render(
-                messages=self._protect(list(messages)),
+                messages=[
+                    {key: self._names.sub(rf"\1{_MARK}", text) for key, text in message.items()}
+                    for message in messages
+                ],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
@@ -169,16 +170,6 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program: any error is one of its own
             raise DataError(f"{self.origin}: {type(error).__name__}: {error}") from None
-
-    def _protect(self, value: Any) -> Any:
-        """Returns a message in which marks break the names of control tokens."""
-        if isinstance(value, str):
-            return self._names.sub(rf"\1{_MARK}", value)
-        if isinstance(value, Mapping):
-            return {key: self._protect(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._protect(item) for item in value]
-        return value
 
     def _tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Returns the ids of a text and the span of each."""
@@ -222,8 +213,8 @@ class ChatTemplate:
                     f"differently once there are later ones, so where this one begins is unknown; "
                     f"{fix}"
                 )
-            added, content = after[len(before) :], str(message.get("content") or "").strip()
-            header, _, tail = added.partition(content) if content else (added, "", "")
+            added = after[len(before) :]
+            header, _, tail = added.partition(message["content"].strip())
             # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
             # first template puts the next header behind every answer.
             ignores_prompt = before == self.render(messages[:index])
@@ -248,42 +239,28 @@ class ChatTemplate:
         return span
 
 
-def check_messages(messages: Any, needs_assistant: bool = True) -> list[str]:
-    """Returns what is wrong with a conversation, [] if nothing is.
-
-    It should be a list of mappings with `role`, one of `ROLES`, and `content`, a string that is not
-    empty; an assistant's turn may have `tool_calls` instead of it.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        return [f"expected a list of turns, found {messages!r:.40}"]
+def check_messages(messages: Sequence[Message], needs_assistant: bool = True) -> list[str]:
+    """Returns what is wrong with the roles and contents of a conversation, [] if nothing is."""
     problems = []
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping):
-            problems.append(f"turn {number}: expected an object, found {message!r:.40}")
-            continue
-        role, content = message.get("role"), message.get("content")
-        if "role" not in message:
-            keys = ", ".join(map(repr, message)) or "nothing"
-            problems.append(f"turn {number}: no 'role' (found: {keys})")
-        elif role not in ROLES:
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
             hint = suggest(str(role), list(ROLES))
             problems.append(
                 f"turn {number}: unknown role {role!r}{hint}; known: {', '.join(ROLES)}"
             )
-        if content is None and role == "assistant" and message.get("tool_calls"):
-            continue
         if not isinstance(content, str):
-            kind = type(content).__name__ if "content" in message else "nothing"
-            problems.append(f"turn {number}: 'content' should be a string, found {kind}")
+            kind = "nothing" if content is None else type(content).__name__
+            problems.append(f"turn {number}: the content is {kind}, expected a string")
         elif not content.strip():
-            problems.append(f"turn {number}: empty 'content'")
-    strings = json.dumps(messages, ensure_ascii=False, default=str)
-    if _RESERVED.search(strings):
-        problems.append("has U+FDD0, U+FDD1 or U+FDD2, which are no characters; remove them")
-    if re.search("[\ud800-\udfff]", strings):
-        problems.append("not valid Unicode: half a surrogate pair")
-    roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
-    if needs_assistant and "assistant" not in roles:
+            problems.append(f"turn {number}: the content is empty")
+        elif _RESERVED.search(content):
+            problems.append(
+                f"turn {number}: has U+FDD0, U+FDD1 or U+FDD2, which are no characters; remove them"
+            )
+        elif re.search("[\ud800-\udfff]", content):
+            problems.append(f"turn {number}: not valid Unicode: half a surrogate pair")
+    if needs_assistant and all(message["role"] != "assistant" for message in messages):
         problems.append("no turn of the assistant: nothing to train on")
     return problems
 

@@ -1,4 +1,4 @@
-"""A corpus's tokens: documents tokenised once, in parallel, into a cached token store."""
+"""Tokens of a corpus: documents are tokenised once, in parallel, into a cached token store."""
 
 import os
 from collections import deque
@@ -68,11 +68,11 @@ def tokenize(
     says what was read and what was left out.
 
     Args:
-        patterns: as for `find_files`.
-        tokenizer: its fingerprint is part of the cache's key, as are sizes and times of the files.
+        patterns: as for `find_files`; sizes and times of the files are part of the cache's key.
+        tokenizer: its fingerprint is part of the cache's key.
         cache_dir: the directory of all stores.
         text_key: key of the text in a JSON line, or name of its column.
-        workers: number of threads; 0 is one per core. The tokens do not depend on it.
+        workers: number of threads, 0 for one per core; the tokens do not depend on it.
         label: names the corpus in progress and messages.
 
     Raises:

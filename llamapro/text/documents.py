@@ -1,6 +1,6 @@
-"""Documents of a corpus: found, and read as text in pieces.
+"""Documents of a corpus: files -> documents -> pieces of text.
 
-Files -> documents -> pieces, in one order, streamed: memory does not grow with the corpus.
+All are streamed in one order, so memory does not grow with the corpus.
 """
 
 import codecs
@@ -19,11 +19,10 @@ from tqdm import tqdm
 from llamapro.errors import DataError, Problems
 from llamapro.text.rows import quote_names, read_rows
 
-# Long documents are tokenised in pieces of this length and short ones in batches of it:
-# sentencepiece takes twice as long for 4 million characters at once as for 1/4 million at a time,
-# and a file may be larger than the memory.
+# Length of the pieces of long documents and of batches of short ones. sentencepiece takes twice as
+# long for 4 million characters at once, and a file may be larger than the memory.
 PIECE_CHARACTERS = 1 << 18
-# The last place in a long line that lies inside no token: before a space between two words, because
+# The last space between two words. No token reaches across the place before it, because
 # pre-tokenisation and sentencepiece's vocabulary join a space with the word after it.
 _LAST_SPACE = re.compile(r".*\w(?= \w)", re.DOTALL)
 _ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -31,7 +30,7 @@ _ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus; `is_named` if the user or a glob named it, and not only its folder."""
+    """A file of a corpus; `is_named` says that the user or a glob named it, not only its folder."""
 
     path: Path
     is_named: bool
@@ -44,7 +43,7 @@ class SourceFile:
 
 @dataclass
 class Counts:
-    """Numbers of what was read and what was left out; `bytes` is the UTF-8 length of all text."""
+    """Counts of what was read and left out; `bytes` is the UTF-8 length of all text."""
 
     documents: int = 0
     bytes: int = 0
@@ -54,7 +53,7 @@ class Counts:
     binary_files: int = 0
 
     def describe(self) -> str:
-        """Returns the counts as text, those of unusual things only where they are not zero."""
+        """Returns the counts as text."""
         return f"{self.documents:,} documents, {self.bytes:,} bytes" + describe_unusual(
             {
                 "long documents tokenised in pieces": self.long_documents,
@@ -80,7 +79,7 @@ class Piece:
 
 
 def find_files(patterns: Sequence[str]) -> list[SourceFile]:
-    """Returns the files that files, globs (`**` allowed) and folders stand for, no file twice.
+    """Returns the files that paths, globs (`**` allowed) and folders name, each once.
 
     Folders are walked recursively, by name, without hidden entries and `__pycache__`.
 
@@ -92,10 +91,10 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
         raise DataError("no data given: name files, folders or globs")
     for pattern in patterns:
         literal = os.path.expanduser(pattern)
-        # A name that exists is taken literally, even if it contains '[' or '*'.
-        is_literal = os.path.exists(literal)
         matched: list[SourceFile] = []
-        for match in [literal] if is_literal else sorted(glob.glob(literal, recursive=True)):
+        # A name that exists is taken literally, even if it contains '[' or '*'.
+        matches = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
+        for match in sorted(matches):
             if os.path.isdir(match):
                 matched += [SourceFile(path, False) for path in _walk(Path(match), set())]
             elif os.path.isfile(match):
@@ -141,13 +140,16 @@ def read_pieces(
 
     A document is a text file, a line of a `.jsonl` or `.jsonl.gz` file, or a row of a `.parquet`
     file. The first document of every file is checked before any file is read, so that one run
-    reports the wrong keys and kinds of all files, at once.
+    reports the wrong keys and kinds of all files.
 
-    `text_key` is the key of the text in a JSON line, or the name of its column. `counts` grow while
-    the pieces are read.
+    Args:
+        files: as from `find_files`.
+        text_key: key of the text in a JSON line, or name of its column.
+        counts: grow while the pieces are read.
+        label: names the progress bar.
 
     Raises:
-        DataError: naming the files, and the line or row, that cannot be used.
+        DataError: a file cannot be used; the message names it and the line or row.
     """
     wrong = [problem for file in files if (problem := _problem_at_start(file, text_key))]
     if len(wrong) == 1:
@@ -226,10 +228,10 @@ def _check_text(file: SourceFile, raw: IO[bytes], only_start: bool = False) -> N
 def _split(stream: TextIO, counts: Counts) -> Iterator[Piece]:
     """Yields a document, cut between lines if it is long, and counts it.
 
-    The pieces have the tokens of the whole document, except where blank lines or a word without
-    end fill a piece. To that end a cut lies before a line that is not blank, because Llama 3's
-    pre-tokenisation joins blank lines with the end of the line above. A line that is too long is
-    cut between two words, or, if it has none, where the second read ends.
+    The pieces have the tokens of the whole document, unless blank lines or one word fill a piece.
+    A cut lies before a line that is not blank, because Llama 3's pre-tokenisation joins blank lines
+    with the end of the line above. A line that is too long is cut between two words, or where the
+    second read ends.
     """
 
     def read(start: str) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """Training samples: stored tokens cut into sequences, in an order that depends on seed and step.
 
-`store.TokenStore` is the token stream of a corpus, `PackedSequences` cuts it, `Mixture` orders
-several of them, and `batch` gives each rank its share. Nothing here has a position to save: sample
-n is the same for every rank and world size, before and after a restart.
+`PackedSequences` cuts the token stream of a corpus, `Mixture` orders several of them, and `batch`
+gives each rank its share. Nothing here has a position to save: sample n is the same for every rank
+and world size, before and after a restart.
 
 Shapes: T sequence length.
 """
@@ -98,19 +98,15 @@ class Mixture:
         replay: Source | None = None,
         share: float = 0.0,
     ) -> None:
-        """Makes the order; `replay` gives a `share` of all samples, above 0 and below 1.
+        """Makes the order.
 
-        Raises:
-            ConfigError: there is not one positive weight per source, or the seed is negative.
+        Args:
+            sources: what is mixed; at least one.
+            weights: a positive number for each.
+            seed: 0 or more.
+            replay: the source that gives a share of all samples.
+            share: above 0 and below 1 with `replay`.
         """
-        if not sources or len(weights) != len(sources):
-            raise ConfigError(
-                f"data.weights has {len(weights)} values for {len(sources)} sources; give one each"
-            )
-        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise ConfigError(f"data.weights is {list(weights)}, expected positive numbers")
-        if seed < 0:
-            raise ConfigError(f"train.seed is {seed}, expected 0 or more")
         self.sources = sources
         self._seed = seed
         self.seq_len = sources[0].seq_len
@@ -170,14 +166,12 @@ def batch(
 ) -> tuple[tuple[Tensor, ...], int]:
     """Returns a rank's share of the samples [first, first + size): every `world_size`-th of them.
 
-    The union over the ranks is the same for any world size.
-
-    The samples of source number `last_source` are put behind all others before they are dealt out,
-    so that the ranks' numbers of them differ by at most one.
+    The union over the ranks is the same for any world size. The samples of source number
+    `last_source` are dealt out last, so that the ranks' numbers of them differ by at most one.
 
     Returns:
         Inputs, targets and, where the sources have them, documents, each (n, T) int64, where n is
-        `size / world_size`, rounded up on the first ranks. And the number of samples, over all
+        `size / world_size`, rounded up on the first ranks. Then the number of samples, over all
         ranks, that are not from `last_source`.
     """
     places = [mixture.locate(index) for index in range(first, first + size)]

@@ -1,13 +1,14 @@
 """Conversations as training sequences: stored with marks on what is trained, packed into windows.
 
-Only the tokens of the assistant's turns are trained. Conversations share a window of T positions
-without seeing each other: a sequence comes with the number of the conversation at each position,
-from which `ops.attention_bounds` makes the mask.
+Only the assistant's turns are trained. Conversations share a window of T positions without seeing
+each other: a sequence comes with the number of the conversation at each position, from which
+`ops.attention_bounds` makes the mask.
 
 Shapes: T sequence length.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -35,8 +36,8 @@ def tokenize_conversations(
 ) -> dict[str, TokenStore]:
     """Returns the tokens of conversations, from the cache if files and template are the same.
 
-    A store holds, as uint32, the tokens of all conversations with `TRAINED` added to the trained
-    ones, followed by the conversations' lengths. A line on standard error says what was read.
+    A store holds, as uint32, the tokens of all conversations, with `TRAINED` added to the trained
+    ones, and then the conversations' lengths. A line on standard error says what was read.
 
     Args:
         sources: label -> patterns as for `find_files`; each becomes a store.
@@ -45,8 +46,8 @@ def tokenize_conversations(
         cache_dir: the directory of all stores.
 
     Raises:
-        DataError: one for the problems of all sources, each with its file and row; or the disk is
-            full. No store of a source with a problem is kept.
+        DataError: names the problems of all sources with file and row, or the disk is full. No
+            store of a source with a problem is kept.
     """
     stores: dict[str, TokenStore] = {}
     problems = Problems(limit=20)
@@ -91,7 +92,7 @@ def _encode_all(
 ) -> Iterator[NDArray[np.uint32]]:
     """Yields the content of a store: the marked tokens of all conversations, then their lengths.
 
-    Raises DataError in the end if there were problems, or nothing to train on, in this source.
+    Raises DataError in the end if this source had problems, or nothing to train on.
     """
     earlier = len(problems)
     lengths: list[int] = []
@@ -128,7 +129,7 @@ class PackedConversations:
 
     Attributes:
         too_long: number of conversations longer than a window (T + 1 tokens).
-        left_out: number of these, or of their pieces, without a trained token in what is kept.
+        left_out: number of pieces of long conversations that have no trained token.
         fill: share of the positions that hold tokens, 0 to 1.
     """
 
@@ -141,8 +142,7 @@ class PackedConversations:
         """Packs the conversations of a store from `tokenize_conversations`.
 
         The policy is for conversations longer than a window: "drop" leaves them out, "truncate"
-        keeps the beginning, "split" makes pieces of T positions, each of which sees only itself.
-        Pieces in which nothing is trained are left out.
+        keeps the beginning, "split" makes pieces of T positions that do not see each other.
 
         Raises:
             DataError: nothing is left to train on.
@@ -185,8 +185,8 @@ class PackedConversations:
     def __getitem__(self, index: int) -> tuple[Int64s, Int64s, Int64s]:
         """Returns inputs, targets and documents, each (T,).
 
-        The target at t is the input at t + 1 where that is trained, and `IGNORE_INDEX` elsewhere
-        and in the padding. Documents numbers the conversations from 0; the padding is one more.
+        The target at t is the input at t + 1 where that is trained, else `IGNORE_INDEX`. Documents
+        numbers the conversations from 0; the padding has the next number.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
@@ -254,25 +254,27 @@ def mark_trained(
     is_terminal: bool,
     limit: int = 400,
 ) -> str:
-    """Returns the text of a window's first conversation with marks around what is trained.
+    """Returns a window's first conversation as text, with ⟦ ⟧ or a colour around what is trained.
 
-    The marks are ⟦ ⟧, or a colour where the text is for a terminal. The text ends after `limit`
-    tokens.
+    Args:
+        sample: inputs, targets and documents of a window, (T,) each.
+        decode: token ids to text.
+        is_terminal: marks with a colour.
+        limit: tokens after which the text ends.
     """
-    whole_size = int(np.searchsorted(sample[2], 0, side="right"))
+    inputs, targets, documents = sample
+    whole_size = int(np.searchsorted(documents, 0, side="right"))
     size = min(limit, whole_size)
-    inputs, targets = sample[0][:size].tolist(), sample[1][:size].tolist()
-    trained = [False] + [target != IGNORE_INDEX for target in targets[:-1]]
-    if targets[-1] != IGNORE_INDEX:  # the last token is a target only
-        inputs.append(targets[-1])
-        trained.append(True)
+    ids = [*inputs[:size].tolist(), int(targets[size - 1])]
+    trained = [False, *(targets[:size] != IGNORE_INDEX).tolist()]
+    if not trained[-1]:  # its id is unknown
+        del ids[-1], trained[-1]
     begin, end = ("\033[32m", "\033[39m") if is_terminal else ("⟦", "⟧")
-    text, shown = "", 0
-    for last, is_trained in enumerate(trained):
-        if trained[last + 1 : last + 2] == [is_trained]:
-            continue
+    text, shown, last = "", 0, 0
+    for is_trained, run in itertools.groupby(trained):
+        last += len(list(run))
         # A token's text depends on those before it, so each part is a difference of whole texts.
-        whole = decode(inputs[: last + 1])
+        whole = decode(ids[:last])
         part, shown = whole[shown:], len(whole)
         text += f"{begin}{part}{end}" if is_trained else part
     return text if size == whole_size else f"{text} [... {whole_size - size:,} more tokens]"

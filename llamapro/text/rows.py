@@ -17,7 +17,7 @@ _BATCH_ROWS = 256  # rows of a parquet file that are held in memory at once
 
 
 class UnreadableError(Exception):
-    """The reason why a file, or the rest of it, has no rows to give."""
+    """The rest of a file cannot be read; the message says why."""
 
 
 def refuse(problem: str) -> None:
@@ -41,13 +41,13 @@ def read_rows(
     """Yields "file:row", counted from 1, and the row by its keys or columns.
 
     Args:
-        path: a file with one of `SUFFIXES`. Its blank lines count as rows, but are not yielded.
-        report: takes a problem, which begins with its file and row. If it returns, reading goes on
-            with the next row, or ends where the rest of the file cannot be read.
-        choose: takes the names of a parquet file's columns and returns those to read. It may raise
+        path: a file with one of `SUFFIXES`; blank lines count as rows, but are not yielded.
+        report: takes each problem, which begins with its file and row. If it returns, reading goes
+            on with the next row, if there can be one.
+        choose: takes the names of a parquet file's columns and returns those to read, or raises
             `UnreadableError`.
         noun: the word for a row in messages.
-        raw: the file if it is open already; it is closed.
+        raw: the file, already open; it is closed.
         on_blank_line: called for each blank line.
     """
     row = 0

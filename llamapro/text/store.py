@@ -1,10 +1,8 @@
 """Token stores: the token stream of a corpus on disk, memory-mapped, and the cache of them."""
 
-import bisect
 import hashlib
 import itertools
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -28,16 +26,16 @@ Int64s = NDArray[np.int64]
 class TokenStore:
     """The token stream of a corpus, memory-mapped.
 
-    A directory of `shard-00000.bin`, ... (uint16, or uint32 for vocabularies over 65,536, so that
-    no id can wrap) and `index.json`, which says what the tokens were made of, and each shard's
-    SHA-256. Opening compares only sizes, because every rank does it; `check` compares the bytes.
+    A directory of `shard-00000.bin`, ... (uint16, or uint32 for vocabularies over 65,536) and
+    `index.json`, which says what the tokens were made of, and each shard's SHA-256. Opening
+    compares only sizes, because every rank does it; `check` compares the bytes.
 
     Attributes:
         path: the directory.
         tokens: length of the stream, with BOS and EOS.
         documents: number of documents.
         fingerprint: SHA-256 of the tokenizer.
-        sha256: hash of the tokens as they were written, wherever the files are.
+        sha256: hash of the tokens as they were written.
         index: all of `index.json`.
     """
 
@@ -57,7 +55,10 @@ class TokenStore:
             self.tokens: int = self.index["tokens"]
             self.documents: int = self.index["counts"]["documents"]
             dtype = np.dtype({"uint16": "uint16", "uint32": "uint32"}[self.index["dtype"]])
-            shards = [_parse_shard(self.path, entry) for entry in self.index["shards"]]
+            shards = [
+                (self.path / Path(entry["file"]).name, int(entry["tokens"]), str(entry["sha256"]))
+                for entry in self.index["shards"]
+            ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file}: not an index of tokens ({error!r}); {fix}") from None
         if self.fingerprint != fingerprint:
@@ -66,11 +67,13 @@ class TokenStore:
                 f"{fingerprint[:16]}...); {fix}"
             )
         for shard, tokens, _ in shards:
-            size = shard.stat().st_size if shard.exists() else -1
-            if size != tokens * dtype.itemsize:
-                actual = "missing" if size < 0 else f"{size:,} bytes"
+            size = shard.stat().st_size if shard.exists() else 0
+            if not size or size != tokens * dtype.itemsize:
+                actual = f"{size:,} bytes" if size else "missing or empty"
                 raise DataError(f"{shard}: {actual}, {INDEX_FILE} says {tokens:,} tokens; {fix}")
-        self._shards = [np.memmap(shard, dtype=dtype, mode="r") for shard, _, _ in shards]
+        self._shards = [
+            np.asarray(np.memmap(shard, dtype=dtype, mode="r")) for shard, _, _ in shards
+        ]
         self._ends = list(itertools.accumulate(tokens for _, tokens, _ in shards))
         self._hashes = {shard: sha256 for shard, _, sha256 in shards}
         text = " ".join([dtype.name, *self._hashes.values()])
@@ -95,14 +98,11 @@ class TokenStore:
         """Returns the tokens [start, stop), a copy; raises IndexError outside the stream."""
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
-        shard = bisect.bisect_right(self._ends, start)
-        parts = [np.empty(0, dtype=np.int64)]
-        while start < stop:
-            tokens, end = self._shards[shard], self._ends[shard]
-            first = start - (end - tokens.size)  # its place in this shard
-            parts.append(tokens[first : first + stop - start].astype(np.int64))
-            start, shard = end, shard + 1
-        return np.concatenate(parts)
+        parts = [
+            tokens[max(0, start - end + tokens.size) : max(0, stop - end + tokens.size)]
+            for tokens, end in zip(self._shards, self._ends, strict=True)
+        ]
+        return np.concatenate(parts, dtype=np.int64)
 
     @cached_property
     def _starts(self) -> Int64s | None:
@@ -117,23 +117,13 @@ class TokenStore:
         return starts if bos is not None else np.concatenate(([0], starts[:-1] + 1))
 
     def document_of(self, position: int) -> int | None:
-        """Returns the number of the document that a token belongs to, in the order of the files.
+        """Returns the number of a token's document, None if neither BOS nor EOS marks documents.
 
-        None if the tokenizer has neither BOS nor EOS. The first call reads all tokens.
+        The first call reads all tokens.
         """
         if self._starts is None:
             return None
         return int(np.searchsorted(self._starts, position, side="right")) - 1
-
-
-def _parse_shard(directory: Path, entry: dict[str, Any]) -> tuple[Path, int, str]:
-    """Returns file, number of tokens and SHA-256 of an index entry; raises ValueError."""
-    name, tokens, sha256 = entry["file"], entry["tokens"], entry["sha256"]
-    if not re.fullmatch(r"shard-\d+\.bin", name) or not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError(f"shard {str(entry)[:200]}")
-    if type(tokens) is not int or tokens < 1:
-        raise ValueError(f"{name} of {tokens!r} tokens")
-    return directory / name, tokens, sha256
 
 
 def cached(
@@ -146,13 +136,12 @@ def cached(
 ) -> TokenStore:
     """Returns a store from the cache, where it is first written if it is not there.
 
-    A store in the cache is read and compared with the hashes it was written with, because a byte
-    that changed on the disk would silently change the run. That takes a second per GB or two.
+    A store in the cache is compared with the hashes it was written with, because a byte that
+    changed on the disk would silently change the run. That takes a second per GB or two.
 
     Args:
         cache_dir: the directory of all stores.
-        key: everything that decides the tokens, as JSON. Its hash is the store's name, so a store
-            is never out of date.
+        key: everything that decides the tokens, as JSON; its hash is the store's name.
         index: as for `write_store`.
         arrays: as for `write_store`; consumed only if the store is not in the cache.
         label: names the store in the progress bar and in a line on standard error.

@@ -84,7 +84,7 @@ def spaced(tmp_path_factory: pytest.TempPathFactory, shared: Path, tokenizer_fil
 
 @pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
 def any_tokenizer(request: pytest.FixtureRequest, directory: Path, spaced: Path) -> Tokenizer:
-    """Of both kinds."""
+    """A tokenizer of each kind."""
     return Tokenizer.load(directory if request.param == "byte-level" else spaced)
 
 
@@ -112,14 +112,14 @@ def without_tags(source: str) -> str:
 def test_built_in_templates_train_what_the_assistant_wrote(
     any_tokenizer: Tokenizer, name: str
 ) -> None:
-    """Its text and its end-of-turn token: no header, no other turn, nothing after the end."""
+    """Its text and end-of-turn token are trained; headers, other turns and the tail are not."""
     ids, trained = ChatTemplate.load("", any_tokenizer, name).encode(CHAT)
     assert answers_of(any_tokenizer, ids, trained) == ANSWERS[name]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_turns_are_found_without_tags(any_tokenizer: Tokenizer, name: str) -> None:
-    """What a turn adds to the rendering is what the tags enclose, ids and marks."""
+    """A turn adds to the rendering exactly what the tags enclose."""
     tagged = ChatTemplate.load("", any_tokenizer, name)
     plain = ChatTemplate(without_tags(BUILT_IN[name]), any_tokenizer, "x")
     assert plain.render(CHAT) == tagged.render(CHAT)
@@ -244,7 +244,7 @@ def test_tail_after_the_end_of_turn_is_not_trained(tokenizer: Tokenizer) -> None
 def test_templates_that_rewrite_earlier_turns_are_refused(
     tokenizer: Tokenizer, text: str, prompt: str
 ) -> None:
-    """As those that drop earlier reasoning: the turn is named, nothing is trained on a guess."""
+    """Templates that drop earlier reasoning do; the message names the turn."""
     source = (
         "{% for m in messages %}{{ m.role }}: " + text + "</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant: " + prompt + "{% endif %}"
@@ -267,9 +267,6 @@ def test_template_is_found_in_the_model_s_files(tmp_path: Path, tokenizer: Token
     config.write_text(json.dumps({"chat_template": named[:1]}))
     with pytest.raises(DataError, match="no chat template"):
         ChatTemplate.load(tmp_path, tokenizer)
-    config.write_text(json.dumps({"chat_template": ["x"]}))
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: chat_template cannot be read"):
-        ChatTemplate.load(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").write_text("from file")
     assert ChatTemplate.load(tmp_path, tokenizer).source == "from file"
     mine = tmp_path / "mine.jinja"
@@ -280,7 +277,7 @@ def test_template_is_found_in_the_model_s_files(tmp_path: Path, tokenizer: Token
 
 
 def test_built_in_template_of_another_model_is_refused(tokenizer_file: Path) -> None:
-    """Without its control tokens it would be trained on their names as plain text."""
+    """The model would be trained on the names of its control tokens as plain text."""
     with pytest.raises(DataError, match=r"has no <\|im_end\|>, <\|im_start\|>, which"):
         ChatTemplate.load("", Tokenizer.load(tokenizer_file), "chatml")
 
@@ -323,19 +320,14 @@ def test_templates_have_what_transformers_gives_them(directory: Path, tokenizer:
     ("messages", "problems"),
     [
         (CHAT, []),
-        ([], [r"expected a list of turns, found \[\]"]),
-        ("text", ["expected a list of turns, found 'text'"]),
-        (["text", CHAT[2]], ["turn 1: expected an object, found 'text'"]),
         ([{"role": "asistant", "content": "x"}, CHAT[2]], ["turn 1: .*'asistant'.*'assistant'"]),
         ([{"role": ["user"], "content": "x"}, CHAT[2]], [r"turn 1: unknown role \['user'\]"]),
-        ([{"from": "human", "content": "x"}, CHAT[2]], ["turn 1: no 'role' .found: 'from', "]),
-        ([{"role": "user", "content": " \n"}, CHAT[2]], ["turn 1: empty 'content'"]),
-        ([{"role": "user"}, CHAT[2]], ["turn 1: 'content' should be a string, found nothing"]),
-        ([{"role": "user", "content": ["x"]}, CHAT[2]], ["turn 1: 'content' .* found list"]),
-        ([CHAT[1], {"role": "assistant", "tool_calls": [{"name": "f"}]}], []),
+        ([{"role": "user", "content": " \n"}, CHAT[2]], ["turn 1: the content is empty"]),
+        ([{"role": "user", "content": None}, CHAT[2]], ["turn 1: the content is nothing, expect"]),
+        ([{"role": "user", "content": ["x"]}, CHAT[2]], ["turn 1: the content is list, expected"]),
         (CHAT[:2], ["no turn of the assistant"]),
-        ([{"role": "user", "content": "\ufdd1"}, CHAT[2]], [r"U\+FDD0"]),
-        ([{"role": "user", "content": "\ud800"}, CHAT[2]], ["not valid Unicode"]),
+        ([{"role": "user", "content": "\ufdd1"}, CHAT[2]], [r"turn 1: has U\+FDD0"]),
+        ([{"role": "user", "content": "\ud800"}, CHAT[2]], ["turn 1: not valid Unicode"]),
         ([{"role": "x", "content": ""}], ["unknown role", "empty", "no turn of the assistant"]),
     ],
 )
@@ -358,14 +350,14 @@ def test_a_prompt_needs_no_answer(tokenizer: Tokenizer) -> None:
     template = ChatTemplate.load("", tokenizer, "chatml")
     text = "<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n"
     assert template.encode_prompt([CHAT[3]]) == tokenizer.encode(text, special=True)
-    with pytest.raises(DataError, match="turn 1: empty"):
+    with pytest.raises(DataError, match="turn 1: the content is empty"):
         template.encode_prompt([{"role": "user", "content": ""}])
 
 
 def test_missing_jinja_is_told_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
-    """What to install, instead of a traceback."""
+    """The message names the package to install."""
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(DataError, match=r"need jinja2: pip install 'llamapro\[tokenizers\]'"):
         ChatTemplate.load("", tokenizer, "llama3")
@@ -390,7 +382,7 @@ LLAMA_3_FIRST = """\
     ids=["prompts after every answer", "other header", "answer inside the header"],
 )
 def test_a_header_is_never_trained(tokenizer: Tokenizer, source: str, answer: str) -> None:
-    """Whatever it is called, before the answer or behind it."""
+    """It may have any name and stand before the answer or behind it."""
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
     template = ChatTemplate(source, tokenizer, "their.jinja")
     with pytest.raises(DataError, match=r"turn 2: .*ignores add_generation_prompt.*assistant"):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,8 @@ from typing import Any
 import pytest
 
 from llamapro.errors import DataError, Problems
-from llamapro.text.conversations import (
-    ConversationCounts,
-    Message,
-    read_conversations,
-    to_messages,
-)
+from llamapro.text.chat_template import Message
+from llamapro.text.conversations import ConversationCounts, read_conversations, to_messages
 from llamapro.text.documents import find_files
 
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -57,15 +54,13 @@ def write(path: Path, *rows: Any) -> Path:
 )
 def test_every_form_of_a_row_gives_the_same_messages(row: dict[str, Any]) -> None:
     """messages, ShareGPT, Alpaca, prompt and answer, and contents in parts mean the same."""
-    assert to_messages(row) == (ASKED, [])
+    assert to_messages(row) == ASKED
 
 
 def test_input_and_system_become_part_of_the_conversation() -> None:
     """Alpaca's input follows the instruction; a system text is the first message."""
     row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief."}
-    messages, problems = to_messages(row)
-    assert not problems
-    assert [(m["role"], m["content"]) for m in messages] == [
+    assert [(m["role"], m["content"]) for m in to_messages(row)] == [
         ("system", "Be brief."),
         ("user", "Add\n\n1 2"),
         ("assistant", "3"),
@@ -79,22 +74,18 @@ def test_input_and_system_become_part_of_the_conversation() -> None:
         ({"instruction": "x"}, "no conversation"),
         ({"messages": "x"}, "'messages' is str"),
         ({"messages": ["x"]}, "turn 1: expected role and content, found str"),
-        ({"messages": [ASKED[0], {"role": "assistant"}]}, "turn 2: the content is NoneType"),
         ({"messages": [{"content": "x"}]}, "turn 1: no role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type image"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "without a text"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid Unicode"),
         ({"messages": [{**ASKED[1], "tool_calls": [1]}]}, "turn 1: 'tool_calls' are not supported"),
         ({**ROW, "tools": [{"name": "f"}]}, "'tools' are not supported"),
         ({"instruction": "x", "input": 3, "output": "y"}, "'instruction' and 'input'"),
-        ({"prompt": "x", "response": 3}, "turn 2: the content is int"),
     ],
 )
 def test_row_of_another_form_is_refused_not_guessed(row: Any, problem: str) -> None:
-    """What cannot be trained on as it stands is a problem that says what was found."""
-    messages, problems = to_messages(row)
-    assert messages == []
-    assert len(problems) == 1 and problem in problems[0]
+    """A row that cannot be trained on as it stands is refused with what was found."""
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        to_messages(row)
 
 
 def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
@@ -123,7 +114,7 @@ def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
 def test_parquet_is_read_and_its_mistakes_are_named(
     tmp_path: Path, write_parquet: Callable[..., Path]
 ) -> None:
-    """Rows come with their numbers; a missing column and damage are told with the file."""
+    """Rows have numbers; messages about a missing column or damage name the file."""
     rows = [{**ROW, "id": 1}, {"messages": None, "id": 2}, ROW]
     good = write_parquet(tmp_path / "good.parquet", rows)
     share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -146,7 +137,7 @@ def test_parquet_is_read_and_its_mistakes_are_named(
 
 def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None:
     """Each bad row is named with file and number, good ones between them are still read."""
-    bad_turns = [{"role": "user"}, {"name": "x"}, ASKED[1]]
+    bad_turns = [ASKED[0], {"name": "x"}, ASKED[1]]
     rows = write(tmp_path / "rows.jsonl", ROW, {"messages": bad_turns}, ROW, {"text": "x"})
     with rows.open("a") as file:
         file.write("{not json\n" + json.dumps(ROW) + "\n[1]\n")
@@ -167,7 +158,6 @@ def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None
     found, problems = read(rows, latin, wide, single, stacked, plain, other)
     assert [where for where, _ in found] == [f"{rows}:1", f"{rows}:3", f"{rows}:6", f"{latin}:1"]
     expected = [
-        f"{rows}:2: turn 1: the content is NoneType",
         f"{rows}:2: turn 2: no role",
         f"{rows}:4: no conversation (found keys: 'text')",
         f"{rows}:5: not a line of JSON",
@@ -183,7 +173,7 @@ def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None
     assert len(lines) == len(expected)
     for line, start in zip(lines, expected, strict=True):
         assert line.strip().startswith(start)
-    assert "a conversation per line is a .jsonl file" in lines[8]
+    assert "a conversation per line is a .jsonl file" in lines[7]
     assert "truncated or not gzip" in lines_of(read(cut)[1])[-1]
 
 

@@ -75,7 +75,7 @@ def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["nothing.txt", "*.none", "empty"])
 def test_pattern_without_files_is_refused(tmp_path: Path, pattern: str) -> None:
-    """A misspelt path is told, not trained without."""
+    """A misspelt path is an error."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "good.txt").write_text("good")
     with pytest.raises(DataError, match="no") as error:
@@ -256,7 +256,7 @@ TEXTS = ["one\n", "", "two 'é'\r\n", *(f"text {i} " * (i % 7 + 1) for i in rang
 def test_tables_have_the_tokens_of_the_same_texts_as_json_lines(
     tmp_path: Path, make: Tokenize, write_parquet: WriteParquet
 ) -> None:
-    """Whatever the batches and row groups, and beside other columns."""
+    """Batches, row groups and other columns change nothing."""
     table = {"id": range(len(TEXTS)), "body": TEXTS}
     write_parquet(tmp_path / "a.parquet", table, row_group_size=250)
     lines = json_lines(tmp_path / "a.jsonl", *({"body": text} for text in TEXTS))
@@ -335,7 +335,7 @@ def test_damaged_table_is_refused_by_name(
 def test_missing_pyarrow_is_told_with_the_command(
     tmp_path: Path, make: Tokenize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the extra, a table is refused and not skipped, also in a folder."""
+    """A table in a folder is refused, not skipped, when the extra is missing."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.parquet").write_bytes(b"PAR1")
@@ -345,7 +345,7 @@ def test_missing_pyarrow_is_told_with_the_command(
 
 @pytest.mark.parametrize("pattern", ["saved", "saved/train", "saved/train/*.arrow"])
 def test_datasets_saved_as_arrow_are_refused(tmp_path: Path, pattern: str) -> None:
-    """A folder of `datasets.save_to_disk` is told to become parquet, and its JSON is not read."""
+    """The message for a folder of `datasets.save_to_disk` says how to save it as parquet."""
     folder = tmp_path / "saved" / "train"
     folder.mkdir(parents=True)
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
@@ -433,7 +433,7 @@ def test_reading_stays_a_few_pieces_ahead(tokenizer: Tokenizer) -> None:
 def test_named_binary_file_is_refused_though_its_folder_is_cached(
     tmp_path: Path, make: Tokenize
 ) -> None:
-    """Whether a binary file is an error depends on who named it, and so does the cache."""
+    """A binary file is an error only if the user named it; the cache tells the two apart."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.txt").write_text("a")
@@ -446,7 +446,7 @@ def test_named_binary_file_is_refused_though_its_folder_is_cached(
 def test_second_call_reuses_the_store(
     tmp_path: Path, make: Tokenize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same files are not tokenised again, and the counts are told again."""
+    """The same files are not tokenised again."""
     (tmp_path / "a.txt").write_text("hello")
     first = make(tmp_path / "a.txt")
     monkeypatch.setattr(corpus, "_encode_all", None)
@@ -475,7 +475,7 @@ def test_changed_file_or_tokenizer_makes_a_new_store(
 def test_full_disk_leaves_nothing_behind(
     tmp_path: Path, make: Tokenize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failed write is told as such, and its partial output is removed."""
+    """The message says that the disk is full, and partial output is removed."""
 
     def fail(_fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -488,7 +488,7 @@ def test_full_disk_leaves_nothing_behind(
 
 
 def test_large_vocabulary_is_stored_in_32_bits(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Past 65,536 tokens the ids would wrap in 16 bits."""
+    """Ids above 65,535 would wrap in 16 bits."""
     (tmp_path / "a.txt").write_text("hello")
     large = Tokenizer.load(tokenizer.path)
     large.vocab_size = 65_537

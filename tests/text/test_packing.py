@@ -172,7 +172,7 @@ def test_long_conversations_are_dropped_truncated_or_split_and_counted(tmp_path:
 
 
 def test_pieces_without_a_trained_token_are_left_out_and_counted(tmp_path: Path) -> None:
-    """What teaches nothing takes no place: the untrained beginning of a long conversation."""
+    """The untrained beginning of a long conversation teaches nothing and takes no place."""
     store = make_store(tmp_path / "s", [12, 8], trained_from=6)
     split = PackedConversations(store, 4, "split")
     assert pieces(split) == [(4, 4), (8, 3), (16, 3)]
@@ -226,7 +226,7 @@ def test_problems_of_all_sources_are_in_one_error(tmp_path: Path, read: Read) ->
 
 
 def test_long_lists_of_problems_are_cut_and_counted(tmp_path: Path, read: Read) -> None:
-    """The first twenty problems are named, the number of the others is told."""
+    """The message names the first twenty problems and the number of the others."""
     path = write(tmp_path / "a.jsonl", *[[("user", "a")]] * 33)
     with pytest.raises(DataError, match=r"^33 problems") as raised:
         read(path)
@@ -246,7 +246,7 @@ def test_unwritable_cache_is_told_at_once(tmp_path: Path, read: Read) -> None:
 def test_conversation_without_a_trained_token_is_left_out_and_counted(
     tmp_path: Path, read: Read, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A template may train nothing of a conversation; it is told, and not stored."""
+    """A conversation of which the template trains nothing is counted and not stored."""
 
     class Silent(CharacterTemplate):
         def encode(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
@@ -328,14 +328,14 @@ def test_packed_loss_is_the_loss_of_each_conversation_alone(
         )
         loss, count = NextToken(model)(inputs, targets, documents)
     assert int(count) == alone_count
-    # Of so many addends in fp32, each rounded half a unit; seeing one another changes some 1 %.
+    # Each addend in fp32 is rounded by half a unit; seeing one another would change about 1 %.
     assert float(loss) == pytest.approx(alone_sum, rel=alone_count * 2.0**-24)
 
 
 def test_chat_template_tokens_reach_the_targets_as_they_are(
     tmp_path: Path, tokenizer_file: Path
 ) -> None:
-    """With a real template and tokenizer: the trained text is the answers; mistakes have a row."""
+    """A real template and tokenizer train the text of the answers; mistakes have a row."""
     pytest.importorskip("jinja2")
     tokenizer = Tokenizer.load(tokenizer_file)
     template = ChatTemplate.load(tmp_path, tokenizer, "llama2")

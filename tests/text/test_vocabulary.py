@@ -128,7 +128,7 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, small: Tokenizer) -> None:
-    """Of both, if they agree: its ids; the other's added tokens and its spaces."""
+    """Its ids count, with the added tokens and spaces of the tokenizer.json that agrees."""
     raw = sentencepiece_json(small)
     raw["added_tokens"].append(raw["added_tokens"][0] | {"id": small.vocab_size, "content": "<x>"})
     tokenizer = Tokenizer.load(copy_of(small.path, tmp_path, tokenizer=raw))
@@ -206,7 +206,7 @@ def test_ranks_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_user_defined_pieces_may_be_added_tokens_beside(tmp_path: Path) -> None:
-    """As transformers saves them: the two files are of one vocabulary; of another they are not."""
+    """The files as transformers saves them agree; those of another vocabulary are refused."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(Path(io.__file__).read_text().splitlines()),
