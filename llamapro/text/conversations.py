@@ -136,8 +136,8 @@ def _to_message(turn: Any, place: str) -> Message:
             raise ValueError(
                 f"{place}: the content has a part of type {names}; only text is trained on"
             )
-        texts = [part.get("text") for part in parts]
-        if not all(isinstance(text, str) for text in texts):
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if len(texts) < len(parts):
             raise ValueError(f"{place}: the content has a part of type text without a text")
         content = "".join(texts)
     return {"role": role, "content": content}
