@@ -101,7 +101,8 @@ class ChatTemplate:
         file = Path(directory, "tokenizer_config.json")
         stored = read_object(file).get("chat_template")
         if isinstance(stored, list):
-            stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
+            named = (entry for entry in stored if isinstance(entry, dict))
+            stored = next((e.get("template") for e in named if e.get("name") == "default"), None)
         if not isinstance(stored, str):
             raise DataError(
                 f"{directory}: the model has no chat template (chat_template.jinja, or "

@@ -264,9 +264,10 @@ def test_template_is_found_in_the_model_s_files(tmp_path: Path, tokenizer: Token
     named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
     config.write_text(json.dumps({"chat_template": named}))
     assert ChatTemplate.load(tmp_path, tokenizer).source == "d"
-    config.write_text(json.dumps({"chat_template": named[:1]}))
-    with pytest.raises(DataError, match="no chat template"):
-        ChatTemplate.load(tmp_path, tokenizer)
+    for without_default in (named[:1], ["x"]):
+        config.write_text(json.dumps({"chat_template": without_default}))
+        with pytest.raises(DataError, match="no chat template"):
+            ChatTemplate.load(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").write_text("from file")
     assert ChatTemplate.load(tmp_path, tokenizer).source == "from file"
     mine = tmp_path / "mine.jinja"

@@ -15,8 +15,8 @@ from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
+from llamapro.text import vocabulary
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.text.vocabulary import LLAMA_3_RANKS
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +196,14 @@ def test_wrong_tokenizer_is_refused_by_name(
     assert str(tmp_path) in str(error.value)
 
 
-def test_ranks_of_another_model_are_refused(tmp_path: Path) -> None:
-    """More than Llama 3's are cut by another pattern, which the file does not hold."""
-    tokens = [i.to_bytes(3, "big").lstrip(b"\0") or b"\0" for i in range(LLAMA_3_RANKS + 1)]
-    lines = (base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
-    with pytest.raises(DataError, match="128,001 BPE ranks, Llama 3 has 128,000"):
+def test_ranks_of_another_model_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with more ranks than Llama 3 cuts text by a pattern that is not in the file."""
+    assert vocabulary.LLAMA_3_RANKS == 128_000
+    monkeypatch.setattr(vocabulary, "LLAMA_3_RANKS", 300)
+    (tmp_path / "tokenizer.model").write_bytes(rank_lines(301))
+    with pytest.raises(DataError, match="301 BPE ranks, Llama 3 has 300: another model's"):
         Tokenizer.load(tmp_path)
 
 
