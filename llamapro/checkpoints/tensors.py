@@ -7,13 +7,12 @@ the kernel takes them back.
 
 import hashlib
 import math
-import mmap
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -68,35 +67,28 @@ class StoredTensor(TensorSpec):
             file.seek(self.offset)
             for start in range(0, self.nbytes, CHUNK_BYTES):
                 chunk = buffer[: self.nbytes - start]
-                self._fill(chunk, file)
+                self._check_size(file.readinto(chunk), len(chunk))
                 yield chunk
 
     def read(self) -> Tensor:
         """Returns a copy of the tensor in fresh memory."""
         flat = torch.empty(self.nbytes, dtype=torch.uint8)
-        with open(self.file, "rb", buffering=0) as file:
+        with open(self.file, "rb") as file:
             file.seek(self.offset)
-            self._fill(memoryview(flat.numpy()), file)  # type: ignore[arg-type]
+            self._check_size(file.readinto(flat.numpy()), self.nbytes)
         return flat.view(DTYPES[self.dtype]).view(self.shape)
-
-    def _fill(self, buffer: memoryview, file: FileIO) -> None:
-        while buffer:
-            count = file.readinto(buffer)
-            if not count:
-                raise CheckpointError(f"{self.file}: ends inside tensor {self.name!r}")
-            buffer = buffer[count:]
 
     def map(self) -> Tensor:
         """Returns the tensor in its file, unread: pages come when touched, and go with it."""
         if not self.nbytes or self.offset % DTYPES[self.dtype].itemsize:
             return self.read()  # no tensor may lie at an odd address
-        inset = self.offset % mmap.ALLOCATIONGRANULARITY
-        start, size = self.offset - inset, inset + self.nbytes
-        with open(self.file, "rb") as file:
-            # Copy on write, because torch wants writable memory; nothing is written.
-            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
-        flat = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=inset)
-        return flat.view(DTYPES[self.dtype]).view(self.shape)
+        # Copy on write, because torch wants writable memory; nothing is written.
+        pages = np.memmap(self.file, np.uint8, "c", self.offset, self.nbytes)
+        return torch.from_numpy(pages).view(DTYPES[self.dtype]).view(self.shape)
+
+    def _check_size(self, found: int, expected: int) -> None:
+        if found != expected:
+            raise CheckpointError(f"{self.file}: ends inside tensor {self.name!r}")
 
     def sha256(self) -> str:
         """Returns the SHA-256 of the bytes, in hexadecimal."""
@@ -107,16 +99,12 @@ class StoredTensor(TensorSpec):
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a safetensors file, name -> where it is stored.
-
-    Raises:
-        CheckpointError: naming the file, if it is missing, truncated, damaged or not safetensors.
-    """
+    """Returns the tensors of a safetensors file, name -> where it is stored."""
     return read_safetensors(file)[0]
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Returns the tensors, as `read_header`, and the metadata, which are texts."""
+    """Returns the tensors of a safetensors file and its metadata; raises CheckpointError."""
     if not file.exists():
         raise CheckpointError(f"{file}: no such file")
     if not file.is_file():
@@ -155,13 +143,13 @@ def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
 
 
 def combine_hashes(hashes: Iterable[tuple[TensorSpec, str]]) -> str:
-    """Returns one SHA-256 for a set of tensors; their order and files do not matter."""
+    """Returns one SHA-256 for a set of tensors, whatever their order and files."""
     lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {digest}\n" for t, digest in hashes)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def hash_tensors(tensors: Iterable[StoredTensor], label: str) -> dict[str, str]:
-    """Returns name -> SHA-256 of the bytes, with a progress bar of this label."""
+    """Returns name -> SHA-256 of the bytes; shows a progress bar with this label."""
     tensors = list(tensors)
     total = sum(t.nbytes for t in tensors)
     with (
