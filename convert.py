@@ -53,7 +53,7 @@ class FromMeta(Output):
     dtype: DType | None = None
     """Dtype of the result. Default: the release's own."""
     max_position_embeddings: Annotated[int | None, arg(metavar="N")] = None
-    """Context length in tokens (Llama 2: 4096). Default: params.json's, else the family's."""
+    """Context length in tokens (4096 for Llama 2). Default: params.json's, else the family's."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         import torch
@@ -98,13 +98,13 @@ class Expand(Output):
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create."""
     num_new_blocks: Annotated[int | None, arg(metavar="N")] = None
-    """Number of blocks to add in all (the paper: 8 for LLaMA-2-7B)."""
+    """Number of blocks to add in all; the paper adds 8 to LLaMA-2-7B."""
     blocks_per_group: Annotated[int, arg(metavar="P")] = 1
-    """Number of copies on top of each group of base layers, the paper's P."""
+    """Number of copies on top of each group of base layers, the paper's P. Default: 1."""
     after: Annotated[str | None, arg(metavar="LAYERS")] = None
-    """Instead: the base layers after each of which one new block goes, such as 3,7,11."""
+    """Base layers after each of which one new block goes, such as 3,7,11; instead of N."""
     placement: Literal["interleave", "prefix", "suffix"] = "interleave"
-    """Interleaved as in the paper, or all below (prefix) or above (suffix) the base."""
+    """Places: interleaved as in the paper, or all below (prefix) or above (suffix) the base."""
     add_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [TOKEN ...]")] = ()
     """Control tokens to add, such as '<|im_start|>'; their rows start as the mean of all rows."""
     max_shard_gb: float = 5.0
@@ -151,7 +151,7 @@ class Expand(Output):
 
 @dataclass(kw_only=True)
 class Merge(Output):
-    """Put trained blocks into their base: an ordinary checkpoint, with a model card.
+    """Put trained blocks into their base and write an ordinary checkpoint with a model card.
 
     Several new-block files may have been trained on different domains and in different layouts, as
     long as they have the same base. Each base layer is followed by the blocks of every file.
@@ -162,7 +162,7 @@ class Merge(Output):
     blocks: Annotated[Positional[Path], arg(metavar="BLOCKS")]
     """A run directory (its newest intact step), a training checkpoint, or a new-block file."""
     more_and_out: Annotated[Positional[tuple[Path, ...]], arg(metavar="[BLOCKS ...] OUT_DIR")]
-    """More of these, then the checkpoint directory to create."""
+    """More BLOCKS, if any, then the checkpoint directory to create."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint, merge_many
@@ -194,7 +194,7 @@ class Merge(Output):
 
 @dataclass(kw_only=True)
 class Strip(Output):
-    """Take the new blocks out of a model: its base again, byte for byte."""
+    """Take the new blocks out of a model and give its base back, byte for byte."""
 
     expanded_dir: Annotated[Positional[Path], arg(metavar="EXPANDED_DIR")]
     """An expanded or merged checkpoint, or hf://owner/name."""
@@ -235,20 +235,20 @@ class Inspect(Input):
 
 @dataclass(kw_only=True)
 class Verify(Input):
-    """Check every byte: the base inside an expanded model, or what a run saved."""
+    """Check every byte of a checkpoint and the base inside it, or of all that a run saved."""
 
     base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
-    """The base it was expanded from: also compare its hash and its logits."""
+    """The base it was expanded from; its hash and its logits are compared too."""
     hf: bool = False
-    """Also run transformers on these weights and print the differences from it."""
+    """Also run transformers on these weights and print how far its results differ."""
     dtype: DType | None = None
-    """With --hf: dtype of the computation. Default: the checkpoint's own."""
+    """Dtype in which --hf computes. Default: the checkpoint's own."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         import torch
 
         from llamapro.checkpoints.new_blocks import is_training_output
-        from llamapro.conversion.hf_parity import compare_with_hf
+        from llamapro.conversion import hf_parity
         from llamapro.conversion.verify import render, verify, verify_run
 
         if is_training_output(self.dir):
@@ -257,10 +257,12 @@ class Verify(Input):
             result = verify_run(self.dir)
             return result, "\n".join(f"{path}: intact" for path in result["intact"])
         result = verify(self.dir, self.base)
+        text = render(result)
         if self.hf:
             dtype = getattr(torch, self.dtype) if self.dtype else None
-            result["hf"] = compare_with_hf(self.dir, dtype)
-        return result, render(result)
+            result["hf"] = hf_parity.compare_with_hf(self.dir, dtype)
+            text += "\n" + hf_parity.render(result["hf"])
+        return result, text
 
 
 Command = (

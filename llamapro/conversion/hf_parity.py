@@ -15,6 +15,12 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError
 
 PROBE_SHAPE = (2, 64)  # B, T of the random batch
+# Prefix of two keys of `compare_with_hf` -> the two results that are compared.
+PAIRS = {
+    "": "this implementation and transformers",
+    "hf_vs_hf_fp32_": "transformers and transformers in fp32",
+    "ours_vs_hf_fp32_": "this implementation and transformers in fp32",
+}
 
 
 def random_ids(vocab_size: int, seed: int) -> Tensor:
@@ -37,10 +43,7 @@ def load_hf(path: str | Path, dtype: torch.dtype) -> Any:
 def logits_and_gradients(model: nn.Module, ids: Tensor, gradients: bool) -> dict[str, Tensor]:
     """Returns "logits" and, by parameter name, gradients of the mean next-token loss, if asked for.
 
-    Args:
-        model: this implementation's or transformers'.
-        ids: (B, T).
-        gradients: whether every parameter gets one.
+    `model` is this implementation's or transformers', and `ids` are (B, T).
     """
     model.requires_grad_(gradients)
     output = model(ids)
@@ -65,8 +68,8 @@ def compare_with_hf(
 ) -> dict[str, Any]:
     """Runs both implementations on one random batch, on the CPU, and compares logits and loss.
 
-    The difference between Hugging Face's own results in fp32 and in this dtype is reported too: it
-    is the noise of rounding alone. Memory holds two copies of the model, one of them in fp32.
+    Hugging Face's results in this dtype are also compared with its own in fp32: that difference is
+    the noise of rounding alone. Memory holds two copies of the model, one of them in fp32.
 
     Args:
         path: a checkpoint directory, or `hf://owner/name`.
@@ -74,10 +77,9 @@ def compare_with_hf(
         seed: of the random token ids.
 
     Returns:
-        For each pair (ours and theirs in `dtype`, theirs in `dtype` and in fp32, ours in `dtype`
-        and theirs in fp32) the largest difference of two logits and the difference of the mean
-        losses (nats); and how far the loss that training computes, in chunks, is from the loss
-        computed from the logits.
+        JSON-able: path, transformers (its version), dtype, tokens, loss (mean, nats per token),
+        training_loss_difference (of the loss that training computes in chunks), and for each of
+        `PAIRS` max_logit_difference and loss_difference.
 
     Raises:
         ConfigError: `transformers` is not installed.
@@ -87,12 +89,6 @@ def compare_with_hf(
     dtype = dtype or checkpoint.dtype
     ids = random_ids(checkpoint.config.vocab_size, seed)
 
-    def loss(logits: Tensor) -> Tensor:
-        return mean_loss(logits, ids)
-
-    def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-        return (a.float() - b.float()).abs().max().item(), abs(loss(a) - loss(b)).item()
-
     theirs = load_hf(path, dtype)(ids).logits
     from transformers import __version__ as version  # `load_hf` says if it is missing
 
@@ -101,23 +97,35 @@ def compare_with_hf(
     # Training takes the loss by chunks without all logits: the same path is checked here.
     hidden = model.model(ids[:, :-1].contiguous()).flatten(0, 1)
     loss_sum, count = ops.linear_cross_entropy(hidden, model.lm_head.weight, ids[:, 1:].flatten())
-    chunked = (loss_sum / count).item()
     del model
-    max_logit, loss_difference = difference(ours, theirs)
     exact = theirs if dtype == torch.float32 else load_hf(path, torch.float32)(ids).logits
-    hf_max_logit, hf_loss = difference(theirs, exact)
-    ours_max_logit, ours_loss = difference(ours, exact)
-    return {
+    loss = mean_loss(ours, ids).item()
+    found = {
         "path": str(path),
         "transformers": version,
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": ids.numel(),
-        "loss": loss(ours).item(),
-        "training_loss_difference": abs(chunked - loss(ours).item()),
-        "max_logit_difference": max_logit,
-        "loss_difference": loss_difference,
-        "hf_vs_hf_fp32_max_logit_difference": hf_max_logit,
-        "hf_vs_hf_fp32_loss_difference": hf_loss,
-        "ours_vs_hf_fp32_max_logit_difference": ours_max_logit,
-        "ours_vs_hf_fp32_loss_difference": ours_loss,
+        "loss": loss,
+        "training_loss_difference": abs((loss_sum / count).item() - loss),
     }
+    pairs = ((ours, theirs), (theirs, exact), (ours, exact))
+    for prefix, (one, other) in zip(PAIRS, pairs, strict=True):
+        difference = (one.float() - other.float()).abs().max()
+        found[f"{prefix}max_logit_difference"] = difference.item()
+        difference = abs(mean_loss(one, ids) - mean_loss(other, ids))
+        found[f"{prefix}loss_difference"] = difference.item()
+    return found
+
+
+def render(found: dict[str, Any]) -> str:
+    """Returns what `compare_with_hf` found as text."""
+    lines = [
+        f"transformers {found['transformers']}, {found['dtype']}, {found['tokens']} random tokens",
+        f"  mean loss: {found['loss']:.4f} nats per token; training's loss, computed in chunks, "
+        f"differs by {found['training_loss_difference']:.3g}",
+    ]
+    for prefix, pair in PAIRS.items():
+        logits = found[f"{prefix}max_logit_difference"]
+        loss = found[f"{prefix}loss_difference"]
+        lines.append(f"  {pair}: logits differ by up to {logits:.3g}, mean losses by {loss:.3g}")
+    return "\n".join(lines)

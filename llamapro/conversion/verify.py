@@ -194,5 +194,4 @@ def render(result: dict[str, Any]) -> str:
             if result["logits_bit_equal"]
             else f"logits differ from the base's by up to {result['max_logit_difference']:.3g}"
         )
-    lines += [f"  {key:<40} {value}" for key, value in result.get("hf", {}).items()]
     return "\n".join(lines)
