@@ -1,8 +1,8 @@
 """The base inside an expanded checkpoint: found, hashed and loaded without its new blocks.
 
 Expansion leaves every byte of the base in place: its blocks stand between the new ones, and its
-rows come first in embedding and head. So leaving out what is new gives the base back. Where a
-model was expanded several times, its base is the model that the latest expansion started from.
+rows come first in embedding and head. So leaving out what is new gives the base back. The base of
+a model that was expanded several times is the model that the latest expansion started from.
 """
 
 import json
@@ -80,7 +80,7 @@ def base_config(expanded: Checkpoint) -> ModelConfig:
 def split_rows(
     stored: StoredTensor, config: ModelConfig
 ) -> tuple[StoredTensor, StoredTensor | None]:
-    """Splits embedding and head into the base's rows and new ones; of others the second is None."""
+    """Splits embedding and head into the base's rows and the new ones; None if there are none."""
     rows = base_vocab_size(config)
     if stored.name not in NEW_ROWS or rows == config.vocab_size:
         return stored, None

@@ -10,7 +10,7 @@ from pathlib import Path
 from llamapro.errors import CheckpointError, ConfigError
 
 BASE_CARD_FILE = "BASE_README.md"  # the model card of the base, where README.md is another's
-# What travels with the weights: tokenizer, generation settings, licence texts, the base's card.
+# These files travel with the weights.
 COMPANION_FILES = (
     "tokenizer*",
     "original/tokenizer.model",  # Llama 3's ranks

@@ -10,7 +10,6 @@ The tokenizer's files change; their former content is kept beside them, under `B
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,11 @@ _CONFIG_NAME, _ADDED_NAME = COMPANIONS[:2]
 
 def mean_row(stored: StoredTensor) -> Tensor:
     """Returns the mean of a matrix' rows, (C,), summed in fp64 and rounded once to its dtype."""
-    dtype, (rows, size) = DTYPES[stored.dtype], stored.shape
-    row_bytes = size * dtype.itemsize
-    at_once = max(1, CHUNK_BYTES // row_bytes)
+    rows, size = stored.shape
     total = torch.zeros(size, dtype=torch.float64)
-    for start in range(0, rows, at_once):
-        shape = (min(at_once, rows - start), size)
-        part = replace(stored, shape=shape, offset=stored.offset + start * row_bytes)
-        total += part.read().double().sum(0)
-    return (total / rows).to(dtype)
+    for part in stored.map().split(max(1, CHUNK_BYTES * rows // stored.nbytes)):
+        total += part.double().sum(0)
+    return (total / rows).to(DTYPES[stored.dtype])
 
 
 # ---- Names -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A table of what a checkpoint holds: layers, which are new and from where, sizes, hashes."""
+"""Describes a checkpoint in a table: its layers, which of them are new, sizes and hashes."""
 
 import dataclasses
 import math
@@ -26,22 +26,16 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged, or nothing of this kind.
     """
-    directory = Path(path)
-    if is_training_output(directory):
-        file = find_blocks(directory)
+    if is_training_output(Path(path)):
+        file = find_blocks(path)
         tensors, info = read_blocks(file)
-        hashes = hash_tensors(tensors.values(), "hash")
-        rows = _rows(tensors, hashes, {})
-        summary = _summary(file, "trained blocks", tensors, hashes, rows)
-        return summary | {"record": dataclasses.asdict(info)}
+        return _summary(file, "trained blocks", tensors) | {"record": dataclasses.asdict(info)}
     checkpoint = Checkpoint.open(path)
-    hashes = hash_tensors(checkpoint.tensors.values(), "hash")
-    rows = _rows(checkpoint.tensors, hashes, _origins(checkpoint))
-    kind = "checkpoint" if checkpoint.config.expansion is None else "expanded checkpoint"
-    expansion = checkpoint.config.expansion
-    return _summary(checkpoint.path, kind, checkpoint.tensors, hashes, rows) | {
+    record = checkpoint.config.expansion
+    kind = "checkpoint" if record is None else "expanded checkpoint"
+    return _summary(checkpoint.path, kind, checkpoint.tensors, _origins(checkpoint)) | {
         "config": checkpoint.config.raw,
-        "record": None if expansion is None else expansion.to_dict(),
+        "record": None if record is None else record.to_dict(),
     }
 
 
@@ -70,20 +64,24 @@ def _origins(checkpoint: Checkpoint) -> dict[str, str]:
     return origins
 
 
-def _rows(
-    tensors: dict[str, StoredTensor], hashes: dict[str, str], origins: dict[str, str]
-) -> list[dict[str, Any]]:
+def _summary(
+    path: Path,
+    kind: str,
+    tensors: dict[str, StoredTensor],
+    origins: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    hashes = hash_tensors(tensors.values(), "hash")
     parts: dict[str, list[StoredTensor]] = {}
     for name, tensor in tensors.items():
         words = name.removeprefix("model.").removesuffix(".weight").split(".")
-        part = words[0]
-        if part == "layers":
-            part = f"layer {words[1]}"
+        part = f"layer {words[1]}" if words[0] == "layers" else words[0]
         parts.setdefault(part, []).append(tensor)
-    return [
+    rows = [
         {
             "part": part,
-            "origin": origins.get(part, ""),
+            "origin": (origins or {}).get(part, ""),
             "parameters": sum(math.prod(t.shape) for t in members),
             "dtype": ", ".join(sorted({t.dtype for t in members})),
             "bytes": sum(t.nbytes for t in members),
@@ -95,22 +93,11 @@ def _rows(
         }
         for part, members in parts.items()
     ]
-
-
-def _summary(
-    path: Path,
-    kind: str,
-    tensors: dict[str, StoredTensor],
-    hashes: dict[str, str],
-    rows: list[dict[str, Any]],
-) -> dict[str, Any]:
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors")
     return {
         "path": str(path),
         "kind": kind,
-        "parameters": sum(row["parameters"] for row in rows),
-        "bytes": sum(row["bytes"] for row in rows),
+        "parameters": sum(math.prod(t.shape) for t in tensors.values()),
+        "bytes": sum(t.nbytes for t in tensors.values()),
         "sha256": combine_hashes((t, hashes[t.name]) for t in tensors.values()),
         "rows": rows,
     }

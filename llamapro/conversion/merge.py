@@ -1,15 +1,16 @@
-"""Merges new blocks into their base, of one file or of several; strip takes all of them out again.
+"""Merges new blocks into their base, from one file or several; strip takes all of them out again.
 
 Several new-block files may have been trained one by one on the same base. A new block adds to the
-residual stream, so the blocks of all files can stand in one model: on top of each base layer those
-of the first file, then those of the second, and so on. Two files of 8 blocks on 32 base layers give
-48 layers. For a later training they are one generation: all of them train.
+residual stream, so the blocks of all files can stand in one model: on top of each base layer come
+those of the first file, then those of the second, and so on. Two files of 8 blocks on 32 base
+layers give 48 layers. A later training treats them as one generation and trains all of them.
 """
 
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,9 +57,7 @@ def merge_checkpoint(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Writes the expanded model with its trained blocks: an ordinary checkpoint, in its own dtype.
-
-    A model card (`llamapro/conversion/model_card.py`) is written beside it.
+    """Writes the expanded model with its trained blocks, in its own dtype, and a model card.
 
     Args:
         expanded: the checkpoint the run started from.
@@ -93,11 +92,10 @@ def merge_checkpoint(
     if info.trainable == "all":
         # The base is no longer inside, so the record that says where it is would be false.
         config = config.resized(config.num_hidden_layers, config.vocab_size, None)
-    with rewritten(out_dir, targets, "merge", force, max_shard_bytes) as aside:
+    companions = expanded.companions()
+    with _merged(out_dir, targets, config, companions, [training], force, max_shard_bytes):
         if config.expansion is not None:
             check_base(expanded, hashes)
-        write_companions(aside, config, expanded.companions())
-        write_card(aside, out_dir.resolve().name, config, [training])
     return {
         "path": str(out_dir),
         "blocks": str(file),
@@ -114,7 +112,7 @@ def assemble_checkpoint(
     """Writes the checkpoint of a run that started from a `config.json` alone: all it trained.
 
     The result has the dtype in which the run kept the weights. Arguments, result and errors are
-    those of `merge_checkpoint`, with the `config.json` of the run in place of a checkpoint.
+    those of `merge_checkpoint`, with the run's `config.json` in place of a checkpoint.
     """
     config = ModelConfig.from_file(config_file)
     file = find_blocks(blocks_path)
@@ -123,22 +121,20 @@ def assemble_checkpoint(
     expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
     check_blocks(file, blocks, info, config, expected)
     training = Training.of(file, info)
-    # The run's config.json may say another: transformers would load the weights in that one.
+    # The run knows which tokenizer it was trained with; its file may have any name.
+    tokenizer = training.part("settings").get("model.tokenizer")
+    if not isinstance(tokenizer, str):
+        state = file.parent / STATE_FILE
+        raise CheckpointError(f"{state}: missing or damaged: names no 'model.tokenizer'")
+    vocabulary, *beside = Tokenizer.load(tokenizer).files
+    # The run's config.json may name another dtype, in which transformers would load the weights.
     stored = str(DTYPES[blocks["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
     keys = {"torch_dtype", *({"dtype"} & config.raw.keys())}  # of transformers 4, and of 5
     config = dataclasses.replace(config, raw=config.raw | dict.fromkeys(sorted(keys), stored))
     targets = [Target(t.name, t.dtype, t.shape, [t.chunks]) for t in blocks.values()]
-    with rewritten(out_dir, targets, "merge", force) as aside:
-        # The run knows which tokenizer it was trained with; its file may have any name.
-        path = training.part("settings").get("model.tokenizer")
-        if not isinstance(path, str):
-            state = file.parent / STATE_FILE
-            raise CheckpointError(f"{state}: missing or damaged: names no 'model.tokenizer'")
-        vocabulary, *beside = Tokenizer.load(path).files
+    with _merged(out_dir, targets, config, beside, [training], force) as aside:
         name = JSON_NAME if vocabulary.suffix == ".json" else FILE_NAME
         shutil.copyfile(vocabulary, aside / name)
-        write_companions(aside, config, beside)
-        write_card(aside, out_dir.resolve().name, config, [training])
     return {
         "path": str(out_dir),
         "blocks": str(file),
@@ -147,6 +143,23 @@ def assemble_checkpoint(
         "bytes": sum(target.nbytes for target in targets),
         "base_intact": False,
     }
+
+
+@contextmanager
+def _merged(
+    out_dir: Path,
+    targets: Sequence[Target],
+    config: ModelConfig,
+    companions: Iterable[Path],
+    trainings: Sequence[Training],
+    force: bool,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Iterator[Path]:
+    """Writes a merged checkpoint with its model card; the body checks the weights' sources."""
+    with rewritten(out_dir, targets, "merge", force, max_shard_bytes) as aside:
+        yield aside
+        write_companions(aside, config, companions)
+        write_card(aside, out_dir.resolve().name, config, trainings)
 
 
 def _expected_shapes(
@@ -195,9 +208,9 @@ def merge_many(
     """Writes the base with the new blocks of several files, and a model card beside it.
 
     Args:
-        expanded: an expanded checkpoint; the base inside it is used, its own new blocks are not.
+        expanded: an expanded checkpoint; only the base inside it is used.
         blocks_paths: run directories, training checkpoints or new-block files, all trained on this
-            base, in whichever layouts.
+            base, in any layouts.
         out_dir, force: as for `expand_checkpoint`.
 
     Returns:
@@ -233,10 +246,8 @@ def merge_many(
             part = converted(trained[name], stored.dtype)
         targets.append(Target(name, stored.dtype, stored.shape, [part]))
     config = expansion.expand_config(base, layout, record.base_sha256)
-    with rewritten(out_dir, targets, "merge", force) as aside:
+    with _merged(out_dir, targets, config, expanded.companions(), trainings, force):
         check_base(expanded, hashes)
-        write_companions(aside, config, expanded.companions())
-        write_card(aside, out_dir.resolve().name, config, trainings)
     return {
         "path": str(out_dir),
         "blocks": [str(blocks.file) for blocks in files],
@@ -311,7 +322,7 @@ def _combine(
         for blocks in files:
             pairs = zip(blocks.info.new_layers, blocks.info.source_layers, strict=True)
             for number, (layer, source) in enumerate(pairs):
-                # Below a new block there are `number` others of its file, and base layers.
+                # Below a new block stand `number` others of its file; the rest are base layers.
                 if layer - number - 1 != base_layer:
                     continue
                 old, new = f"model.layers.{layer}.", f"model.layers.{len(sources)}."
@@ -329,14 +340,10 @@ def _combine(
 
 
 def strip_checkpoint(expanded: Checkpoint, out_dir: Path, force: bool = False) -> dict[str, Any]:
-    """Writes the base that is inside an expanded checkpoint: its tensors byte for byte.
+    """Writes the base inside an expanded or merged checkpoint, its tensors byte for byte.
 
-    If a model was expanded several times, the latest generation is taken out, with the tokens it
-    added.
-
-    Args:
-        expanded: an expanded or merged checkpoint.
-        out_dir, force: as for `expand_checkpoint`.
+    If a model was expanded several times, only the latest generation is taken out, with the tokens
+    it added.
 
     Returns:
         JSON-able: path, layers, removed_layers, removed_tokens (how many), sha256 (the base's, as

@@ -83,7 +83,7 @@ def from_meta(
         "params": params,
         "shards": len(shards.files),
         "embedding_split": split,
-        # As written now; what config.json says later is an edit, and wins over max_seq_len.
+        # The value now; another one in config.json later is an edit and wins over max_seq_len.
         "max_position_embeddings": config.max_position_embeddings,
     }
     specs = [
@@ -273,7 +273,7 @@ def _check_count(shards: int, recorded: int, config: ModelConfig) -> None:
     """Refuses a number of shards that cuts a head, or a matrix, into unequal parts."""
     H, KV, C = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
     rest = math.gcd(C, config.intermediate_size, config.vocab_size)
-    # What the release itself had may split a key/value head over shards.
+    # A release may itself split a key/value head over its shards.
     common = math.gcd(rest, KV * config.head_dim) if shards == recorded else math.gcd(rest, H, KV)
     if shards < 1 or common % shards:
         common = math.gcd(rest, H, KV)

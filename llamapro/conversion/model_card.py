@@ -1,8 +1,8 @@
 """The model card of a merged model: base, new blocks, data, settings, measured losses.
 
-It is made of the checkpoint's record, the `state.json` beside each new-block file and the run's
-`metrics.jsonl`. For a new-block file that came alone, the card only lists its blocks. Paths of data
-are cut to their last part, because a card is published.
+Its sources are the checkpoint's record, the `state.json` beside each new-block file and the run's
+`metrics.jsonl`. For a new-block file that came alone, the card only lists its blocks. Only the last
+part of a data path is shown, because a card is published.
 """
 
 import os
@@ -38,7 +38,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Training:
-    """How the blocks of one new-block file were trained.
+    """The story of one new-block file's training.
 
     Attributes:
         info: the file's own metadata.
@@ -172,7 +172,7 @@ def _training(training: Training) -> list[str]:
         lines += [*_table(("data", "source", "tokens", "sha256"), rows), ""]
     if rows := [(key, settings[key]) for key in SETTINGS if key in settings]:
         lines += [*_table(("setting", "value"), rows), ""]
-    # `eval` is of the latest evaluation, which may have been before the training checkpoint.
+    # `eval` holds the latest evaluation, which may have been before the training checkpoint.
     if evaluated := state.get("evaluated"):
         rows = []
         for name, after in _numbers(training.part("eval").items()).items():

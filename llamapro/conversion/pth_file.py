@@ -15,12 +15,12 @@ from torch import Tensor
 
 from llamapro.errors import CheckpointError
 
-# What torch.load raises for a damaged file, depending on which byte is wrong.
+# torch.load raises one of these for a damaged file, depending on which byte is wrong.
 _DAMAGED = (
     *(OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError),
     *(zipfile.BadZipFile, NotImplementedError),
 )
-# What a dictionary of tensors asks for. torch.load allows more, such as a bytearray of any size.
+# A dictionary of tensors asks for these. torch.load allows more, even a bytearray of any size.
 _ALLOWED = re.compile(
     r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)"
 )

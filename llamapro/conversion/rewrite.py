@@ -1,4 +1,4 @@
-"""Writes a checkpoint out of the tensors of others; expand, merge and strip are plans for it.
+"""Writes a checkpoint from the tensors of others; expand, merge and strip are plans for it.
 
 A plan is a list of targets. The bytes stream from file to file, so memory holds one tensor of the
 two threads that write, whatever the model's size, and a tensor is hashed while it is copied.
