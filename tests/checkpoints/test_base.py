@@ -111,7 +111,7 @@ def logits(model: LlamaForCausalLM) -> Tensor:
 def test_logits_without_the_new_blocks_are_the_bases_bits(
     case: dict[str, Any], expand: Expand
 ) -> None:
-    """Of the latest generation's base; an added token has no logit; the whole model's differ."""
+    """They are those of the latest generation's base; an added token has no logit."""
     base, trained = (Checkpoint.open(path) for path in expand(**case))
     contained, expected = load_contained(trained), logits(base.load())
     assert torch.equal(logits(contained).view(torch.uint8), expected.view(torch.uint8))
@@ -128,12 +128,9 @@ def test_new_blocks_are_not_computed_and_have_no_cache(expand: Expand) -> None:
     assert torch.equal(logits(contained).view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.parametrize("new_tokens", [(), TOKENS])
-def test_commands_compute_with_the_base(
-    new_tokens: tuple[str, ...], expand: Expand, run: Run, tmp_path: Path
-) -> None:
+def test_commands_compute_with_the_base(expand: Expand, run: Run, tmp_path: Path) -> None:
     """Generate writes what the base writes, evaluate measures its loss; --against stays whole."""
-    base, trained = expand(new_tokens=new_tokens)
+    base, trained = expand(new_tokens=TOKENS)
     asked = ("--prompt", "usage", "--temperature", 1, "--max-new-tokens", 20)
     written = [
         run(generate_command, *place, *asked)["text"]
@@ -162,7 +159,7 @@ def test_a_model_without_new_blocks_has_none_to_skip(expand: Expand, run: Run) -
 def test_a_conversation_may_name_tokens_that_the_base_does_not_know(
     expand: Expand, run: Run
 ) -> None:
-    """Where the vocabulary grew, what reads names of control tokens refuses to skip."""
+    """A chat on a model with added tokens refuses to skip its new blocks."""
     _, trained = expand(new_tokens=TOKENS)
     told = run(generate_command, trained, "--chat", "--prompt", "a", "--skip-new-blocks")
     assert told["status"] == 2 and "2 added tokens" in told["said"]

@@ -247,18 +247,19 @@ def test_bytes_after_the_end_are_refused(single: Path) -> None:
     assert f"{single / SINGLE_FILE}: truncated or damaged" in refusal(single)
 
 
-@pytest.mark.parametrize("bit", range(64))
-def test_any_flipped_bit_of_the_header_length_is_refused(single: Path, bit: int) -> None:
+def test_any_flipped_bit_of_the_header_length_is_refused(single: Path) -> None:
     """Too long, too short or absurd: never a traceback, a wrong tensor or a huge allocation."""
     file = single / SINGLE_FILE
-    data = bytearray(file.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(data)
-    message = refusal(single)
-    assert message.startswith(f"{file}: ")
-    claimed = int.from_bytes(data[:8], "little")
-    if claimed > len(data):
-        assert f"header claims {claimed:,}" in message
+    good = file.read_bytes()
+    for bit in range(64):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        message = refusal(single)
+        assert message.startswith(f"{file}: ")
+        claimed = int.from_bytes(data[:8], "little")
+        if claimed > len(data):
+            assert f"header claims {claimed:,}" in message
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_any_flipped_bit_of_the_header_length_is_refused(single: Path, bit: int)
     ids=lambda header: repr(header[:60]),
 )
 def test_a_header_that_describes_no_tensors_is_refused(header: bytes, tmp_path: Path) -> None:
-    """Whatever the JSON is, the error is one about this file."""
+    """The error names the file for any JSON."""
     file = tmp_path / "x.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
@@ -351,13 +352,15 @@ def test_a_damaged_index_is_named(text: str, sharded: Path) -> None:
 PEAK_SCRIPT = """
 import sys
 from llamapro.checkpoints.directory import Checkpoint
+def peak():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 checkpoint = Checkpoint.open(sys.argv[1])
-if sys.argv[2] == "load":
-    model = checkpoint.load()
-    for parameter in model.parameters():
-        parameter.sum()  # touches every page
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(checkpoint.nbytes, int(peak.split()[1]) * 1024)
+opened = peak()
+model = checkpoint.load()
+for parameter in model.parameters():
+    parameter.sum()  # touches every page
+print(checkpoint.nbytes, peak() - opened)
 """
 
 
@@ -365,23 +368,21 @@ print(checkpoint.nbytes, int(peak.split()[1]) * 1024)
 def test_a_loaded_model_costs_one_copy_of_its_weights(
     tmp_path: Path, write_random_checkpoint: Any, tiny_config: Callable[..., ModelConfig]
 ) -> None:
-    """Peak memory over that of a process that only opens: below 1.25 times 300 MB of weights."""
+    """Peak memory over that of opening alone: below 1.25 times 150 MB of weights."""
     config = tiny_config(
-        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1
+        vocab_size=16000, hidden_size=1024, intermediate_size=1024, num_hidden_layers=1
     )
-    path = write_random_checkpoint(tmp_path / "c", config, max_shard_bytes=140_000_000)
-    peaks = {}
-    for mode in ("open", "load"):
-        command = [sys.executable, "-c", PEAK_SCRIPT, str(path), mode]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        nbytes, peaks[mode] = map(int, done.stdout.split())
+    path = write_random_checkpoint(tmp_path / "c", config, max_shard_bytes=70_000_000)
+    command = [sys.executable, "-c", PEAK_SCRIPT, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    nbytes, more = map(int, done.stdout.split())
     shutil.rmtree(path)
-    assert nbytes > 300_000_000
-    assert 0.9 * nbytes < peaks["load"] - peaks["open"] < 1.25 * nbytes
+    assert nbytes > 150_000_000
+    assert 0.9 * nbytes < more < 1.25 * nbytes
 
 
 def test_a_mapped_tensor_is_the_one_that_is_read(tmp_path: Path) -> None:
-    """Wherever it starts in its page; an odd place, at which no fp32 may lie, is read instead."""
+    """It may start anywhere in its page; at an odd address it is read instead."""
     tensors = {"a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3000, 5)}
     save_file(tensors, tmp_path / "x.safetensors")
     for name, stored in read_header(tmp_path / "x.safetensors").items():

@@ -1,10 +1,9 @@
-"""hf://owner/name: what is fetched, where it then lies, and what is said when it cannot be."""
+"""hf://owner/name is fetched into the cache, or one message says why it cannot be."""
 
 import fnmatch
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from llamapro.errors import CheckpointError, ConfigError
 
 
 class HTTPError(Exception):
-    """Of the HTTP library: none of the built-in errors."""
+    """The HTTP library's own error, which is none of the built-in ones."""
 
 
 class HfHubHTTPError(HTTPError, OSError):
@@ -115,7 +114,7 @@ def fake(
 
 
 def test_a_local_path_is_returned_as_it_is(fake: Hub) -> None:
-    """Also one that does not exist, and one that looks like a repository."""
+    """So is one that does not exist, and one that looks like a repository."""
     for path in ("checkpoints/x", "jo/tiny-llama", "runs/hf:/x"):
         assert hub.resolve(path) == Path(path) and hub.repository(path) is None
     assert fake.calls == []
@@ -125,7 +124,7 @@ def test_a_local_path_is_returned_as_it_is(fake: Hub) -> None:
 def test_a_repository_is_fetched_and_opens_as_a_checkpoint(
     fake: Hub, kind: Callable[[str], Any]
 ) -> None:
-    """As text and as a path, which loses a slash; weights once, and nothing pickled."""
+    """The name may be a path, which loses a slash; nothing pickled is fetched."""
     path = hub.resolve(kind("hf://jo/tiny-llama"))
     source = Checkpoint.open(fake.repositories / "jo" / "tiny-llama")
     assert Checkpoint.open(path).sha256() == source.sha256()
@@ -190,24 +189,32 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         hub.resolve("hf://jo/tiny-llama")
 
 
-def test_the_real_library_offline_says_to_go_online(root: Path, tmp_path: Path) -> None:
-    """From the command line: one line, exit status 2, no traceback."""
-    pytest.importorskip("huggingface_hub")
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    words = [sys.executable, "convert.py", "inspect", "hf://jo/tiny-llama", "--json"]
-    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert "hf://jo/tiny-llama: not in the cache, and the hub cannot be reached" in done.stderr
+@pytest.fixture
+def offline(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command line of convert.py; the real library is offline, with its cache in `hub`."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return runpy.run_path(str(root / "convert.py"))["main"]
+
+
+def test_the_real_library_offline_says_to_go_online(
+    offline: Callable[..., None], run_command: Callable[..., Any]
+) -> None:
+    """The command prints one line and exits with status 2."""
+    status, out, said = run_command(offline, "inspect", "hf://jo/tiny-llama", "--json")
+    assert status == 2 and out == ""
+    assert "hf://jo/tiny-llama: not in the cache, and the hub cannot be reached" in said
 
 
 def test_the_real_library_finds_what_its_cache_holds(
-    root: Path,
+    offline: Callable[..., None],
+    run_command: Callable[..., Any],
     tmp_path: Path,
     tiny_config: Callable[..., ModelConfig],
     write_random_checkpoint: Callable[..., Path],
 ) -> None:
-    """Offline, a repository fetched before still opens: its files are links there."""
-    pytest.importorskip("huggingface_hub")
+    """A repository that was fetched before opens offline; its files are links there."""
     config = tiny_config(hidden_size=16, intermediate_size=16)
     local = write_random_checkpoint(tmp_path / "local", config)
     repo, commit = tmp_path / "hub" / "models--jo--tiny-llama", "a" * 40
@@ -218,9 +225,6 @@ def test_the_real_library_finds_what_its_cache_holds(
     for file in local.iterdir():
         shutil.copyfile(file, repo / "blobs" / file.name)
         (repo / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}")
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    env.pop("HF_HUB_CACHE", None)
-    words = [sys.executable, "convert.py", "verify", "hf://jo/tiny-llama", "--json"]
-    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["sha256"] == Checkpoint.open(local).sha256()
+    status, out, said = run_command(offline, "verify", "hf://jo/tiny-llama", "--json")
+    assert status == 0, said
+    assert json.loads(out)["sha256"] == Checkpoint.open(local).sha256()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -57,7 +58,7 @@ def test_the_directory_appears_when_the_body_has_ended(tmp_path: Path, name: str
 def test_every_new_directory_is_on_the_disk_before_it_appears(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What holds it is flushed too, made just now or there before: a run's `checkpoints`, say."""
+    """Its parents are flushed too, whether they are new or not."""
     synced: list[tuple[Path, bool]] = []
     fsync, target = os.fsync, tmp_path / "run" / "checkpoints" / "step"
 
@@ -85,7 +86,7 @@ def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_full_directory_is_refused_without_force(old: Path) -> None:
-    """And left as it was."""
+    """It is left as it was."""
     before = contents(old.parent)
     with (
         pytest.raises(ConfigError, match=r"out: exists and is not empty.*--force"),
@@ -145,7 +146,7 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_link_is_followed(old: Path, tmp_path: Path) -> None:
-    """What the link points to is replaced, on its own disk; the link stays a link."""
+    """The target of the link is replaced on its own disk; the link stays a link."""
     link = tmp_path / "link"
     link.symlink_to(old)
     with output_directory(link, force=True) as aside:
@@ -203,26 +204,24 @@ def test_a_full_disk_removes_the_partial_output(
     assert list(old.parent.iterdir()) == [old]
 
 
-def test_a_file_size_limit_removes_the_partial_output(tmp_path: Path) -> None:
+def test_a_file_size_limit_removes_the_partial_output(
+    tmp_path: Path, run_command: Callable[..., Any]
+) -> None:
     """The kernel's own refusal (EFBIG), and the command's exit status 2 without a traceback."""
-    script = f"""
-import resource, torch
-from llamapro import cli
-from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
-from llamapro.files import output_directory
-from llamapro.checkpoints.writing import write_checkpoint
-def main():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-    with output_directory({str(tmp_path / "out")!r}) as aside:
-        write_checkpoint(aside, [TensorSpec("w", "F32", (9999,))],
-                         lambda _: tensor_chunks(torch.ones(9999)))
-cli.run(main)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert "CheckpointError" in done.stderr and "File too large" in done.stderr
-    assert "Traceback" not in done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def main(_: list[str]) -> None:
+        with output_directory(tmp_path / "out") as aside:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+            try:
+                spec = TensorSpec("w", "F32", (9999,))
+                write_checkpoint(aside, [spec], lambda _: tensor_chunks(torch.ones(9999)))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    status, out, said = run_command(main)
+    assert status == 2 and out == ""
+    assert "CheckpointError" in said and "File too large" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -86,7 +86,7 @@ def test_an_unknown_token_has_the_mean_logit_of_a_grown_model(expand: Expand) ->
 
 
 def test_strip_gives_back_the_old_vocabulary(expand: Expand, tmp_path: Path) -> None:
-    """Of two generations the latest goes first, tokens, rows, tokenizer files and record alike."""
+    """The latest of two generations goes first: tokens, rows, tokenizer files and record."""
     base, grown = expand()
     twice = tmp_path / "twice"
     done = expand_checkpoint(
@@ -117,7 +117,7 @@ def test_inspect_says_which_rows_are_new(expand: Expand) -> None:
 
 
 def test_an_impossible_record_is_refused(expand: Expand) -> None:
-    """As many base rows as there are rows, or more, or none."""
+    """The number of base rows is that of all rows, or 0, or no number."""
     raw = Checkpoint.open(expand()[1]).config.raw
     for number in (402, 0, -1, "x", [3]):
         damaged = raw | {"llamapro": raw["llamapro"] | {"base_vocab_size": number}}

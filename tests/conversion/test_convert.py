@@ -1,7 +1,7 @@
 """The convert.py command line: results on standard output, mistakes on standard error, exit 2."""
 
-import importlib.util
 import json
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,17 +11,10 @@ from typing import Any
 
 import pytest
 
-from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.run import (
-    LISTED,
-    MANIFEST_FILE,
-    STATE_FILE,
-    TRAINABLE_FILE,
-    write_manifest,
-)
-from llamapro.expansion import is_in_layers
+from llamapro.checkpoints.run import LISTED, MANIFEST_FILE, STATE_FILE, TRAINABLE_FILE
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.expansion import interleave
 
 
 @pytest.fixture(scope="module")
@@ -30,30 +23,43 @@ def base(
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
 ) -> Path:
-    base = write_random_checkpoint(tmp_path_factory.mktemp("convert") / "base", tiny_config())
+    config = tiny_config(hidden_size=16, intermediate_size=16)
+    base = write_random_checkpoint(tmp_path_factory.mktemp("convert") / "base", config)
     (base / "generation_config.json").write_text('{"temperature": 0.6}')
     return base
 
 
+@pytest.fixture(scope="module")
+def main(root: Path) -> Callable[..., None]:
+    """The command line of convert.py."""
+    return runpy.run_path(str(root / "convert.py"))["main"]
+
+
 @pytest.fixture
-def convert(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def convert(main: Callable[..., None], run_command: Callable[..., Any]) -> "Convert":
     """`convert(*words) -> (exit status, standard output, standard error)`, in this process."""
-    spec = importlib.util.spec_from_file_location("convert_under_test", root / "convert.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    return lambda *words: run_command(main, *words)
 
-    def call(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.run(module.main)
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
 
-    return call
+@pytest.fixture(scope="module")
+def made(base: Path, write_step: Callable[..., Path]) -> Path:
+    """The expanded `pro`, and a run on it with training checkpoints of steps 1 to 3."""
+    expand_checkpoint(Checkpoint.open(base), base.parent / "pro", interleave(4, 2))
+    for step in (1, 2, 3):
+        write_step(base.parent / "run", Checkpoint.open(base.parent / "pro"), step)
+    return base.parent
+
+
+@pytest.fixture
+def pro(made: Path, tmp_path: Path) -> Path:
+    """A copy of the expanded model, with new layers 2 and 5."""
+    return shutil.copytree(made / "pro", tmp_path / "pro")
+
+
+@pytest.fixture
+def run_dir(made: Path, pro: Path) -> Path:
+    """A copy of the run, beside `pro`."""
+    return shutil.copytree(made / "run", pro.parent / "run")
 
 
 Convert = Callable[..., tuple[int, str, str]]
@@ -81,7 +87,7 @@ def test_expand_says_what_it_did_and_copies_companions(
 
 
 def test_expand_answers_one_json_object(convert: Convert, base: Path, tmp_path: Path) -> None:
-    """With --json nothing else is on standard output."""
+    """Nothing else is on standard output with --json."""
     status, out, _ = convert("expand", base, tmp_path / "pro", "--after", "0,3", "--json")
     found = json.loads(out)
     assert status == 0
@@ -111,39 +117,33 @@ def test_placements(
     assert (found["new_layers"], found["source_layers"]) == (new, sources)
 
 
-def test_small_shards_get_an_index(convert: Convert, base: Path, tmp_path: Path) -> None:
+def test_small_shards_get_an_index(convert: Convert, base: Path, pro: Path, tmp_path: Path) -> None:
     """--max-shard-gb splits the files; the weights are the same."""
-    words = ["expand", base, tmp_path / "pro", "--num-new-blocks", 2]
-    assert convert(*words, "--max-shard-gb", 0.0002)[0] == 0
-    assert len(list((tmp_path / "pro").glob("model-*-of-*.safetensors"))) > 2
-    assert (tmp_path / "pro" / "model.safetensors.index.json").exists()
-    convert("expand", base, tmp_path / "one", "--num-new-blocks", 2)
-    one, many = (Checkpoint.open(tmp_path / name) for name in ("one", "pro"))
-    assert one.sha256() == many.sha256()
+    words = ["expand", base, tmp_path / "many", "--num-new-blocks", 2]
+    assert convert(*words, "--max-shard-gb", 0.00003)[0] == 0
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
+    assert (tmp_path / "many" / "model.safetensors.index.json").exists()
+    assert Checkpoint.open(tmp_path / "many").sha256() == Checkpoint.open(pro).sha256()
 
 
-def test_inspect_shows_layers_and_origins(convert: Convert, base: Path, tmp_path: Path) -> None:
+def test_inspect_shows_layers_and_origins(convert: Convert, base: Path, pro: Path) -> None:
     """A base layer keeps its hash wherever it stands in the expanded model."""
-    convert("expand", base, tmp_path / "pro", "--num-new-blocks", 2)
     _, before, _ = convert("inspect", base, "--json")
-    _, after, _ = convert("inspect", tmp_path / "pro", "--json")
+    _, after, _ = convert("inspect", pro, "--json")
     rows = {row["part"]: row for row in json.loads(after)["rows"]}
     originals = {row["part"]: row for row in json.loads(before)["rows"]}
     assert rows["layer 2"]["origin"] == "new, copy of base 1"
     assert rows["layer 3"]["origin"] == "base 2"
     assert rows["layer 3"]["sha256"] == originals["layer 2"]["sha256"]
     assert rows["layer 2"]["sha256"] != originals["layer 1"]["sha256"]
-    status, text, _ = convert("inspect", tmp_path / "pro")
+    status, text, _ = convert("inspect", pro)
     assert status == 0
     assert "new, copy of base 1" in text and rows["layer 2"]["sha256"][:12] in text
 
 
-def test_verify_without_a_base_needs_only_the_record(
-    convert: Convert, base: Path, tmp_path: Path
-) -> None:
+def test_verify_without_a_base_needs_only_the_record(convert: Convert, pro: Path) -> None:
     """The base inside is hashed and compared with what expand recorded."""
-    convert("expand", base, tmp_path / "pro", "--num-new-blocks", 2)
-    status, out, _ = convert("verify", tmp_path / "pro")
+    status, out, _ = convert("verify", pro)
     assert status == 0
     assert "base intact" in out and "identity" in out
 
@@ -151,16 +151,28 @@ def test_verify_without_a_base_needs_only_the_record(
 def test_verify_refuses_another_base(
     convert: Convert,
     base: Path,
+    pro: Path,
     tmp_path: Path,
-    tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
 ) -> None:
     """Two models of one shape are told apart by their bytes."""
-    convert("expand", base, tmp_path / "pro", "--num-new-blocks", 2)
-    other = write_random_checkpoint(tmp_path / "other", tiny_config(), seed=3)
-    status, _, error = convert("verify", tmp_path / "pro", "--base", other)
+    config = Checkpoint.open(base).config
+    other = write_random_checkpoint(tmp_path / "other", config, seed=3)
+    status, _, error = convert("verify", pro, "--base", other)
     assert status == 2
     assert "this is another base" in error
+
+
+def test_verify_beside_transformers_answers_in_words(
+    base: Path, pro: Path, convert: Convert
+) -> None:
+    """Lines with the names of what was compared, and no key of the JSON object."""
+    pytest.importorskip("transformers")
+    status, out, _ = convert("verify", pro, "--base", base, "--hf", "--dtype", "bfloat16")
+    assert status == 0 and "logits bit-equal to the base's" in out
+    assert "bfloat16, 128 random tokens" in out and " nats per token; training's loss" in out
+    assert "\n  this implementation and transformers in fp32: logits differ by up to 0.0" in out
+    assert "_difference" not in out
 
 
 def test_verify_finds_nan(convert: Convert, base: Path, tmp_path: Path) -> None:
@@ -218,27 +230,6 @@ def test_an_unknown_option_exits_2_with_the_nearest(
 # ---- Runs ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run_dir(convert: Convert, base: Path, tmp_path: Path) -> Path:
-    """A run on `pro`, beside it, with training checkpoints of steps 1 to 3: its own blocks."""
-    convert("expand", base, tmp_path / "pro", "--num-new-blocks", 2)
-    pro = Checkpoint.open(tmp_path / "pro")
-    for step in (1, 2, 3):
-        info = BlocksInfo.of(pro.config, "new_blocks", step)
-        path = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
-        path.mkdir(parents=True)
-        specs = [t for t in pro.tensors.values() if is_in_layers(t.name, info.new_layers)]
-        write_blocks(
-            path / TRAINABLE_FILE, list(specs), lambda s: pro.tensors[s.name].chunks(), info
-        )
-        state = {"step": step, "tokens": 0, "eval": {}, "elapsed_s": 0, "settings": {}, "loss": 1.0}
-        (path / STATE_FILE).write_text(json.dumps(state))
-        for name in LISTED - {TRAINABLE_FILE, STATE_FILE}:
-            (path / name).write_bytes(b"some bytes")
-        write_manifest(path)
-    return tmp_path / "run"
-
-
 def last(run_dir: Path, step: int = 3) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
@@ -250,19 +241,21 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", sorted(LISTED))
 def test_merge_and_inspect_take_the_newest_intact_blocks(
-    convert: Convert, run_dir: Path, tmp_path: Path, name: str
+    convert: Convert, run_dir: Path, tmp_path: Path
 ) -> None:
     """Any file of the latest damaged: the one before it, and standard error says why."""
-    flip(last(run_dir) / name)
-    status, out, error = convert("merge", tmp_path / "pro", run_dir, tmp_path / "out", "--json")
-    assert status == 0 and json.loads(out)["step"] == 2
-    said = f"{last(run_dir) / name}: damaged: other bytes than were saved; taking step-00000002"
-    assert said in error
-    status, out, error = convert("inspect", run_dir, "--json")
-    assert status == 0 and json.loads(out)["record"]["step"] == 2
-    assert said in error
+    for name in LISTED:
+        flip(last(run_dir) / name)
+        words = ["merge", tmp_path / "pro", run_dir, tmp_path / f"out-{name}", "--json"]
+        status, out, error = convert(*words)
+        assert status == 0 and json.loads(out)["step"] == 2
+        said = f"{last(run_dir) / name}: damaged: other bytes than were saved; taking step-00000002"
+        assert said in error
+        status, out, error = convert("inspect", run_dir, "--json")
+        assert status == 0 and json.loads(out)["record"]["step"] == 2
+        assert said in error
+        flip(last(run_dir) / name)
 
 
 def test_an_intact_run_is_merged_without_a_word(
@@ -276,16 +269,17 @@ def test_an_intact_run_is_merged_without_a_word(
         assert status == 0 and json.loads(out)["step"] == 3 and "damaged" not in error
 
 
-@pytest.mark.parametrize("command", ["merge", "inspect"])
-@pytest.mark.parametrize("name", [*sorted(LISTED), MANIFEST_FILE])
 def test_a_damaged_training_checkpoint_is_refused_where_it_is_named(
-    convert: Convert, run_dir: Path, tmp_path: Path, command: str, name: str
+    convert: Convert, run_dir: Path, tmp_path: Path
 ) -> None:
     """No other one takes its place; nothing is written."""
-    (last(run_dir) / name).unlink()
-    words = ["merge", tmp_path / "pro", last(run_dir), tmp_path / "out"]
-    status, out, error = convert(*(words if command == "merge" else ["inspect", last(run_dir)]))
-    assert status == 2 and out == "" and f"{last(run_dir) / name}: missing" in error
+    step = last(run_dir)
+    for name in (*LISTED, MANIFEST_FILE):
+        (step / name).rename(tmp_path / name)
+        for words in (["merge", tmp_path / "pro", step, tmp_path / "out"], ["inspect", step]):
+            status, out, error = convert(*words)
+            assert status == 2 and out == "" and f"{step / name}: missing" in error
+        (tmp_path / name).rename(step / name)
     assert not (tmp_path / "out").exists()
 
 
@@ -348,17 +342,14 @@ def test_verify_compares_a_run_with_no_base(
     assert status == 2 and "has no training checkpoint yet" in error
 
 
-def test_inspect_refuses_a_record_of_odd_generations(
-    convert: Convert, base: Path, tmp_path: Path
-) -> None:
-    """What a stranger's config.json says of earlier expansions is checked before it is shown."""
-    convert("expand", base, tmp_path / "pro", "--num-new-blocks", 2)
-    file = tmp_path / "pro" / "config.json"
+def test_inspect_refuses_a_record_of_odd_generations(convert: Convert, pro: Path) -> None:
+    """A stranger's record of earlier expansions is checked before it is shown."""
+    file = pro / "config.json"
     config = json.loads(file.read_text())
     for generation in ({}, {"new_layers": 3, "source_layers": []}, {"new_layers": [1]}):
         config["llamapro"]["generations"] = [generation]
         file.write_text(json.dumps(config))
-        status, out, error = convert("inspect", tmp_path / "pro")
+        status, out, error = convert("inspect", pro)
         assert status == 2 and out == "" and f"{file}: generation 1 of" in error
 
 

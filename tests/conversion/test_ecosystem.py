@@ -1,9 +1,9 @@
-"""What `merge` writes is taken by other programs: transformers 4.57, llama.cpp and its converter.
+"""Other programs take what `merge` writes: transformers 4.57, llama.cpp and its converter.
 
     pip install llama-cpp-python     # from its source package, whose vendor/llama.cpp is kept:
     LLAMAPRO_LLAMA_CPP=.../vendor/llama.cpp \\
     LLAMAPRO_TRANSFORMERS_4_PYTHON=.../bin/python \\
-        python -m pytest -m ecosystem tests/test_ecosystem.py
+        python -m pytest -m ecosystem tests/conversion/test_ecosystem.py
 """
 
 import inspect
@@ -20,12 +20,10 @@ import pytest
 import torch
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint
 from llamapro.conversion.meta import from_meta
-from llamapro.expansion import insert_after, is_in_layers
+from llamapro.expansion import insert_after
 from llamapro.inference.sampling import generate
 from llamapro.text.tokenizer import Tokenizer
 
@@ -66,24 +64,20 @@ STORIES = ["Once upon a time", "One day, Lily went to the", "Tom had a big red"]
 TOKENS = 40
 
 
-def merged(base: Path, work: Path, noise: float) -> Path:
-    """Expands by two blocks, adds noise to them, and merges."""
-    opened = Checkpoint.open(base)
-    top = opened.config.num_hidden_layers - 1
-    expand_checkpoint(opened, work / "pro", insert_after(top + 1, [1, top]))
-    pro = Checkpoint.open(work / "pro")
-    info = BlocksInfo.of(pro.config, "new_blocks", 1)
-    generator = torch.Generator().manual_seed(1)
-    changed = {
-        name: tensor + noise * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in pro.state_dict().items()
-        if is_in_layers(name, info.new_layers)
-    }
-    specs = [TensorSpec(name, "F32", tuple(t.shape)) for name, t in changed.items()]
-    blocks = work / "blocks.safetensors"
-    write_blocks(blocks, specs, lambda spec: tensor_chunks(changed[spec.name]), info)
-    merge_checkpoint(pro, blocks, work / "merged")
-    return work / "merged"
+@pytest.fixture(scope="session")
+def merged(write_trained: Callable[..., Path]) -> Callable[[Path, Path, float], Path]:
+    """`merged(base, work, noise)`: expanded by two blocks, noise added to them, and merged."""
+
+    def merge(base: Path, work: Path, noise: float) -> Path:
+        opened = Checkpoint.open(base)
+        top = opened.config.num_hidden_layers - 1
+        expand_checkpoint(opened, work / "pro", insert_after(top + 1, [1, top]))
+        pro = Checkpoint.open(work / "pro")
+        blocks = write_trained(work / "blocks.safetensors", pro, noise)
+        merge_checkpoint(pro, blocks, work / "merged")
+        return work / "merged"
+
+    return merge
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +86,7 @@ def export(
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
     train_tokenizer: Callable[..., bytes],
+    merged: Callable[..., Path],
     shared: Path,
 ) -> Callable[[str], Path]:
     """`export(kind)`: a random model with a tokenizer of our own training, or Llama 3's ranks."""
@@ -116,7 +111,9 @@ def export(
 
 
 @pytest.fixture(scope="module")
-def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stories(
+    shared: Path, tmp_path_factory: pytest.TempPathFactory, merged: Callable[..., Path]
+) -> Path:
     """A trained model: Meta's layout, converted, expanded, its new blocks changed a little."""
     release = shared / "checkpoints" / "tinystories-1m"
     if not release.is_dir():
@@ -234,7 +231,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
 def test_gguf_has_our_ids_and_our_greedy_tokens(
     export: Callable[[str], Path], gguf: Callable[[Path], Any], kind: str
 ) -> None:
-    """From text to 40 tokens: code, runs of spaces, many scripts, names of control tokens."""
+    """The texts are code, runs of spaces, many scripts and names of control tokens."""
     path = export(kind)
     theirs, ours = gguf(path), Tokenizer.load(path)
     for text in TEXTS:
@@ -248,7 +245,7 @@ def test_gguf_has_our_ids_and_our_greedy_tokens(
 def test_gguf_writes_the_text_that_generate_prints(
     stories: Path, gguf: Callable[[Path], Any], root: Path
 ) -> None:
-    """Of a trained model, by the command; an empty prompt starts from BOS."""
+    """The model is a trained one, and our text comes from the command."""
     theirs = gguf(stories)
     for prompt in STORIES:
         line = [sys.executable, "-m", "llamapro.generate", stories, "--prompt", prompt, "--json"]
@@ -271,7 +268,7 @@ def test_gguf_writes_the_text_that_generate_prints(
 def test_gguf_names_the_tokens_that_begin_and_end_a_text(
     export: Callable[[str], Path], gguf: Callable[[Path], Any], kind: str
 ) -> None:
-    """And that one is put before every text, none after; Llama 3's cut of texts is recognised."""
+    """BOS comes before every text, EOS after none; Llama 3's pattern is recognised."""
     theirs, ours = gguf(export(kind)), Tokenizer.load(export(kind))
     assert (theirs.token_bos(), theirs.token_eos()) == (ours.bos_id, ours.eos_id)
     pattern = "llama-bpe" if kind == "llama 3" else "default"

@@ -1,4 +1,4 @@
-"""What `merge` writes is what transformers and vLLM read: classes, weights, files, token ids.
+"""transformers and vLLM read what `merge` writes: classes, weights, files, token ids.
 
 The same with transformers 4 and with llama.cpp is in test_ecosystem.py.
 """
@@ -20,13 +20,11 @@ import sentencepiece
 import torch
 
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint
 from llamapro.errors import DataError
-from llamapro.expansion import insert_after, is_in_layers
+from llamapro.expansion import insert_after
 from llamapro.inference.sampling import generate
 from llamapro.text.tokenizer import Tokenizer
 
@@ -86,6 +84,7 @@ def export(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
+    write_trained: Callable[..., Path],
     vocabulary: Path,
 ) -> Callable[..., Path]:
     """`export(kind, max_shard_bytes=...)`: expanded, its new blocks changed, and merged."""
@@ -100,16 +99,7 @@ def export(
         shutil.copyfile(vocabulary, base / "tokenizer.model")
         expand_checkpoint(Checkpoint.open(base), work / "pro", insert_after(4, [1, 3]))
         pro = Checkpoint.open(work / "pro")
-        info = BlocksInfo.of(pro.config, "new_blocks", 1)
-        generator = torch.Generator().manual_seed(1)
-        changed = {
-            name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
-            for name, tensor in pro.state_dict().items()
-            if is_in_layers(name, info.new_layers)
-        }
-        specs = [TensorSpec(name, "F32", tuple(t.shape)) for name, t in changed.items()]
-        blocks = work / "blocks.safetensors"
-        write_blocks(blocks, specs, lambda spec: tensor_chunks(changed[spec.name]), info)
+        blocks = write_trained(work / "blocks.safetensors", pro, 0.05)
         merge_checkpoint(pro, blocks, out, **options)
         return out
 
@@ -156,7 +146,7 @@ def test_auto_tokenizer_gives_our_ids(export: Callable[..., Path], kind: str) ->
 def test_auto_tokenizer_gives_our_ids_with_llama_2s_vocabulary(
     shared: Path, tmp_path: Path, tiny_config: Callable[..., Any]
 ) -> None:
-    """Whose runs of spaces have scores out of the order of their ids."""
+    """Its runs of spaces have scores out of the order of their ids."""
     file = shared / "tokenizers" / "llama-2" / "tokenizer.model"
     if not file.exists():
         pytest.skip(f"needs {file}")
@@ -177,19 +167,16 @@ def test_the_files_for_transformers_change_nothing_here(
 
 
 def test_a_model_trained_from_its_configuration_alone_has_a_tokenizer_by_the_usual_name(
-    export: Callable[..., Path], vocabulary: Path, tmp_path: Path
+    export: Callable[..., Path],
+    write_trained: Callable[..., Path],
+    vocabulary: Path,
+    tmp_path: Path,
 ) -> None:
-    """Whatever the file was called that the run was given."""
+    """The run may have been given a file of any name."""
     named = tmp_path / "mine.model"
     shutil.copyfile(vocabulary, named)
     start = Checkpoint.open(export("llama"))
-    tensors = start.state_dict()
-    write_blocks(
-        tmp_path / "trainable.safetensors",
-        list(start.tensors.values()),
-        lambda spec: tensor_chunks(tensors[spec.name]),
-        BlocksInfo.of(start.config, "all", 1),
-    )
+    write_trained(tmp_path / "trainable.safetensors", start, trainable="all")
     state = {"step": 1, "settings": {"model.tokenizer": str(named)}}
     (tmp_path / "state.json").write_text(json.dumps(state))
     config = start.path / "config.json"
@@ -202,17 +189,15 @@ def test_a_model_trained_from_its_configuration_alone_has_a_tokenizer_by_the_usu
 
 @pytest.mark.parametrize("says", [{}, {"torch_dtype": "bfloat16"}, {"dtype": "float16"}], ids=str)
 def test_an_assembled_models_config_says_the_dtype_it_is_stored_in(
-    export: Callable[..., Path], vocabulary: Path, tmp_path: Path, says: dict[str, str]
+    export: Callable[..., Path],
+    write_trained: Callable[..., Path],
+    vocabulary: Path,
+    tmp_path: Path,
+    says: dict[str, str],
 ) -> None:
-    """Whatever the run's own said: transformers loads the trained fp32 weights unrounded."""
+    """transformers loads the trained fp32 weights unrounded; the run may say another dtype."""
     start = Checkpoint.open(export("llama"))
-    tensors = start.state_dict()
-    write_blocks(
-        tmp_path / "trainable.safetensors",
-        list(start.tensors.values()),
-        lambda spec: tensor_chunks(tensors[spec.name]),
-        BlocksInfo.of(start.config, "all", 1),
-    )
+    write_trained(tmp_path / "trainable.safetensors", start, trainable="all")
     state = {"step": 1, "settings": {"model.tokenizer": str(vocabulary)}}
     (tmp_path / "state.json").write_text(json.dumps(state))
     raw = json.loads((start.path / "config.json").read_text())
@@ -224,7 +209,8 @@ def test_an_assembled_models_config_says_the_dtype_it_is_stored_in(
     written = json.loads((out / "config.json").read_text())
     assert {written.get(key, "float32") for key in ("torch_dtype", "dtype")} == {"float32"}
     loaded = theirs.state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    for name, tensor in start.state_dict().items():
+        assert torch.equal(loaded[name], tensor)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
@@ -293,20 +279,8 @@ def test_a_damaged_vocabulary_gets_no_files(
 def small_ranks() -> bytes:
     """BPE ranks whose longer tokens repeat, overlap, and end where others begin."""
     tokens = [bytes([byte]) for byte in range(256)]
-    words = (
-        " the",
-        "the",
-        " return",
-        "self",
-        "ing",
-        "        ",
-        "\n\n\n",
-        "1234",
-        "Grü",
-        "世界",
-        "aaaaa",
-    )
-    for word in words:
+    words = (" the", "the", " return", "self", "ing", "        ", "\n\n\n", "1234", "Grü", "世界")
+    for word in (*words, "aaaaa"):
         whole = word.encode()
         tokens += [whole[:end] for end in range(2, len(whole) + 1)]
     tokens += [b"urn", b"tu", b"el", b"lf", b"\xbc\xc3"]  # no merges of lower ones lead to "urn"
@@ -316,25 +290,35 @@ def small_ranks() -> bytes:
     )
 
 
-@pytest.fixture(scope="module", params=["small", "real"])
+@pytest.fixture(scope="module")
+def small_llama_3(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., Any]
+) -> Path:
+    """A directory written from small BPE ranks alone."""
+    home = tmp_path_factory.mktemp("small")
+    (home / "tokenizer.model").write_bytes(small_ranks())
+    (home / "out").mkdir()
+    write_companions(home / "out", tiny_config(), [home / "tokenizer.model"])
+    return home / "out"
+
+
+@pytest.fixture(params=["small", "real"])
 def llama_3(
     request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
+    small_llama_3: Path,
+    tmp_path: Path,
     tiny_config: Callable[..., Any],
     shared: Path,
 ) -> Path:
-    """A directory written from BPE ranks alone: small ones, and Llama 3's where they are."""
-    home = tmp_path_factory.mktemp(request.param)
-    file = shared / "tokenizers" / "llama-3" / "tokenizer.model"
+    """The same, and one of Llama 3's own ranks where they are."""
     if request.param == "small":
-        file = home / "tokenizer.model"
-        file.write_bytes(small_ranks())
-    elif not file.exists():
+        return small_llama_3
+    file = shared / "tokenizers" / "llama-3" / "tokenizer.model"
+    if not file.exists():
         pytest.skip(f"needs {file}; the small one of its kind is tested")
-    (home / "out").mkdir()
-    write_companions(home / "out", tiny_config(), [file])
-    assert (home / "out" / "original" / "tokenizer.model").read_bytes() == file.read_bytes()
-    return home / "out"
+    write_companions(tmp_path, tiny_config(), [file])
+    assert (tmp_path / "original" / "tokenizer.model").read_bytes() == file.read_bytes()
+    return tmp_path
 
 
 def test_auto_tokenizer_gives_tiktokens_ids_with_llama_3s_ranks(llama_3: Path) -> None:
@@ -365,21 +349,21 @@ def test_auto_tokenizer_gives_tiktokens_ids_with_llama_3s_ranks(llama_3: Path) -
 
 
 def test_llama_3s_directory_is_read_by_its_ranks(
-    llama_3: Path, monkeypatch: pytest.MonkeyPatch
+    small_llama_3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the tokenizers library; the fingerprint is that of the release's own file."""
+    """No tokenizers library is needed; the fingerprint is that of the release's own file."""
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    ours = Tokenizer.load(llama_3)
-    alone = Tokenizer.load(llama_3 / "original" / "tokenizer.model")
+    ours = Tokenizer.load(small_llama_3)
+    alone = Tokenizer.load(small_llama_3 / "original" / "tokenizer.model")
     assert ours.path == alone.path and ours.fingerprint == alone.fingerprint
     assert {file.name for file in ours.files} >= {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_directory_of_ranks_and_another_tokenizer_json_is_refused(
-    llama_3: Path, tmp_path: Path
+    small_llama_3: Path, tmp_path: Path
 ) -> None:
-    """As beside a sentencepiece file."""
-    shutil.copytree(llama_3, tmp_path / "copy")
+    """The two files of a directory must have one vocabulary."""
+    shutil.copytree(small_llama_3, tmp_path / "copy")
     raw = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
     vocab = raw["model"]["vocab"]
     vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
@@ -389,25 +373,20 @@ def test_a_directory_of_ranks_and_another_tokenizer_json_is_refused(
 
 
 def test_expand_merge_and_assemble_carry_llama_3s_ranks_along(
-    llama_3: Path,
+    small_llama_3: Path,
     tmp_path: Path,
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
+    write_trained: Callable[..., Path],
 ) -> None:
-    """Into `original` again, with the files that were made of them, none of them changed."""
+    """They go into `original` again; they and the files made of them keep their bytes."""
     base = write_random_checkpoint(tmp_path / "base", tiny_config())
     (base / "tokenizer.model").unlink()
-    shutil.copytree(llama_3, base, dirs_exist_ok=True)
+    shutil.copytree(small_llama_3, base, dirs_exist_ok=True)
     names = ("original/tokenizer.model", "tokenizer.json", "tokenizer_config.json")
     expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", insert_after(4, [1]))
     pro = Checkpoint.open(tmp_path / "pro")
-    blocks, tensors = tmp_path / "trainable.safetensors", pro.state_dict()
-    write_blocks(
-        blocks,
-        list(pro.tensors.values()),
-        lambda spec: tensor_chunks(tensors[spec.name]),
-        BlocksInfo.of(pro.config, "all", 1),
-    )
+    blocks = write_trained(tmp_path / "trainable.safetensors", pro, trainable="all")
     merge_checkpoint(pro, blocks, tmp_path / "merged")
     state = {"step": 1, "settings": {"model.tokenizer": str(base)}}
     (tmp_path / "state.json").write_text(json.dumps(state))
@@ -415,12 +394,12 @@ def test_expand_merge_and_assemble_carry_llama_3s_ranks_along(
     for result in ("pro", "merged", "assembled"):
         assert not (tmp_path / result / "tokenizer.model").exists()
         for name in names:
-            assert (tmp_path / result / name).read_bytes() == (llama_3 / name).read_bytes()
+            assert (tmp_path / result / name).read_bytes() == (small_llama_3 / name).read_bytes()
 
 
 # ---- vLLM --------------------------------------------------------------------------------------
 
-# Of vLLM's llama.py: pieces of a checkpoint that are rows of one parameter.
+# Pieces of a checkpoint that are rows of one parameter in vLLM's llama.py.
 STACKED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",

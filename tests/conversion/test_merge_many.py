@@ -12,9 +12,9 @@ import torch
 from llamapro import expansion
 from llamapro.checkpoints.base import base_config
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
+from llamapro.checkpoints.new_blocks import read_blocks, write_blocks
 from llamapro.checkpoints.run import STATE_FILE, TRAINABLE_FILE
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint, merge_many, strip_checkpoint
@@ -25,22 +25,7 @@ from llamapro.model import build_on_meta
 EVERY_2 = expansion.interleave(4, 2)  # layers 2 and 5 of 6 are new
 
 
-def write_file(
-    file: Path, expanded: Checkpoint, seed: int | None, dtype: torch.dtype = torch.float32
-) -> Path:
-    """A new-block file for this layout: random weights, or without a seed those of `expand`."""
-    info = BlocksInfo.of(expanded.config, "new_blocks", 10)
-    generator = torch.Generator().manual_seed(seed or 0)
-    tensors = {
-        name: stored.read() if seed is None else torch.randn(stored.shape, generator=generator)
-        for name, stored in expanded.tensors.items()
-        if expansion.is_in_layers(name, info.new_layers)
-    }
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_blocks(file, specs, lambda spec: tensor_chunks(tensors[spec.name]), info)
-    return file
+Write = Callable[..., Path]
 
 
 def layer_bytes(checkpoint: Checkpoint, index: int) -> dict[str, str]:
@@ -48,31 +33,49 @@ def layer_bytes(checkpoint: Checkpoint, index: int) -> dict[str, str]:
     return {name: tensor.sha256() for name, tensor in checkpoint.layer(index).items()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def base(
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     tiny_config: Callable[..., ModelConfig],
     write_random_checkpoint: Callable[..., Path],
 ) -> Checkpoint:
     config = tiny_config(hidden_size=16, intermediate_size=16)
-    path = write_random_checkpoint(tmp_path / "base", config)
+    path = write_random_checkpoint(tmp_path_factory.mktemp("merge") / "base", config)
     (path / "LICENSE.txt").write_text("be kind")
     (path / "README.md").write_text("# The base")
     return Checkpoint.open(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pro(base: Checkpoint) -> Checkpoint:
     """The base with two new blocks."""
     expand_checkpoint(base, base.path.parent / "pro", EVERY_2)
     return Checkpoint.open(base.path.parent / "pro")
 
 
+@pytest.fixture(scope="module")
+def files(pro: Checkpoint, write_trained: Write) -> list[Path]:
+    """Two new-block files that were trained on it."""
+    return [
+        write_trained(pro.path.parent / f"{seed}.safetensors", pro, 1.0, seed=seed)
+        for seed in (1, 2)
+    ]
+
+
+@pytest.fixture
+def copy(pro: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """A copy of the expanded model that a test may damage."""
+    shutil.copytree(pro.path, tmp_path / "pro")
+    return Checkpoint.open(tmp_path / "pro")
+
+
 def test_the_blocks_of_every_file_stand_on_their_base_layer_in_order(
-    base: Checkpoint, pro: Checkpoint, tmp_path: Path
+    base: Checkpoint, pro: Checkpoint, files: list[Path], tmp_path: Path
 ) -> None:
-    """4 layers and two files of 2 are 8; every block has the bytes of its file or of the base."""
-    files = [write_file(tmp_path / f"{seed}.safetensors", pro, seed) for seed in (1, 2)]
+    """4 layers and two files of 2 are 8; every block has the bytes of its file or of the base.
+
+    A later training treats the blocks of both files as one generation.
+    """
     found = merge_many(pro, files, tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     record = out.config.expansion
@@ -89,69 +92,58 @@ def test_the_blocks_of_every_file_stand_on_their_base_layer_in_order(
         assert layer_bytes(out, 6 + number) == layer_bytes(alone, 5)
     assert (out.path / "LICENSE.txt").read_text() == "be kind"
     assert verify(str(out.path))["base_intact"]
+    names = expansion.select_trainable(build_on_meta(out.config), "new_blocks")
+    assert {int(name.split(".")[2]) for name in names} == {2, 3, 6, 7}
 
 
 def test_files_of_other_layouts_of_the_same_base_fit_together(
-    base: Checkpoint, pro: Checkpoint, tmp_path: Path
+    base: Checkpoint, pro: Checkpoint, files: list[Path], tmp_path: Path, write_trained: Write
 ) -> None:
     """Each is put where it was in its own layout, with the source it names; below all as well."""
     layouts = [expansion.insert_after(4, [0, 1]), expansion.stack(4, 2, "prefix")]
-    files = [write_file(tmp_path / "pro.safetensors", pro, 1)]
+    merged = files[:1]
     for number, layout in enumerate(layouts):
         expand_checkpoint(base, tmp_path / f"pro{number}", layout)
         expanded = Checkpoint.open(tmp_path / f"pro{number}")
-        files.append(write_file(tmp_path / f"{number}.safetensors", expanded, 2 + number))
-    found = merge_many(pro, files, tmp_path / "out")
+        file = tmp_path / f"{number}.safetensors"
+        merged.append(write_trained(file, expanded, 1.0, seed=2 + number))
+    found = merge_many(pro, merged, tmp_path / "out")
     #                            new: prefix x2, base 0, 1 with two, 2, 3 with one
     assert found["new_layers"] == [0, 1, 3, 5, 6, 9]
     assert found["source_layers"] == [0, 1, 0, 1, 1, 3]
     out = Checkpoint.open(tmp_path / "out")
-    own = {tensor.name: tensor.sha256() for tensor in _tensors(files[1])}
+    own = {name: tensor.sha256() for name, tensor in read_header(merged[1]).items()}
     assert layer_bytes(out, 3)["mlp.up_proj.weight"] == own["model.layers.1.mlp.up_proj.weight"]
     assert layer_bytes(out, 6)["mlp.up_proj.weight"] == own["model.layers.3.mlp.up_proj.weight"]
     assert verify(str(out.path), str(base.path))["new_blocks"] == "trained"
 
 
-def _tensors(file: Path) -> list:
-    from llamapro.checkpoints.new_blocks import read_blocks
-
-    return list(read_blocks(file)[0].values())
-
-
 def test_untrained_blocks_of_two_files_leave_the_logits_as_they_are(
-    base: Checkpoint, pro: Checkpoint, tmp_path: Path
+    base: Checkpoint, pro: Checkpoint, tmp_path: Path, write_trained: Write
 ) -> None:
     """Identity after identity is the identity, to the bit."""
-    files = [write_file(tmp_path / f"{n}.safetensors", pro, None) for n in (1, 2)]
+    files = [write_trained(tmp_path / f"{n}.safetensors", pro) for n in (1, 2)]
     merge_many(pro, files, tmp_path / "out")
     found = verify(str(tmp_path / "out"), str(base.path))
     assert found["new_blocks"] == "identity" and found["logits_bit_equal"]
-
-
-def test_all_merged_blocks_train_as_one_generation(pro: Checkpoint, tmp_path: Path) -> None:
-    """What `train.py` would train on the result: the blocks of both files."""
-    files = [write_file(tmp_path / f"{seed}.safetensors", pro, seed) for seed in (1, 2)]
-    merge_many(pro, files, tmp_path / "out")
-    model = build_on_meta(Checkpoint.open(tmp_path / "out").config)
-    names = expansion.select_trainable(model, "new_blocks")
-    assert {int(name.split(".")[2]) for name in names} == {2, 3, 6, 7}
 
 
 def test_the_result_has_the_dtype_of_the_base(
     tmp_path: Path,
     tiny_config: Callable[..., ModelConfig],
     write_random_checkpoint: Callable[..., Path],
+    write_trained: Write,
 ) -> None:
     """fp32 masters become bf16, rounded to nearest."""
     config = tiny_config(hidden_size=16, intermediate_size=16)
     path = write_random_checkpoint(tmp_path / "base", config, torch.bfloat16)
     expand_checkpoint(Checkpoint.open(path), tmp_path / "pro", EVERY_2)
     pro = Checkpoint.open(tmp_path / "pro")
-    files = [write_file(tmp_path / f"{seed}.safetensors", pro, seed) for seed in (1, 2)]
+    files = [write_trained(tmp_path / f"{s}.safetensors", pro, 1.0, seed=s) for s in (1, 2)]
     merge_many(pro, files, tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     assert {tensor.dtype for tensor in out.tensors.values()} == {"BF16"}
-    master = next(t for t in _tensors(files[1]) if t.name == "model.layers.5.mlp.up_proj.weight")
+    master = read_header(files[1])["model.layers.5.mlp.up_proj.weight"]
     merged = out.tensors["model.layers.7.mlp.up_proj.weight"].read()
     assert torch.equal(merged, master.read().bfloat16())
 
@@ -177,35 +169,32 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
     base: Checkpoint,
     pro: Checkpoint,
     tmp_path: Path,
+    files: list[Path],
     write_random_checkpoint: Callable[..., Path],
+    write_trained: Write,
     case: str,
     kind: type[UserError],
     message: str,
 ) -> None:
     """The message names the file and why."""
-    good = write_file(tmp_path / "good.safetensors", pro, 1)
-    bad = tmp_path / "bad" / "bad.safetensors"
+    good, bad = files[0], tmp_path / "bad.safetensors"
     expanded, files = pro, [good, bad]
     if case == "other base":
         other = write_random_checkpoint(tmp_path / "other", base.config, seed=5)
         expand_checkpoint(Checkpoint.open(other), tmp_path / "other-pro", EVERY_2)
-        write_file(bad, Checkpoint.open(tmp_path / "other-pro"), 2)
+        write_trained(bad, Checkpoint.open(tmp_path / "other-pro"))
     elif case == "all weights":
-        bad.parent.mkdir()
-        specs = list(base.tensors.values())
-        info = BlocksInfo("all", "", (), 1)
-        write_blocks(bad, list(specs), lambda s: base.tensors[s.name].chunks(), info)
+        write_trained(bad, base, trainable="all")
     elif case == "twice":
-        files = [good, tmp_path / "bad" / ".." / "good.safetensors"]
-        (tmp_path / "bad").mkdir()
+        files = [good, good.parent / "pro" / ".." / good.name]
     elif case in ("no sources", "too high", "too many", "shape"):
         layout = expansion.insert_after(4, [1, 2])
         expand_checkpoint(base, tmp_path / "pro2", layout)
-        _rewrite(write_file(bad, Checkpoint.open(tmp_path / "pro2"), 2), case)
+        _rewrite(write_trained(bad, Checkpoint.open(tmp_path / "pro2")), case)
     elif case == "tokenizers":
         files = []
         for seed in (1, 2):
-            file = write_file(tmp_path / f"step{seed}" / TRAINABLE_FILE, pro, seed)
+            file = write_trained(tmp_path / f"step{seed}" / TRAINABLE_FILE, pro)
             state = {"identity": {"tokenizer": str(seed) * 64}}
             (file.parent / STATE_FILE).write_text(json.dumps(state))
             files.append(file)
@@ -218,8 +207,6 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
 
 def _rewrite(file: Path, case: str) -> None:
     """Writes the file anew with one thing wrong."""
-    from llamapro.checkpoints.new_blocks import read_blocks
-
     stored, info = read_blocks(file)
     tensors = {name: tensor.read() for name, tensor in stored.items()}
     if case == "no sources":
@@ -237,32 +224,31 @@ def _rewrite(file: Path, case: str) -> None:
 
 
 def test_a_file_without_sources_takes_those_of_its_own_layout(
-    pro: Checkpoint, tmp_path: Path
+    pro: Checkpoint, files: list[Path], tmp_path: Path
 ) -> None:
     """Files from before the sources were noted go into the checkpoint they were trained on."""
-    files = [write_file(tmp_path / f"{seed}.safetensors", pro, seed) for seed in (1, 2)]
-    for file in files:
+    old = [Path(shutil.copy(file, tmp_path)) for file in files]
+    for file in old:
         _rewrite(file, "no sources")
-    assert merge_many(pro, files, tmp_path / "out")["source_layers"] == [1, 1, 3, 3]
+    assert merge_many(pro, old, tmp_path / "out")["source_layers"] == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("what", ["merge", "strip"])
 def test_a_changed_base_is_found_and_nothing_written(
-    pro: Checkpoint, tmp_path: Path, what: str
+    copy: Checkpoint, files: list[Path], tmp_path: Path, what: str
 ) -> None:
     """One bit of a frozen weight: neither merged nor handed out as the base."""
-    stored = pro.tensors["model.layers.3.mlp.up_proj.weight"]
+    stored = copy.tensors["model.layers.3.mlp.up_proj.weight"]
     with open(stored.file, "r+b") as file:
         file.seek(stored.offset)
         byte = file.read(1)[0]
         file.seek(stored.offset)
         file.write(bytes([byte ^ 1]))
-    files = [write_file(tmp_path / f"{seed}.safetensors", pro, seed) for seed in (1, 2)]
     with pytest.raises(CheckpointError, match="base weights were changed"):
         if what == "merge":
-            merge_many(pro, files, tmp_path / "out")
+            merge_many(copy, files, tmp_path / "out")
         else:
-            strip_checkpoint(pro, tmp_path / "out")
+            strip_checkpoint(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -270,14 +256,13 @@ def test_a_changed_base_is_found_and_nothing_written(
 
 
 def test_stripping_gives_the_base_back_byte_for_byte(
-    base: Checkpoint, pro: Checkpoint, tmp_path: Path
+    base: Checkpoint, pro: Checkpoint, files: list[Path], tmp_path: Path
 ) -> None:
     """Tensors, configuration, companions and model card; as expanded, and with blocks of two."""
-    files = [write_file(tmp_path / f"{seed}.safetensors", pro, seed) for seed in (1, 2)]
     merge_many(pro, files, tmp_path / "merged")
-    for name in ("pro", "merged"):
-        found = strip_checkpoint(Checkpoint.open(tmp_path / name), tmp_path / f"{name}-base")
-        back = Checkpoint.open(tmp_path / f"{name}-base")
+    for path in (pro.path, tmp_path / "merged"):
+        found = strip_checkpoint(Checkpoint.open(path), tmp_path / f"{path.name}-base")
+        back = Checkpoint.open(tmp_path / f"{path.name}-base")
         assert found["sha256"] == back.sha256() == base.sha256()
         for file in ("model.safetensors", "config.json", "tokenizer.model", "LICENSE.txt"):
             assert (back.path / file).read_bytes() == (base.path / file).read_bytes(), file
@@ -288,12 +273,12 @@ def test_stripping_gives_the_base_back_byte_for_byte(
 
 
 def test_a_second_generation_is_merged_and_stripped_on_top_of_the_first(
-    pro: Checkpoint, tmp_path: Path
+    pro: Checkpoint, tmp_path: Path, write_trained: Write
 ) -> None:
     """Generation 1 keeps its record, renumbered; stripping generation 2 gives its bytes back."""
     expand_checkpoint(pro, tmp_path / "pro2", expansion.interleave(6, 3))
     second = Checkpoint.open(tmp_path / "pro2")
-    files = [write_file(tmp_path / f"{seed}.safetensors", second, seed) for seed in (1, 2)]
+    files = [write_trained(tmp_path / f"{s}.safetensors", second, 1.0, seed=s) for s in (1, 2)]
     merge_many(second, files, tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     record = out.config.expansion
@@ -311,28 +296,28 @@ def test_a_second_generation_is_merged_and_stripped_on_top_of_the_first(
     )
 
 
-@pytest.mark.parametrize("generation", [{}, {"new_layers": [2]}, {"new_layers": 3}])
-def test_impossible_generations_are_refused(
-    pro: Checkpoint, tmp_path: Path, generation: dict[str, object]
-) -> None:
-    """What a stranger's record says of the past: layers that are not there, or no list."""
-    file = pro.path / "config.json"
+def test_impossible_generations_are_refused(copy: Checkpoint) -> None:
+    """A stranger's record may name layers that are not there, or hold no list."""
+    file = copy.path / "config.json"
     config = json.loads(file.read_text())
-    config["llamapro"]["generations"] = [generation]
-    file.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="impossible generations"):
-        base_config(Checkpoint.open(pro.path))
+    for generation in ({}, {"new_layers": [2]}, {"new_layers": 3}):
+        config["llamapro"]["generations"] = [generation]
+        file.write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="impossible generations"):
+            base_config(Checkpoint.open(copy.path))
 
 
-@pytest.mark.parametrize("out", ["pro", ".", "files"])
-def test_neither_replaces_what_it_reads(pro: Checkpoint, tmp_path: Path, out: str) -> None:
-    """Whatever --force says."""
-    files = [write_file(tmp_path / "files" / f"{n}.safetensors", pro, n) for n in (1, 2)]
+def test_neither_replaces_what_it_reads(
+    copy: Checkpoint, tmp_path: Path, write_trained: Write
+) -> None:
+    """--force does not change that."""
+    files = [write_trained(tmp_path / "files" / f"{n}.safetensors", copy) for n in (1, 2)]
     for directory in (tmp_path, tmp_path / "files"):
-        shutil.copyfile(pro.path / "config.json", directory / "config.json")
-    with pytest.raises(ConfigError, match="choose another output"):
-        merge_many(pro, files, tmp_path / out, force=True)
-    if out != "files":
+        shutil.copyfile(copy.path / "config.json", directory / "config.json")
+    for out in ("pro", ".", "files"):
         with pytest.raises(ConfigError, match="choose another output"):
-            strip_checkpoint(pro, tmp_path / out, force=True)
-    assert Checkpoint.open(pro.path).sha256() == pro.sha256()
+            merge_many(copy, files, tmp_path / out, force=True)
+    for out in ("pro", "."):
+        with pytest.raises(ConfigError, match="choose another output"):
+            strip_checkpoint(copy, tmp_path / out, force=True)
+    assert Checkpoint.open(copy.path).sha256() == copy.sha256()

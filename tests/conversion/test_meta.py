@@ -220,15 +220,25 @@ def test_permutation_follows_its_index_formula() -> None:
     assert torch.equal(ops.halves_to_interleaved(new, H), old)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("shards", "rows", "rope", "extra"),
+    ("dtype", "shards", "rows", "rope", "extra"),
     [
-        (1, False, True, {}),
-        (2, False, True, {"vocab_size": -1, "n_kv_heads": None}),
-        (2, True, False, {"vocab_size": 400, "n_kv_heads": 2, "rope_theta": 500000.0}),
-        (8, False, True, {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3, "max_seq_len": 96}),
-        (8, True, True, {"rope_theta": 1e6, "ffn_dim_multiplier": None, "unknown": [1]}),
+        (torch.float32, 1, False, True, {}),
+        (torch.float16, 1, False, True, {}),
+        (torch.bfloat16, 1, False, True, {}),
+        (torch.float16, 2, False, True, {"vocab_size": -1, "n_kv_heads": None}),
+        (
+            *(torch.bfloat16, 2, True, False),
+            {"vocab_size": 400, "n_kv_heads": 2, "rope_theta": 500000.0},
+        ),
+        (
+            *(torch.bfloat16, 8, False, True),
+            {"n_kv_heads": 2, "ffn_dim_multiplier": 1.3, "max_seq_len": 96},
+        ),
+        (
+            *(torch.float32, 8, True, True),
+            {"rope_theta": 1e6, "ffn_dim_multiplier": None, "unknown": [1]},
+        ),
     ],
 )
 def test_round_trip_gives_back_every_byte(
@@ -300,7 +310,7 @@ def test_config_json_says_what_the_release_says(
 def test_a_given_context_length_wins_and_the_round_trip_keeps_params(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With and without max_seq_len: config.json has the option's, the release's params stay."""
+    """config.json has the option's value; the params stay, with or without max_seq_len."""
     for name, extra in {"a": {}, "b": {"max_seq_len": 96}, "c": {"max_seq_len": None}}.items():
         source = release(tmp_path / name, **extra)
         from_meta(source, tmp_path / f"hf_{name}", None, max_position_embeddings=4096)
@@ -350,11 +360,10 @@ def rank_lines(tokens: list[bytes]) -> bytes:
     return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(every))
 
 
-def test_bpe_ranks_give_llama_3s_special_ids_and_come_back(tmp_path: Path, shared: Path) -> None:
+def test_bpe_ranks_give_llama_3s_special_ids_and_come_back(tmp_path: Path) -> None:
     """BOS and EOS are the first two ids after the ranks, whose file the round trip keeps."""
     source = release(tmp_path / "release")
-    ranks = shared / "tokenizers" / "llama-3" / "tokenizer.model"
-    text = ranks.read_bytes() if ranks.is_file() else rank_lines([b"ab", b"abc"])
+    text = rank_lines([b"ab", b"abc"])
     (source / "tokenizer.model").write_bytes(text)
     from_meta(source, tmp_path / "out", None)
     config = ModelConfig.from_file(tmp_path / "out" / "config.json")
@@ -414,7 +423,7 @@ def test_only_a_small_part_of_the_release_is_resident(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shapes are learned without reading data, and what was written is unmapped again."""
-    params = {"dim": 256, "n_layers": 6, "n_heads": 8, "multiple_of": 256, "norm_eps": 1e-5}
+    params = {"dim": 256, "n_layers": 5, "n_heads": 8, "multiple_of": 256, "norm_eps": 1e-5}
     source = write_release(tmp_path / "release", params, make_tensors(params, vocab=4000))
     whole = (source / "consolidated.00.pth").stat().st_size
     monkeypatch.setattr(meta_release, "REMAP_BYTES", 1 << 20)
@@ -440,7 +449,7 @@ def test_only_a_small_part_of_the_release_is_resident(
 
     monkeypatch.setattr(meta, "write_checkpoint", watched)
     from_meta(source, tmp_path / "out", None)
-    assert whole > 24 << 20
+    assert whole > 20 << 20
     assert resident[0] < 4 << 20  # the norms, compared between shards, and the pages around them
     # Two threads hold a tensor each, at most the embedding of 4 MiB, beside what is still mapped.
     assert max(resident) < 12 << 20
@@ -621,7 +630,7 @@ def test_the_source_is_never_its_own_output(tmp_path: Path) -> None:
 
 
 def test_an_existing_release_is_replaced_only_with_force(tmp_path: Path) -> None:
-    """Without force the output stays; with it, what was there is gone."""
+    """The output stays without force and is replaced with it."""
     from_meta(release(tmp_path / "two", shards=2), tmp_path / "hf", None)
     release(tmp_path / "out", shards=4, n_layers=1)
     with pytest.raises(ConfigError, match="--force"):
@@ -766,7 +775,7 @@ def test_llama_3_releases_compute_metas_formula_in_transformers_too(
 def test_a_vocabulary_of_llama_3s_size_tells_context_and_control_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where params.json has no max_seq_len, and the tokenizer is not there."""
+    """Neither max_seq_len nor the tokenizer is there."""
     params = {"dim": 8, "n_layers": 1, "n_heads": 2, "multiple_of": 8, "norm_eps": 1e-5}
     tensors = make_tensors(params, vocab=128256, rope=False)
     from_meta(write_release(tmp_path / "release", params, tensors), tmp_path / "out", None)

@@ -9,8 +9,8 @@ import pytest
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.run import LISTED, STATE_FILE, TRAINABLE_FILE, write_manifest
+from llamapro.checkpoints.new_blocks import BlocksInfo
+from llamapro.checkpoints.run import STATE_FILE
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint, merge_many
@@ -46,42 +46,38 @@ LOG = [
 ]
 
 
-def write_run(path: Path, expanded: Checkpoint, state: dict[str, Any]) -> Path:
-    """A run of 100 steps, with the weights that `expand` gave it; returns its new-block file."""
-    step = path / "checkpoints" / "step-00000100"
-    step.mkdir(parents=True)
-    info = BlocksInfo.of(expanded.config, "new_blocks", 100)
-    specs = [
-        tensor
-        for tensor in expanded.tensors.values()
-        if expansion.is_in_layers(tensor.name, info.new_layers)
-    ]
-    chunks_of = lambda spec: expanded.tensors[spec.name].chunks()  # noqa: E731
-    write_blocks(step / TRAINABLE_FILE, list(specs), chunks_of, info)
-    for name in LISTED - {TRAINABLE_FILE}:
-        (step / name).write_bytes(b"")
-    (step / STATE_FILE).write_text(json.dumps(state))
-    write_manifest(step)
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
-    return step / TRAINABLE_FILE
+Write = Callable[..., Path]
 
 
 @pytest.fixture
+def write_run(write_step: Write, pro: Checkpoint) -> Write:
+    """`write_run(path)`: a run of 100 steps with its log; returns its new-block file."""
+
+    def write(path: Path) -> Path:
+        file = write_step(path, pro, 100, STATE)
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="module")
 def pro(
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     tiny_config: Callable[..., ModelConfig],
-    write_random_checkpoint: Callable[..., Path],
+    write_random_checkpoint: Write,
 ) -> Checkpoint:
     """A base with a name and a card of its own, expanded by two blocks."""
+    home = tmp_path_factory.mktemp("card")
     config = tiny_config(hidden_size=16, intermediate_size=16, _name_or_path="jo/tiny-llama")
-    base = write_random_checkpoint(tmp_path / "base", config)
+    base = write_random_checkpoint(home / "base", config)
     (base / "README.md").write_text("# Tiny Llama\nlicence: be kind\n")
-    expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", expansion.interleave(4, 2))
-    return Checkpoint.open(tmp_path / "pro")
+    expand_checkpoint(Checkpoint.open(base), home / "pro", expansion.interleave(4, 2))
+    return Checkpoint.open(home / "pro")
 
 
 def merged_card(pro: Checkpoint, run: Path) -> str:
-    out = pro.path.parent / "tiny-llama-code"
+    out = run.parent / "tiny-llama-code"
     merge_checkpoint(pro, run, out)
     return (out / "README.md").read_text()
 
@@ -93,10 +89,10 @@ def rows(card: str) -> list[list[str]]:
 
 
 def test_the_card_tells_base_blocks_data_settings_and_losses(
-    pro: Checkpoint, tmp_path: Path
+    pro: Checkpoint, tmp_path: Path, write_run: Write
 ) -> None:
     """Everything the run knows, and nothing of whose machine it was."""
-    write_run(tmp_path / "run", pro, STATE)
+    write_run(tmp_path / "run")
     card = merged_card(pro, tmp_path / "run")
     front, page = card.removeprefix("---\n").split("---\n", 1)
     assert front.splitlines() == [
@@ -123,12 +119,7 @@ def test_the_card_tells_base_blocks_data_settings_and_losses(
     ):
         assert row in rows(page)
     assert "home" not in card
-
-
-def test_the_base_s_own_card_stays_beside_the_new_one(pro: Checkpoint, tmp_path: Path) -> None:
-    """From expand on it travels under another name, and the new card says so."""
-    write_run(tmp_path / "run", pro, STATE)
-    card = merged_card(pro, tmp_path / "run")
+    # From expand on, the base's own card travels under another name.
     for path in (pro.path, tmp_path / "tiny-llama-code"):
         assert (path / "BASE_README.md").read_text() == "# Tiny Llama\nlicence: be kind\n"
     assert not (pro.path / "README.md").exists()
@@ -136,10 +127,10 @@ def test_the_base_s_own_card_stays_beside_the_new_one(pro: Checkpoint, tmp_path:
 
 
 def test_a_new_block_file_alone_gives_a_card_without_training(
-    pro: Checkpoint, tmp_path: Path
+    pro: Checkpoint, tmp_path: Path, write_run: Write
 ) -> None:
     """Beside other files too: only a training checkpoint's own state is its story."""
-    file = write_run(tmp_path / "run", pro, STATE)
+    file = write_run(tmp_path / "run")
     (tmp_path / "shared").mkdir()
     file.rename(tmp_path / "shared" / "code.safetensors")
     (tmp_path / "shared" / STATE_FILE).write_text(json.dumps(STATE))
@@ -156,16 +147,16 @@ def test_what_was_evaluated_before_training_only_is_no_result(pro: Checkpoint) -
 
 
 def test_a_set_without_a_first_loss_shows_no_change(pro: Checkpoint) -> None:
-    """As when the log is gone."""
+    """The log may be gone."""
     training = Training(BlocksInfo.of(pro.config, "new_blocks", 100), STATE, {})
     assert ["general", "-", "2.250 (9.49)", "-"] in rows(render("x", pro.config, [training], False))
 
 
 def test_several_files_say_that_they_were_not_measured_together(
-    pro: Checkpoint, tmp_path: Path
+    pro: Checkpoint, tmp_path: Path, write_run: Write
 ) -> None:
     """Each has its own section."""
-    files = [write_run(tmp_path / f"run{number}", pro, STATE) for number in (1, 2)]
+    files = [write_run(tmp_path / f"run{number}") for number in (1, 2)]
     merge_many(pro, files, tmp_path / "both")
     card = (tmp_path / "both" / "README.md").read_text()
     assert "## Training of new-block file 1" in card and "file 2" in card
@@ -174,10 +165,10 @@ def test_several_files_say_that_they_were_not_measured_together(
 
 
 def test_a_damaged_story_does_not_keep_the_blocks_from_being_merged(
-    pro: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pro: Checkpoint, tmp_path: Path, write_run: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A broken log, or a state that is no JSON: said on standard error, and left out."""
-    file = write_run(tmp_path / "run", pro, STATE)
+    file = write_run(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text("no JSON\n{}\n")
     card = merged_card(pro, tmp_path / "run")
     assert "metrics.jsonl:1: expected a JSON object" in capsys.readouterr().err
@@ -198,7 +189,7 @@ def test_a_damaged_story_does_not_keep_the_blocks_from_being_merged(
 def test_a_stranger_s_state_of_any_shape_makes_a_card(
     pro: Checkpoint, state: dict[str, Any]
 ) -> None:
-    """What is of another kind than it should be is left out."""
+    """Entries of a wrong type are left out."""
     training = Training(BlocksInfo.of(pro.config, "new_blocks", 100), state, {})
     assert training.tokenizer is None
     assert "100 optimizer steps." in render("x", pro.config, [training], False)
