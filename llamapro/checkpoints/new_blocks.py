@@ -44,8 +44,7 @@ class BlocksInfo:
         base_sha256: hash of the frozen base; "" if all was trained or nothing was expanded.
         new_layers: the layers that are new blocks; empty in the same cases.
         step: optimizer steps made.
-        source_layers: the base layer that each new block was copied from; empty in the same cases,
-            and in files from before this was recorded.
+        source_layers: the base layer that each new block was copied from; empty in old files too.
     """
 
     trainable: str
@@ -171,8 +170,7 @@ def check_blocks(
 ) -> None:
     """Raises CheckpointError unless the file was trained on exactly this expanded model.
 
-    Args:
-        expected: name -> shape of every tensor that must be in the file.
+    `expected` is the shape of every tensor that must be in the file.
     """
 
     problems, record = Problems(limit=5), config.expansion

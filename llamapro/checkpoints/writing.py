@@ -28,12 +28,8 @@ def write_safetensors(
 ) -> None:
     """Writes one safetensors file, tensor after tensor.
 
-    Args:
-        file: the file to create.
-        specs: its tensors, in order.
-        chunks_of: returns a tensor's bytes in pieces; each is written before the next is asked for.
-        metadata: texts for the header.
-        threads: how many tensors are written at a time; with 1, `chunks_of` is called in order.
+    `chunks_of` returns a tensor's bytes in pieces; each is written before the next is asked for.
+    With one thread it is called in the order of `specs`. The header takes `metadata`, texts.
 
     Raises:
         OSError: the file cannot be written; `filename` names it.
@@ -96,11 +92,8 @@ def write_checkpoint(
 ) -> None:
     """Writes `model*.safetensors`, with Hugging Face's index if it takes more than one file.
 
-    Args:
-        directory: an existing directory, usually from `files.output_directory`.
-        specs, chunks_of: as for `write_safetensors`; two threads call `chunks_of`.
-        max_shard_bytes: largest file, unless a single tensor is larger.
-        label: of the progress bar.
+    `directory` must exist. Two threads call `chunks_of`. A file is larger than `max_shard_bytes`
+    only if a single tensor is.
     """
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:

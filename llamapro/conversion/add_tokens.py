@@ -68,14 +68,9 @@ def check_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> Non
 def add_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
     """Writes control tokens into a checkpoint's tokenizer files; `check_tokens` comes before.
 
-    If the base's embedding has more rows than its tokenizer has tokens, the rows between get names
-    too ("<|unused_32000|>"), because the tokenizers library numbers tokens without a gap, whatever
-    ids a file says.
-
-    Args:
-        directory: the checkpoint that is being written, after `write_companions`.
-        tokens: their names.
-        vocab_size: rows of the base's embedding, which is the id of the first token.
+    `vocab_size` is the number of rows of the base's embedding, and so the id of the first token. If
+    the base's tokenizer has fewer tokens, the rows between get names too ("<|unused_32000|>"),
+    because the tokenizers library numbers tokens without a gap, whatever ids a file says.
     """
     files = _changed_files(directory, tokens, vocab_size)
     for kept in _kept_files(directory)[::-1]:  # of an expansion before

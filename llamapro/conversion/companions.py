@@ -34,17 +34,11 @@ SPACE = "\u2581"
 def tokenizer_files(model_file: Path, max_length: int | None = None) -> dict[str, dict[str, Any]]:
     """Returns the files for transformers beside a `tokenizer.model`, file name -> JSON object.
 
-    The ids of plain text are those of sentencepiece or tiktoken. The name of a control token in a
-    text becomes that token, as everywhere in transformers, and no space is put after it.
-
-    Args:
-        model_file: a `tokenizer.model`, of sentencepiece or of Llama 3's BPE ranks.
-        max_length: the model's context in tokens, written into Llama 3's files.
-
-    Returns:
-        `tokenizer_config.json`, and `tokenizer.json` if the model can be written as one: ranks, or
-        BPE that changes a text only by one space before it, as LLaMA's. Nothing for a damaged file
-        or one of another kind.
+    They are `tokenizer_config.json`, and `tokenizer.json` if the model can be written as one: Llama
+    3's ranks, or BPE that changes a text only by one space before it, as LLaMA's. A damaged file
+    gets none. The ids of plain text are those of sentencepiece or tiktoken. The name of a control
+    token in a text becomes that token, as everywhere in transformers. `max_length` is the model's
+    context in tokens, written into Llama 3's files.
     """
     from sentencepiece import SentencePieceProcessor
 

@@ -32,13 +32,11 @@ def expand_checkpoint(
     """Writes the expanded checkpoint and verifies it before it appears under its name.
 
     Args:
-        base: the checkpoint to expand.
-        out_dir: the directory to create.
+        base, out_dir: the checkpoint to expand, and the directory to create.
         layout: where the new blocks go (`llamapro.expansion`).
         force: replace an existing checkpoint, once the new one is complete.
         max_shard_bytes: largest safetensors file.
-        new_tokens: control tokens that are added to the vocabulary; their ids follow the base's
-            `vocab_size` rows (`llamapro.conversion.add_tokens`).
+        new_tokens: control tokens to add; their ids follow the base's `vocab_size` rows.
 
     Returns:
         JSON-able: layers, new_layers, source_layers, new_tokens (name -> id) and bytes of the

@@ -71,11 +71,6 @@ def compare_with_hf(
     Hugging Face's results in this dtype are also compared with its own in fp32: that difference is
     the noise of rounding alone. Memory holds two copies of the model, one of them in fp32.
 
-    Args:
-        path: a checkpoint directory, or `hf://owner/name`.
-        dtype: of the computation; None takes the checkpoint's.
-        seed: of the random token ids.
-
     Returns:
         JSON-able: path, transformers (its version), dtype, tokens, loss (mean, nats per token),
         training_loss_difference (of the loss that training computes in chunks), and for each of

@@ -59,18 +59,15 @@ def merge_checkpoint(
 ) -> dict[str, Any]:
     """Writes the expanded model with its trained blocks, in its own dtype, and a model card.
 
-    Args:
-        expanded: the checkpoint the run started from.
-        blocks_path: a run directory, a training checkpoint, or a new-block file.
-        out_dir, force, max_shard_bytes: as for `expand_checkpoint`.
+    `blocks_path` is a run directory, a training checkpoint or a new-block file; the other arguments
+    are those of `expand_checkpoint`.
 
     Returns:
         JSON-able: path, blocks (the file used), step, tensors_replaced, bytes, base_intact.
 
     Raises:
         ConfigError: as `expand_checkpoint`.
-        CheckpointError: the blocks belong to another base, do not fit, or the base inside
-            `expanded` was changed.
+        CheckpointError: the blocks belong to another base or do not fit, or the base was changed.
     """
     file = find_blocks(blocks_path)
     refuse_source(out_dir, expanded.path, file)
@@ -205,13 +202,9 @@ class _NewBlocks(NamedTuple):
 def merge_many(
     expanded: Checkpoint, blocks_paths: Sequence[Path], out_dir: Path, force: bool = False
 ) -> dict[str, Any]:
-    """Writes the base with the new blocks of several files, and a model card beside it.
+    """Writes the base inside `expanded` with the new blocks of several files, and a model card.
 
-    Args:
-        expanded: an expanded checkpoint; only the base inside it is used.
-        blocks_paths: run directories, training checkpoints or new-block files, all trained on this
-            base, in any layouts.
-        out_dir, force: as for `expand_checkpoint`.
+    The files may have been trained in any layouts, as long as they have the same base.
 
     Returns:
         JSON-able: path, blocks (the files used), steps (of each), layers, new_layers,
@@ -346,8 +339,7 @@ def strip_checkpoint(expanded: Checkpoint, out_dir: Path, force: bool = False) -
     it added.
 
     Returns:
-        JSON-able: path, layers, removed_layers, removed_tokens (how many), sha256 (the base's, as
-        recorded), bytes.
+        JSON-able: path, layers, removed_layers, removed_tokens (a count), bytes, sha256.
 
     Raises:
         ConfigError: as `expand_checkpoint`.

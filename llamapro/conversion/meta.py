@@ -52,9 +52,8 @@ def from_meta(
         out_dir: the directory to create; it appears only once it is complete.
         dtype: of the result; None keeps each tensor's own.
         force: replace an existing checkpoint, once the new one is complete.
-        max_position_embeddings: the context length (Llama 2: 4096); None for `max_seq_len` of
-            `params.json`; if that has none, as in most releases, 8192 for Llama 3, 131072 from 3.1
-            on, else 2048.
+        max_position_embeddings: the context length; None for `max_seq_len` of `params.json`, else
+            8192 for Llama 3, 131072 from 3.1 on, and 2048 for others.
 
     Returns:
         JSON-able: parameters and bytes of the result, shards read, dtype.
@@ -120,15 +119,10 @@ def to_meta(
     """Writes a checkpoint in Meta's release layout: the way back from `from_meta`.
 
     Meta's code loads the result; its tensors are those of the release, but for `rope.freqs`, which
-    that code computes itself. One shard is held in memory while it is written: the whole model if
-    there is only one. Meta's layout has no tied embeddings (output.weight repeats them), no context
-    length and no record of new blocks. A checkpoint that is not from `from_meta` gets params that
-    follow from its `config.json`, and the embedding split by columns.
-
-    Args:
-        ckpt_dir: a checkpoint directory, or `hf://owner/name`.
-        out_dir, force: as for `from_meta`.
-        shards: model-parallel shards; None for as many as the release had, or 1.
+    that code computes itself. Memory holds one shard. Meta's layout has no tied embeddings
+    (output.weight repeats them), no context length and no record of new blocks. A checkpoint of
+    other origin gets params that follow from its `config.json`, and the embedding split by columns.
+    `shards` is None for as many as the release had, or 1.
 
     Returns:
         JSON-able: parameters, bytes written, shards, dtype.
@@ -273,10 +267,10 @@ def _check_count(shards: int, recorded: int, config: ModelConfig) -> None:
     """Refuses a number of shards that cuts a head, or a matrix, into unequal parts."""
     H, KV, C = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
     rest = math.gcd(C, config.intermediate_size, config.vocab_size)
+    common = math.gcd(rest, H, KV)
     # A release may itself split a key/value head over its shards.
-    common = math.gcd(rest, KV * config.head_dim) if shards == recorded else math.gcd(rest, H, KV)
-    if shards < 1 or common % shards:
-        common = math.gcd(rest, H, KV)
+    allowed = math.gcd(rest, KV * config.head_dim) if shards == recorded else common
+    if shards < 1 or allowed % shards:
         fitting = [n for n in range(1, min(common, 99) + 1) if common % n == 0]
         raise ConfigError(
             f"--shards {shards}: must divide num_attention_heads {H}, num_key_value_heads {KV}, "

@@ -48,9 +48,7 @@ _FLOATS = {dtype for dtype in DTYPE_CODES if dtype.is_floating_point}
 def tensor_names(num_layers: int, split: str) -> dict[str, tuple[str, int | None]]:
     """Returns Meta's name -> (Hugging Face's name, split dimension) for all tensors.
 
-    Args:
-        num_layers: of the model.
-        split: how the embedding is split over shards, "columns" (LLaMA 1 and 2) or "rows".
+    `split` says how the embedding is split over shards: "columns" (LLaMA 1 and 2) or "rows".
     """
     names = dict(_OUTSIDE)
     if split == "rows":
@@ -64,10 +62,7 @@ def tensor_names(num_layers: int, split: str) -> dict[str, tuple[str, int | None
 class Shards:
     """The `.pth` files of a release, mapped: names and shapes are there, data is read on use.
 
-    Attributes:
-        directory: the release.
-        files: one file per shard.
-        tensors: `tensors[k]` maps names to shard k's tensors, each a slice or a copy.
+    `tensors[k]` maps names to the tensors of shard k, each a slice or a copy.
 
     Raises:
         CheckpointError: a shard is missing, damaged, or holds more than plain tensors.
@@ -125,10 +120,8 @@ class Shards:
     ) -> None:
         """Compares every part with its share of the full shape, and the copies with each other.
 
-        Args:
-            expected: name -> (full shape, dimension it is split along or None for copies); a
-                tensor that is not in it must be the same in all shards.
-            config: of the model; `rope.freqs`, where there is one, must follow from it.
+        `expected` is name -> (full shape, dimension it is split along, or None for copies). Any
+        other tensor must be the same in all shards; `rope.freqs` must follow from `config`.
 
         Raises:
             CheckpointError: naming the file and tensor of everything that does not fit.
@@ -175,16 +168,14 @@ def read_params(file: Path) -> dict[str, Any]:
         reason = str(error).removeprefix(f"{file}: ")
         raise ConfigError(f"{file}: not readable as a release's parameters ({reason})") from None
     wrong = Problems()
-    whole = ("dim", "n_layers", "n_heads", "multiple_of", "n_kv_heads", "max_seq_len")
     optional = ("n_kv_heads", "max_seq_len", "rope_theta", "ffn_dim_multiplier")
-    for key in (*whole, "norm_eps", "rope_theta", "ffn_dim_multiplier"):
-        value, kind = params.get(key), (int if key in whole else (int, float))
-        kind_name = "a whole number" if key in whole else "a number"
+    for key in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps", *optional):
+        value, is_real = params.get(key), key in ("norm_eps", "rope_theta", "ffn_dim_multiplier")
         if value is None and key in optional:
             continue
         # Python's JSON reads NaN and Infinity; neither is a size.
-        if type(value) is bool or not isinstance(value, kind) or not 0 < value < math.inf:
-            wrong.add(f"{key} is {value!r}, expected {kind_name} above 0")
+        if type(value) not in ((int, float) if is_real else (int,)) or not 0 < value < math.inf:
+            wrong.add(f"{key} is {value!r}, expected a {'' if is_real else 'whole '}number above 0")
     if (scaled := params.get("use_scaled_rope")) not in (None, False, True):
         wrong.add(f"use_scaled_rope is {scaled!r}, expected true or false")
     wrong.check(ConfigError, str(file))
@@ -218,11 +209,6 @@ def describe(
     params: dict[str, Any], shards: Shards, max_position_embeddings: int | None
 ) -> tuple[dict[str, Any], str]:
     """Returns the `config.json` of a release and how its embedding is split over shards.
-
-    Args:
-        params: from `read_params`.
-        shards: its files.
-        max_position_embeddings: the context length; None for what `params` say.
 
     Raises:
         ConfigError: `max_position_embeddings` is below 1.

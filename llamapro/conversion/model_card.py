@@ -87,13 +87,9 @@ class Training:
 def write_card(
     directory: Path, title: str, config: ModelConfig, trainings: Sequence[Training]
 ) -> None:
-    """Writes the model card of a merged checkpoint.
+    """Writes the model card of a merged checkpoint, whose companions are in the directory.
 
-    Args:
-        directory: the merged checkpoint that is being written; its companions are there.
-        title: the model's name.
-        config: the merged model's configuration.
-        trainings: one for each new-block file, in the order they were given.
+    `trainings` has one entry for each new-block file, in the order they were given.
     """
     text = render(title, config, trainings, (directory / BASE_CARD_FILE).exists())
     (directory / CARD_FILE).write_text(text, encoding="utf-8")
@@ -143,10 +139,8 @@ def render(
     if has_base_card:
         page += [f"The base's own model card, with its licence, is `{BASE_CARD_FILE}`.", ""]
     for number, training in enumerate(trainings, 1):
-        heading = (
-            "## Training" if len(trainings) == 1 else f"## Training of new-block file {number}"
-        )
-        page += [heading, "", *_training(training)]
+        which = f" of new-block file {number}" if len(trainings) > 1 else ""
+        page += [f"## Training{which}", "", *_training(training)]
     if len(trainings) > 1:
         page += [
             "Each file was trained and measured on the base alone. What the blocks do together was "
@@ -167,7 +161,9 @@ def _training(training: Training) -> list[str]:
     for label, found in data.items() if isinstance(data, dict) else ():
         kind, _, path = label.partition(" ")
         about = found if isinstance(found, dict) else {}
-        rows.append((kind, _last_part(path), about.get("tokens"), str(about.get("sha256"))[:16]))
+        # The last part alone, without the folders of a user; or the name of a validation set.
+        source = path.rstrip("/").rpartition("/")[2]
+        rows.append((kind, source, about.get("tokens"), str(about.get("sha256"))[:16]))
     if rows:
         lines += [*_table(("data", "source", "tokens", "sha256"), rows), ""]
     if rows := [(key, settings[key]) for key in SETTINGS if key in settings]:
@@ -191,11 +187,6 @@ def _numbers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
 
 def _loss(loss: float | None) -> str | None:
     return None if loss is None else f"{loss:.3f} ({perplexity(loss):.2f})"
-
-
-def _last_part(path: str) -> str:
-    """Returns a validation set's name, or the last part of a path: no folder of a user."""
-    return path.rstrip("/").rpartition("/")[2]
 
 
 def _cell(value: Any) -> str:

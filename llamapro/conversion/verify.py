@@ -114,14 +114,12 @@ def verify_run(path: str | Path) -> dict[str, Any]:
 def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, Any]:
     """Reads every byte of a checkpoint, and checks the base inside if it is expanded.
 
-    Args:
-        path: the checkpoint, or `hf://owner/name`.
-        base_path: the base it was expanded from, to compare by hash and by logits.
+    With `base_path`, the checkpoint it was expanded from, hash and logits are compared as well.
 
     Returns:
         JSON-able: path, sha256, tensors, bytes; for an expanded checkpoint base_sha256,
-        base_intact, new_layers, new_blocks ("identity" or "trained"), new_tokens (how many were
-        added); with a base also logits_bit_equal and max_logit_difference.
+        base_intact, new_layers, new_blocks ("identity" or "trained"), new_tokens (a count); with a
+        base also logits_bit_equal and max_logit_difference.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, the base inside was changed, `base_path` is

@@ -57,7 +57,10 @@ HEADERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "offsets in the header": ({"w": entry([1], [-4, 0])}, "invalid value: integer `-4`"),
     "backwards": ({"w": entry([1], [4, 0])}, "offset for tensor `w`"),
     "overlap": ({"a": entry([1], [0, 4]), "b": entry([1], [2, 6])}, "offset for tensor `b`"),
-    "the same twice": ({"a": entry([1], [0, 4]), "b": entry([1], [0, 4])}, "offset for tensor `b`"),
+    "the same twice": (
+        {"a": entry([1], [0, 4]), "b": entry([1], [0, 4])},
+        "offset for tensor `[ab]`",
+    ),
     "a hole": ({"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}, "offset for tensor `b`"),
     "a hole first": ({"a": entry([1], [4, 8])}, "offset for tensor `a`"),
     "one name twice": (f'{{"w": {W}, "w": {W}}}'.encode(), "'w' comes twice"),

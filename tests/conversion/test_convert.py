@@ -1,10 +1,10 @@
 """The convert.py command line: results on standard output, mistakes on standard error, exit 2."""
 
+import importlib.util
 import json
-import runpy
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -30,9 +30,14 @@ def base(
 
 
 @pytest.fixture(scope="module")
-def main(root: Path) -> Callable[..., None]:
-    """The command line of convert.py."""
-    return runpy.run_path(str(root / "convert.py"))["main"]
+def main(root: Path) -> Iterator[Callable[..., None]]:
+    """The command line of convert.py, which tyro looks up among the loaded modules."""
+    spec = importlib.util.spec_from_file_location("convert_under_test", root / "convert.py")
+    assert spec and spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module.main
+    del sys.modules[spec.name]
 
 
 @pytest.fixture
