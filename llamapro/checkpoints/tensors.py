@@ -75,7 +75,8 @@ class StoredTensor(TensorSpec):
         flat = torch.empty(self.nbytes, dtype=torch.uint8)
         with open(self.file, "rb") as file:
             file.seek(self.offset)
-            self._check_size(file.readinto(flat.numpy()), self.nbytes)
+            found = file.readinto(flat.numpy())  # type: ignore[arg-type]
+            self._check_size(found, self.nbytes)
         return flat.view(DTYPES[self.dtype]).view(self.shape)
 
     def map(self) -> Tensor:

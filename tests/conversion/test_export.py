@@ -58,14 +58,8 @@ TEXTS = [
 def random_texts(count: int) -> list[str]:
     """Words, runs of spaces and characters of many scripts, next to each other."""
     draw = random.Random(0)
-    parts = [
-        *"  \n\tab.,(){}=1éßжя你こ한😀\u0301\u200b\u2581",
-        "the",
-        "    ",
-        "return",
-        "self",
-        "ing",
-    ]
+    characters = "  \n\tab.,(){}=1éßжя你こ한😀\u0301\u200b\u2581"
+    parts = [*characters, "the", "    ", "return", "self", "ing"]
     return ["".join(draw.choices(parts, k=draw.randint(1, 30))) for _ in range(count)]
 
 
@@ -331,14 +325,8 @@ def test_auto_tokenizer_gives_tiktokens_ids_with_llama_3s_ranks(llama_3: Path) -
     assert theirs.convert_tokens_to_ids(list(ours.special_tokens)) == list(
         ours.special_tokens.values()
     )
-    blanks = [
-        "\n" * 300,
-        " " * 300 + "x",
-        "a" * 301,
-        "12345678 1",
-        "urn (urn)",
-        inspect.getsource(textwrap),
-    ]
+    blanks = ["\n" * 300, " " * 300 + "x", "a" * 301, "12345678 1", "urn (urn)"]
+    blanks.append(inspect.getsource(textwrap))
     for text in [*TEXTS, *blanks, *random_texts(500)]:
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ids

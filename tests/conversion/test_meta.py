@@ -7,7 +7,6 @@ import os
 import pickle
 import runpy
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,17 +321,14 @@ def test_a_given_context_length_wins_and_the_round_trip_keeps_params(
 
 
 def test_the_command_takes_the_context_length(
-    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--max-position-embeddings reaches config.json; without it the note names the option."""
     source, main = release(tmp_path / "a"), runpy.run_path(str(root / "convert.py"))["main"]
     for name, options in {"x": [], "y": ["--max-position-embeddings", "8192"]}.items():
-        out = tmp_path / name
-        monkeypatch.setattr(sys, "argv", ["convert.py", "from-meta", str(source), str(out)])
-        sys.argv += options
-        main()
-        expected = 8192 if options else 2048
-        assert ModelConfig.from_file(out / "config.json").max_position_embeddings == expected
+        main(["from-meta", str(source), str(tmp_path / name), *options])
+        config = ModelConfig.from_file(tmp_path / name / "config.json")
+        assert config.max_position_embeddings == (8192 if options else 2048)
         assert ("--max-position-embeddings" in capsys.readouterr().err) is (not options)
 
 
@@ -377,22 +373,18 @@ def test_bpe_ranks_give_llama_3s_special_ids_and_come_back(tmp_path: Path) -> No
     assert not (tmp_path / "back" / "original").exists()
 
 
-def test_damaged_bpe_ranks_are_refused(tmp_path: Path) -> None:
-    """A line cut short, or a byte that has no token: named before anything is written."""
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    """A line of ranks cut short, a byte that has no token, no known format: nothing is written."""
     source = release(tmp_path / "release")
-    for text in (rank_lines([b"ab"])[:-2], rank_lines([])[7:]):
-        (source / "tokenizer.model").write_bytes(text)
-        with pytest.raises(DataError, match=r"tokenizer\.model.*damaged"):
+    for content, message in {
+        rank_lines([b"ab"])[:-2]: "damaged",
+        rank_lines([])[7:]: "damaged",
+        b"\x00nothing": "neither",
+    }.items():
+        (source / "tokenizer.model").write_bytes(content)
+        with pytest.raises(DataError, match=rf"tokenizer\.model.*{message}"):
             from_meta(source, tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_tokenizer_of_no_known_format_is_refused(tmp_path: Path) -> None:
-    """A damaged tokenizer.model is named instead of copied."""
-    source = release(tmp_path / "release")
-    (source / "tokenizer.model").write_bytes(b"\x00nothing")
-    with pytest.raises(DataError, match=r"tokenizer\.model: neither"):
-        from_meta(source, tmp_path / "out", None)
 
 
 def test_transformers_gives_the_tokenizers_ids_and_our_logits(
@@ -534,41 +526,37 @@ def test_shards_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
         from_meta(source, tmp_path / "out", None)
 
 
-def _drop(shard: dict[str, Tensor]) -> None:
-    del shard["layers.1.attention.wo.weight"]
-
-
-def _add(shard: dict[str, Tensor]) -> None:
-    shard["layers.0.attention.wq.bias"] = torch.ones(3)
-
-
-def _cut(shard: dict[str, Tensor]) -> None:
-    shard["layers.0.feed_forward.w2.weight"] = torch.ones(64, 95)
-
-
-def _other_dtype(shard: dict[str, Tensor]) -> None:
-    shard["layers.0.attention.wv.weight"] = shard["layers.0.attention.wv.weight"].half()
-
-
-def _other_norm(shard: dict[str, Tensor]) -> None:
-    shard["layers.1.ffn_norm.weight"][5] += 1e-6
+W2, WV = "layers.0.feed_forward.w2.weight", "layers.0.attention.wv.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_drop, r"01\.pth: missing tensor 'layers\.1\.attention\.wo\.weight'"),
-        (_add, r"01\.pth: unexpected tensor 'layers\.0\.attention\.wq\.bias'"),
         (
-            _cut,
-            r"01\.pth: 'layers\.0\.feed_forward\.w2\.weight' is \[64, 95\], expected \[64, 96\]",
+            lambda shard: shard.pop("layers.1.attention.wo.weight"),
+            r"01\.pth: missing tensor 'layers\.1\.attention\.wo\.weight'",
         ),
-        (_other_dtype, r"01\.pth: 'layers\.0\.attention\.wv\.weight' is torch\.float16, expected"),
-        (_other_norm, r"01\.pth: 'layers\.1\.ffn_norm\.weight' is not the copy of .*00\.pth's"),
+        (
+            lambda shard: shard.update({"layers.0.attention.wq.bias": torch.ones(3)}),
+            r"01\.pth: unexpected tensor 'layers\.0\.attention\.wq\.bias'",
+        ),
+        (
+            lambda shard: shard.update({W2: torch.ones(64, 95)}),
+            rf"01\.pth: '{W2}' is \[64, 95\], expected \[64, 96\]",
+        ),
+        (
+            lambda shard: shard.update({WV: shard[WV].half()}),
+            rf"01\.pth: '{WV}' is torch\.float16, expected",
+        ),
+        (
+            lambda shard: shard["layers.1.ffn_norm.weight"][5].add_(1e-6),
+            r"01\.pth: 'layers\.1\.ffn_norm\.weight' is not the copy of .*00\.pth's",
+        ),
     ],
+    ids=["missing", "unexpected", "shape", "dtype", "copy"],
 )
 def test_a_tensor_that_does_not_fit_is_named(
-    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], message: str
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], message: str
 ) -> None:
     """One message with the file, the tensor, what was found and what was expected."""
     source = release(tmp_path / "release", shards=2)
