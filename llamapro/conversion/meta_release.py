@@ -170,7 +170,8 @@ def read_params(file: Path) -> dict[str, Any]:
     wrong = Problems()
     optional = ("n_kv_heads", "max_seq_len", "rope_theta", "ffn_dim_multiplier")
     for key in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps", *optional):
-        value, is_real = params.get(key), key in ("norm_eps", "rope_theta", "ffn_dim_multiplier")
+        value: Any = params.get(key)
+        is_real = key in ("norm_eps", "rope_theta", "ffn_dim_multiplier")
         if value is None and key in optional:
             continue
         # Python's JSON reads NaN and Infinity; neither is a size.
