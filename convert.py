@@ -100,11 +100,11 @@ class Expand(Output):
     num_new_blocks: Annotated[int | None, arg(metavar="N")] = None
     """Number of blocks to add in all; the paper adds 8 to LLaMA-2-7B."""
     blocks_per_group: Annotated[int, arg(metavar="P")] = 1
-    """Number of copies on top of each group of base layers, the paper's P. Default: 1."""
+    """Number of copies on top of each group of base layers, the paper's P."""
     after: Annotated[str | None, arg(metavar="LAYERS")] = None
-    """Base layers after each of which one new block goes, such as 3,7,11; instead of N."""
+    """Base layers after each of which one new block goes, such as 3,7,11."""
     placement: Literal["interleave", "prefix", "suffix"] = "interleave"
-    """Places: interleaved as in the paper, or all below (prefix) or above (suffix) the base."""
+    """Where new blocks go: interleaved as in the paper, or all below (prefix) or above (suffix)."""
     add_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [TOKEN ...]")] = ()
     """Control tokens to add, such as '<|im_start|>'; their rows start as the mean of all rows."""
     max_shard_gb: float = 5.0
