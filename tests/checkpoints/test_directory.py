@@ -20,7 +20,6 @@ from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError
 
 SMALL_SHARD = 60_000  # bytes: several files for the tiny model
-DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture
@@ -48,9 +47,15 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("max_shard_bytes", [10**9, SMALL_SHARD])
+@pytest.mark.parametrize(
+    ("dtype", "tied", "max_shard_bytes"),
+    [  # every pair of values
+        (torch.float32, False, 10**9),
+        (torch.float32, True, SMALL_SHARD),
+        (torch.bfloat16, False, SMALL_SHARD),
+        (torch.bfloat16, True, 10**9),
+    ],
+)
 def test_what_is_written_is_read_back(
     dtype: torch.dtype,
     tied: bool,
@@ -86,9 +91,15 @@ def test_what_is_written_is_read_back(
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("max_shard_size", ["1GB", "60KB"])
+@pytest.mark.parametrize(
+    ("dtype", "tied", "max_shard_size"),
+    [  # every pair of values
+        (torch.float32, False, "1GB"),
+        (torch.float32, True, "60KB"),
+        (torch.bfloat16, False, "60KB"),
+        (torch.bfloat16, True, "1GB"),
+    ],
+)
 def test_what_transformers_saves_is_opened(
     dtype: torch.dtype,
     tied: bool,
@@ -260,33 +271,6 @@ def test_any_flipped_bit_of_the_header_length_is_refused(single: Path) -> None:
         claimed = int.from_bytes(data[:8], "little")
         if claimed > len(data):
             assert f"header claims {claimed:,}" in message
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"[]",
-        b"{",
-        b'{"w": 3}',
-        b'{"w": {"dtype": "F32", "shape": [1]}}',
-        b'{"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
-        b'{"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
-        b'{"w": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}',
-        b'{"w": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
-        b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
-        b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
-        b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
-        b"\xff\xfe",
-        b"[" * 200_000,
-    ],
-    ids=lambda header: repr(header[:60]),
-)
-def test_a_header_that_describes_no_tensors_is_refused(header: bytes, tmp_path: Path) -> None:
-    """The error names the file for any JSON."""
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
-        read_header(file)
 
 
 def test_a_file_that_ends_while_it_is_read_is_named(tmp_path: Path) -> None:
