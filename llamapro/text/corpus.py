@@ -79,7 +79,6 @@ def tokenize(
         DataError: a file cannot be used, there is no text, or as `cached`.
     """
     files = find_files(patterns)
-    states = [file.state() for file in files]
     counts = Counts()
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
@@ -92,16 +91,12 @@ def tokenize(
     def summarize(store: TokenStore) -> str:
         return f"{store.tokens:,} tokens of {Counts(**store.index['counts']).describe()}"
 
-    key = [FORMAT_VERSION, tokenizer.fingerprint, text_key, states]
+    key = [FORMAT_VERSION, tokenizer.fingerprint, text_key, [file.state() for file in files]]
     index = {
-        "format_version": FORMAT_VERSION,
         "tokenizer_sha256": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
         "dtype": dtype,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
-        "text_key": text_key,
         "counts": counts,
-        "files": states,
     }
     return cached(cache_dir, key, index, encode(), label, summarize)

@@ -58,17 +58,10 @@ def tokenize_conversations(
     template_sha256 = hashlib.sha256(template.source.encode()).hexdigest()
     for label, patterns in sources.items():
         files = find_files(patterns)
-        states = [file.state() for file in files]
         counts = ConversationCounts()
-        index = {
-            "format_version": FORMAT_VERSION,
-            "tokenizer_sha256": tokenizer_sha256,
-            "template_sha256": template_sha256,
-            "dtype": "uint32",
-            "counts": counts,
-            "files": states,
-        }
-        key = ["conversations", FORMAT_VERSION, tokenizer_sha256, template_sha256, states]
+        index = {"tokenizer_sha256": tokenizer_sha256, "dtype": "uint32", "counts": counts}
+        made_of = [tokenizer_sha256, template_sha256, [file.state() for file in files]]
+        key = ["conversations", FORMAT_VERSION, *made_of]
         earlier = len(problems)
         conversations = read_conversations(files, problems, counts)
         arrays = _encode_all(conversations, template, problems, counts, label, ", ".join(patterns))

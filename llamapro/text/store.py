@@ -141,7 +141,8 @@ def cached(
 
     Args:
         cache_dir: the directory of all stores.
-        key: everything that decides the tokens, as JSON; its hash is the store's name.
+        key: everything that decides the tokens, as JSON; its hash is the store's name, and the
+            index holds it as `made_of`.
         index: as for `write_store`.
         arrays: as for `write_store`; consumed only if the store is not in the cache.
         label: names the store in the progress bar and in a line on standard error.
@@ -154,7 +155,7 @@ def cached(
     directory = Path(cache_dir).expanduser() / name
     is_cached = directory.exists()
     if not is_cached:
-        write_store(directory, index, arrays)
+        write_store(directory, index | {"made_of": key}, arrays)
     store = TokenStore(directory, index["tokenizer_sha256"])
     if is_cached:
         store.check(f"check {label}")
