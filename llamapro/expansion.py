@@ -24,6 +24,7 @@ from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM
 
+# The last matrix of each residual branch. Where it is zero, the whole branch adds zero.
 ZERO_IN_NEW_BLOCKS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -83,7 +84,8 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
             f"{num_layers} layers into equal groups; choose one of "
             f"{', '.join(map(str, fitting)) or 'another P'}, or list base layers with --after"
         )
-    M = num_layers * P // num_new_blocks  # blocks of a group
+    # A group has M blocks. The copies keep the order that their sources have.
+    M = num_layers * P // num_new_blocks
     tops = range(M - 1, num_layers, M)
     return _layout(num_layers, {top: range(top - P + 1, top + 1) for top in tops})
 
@@ -125,8 +127,7 @@ def expand_config(
     """Returns the configuration of the expanded model, with the record of what is new in it.
 
     Args:
-        config: the configuration of the base.
-        layout: the places of the new blocks.
+        config, layout: of the base, and the places of the new blocks.
         base_sha256: `Checkpoint.sha256()` of the base.
         new_tokens: the number of tokens that are added to the vocabulary.
     """
@@ -152,10 +153,6 @@ def expand_config(
 def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[str, bool]]:
     """Maps every tensor of the expanded model to its source.
 
-    Args:
-        base_names: the parameter names of the base.
-        layout: the places of the new blocks.
-
     Returns:
         Name in the expanded model -> (name in the base, is_zero). The tensor is the base's or, if
         is_zero, zeros of its shape.
@@ -170,9 +167,10 @@ def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[s
             outside.append(name)
     expanded = {name: (name, False) for name in outside}
     new = set(layout.new_layers)
+    # A block's name follows from its place, its tensors from its source.
     for index, source in enumerate(layout.sources):
         for part in inside[source]:
-            # The identity trick: what a new block adds to the residual stream is exactly 0.
+            # The identity trick: a new block adds exactly 0 to the residual stream.
             is_zero = index in new and part in ZERO_IN_NEW_BLOCKS
             expanded[f"model.layers.{index}.{part}"] = (f"model.layers.{source}.{part}", is_zero)
     return expanded
@@ -192,7 +190,8 @@ def expand_state_dict(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str
         if is_zero:
             tensor = torch.zeros_like(tensor)
         elif is_in_layers(name, layout.new_layers):
-            tensor = tensor.clone()  # it trains apart from the block it is copied from
+            # It trains apart from its source. All other tensors are shared with the base.
+            tensor = tensor.clone()
         expanded[name] = tensor
     return expanded
 

@@ -9,7 +9,7 @@ H query heads, KV key/value heads, D head dim, F FFN size, V vocabulary.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +69,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Rotary, bounds: Bounds = None, cache: Past = None
     ) -> Tensor:
+        # With KV < H, each group of H / KV query heads shares one key/value head.
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(heads)  # (B, T, H, D)
         k = self.k_proj(x).view(heads)  # (B, T, KV, D)
         v = self.v_proj(x).view(heads)  # (B, T, KV, D)
         # Positions enter here and nowhere else: the score of two tokens depends on their distance.
         q, k = ops.rope(q, *rotary), ops.rope(k, *rotary)
+        # With a cache, the T new tokens also see the earlier ones: S = past + T.
         if cache is not None:
             k, v = cache.append(self.layer_index, k, v)  # (B, S, KV, D)
         return self.o_proj(ops.attention(q, k, v, bounds).flatten(2))
@@ -91,6 +93,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(F, C)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        # The gate scales each of the F features before W_3 mixes them.
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -120,7 +123,8 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        weight = torch.empty(config.vocab_size, config.hidden_size)  # drawing on meta takes 3 s
+        # Weights on the meta device are not drawn: for a large model that would take 3 s.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
         weight = weight if weight.is_meta else weight.normal_(0.0, config.initializer_range)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         count = config.num_hidden_layers
@@ -153,11 +157,13 @@ class LlamaModel(nn.Module):
         if window is not None and window < S:
             bounds = ops.attention_bounds(T, S, window, documents, device)
 
+        # The residual stream: each block reads it and adds to it.
         x = self.embed_tokens(input_ids)  # (B, T, C)
         rotary = ops.rotary_table(config, positions, x.dtype)
         for index, layer in enumerate(self.layers):
             if index not in skip:
                 x = layer(x, rotary, bounds, cache)
+        # All layers have appended at the old length; only now may it grow.
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -174,14 +180,8 @@ class LlamaForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        cache: Past = None,
-        documents: Tensor | None = None,
-        skip: Collection[int] = (),
-    ) -> Tensor:
-        return self.lm_head(self.model(input_ids, cache, documents, skip))
+    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.lm_head(self.model(input_ids, *args, **kwargs))
 
 
 def build_on_meta(config: ModelConfig) -> LlamaForCausalLM:

@@ -9,6 +9,7 @@ already knew? The base is each run's evaluation at step 0.
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ LOSS = "{:.3f}".format
 # Okabe & Ito's colours, which colour-blind readers can tell apart; grey is the base's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#595959"
+STYLES: list[dict[str, Any]] = [
+    {"color": c, "linestyle": dashes} for dashes in ("-", "-.", ":") for c in COLOURS
+]
 NOT_EVALUATED = (
     "has no evaluation both before and after training: what it learned or forgot is not known"
 )
@@ -180,7 +184,7 @@ def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -
     loss = panel(rows, 0, 2, "training", "loss (nats per token)")
     rate = panel(rows, 1, 2, "learning rate", "learning rate")
     speed = panel(rows, 2, 2, "throughput", "tokens per second")
-    for run, style in zip(runs, _styles(len(runs)), strict=True):
+    for run, style in zip(runs, cycle(STYLES), strict=False):
         x, y = _series(run.train, "tokens", "loss", unit)
         loss.plot(x, y, **style, alpha=0.2, linewidth=0.8)
         loss.plot(x, _smooth(y), **style, linewidth=1.8, label=plain(run.name))
@@ -204,7 +208,7 @@ def _draw_losses(
 ) -> None:
     """Draws one validation set: a line for each run, and a dashed one for each base."""
     bases: list[float] = []
-    for run, summary, style in zip(runs, summaries, _styles(len(runs)), strict=True):
+    for run, summary, style in zip(runs, summaries, cycle(STYLES), strict=False):
         if name not in run.evals:
             continue
         result = summary["sets"][name]
@@ -220,7 +224,7 @@ def _draw_losses(
     for base in bases:
         axes.axhline(base, color=GREY, linestyle="--", linewidth=1.3, label=f"base: {base:.3f}")
     low, high = axes.get_ylim()
-    if high - low < 0.02:  # a set that does not move should look so
+    if high - low < 0.02:  # a set that does not move should look flat
         middle = (low + high) / 2
         axes.set_ylim(middle - 0.01, middle + 0.01)
     # Below the panel: inside, it would hide a line as soon as one falls and another rises.
@@ -228,29 +232,24 @@ def _draw_losses(
     axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def _styles(count: int) -> list[dict[str, Any]]:
-    """Returns a colour for each run, and other dashes where the colours come again."""
-    styles = [{"color": c, "linestyle": dashes} for dashes in ("-", "-.", ":") for c in COLOURS]
-    return [styles[i % len(styles)] for i in range(count)]
-
-
 def _series(
     records: Sequence[dict[str, Any]], x: str, y: str, unit: float
-) -> tuple[list[float], list[float]]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the points of a line; a loss that was not finite (null) leaves a gap."""
-    points = [(r[x] / unit, r.get(y)) for r in records if r.get(x) is not None]
-    return [a for a, _ in points], [float("nan") if b is None else b for _, b in points]
+    kept = [(record[x], record.get(y)) for record in records if record.get(x) is not None]
+    points = np.array(kept, dtype=float).reshape(-1, 2)  # None becomes NaN
+    return points[:, 0] / unit, points[:, 1]
 
 
-def _smooth(values: Sequence[float]) -> Sequence[float]:
+def _smooth(values: np.ndarray) -> np.ndarray:
     """Returns the running mean over a tenth of the points, without the gaps."""
-    if not values:
+    if not len(values):
         return values
     window = np.ones(2 * round(len(values) / 20) + 1)
     finite = np.isfinite(values)
     total = np.convolve(np.where(finite, values, 0.0), window, "same")
     count = np.convolve(finite, window, "same")
-    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan).tolist()
+    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan)
 
 
 def plain(text: str) -> str:
