@@ -257,3 +257,5 @@ def test_a_wheel_carries_the_commands_and_the_presets(root: Path, tmp_path: Path
     assert "llama2-7b" in llamapro("presets")
     assert "usage: llamapro expand" in llamapro("expand", "--help")
     assert "data.train is empty" in llamapro("train", "--config", "llama2-7b", "--dry-run")
+    # Its configuration is carried along; the tokenizer is made by the demo.
+    assert "demo-out/tokenizer: no such" in llamapro("train", "--config", "demo-base", "--dry-run")
