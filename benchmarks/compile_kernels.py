@@ -1,6 +1,6 @@
 """Compiles every kernel with Triton and checks the result on a machine that needs no GPU.
 
-    python benchmarks/compile_kernels.py [--quick] [--jobs 2] [--json RESULT.json]
+    python benchmarks/compile_kernels.py [--quick] [--jobs 2] [--out RESULT.json]
 
 The kernels' public functions, forward and backward, run on CPU tensors of real sizes. Nothing is
 computed: a stand-in for Triton's driver says which GPU there is, and a hook takes each launch with
@@ -18,7 +18,6 @@ Checked, and status 1 if one fails:
 - the grid: at most 65,535 programs along its second and third axis.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -27,15 +26,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
+import measuring
 import triton
 from launches import Launch, cases, record
 from overflow import overflows
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
@@ -114,7 +113,7 @@ def _describe(launches: list[Launch]) -> dict[str, Any]:
     }
 
 
-def _compile_into(pipe: Any, errors: Path, launches: list[Launch]) -> None:
+def _compile_into(result: Path, errors: Path, launches: list[Launch]) -> None:
     os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
     row = _describe(launches) | compiled(launches[0])
     row["problems"] = problems(row)
@@ -124,17 +123,14 @@ def _compile_into(pipe: Any, errors: Path, launches: list[Launch]) -> None:
             row["problems"].append(f"grid {launch.grid} in {launch.case}")
         for text in overflows(ttir, launch.grid, launch.numbers):
             row["problems"].append(f"32-bit overflow in {launch.case}: {text}")
-    pipe.send(row)
+    result.write_text(json.dumps(row), encoding="utf-8")
 
 
-def compile_all(
-    launches: list[Launch], jobs: int, progress: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Compiles each distinct launch in a process of its own: on some errors the compiler aborts.
+def compile_all(launches: list[Launch], jobs: int) -> list[dict[str, Any]]:
+    """Compiles each distinct launch in a process of its own, because some errors end the compiler.
 
     Args:
         jobs: processes at a time.
-        progress: is told of each result, and of what the compiler said where there is none.
 
     Returns:
         A row per distinct launch, in order. One that does not compile has no figures, and the
@@ -143,48 +139,40 @@ def compile_all(
     groups: dict[str, list[Launch]] = {}
     for launch in launches:
         groups.setdefault(launch.code(), []).append(launch)
-    # Computed once and kept, here: a hash of all of Triton, and what its tools print of themselves.
+    # Computed once, here: a hash of all of Triton, and what its tools print of themselves.
     triton_key(), get_ptxas_version(), triton.knobs.nvidia.cuobjdump
     context = multiprocessing.get_context("fork")  # a launch cannot be pickled
-    waiting = list(groups)
-    running: dict[Any, tuple[str, Any, Path]] = {}
-    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                code = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                errors = Path(folder, str(len(waiting)))
-                process = context.Process(target=_compile_into, args=(theirs, errors, groups[code]))
-                process.start()
-                theirs.close()
-                running[ours] = code, process, errors
-            for pipe in wait(list(running)):
-                code, process, errors = running.pop(pipe)
-                try:
-                    rows[code] = cast(Connection, pipe).recv()
-                except EOFError:
-                    said = errors.read_text(encoding="utf-8", errors="replace")
-                    progress(said)
-                    reasons = re.findall(r"^.*(?:error|assertion).*$", said, re.MULTILINE | re.I)
-                    reason = reasons[-1].strip()[:200] if reasons else "no reason given"
-                    problem = f"does not compile: {reason}"
-                    rows[code] = _describe(groups[code]) | {"problems": [problem]}
-                process.join()
-                first = groups[code][0]
-                progress(f"{len(rows)}/{len(groups)} {first.kernel.__name__} ({first.case})")
-    return [rows[code] for code in groups]
+        files = [(Path(folder, f"{i}.json"), Path(folder, f"{i}.txt")) for i in range(len(groups))]
+        running: list[Any] = []
+        bar = tqdm(groups.values(), desc="compiling", unit="launch", disable=None)
+        for (result, errors), group in zip(files, bar, strict=True):
+            if len(running) == jobs:
+                wait([process.sentinel for process in running])
+                running = [process for process in running if process.is_alive()]
+            process = context.Process(target=_compile_into, args=(result, errors, group))
+            process.start()
+            running.append(process)
+        for process in running:
+            process.join()
+        return [_row(*pair, group) for pair, group in zip(files, groups.values(), strict=True)]
 
 
-# ---- The command --------------------------------------------------------------------------------
+def _row(result: Path, errors: Path, launches: list[Launch]) -> dict[str, Any]:
+    """Returns what a process wrote, or the compiler's last error if it wrote nothing."""
+    if result.exists():
+        return json.loads(result.read_text(encoding="utf-8"))
+    said = errors.read_text(encoding="utf-8", errors="replace")
+    print(said, file=sys.stderr)
+    reasons = re.findall(r"^.*(?:error|assertion).*$", said, re.MULTILINE | re.I)
+    reason = reasons[-1].strip()[:200] if reasons else "no reason given"
+    return _describe(launches) | {"problems": [f"does not compile: {reason}"]}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people: one line per distinct launch."""
-    heads = "kernel,sm,case,blocks,warps,stages,regs,spill,smem KiB,wgmma,mma,TMA,16 B loads".split(
-        ","
-    )
-    lines = [heads]
+def render(rows: list[dict[str, Any]]) -> str:
+    """Returns the table for people, with a line for each distinct launch."""
+    heads = "kernel,sm,case,blocks,warps,stages,regs,spill,smem KiB,wgmma,mma,TMA,16 B loads"
+    lines = []
     for row in rows:
         blocks = [str(v) for k, v in row["constants"].items() if type(v) is int and v > 1]
         others = f" +{len(row['cases']) - 1}" if len(row["cases"]) > 1 else ""
@@ -194,45 +182,34 @@ def table(rows: list[dict[str, Any]]) -> str:
             line += [f"{row['shared_bytes'] / 1024:.0f}", row["wgmma"], row["mma_sync"]]
             line += [row["tma_loads"] + row["tma_stores"]]
             line += [f"{row['loads_of_16_bytes']}/{row['loads']}"]
-        lines.append([str(cell) for cell in line])
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
-        for line in lines
-    )
+        lines.append(line)
+    return measuring.table(heads.split(","), lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = measuring.parser(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="compile one size and dtype per function"
     )
     parser.add_argument("--jobs", type=int, default=2, help="compilations that run at a time")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     if kernel_device.is_interpreted():
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     started = time.perf_counter()
     launches, taken = record([case for case in cases() if case.is_quick or not args.quick])
-    rows = compile_all(launches, args.jobs, lambda text: print(text, file=sys.stderr, flush=True))
+    rows = compile_all(launches, args.jobs)
     bad = [f"{row['kernel']} sm_{row['architecture']} ({row['cases'][0]}): {problem}"
            for row in rows for problem in row["problems"]]  # fmt: skip
     if not args.quick:
         bad += [f"no case takes the tile of {key}" for key in sorted(tiles.TILES.keys() - taken)]
-    print(table(rows))
-    seconds = time.perf_counter() - started
-    print(f"{len(launches)} launches, {len(rows)} distinct, {len(bad)} problems, {seconds:.0f} s")
+    seconds = round(time.perf_counter() - started)
+    print(render(rows))
+    print(f"{len(launches)} launches, {len(rows)} distinct, {len(bad)} problems, {seconds} s")
     print(*bad, sep="\n", end="\n" if bad else "")
-    if args.json:
-        versions = {"triton": triton.__version__, "torch": torch.__version__}
-        versions["ptxas"] = triton.knobs.nvidia.ptxas.version
-        head = {"versions": versions, "seconds": round(seconds), "problems": bad}
-        head["tiles"] = sorted(taken)
-        lines = ",\n".join(json.dumps(row) for row in rows)  # a row per line
-        text = f'{json.dumps(head)[:-1]},\n"rows": [\n{lines}\n]}}\n'
-        args.json.write_text(text, encoding="utf-8")
+    versions = measuring.versions("triton", "torch")
+    versions["ptxas"] = triton.knobs.nvidia.ptxas.version
+    result = {"versions": versions, "seconds": seconds, "problems": bad, "tiles": sorted(taken)}
+    measuring.write(args.out, result | {"rows": rows})
     sys.exit(1 if bad else 0)
 
 

@@ -9,11 +9,9 @@ each, a file of that size is written and removed: on a virtual machine, memory t
 for a while must first be got back from the host, which can take longer than the copy.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import measuring
 import torch
 
 from llamapro.checkpoints.directory import Checkpoint
@@ -36,16 +35,10 @@ DIM, FFN, HEADS, VOCAB = 4096, 11008, 32, 32000
 def make_release(path: Path, layers: int) -> None:
     """Writes `params.json` and one `consolidated.00.pth` with LLaMA-2-7B's shapes."""
     path.mkdir(parents=True)
-    params: dict[str, float] = {
-        "dim": DIM,
-        "multiple_of": 256,
-        "n_heads": HEADS,
-        "n_layers": layers,
-    }
-    params |= {"norm_eps": 1e-5, "vocab_size": -1}
-    (path / "params.json").write_text(json.dumps(params))
-    shapes = {"tok_embeddings.weight": (VOCAB, DIM), "norm.weight": (DIM,)}
-    shapes["output.weight"] = (VOCAB, DIM)
+    params = {"dim": DIM, "n_heads": HEADS, "n_layers": layers, "multiple_of": 256}
+    (path / "params.json").write_text(json.dumps(params | {"norm_eps": 1e-5, "vocab_size": -1}))
+    shapes = {f"{name}.weight": (VOCAB, DIM) for name in ("tok_embeddings", "output")}
+    shapes["norm.weight"] = (DIM,)
     for i in range(layers):
         part = f"layers.{i}."
         for name in ("wq", "wk", "wv", "wo"):
@@ -158,16 +151,13 @@ def measure(name: str, words: list[str], out: Path, repeats: int) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = measuring.parser(__doc__)
     parser.add_argument("work_dir", type=Path, help="directory with 65 GB free")
     parser.add_argument(
         "--layers", type=int, default=32, help="layers of the base (LLaMA-2-7B: 32)"
     )
     parser.add_argument("--new-blocks", type=int, default=8, help="blocks that expand adds")
     parser.add_argument("--repeats", type=int, default=2, help="measurements of each command")
-    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     work = args.work_dir / "convert-benchmark"
     release, base, pro, merged = (work / n for n in ("release", "base", "pro", "merged"))
@@ -183,11 +173,8 @@ def main() -> None:
         rows.append(measure("merge", words, merged, args.repeats))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    result = {"machine": machine, "versions": versions, "layers": args.layers, "rows": rows}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"machine": measuring.machine(), "versions": measuring.versions("torch")}
+    measuring.write(args.out, result | {"layers": args.layers, "rows": rows})
 
 
 if __name__ == "__main__":

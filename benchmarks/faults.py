@@ -18,21 +18,16 @@ every start:
 The seed decides which faults come and where; in which microsecond they land, the machine. Linux.
 """
 
-import argparse
 import hashlib
-import json
-import os
-import platform
 import random
-import re
 import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import measuring
 from fault_injection import (
     BETWEEN,
     CONFIG,
@@ -272,10 +267,6 @@ class Campaign:
 
 def summary(campaign: Campaign, seed: int) -> dict[str, Any]:
     """Returns machine, versions, tally of each kind, totals and every fault, JSON-able."""
-    info = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", info)
-    machine = {"system": platform.platform(), "cores": os.cpu_count()}
-    machine |= {"processor": model[1] if model else platform.machine()}
     tally = {}
     for kind in (*RUNNING, *BETWEEN):
         faults = [fault for fault in campaign.faults if fault.kind == kind]
@@ -291,8 +282,8 @@ def summary(campaign: Campaign, seed: int) -> dict[str, Any]:
     totals = {key: sum(row[key] for row in tally.values()) for key in next(iter(tally.values()))}
     totals |= {"runs": campaign.episodes, "repeated_log_records": campaign.repeated}
     return {
-        "machine": machine,
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
+        "machine": measuring.machine(),
+        "versions": measuring.versions("torch"),
         "settings": {"seed": seed, "steps": STEPS, "save_every": SAVE_EVERY, "model": CONFIG},
         "tally": tally,
         "totals": totals,
@@ -309,16 +300,16 @@ def is_kept(result: dict[str, Any]) -> bool:
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns the table for people."""
+    """Returns the table for people, the broken promises and the totals."""
+    totals = result["totals"]
+    rows = [[kind, *row.values()] for kind, row in result["tally"].items()]
     columns = list(next(iter(result["tally"].values())))
-    lines = [f"{'':22}" + "".join(f"{name.replace('_', ' '):>14}" for name in columns)]
-    for kind, row in [*result["tally"].items(), ("all", result["totals"])]:
-        lines.append(f"{kind:22}" + "".join(f"{row[name]:>14}" for name in columns))
+    heads = [name.replace("_", " ") for name in columns]
+    lines = [measuring.table(["", *heads], [*rows, ["all", *(totals[key] for key in columns)]])]
     for fault in result["faults"]:
         if wrong := [*fault["differences"], *fault["broken"]]:
             lines.append(f"{fault['kind']} ({fault['after']}): {'; '.join(wrong[:3])}")
     lines += [f"without a fault: {text}" for text in result["unprovoked"]]
-    totals = result["totals"]
     lines.append(
         f"{totals['faults']} faults over {totals['runs']} runs of {STEPS} steps in {PROCESSES} "
         f"processes: {totals['lost_steps']} lost steps, {totals['differences']} silent "
@@ -328,14 +319,9 @@ def render(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = measuring.parser(__doc__)
     parser.add_argument("--faults", type=int, default=200, help="number of faults")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed that draws the faults and their places"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults and their places")
     args = parser.parse_args()
     if args.faults < 1:
         raise ConfigError(f"--faults {args.faults}: expected 1 or more")
@@ -343,8 +329,7 @@ def main() -> None:
         campaign = Campaign(Path(home), args.faults, args.seed)
         campaign.run()
     result = summary(campaign, args.seed)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    measuring.write(args.out, result)
     print(render(result))
     if not is_kept(result):
         sys.exit(1)

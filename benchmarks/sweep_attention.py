@@ -1,7 +1,7 @@
 """Which tiles the attention kernels should take: the sweep behind the table in kernels/tiles.py.
 
     python benchmarks/sweep_attention.py [--kernel forward] [--block-d 128] [--architecture 90]
-                                         [--dtype bf16] [--candidates 128x64x8x3 ...] [--json FILE]
+                                         [--dtype bf16] [--candidates 128x64x8x3 ...] [--out FILE]
 
 Every candidate (rows x columns x warps x stages) is compiled, plain and with bounds, as the public
 function would launch it; those that spill, take too much shared memory or miss the tensor cores are
@@ -12,14 +12,13 @@ keeps while it walks along the other (rows, but columns for "key_value"), as all
 per tile of it; then warps per multiprocessor, which hide latency; then the other side; then stages.
 """
 
-import argparse
 import itertools
-import json
 import sys
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
+import measuring
 import torch
 import triton
 from compile_kernels import SHARED_LIMIT, compile_all
@@ -128,7 +127,7 @@ def sweep(entry: Entry, chosen: list[Tile], jobs: int, has_gpu: bool) -> list[di
     for bounded in (True, False):  # with bounds first: it takes more registers
         sound = [tile for tile, result in results.items() if not result["problems"]]
         recorded = [launch(entry, tile, bounded) for tile in sound]
-        rows = compile_all(recorded, jobs, lambda text: print(text, file=sys.stderr, flush=True))
+        rows = compile_all(recorded, jobs)
         for tile, row in zip(sound, rows, strict=True):
             result = results[tile]
             result["problems"] += row["problems"]
@@ -165,38 +164,22 @@ def line(entry: Entry, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--kernel", choices=KERNELS, nargs="+", default=list(KERNELS), help="kernels to sweep"
-    )
-    parser.add_argument(
-        "--block-d", type=int, choices=(64, 128, 256), nargs="+", default=[128], help="head dims"
-    )
-    parser.add_argument(
-        "--architecture",
-        type=int,
-        choices=(80, 90),
-        nargs="+",
-        help="sm_80, sm_90; default: this GPU, or both",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="dtypes of the inputs"
-    )
-    parser.add_argument(
-        "--candidates", nargs="+", help="tiles as ROWSxCOLUMNSxWARPSxSTAGES; default: all"
-    )
+    parser = measuring.parser(__doc__)
+    add = partial(parser.add_argument, nargs="+")
+    add("--kernel", choices=KERNELS, default=list(KERNELS), help="kernels to sweep")
+    add("--block-d", type=int, choices=(64, 128, 256), default=[128], help="head dims")
+    own = device.architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+    both = [own] if own else [80, 90]
+    add("--architecture", type=int, choices=(80, 90), default=both, help="sm_80, sm_90")
+    add("--dtype", choices=DTYPES, default=["bf16"], help="dtypes of the inputs")
+    add("--candidates", help="tiles as ROWSxCOLUMNSxWARPSxSTAGES; all if none is given")
     parser.add_argument("--show", type=int, default=5, help="tiles printed of each entry")
     parser.add_argument("--jobs", type=int, default=2, help="compilations that run at a time")
-    parser.add_argument("--json", type=Path, help="file to write all results to")
     args = parser.parse_args()
     if device.is_interpreted():
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
-    own = device.architecture(torch.device("cuda")) if torch.cuda.is_available() else None
-    architectures = args.architecture or ([own] if own else [80, 90])
     given = [Tile(*map(int, text.split("x"))) for text in args.candidates or []]
-    entries = itertools.product(args.kernel, architectures, args.block_d, args.dtype)
+    entries = itertools.product(args.kernel, args.architecture, args.block_d, args.dtype)
     results = []
     for entry in itertools.starmap(Entry, entries):
         if (*entry[:3], DTYPES[entry.dtype].itemsize) not in tiles.TILES:
@@ -209,10 +192,8 @@ def main() -> None:
         for result in sound[: args.show]:
             print(line(entry, result), flush=True)
         results.append({**entry._asdict(), "candidates": ranked})
-    if args.json:
-        gpu = torch.cuda.get_device_name() if own else None
-        text = json.dumps({"gpu": gpu, "triton": triton.__version__, "entries": results}, indent=1)
-        args.json.write_text(text + "\n", encoding="utf-8")
+    result = {"machine": measuring.machine(), "versions": measuring.versions("triton", "torch")}
+    measuring.write(args.out, result | {"entries": results})
 
 
 if __name__ == "__main__":

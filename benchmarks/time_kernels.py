@@ -16,16 +16,13 @@ row with the reason. Without a GPU, small shapes are run on the CPU, to test thi
 figures mean nothing.
 """
 
-import argparse
-import json
-import platform
+import itertools
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
 import triton
 from kernel_cases import OPS, OURS, Case, Cases, Function
@@ -115,52 +112,23 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Names, versions and, on a GPU, its clocks and limits."""
-    found: dict[str, Any] = {
-        "machine": platform.node(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "gpu": None,
-    }
-    if device.type == "cuda":
-        fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-        words = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = torch.backends.cudnn.version()
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            values = done.stdout.splitlines()[0].split(", ")
-            found["nvidia_smi"] = dict(zip(fields.split(","), values, strict=True))
-        except (OSError, subprocess.CalledProcessError) as error:
-            found["nvidia_smi"] = f"not available: {error}"
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = measuring.parser(__doc__)
     parser.add_argument("--op", choices=OPS, nargs="+", default=list(OPS), help="ops to time")
-    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     copy = copy_bandwidth(device)
-    before = machine(device)
-    print(f"{before['gpu'] or 'CPU'}, copy {copy:.0f} GB/s")
-    rows = []
+    result: dict[str, Any] = {"machine": measuring.machine(), "copy_gb_per_s": copy}
+    result["versions"] = measuring.versions("torch", "triton")
+    print(f"{result['machine']['gpu'] or 'CPU'}, copy {copy:.0f} GB/s")
+    result["rows"] = []
     with backends.use("cpu"):  # the others' plain PyTorch; ours are called directly
-        for op in args.op:
-            for case in OPS[op](Cases(device)):
-                for row in measure(case, device, copy):
-                    print(line(row), flush=True)
-                    rows.append(row)
-    if args.out:
-        result = {"machine": before, "machine_after": machine(device), "copy_gb_per_s": copy}
-        args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        for case in itertools.chain.from_iterable(OPS[op](Cases(device)) for op in args.op):
+            for row in measure(case, device, copy):
+                print(line(row), flush=True)
+                result["rows"].append(row)
+    measuring.write(args.out, result | {"machine_after": measuring.machine()})
 
 
 if __name__ == "__main__":

@@ -4,76 +4,65 @@
                                    [--sides ours ddp fsdp2] [--batch-size 2] [--steps 10]
                                    [--warmup 2] [--rounds 3] [--threads 1] [--out RESULT.json]
 
-Sides: this implementation (`ours`, with `train.frozen replicate`: frozen weights are whole in every
-process, as under DDP), and `transformers`' LlamaForCausalLM under DDP (`ddp`) and under FSDP2, all
-of it sharded (`fsdp2`). All get the same random weights, the same batches, and
+The sides are this implementation (`ours`, with `train.frozen replicate`: frozen weights are whole
+in every process, as under DDP), and `transformers`' LlamaForCausalLM under DDP (`ddp`) and under
+FSDP2 with all of it sharded (`fsdp2`). All get the same random weights and the same batches, and
 train the same new blocks: frozen weights stored in the dtype, fp32 masters, clipping, fused AdamW.
-DDP computes with them under autocast. What they compute is the same: their losses say so.
+DDP computes with them under autocast. Their losses show that they compute the same.
 
-In each round, every side starts fresh processes, and then all of them take steps in turn, one side
-computing while the others wait: what else the machine does slows all alike, so the ratios hold
-where the seconds do not. A step lasts as long as its slowest process's. Start-up is from starting
-the processes to the end of their first step. Memory is the largest resident size of a process; the
-libraries, which do not grow with the model, are part of it, and `libraries` says how large they are
-once all is imported and nothing built.
+In each round, every side starts fresh processes, and then all of them take steps in turn. One side
+computes while the others wait, so whatever else the machine does slows all alike, and the ratios
+hold where the seconds do not. A step lasts as long as in its slowest process. Start-up is from
+starting the processes to the end of their first step. Memory is the largest resident size of a
+process. It includes the libraries, which do not grow with the model: `libraries` is the size once
+everything is imported and nothing is built.
 """
 
 import argparse
 import importlib
 import json
 import os
-import platform
 import resource
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
 from torch import Tensor, nn
 from train_step import (
-    BETAS,
     CLIP,
-    LR,
     SIZES,
-    WEIGHT_DECAY,
+    LossOf,
     Size,
     build,
-    random_tensors,
-    transformers_model,
+    build_model,
+    build_optimizer,
+    describe,
+    random_batch,
 )
 
 from llamapro import cli
-from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
-from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
-from llamapro.model import build_on_meta
 from llamapro.training.distributed import Ranks, process_group
-from llamapro.training.optim import build_adamw, clip_gradients
+from llamapro.training.optim import clip_gradients
 
 SIDES = ("ours", "ddp", "fsdp2")
 DTYPES = ("float32", "bfloat16")
 PROCESSES = 2
 TARGETS = {"speed": 1.2, "memory": 0.7}  # ours over theirs: at least, at most
-CPU_SIZES = {
-    "tiny": SIZES["tiny"],
-    "small": Size(
-        SIZES["tiny"].base
-        | {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688}
-        | {"num_hidden_layers": 8, "num_attention_heads": 4, "max_position_embeddings": 1024}
-        | {"initializer_range": 0.02},
-        new_blocks=4,
-        seq_len=1024,
-    ),
+COUNTS = {
+    "batch_size": (2, "sequences per step and process"),
+    "steps": (10, "steps that are measured in a round"),
+    "warmup": (2, "steps before them that are not"),
+    "rounds": (3, "times that fresh processes are started"),
+    "threads": (1, "threads of each process"),
 }
-LossOf = Callable[[Tensor, Tensor], Tensor]
 
 
 # ---- In the processes that compute -------------------------------------------------------------
@@ -81,16 +70,7 @@ LossOf = Callable[[Tensor, Tensor], Tensor]
 
 def build_ddp(size: Size, dtype: torch.dtype) -> tuple[nn.Module, LossOf]:
     """Returns transformers' model under DDP, frozen as ours, and its mean loss."""
-    base = ModelConfig.from_dict(size.base)
-    layout = interleave(base.num_hidden_layers, size.new_blocks)
-    config = expand_config(base, layout, base_sha256="")
-    device = torch.device("cpu")
-    tensors = expand_state_dict(random_tensors(base, device, dtype), layout)
-    trainable = select_trainable(build_on_meta(config), "new_blocks")
-    tensors |= {name: tensors[name].float() for name in trainable}
-    inner = transformers_model(config, tensors, device)
-    for name, parameter in inner.named_parameters():
-        parameter.requires_grad_(name in trainable)
+    inner = build_model("transformers", size, torch.device("cpu"), dtype, masters=True)
     model = nn.parallel.DistributedDataParallel(inner)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -123,22 +103,16 @@ def work(side: str, args: argparse.Namespace) -> None:
     if side != "ours":
         importlib.import_module("transformers.models.llama.modeling_llama")
     libraries_mb = resident_mb()
-    size = CPU_SIZES[args.size]
+    size = SIZES[args.size]
     with process_group("cpu") as ranks:
         model, loss_of = build_side(side, size, ranks, getattr(torch, args.dtypes[0]))
-        parameters = list(model.parameters())
-        optimizer = build_adamw(parameters, BETAS, WEIGHT_DECAY)
-        for group in optimizer.param_groups:
-            group["lr"] = LR
-        generator = torch.Generator().manual_seed(1 + ranks.rank)
-        shape = (args.batch_size, size.seq_len + 1)
-        ids = torch.randint(size.base["vocab_size"], shape, generator=generator)
-        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        optimizer = build_optimizer(model)
+        inputs, targets = random_batch(size, args.batch_size, ranks.device, ranks.rank)
         for _ in sys.stdin:
             started = time.perf_counter()
             loss = loss_of(inputs, targets)
             loss.backward()
-            clip_gradients(parameters, CLIP)
+            clip_gradients(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
             answer = {"step_s": time.perf_counter() - started, "loss": loss.item()}
@@ -237,7 +211,7 @@ def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                     losses[side].append(answer["loss"])
                     if step >= args.warmup:
                         steps[side].append(answer)
-    tokens = PROCESSES * args.batch_size * CPU_SIZES[args.size].seq_len
+    tokens = PROCESSES * args.batch_size * SIZES[args.size].seq_len
     rows: list[dict[str, Any]] = []
     for side in args.sides:
         step_s = statistics.median(step["step_s"] for step in steps[side])
@@ -263,78 +237,52 @@ def measure(dtype: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns machine, versions and settings, JSON-able."""
-    machine: dict[str, Any] = {"processor": platform.processor() or platform.machine()}
-    machine |= {"cores": os.cpu_count(), "load_average_before": os.getloadavg()[0]}
-    packages = ["torch"] if args.sides == ["ours"] else ["torch", "transformers"]
-    versions = {"python": platform.python_version()}
-    versions |= {package: version(package) for package in packages}
-    size = CPU_SIZES[args.size]
-    settings = {"size": args.size, **size.base, "new_blocks": size.new_blocks}
-    settings |= {"seq_len": size.seq_len, "processes": PROCESSES}
-    settings |= {
-        k: getattr(args, k) for k in ("batch_size", "steps", "warmup", "rounds", "threads")
-    }
-    return {"machine": machine, "versions": versions, "settings": settings, "targets": TARGETS}
-
-
 def render(result: dict[str, Any]) -> str:
     """Returns the table for people."""
     s, machine = result["settings"], result["machine"]
-    lines = [
+    heads = "side,dtype,tokens/s,step s,peak MB,libraries,start s,last loss,ours: speed,memory"
+    rows = []
+    for row in result["rows"]:
+        figures = [f"{row['tokens_per_s']:,.0f}", f"{row['step_s']:.3f}", f"{row['peak_mb']:.0f}"]
+        figures += [f"{row['libraries_mb']:.0f}", f"{row['start_s']:.2f}"]
+        ratios = [f"{ratio:.2f}x" for ratio in row.get("ours", {}).values()]
+        rows.append([row["side"], row["dtype"], *figures, f"{row['last_loss']:.4f}", *ratios])
+    speed, memory = TARGETS["speed"], TARGETS["memory"]
+    return (
         f"{s['size']}, {s['num_hidden_layers']} blocks + {s['new_blocks']} new, {PROCESSES} "
         f"processes x {s['batch_size']} x {s['seq_len']} tokens a step, {s['threads']} thread(s) "
-        f"each on {machine['cores']} cores with a load of {machine['load_average_before']:.1f}",
-        f"{'':16}{'tokens/s':>10}{'step s':>8}{'peak MB':>9}{'libraries':>11}{'start s':>9}"
-        f"{'last loss':>11}   ours: speed  memory  start-up",
-    ]
-    for row in result["rows"]:
-        line = (
-            f"{row['side']:6}{row['dtype']:10}{row['tokens_per_s']:>10,.0f}{row['step_s']:>8.3f}"
-            f"{row['peak_mb']:>9.0f}{row['libraries_mb']:>11.0f}{row['start_s']:>9.2f}"
-            f"{row['last_loss']:>11.4f}"
-        )
-        if ratios := row.get("ours"):
-            line += f"{ratios['speed']:>13.2f}x{ratios['memory']:>7.2f}x{ratios['start']:>9.2f}x"
-        lines.append(line)
-    speed, memory = TARGETS["speed"], TARGETS["memory"]
-    return "\n".join([*lines, f"target: speed at least {speed}x, memory at most {memory}x of ddp"])
+        f"each on {machine['cores']} cores with a load of {machine['load_average']:.1f}\n"
+        f"{measuring.table([*heads.split(','), 'start-up'], rows)}\n"
+        f"target: speed at least {speed}x, memory at most {memory}x of ddp"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--size", choices=CPU_SIZES, default="small", help="size of the model")
+    parser = measuring.parser(__doc__)
+    sizes = ("tiny", "small")
+    parser.add_argument("--size", choices=sizes, default="small", help="size of the model")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="sides")
-    parser.add_argument("--batch-size", type=int, default=2, help="sequences per step and process")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are measured in a round")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="times that fresh processes are started"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
-    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
+    for name, (default, text) in COUNTS.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=default, help=text)
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args.worker, args)
-    wrong = [k for k in ("batch_size", "steps", "warmup", "rounds", "threads") if vars(args)[k] < 1]
+    wrong = [f"--{k.replace('_', '-')} {vars(args)[k]}" for k in COUNTS if vars(args)[k] < 1]
     if wrong:
-        options = ", ".join(f"--{name.replace('_', '-')} {vars(args)[name]}" for name in wrong)
-        raise ConfigError(f"{options}: expected 1 or more")
+        raise ConfigError(f"{', '.join(wrong)}: expected 1 or more")
     if set(args.sides) != {"ours"} and find_spec("transformers") is None:
         raise ConfigError(
             "the sides 'ddp' and 'fsdp2' need transformers: pip install 'llamapro[hf]', or leave "
             "them out with --sides ours"
         )
-    result = describe(args)
+    result = describe(args, *COUNTS) | {"targets": TARGETS}
+    result["settings"]["processes"] = PROCESSES
     result["rows"] = [row for dtype in args.dtypes for row in measure(dtype, args)]
     result["machine"]["load_average_after"] = os.getloadavg()[0]
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    measuring.write(args.out, result)
     print(render(result))
 
 

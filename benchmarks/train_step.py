@@ -3,37 +3,33 @@
     python benchmarks/train_step.py [--size 7b] [--batch-size 2] [--sides triton torch transformers]
                                     [--steps 10] [--warmup 3] [--out RESULT.json]
 
-Sides: this implementation with its Triton kernels (`triton`), with PyTorch alone (`torch`: the
-backend `cpu`), and `transformers`' LlamaForCausalLM; the last two have SDPA's attention, cuDNN's
-where it can run: on Hopper PyTorch would take the slower FlashAttention-2 by itself. All get the
-same random weights,
-the same batch of random tokens, and train the same new blocks by train.py's own code: FSDP2 in a
-process group of one, frozen weights in bf16, fp32 masters, gradients reduced in fp32, clipping,
-fused AdamW. `transformers` differs in the model's forward alone, and so in its backward; its loss
-holds the logits of all tokens, in bf16 and in fp32. That the sides compute the same is seen from
-their losses in the first and the last step.
+The sides are this implementation with its Triton kernels (`triton`), the same with PyTorch alone
+(`torch`: the backend `cpu`), and `transformers`' LlamaForCausalLM. The last two use SDPA, and
+cuDNN's attention where it can run, because on Hopper PyTorch would take the slower
+FlashAttention-2. All sides get the same random weights and the same batch of random tokens, and
+train the same new blocks by train.py's own code: FSDP2 in a process group of one, frozen weights in
+bf16, fp32 masters, gradients reduced in fp32, clipping, fused AdamW. `transformers` differs only in
+the model's forward and backward; its loss holds the logits of all tokens, in bf16 and in fp32. The
+losses of the first and the last step show that the sides compute the same.
 
 One side is built, measured and released after the other. Times are medians over the steps, from
 CUDA events; `optimizer` includes clipping. Peak memory is what PyTorch allocated in these steps,
-parameters, gradients and moments included. On a CPU, `--size tiny` in fp32 shows that all runs.
+with parameters, gradients and moments. On a CPU, `--size tiny` in fp32 shows that everything runs.
 """
 
 import argparse
 import gc
 import itertools
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,14 +44,13 @@ from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
 
 SDPA_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
+    getattr(SDPBackend, name)
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 ]
 SIDES = ("triton", "torch", "transformers")
 PARTS = ("forward", "backward", "optimizer")
-BETAS, WEIGHT_DECAY, CLIP, LR = (0.9, 0.95), 0.1, 1.0, 2e-4
+CLIP = 1.0
+LossOf = Callable[[Tensor, Tensor], Tensor]
 REFERENCES = {
     "LLaMA Pro, section 4.1: 80 B tokens in 2,830 H800 hours": 7850,
     "estimate of what one H200 can reach (roofline)": 14400,
@@ -71,22 +66,23 @@ class Size:
     seq_len: int
 
 
-_COMMON = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
+_TINY = {
+    "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "initializer_range": 0.1,
+    "vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+_SMALL = _TINY | {
+    "initializer_range": 0.02, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688,
+    "num_hidden_layers": 8, "num_attention_heads": 4, "max_position_embeddings": 1024,
+}  # fmt: skip
+_7B = _SMALL | {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 4096,
+}  # fmt: skip
 SIZES = {
-    "7b": Size(
-        _COMMON
-        | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
-        | {"num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096},
-        new_blocks=8,
-        seq_len=4096,
-    ),
-    "tiny": Size(
-        _COMMON
-        | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-        | {"num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1},
-        new_blocks=2,
-        seq_len=24,
-    ),
+    "7b": Size(_7B, new_blocks=8, seq_len=4096),
+    "small": Size(_SMALL, new_blocks=4, seq_len=1024),
+    "tiny": Size(_TINY, new_blocks=2, seq_len=24),
 }
 
 
@@ -167,24 +163,37 @@ class Transformers(NextToken):
         return out.loss * count, count
 
 
-def build(
-    side: str, size: Size, ranks: Ranks, dtype: torch.dtype, frozen: Frozen = "shard"
-) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """Returns a side's model, frozen and sharded as train.py does it, and its mean loss."""
+def build_model(
+    side: str, size: Size, device: torch.device, dtype: torch.dtype, masters: bool = False
+) -> nn.Module:
+    """Returns a side's expanded model, of which only the new blocks train.
+
+    Args:
+        side: "transformers" or any other, which is ours.
+        masters: hold what trains in fp32.
+    """
     base = ModelConfig.from_dict(size.base)
     layout = interleave(base.num_hidden_layers, size.new_blocks)
     config = expand_config(base, layout, base_sha256="")
-    tensors = expand_state_dict(random_tensors(base, ranks.device, dtype), layout)
+    tensors = expand_state_dict(random_tensors(base, device, dtype), layout)
     model: Any = build_on_meta(config)
     trainable = select_trainable(model, "new_blocks")
-
+    if masters:
+        tensors |= {name: tensors[name].float() for name in trainable}
     if side == "transformers":
-        model = transformers_model(config, tensors, ranks.device)
+        model = transformers_model(config, tensors, device)
     else:
         load_tensors(model, tensors)
-    del tensors  # or what trains would stay in memory twice, in bf16 and in fp32
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
+    return model
+
+
+def build(
+    side: str, size: Size, ranks: Ranks, dtype: torch.dtype, frozen: Frozen = "shard"
+) -> tuple[nn.Module, LossOf]:
+    """Returns a side's model, frozen and sharded as train.py does it, and its mean loss."""
+    model: Any = build_model(side, size, ranks.device, dtype)
     objective = Transformers(model) if side == "transformers" else NextToken(model)
     shard(objective, ranks, dtype, frozen)
 
@@ -221,19 +230,31 @@ class Stopwatch:
         return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
+def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Returns train.py's optimizer at a constant rate."""
+    optimizer = build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = 2e-4
+    return optimizer
+
+
+def random_batch(
+    size: Size, batch_size: int, device: torch.device, rank: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Returns the inputs and targets of a rank, both (B, T)."""
+    generator = torch.Generator(device).manual_seed(1 + rank)
+    shape = (batch_size, size.seq_len + 1)
+    ids = torch.randint(size.base["vocab_size"], shape, device=device, generator=generator)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
 def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Builds one side, runs its steps, and returns its row."""
     size, device = SIZES[args.size], ranks.device
     dtype = compute_dtype(device)
     model, loss_of = build(side, size, ranks, dtype)
-    parameters = list(model.parameters())
-    optimizer = build_adamw(parameters, BETAS, WEIGHT_DECAY)
-    for group in optimizer.param_groups:
-        group["lr"] = LR
-    generator = torch.Generator(device).manual_seed(1)
-    shape = (args.batch_size, size.seq_len + 1)
-    ids = torch.randint(size.base["vocab_size"], shape, device=device, generator=generator)
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    optimizer = build_optimizer(model)
+    inputs, targets = random_batch(size, args.batch_size, device)
 
     laps, losses = [], []
     for step in range(args.warmup + args.steps):
@@ -245,7 +266,7 @@ def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]
         watch.mark()
         loss.backward()
         watch.mark()
-        clip_gradients(parameters, CLIP)
+        clip_gradients(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         watch.mark()
@@ -288,23 +309,13 @@ def measure_and_release(side: str, args: argparse.Namespace, ranks: Ranks) -> di
 # ---- Report ------------------------------------------------------------------------------------
 
 
-def describe(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Returns machine, versions and settings, JSON-able."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    cores = os.cpu_count()
-    machine = {"processor": platform.processor() or platform.machine(), "cores": cores, "gpu": gpu}
+def describe(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Returns machine, versions and settings, JSON-able; `names` are options to tell."""
     size = SIZES[args.size]
     settings = {"size": args.size, **size.base, "new_blocks": size.new_blocks}
-    settings |= {"seq_len": size.seq_len, "batch_size": args.batch_size}
-    settings |= {"steps": args.steps, "warmup": args.warmup}
-    settings["dtype"] = str(compute_dtype(device)).removeprefix("torch.")
-    return {"machine": machine, "versions": versions, "settings": settings}
+    settings |= {"seq_len": size.seq_len} | {name: getattr(args, name) for name in names}
+    versions = measuring.versions("torch", "triton", "transformers")
+    return {"machine": measuring.machine(), "versions": versions, "settings": settings}
 
 
 def render(result: dict[str, Any]) -> str:
@@ -313,31 +324,28 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"{s['size']}, {s['num_hidden_layers']} blocks + {s['new_blocks']} new, "
         f"{s['batch_size']} x {s['seq_len']} tokens a step, {s['dtype']} on {gpu or 'CPU'}; "
-        f"median of {s['steps']} steps",
-        f"{'':14}{'tokens/s':>10}{'step s':>9}{'forward':>9}{'backward':>10}{'optimizer':>11}"
-        f"{'peak GB':>9}{'first loss':>12}{'last loss':>11}",
+        f"median of {s['steps']} steps"
     ]
+    heads = "side,tokens/s,step s,forward,backward,optimizer,peak GB,first loss,last loss"
+    rows = []
     for row in result["rows"]:
         if "failed" in row:
-            lines.append(f"{row['side']:14}{row['failed']:>10}")
+            rows.append([f"{row['side']}: {row['failed']}"])
             continue
         peak = row["peak_memory_gb"]
-        lines.append(
-            f"{row['side']:14}{row['tokens_per_s']:>10,.0f}{row['step_s']:>9.4f}"
-            f"{row['forward_s']:>9.4f}{row['backward_s']:>10.4f}{row['optimizer_s']:>11.4f}"
-            f"{'-' if peak is None else format(peak, '.1f'):>9}"
-            f"{row['first_loss']:>12.4f}{row['last_loss']:>11.4f}"
-        )
+        times = [f"{row[name]:.4f}" for name in ("step_s", *(f"{part}_s" for part in PARTS))]
+        rows.append([row["side"], f"{row['tokens_per_s']:,.0f}", *times])
+        rows[-1] += ["-" if peak is None else f"{peak:.1f}"]
+        rows[-1] += [f"{row[name]:.4f}" for name in ("first_loss", "last_loss")]
+    lines.append(measuring.table(heads.split(","), rows))
     if gpu and s["size"] == "7b":
         lines.append("For reference, not measured here:")
-        lines += [f"{'':14}{rate:>10,}  {what}" for what, rate in REFERENCES.items()]
+        lines += [f"{rate:,}  {what}" for what, rate in REFERENCES.items()]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = measuring.parser(__doc__)
     parser.add_argument(
         "--size", choices=SIZES, help="model to train; default: 7b on a GPU, tiny on a CPU"
     )
@@ -347,17 +355,16 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=10, help="steps that are measured")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them that are not")
-    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     with process_group("auto") as ranks:
         args.size = args.size or ("7b" if ranks.device.type == "cuda" else "tiny")
+        args.dtype = str(compute_dtype(ranks.device)).removeprefix("torch.")
         sides = choose_sides(args.sides, SIZES[args.size], ranks.device)
-        result = describe(args, ranks.device)
+        result = describe(args, "batch_size", "steps", "warmup", "dtype")
         result["rows"] = [measure_and_release(side, args, ranks) for side in sides]
     if result["machine"]["gpu"] and args.size == "7b":
         result["references_tokens_per_s"] = REFERENCES
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    measuring.write(args.out, result)
     print(render(result))
 
 

@@ -10,24 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-time_kernels = pytest.importorskip("time_kernels")  # it needs Triton
+pytest.importorskip("triton", reason="Triton is not installed")
+import time_kernels
+
+from llamapro.kernels import device as kernel_device
 
 OPS = {"attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "linear_cross_entropy"}
 
 
-def run(root: Path, script: str, *arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(root / "benchmarks" / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures for minutes on a GPU")
-def test_what_cannot_run_is_a_row_with_the_reason(root: Path, tmp_path: Path) -> None:
+def test_what_cannot_run_is_a_row_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """On a CPU only plain PyTorch runs; every op and direction has a row for each backend."""
     file = tmp_path / "time_kernels.json"
-    printed = run(root, "time_kernels.py", "--out", str(file))
+    monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["time_kernels.py", "--out", str(file)])
+    time_kernels.main()
+    printed = capsys.readouterr().out
     result = json.loads(file.read_text())
     assert {row["op"] for row in result["rows"]} == OPS
     for row in result["rows"]:
@@ -40,7 +40,7 @@ def test_what_cannot_run_is_a_row_with_the_reason(root: Path, tmp_path: Path) ->
     others = {row["by"] for row in result["rows"] if row["op"] == "attention"}
     assert {"llamapro", "cudnn", "flash", "flex"} <= others
     assert len(printed.splitlines()) == 1 + len(result["rows"])
-    assert result["machine"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.interpreted
@@ -92,11 +92,15 @@ def test_ratio_is_to_the_fastest_other(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sweep_prints_sound_tiles_as_lines_of_the_table(root: Path, tmp_path: Path) -> None:
     """What spills is left out; without a GPU nothing claims to have been timed."""
     file = tmp_path / "sweep.json"
-    printed = run(
-        root, "sweep_attention.py", "--kernel", "forward", "--block-d", "64",
-        "--architecture", "80", "--candidates", "64x32x4x2", "128x128x4x1", "--json", str(file),
-    )  # fmt: skip
-    head, *lines = printed.splitlines()
+    command = [
+        sys.executable, str(root / "benchmarks" / "sweep_attention.py"), "--kernel", "forward",
+        "--block-d", "64", "--architecture", "80", "--candidates", "64x32x4x2", "128x128x4x1",
+        "--out", str(file),
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    head, *lines = done.stdout.splitlines()
     assert head == "forward sm_80 BLOCK_D 64 bf16: 1 of 2 candidates are sound"
     assert len(lines) == 1
     assert lines[0].strip().startswith('("forward", 80, 64, 2): Tile(64, 32, 4, 2),  # ')

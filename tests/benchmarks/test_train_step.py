@@ -2,86 +2,71 @@
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import train_step
 
-
-@pytest.fixture(scope="module")
-def script(root: Path) -> Path:
-    """The file of the train_step."""
-    return root / "benchmarks" / "train_step.py"
+from llamapro.kernels import device as kernel_device
 
 
-def run(script: Path, *words: str, interpret: bool) -> subprocess.CompletedProcess[str]:
-    """Starts the benchmark on the CPU, with Triton's interpreter or without."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1" if interpret else "0"}
-    command = [sys.executable, str(script), *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.read_text())["rows"]
-
-
-def same_losses(rows: list[dict[str, Any]]) -> None:
-    """All rows have the first row's losses, before training and after: to fp32's rounding."""
-    for row in rows:
-        assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], rel=1e-5)
-        assert row["last_loss"] == pytest.approx(rows[0]["last_loss"], rel=1e-5)
-        assert row["last_loss"] < row["first_loss"] - 0.01
-
-
-def test_the_sides_of_a_cpu_train_alike(script: Path, tmp_path: Path) -> None:
-    """Without the interpreter: torch and transformers, with the same losses; table and JSON."""
-    out = tmp_path / "result.json"
-    done = run(script, "--steps", "3", "--warmup", "2", "--out", str(out), interpret=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert [row["side"] for row in result["rows"]] == ["torch", "transformers"]
-    same_losses(result["rows"])
-    for row in result["rows"]:
-        parts = [row[f"{part}_s"] for part in ("forward", "backward", "optimizer")]
-        assert all(0 < part < row["step_s"] for part in parts)
-        assert row["tokens_per_s"] == pytest.approx(2 * 24 / row["step_s"])
-        assert row["peak_memory_gb"] is None and row["side"] in done.stdout
-    assert result["rows"][0]["ops"] == "all: cpu (asked for)"
-    assert result["versions"].keys() == {"python", "torch", "triton", "transformers"}
-    assert all(result["versions"].values()) and result["machine"]["cores"] == os.cpu_count()
-    assert result["machine"]["gpu"] is None and "references_tokens_per_s" not in result
-    assert result["settings"]["steps"] == 3 and result["settings"]["dtype"] == "float32"
-    assert "H800" not in done.stdout  # nothing here compares with a GPU's figures
+def command(words: list[str]) -> None:
+    """The command with these options, for `run_command`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_step.py", *words])
+        train_step.main()
 
 
 @pytest.mark.interpreted
-def test_the_kernels_train_as_plain_torch_does(script: Path, tmp_path: Path) -> None:
-    """In the interpreter, where all five run: the losses are those of PyTorch."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted")
+def test_the_sides_of_a_cpu_train_alike(run_command: Callable[..., Any], tmp_path: Path) -> None:
+    """In the interpreter all three sides run, with the same losses; table and JSON tell them."""
     out = tmp_path / "result.json"
-    words = ["--sides", "triton", "torch", "--steps", "1", "--warmup", "1", "--batch-size", "1"]
-    done = run(script, *words, "--out", str(out), interpret=True)
-    assert done.returncode == 0, done.stderr
-    same_losses(rows(out))
-    assert [row["ops"] for row in rows(out)] == [
-        "all: triton (asked for)",
-        "all: cpu (asked for)",
-    ]
+    words = ["--steps", "1", "--warmup", "1", "--batch-size", "1", "--out", str(out)]
+    status, printed, errors = run_command(command, *words)
+    assert status == 0, errors
+    result = json.loads(out.read_text())
+    rows = result["rows"]
+    assert [row["side"] for row in rows] == ["triton", "torch", "transformers"]
+    for row in rows:
+        # Before training and after: to fp32's rounding.
+        assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], rel=1e-5)
+        assert row["last_loss"] == pytest.approx(rows[0]["last_loss"], rel=1e-5)
+        assert row["last_loss"] < row["first_loss"] - 0.01
+        parts = [row[f"{part}_s"] for part in ("forward", "backward", "optimizer")]
+        assert all(0 < part < row["step_s"] for part in parts)
+        assert row["tokens_per_s"] == pytest.approx(24 / row["step_s"])
+        assert row["peak_memory_gb"] is None and row["side"] in printed
+    assert rows[0]["ops"] == "all: triton (asked for)"
+    assert rows[1]["ops"] == "all: cpu (asked for)"
+    assert result["versions"].keys() == {"python", "torch", "triton", "transformers"}
+    assert all(result["versions"].values()) and result["machine"]["cores"] == os.cpu_count()
+    assert result["machine"]["gpu"] is None and "references_tokens_per_s" not in result
+    assert result["settings"]["steps"] == 1 and result["settings"]["dtype"] == "float32"
+    assert "H800" not in printed  # nothing here compares with a GPU's figures
 
 
-def test_triton_is_refused_where_it_cannot_run(script: Path) -> None:
-    """With the reason, before anything is built, and exit status 2."""
-    done = run(script, "--sides", "torch", "triton", interpret=False)
-    assert done.returncode == 2 and "measuring" not in done.stderr
-    assert "--sides triton: " in done.stderr and "device is cpu" in done.stderr
+def test_triton_is_left_out_or_refused_where_it_cannot_run(
+    run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out by default; asked for, the reason comes before anything is built, with status 2."""
+    monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu, tiny = torch.device("cpu"), train_step.SIZES["tiny"]
+    assert train_step.choose_sides(None, tiny, cpu) == ["torch", "transformers"]
+    status, _, errors = run_command(command, "--sides", "torch", "triton")
+    assert status == 2 and "measuring" not in errors
+    assert "--sides triton: " in errors and "device is cpu" in errors
 
 
 def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """And how to go on without; nobody is told who did not ask for it."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    cpu, tiny = train_step.torch.device("cpu"), train_step.SIZES["tiny"]
+    cpu, tiny = torch.device("cpu"), train_step.SIZES["tiny"]
     for asked in (None, ["torch", "transformers"]):
         with pytest.raises(train_step.ConfigError, match=r"llamapro\[hf\].*--sides triton torch"):
             train_step.choose_sides(asked, tiny, cpu)
@@ -116,6 +101,6 @@ def test_a_gpus_table_has_the_references_and_what_did_not_fit() -> None:
     lines = train_step.render(result).splitlines()
     assert "2 x 4096 tokens a step, bfloat16 on Some GPU" in lines[0]
     assert lines[2].split()[:2] == ["triton", "12,346"] and "71.2" in lines[2]
-    assert lines[3].split() == ["transformers", "out", "of", "memory"]
+    assert lines[3] == "transformers: out of memory"
     assert lines[4] == "For reference, not measured here:"
     assert lines[5].split()[0] == "7,850" and lines[6].split()[0] == "14,400"

@@ -1,6 +1,7 @@
 """What the kernels' tests share: inputs in every layout, the error rule, launches, guards."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -163,6 +164,15 @@ def compare(assert_as_exact_as_torch: Callable[[Tensor, Tensor, Tensor], None]) 
             assert_as_exact_as_torch(ours, theirs, best)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def opcheck() -> Function:
+    """`opcheck(op, arguments)`: the op's schema is true, and its fake tensors are like real ones.
+
+    That it goes through AOTAutograd is held by the test that compiles each op.
+    """
+    return partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
 
 
 # ---- What is launched and written ---------------------------------------------------------------

@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     B: int = 1
     T: int = 20
     S: int = 40
-    H: int = 2
+    H: int = 1
     KV: int = 1
     D: int = 16
 
@@ -60,27 +60,22 @@ def check(compare: Function, in_torch: Callable[[Function], Function]) -> Check:
     return partial(compare, attention.attention, fused, exact=in_torch(ops.attention))
 
 
+@pytest.mark.parametrize("size", [8, 40, 64, 80, 96, 128, 256])
+def test_every_head_dim_is_as_exact_as_torch(
+    size: int, device: str, half: torch.dtype, small_tiles: None, check: Check
+) -> None:
+    """Output and gradients; powers of two and not."""
+    qkv, dout = inputs(Shape(D=size), half, device)
+    check(qkv, [dout])
+
+
 @pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(D=8),
-        Shape(D=40),
-        Shape(D=64),
-        Shape(D=80),
-        Shape(D=96),
-        Shape(D=128),
-        Shape(D=256),
-        Shape(T=1, S=70),
-        Shape(T=37, S=70),
-        Shape(T=64, S=64),
-        Shape(B=2, T=40),
-    ],
-    ids=str,
+    "shape", [Shape(T=1, S=70), Shape(T=37, S=70), Shape(T=64, S=64), Shape(B=2, H=2)], ids=str
 )
 def test_output_and_gradients_are_as_exact_as_torch(
     shape: Shape, dtype: torch.dtype, device: str, small_tiles: None, check: Check
 ) -> None:
-    """Every head dim, one query, fewer queries than keys, whole tiles and not."""
+    """One query, fewer queries than keys, whole tiles and not, more than one of all."""
     qkv, dout = inputs(shape, dtype, device)
     check(qkv, [dout])
 
@@ -98,15 +93,15 @@ def test_tiles_of_the_table_are_right(
     device: str, half: torch.dtype, tma: bool, check: Check
 ) -> None:
     """The sizes that are launched, on one shape with an incomplete tile."""
-    qkv, dout = inputs(Shape(T=150, S=200, H=1, D=64), half, device)
+    qkv, dout = inputs(Shape(T=150, S=200, D=64), half, device)
     check(qkv, [dout])
 
 
-@pytest.mark.parametrize("heads", [(3, 3), (4, 1), (8, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(3, 3), (4, 1), (6, 2)], ids=str)
 def test_each_query_head_reads_its_key_head(
     heads: tuple[int, int], device: str, half: torch.dtype, small_tiles: None, check: Check
 ) -> None:
-    """Groups of 1, 4, 8 and 3; each head's values are of another size, so none passes for another.
+    """Groups of 1, 4 and 3; each head's values are of another size, so none passes for another.
 
     Gradients of a key head are the sum over its group, of all heads and nothing else.
     """
@@ -159,7 +154,8 @@ def test_bounds_are_kept(
     check: Check,
 ) -> None:
     """Windows of 1 key to more than there are, documents of 1 token and more, and both."""
-    qkv, dout = inputs(Shape(T=T, S=70), half, device)
+    H = 2 if documents and window else 1
+    qkv, dout = inputs(Shape(T=T, S=70, H=H), half, device)
     lengths = DOCUMENTS[documents] if documents else None
     bounds = bounds_of(lengths, window, T, 70, device)
     check(qkv, [dout], [bounds])
@@ -168,7 +164,7 @@ def test_bounds_are_kept(
 def test_window_holds_itself_and_no_key_more(device: str, small_tiles: None) -> None:
     """Position i sees i - window < j <= i: of one-hot values, the output shows exactly those."""
     T, window = 40, 7
-    (q, k, _), _ = inputs(Shape(T=T, S=T, H=1, D=40), torch.float32, device)
+    (q, k, _), _ = inputs(Shape(T=T, S=T, D=40), torch.float32, device)
     v = torch.eye(T, device=device)[None, :, None]  # (1, S, 1, D): key j is the unit vector j
     out = attention.attention(q, k, v, ops.attention_bounds(T, T, window, device=device))
     t, n = torch.arange(T)[:, None], torch.arange(T)[None]
@@ -194,7 +190,7 @@ def test_bounds_may_differ_by_batch_row(
     device: str, half: torch.dtype, small_tiles: None, check: Check
 ) -> None:
     """(B, T) bounds, in any layout; other documents in every row."""
-    qkv, dout = inputs(Shape(B=2, T=70, S=70, H=1), half, device)
+    qkv, dout = inputs(Shape(B=2, T=70, S=70), half, device)
     each = [bounds_of(DOCUMENTS[name], 30, 70, 70, device) for name in ("three", "short")]
     rows = (torch.cat(pair) for pair in zip(*each, strict=True))
     bounds = ops.AttentionBounds(*(x.T.contiguous().T for x in rows))
@@ -206,12 +202,12 @@ def test_tiles_out_of_sight_are_not_visited(
     device: str, half: torch.dtype, small_tiles: None, results: Results
 ) -> None:
     """NaN in an unseen document spoils nothing: masked, it would by way of 0 * NaN."""
-    (q, k, v), dout = inputs(Shape(T=128, S=128), half, device)
-    lengths = (32, 32, 64)  # whole tiles: none holds keys of two documents
+    (q, k, v), dout = inputs(Shape(T=96, S=96), half, device)
+    lengths = (32, 32, 32)  # whole tiles: none holds keys of two documents
     poisoned = slice(32, 64)
     for x in (q, k, v, dout):
         x[:, poisoned] = float("nan")
-    bounds = bounds_of(lengths, None, 128, 128, device)
+    bounds = bounds_of(lengths, None, 96, 96, device)
     for x in results(attention.attention, [q, k, v], [dout], [bounds]):
         assert x[:, poisoned].isnan().all()
         assert x[:, :32].isfinite().all() and x[:, 64:].isfinite().all()
@@ -227,7 +223,7 @@ def test_every_layout_is_read(
     check: Check,
 ) -> None:
     """q, k, v and the output gradient in every layout; none of them is changed."""
-    qkv, dout = inputs(Shape(B=2, H=1, D=24), half, device)
+    qkv, dout = inputs(Shape(B=2, D=24), half, device)
     arguments = [in_layout(x, layout) for x in (*qkv, dout)]
     before = [x.clone() for x in arguments]
     check(arguments[:3], arguments[3:])
@@ -301,12 +297,13 @@ def test_wrong_shapes_and_dtypes_are_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-def test_operator_is_registered_correctly(bounded: bool, device: str, small_tiles: None) -> None:
-    """torch.library.opcheck: the schema, and that fake tensors are like real ones."""
+def test_operator_is_registered_correctly(
+    bounded: bool, device: str, small_tiles: None, opcheck: Function
+) -> None:
+    """With bounds and without."""
     (q, k, v), _ = inputs(Shape(T=20, S=20), torch.float32, device)
     first = ops.attention_bounds(20, 20, 7, device=device).first if bounded else None
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(attention.attention_forward, (q, k, v, first), test_utils=tests)
+    opcheck(attention.attention_forward, (q, k, v, first))
 
 
 def test_lse_is_the_log_of_the_sum_of_exponentials(device: str, small_tiles: None) -> None:

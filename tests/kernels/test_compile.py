@@ -38,7 +38,7 @@ def compiled(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     def run_script(*options: str) -> dict[str, Any]:
         file = tmp_path_factory.mktemp("compiled") / "kernels.json"
         script = str(root / "benchmarks" / "compile_kernels.py")
-        done = run(root, script, *options, "--json", str(file))
+        done = run(root, script, *options, "--out", str(file))
         assert file.exists(), done.stderr[-2000:]
         return json.loads(file.read_text()) | {"status": done.returncode}
 
@@ -158,7 +158,7 @@ TOYS = """
         tl.store(x + tl.arange(0, BLOCK), no_such_name)
 
     def problems(launches):
-        rows = compile_all(launches, 2, lambda text: None)
+        rows = compile_all(launches, 2)
         return [problem for row in rows for problem in row["problems"]]
 
     def of_attention(kernel, architecture, *tile):

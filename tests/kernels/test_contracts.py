@@ -88,7 +88,7 @@ def test_gradients_are_the_same_bits_every_time_and_nothing_is_changed(
     call: Callable[..., Call], results: Callable[..., list[Tensor]]
 ) -> None:
     """Of one graph and of a second; inputs and incoming gradients stay as they were."""
-    made = call(1, 40)
+    made = call(1, 20)
     leaves = [x.detach().requires_grad_() for x in made.inputs]
     outputs = outputs_of(made, leaves)
     gradients = [torch.randn_like(x) for x in outputs]

@@ -243,17 +243,19 @@ def test_weight_gradient_is_summed_in_fp32(device: str) -> None:
     assert (weight.grad == 0.5).all()
 
 
-def test_the_ops_describe_themselves_truthfully(device: str, normal: Normal) -> None:
-    """Schema, shapes and strides for tracing, aliasing: PyTorch's own check of a custom op."""
+def test_the_ops_describe_themselves_truthfully(
+    device: str, normal: Normal, opcheck: Function
+) -> None:
+    """With and without a residual, for each gradient that can be asked for."""
     x = normal(4, 3, 40, seed=0).transpose(0, 1)
     weight = normal(40, seed=1)
     rstd = torch.ones(3, 4, device=device)
     forward = torch.ops.llamapro.rms_norm.default
     backward = torch.ops.llamapro.rms_norm_backward.default
     for residual in (None, x):
-        torch.library.opcheck(forward, (x, residual, weight, EPS))
+        opcheck(forward, (x, residual, weight, EPS))
         for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(backward, (x, residual, x, weight, rstd, *needs))
+            opcheck(backward, (x, residual, x, weight, rstd, *needs))
 
 
 def test_gradients_of_the_sum_are_two_tensors(normal: Normal) -> None:

@@ -105,12 +105,12 @@ def test_sixteen_bit_products_are_not_rounded(
     assert (kernel.rope(x, cos, sin) != wide.half()).float().mean() < 0.002
 
 
-def test_the_op_describes_itself_truthfully(device: str, normal: Normal) -> None:
-    """Schema, shapes and strides for tracing, aliasing: PyTorch's own check of a custom op."""
+def test_the_op_describes_itself_truthfully(device: str, normal: Normal, opcheck: Function) -> None:
+    """In both directions."""
     x = normal(2, 4, 3, 16, seed=0).transpose(1, 2)
     cos, sin = table(3, size=16, device=device)
     for inverse in (False, True):
-        torch.library.opcheck(torch.ops.llamapro.rope.default, (x, cos, sin, inverse))
+        opcheck(torch.ops.llamapro.rope.default, (x, cos, sin, inverse))
 
 
 def test_wrong_shapes_and_dtypes_are_refused(device: str) -> None:
