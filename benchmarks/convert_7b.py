@@ -2,11 +2,11 @@
 
     python benchmarks/convert_7b.py WORK_DIR [--layers 32] [--repeats 2] [--out RESULT.json]
 
-Makes a release with the shapes of LLaMA-2-7B (13.5 GB in bf16, random weights) in WORK_DIR, which
-must have 65 GB free, and removes all of it again. Each command and a `cp` of the bytes that it
-writes run in turn; the figures are medians, and the largest resident size of the command. Before
-each, a file of that size is written and removed: on a virtual machine, memory that has been free
-for a while must first be got back from the host, which can take longer than the copy.
+A release with the shapes of LLaMA-2-7B (13.5 GB in bf16, random weights) is made in WORK_DIR, which
+must have 65 GB free, and removed again. Each command and a `cp` of the bytes that it writes run in
+turn. The figures are the medians, and the largest resident size of the command. A file of that size
+is written and removed before each run, because a virtual machine must first get back from its host
+the memory that has been free for a while, which can take longer than the copy.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""The run that benchmarks/faults.py hurts, and every way to hurt it: while it runs, between starts.
+"""The run that benchmarks/faults.py hurts, and the faults: while it runs and between its starts.
 
     python benchmarks/fault_injection.py KIND COUNT TRAINING-OPTIONS...
 
-Run as a script, it is train.py on a disk that fails, as `start` starts it.
+The script is train.py on a disk that fails; `start` starts it.
 """
 
 import argparse

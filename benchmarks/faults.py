@@ -2,20 +2,20 @@
 
     python benchmarks/faults.py [--faults 200] [--seed 0] [--out RESULT.json]
 
-One run of a tiny expanded model goes straight to its end and saves every step: that is the truth.
-Then episodes: the same command in a new run directory, hit by a fault, started again, hit again,
-until it has come to its end. Some faults come while it runs, in any moment (kill, signal, a disk
-that is full, broken or limited), some between two starts (flipped bit, cut or missing file, stale
-lock, leftovers of a killed process, half a line in the log). What is promised, and looked at after
-every start:
+One run of a tiny expanded model goes straight to its end and saves every step. It is the truth. An
+episode is the same command in a new run directory, hit by a fault, started again and hit again,
+until it comes to its end. Some faults come at any moment while it runs (kill, signal, a disk that
+is full, broken or limited), others between two starts (flipped bit, cut or missing file, stale
+lock, leftovers of a killed process, half a line in the log). These promises are checked after every
+start:
 
 - It resumes from the newest training checkpoint that no fault has damaged, and names each newer
-  one; if there is none any more, it refuses to start. A checkpoint that was announced as saved is
-  there; after a signal the step that was last computed is, too.
+  one. If none is left, it refuses to start. A checkpoint that was announced as saved is
+  there, and so is the last computed step after a signal.
 - Every tensor file of every undamaged training checkpoint, and every number in the log except
-  times and memory, is to the bit that of the straight run.
+  times and memory, equals that of the straight run bit for bit.
 
-The seed decides which faults come and where; in which microsecond they land, the machine. Linux.
+The seed decides which faults come and where; the machine decides in which microsecond. Linux only.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Cases of time_kernels.py: each op at sizes of real models, and all that can compute it."""
+"""The cases of time_kernels.py: each op at sizes of real models, and what computes it."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +20,7 @@ Function = Callable[..., Any]
 
 
 class Case(NamedTuple):
-    """One op, shape and direction, and all that can compute it.
+    """One op, shape and direction, and everything that computes it.
 
     Attributes:
         shape: for people.
@@ -28,7 +28,7 @@ class Case(NamedTuple):
         work: floating-point operations or bytes of one call.
         unit: TFLOP/s or GB/s.
         inputs: makes the tensors; gradients are computed of those that require them.
-        functions: name -> what returns the function, or raises what says why not.
+        functions: name -> returns the function, or raises the reason why it cannot run.
     """
 
     op: str
@@ -210,7 +210,7 @@ OPS: dict[str, Callable[[Cases], Iterator[Case]]] = {
 
 
 def _heads_first(function: Callable[..., Tensor]) -> Function:
-    """For those who want (B, H, T, D): the same memory, seen that way."""
+    """Calls a function that takes (B, H, T, D), without a copy."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -230,7 +230,7 @@ def sdpa(backend: SDPBackend) -> Function:
 
 
 def cudnn_repeated() -> Function:
-    """cuDNN's, with keys and values repeated for every head: for versions that take no groups."""
+    """cuDNN's attention with keys and values repeated per head, for versions without groups."""
     attend = sdpa(SDPBackend.CUDNN_ATTENTION)
 
     def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Records what the kernels' public functions launch, on CPU tensors, without computing.
 
 A stand-in for Triton's driver says which GPU there is, and a hook takes each launch with the
-specialisation that Triton itself derived from the arguments. `cases` are the calls of which
-compile_kernels.py looks at the launches.
+specialisation that Triton itself derived from the arguments. compile_kernels.py compiles the
+launches of `cases`.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -82,7 +83,7 @@ def _numbers(arguments: dict[str, Any]) -> dict[str, int]:
 
 @contextmanager
 def recording(architecture: int, case: str) -> Iterator[list[Launch]]:
-    """Takes every launch made inside, for that architecture, instead of compiling and running it.
+    """Notes every launch made inside, for that architecture, instead of compiling and running it.
 
     Tensors that kernels would have written keep whatever was in their memory.
     """
@@ -142,6 +143,15 @@ class Case(NamedTuple):
     is_quick: bool = False
 
 
+def _run(function: Callable[..., Any], *arguments: Any) -> None:
+    """Runs forward, and backward for the arguments that require gradients."""
+    out = function(*arguments)
+    outputs = out if isinstance(out, tuple) else (out,)
+    asked = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    if asked:
+        torch.autograd.grad(outputs, asked, [torch.empty_like(y) for y in outputs])
+
+
 def attention_case(
     dtype: str, D: int, *words: str, shape: tuple[int, int, int, int] = (2, 2048, 32, 8)
 ) -> Case:
@@ -152,15 +162,13 @@ def attention_case(
         T = 1 if "decode" in words else S
         width = D + 1 if "unaligned" in words else D
         q, k, v = (
-            torch.empty(B, length, heads, width, dtype=DTYPES[dtype])[..., :D].requires_grad_()
+            torch.empty(B, length, heads, width, dtype=DTYPES[dtype])[..., :D].requires_grad_(T > 1)
             for length, heads in ((T, H), (S, KV), (S, KV))
         )
         bounds = None
         if "bounds" in words:
             bounds = tuple(torch.empty(1, length, dtype=torch.int32) for length in (T, S))
-        out = attention.attention(q, k, v, bounds)
-        if "decode" not in words:
-            torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+        _run(attention.attention, q, k, v, bounds)
 
     name = " ".join(("attention", dtype, f"D={D}", *words))
     return Case(name, call, dtype == "bf16" and D == 128 and not words)
@@ -172,14 +180,10 @@ def rms_norm_case(dtype: str, C: int, *words: str, rows: int = 4096) -> Case:
     def call() -> None:
         x, residual = (torch.empty(rows, C, dtype=DTYPES[dtype]).requires_grad_() for _ in range(2))
         weight = torch.empty(C, dtype=DTYPES[dtype], requires_grad="frozen" not in words)
-        asked = [weight] if weight.requires_grad else []
         if "add" in words:
-            out = rms_norm.add_rms_norm(x, residual, weight, 1e-5)
-            grads = tuple(torch.empty_like(y) for y in out)
-            torch.autograd.grad(out, [x, residual, *asked], grads)
+            _run(rms_norm.add_rms_norm, x, residual, weight, 1e-5)
         else:
-            y = rms_norm.rms_norm(x, weight, 1e-5)
-            torch.autograd.grad(y, [x, *asked], torch.empty_like(y))
+            _run(rms_norm.rms_norm, x, weight, 1e-5)
 
     return Case(
         " ".join(("rms_norm", dtype, f"C={C}", *words)), call, C == 4096 and dtype == "bf16"
@@ -200,8 +204,7 @@ def rope_case(
         table = (B, T, D) if "batched" in words else (T, D)
         cos, sin = (torch.empty(table, dtype=DTYPES[dtype]) for _ in range(2))
         for x in both:  # queries, then keys
-            out = rope.rope(x.requires_grad_(), cos, sin)
-            torch.autograd.grad(out, x, torch.empty_like(out))
+            _run(rope.rope, x.requires_grad_(), cos, sin)
 
     return Case(" ".join(("rope", dtype, f"D={D}", *words)), call, D == 128 and dtype == "bf16")
 
@@ -213,8 +216,7 @@ def swiglu_case(dtype: str, F: int, *words: str, rows: int = 4096) -> Case:
         gate, up = (torch.empty(rows, F, dtype=DTYPES[dtype]) for _ in range(2))
         if "fused" in words:
             gate, up = torch.empty(rows, 2 * F, dtype=DTYPES[dtype]).chunk(2, dim=-1)
-        out = swiglu.swiglu(gate.requires_grad_(), up.requires_grad_())
-        torch.autograd.grad(out, (gate, up), torch.empty_like(out))
+        _run(swiglu.swiglu, gate.requires_grad_(), up.requires_grad_())
 
     return Case(" ".join(("swiglu", dtype, f"F={F}", *words)), call, dtype == "bf16")
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, machine, versions, table, and the file of figures."""
+"""Code that the benchmarks share: options, machine, versions, table, and the file of figures."""
 
 import argparse
 import json

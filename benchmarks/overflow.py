@@ -1,8 +1,8 @@
-"""Can a 32-bit integer of a kernel overflow? Intervals, followed through Triton's IR.
+"""Finds 32-bit integers of a kernel that can overflow, by intervals through Triton's IR.
 
-From the grid and the integer arguments of a recorded launch, an interval is computed for every
-integer in the kernel. Loops are widened from their first iterations, and what is loaded from memory
-is a position in a sequence; so this is evidence, not proof, for values carried through loops.
+An interval is computed for every integer in the kernel from the grid and the integer arguments of
+a recorded launch. Loops are widened from their first iterations, and integers in memory are taken
+for positions in a sequence. So this is evidence, not proof, for values carried through loops.
 """
 
 import operator
@@ -33,7 +33,7 @@ def _interval(
     grid: tuple[int, int, int],
     positions: Range | None,
 ) -> Range | None:
-    """The values that an operation can give, without regard to its width; None if unknown."""
+    """Returns the values that an operation can give, whatever its width; None if unknown."""
     match operation, values:
         case "arith.constant", _:
             constant = re.search(r"constant (?:dense<)?(-?\d+)>? :", text)

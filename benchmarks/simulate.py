@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
 import tyro
 from torch.distributed.tensor import DTensor
@@ -189,26 +190,24 @@ def render(found: dict[str, Any], settings: Settings) -> str:
         f"{found['micro_batches']} micro-batch(es) x {t.micro_batch_size} x "
         f"{settings.data.seq_len}; {found['dtype']}",
         f"memory      about {total} per rank, with train.ops torch: {parts}",
-        "",
-        f"{'unit':<24}{'count':>6}{'parameters':>12}  largest tensor, on the first and last rank",
     ]
+    rows = []
     for u in found["units"]:
         first, last = u["first_rank"], u["last_rank"]
         held = "whole" if first == u["shape"] else f"{first} .. {last}" if first != last else first
-        lines.append(
-            f"{u['unit']:<24}{u['count']:>6}{format_count(u['parameters']):>12}  "
-            f"{u['largest']} {u['shape']}: {held}"
-        )
-    header = f"{'calls':>7}{'sent':>11}{'to other machines':>20}"
-    lines += ["", f"{'per rank and step':<35}{'ranks':>7}{header}"]
-    for row in found["traffic"]:
-        name = f"{row['phase']:<9} {row['operation']:<15}{row['weights']}"
-        lines.append(
-            f"{name:<35}{row['ranks']:>7}{row['calls']:>7}{format_bytes(row['sent_bytes']):>11}"
-            f"{format_bytes(row['between_nodes_bytes']):>20}"
-        )
-    both = (format_bytes(found[key]) for key in ("sent_bytes", "between_nodes_bytes"))
-    lines.append("{:<49}{:>11}{:>20}".format("in all (as much is received)", *both))
+        tensor = f"{u['largest']} {u['shape']}: {held}"
+        rows.append([u["unit"], u["count"], format_count(u["parameters"]), tensor])
+    heads = ["unit", "count", "parameters", "largest tensor, on the first and last rank"]
+    lines += ["", measuring.table(heads, rows)]
+    heads = ["per rank and step", "", "", "ranks", "calls", "sent", "to other machines"]
+    rows = [
+        [row[key] for key in ("phase", "operation", "weights", "ranks", "calls")]
+        + [format_bytes(row[key]) for key in ("sent_bytes", "between_nodes_bytes")]
+        for row in found["traffic"]
+    ]
+    both = [format_bytes(found[key]) for key in ("sent_bytes", "between_nodes_bytes")]
+    rows.append(["in all; the same is received", "", "", "", "", *both])
+    lines += ["", measuring.table(heads, rows)]
     if found["network_s"] is not None:
         lines += [
             "",
@@ -222,7 +221,7 @@ def read_config(path: str, num_new_blocks: int) -> ModelConfig:
     """Reads a config.json, or that of a checkpoint directory, and expands it if asked to.
 
     Raises:
-        ConfigError: it does not exist, is damaged, or does not split for so many new blocks.
+        ConfigError: it does not exist, is damaged, or does not split into that many groups.
     """
     where = Path(path)
     if not where.exists():

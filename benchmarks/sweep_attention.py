@@ -1,15 +1,13 @@
-"""Which tiles the attention kernels should take: the sweep behind the table in kernels/tiles.py.
+"""Finds tiles for the attention kernels: the sweep behind the table in kernels/tiles.py.
 
     python benchmarks/sweep_attention.py [--kernel forward] [--block-d 128] [--architecture 90]
                                          [--dtype bf16] [--candidates 128x64x8x3 ...] [--out FILE]
 
 Every candidate (rows x columns x warps x stages) is compiled, plain and with bounds, as the public
-function would launch it; those that spill, take too much shared memory or miss the tensor cores are
-dropped. What is left is timed where there is a GPU of that architecture, on B 2, T 4096, 32 heads,
-8 key/value heads, causal; the best are printed as lines of the table. Without one nothing is timed,
-and the order is a guess from what is known beforehand: first the side of the tile that a program
-keeps while it walks along the other (rows, but columns for "key_value"), as all else is read once
-per tile of it; then warps per multiprocessor, which hide latency; then the other side; then stages.
+function would launch it. Candidates that spill, take too much shared memory or miss the tensor
+cores are dropped. The others are timed where there is a GPU of that architecture, on B 2, T 4096,
+32 heads, 8 key/value heads, causal. The best are printed as lines of the table. Without a GPU
+nothing is timed, and the largest tiles come first.
 """
 
 import itertools
@@ -21,7 +19,7 @@ from unittest import mock
 import measuring
 import torch
 import triton
-from compile_kernels import SHARED_LIMIT, compile_all
+from compile_kernels import compile_all
 from launches import DTYPES, Launch, recording
 
 from llamapro.kernels import attention, device, tiles
@@ -32,7 +30,6 @@ KERNELS = {
     "query": "_attention_query_kernel",
     "key_value": "_attention_key_value_kernel",
 }
-REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
 B, T, H, KV = 2, 4096, 32, 8
 # Matrix products of T x T x D, of which a causal mask leaves half: 2 in forward.
 PRODUCTS = {"forward": 2, "query": 3, "key_value": 4}
@@ -48,7 +45,7 @@ class Entry(NamedTuple):
 
 
 def candidates(entry: Entry) -> list[Tile]:
-    """The tiles worth compiling: powers of two, 4 or 8 warps, 1 to 3 stages."""
+    """Returns the tiles worth compiling: powers of two, 4 or 8 warps, 1 to 3 stages."""
     sizes = (16, 32, 64) if entry.dtype == "fp32" else (32, 64, 128)
     return [
         Tile(rows, columns, num_warps, num_stages)
@@ -87,7 +84,7 @@ def call(entry: Entry, where: str, bounded: bool) -> Any:
 
 
 def taking(entry: Entry, tile: Tile) -> Any:
-    """Within, the entry's kernel takes that tile, and the others what the table says."""
+    """Gives the entry's kernel that tile inside the with-block, and the others the table's."""
     choose = tiles.tile
     return mock.patch.object(
         tiles, "tile", lambda kernel, *key: tile if kernel == entry.kernel else choose(kernel, *key)
@@ -95,7 +92,7 @@ def taking(entry: Entry, tile: Tile) -> Any:
 
 
 def launch(entry: Entry, tile: Tile, bounded: bool) -> Launch:
-    """The launch of the entry's kernel with that tile."""
+    """Records the launch of the entry's kernel with that tile."""
     with (
         taking(entry, tile),
         recording(entry.architecture, f"{entry.kernel} {tuple(tile)}") as recorded,
@@ -105,15 +102,8 @@ def launch(entry: Entry, tile: Tile, bounded: bool) -> Launch:
     return next(launch for launch in recorded if launch.kernel.__name__ == name)
 
 
-def programs(result: dict[str, Any], architecture: int) -> int:
-    """How many programs fit a multiprocessor at a time, by registers, threads and memory."""
-    registers = -(-result["registers"] // 8) * 8 * result["threads"]
-    shared = (SHARED_LIMIT[architecture] + 1024) // (result["shared_bytes"] + 1024)
-    return min(REGISTERS // registers, THREADS // result["threads"], shared)
-
-
 def seconds(entry: Entry, tile: Tile) -> float:
-    """The median time of the public function's forward or backward, caches flushed."""
+    """Returns the median time of the public function's forward or backward, with cold caches."""
     with taking(entry, tile):
         function = call(entry, "cuda", bounded=False)
         return triton.testing.do_bench(function, warmup=25, rep=200, return_mode="median") / 1e3
@@ -131,36 +121,30 @@ def sweep(entry: Entry, chosen: list[Tile], jobs: int, has_gpu: bool) -> list[di
         for tile, row in zip(sound, rows, strict=True):
             result = results[tile]
             result["problems"] += row["problems"]
-            for name in ("registers", "shared_bytes", "threads"):
+            for name in ("registers", "shared_bytes"):
                 result[name] = max(row.get(name, 0), result.get(name, 0))
     for tile, result in results.items():
-        if not result["problems"]:
-            result["programs"] = programs(result, entry.architecture)
-            if has_gpu:
-                result["seconds"] = seconds(entry, tile)
-                flop = PRODUCTS[entry.kernel] * B * H * T * T * entry.block_d
-                result["tflops"] = flop / result["seconds"] / 1e12
+        if has_gpu and not result["problems"]:
+            result["seconds"] = seconds(entry, tile)
+            flop = PRODUCTS[entry.kernel] * B * H * T * T * entry.block_d
+            result["tflops"] = flop / result["seconds"] / 1e12
 
     def order(result: dict[str, Any]) -> tuple[float, ...]:
-        if "seconds" in result or result["problems"]:
-            return (len(result["problems"]), result.get("seconds", 0.0))
         rows, columns, _, num_stages = result["tile"]
-        if entry.kernel == "key_value":
-            rows, columns = columns, rows
-        warps = result["programs"] * result["threads"] // 32
-        return (0, -rows, -min(warps, 16), -columns, -num_stages)
+        untimed = (-rows * columns, -num_stages)
+        return (len(result["problems"]), result.get("seconds", 0.0), *untimed)
 
     return sorted(results.values(), key=order)
 
 
 def line(entry: Entry, result: dict[str, Any]) -> str:
-    """A result as a line of `tiles.TILES`."""
+    """Returns a result as a line of `tiles.TILES`."""
     size = DTYPES[entry.dtype].itemsize
     key = f'("{entry.kernel}", {entry.architecture}, {entry.block_d}, {size})'
     tile = ", ".join(map(str, result["tile"]))
     measured = f"{result['tflops']:.0f} TFLOP/s" if "tflops" in result else "not timed"
     facts = f"{result['registers']} registers, {result['shared_bytes'] // 1024} KiB"
-    return f"    {key}: Tile({tile}),  # {measured}, {facts}, {result['programs']} per SM"
+    return f"    {key}: Tile({tile}),  # {measured}, {facts}"
 
 
 def main() -> None:

@@ -1,19 +1,19 @@
-"""Every kernel beside the best of the others, in one run on one GPU.
+"""Times every kernel beside the best other implementations, in one run on one GPU.
 
     python benchmarks/time_kernels.py [--op attention rms_norm ...] [--out RESULT.json]
 
-Attention is given in TFLOP/s and beside cuDNN's and FlashAttention-2's (both through PyTorch's
-scaled_dot_product_attention) and FlexAttention: causal, bf16, B 2, D 128; forward counts
-4 B H S^2 D / 2 operations, backward 2.5 times that, however many a kernel really does. The output
-projection with cross-entropy is in TFLOP/s too, of its two matrix products (the embedding is
-frozen). What is bound by memory is in GB/s of the bytes that must move, and as a share of what a
-copy of 1 GiB reaches in the same run; beside plain PyTorch, torch.compile and, where installed,
-Liger-Kernel.
+Attention (causal, bf16, B 2, D 128) is compared in TFLOP/s with cuDNN's and FlashAttention-2's
+through PyTorch's scaled_dot_product_attention, and with FlexAttention. Forward counts
+4 B H S^2 D / 2 operations and backward 2.5 times that, however many a kernel really does. The
+output projection with cross-entropy is in TFLOP/s of its two matrix products (the embedding is
+frozen). Kernels bound by memory are in GB/s of the bytes that must move, and as a share of what a
+copy of 1 GiB reaches in the same run. They are compared with plain PyTorch, torch.compile and,
+where installed, Liger-Kernel.
 
 All take the same tensors in the same layout, heads after tokens, as in the model. Figures are
-medians of CUDA events over runs with a cold L2 cache, after warm-up. What cannot run a case is a
-row with the reason. Without a GPU, small shapes are run on the CPU, to test this file: those
-figures mean nothing.
+medians of CUDA events over runs with a cold L2 cache, after warm-up. An implementation that cannot
+run a case has a row with the reason. Without a GPU, small shapes run on the CPU to test this file;
+those figures mean nothing.
 """
 
 import itertools
@@ -29,13 +29,13 @@ from kernel_cases import OPS, OURS, Case, Cases, Function
 
 from llamapro import backends
 
-# What one raises that does not take a case: PyTorch, a missing package, Triton's compiler or
-# launcher, a version of Liger with other names or arguments.
+# Raised where a case is not taken: by PyTorch, a missing package, Triton's compiler or launcher, or
+# a version of Liger with other names or arguments.
 REFUSALS = (RuntimeError, ImportError, AttributeError, TypeError, triton.TritonError)
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The median time of a call."""
+    """Returns the median time of a call."""
     if device.type == "cuda":
         milliseconds = triton.testing.do_bench(function, 50, 300, return_mode="median")
         return float(milliseconds) / 1e3
@@ -49,14 +49,14 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of reading and writing when 1 GiB (on a CPU: 1 MiB) is copied."""
+    """Returns the GB/s of reading and writing when 1 GiB (on a CPU: 1 MiB) is copied."""
     size = 1 << (30 if device.type == "cuda" else 20)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / seconds(lambda: target.copy_(source), device) / 1e9
 
 
 def timed(case: Case, function: Function) -> Callable[[], object]:
-    """The timed pass: forward without a graph, backward of one forward, or both."""
+    """Returns the timed pass: forward without a graph, backward of one forward, or both."""
     inputs = case.inputs()
     asked = [x for x in inputs if x.requires_grad]
     if case.direction == "forward":
@@ -75,7 +75,7 @@ def timed(case: Case, function: Function) -> Callable[[], object]:
 
 
 def measure(case: Case, device: torch.device, copy: float) -> list[dict[str, Any]]:
-    """A row per function: its rate, or why there is none; ours also beside the best other."""
+    """Returns a row per function with its rate or the reason why it has none; ours with a ratio."""
     rows = []
     for name, get in case.functions.items():
         row: dict[str, Any] = {"op": case.op, "shape": case.shape, "direction": case.direction}
@@ -100,7 +100,7 @@ def measure(case: Case, device: torch.device, copy: float) -> list[dict[str, Any
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """Returns a row for people."""
     text = f"{row['op']:<21}{row['shape']:<38}{row['direction']:<9}{row['by']:<28}"
     if "refused" in row:
         return f"{text}-- {row['refused']}"

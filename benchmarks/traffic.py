@@ -56,7 +56,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends, and as many that it receives, if the group forms a ring."""
+        """Bytes that a rank sends if the group forms a ring; it receives the same number."""
         times = 2 if self.operation == "all-reduce" else 1  # a reduce-scatter, then an all-gather
         return times * self.bytes * (len(self.ranks) - 1) / len(self.ranks)
 

@@ -120,7 +120,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def random_tensors(
     config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """As `init_random`, but made where they are used: 7B in fp32 on the CPU would take 27 GB."""
+    """Does what `init_random` does, on the device: 7B in fp32 on the CPU would take 27 GB."""
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     for name, meta in build_on_meta(config).named_parameters():
@@ -290,7 +290,7 @@ def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]
 
 
 def measure_and_release(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """As `measure`; nothing of the side stays in memory, and one that does not fit says so."""
+    """Measures a side and frees its memory; a side that does not fit has a row that says so."""
     print(f"measuring {side} ...", file=sys.stderr, flush=True)
     try:
         with (

@@ -4,9 +4,9 @@ Every function has the signature and meaning of the one of the same name in `ops
 it computes. The code runs on any device; `auto` takes it wherever no Triton kernel runs.
 
 Three things save memory. Forward keeps the inputs and computes the rest again in backward. The
-loss computes its gradient in forward, one chunk of tokens at a time. Temporaries are written over:
-the C library does not reuse the hole that an aligned tensor leaves for another of the same size, so
-a temporary made between two tensors that autograd keeps costs as much memory as if it were kept.
+loss computes its gradient in forward, one chunk of tokens at a time. Temporaries are written over,
+because the C library does not reuse the hole that an aligned tensor leaves for another of the same
+size: a temporary made between two tensors that autograd keeps costs as much memory as if kept.
 
 A tensor that was written in place is returned as a view, because the compiler of PyTorch 2.11
 would otherwise lose its gradient.
@@ -15,7 +15,7 @@ Shapes: B batch, T query length, S key length, H query heads, KV key/value heads
 C hidden size, F FFN size, V vocabulary, N tokens, n tokens of one chunk.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -210,143 +210,123 @@ def logits_at_once(device: torch.device) -> int:
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss of softmax(x W^T), and the number of targets: (N, C), (V, C), (N,) -> (), ()."""
-    chunks = _chunks(x, weight, logits_at_once(x.device))
-    loss_sum = _LinearCrossEntropy.apply(x, weight, targets, chunks)
-    return loss_sum, (targets != IGNORE_INDEX).sum()
+    return _loss(x, None, weight, targets, logits_at_once(x.device), 0)
 
 
 def linear_kl(
     x: Tensor, teacher_x: Tensor, weight: Tensor, targets: Tensor, teacher_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Summed KL(teacher || model) through one head, and the number of targets."""
-    chunks = _chunks(x, weight, logits_at_once(x.device) // 2)  # the teacher's logits live too
-    rows = teacher_rows or weight.shape[0]
-    kl_sum = _LinearKL.apply(x, teacher_x, weight, targets, chunks, rows)
-    return kl_sum, (targets != IGNORE_INDEX).sum()
+    logits = logits_at_once(x.device) // 2  # the teacher's logits live too
+    return _loss(x, teacher_x, weight, targets, logits, teacher_rows or weight.shape[0])
 
 
-class _Chunks(NamedTuple):
-    tokens: int  # whose logits live at a time
-    needs_x: bool  # which gradients forward computes
-    needs_weight: bool
-
-
-def _chunks(x: Tensor, weight: Tensor, logits: int) -> _Chunks:
-    """Cuts the tokens for this many logits. A Function cannot ask what needs a gradient itself:
-    inside it gradients are always off."""
+def _loss(
+    x: Tensor,
+    teacher_x: Tensor | None,
+    weight: Tensor,
+    targets: Tensor,
+    logits: int,
+    teacher_rows: int,
+) -> tuple[Tensor, Tensor]:
+    # Inside a Function gradients are always off, so it cannot ask itself whether they are needed.
     is_on = torch.is_grad_enabled()
+    needs = is_on and x.requires_grad, is_on and weight.requires_grad
     tokens = max(1, logits // weight.shape[0])
-    return _Chunks(tokens, is_on and x.requires_grad, is_on and weight.requires_grad)
+    loss_sum = _Loss.apply(x, teacher_x, weight, targets, tokens, teacher_rows, needs)
+    return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward computes the loss and its gradient; backward only scales the gradient.
+class _Loss(torch.autograd.Function):
+    """Sums a loss of the logits l = x W^T over the tokens, chunk by chunk.
 
-    For token n with target t and logits l = W x_n, m = max_v l_v and s = sum_v exp(l_v - m):
-
-        loss_n = m + log(s) - l_t,    dloss_n / dl_v = exp(l_v - m) / s - [v = t]
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunks: _Chunks) -> Tensor:
-        gradients = _Gradients(x, weight, chunks)
-        loss_sum = torch.zeros((), dtype=gradients.dtype, device=x.device)
-        for start in range(0, x.shape[0], chunks.tokens):
-            part = slice(start, start + chunks.tokens)
-            counts = (targets[part] != IGNORE_INDEX)[:, None]  # (n, 1)
-            index = targets[part, None].where(counts, 0)
-            logits = F.linear(x[part], weight).to(gradients.dtype)  # (n, V)
-            of_target = logits.gather(1, index)
-            largest = logits.amax(1, keepdim=True)
-            exps = logits.sub_(largest).exp_()  # in the place of the logits
-            total = exps.sum(1, keepdim=True)
-            loss_sum = loss_sum + (largest + total.log() - of_target).where(counts, 0).sum()
-            if gradients.needed:
-                grad = exps.mul_(counts / total)
-                grad.scatter_add_(1, index, -counts.to(grad.dtype))
-                gradients.add(grad.to(x.dtype), part)
-        gradients.save(ctx)
-        return loss_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = _scaled(ctx, scale)
-        return grad_x, grad_weight, None, None
-
-
-class _LinearKL(torch.autograd.Function):
-    """Summed KL(q || p) of p = softmax(x W^T) from a teacher's q, a constant.
-
-    The teacher goes through the first rows of the same W, and gives the other tokens no
-    probability:
-
-        KL_n = sum_v q_v (log q_v - log p_v),    dKL_n / dl_v = p_v - q_v
+    Forward computes the loss and its gradient; backward only scales the gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        teacher_x: Tensor,
+        teacher_x: Tensor | None,
         weight: Tensor,
         targets: Tensor,
-        chunks: _Chunks,
+        tokens: int,  # of a chunk
         teacher_rows: int,
+        needs: tuple[bool, bool],  # the gradients of x, of weight
     ) -> Tensor:
-        gradients = _Gradients(x, weight, chunks)
-        dtype = gradients.dtype
-        kl_sum = torch.zeros((), dtype=dtype, device=x.device)
-        for start in range(0, x.shape[0], chunks.tokens):
-            part = slice(start, start + chunks.tokens)
+        dtype = _wide(x.dtype)
+        grad_x = torch.empty_like(x) if needs[0] else None  # (N, C)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None  # (V, C)
+        loss_sum = torch.zeros((), dtype=dtype, device=x.device)
+        for start in range(0, x.shape[0], tokens):
+            part = slice(start, start + tokens)
             counts = (targets[part] != IGNORE_INDEX)[:, None]  # (n, 1)
-            log_p = F.linear(x[part], weight).log_softmax(1, dtype)  # (n, V)
-            log_q = F.linear(teacher_x[part], weight[:teacher_rows]).log_softmax(1, dtype)
-            q = log_q.exp()  # (n, V of the teacher)
-            terms = log_q.sub_(log_p[:, :teacher_rows]).mul_(q)
-            kl_sum = kl_sum + terms.sum(1, keepdim=True).where(counts, 0).sum()
-            if gradients.needed:
-                p = log_p.exp_()
-                p[:, :teacher_rows] -= q
-                gradients.add(p.mul_(counts).to(x.dtype), part)
-        gradients.save(ctx)
-        return kl_sum
+            if teacher_x is None:
+                index = targets[part, None].where(counts, 0)
+                losses, grad = _cross_entropy(x[part], weight, index, counts, any(needs))
+            else:
+                teacher_part = teacher_x[part]
+                losses, grad = _kl(x[part], teacher_part, weight, teacher_rows, counts, any(needs))
+            loss_sum = loss_sum + losses.where(counts, 0).sum()
+            if grad is not None:
+                grad = grad.to(x.dtype)
+                if grad_x is not None:
+                    torch.mm(grad, weight, out=grad_x[part])
+                if grad_weight is not None:
+                    grad_weight += grad.t() @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtype = weight.dtype
+        return loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = _scaled(ctx, scale)
-        return grad_x, None, grad_weight, None, None, None
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_x is not None:  # a product with a scalar tensor would round that to bf16 first
+            grad_x = (grad_x.to(scale.dtype) * scale).to(grad_x.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.dtype)
+        return grad_x, None, grad_weight, None, None, None, None
 
 
-class _Gradients:
-    """The gradients of x and W, built from one chunk's gradient of the logits after another."""
+def _cross_entropy(
+    x: Tensor, weight: Tensor, index: Tensor, counts: Tensor, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the losses (n, 1) and the gradient of the logits (n, V), which is 0 without a target.
 
-    def __init__(self, x: Tensor, weight: Tensor, chunks: _Chunks) -> None:
-        self.x, self.weight, self.dtype = x, weight, _wide(x.dtype)
-        self.needed = chunks.needs_x or chunks.needs_weight
-        self.grad_x = torch.empty_like(x) if chunks.needs_x else None  # (N, C)
-        self.grad_weight = None
-        if chunks.needs_weight:
-            self.grad_weight = torch.zeros_like(weight, dtype=self.dtype)  # (V, C)
+    For target t, m = max_v l_v and s = sum_v exp(l_v - m):
 
-    def add(self, grad: Tensor, part: slice) -> None:
-        """Adds what the gradient of a chunk's logits, (n, V), gives."""
-        if self.grad_x is not None:
-            torch.mm(grad, self.weight, out=self.grad_x[part])
-        if self.grad_weight is not None:
-            self.grad_weight += grad.t() @ self.x[part]
-
-    def save(self, ctx: Any) -> None:
-        ctx.save_for_backward(self.grad_x, self.grad_weight)
-        ctx.dtype = self.weight.dtype
+        loss = m + log(s) - l_t,    dloss / dl_v = exp(l_v - m) / s - [v = t]
+    """
+    logits = F.linear(x, weight).to(_wide(x.dtype))  # (n, V)
+    of_target = logits.gather(1, index)
+    largest = logits.amax(1, keepdim=True)
+    exps = logits.sub_(largest).exp_()  # in the place of the logits
+    total = exps.sum(1, keepdim=True)
+    losses = largest + total.log() - of_target
+    if not needs_grad:
+        return losses, None
+    grad = exps.mul_(counts / total)
+    return losses, grad.scatter_add_(1, index, -counts.to(grad.dtype))
 
 
-def _scaled(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the gradients of x and W from forward, times the gradient of the sum."""
-    grad_x, grad_weight = ctx.saved_tensors
-    if grad_x is not None:  # a product with a scalar tensor would round that to bf16 first
-        grad_x = (grad_x.to(scale.dtype) * scale).to(grad_x.dtype)
-    if grad_weight is not None:
-        grad_weight = (grad_weight * scale).to(ctx.dtype)
-    return grad_x, grad_weight
+def _kl(
+    x: Tensor, teacher_x: Tensor, weight: Tensor, rows: int, counts: Tensor, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns KL(q || p) of p = softmax(x W^T) from the teacher's q, as `_cross_entropy` does.
+
+    The teacher, a constant, goes through the first rows of the same W, and gives the other tokens
+    no probability:
+
+        KL = sum_v q_v (log q_v - log p_v),    dKL / dl_v = p_v - q_v
+    """
+    dtype = _wide(x.dtype)
+    log_p = F.linear(x, weight).log_softmax(1, dtype)  # (n, V)
+    log_q = F.linear(teacher_x, weight[:rows]).log_softmax(1, dtype)
+    q = log_q.exp()  # (n, V of the teacher)
+    losses = log_q.sub_(log_p[:, :rows]).mul_(q).sum(1, keepdim=True)
+    if not needs_grad:
+        return losses, None
+    p = log_p.exp_()
+    p[:, :rows] -= q
+    return losses, p.mul_(counts)

@@ -1,4 +1,4 @@
-"""Output projection and cross-entropy in one: the loss of `softmax(x W^T)` with few logits held.
+"""Output projection and cross-entropy in one: the loss of `softmax(x W^T)` without all its logits.
 
 Forward, for token n with target t and logits l = W x_n, over all V classes:
 

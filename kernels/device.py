@@ -1,4 +1,4 @@
-"""Where a kernel can run, and which generation of GPU its block sizes are for."""
+"""Says where a kernel can run, and which generation of GPU its block sizes are for."""
 
 import torch
 import triton
@@ -8,19 +8,19 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @triton.jit
 def _kernel():
-    """Does nothing; what it was made into tells how this process runs kernels."""
+    """Does nothing. Its type tells how this process runs kernels."""
 
 
 def is_interpreted() -> bool:
-    """Whether `TRITON_INTERPRET=1` runs the kernels in Python, on CPU tensors: slow, for tests."""
+    """Says whether `TRITON_INTERPRET=1` runs the kernels in Python on CPU tensors, as tests do."""
     return not isinstance(_kernel, triton.JITFunction)
 
 
 def architecture(device: torch.device) -> int:
     """Returns the generation whose block sizes fit the device: 80 (Ampere, Ada) or 90 (Hopper).
 
-    The interpreter takes the sizes of 80. Later generations do too: theirs are not measured, and
-    what 80 asks for, in shared memory and instructions, every later one has.
+    The interpreter takes the sizes of 80. So do later generations, whose own are not measured: they
+    have the shared memory and the instructions that 80 asks for.
     """
     if device.type != "cuda":
         return 80

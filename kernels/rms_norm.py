@@ -199,28 +199,16 @@ def _(dy, dsum, s, weight, rstd, needs_dx, needs_dweight):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        _, y, rstd = _forward(x, None, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs_dx, needs_dweight, _ = ctx.needs_input_grad
-        return needed(ctx, *_backward(dy, None, *ctx.saved_tensors, needs_dx, needs_dweight))
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
         s, y, rstd = _forward(x, residual, weight, eps)
-        ctx.save_for_backward(s, weight, rstd)
-        return s, y
+        ctx.save_for_backward(x if residual is None else s, weight, rstd)
+        return y if residual is None else (s, y)
 
     @staticmethod
-    def backward(ctx: Any, dsum: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dsum, dy = (None, *grads)[-2:]
         needs_dx, needs_dresidual, needs_dweight, _ = ctx.needs_input_grad
         needs_sum = needs_dx or needs_dresidual
         dx, dweight = _backward(dy, dsum, *ctx.saved_tensors, needs_sum, needs_dweight)
@@ -251,7 +239,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: the weight's shape or dtype does not fit x.
     """
     _check(x, weight)
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -275,4 +263,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise ValueError(
             f"residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}"
         )
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    return _RMSNorm.apply(x, residual, weight, eps)

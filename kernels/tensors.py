@@ -1,4 +1,4 @@
-"""How tensors enter and leave the kernels that work row by row, and the gradients nobody needs."""
+"""Views tensors as rows for the kernels, and leaves out the gradients that nobody needs."""
 
 from typing import Any
 
@@ -24,11 +24,11 @@ def dense_like(x: Tensor, is_needed: bool = True) -> Tensor:
 
 
 def needed(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """Returns what an autograd Function's backward must return: None where nothing is needed.
+    """Returns the result of an autograd Function's backward, with None where nothing is needed.
 
     Args:
         ctx: the Function's context.
-        gradients: of its first inputs, in order. The inputs after those have no gradient.
+        gradients: those of its first inputs, in order. The inputs after them have none.
     """
     needs = ctx.needs_input_grad
     found = [g if is_needed else None for g, is_needed in zip(gradients, needs, strict=False)]
@@ -36,5 +36,5 @@ def needed(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def num_warps(elements: int) -> int:
-    """Returns the warps for a block, at most 32: a thread takes 16 elements, in bf16 two loads."""
+    """Returns the warps for a block, at most 32. A thread takes 16 elements, two loads in bf16."""
     return min(max(elements // (16 * 32), 1), 32)

@@ -1,4 +1,4 @@
-"""Tiles of the attention kernels: how large they are, and how one is read from memory.
+"""The tiles of the attention kernels: their sizes, and how one is read from memory.
 
 A tile is BLOCK consecutive rows (tokens) of one head of a tensor (B, T, H, D). Its width is
 BLOCK_D, the next power of two of the head dim D, because tensor cores need one; the columns past D
@@ -95,7 +95,7 @@ def padded(head_dim: int) -> int:
 
 
 def uses_tma(architecture: int, dtype: torch.dtype) -> bool:
-    """Whether tiles are read by TMA: on Hopper, in 16-bit dtypes (fp32 tiles are small)."""
+    """Says whether tiles are read by TMA: on Hopper, in 16-bit dtypes. fp32 tiles are small."""
     return architecture == 90 and dtype.itemsize == 2
 
 
@@ -114,7 +114,7 @@ def with_readable_rows(x: Tensor, tma: bool) -> Tensor:
 
 
 def described(x: Tensor, block: int, tma: bool) -> Tensor | TensorDescriptor:
-    """Returns x (B, T, H, D) as `load_rows` takes it: with TMA, described in tiles of one head."""
+    """Returns x (B, T, H, D) as `load_rows` takes it; for TMA, described in tiles of one head."""
     if not tma:
         return x
     shape = [1, block, 1, padded(x.shape[-1])]

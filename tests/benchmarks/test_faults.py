@@ -33,7 +33,7 @@ def output(*lines: str, status: int = 0) -> object:
 
 
 def test_a_run_like_the_straight_one_has_no_differences(run_dir: Path) -> None:
-    """Times may differ, state.json with them, and a last line may be cut off."""
+    """Times and state.json may differ, and a last line may be cut off."""
     truth = faults.Truth.of(run_dir)
     log = run_dir / "metrics.jsonl"
     log.write_text(log.read_text().replace('"elapsed_s": 0.1', '"elapsed_s": 7.5') + '{"kind": "t')
@@ -42,7 +42,7 @@ def test_a_run_like_the_straight_one_has_no_differences(run_dir: Path) -> None:
 
 
 def test_one_other_bit_of_a_tensor_file_is_seen(run_dir: Path) -> None:
-    """In every training checkpoint, unless a fault is known to have damaged it."""
+    """Every training checkpoint is compared, unless a fault is known to have damaged it."""
     truth = faults.Truth.of(run_dir)
     path = run_dir / "checkpoints" / "step-00000002"
     file = path / "optimizer.safetensors"
@@ -55,7 +55,7 @@ def test_one_other_bit_of_a_tensor_file_is_seen(run_dir: Path) -> None:
 
 
 def test_another_loss_is_seen_wherever_it_stands(run_dir: Path) -> None:
-    """The last bit of one record, alone or beside the right one; a record too many; one missing."""
+    """One bit may differ in a record or in a repeated one; a record may be new or missing."""
     truth = faults.Truth.of(run_dir)
     log = run_dir / "metrics.jsonl"
     right = log.read_text()
@@ -97,14 +97,14 @@ TOLD = "warning          runs/a/checkpoints/step-00000006/state.json: missing; r
 def test_steps_lost_on_resume_are_counted(
     lines: list[str], newest: int, lost: int, differences: int
 ) -> None:
-    """From the newest undamaged training checkpoint to where the run went on."""
+    """They go from the newest undamaged training checkpoint to where the run went on."""
     fault = faults.Fault("flip a bit", 0, "")
     fault.judge_resume(output(*lines), newest, [])
     assert (fault.lost_steps, len(fault.differences), fault.broken) == (lost, differences, [])
 
 
 def test_a_damaged_checkpoint_must_be_named() -> None:
-    """To resume from the one before it in silence is a silent difference."""
+    """A run that resumes from the one before it without a word is a silent difference."""
     for lines, count in (([RESUMED, TOLD], 0), ([RESUMED], 1)):
         fault = faults.Fault("flip a bit", 0, "")
         fault.judge_resume(output(*lines), 4, ["step-00000006"])
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_must_be_named() -> None:
     ],
 )
 def test_a_run_with_nothing_intact_must_refuse(line: str, status: int, is_right: bool) -> None:
-    """With its message and an exit status."""
+    """It must give its message and an exit status."""
     fault = faults.Fault("flip a bit", 0, "")
     fault.judge_resume(output(line, status=status), None, ["step-00000006"])
     assert fault.refused is is_right and len(fault.broken) == (not is_right)
@@ -157,7 +157,7 @@ def test_what_was_announced_and_what_a_signal_leaves_must_be_there(
 
 @pytest.mark.parametrize("name", ["lost_steps", "differences", "broken", "unprovoked"])
 def test_one_broken_promise_fails_the_campaign(name: str) -> None:
-    """And none does not."""
+    """A campaign without one passes."""
     totals = {"lost_steps": 0, "differences": 0, "broken": 0}
     assert faults.is_kept({"totals": totals, "unprovoked": []})
     unprovoked = ["a difference"] if name == "unprovoked" else []
@@ -165,7 +165,7 @@ def test_one_broken_promise_fails_the_campaign(name: str) -> None:
 
 
 def test_every_damage_changes_the_digest_and_can_be_undone(run_dir: Path) -> None:
-    """Whatever file and place is drawn."""
+    """This holds for whichever file and place is drawn."""
     path = run_dir / "checkpoints" / "step-00000002"
     before, rng = faults.digest(path), random.Random(0)
     for kind in faults.DAMAGE * 20:
@@ -178,7 +178,7 @@ def test_every_damage_changes_the_digest_and_can_be_undone(run_dir: Path) -> Non
 
 @pytest.mark.slow
 def test_real_faults_lose_and_change_nothing(root: Path, tmp_path: Path) -> None:
-    """A short campaign over a real run: all faults come, the run ends, the promises hold."""
+    """A short campaign over a real run has all its faults, ends, and keeps the promises."""
     out, script = tmp_path / "result.json", str(root / "benchmarks" / "faults.py")
     command = [sys.executable, script, "--faults", "2", "--seed", "3", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)

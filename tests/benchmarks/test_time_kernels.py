@@ -1,4 +1,4 @@
-"""The kernel benchmarks: what they compare computes the same, and nothing stops them."""
+"""The kernel benchmarks compare functions that compute the same, and nothing stops them."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_what_cannot_run_is_a_row_with_the_reason(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted")
 @pytest.mark.parametrize("op", ["attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy"])
 def test_what_is_compared_computes_the_same(op: str) -> None:
-    """Ours and plain PyTorch, from the same inputs, as they are timed."""
+    """Ours and plain PyTorch agree on the same inputs, as they are timed."""
     count = 0
     for case in time_kernels.OPS[op](time_kernels.Cases(torch.device("cpu"))):
         results = {}
@@ -90,7 +90,7 @@ def test_ratio_is_to_the_fastest_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sweep_prints_sound_tiles_as_lines_of_the_table(root: Path, tmp_path: Path) -> None:
-    """What spills is left out; without a GPU nothing claims to have been timed."""
+    """A tile that spills is left out; without a GPU nothing claims to have been timed."""
     file = tmp_path / "sweep.json"
     command = [
         sys.executable, str(root / "benchmarks" / "sweep_attention.py"), "--kernel", "forward",

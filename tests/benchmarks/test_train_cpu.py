@@ -29,7 +29,7 @@ def run(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def done(script: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """What one short run of all sides in both dtypes wrote, and what it printed."""
+    """The result and the output of one short run of all sides in both dtypes."""
     out = tmp_path_factory.mktemp("train-cpu") / "result.json"
     words = ["--size", "tiny", "--rounds", "1", "--steps", "3", "--warmup", "1", "--threads", "1"]
     process = run(script, *words, "--out", str(out))
@@ -58,7 +58,7 @@ def test_all_sides_train_alike(
 
 @pytest.mark.slow
 def test_every_side_has_its_figures_and_ours_over_it(done: tuple[dict[str, Any], str]) -> None:
-    """Rate, memory and start-up belong together; ratios and targets are told; table and JSON."""
+    """Rate, memory and start-up fit together; the table and the JSON tell ratios and targets."""
     result, printed = done
     assert len(result["rows"]) == 6
     for row in result["rows"]:
@@ -142,7 +142,7 @@ def test_a_process_that_ends_stops_its_group(group: Callable[[bool], Any]) -> No
 
 
 def test_a_process_that_cannot_start_stops_its_group(group: Callable[[bool], Any]) -> None:
-    """It was told to take a step and ends without an answer: that is an error, not a wait."""
+    """A process that ends without an answer to a step is an error, not a wait."""
     with (
         group(False) as running,
         pytest.raises(RuntimeError, match="ours in float32: a process ended"),

@@ -24,7 +24,7 @@ def command(words: list[str]) -> None:
 @pytest.mark.interpreted
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted")
 def test_the_sides_of_a_cpu_train_alike(run_command: Callable[..., Any], tmp_path: Path) -> None:
-    """In the interpreter all three sides run, with the same losses; table and JSON tell them."""
+    """All three sides run in the interpreter, with the same losses; table and JSON tell them."""
     out = tmp_path / "result.json"
     words = ["--steps", "1", "--warmup", "1", "--batch-size", "1", "--out", str(out)]
     status, printed, errors = run_command(command, *words)
@@ -53,7 +53,7 @@ def test_the_sides_of_a_cpu_train_alike(run_command: Callable[..., Any], tmp_pat
 def test_triton_is_left_out_or_refused_where_it_cannot_run(
     run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Left out by default; asked for, the reason comes before anything is built, with status 2."""
+    """It is left out by default; asked for, it ends the command with the reason and status 2."""
     monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cpu, tiny = torch.device("cpu"), train_step.SIZES["tiny"]
@@ -64,7 +64,7 @@ def test_triton_is_left_out_or_refused_where_it_cannot_run(
 
 
 def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And how to go on without; nobody is told who did not ask for it."""
+    """The message says how to go on without it; those who did not ask for it see nothing."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     cpu, tiny = torch.device("cpu"), train_step.SIZES["tiny"]
     for asked in (None, ["torch", "transformers"]):
@@ -74,7 +74,7 @@ def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_full_size_is_the_papers() -> None:
-    """LLaMA-2-7B, eight of its blocks once more, and only those train: the paper's 8.3 B."""
+    """It is LLaMA-2-7B with eight new blocks, which alone train: the paper's 8.3 B."""
     base = train_step.ModelConfig.from_dict(train_step.SIZES["7b"].base)
     layout = train_step.interleave(base.num_hidden_layers, train_step.SIZES["7b"].new_blocks)
     model = train_step.build_on_meta(train_step.expand_config(base, layout, base_sha256=""))
@@ -86,7 +86,7 @@ def test_the_full_size_is_the_papers() -> None:
 
 
 def test_a_gpus_table_has_the_references_and_what_did_not_fit() -> None:
-    """Labelled as not measured here; a side without memory has a line of its own."""
+    """References are labelled as not measured here; a side without memory has a line of its own."""
     fitting = {"side": "triton", "tokens_per_s": 12345.6, "step_s": 0.6636, "peak_memory_gb": 71.25}
     fitting |= {"forward_s": 0.25, "backward_s": 0.4, "optimizer_s": 0.0136}
     fitting |= {"first_loss": 10.4, "last_loss": 10.3}

@@ -1,4 +1,4 @@
-"""What the kernels' tests share: inputs in every layout, the error rule, launches, guards."""
+"""Fixtures of the kernels' tests: inputs in every layout, the error rule, launches, guards."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

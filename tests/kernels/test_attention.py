@@ -75,7 +75,7 @@ def test_every_head_dim_is_as_exact_as_torch(
 def test_output_and_gradients_are_as_exact_as_torch(
     shape: Shape, dtype: torch.dtype, device: str, small_tiles: None, check: Check
 ) -> None:
-    """One query, fewer queries than keys, whole tiles and not, more than one of all."""
+    """One query, fewer queries than keys, whole tiles, and several batches and heads."""
     qkv, dout = inputs(shape, dtype, device)
     check(qkv, [dout])
 
@@ -162,7 +162,7 @@ def test_bounds_are_kept(
 
 
 def test_window_holds_itself_and_no_key_more(device: str, small_tiles: None) -> None:
-    """Position i sees i - window < j <= i: of one-hot values, the output shows exactly those."""
+    """Position i sees i - window < j <= i; with one-hot values, the output shows exactly those."""
     T, window = 40, 7
     (q, k, _), _ = inputs(Shape(T=T, S=T, D=40), torch.float32, device)
     v = torch.eye(T, device=device)[None, :, None]  # (1, S, 1, D): key j is the unit vector j
@@ -174,9 +174,9 @@ def test_window_holds_itself_and_no_key_more(device: str, small_tiles: None) -> 
 def test_lone_key_gives_its_value_and_no_gradient_of_scores(
     device: str, small_tiles: None, results: Results
 ) -> None:
-    """In a window of 1, out is v and dv is dout; dq and dk are 0 but for fp32 rounding.
+    """A window of 1 makes out v and dv dout; dq and dk are 0 but for fp32 rounding.
 
-    The error rule says nothing here: all that is left of either implementation is its rounding.
+    The error rule says nothing here, because only the rounding of either implementation is left.
     """
     (q, k, v), dout = inputs(Shape(T=40, S=40, H=2, KV=2), torch.float32, device)
     bounds = ops.attention_bounds(40, 40, 1, device=device)
@@ -201,7 +201,7 @@ def test_bounds_may_differ_by_batch_row(
 def test_tiles_out_of_sight_are_not_visited(
     device: str, half: torch.dtype, small_tiles: None, results: Results
 ) -> None:
-    """NaN in an unseen document spoils nothing: masked, it would by way of 0 * NaN."""
+    """NaN in an unseen document spoils nothing; in a masked tile it would, as 0 * NaN."""
     (q, k, v), dout = inputs(Shape(T=96, S=96), half, device)
     lengths = (32, 32, 32)  # whole tiles: none holds keys of two documents
     poisoned = slice(32, 64)
@@ -256,7 +256,7 @@ def test_nothing_is_written_outside_and_nothing_left_out(
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 def test_scores_of_any_size_are_finite(device: str, small_tiles: None, results: Results) -> None:
-    """Scores of +-10^4, whose exponentials are infinite; so are, before the mask, those unseen."""
+    """Scores of +-10^4 have infinite exponentials, seen or not."""
     (q, k, v), dout = inputs(Shape(T=40, S=40), torch.float32, device)
     for sign in (1, -1):
         extreme = [q.abs() * 100 * sign, k.abs() * 100, v]
@@ -277,7 +277,7 @@ def test_no_queries_or_heads_give_no_output_and_zero_gradients(
 
 
 def test_wrong_shapes_and_dtypes_are_refused(device: str) -> None:
-    """They would make a kernel read other memory."""
+    """A kernel would read other memory."""
     (q, k, v), _ = inputs(Shape(T=8, S=8, H=4, KV=2), torch.float32, device)
     first, last = ops.attention_bounds(8, 8, 4, device=device)
     for arguments, message in [
@@ -300,14 +300,14 @@ def test_wrong_shapes_and_dtypes_are_refused(device: str) -> None:
 def test_operator_is_registered_correctly(
     bounded: bool, device: str, small_tiles: None, opcheck: Function
 ) -> None:
-    """With bounds and without."""
+    """The operator passes PyTorch's check with bounds and without."""
     (q, k, v), _ = inputs(Shape(T=20, S=20), torch.float32, device)
     first = ops.attention_bounds(20, 20, 7, device=device).first if bounded else None
     opcheck(attention.attention_forward, (q, k, v, first))
 
 
 def test_lse_is_the_log_of_the_sum_of_exponentials(device: str, small_tiles: None) -> None:
-    """Saved in the units of q . k, that is times sqrt(D)."""
+    """The saved lse is in the units of q . k, which is times sqrt(D)."""
     (q, k, v), _ = inputs(Shape(T=37, S=70, H=2, KV=2), torch.float32, device)
     _, lse = attention.attention_forward(q, k, v, None)
     scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double())

@@ -1,4 +1,4 @@
-"""What the attention gradients promise beyond values: no work that nobody asked for."""
+"""The attention gradients beyond their values: no work that nobody asked for."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +47,7 @@ def test_only_gradients_asked_for_are_computed(
     launches: list[dict[str, Any]],
     results: Callable[..., list[Tensor]],
 ) -> None:
-    """One kernel less without dq, one less without dk and dv; what is asked for is the same."""
+    """Without dq there is one kernel less, and without dk and dv another; the rest is the same."""
     *qkv, dout = inputs
     _, *all_three = results(attention.attention, qkv, [dout])
     launches.clear()

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for sm_80 and sm_90, on a machine that needs no GPU.
+"""The kernels compiled for sm_80 and sm_90, on a machine that needs no GPU.
 
 `benchmarks/compile_kernels.py` runs in processes of its own, without TRITON_INTERPRET. Triton keeps
 what it has compiled in its cache, so later runs are faster.
@@ -47,7 +47,7 @@ def compiled(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 @pytest.fixture
 def full(compiled: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """Of every kernel, in all dtypes and sizes: minutes, unless Triton's cache has them."""
+    """The report on all dtypes and sizes, which takes minutes without Triton's cache."""
     return compiled()
 
 
@@ -55,7 +55,7 @@ def full(compiled: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 def report(
     request: pytest.FixtureRequest, compiled: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
-    """Of every kernel in one size and dtype, and of all."""
+    """The report on every kernel, in one size and dtype and in all."""
     return compiled("--quick") if request.param == "quick" else compiled()
 
 
@@ -69,12 +69,12 @@ def of(report: dict[str, Any], op: str, *words: str) -> list[dict[str, Any]]:
 
 
 def test_script_finds_no_problem(report: dict[str, Any]) -> None:
-    """It says so by its status, too."""
+    """Its exit status says so too."""
     assert report["problems"] == [] and report["status"] == 0
 
 
 def test_every_kernel_compiles_without_spilling(report: dict[str, Any]) -> None:
-    """For both architectures; no register goes to memory."""
+    """No register goes to memory on either architecture."""
     assert {row["architecture"] for row in report["rows"]} == {80, 90}
     for row in report["rows"]:
         assert row["registers"] <= 255 and row["spilled_bytes"] == 0, row
@@ -90,7 +90,7 @@ def test_shared_memory_fits_the_smallest_chip(report: dict[str, Any]) -> None:
 def test_attention_multiplies_on_the_tensor_cores(
     report: dict[str, Any], architecture: int, used: str
 ) -> None:
-    """All its products of 16-bit numbers, in every kernel but the sum that has none."""
+    """All products of 16-bit numbers do, in every kernel that has one."""
     rows = [
         row
         for dtype in ("bf16", "fp16")
@@ -102,7 +102,7 @@ def test_attention_multiplies_on_the_tensor_cores(
 
 
 def test_hopper_reads_attention_tiles_by_tma(report: dict[str, Any]) -> None:
-    """In 16 bits; what the other architecture is compiled for has none of it."""
+    """Tiles in 16 bits are; nothing compiled for the other architecture is."""
     for row in of(report, "attention"):
         if row["has_16_bit_dot"]:
             assert (row["tma_loads"] > 0) == (row["architecture"] == 90), row
@@ -110,7 +110,7 @@ def test_hopper_reads_attention_tiles_by_tma(report: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_every_tile_of_the_table_was_compiled(full: dict[str, Any]) -> None:
-    """No entry is there that no case takes."""
+    """Every entry is taken by some case."""
     assert len(full["rows"]) > 100
     assert {tuple(key) for key in full["tiles"]} == tiles.TILES.keys()
     assert {key[1] for key in tiles.TILES} == {80, 90}
@@ -118,14 +118,14 @@ def test_every_tile_of_the_table_was_compiled(full: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_every_op_was_compiled_for_large_tensors(full: dict[str, Any]) -> None:
-    """More than 2^31 elements, in which no 32-bit offset may overflow (the script's check)."""
+    """The script checks that no 32-bit offset overflows beyond 2^31 elements."""
     for op in ("attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy"):
         assert {row["architecture"] for row in of(full, op, "large")} == {80, 90}, op
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "rope", "swiglu", "linear_cross_entropy"])
 def test_memory_bound_kernels_load_16_bytes_at_a_time(report: dict[str, Any], op: str) -> None:
-    """But for a few single numbers, such as a row's statistics."""
+    """The others load single numbers, such as a row's statistics."""
     for row in of(report, op):
         assert row["loads_of_16_bytes"] >= row["loads"] / 2 > 0, row
 
@@ -198,7 +198,7 @@ TOYS = """
 
 @pytest.fixture(scope="module")
 def toys(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The problems that are found in kernels and tiles which are not good."""
+    """The problems found in kernels and tiles that are wrong on purpose."""
     file = tmp_path_factory.mktemp("toys") / "toys.py"  # the source of a kernel must be in a file
     file.write_text(textwrap.dedent(TOYS))
     done = run(root, str(file))
@@ -220,19 +220,19 @@ def toys(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list
 def test_a_bad_kernel_or_tile_is_reported(
     toy: str, problem: str, toys: dict[str, list[str]]
 ) -> None:
-    """By what is wrong with it."""
+    """The report names the mistake."""
     assert any(problem in found for found in toys[toy])
 
 
 @pytest.mark.parametrize("toy", ["small", "large, in 64 bits", "short loop"])
 def test_no_overflow_is_reported_where_there_is_none(toy: str, toys: dict[str, list[str]]) -> None:
-    """Tensors below 2^31 elements, row numbers widened first, loops that are short."""
+    """Tensors below 2^31 elements, row numbers that are widened first and short loops are fine."""
     assert toys[toy] == []
 
 
 def test_a_kernel_that_does_not_compile_does_not_stop_the_others(
     toys: dict[str, list[str]],
 ) -> None:
-    """Its own problem is the only one, and says why."""
+    """Its own problem is the only one, and gives the reason."""
     (problem,) = toys["broken"]
     assert "no_such_name" in problem

@@ -1,4 +1,4 @@
-"""What every kernel's public function promises, whatever it computes."""
+"""The promises of every kernel's public function, whatever it computes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ def outputs_of(call: Call, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 def test_gradients_are_the_same_bits_every_time_and_nothing_is_changed(
     call: Callable[..., Call], results: Callable[..., list[Tensor]]
 ) -> None:
-    """Of one graph and of a second; inputs and incoming gradients stay as they were."""
+    """One graph gives them twice and a second one again; inputs and gradients are unchanged."""
     made = call(1, 20)
     leaves = [x.detach().requires_grad_() for x in made.inputs]
     outputs = outputs_of(made, leaves)
@@ -134,7 +134,7 @@ def test_op_compiles_into_one_graph(
 def test_no_elements_give_outputs_of_the_right_shape_and_zero_gradients(
     batch: int, length: int, call: Callable[..., Call], results: Callable[..., list[Tensor]]
 ) -> None:
-    """No batch, no token; a weight's gradient is 0 then."""
+    """Without a batch or a token, a weight's gradient is 0."""
     made = call(batch, length)
     full = call(2, 3)
     outputs = outputs_of(made, made.inputs)
@@ -149,7 +149,7 @@ def test_no_elements_give_outputs_of_the_right_shape_and_zero_gradients(
 
 @pytest.mark.parametrize("module", [attention, cross_entropy, rms_norm, rope, swiglu])
 def test_unsupported_says_why(module: Any, device: str) -> None:
-    """fp64, and a device without Triton."""
+    """fp64 and a device without Triton have a reason."""
     assert module.unsupported(torch.device(device), torch.float16, 128) is None
     assert "float64" in module.unsupported(torch.device(device), torch.float64, 128)
     assert "device" in module.unsupported(torch.device("meta"), torch.float32, 128)

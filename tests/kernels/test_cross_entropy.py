@@ -211,7 +211,7 @@ def test_all_ignored_is_no_loss_and_zero_gradients(dtype: torch.dtype, device: s
 
 @pytest.mark.parametrize("target", [-1, -101, V, 2**40])
 def test_a_target_outside_the_vocabulary_is_an_error(target: int, device: str) -> None:
-    """As in PyTorch; a GPU's assertion would end the process, so there only the kernel is asked."""
+    """PyTorch raises it too. A GPU's assertion would end the process: only its kernel is tested."""
     x, weight, targets = inputs(device)
     losses, grads = launch(x @ weight.T, [target] * N)
     assert losses.count_nonzero() == 0 and grads.count_nonzero() == 0  # and nothing read for it
@@ -226,7 +226,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(target: int, device: str) -
 
 @pytest.mark.parametrize("block", [16, 64, 256])
 def test_blocks_of_classes_change_nothing(block: int, device: str) -> None:
-    """Where the largest logit so far rises from block to block, and where it falls."""
+    """The largest logit so far rises from block to block, or falls."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 200, generator=generator, dtype=torch.float64)
     slope = torch.linspace(-20, 20, 200)
@@ -242,7 +242,7 @@ def test_blocks_of_classes_change_nothing(block: int, device: str) -> None:
 
 
 def test_zero_hidden_states_give_the_uniform_loss(dtype: torch.dtype, device: str) -> None:
-    """ln V per token."""
+    """The loss is ln V per token."""
     x, weight, targets = inputs(device, dtype)
     loss_sum, count, _ = run(ce.linear_cross_entropy, torch.zeros_like(x), weight, targets)
     torch.testing.assert_close(loss_sum, count * math.log(V), rtol=1e-6, atol=0, check_dtype=False)
@@ -252,7 +252,7 @@ def test_zero_hidden_states_give_the_uniform_loss(dtype: torch.dtype, device: st
 def test_the_true_class_keeps_its_gradient_when_the_model_is_sure(
     dtype: torch.dtype, gap: float, device: str
 ) -> None:
-    """Probability - 1 is minus the others' sum, to a rounding, even where the probability is 1."""
+    """It is minus the sum of the other probabilities, even where its own rounds to 1."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 200, generator=generator)
     targets = [0, 63, 199]
@@ -291,7 +291,7 @@ def test_huge_and_infinite_logits_are_stable(device: str) -> None:
 
 
 def test_a_true_class_of_probability_zero_is_an_infinite_loss(device: str) -> None:
-    """Its logit -inf: the gradient is -1 there and the softmax elsewhere, as in PyTorch."""
+    """With a logit of -inf the gradient is -1 there and the softmax elsewhere, as in PyTorch."""
     logits = torch.zeros(1, 100, device=device)
     logits[0, :71] = -math.inf  # and a whole block of such
     losses, grads = launch(logits, [70])
@@ -303,7 +303,7 @@ def test_a_true_class_of_probability_zero_is_an_infinite_loss(device: str) -> No
 @pytest.mark.parametrize("where", [0, 70, 99], ids=["another", "true", "last"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_logit_shows_in_the_loss(where: int, value: float, device: str) -> None:
-    """NaN or +inf anywhere in the row makes its loss NaN: training stops, instead of going on."""
+    """NaN or +inf anywhere in the row makes its loss NaN, so that training stops."""
     logits = torch.zeros(2, 100, device=device)
     logits[0, where] = value
     losses, _ = launch(logits, [70, 70])
@@ -391,7 +391,7 @@ def test_only_gradients_asked_for_are_computed(
 def test_without_grad_nothing_but_the_loss_is_computed(
     context: Callable[[], Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if both inputs are of the kind that trains; the loss is the same."""
+    """This holds even if both inputs require gradients; the loss is the same."""
     x, weight, targets = inputs(device)
     expected, _, _ = run(ce.linear_cross_entropy, x, weight, targets)
     asked = []
@@ -409,7 +409,7 @@ def test_without_grad_nothing_but_the_loss_is_computed(
 def test_a_tied_embedding_gets_both_gradients(
     device: str, plain: Callable[..., Any], assert_as_exact_as_torch: Check
 ) -> None:
-    """The weight as input embedding and output embedding at once."""
+    """The weight is input embedding and output embedding at once."""
     _, weight, targets = inputs(device)
     ids = targets.abs() % V
 
@@ -430,7 +430,7 @@ def test_a_tied_embedding_gets_both_gradients(
 def test_ops_keep_their_contracts(
     need_x: bool, need_weight: bool, device: str, opcheck: Callable[..., Any]
 ) -> None:
-    """For transposed inputs too."""
+    """They do for transposed inputs too."""
     x, weight, targets = inputs(device, torch.float16)
     for hidden in (x, x.T.contiguous().T):
         opcheck(ce._forward, (hidden, weight, targets, need_x, need_weight))

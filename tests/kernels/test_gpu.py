@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels: `pytest -m gpu tests/kernels`.
+"""Tests of the kernels that only a GPU can run: `pytest -m gpu tests/kernels`.
 
 Races and determinism, addresses beyond 2^31 elements, reads and writes out of bounds as
 compute-sanitizer sees them, bf16 training, and Inductor. Each test is a function of a device and of
@@ -92,7 +92,7 @@ def check_far_apart_rows(device: torch.device, dtype: torch.dtype, T: int, strid
 
 
 def test_attention_reads_rows_beyond_2_31_elements(gpu: torch.device) -> None:
-    """By strides: the last row begins more than 2^31 elements after the first."""
+    """The last row begins more than 2^31 elements after the first, by its stride."""
     needs_free(12)
     check_far_apart_rows(gpu, torch.bfloat16, T=1025, stride=INT32 // 1024)
 
@@ -315,5 +315,5 @@ def check_compiled(
 def test_inductor_compiles_the_model_as_one_graph(
     gpu: torch.device, tiny_config: Any, random_tensors: Any
 ) -> None:
-    """With every kernel in it, forward and backward; the same numbers but for rounding."""
+    """The graph has every kernel, forward and backward; the numbers differ by rounding only."""
     check_compiled(gpu, torch.bfloat16, tiny_config(), random_tensors, "inductor")

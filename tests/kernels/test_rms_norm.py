@@ -109,7 +109,7 @@ def test_any_number_of_axes_and_rows(shape: tuple[int, ...], check: Check, norma
 
 
 def test_rows_without_elements_come_back_in_shape(device: str, results: Results) -> None:
-    """C = 0, with no value and no gradient."""
+    """Rows of C = 0 have no value and no gradient."""
     x, weight = torch.empty(3, 0, device=device), torch.empty(0, device=device)
     found = results(by_kernel, [x, weight], [x]) + results(by_kernel_added, [x, x, weight], [x, x])
     assert [tuple(y.shape) for y in found] == 2 * [(3, 0)] + [(0,)] + 4 * [(3, 0)] + [(0,)]
@@ -128,7 +128,7 @@ def test_weight_in_any_layout(
 def test_long_rows_take_dx_and_dw_from_two_launches(
     launches: list[dict[str, Any]], normal: Normal, check_added: Check
 ) -> None:
-    """Over 8192 elements the registers do not hold both; the numbers are the same."""
+    """The registers do not hold both over 8192 elements; the numbers are the same."""
     size = 2 * kernel.MAX_FUSED_BLOCK + 16
     x, residual, ds, dy = (normal(3, size, seed=i) for i in range(4))
     weight = 1 + normal(size, seed=4)
@@ -246,7 +246,7 @@ def test_weight_gradient_is_summed_in_fp32(device: str) -> None:
 def test_the_ops_describe_themselves_truthfully(
     device: str, normal: Normal, opcheck: Function
 ) -> None:
-    """With and without a residual, for each gradient that can be asked for."""
+    """PyTorch's check passes with and without a residual, for each choice of gradients."""
     x = normal(4, 3, 40, seed=0).transpose(0, 1)
     weight = normal(40, seed=1)
     rstd = torch.ones(3, 4, device=device)

@@ -74,7 +74,7 @@ def test_heads_and_tables_of_every_kind(
 def test_backward_is_the_inverse_rotation(
     dtype: torch.dtype, device: str, normal: Normal, results: Results
 ) -> None:
-    """The gradient of what was rotated, given that, is what it was before, but for rounding."""
+    """The gradient of a rotated tensor, given that tensor, is the original but for rounding."""
     x = normal(2, 3, 4, 64, seed=0, dtype=dtype)
     constants = table(2, 3, size=64, device=device, dtype=dtype)
     y, back = results(kernel.rope, [x], [kernel.rope(x, *constants)], constants)
@@ -97,7 +97,7 @@ def test_one_launch_each_way_without_a_copy(
 def test_sixteen_bit_products_are_not_rounded(
     device: str, normal: Normal, by_torch: Function
 ) -> None:
-    """One rounding, of the result: fp16 in is fp16 of what fp32 gives."""
+    """Only the result is rounded: the output is fp32's, rounded to fp16."""
     x = normal(2, 9, 4, 64, seed=0, dtype=torch.float16)
     cos, sin = table(9, size=64, device=device, dtype=torch.float16)
     wide = by_torch(x.float(), cos.float(), sin.float())
@@ -106,7 +106,7 @@ def test_sixteen_bit_products_are_not_rounded(
 
 
 def test_the_op_describes_itself_truthfully(device: str, normal: Normal, opcheck: Function) -> None:
-    """In both directions."""
+    """PyTorch's check passes in both directions."""
     x = normal(2, 4, 3, 16, seed=0).transpose(1, 2)
     cos, sin = table(3, size=16, device=device)
     for inverse in (False, True):

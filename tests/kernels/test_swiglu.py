@@ -68,7 +68,7 @@ def test_rows_longer_than_a_block(check: Check, guarded: None, normal: Normal) -
 
 @pytest.mark.parametrize("shape", [(5,), (2, 2, 2, 5), (0,), (3, 0)], ids=str)
 def test_any_number_of_axes(shape: tuple[int, ...], check: Check, normal: Normal) -> None:
-    """From one axis to four; no rows, and rows of no elements."""
+    """There may be one to four axes, no rows, and rows of no elements."""
     gate, up, dy = (normal(*shape, seed=i) for i in range(3))
     check([gate, up], [dy])
 
@@ -117,7 +117,7 @@ def test_only_the_inputs_wait_for_backward(normal: Normal) -> None:
 def test_silu_is_rounded_before_the_product(
     normal: Normal, results: Results, by_torch: Callable[..., Tensor]
 ) -> None:
-    """In fp16 output and d up are PyTorch's, but for a last bit of the exponential."""
+    """The output and d up in fp16 are PyTorch's, but for a last bit of the exponential."""
     inputs = [normal(8, 500, seed=i, dtype=torch.float16) for i in range(2)]
     dy = normal(8, 500, seed=2, dtype=torch.float16)
     found, expected = (results(f, inputs, [dy]) for f in (kernel.swiglu, by_torch))
@@ -144,7 +144,7 @@ def test_extreme_gates_saturate(
 def test_the_ops_describe_themselves_truthfully(
     normal: Normal, opcheck: Callable[..., Any]
 ) -> None:
-    """For each gradient that can be asked for."""
+    """PyTorch's check passes for each choice of gradients."""
     gate, up = normal(4, 3, 80, seed=0).transpose(0, 1).chunk(2, -1)
     dy = normal(3, 4, 40, seed=1)
     opcheck(torch.ops.llamapro.swiglu.default, (gate, up))
