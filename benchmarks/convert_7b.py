@@ -37,7 +37,9 @@ def make_release(path: Path, layers: int) -> None:
     path.mkdir(parents=True)
     params = {"dim": DIM, "n_heads": HEADS, "n_layers": layers, "multiple_of": 256}
     (path / "params.json").write_text(json.dumps(params | {"norm_eps": 1e-5, "vocab_size": -1}))
-    shapes = {f"{name}.weight": (VOCAB, DIM) for name in ("tok_embeddings", "output")}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": (VOCAB, DIM) for name in ("tok_embeddings", "output")
+    }
     shapes["norm.weight"] = (DIM,)
     for i in range(layers):
         part = f"layers.{i}."

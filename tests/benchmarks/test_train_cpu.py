@@ -1,6 +1,7 @@
 """benchmarks/train_cpu.py: its sides compute the same, in processes of their own, and end."""
 
 import argparse
+import io
 import json
 import os
 import re
@@ -117,22 +118,24 @@ if {starts}:
 
 
 @pytest.fixture
-def group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bool], Any]:
-    """`group(starts)`: processes that answer without a model, or end at once."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bool], None]:
+    """`stand_in(starts)`: the processes answer without a model, or end at once."""
 
-    def make(starts: bool) -> Any:
+    def make(starts: bool) -> None:
         file = tmp_path / "worker.py"
         file.write_text(WORKER.format(starts=starts))
         monkeypatch.setattr(train_cpu, "__file__", str(file))
-        args = argparse.Namespace(size="tiny", batch_size=1, threads=1)
-        return train_cpu.Group("ours", "float32", args)
 
     return make
 
 
-def test_a_process_that_ends_stops_its_group(group: Callable[[bool], Any]) -> None:
+ARGS = argparse.Namespace(size="tiny", batch_size=1, threads=1)
+
+
+def test_a_process_that_ends_stops_its_group(stand_in: Callable[[bool], None]) -> None:
     """The other process does not wait for it: the step fails and says whose it is."""
-    with group(True) as running:
+    stand_in(True)
+    with train_cpu.Group("ours", "float32", ARGS) as running:
         assert running.step()["loss"] == 2
         running.processes[0].kill()
         running.processes[0].wait()
@@ -141,10 +144,11 @@ def test_a_process_that_ends_stops_its_group(group: Callable[[bool], Any]) -> No
     assert all(process.poll() is not None for process in running.processes)
 
 
-def test_a_process_that_cannot_start_stops_its_group(group: Callable[[bool], Any]) -> None:
+def test_a_process_that_cannot_start_stops_its_group(stand_in: Callable[[bool], None]) -> None:
     """A process that ends without an answer to a step is an error, not a wait."""
+    stand_in(False)
     with (
-        group(False) as running,
+        train_cpu.Group("ours", "float32", ARGS) as running,
         pytest.raises(RuntimeError, match="ours in float32: a process ended"),
     ):
         running.step()
@@ -158,14 +162,30 @@ def test_a_number_below_one_is_refused(monkeypatch: pytest.MonkeyPatch, option: 
         train_cpu.main()
 
 
-def test_without_transformers_its_sides_are_refused_and_ours_runs(
+def test_a_process_takes_a_step_for_each_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process of a side trains, and answers with time, loss and memory."""
+    words = ["--worker", "ours", "--dtypes", "float32", "--size", "tiny", "--batch-size", "1"]
+    monkeypatch.setattr(sys, "argv", ["train_cpu.py", *words])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("step\nstep\n"))
+    train_cpu.main()
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert second["loss"] < first["loss"] - 0.01 and second["step_s"] > 0
+    assert 50 < first["libraries_mb"] <= first["peak_mb"]
+
+
+def test_without_transformers_its_sides_are_refused_and_ours_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stand_in: Callable[[bool], None],
 ) -> None:
     """The message names the extra; `--sides ours` does not need it."""
     monkeypatch.setattr(train_cpu, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["train_cpu.py", "--sides", "ddp"])
     with pytest.raises(train_cpu.ConfigError, match=r"pip install 'llamapro\[hf\]'"):
         train_cpu.main()
+    stand_in(True)
     words = ["--size", "tiny", "--sides", "ours", "--dtypes", "float32", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["train_cpu.py", *words, "--steps", "1", "--warmup", "1"])
     train_cpu.main()

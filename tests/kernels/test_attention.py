@@ -70,7 +70,7 @@ def test_every_head_dim_is_as_exact_as_torch(
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(T=1, S=70), Shape(T=37, S=70), Shape(T=64, S=64), Shape(B=2, H=2)], ids=str
+    "shape", [Shape(T=1, S=70), Shape(T=37, S=70), Shape(T=64, S=64, H=2), Shape(B=2, H=2)], ids=str
 )
 def test_output_and_gradients_are_as_exact_as_torch(
     shape: Shape, dtype: torch.dtype, device: str, small_tiles: None, check: Check
