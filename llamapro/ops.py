@@ -20,7 +20,7 @@ from llamapro.kernels import IGNORE_INDEX as IGNORE_INDEX
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Returns x in fp32, the precision of all statistics; fp64 stays fp64."""
+    """x in fp32, the precision of all statistics; fp64 stays fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -67,10 +67,10 @@ def rope_frequencies(
     Args:
         head_dim: D.
         theta: the base of the exponential; the slowest pair turns by about 1 / theta per position.
-        scaling: stretches the context beyond the one of pre-training. "linear" slows all pairs
-            down. "llama3" (Llama 3.1) slows down pairs with a wavelength that is long against the
-            original context, keeps those with a short one, and blends those in between.
-        device: device of the result.
+        scaling: for contexts longer than the model was first trained with. "linear" slows all
+            pairs down. "llama3" (Llama 3.1) slows down the pairs whose wavelength is long against
+            the original context, keeps those whose wavelength is short, and blends in between.
+        device: where the result lies.
 
     Returns:
         (D / 2,).
@@ -92,12 +92,12 @@ def rope_frequencies(
 
 
 def rope_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines of every position, computed in fp32 and then cast.
+    """Cosines and sines of every position, computed in fp32 and then cast.
 
     Args:
         positions: (B, T) or (T,) integers.
         frequencies: (D / 2,), from `rope_frequencies`.
-        dtype: dtype of queries and keys.
+        dtype: that of queries and keys.
 
     Returns:
         cos, sin: (B, T, D) or (T, D). Both halves of the last axis are equal.
@@ -110,7 +110,7 @@ def rope_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tu
 def rotary_table(
     config: ModelConfig, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns the `rope_table` of a model's frequencies."""
+    """`rope_table` with the frequencies of a model."""
     theta, scaling = config.rope_theta, config.rope_scaling
     frequencies = rope_frequencies(config.head_dim, theta, scaling, positions.device)
     return rope_table(positions, frequencies, dtype)
@@ -135,8 +135,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def interleaved_to_halves(weight: Tensor, heads: int) -> Tensor:
     """Reorders the rows of Meta's wq or wk for `rope`.
 
-    In a head's D rows, Meta's RoPE rotates the neighbours (2i, 2i + 1); this one, like Hugging
-    Face's, rotates (i, i + D/2). A common order of rows does not change the product of q and k.
+    In a head's D rows Meta's RoPE rotates neighbours (2i, 2i + 1), this one and Hugging Face's
+    (i, i + D/2). The product of q and k does not depend on a common order of their rows.
 
     Args:
         weight: (heads * D, ...).
@@ -153,7 +153,7 @@ def halves_to_interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 class AttentionBounds(NamedTuple):
-    """Bounds of the keys that a query sees, beyond causality. Both never fall along the last axis.
+    """The keys that a query sees, beyond causality. Both rise, or stay, along their last axis.
 
     Attributes:
         first: (B or 1, T) int32, the first key that query t sees.
@@ -171,21 +171,20 @@ def attention_bounds(
     documents: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> AttentionBounds:
-    """Returns the bounds of a sliding window, of documents packed into one sequence, or of both.
+    """Bounds for a sliding window, for documents packed into one sequence, or for both.
 
     Args:
         queries, keys: T and S; the queries are the last T of the S positions.
         window: position i sees i - window < j <= i (Mistral, Jiang et al. 2023), itself included.
         documents: (B, S) the number of each position's document, non-decreasing: a position sees
             its own document only.
-        device: device of the bounds if there are no documents; otherwise theirs.
+        device: where the bounds lie, if there are no documents to say it.
     """
     if documents is None:
         documents = torch.zeros(1, keys, dtype=torch.int32, device=device)
     documents = documents.contiguous()
-    # (B, S) each: the first and the last position of every position's document.
-    first = torch.searchsorted(documents, documents)
-    last = torch.searchsorted(documents, documents, right=True) - 1
+    first = torch.searchsorted(documents, documents)  # (B, S) where each one's document starts
+    last = torch.searchsorted(documents, documents, right=True) - 1  # and where it ends
     if window is not None:
         positions = torch.arange(keys, device=documents.device)
         first = torch.maximum(first, positions - window + 1)
@@ -193,29 +192,49 @@ def attention_bounds(
     return AttentionBounds(first[:, keys - queries :].int(), last.int())
 
 
-@switched("attention")
-def attention(q: Tensor, k: Tensor, v: Tensor, bounds: AttentionBounds | None = None) -> Tensor:
-    """Causal attention, softmax(q k^T / sqrt(D)) v (Vaswani et al., 2017).
+def causal_mask(
+    queries: int,
+    keys: int,
+    bounds: AttentionBounds | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """True where a query sees a key: (B or 1, 1, T, S), to be broadcast over heads."""
+    mask = torch.ones(1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if bounds is not None:
+        mask = mask & (torch.arange(keys, device=device) >= bounds.first[:, :, None])
+    return mask[:, None]
 
-    The queries are the last T of the S positions: t sees j <= S - T + t.
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the keys that the mask shows (Vaswani et al., 2017).
 
     Args:
         q: (B, T, H, D).
         k, v: (B, S, KV, D); head h of q reads key/value head h // (H / KV) (Ainslie et al., 2023).
+        mask: bool, broadcast to (B, H, T, S).
+
+    Returns:
+        (B, T, H, D).
+    """
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))  # (B, S, H, D)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
+    weights = _wide(scores.masked_fill(~mask, -math.inf)).softmax(-1).to(q.dtype)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+@switched("attention")
+def attention(q: Tensor, k: Tensor, v: Tensor, bounds: AttentionBounds | None = None) -> Tensor:
+    """Causal attention. The queries are the last T of the S positions: t sees j <= S - T + t.
+
+    Args:
+        q: (B, T, H, D).
+        k, v: (B, S, KV, D).
         bounds: from `attention_bounds`: the first key that each query sees.
 
     Returns:
         (B, T, H, D).
     """
-    T, S, device = q.shape[1], k.shape[1], q.device
-    sees = torch.ones(1, T, S, dtype=torch.bool, device=device).tril(S - T)  # (1, T, S)
-    if bounds is not None:
-        sees = sees & (torch.arange(S, device=device) >= bounds.first[:, :, None])  # (B, T, S)
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))  # (B, S, H, D)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~sees[:, None], -math.inf)  # (B, H, T, S)
-    weights = _wide(scores).softmax(-1).to(q.dtype)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
+    return masked_attention(q, k, v, causal_mask(q.shape[1], k.shape[1], bounds, q.device))
 
 
 @switched("swiglu")
@@ -224,24 +243,34 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@switched("linear_cross_entropy")
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed token loss -log softmax(x W^T)[target], in fp32.
-
-    The other backends never hold all the logits at once.
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed token loss -log softmax(logits)[target], in fp32.
 
     Args:
-        x: (N, C).
-        weight: (V, C), the output embedding.
+        logits: (N, V).
         targets: (N,) token ids; `IGNORE_INDEX` (-100) adds neither loss nor count.
 
     Returns:
         loss_sum: () in nats.
         count: () int64, the number of targets that are not ignored.
     """
-    logits = _wide(F.linear(x, weight))  # (N, V)
-    loss_sum = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    loss_sum = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return loss_sum, (targets != IGNORE_INDEX).sum()
+
+
+@switched("linear_cross_entropy")
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` of the logits x W^T. The other backends never hold all the logits at once.
+
+    Args:
+        x: (N, C).
+        weight: (V, C), the output embedding.
+        targets: (N,), as for `cross_entropy`.
+
+    Returns:
+        loss_sum and count, as `cross_entropy`.
+    """
+    return cross_entropy(F.linear(x, weight), targets)
 
 
 @switched("linear_kl")
@@ -260,8 +289,8 @@ def linear_kl(
         x, teacher_x: (N, C).
         weight: (V, C).
         targets: (N,) token ids; a token whose target is `IGNORE_INDEX` adds neither KL nor count.
-        teacher_rows: size of the teacher's vocabulary, the first rows of the weight; None takes all
-            rows. The teacher gives other tokens no probability.
+        teacher_rows: the teacher's vocabulary is this many first rows of the weight, None all of
+            them. It gives later tokens no probability.
 
     Returns:
         kl_sum: () in nats.

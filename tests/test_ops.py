@@ -71,7 +71,7 @@ def test_all_targets_ignored_is_no_loss_no_count_and_zero_gradients(small_chunks
 
 @only_cpu
 def test_chunked_loss_never_keeps_the_logits(small_chunks: None) -> None:
-    """A frozen head keeps nothing for backward that is as large as one chunk's logits."""
+    """Under a frozen head, nothing that waits for backward is as large as one chunk's logits."""
     x, weight, targets = loss_inputs()
     weight.requires_grad_(False)  # its gradient, made in forward, would wait
     largest = 0
@@ -104,7 +104,7 @@ def turned(x: Tensor) -> Tensor:
     return ops.rope(x, *ops.rope_table(torch.arange(5), ops.rope_frequencies(8, 100.0), x.dtype))
 
 
-# Each op, its inputs, and the number of elements that it may keep beside them.
+# What each op computes, of which inputs, and how many elements it may keep beside them.
 KEPT: dict[str, tuple[Callable[..., Any], list[Tensor], int]] = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-5), [double(2, 5, 8), double(8, seed=1)], 0),
     "swiglu": (ops.swiglu, [double(2, 5, 8), double(2, 5, 8, seed=1)], 0),
@@ -115,7 +115,7 @@ KEPT: dict[str, tuple[Callable[..., Any], list[Tensor], int]] = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_gradients_are_those_of_the_formula(name: str) -> None:
-    """Gradients of every input agree with finite differences in fp64."""
+    """By finite differences in fp64, of every input."""
     function, given, _ = KEPT[name]
     assert torch.autograd.gradcheck(function, given)
 
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_the_formula(name: str) -> None:
 def test_gradients_of_the_loss_are_those_of_its_chunks(
     ignored: tuple[int, ...], small_chunks: None
 ) -> None:
-    """Gradients of hidden states and head agree with finite differences in fp64."""
+    """By finite differences in fp64, of hidden states and head."""
     x, weight, targets = loss_inputs()
     targets[list(ignored)] = ops.IGNORE_INDEX
     given = [t[..., :3].detach().double().requires_grad_() for t in (x, weight)]
@@ -218,7 +218,7 @@ def test_bounds_are_the_window_and_the_document(
 
 @pytest.mark.parametrize("T, S", [(9, 9), (4, 9), (1, 9)])
 def test_bounded_attention_sees_what_its_bounds_say(T: int, S: int) -> None:
-    """Each query's result is that of attention over the keys it sees alone."""
+    """In a window and in documents, each query equals attention over the keys it sees alone."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, T, 4, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 2, S, 2, 8, generator=generator, dtype=torch.float64)
@@ -299,6 +299,29 @@ def test_swiglu_applies_silu_to_the_gate_only() -> None:
     gate, up = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
     expected = gate / (1 + torch.exp(-gate)) * up
     torch.testing.assert_close(ops.swiglu(gate, up), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_shape_of_a_cross_entropy_is_any_number_of_tokens() -> None:
+    """From logits: the same sum and count as from hidden states and head."""
+    x, weight, targets = loss_inputs()
+    loss_sum, count = ops.cross_entropy(x @ weight.T, targets)
+    expected, number = ops.linear_cross_entropy(x, weight, targets)
+    torch.testing.assert_close(loss_sum, expected, rtol=1e-6, atol=0)
+    assert count == number == TOKENS
+
+
+def test_masked_attention_takes_any_mask() -> None:
+    """With the causal mask it is `attention`; a key that no query sees changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 5, 4, 8, generator=generator)
+    k, v = torch.randn(2, 2, 5, 2, 8, generator=generator)
+    mask = ops.causal_mask(5, 5)
+    torch.testing.assert_close(ops.masked_attention(q, k, v, mask), ops.attention(q, k, v))
+    mask[..., 1] = False
+    mask[..., 1, 0] = True  # query 1 still sees key 0
+    before = ops.masked_attention(q, k, v, mask)
+    v[:, 1] = 100.0
+    assert torch.equal(ops.masked_attention(q, k, v, mask), before)
 
 
 def test_metas_rows_reordered_rotate_as_meta_does() -> None:
