@@ -1,6 +1,7 @@
 """Converts, expands, merges, strips, inspects and verifies checkpoints.
 
     convert.py from-meta META_DIR OUT_DIR             Meta release -> Hugging Face layout
+    convert.py from-gguf FILE OUT_DIR                 GGUF (llama.cpp) -> Hugging Face layout
     convert.py expand BASE_DIR OUT_DIR --num-new-blocks 8    insert identity blocks
     convert.py merge EXPANDED_DIR BLOCKS... OUT_DIR   put trained blocks into a plain model
     convert.py strip EXPANDED_DIR OUT_DIR             take the new blocks out: the base again
@@ -66,6 +67,30 @@ class FromMeta(Output):
         return result, (
             f"{self.out_dir}: {result['parameters']:,} parameters in {result['dtype']}, "
             f"from {result['shards']} shard(s)"
+        )
+
+
+@dataclass(kw_only=True)
+class FromGguf(Output):
+    """Convert a LLaMA or Mistral in GGUF, llama.cpp's format, quantised or not."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """The .gguf file; of a model in several parts, any of them."""
+    out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The checkpoint directory to create, in Hugging Face layout."""
+    dtype: DType | None = None
+    """Dtype of the result. Default: the file's float32 or float16, else bfloat16."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        import torch
+
+        from llamapro.conversion.gguf import from_gguf
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        result = from_gguf(self.file, self.out_dir, dtype, self.force)
+        return result, (
+            f"{self.out_dir}: {result['parameters']:,} parameters in {result['dtype']}, from "
+            f"{', '.join(result['quantizations'])} in {result['files']} file(s)"
         )
 
 
@@ -267,6 +292,7 @@ class Verify(Input):
 
 Command = (
     Annotated[FromMeta, tyro.conf.subcommand("from-meta")]
+    | Annotated[FromGguf, tyro.conf.subcommand("from-gguf")]
     | Annotated[Expand, tyro.conf.subcommand("expand")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Strip, tyro.conf.subcommand("strip")]

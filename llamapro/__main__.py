@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "strip": Command(_CONVERT, "DIR OUT_DIR", "take the new blocks out again"),
     "from-meta": Command(_CONVERT, "META_DIR OUT_DIR", "convert a Meta release"),
+    "from-gguf": Command(_CONVERT, "FILE OUT_DIR", "convert llama.cpp's GGUF, quantised or not"),
     "to-meta": Command(_CONVERT, "DIR OUT_DIR", "write a Meta release"),
     "inspect": Command(_CONVERT, "DIR", "show layers, new blocks, sizes and hashes"),
     "verify": Command(_CONVERT, "DIR", "check every byte, compare logits"),

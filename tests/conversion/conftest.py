@@ -1,4 +1,4 @@
-"""New-block files and training checkpoints for the tests of conversions."""
+"""New-block files, training checkpoints and GGUF files for the tests of conversions."""
 
 import json
 from collections.abc import Callable
@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.run import LISTED, STATE_FILE, TRAINABLE_FILE, write_manifest
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
+from llamapro.config import ModelConfig
 from llamapro.expansion import is_in_layers
+from llamapro.text.vocabulary import byte_characters
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +78,111 @@ def write_step(write_trained: Callable[..., Path]) -> Callable[..., Path]:
         return file
 
     return write
+
+
+# ---- GGUF files, as llama.cpp's converter writes them -------------------------------------------
+
+# Byte-level BPE without merges; its control tokens come first.
+TOKENIZER: dict[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["<s>", "</s>", *byte_characters()],
+    "tokenizer.ggml.token_type": [3, 3, *[1] * 256],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 1,
+}
+TOKENIZER["tokenizer.ggml.tokens"].append("ab")
+TOKENIZER["tokenizer.ggml.token_type"].append(1)
+
+
+def _metadata(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "general.name": "test",
+        "llama.vocab_size": config.vocab_size,
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.freq_base": config.rope_theta,
+        "llama.rope.dimension_count": config.head_dim,
+    }
+
+
+def _interleave(weight: Tensor, heads: int) -> Tensor:
+    """The order of rows in which llama.cpp's converter writes q and k."""
+    halves = weight.reshape(heads, 2, len(weight) // heads // 2, -1)
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _write_gguf(
+    path: Path,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    kind: str | Callable[[str], str] = "F32",
+    values: dict[str, Any] | None = None,
+    extra: dict[str, Tensor] | None = None,
+    per_file: int = 0,
+) -> Path:
+    gguf = pytest.importorskip("gguf")
+    kinds = gguf.GGMLQuantizationType
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=per_file)
+    types = {str: "STRING", bool: "BOOL", int: "UINT32", float: "FLOAT32"}
+    for key, value in (_metadata(config) | TOKENIZER | (values or {})).items():
+        if key == "general.architecture":
+            del writer.kv_data[0][key]
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            name = types[type(value)]
+            writer.add_key_value(key, value, gguf.GGUFValueType[name])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for hf, tensor in tensors.items():
+        name = names.get_name(hf, try_suffixes=(".weight",))
+        if hf.endswith("q_proj.weight"):
+            tensor = _interleave(tensor, config.num_attention_heads)
+        elif hf.endswith("k_proj.weight"):
+            tensor = _interleave(tensor, config.num_key_value_heads)
+        chosen = "F32" if tensor.ndim == 1 else kind if isinstance(kind, str) else kind(name)
+        writer.add_tensor(name, *_quantised(tensor, kinds[chosen]))
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _quantised(tensor: Tensor, kind: Any) -> tuple[Any, None, Any]:
+    """The arguments of `add_tensor` after the name.
+
+    The library quantises in some types only. In the others, every byte below 64 is a number.
+    """
+    from gguf import GGML_QUANT_SIZES, quants
+
+    try:
+        return quants.quantize(tensor.float().numpy(), kind), None, kind
+    except NotImplementedError:
+        block, size = GGML_QUANT_SIZES[kind]
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+        generator = torch.Generator().manual_seed(0)
+        data = torch.randint(0, 64, shape, dtype=torch.uint8, generator=generator)
+        return data.numpy(), None, kind
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., Path]:
+    """`write_gguf(path, config, tensors, kind="F32", values={}, extra={}, per_file=0) -> path`.
+
+    `tensors` have Hugging Face's names. `kind` is the quantisation of the matrices, or a function
+    of the name. `values` are metadata to add, or to leave out where they are None; `extra` are
+    tensors under GGUF's names. With `per_file` the model is split into files of so many tensors.
+    """
+    return _write_gguf

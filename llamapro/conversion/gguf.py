@@ -1,0 +1,298 @@
+"""Converts a GGUF file (llama.cpp's format) into a checkpoint in Hugging Face's layout.
+
+Quantised weights are dequantised, so what was lost when the file was made stays lost. llama.cpp
+rotates neighbouring rows of q and k, as Meta does; `ops.interleaved_to_halves` undoes that.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamapro import ops
+from llamapro.checkpoints.tensors import DTYPE_CODES, DTYPES, TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.config import ModelConfig, RopeScaling
+from llamapro.conversion.companions import write_companions
+from llamapro.conversion.gguf_file import GGUFTensor, open_gguf
+from llamapro.conversion.gguf_tokenizer import read_tokenizer
+from llamapro.errors import CheckpointError, ConfigError, Problems
+from llamapro.files import output_directory, refuse_source
+
+ROPE_FACTORS = "rope_freqs.weight"
+_BLOCK_BYTES = 1 << 22  # of fp32 values that exist at a time
+# Metadata that changes what is computed, and the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "use_parallel_residual": (False,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+}
+
+
+def from_gguf(
+    file: Path, out_dir: Path, dtype: torch.dtype | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Converts a LLaMA or Mistral in GGUF, quantised or not, into a checkpoint directory.
+
+    Args:
+        file: the model; of one in several parts, any part, with the others beside it.
+        out_dir: the directory to create; it appears only once it is complete.
+        dtype: of the result; None keeps fp32 and fp16 and makes bf16 of every other type.
+        force: replace an existing checkpoint, once the new one is complete.
+
+    Returns:
+        JSON-able: parameters and bytes of the result, files read, tensors per quantisation, dtype.
+
+    Raises:
+        ConfigError: the model is of another architecture, or an argument is wrong.
+        CheckpointError: a file is damaged, or tensors are missing, unexpected or of wrong shapes.
+        DataError: the tokenizer is damaged or of a kind that is not supported.
+    """
+    refuse_source(out_dir, file)
+    metadata, tensors, files = open_gguf(file)
+    raw = describe(metadata, tensors, file)
+    config = ModelConfig.from_dict(raw, str(file))
+    names = _tensor_names(config)
+    _check_tensors(names, tensors, file)
+    raw |= _rope_scaling(metadata, tensors.get(ROPE_FACTORS), config, file)
+    tokenizer = read_tokenizer(metadata, config.vocab_size, file)
+    raw |= tokenizer.ids
+    dtype = dtype or _default_dtype(tensors)
+    raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config = ModelConfig.from_dict(raw, str(file))
+    specs = [TensorSpec(hf, DTYPE_CODES[dtype], shape) for hf, shape in names.values()]
+    gguf_name = {hf: name for name, (hf, _) in names.items()}
+
+    def chunks_of(spec: TensorSpec) -> Iterator[memoryview]:
+        tensor = tensors[gguf_name[spec.name]]
+        is_rotated = spec.name.endswith(("q_proj.weight", "k_proj.weight"))
+        for values in _row_blocks(tensor, config.head_dim if is_rotated else 1):
+            if is_rotated:
+                values = ops.interleaved_to_halves(values, len(values) // config.head_dim)
+            cast = values.to(DTYPES[spec.dtype])
+            if not cast.isfinite().all():
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {tensor.name!r} holds numbers that are not finite in "
+                    f"{raw['torch_dtype']}; choose --dtype bfloat16, or if that fails too, "
+                    "download the file again"
+                )
+            yield from tensor_chunks(cast)
+
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(aside, specs, chunks_of, label="from-gguf")
+        write_companions(aside, config, [])
+        generation = json.dumps(tokenizer.ids, indent=2) + "\n"
+        for name, content in {"generation_config.json": generation, **tokenizer.files}.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            (aside / name).write_bytes(data)
+    return {
+        "parameters": sum(math.prod(spec.shape) for spec in specs),
+        "bytes": sum(spec.nbytes for spec in specs),
+        "files": len(files),
+        "quantizations": dict(Counter(tensors[name].kind.name for name in names).most_common()),
+        "dtype": raw["torch_dtype"],
+    }
+
+
+def describe(
+    metadata: dict[str, Any], tensors: dict[str, GGUFTensor], file: Path
+) -> dict[str, Any]:
+    """Returns the `config.json` that the metadata say, without `rope_scaling` and token ids.
+
+    Raises:
+        ConfigError: the architecture is another, or metadata are missing or not supported.
+        CheckpointError: there is no embedding.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ConfigError(
+            f"{file}: general.architecture is {architecture!r}; only 'llama' is supported, which "
+            "is the name of LLaMA and Mistral models"
+        )
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{file}: missing tensor 'token_embd.weight'; download it again")
+    wrong = Problems()
+
+    def get(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"llama.{key}", default)
+        if value is None:
+            wrong.add(f"llama.{key} is missing")
+        return value
+
+    for key, allowed in _NEUTRAL.items():
+        if (value := metadata.get(f"llama.{key}", allowed[0])) not in allowed:
+            wrong.add(f"llama.{key} is {value!r}, not supported (only {allowed[0]!r})")
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    is_divisible = type(heads) is type(hidden) is int and heads > 0 and hidden % heads == 0
+    head_dim = get("attention.key_length", hidden // heads if is_divisible else None)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (value := metadata.get(f"llama.{key}", head_dim)) != head_dim:
+            wrong.add(f"llama.{key} is {value!r}, not supported (only the head's {head_dim})")
+    layers, window = get("block_count"), metadata.get("llama.attention.sliding_window")
+    # Before anything is made for each layer: the file can say 10^9.
+    if type(layers) is not int or not 0 < layers <= len(tensors):
+        wrong.add(f"llama.block_count is {layers!r}, but the file has {len(tensors)} tensors")
+    raw = {
+        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
+        "model_type": "mistral" if window else "llama",
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "initializer_range": 0.02,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "use_cache": True,
+    }
+    wrong.check(ConfigError, str(file))
+    return raw | ({"sliding_window": window} if window else {})
+
+
+def _tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns GGUF name -> (Hugging Face name, shape) of every tensor of the model."""
+    C, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    Q, K = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    names: dict[str, tuple[str, tuple[int, ...]]] = {
+        "token_embd.weight": ("model.embed_tokens.weight", (V, C))
+    }
+    for i in range(config.num_hidden_layers):
+        for gguf, hf, shape in (
+            ("attn_norm", "input_layernorm", (C,)),
+            ("attn_q", "self_attn.q_proj", (Q, C)),
+            ("attn_k", "self_attn.k_proj", (K, C)),
+            ("attn_v", "self_attn.v_proj", (K, C)),
+            ("attn_output", "self_attn.o_proj", (C, Q)),
+            ("ffn_norm", "post_attention_layernorm", (C,)),
+            ("ffn_gate", "mlp.gate_proj", (F, C)),
+            ("ffn_up", "mlp.up_proj", (F, C)),
+            ("ffn_down", "mlp.down_proj", (C, F)),
+        ):
+            names[f"blk.{i}.{gguf}.weight"] = (f"model.layers.{i}.{hf}.weight", shape)
+    names["output_norm.weight"] = ("model.norm.weight", (C,))
+    if not config.tie_word_embeddings:
+        names["output.weight"] = ("lm_head.weight", (V, C))
+    return names
+
+
+def _check_tensors(
+    names: dict[str, tuple[str, tuple[int, ...]]], tensors: dict[str, GGUFTensor], file: Path
+) -> None:
+    """Raises CheckpointError naming every tensor that is missing, unexpected or of wrong shape."""
+    wrong = Problems()
+    wrong.add(*(f"missing tensor {name!r}" for name in names if name not in tensors))
+    for name, tensor in tensors.items():
+        if name not in names and name != ROPE_FACTORS:
+            wrong.add(f"unexpected tensor {name[:80]!r}, which no LLaMA has")
+        elif name in names and tensor.shape != (shape := names[name][1]):
+            wrong.add(f"{name!r} is {list(tensor.shape)}, its metadata say {list(shape)}")
+    wrong.check(CheckpointError, f"{file}: its tensors are not those of a LLaMA")
+
+
+def _default_dtype(tensors: dict[str, GGUFTensor]) -> torch.dtype:
+    kinds = {tensor.kind.name for tensor in tensors.values()}
+    if kinds <= {"F32"}:
+        return torch.float32
+    return torch.float16 if kinds <= {"F16", "F32"} else torch.bfloat16  # norms are always F32
+
+
+def _row_blocks(tensor: GGUFTensor, multiple: int) -> Iterator[Tensor]:
+    """Yields the tensor's rows in fp32, about 4 MiB at a time and a multiple of rows at a time."""
+    total = math.prod(tensor.shape[:-1])
+    count = max(1, _BLOCK_BYTES // (4 * tensor.shape[-1]) // multiple) * multiple
+    for start in range(0, total, count):
+        yield tensor.read(start, min(count, total - start))
+
+
+# ---- RoPE for longer contexts ------------------------------------------------------------------
+
+
+def _rope_scaling(
+    metadata: dict[str, Any], factors: GGUFTensor | None, config: ModelConfig, file: Path
+) -> dict[str, Any]:
+    """Returns the `rope_scaling` entry of `config.json`, or nothing if there is none."""
+    kind = metadata.get("llama.rope.scaling.type", "none")
+    factor = metadata.get("llama.rope.scaling.factor", 1.0)
+    if "llama.rope.scale_linear" in metadata:  # how files of 2023 say it
+        kind, factor = "linear", metadata["llama.rope.scale_linear"]
+    if kind not in ("none", "linear"):
+        raise ConfigError(f"{file}: llama.rope.scaling.type is {kind!r}, not supported ('linear')")
+    if factors is None:
+        if kind == "none" or factor == 1:
+            return {}
+        return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+    if kind == "linear" and factor != 1:
+        raise ConfigError(f"{file}: both {ROPE_FACTORS!r} and linear scaling; not supported")
+    if factors.shape != (config.head_dim // 2,):
+        raise CheckpointError(
+            f"{file}: {ROPE_FACTORS!r} is {list(factors.shape)}, expected [{config.head_dim // 2}]"
+        )
+    values = factors.read(0, 1)[0]
+    if (values == 1).all():
+        return {}
+    context = metadata.get("llama.rope.scaling.original_context_length", 8192)
+    scaling = _llama3_scaling(values, config, context)
+    if scaling is None:
+        raise ConfigError(
+            f"{file}: the factors in {ROPE_FACTORS!r} are not Llama 3.1's for any parameters; "
+            "another way of scaling RoPE is not supported"
+        )
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    }
+
+
+def _llama3_scaling(factors: Tensor, config: ModelConfig, context: int) -> RopeScaling | None:
+    """Returns the parameters with which "llama3" slows each frequency by its factor, or None.
+
+    Between the low and the high frequencies, 1 / factor rises linearly with the number of waves
+    that fit into the original context. Context, low and high factor can be multiplied by one number
+    without changing anything, so the context is given and the others follow.
+    """
+    D, factor = config.head_dim, float(str(factors.max().numpy()))
+    plain = ops.rope_frequencies(D, config.rope_theta)
+    # Llama 3.1's own parameters first: they are exact, and all there is if one pair is blended.
+    found = [RopeScaling("llama3", factor, 1.0, 4.0, context)]
+    is_blended = (factors > 1) & (factors < factor)
+    if factor > 1 and is_blended.sum() >= 2:
+        share = ((1 / factors.double() - 1 / factor) / (1 - 1 / factor))[is_blended]
+        waves = (context / (2 * math.pi) * plain.double())[is_blended]
+        slope = (share[0] - share[-1]) / (waves[0] - waves[-1])
+        low_edge = waves[-1] - share[-1] / slope
+        low, high = (float(f"{edge.item():.4g}") for edge in (low_edge, low_edge + 1 / slope))
+        if 0 < low < high:
+            found.append(RopeScaling("llama3", factor, low, high, context))
+    for scaling in found:
+        slowed = plain / ops.rope_frequencies(D, config.rope_theta, scaling)
+        # Both were computed in fp32, in slightly different orders.
+        if torch.allclose(slowed, factors, rtol=1e-5, atol=0):
+            return scaling
+    return None
