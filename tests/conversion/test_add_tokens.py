@@ -128,8 +128,17 @@ def test_an_impossible_record_is_refused(expand: Expand) -> None:
 # ---- Names -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", ["model", "json", "table", "legacy"])
-@pytest.mark.parametrize("vocab_size", [400, 403])
+@pytest.mark.parametrize(
+    ("vocab_size", "files"),
+    [
+        (400, "model"),
+        (403, "model"),
+        (400, "json"),
+        (403, "table"),
+        (400, "legacy"),
+        (403, "legacy"),
+    ],
+)
 def test_all_readers_see_the_new_tokens_under_the_ids_of_their_rows(
     vocab_size: int, files: str, expand: Expand, tmp_path: Path
 ) -> None:
