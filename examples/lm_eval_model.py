@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.inference.options import ComputeOptions
-from llamapro.inference.sampling import write_text
+from llamapro.inference.sampling import end_ids, write_text
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
 
@@ -86,7 +86,7 @@ class LlamaProLM(TemplateLM):
                 raise ValueError("this example decodes greedily; the task asks for sampling")
             limit = int(options.get("max_gen_toks", 256))
             prompt = self.tok_encode(context)[-(self.context - limit) :]
-            ends = {self.eot_token_id, *self.model.config.eos_token_ids}
+            ends = end_ids(self.model.config, self.text_tokenizer)
             decoder, text = StreamingDecoder(self.text_tokenizer), ""
             stops = options.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops

@@ -30,6 +30,7 @@ from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.expansion import insert_after
 from llamapro.inference.options import ComputeOptions
+from llamapro.inference.sampling import end_ids
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, find_files, read_pieces
@@ -168,7 +169,7 @@ def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, tokens: int, context: 
     start = torch.tensor([[tokenizer.bos_id]], device=model.lm_head.weight.device)
     if not model(start).isfinite().all():  # no token could be drawn
         raise CheckpointError(f"{tokenizer.path.parent}: NaN or infinity in the logits after BOS")
-    ends = {i for i in (*model.config.eos_token_ids, tokenizer.eos_id) if i is not None}
+    ends = end_ids(model.config, tokenizer)
     settings = ReplaySettings(temperature=1.0, seed=0)
     stream = chain.from_iterable(write_documents(model, [[int(start)]], ends, context, settings))
     return list(tqdm(islice(stream, tokens), "write text", tokens, unit="tok", disable=None))

@@ -34,6 +34,7 @@ from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.files import write_file
 from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.inference.multiple_choice import baselines, measure_choices, read_choices
+from llamapro.inference.sampling import end_ids
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.scripts import convert
 from llamapro.scripts import train as script
@@ -181,7 +182,8 @@ def measure(model: LlamaForCausalLM, about: dict[str, Any]) -> dict[str, Any]:
         questions = read_choices(about["choices"], tokenizer, context, 0)
         choices = measure_choices(model, questions, 16, "choices")[0] | baselines(questions)
     samples = write_greedily(model, documents(about, tokenizer), **SHIFT)
-    shifted = None if samples is None else shift(base.load(device=device), samples)
+    ends = end_ids(base.config, tokenizer)
+    shifted = None if samples is None else shift(base.load(device=device), samples, ends)
     return {"choices": choices, "shift": shifted}
 
 
@@ -244,7 +246,7 @@ def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
     model = checkpoint.load(device=device_of(about["device"]))
     assert tokenizer.bos_id is not None
     settings = ReplaySettings(seed=HELD_OUT_SEED, batch_size=64)
-    ends = set(checkpoint.config.eos_token_ids)
+    ends = end_ids(checkpoint.config, tokenizer)
     texts, tokens = [], 0
     for ids in write_documents(model, [[tokenizer.bos_id]], ends, about["length"], settings):
         texts.append(tokenizer.decode(ids[1:]))

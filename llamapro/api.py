@@ -19,7 +19,7 @@ from llamapro.conversion.companions import write_companions
 from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
 from llamapro.files import output_directory
-from llamapro.inference.sampling import write_text
+from llamapro.inference.sampling import end_ids, write_text
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
@@ -139,7 +139,7 @@ def generate(
         temperature,
         top_p,
         seed,
-        model.config.eos_token_ids,
+        end_ids(model.config, tokenizer),
     )
     return "".join(piece for _, piece in pieces)
 

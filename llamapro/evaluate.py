@@ -30,6 +30,7 @@ from llamapro.inference.multiple_choice import (
     render_choices,
 )
 from llamapro.inference.options import ComputeOptions
+from llamapro.inference.sampling import end_ids
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text.corpus import encode_pieces
@@ -231,9 +232,10 @@ def evaluate(args: Args) -> dict[str, Any]:
         del model
         model = replace(args, skip_new_blocks=False).load(base)
         base_files, base_answers = measure_all(model)
+        ends = end_ids(base.config, tokenizer)
         for name, numbers in base_files.items():
             sample = samples[name]
-            files[name] |= {"base": numbers, "shift": sample and shift(model, sample)}
+            files[name] |= {"base": numbers, "shift": sample and shift(model, sample, ends)}
         for name, (scores, before) in base_answers.items():
             _, correct = answers[name]
             turned = Counter(zip(before, correct, strict=True))

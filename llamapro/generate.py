@@ -21,7 +21,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError
 from llamapro.inference.chat import Conversation, converse
 from llamapro.inference.options import ComputeOptions, SamplingOptions
-from llamapro.inference.sampling import write_text
+from llamapro.inference.sampling import end_ids, write_text
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
@@ -141,7 +141,7 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
         args.temperature,
         args.top_p,
         args.seed,
-        model.config.eos_token_ids,
+        end_ids(model.config, tokenizer),
     ):
         count += token_id is not None
         pieces.append(piece)

@@ -5,10 +5,9 @@ import math
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,9 +245,10 @@ def expanded(tmp_path_factory: pytest.TempPathFactory, model: LlamaForCausalLM) 
 
 @pytest.mark.parametrize("tuned", ["checkpoint", "expanded"])
 def test_untouched_model_against_its_base_shows_no_change(
-    args: Args, tuned: str, request: pytest.FixtureRequest
+    args: Args, tuned: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Base against itself, or its expansion against it: the same to the bit, 100 % unshifted."""
+    monkeypatch.setattr(command, "end_ids", lambda *_: set())  # all positions count
     path = request.getfixturevalue(tuned)
     result = evaluate(replace(args, dir=path, against=args.dir))
     found = only(result)
@@ -283,21 +283,22 @@ def test_trained_model_is_told_apart_from_its_base(
 class Table(nn.Module):
     """A base whose logits depend on the last token alone: one row of a table."""
 
-    def __init__(self, logits: Tensor, eos: tuple[int, ...] = ()) -> None:
+    def __init__(self, logits: Tensor) -> None:
         super().__init__()
         self.lm_head = nn.Linear(1, 1)
-        self.config = SimpleNamespace(eos_token_ids=eos)
         self.logits = logits
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.logits[ids]
 
 
-def ranked(prompts: list[list[int]], chosen: list[list[int]], **options: Any) -> dict[str, float]:
+def ranked(
+    prompts: list[list[int]], chosen: list[list[int]], ends: Collection[int] = ()
+) -> dict[str, float]:
     # After token t, the likeliest is t, then t + 1, and so on around the five tokens.
     logits = torch.stack([-((torch.arange(5) - t) % 5).float() for t in range(5)])
     samples = ShiftSamples(torch.tensor(prompts), torch.tensor(chosen))
-    return shift(Table(logits, **options), samples)  # type: ignore[arg-type]
+    return shift(Table(logits), samples, ends)  # type: ignore[arg-type]
 
 
 def test_shift_counts_ranks_in_the_base() -> None:
@@ -308,7 +309,7 @@ def test_shift_counts_ranks_in_the_base() -> None:
 
 def test_shift_leaves_out_what_follows_the_end_of_a_document() -> None:
     """Ranks 1 2 and, at EOS, 3; the fourth token is of no text. The other row goes on."""
-    found = ranked([[0], [0]], [[0, 1, 3, 2], [0, 0, 0, 0]], eos=(3,))
+    found = ranked([[0], [0]], [[0, 1, 3, 2], [0, 0, 0, 0]], ends={3})
     assert found["positions"] == 7
     assert found["unshifted"] == 5 / 7 and found["marginal"] == 2 / 7
 
@@ -316,7 +317,7 @@ def test_shift_leaves_out_what_follows_the_end_of_a_document() -> None:
 def test_equal_logits_share_the_best_rank() -> None:
     """A token as likely as the likeliest is not shifted."""
     samples = ShiftSamples(torch.tensor([[0]]), torch.tensor([[4, 2]]))
-    found = shift(Table(torch.zeros(5, 5)), samples)  # type: ignore[arg-type]
+    found = shift(Table(torch.zeros(5, 5)), samples, ())  # type: ignore[arg-type]
     assert found["unshifted"] == 1.0
 
 

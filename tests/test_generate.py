@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import llamapro
 from llamapro import generate as command
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
@@ -37,7 +38,9 @@ def checkpoint(
     """A random model with a context of 48 tokens, and no end of document to stop at."""
     path = tmp_path_factory.mktemp("generate") / "ckpt"
     config = tiny_config(max_position_embeddings=48, eos_token_id=None)
-    return write_random_checkpoint(path, config)
+    write_random_checkpoint(path, config)
+    (path / "tokenizer_config.json").write_text('{"eos_token": null}')
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +224,46 @@ def test_end_of_document_stops(
     assert result["tokens"] == at + 1
     assert "def" + result["text"] == tokenizer.decode(prompt + ids[:at])
     assert "context full" not in note
+
+
+@pytest.mark.parametrize("source", ["config", "generation_config", "tokenizer"])
+def test_every_file_that_names_an_eos_ends_the_text(
+    checkpoint: Path, model: LlamaForCausalLM, run: Run, tmp_path: Path, source: str
+) -> None:
+    """Each alone ends the text of the command and of `api.generate`."""
+    tokenizer = Tokenizer.load(checkpoint)
+    prompt = tokenizer.encode("def", bos=True)
+    written = [int(token) for token in generate(model, torch.tensor([prompt]), 12)]
+    at = next(n for n, token in enumerate(written) if n > 2 and token not in written[:n])
+    eos = written[at]
+    ends = change_config(checkpoint, tmp_path / "ends")
+    if source == "config":
+        ends = change_config(checkpoint, tmp_path / "listed", eos_token_id=[0, eos])
+    elif source == "generation_config":
+        (ends / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, eos]}))
+    else:
+        name = "<|im_end|>"
+        added = {str(eos): {"content": name, "special": True}}
+        names = {"eos_token": name, "added_tokens_decoder": added}
+        (ends / "tokenizer_config.json").write_text(json.dumps(names))
+    assert json.loads(run(ends, "--prompt", "def", "--json")[1])["tokens"] == at + 1
+    text = llamapro.generate(llamapro.load(ends), "def", 12)
+    assert text == llamapro.generate(llamapro.load(checkpoint), "def", at)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2.5]}']
+)
+def test_a_damaged_generation_config_is_one_message(
+    checkpoint: Path, run: Run, tmp_path: Path, content: str
+) -> None:
+    """It names the file."""
+    broken = change_config(checkpoint, tmp_path / "broken")
+    (broken / "generation_config.json").write_text(content)
+    status, shown, note = run(broken, "--prompt", "def", "--json")
+    assert (status, shown) == (2, "")
+    message = note.splitlines()[-1]
+    assert "generation_config.json" in message and "Traceback" not in note
 
 
 def test_json_is_one_object_with_the_same_text(checkpoint: Path, run: Run) -> None:

@@ -11,21 +11,19 @@ import torch
 from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.inference.cache import KVCache
 from llamapro.inference.options import SamplingOptions
-from llamapro.inference.sampling import write_text
+from llamapro.inference.sampling import end_ids, write_text
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate, check_messages
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
-# Control tokens that end a turn in common formats. config.json may not list them.
+# Control tokens that end a turn in common formats. The model's files may not list them.
 ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
 def stop_ids(model: LlamaForCausalLM, tokenizer: Tokenizer) -> set[int]:
     """Returns the ids that end an answer: the ends of a document and of a turn."""
-    stops = {tokenizer.special_tokens[n] for n in ENDS_OF_TURN if n in tokenizer.special_tokens}
-    if tokenizer.eos_id is not None:
-        stops.add(tokenizer.eos_id)
-    return stops.union(model.config.eos_token_ids)
+    turns = {tokenizer.special_tokens[n] for n in ENDS_OF_TURN if n in tokenizer.special_tokens}
+    return turns | end_ids(model.config, tokenizer)
 
 
 class Conversation:

@@ -1,6 +1,6 @@
 """The paper's token-distribution shift (Appendix G): how a base ranks what a tuned model writes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +45,17 @@ def write_greedily(
 
 
 @torch.inference_mode()
-def shift(base: LlamaForCausalLM, samples: ShiftSamples) -> dict[str, float]:
+def shift(base: LlamaForCausalLM, samples: ShiftSamples, ends: Collection[int]) -> dict[str, float]:
     """Ranks each token that the tuned model chose by the base's probabilities (Appendix G).
+
+    Args:
+        base: the model whose probabilities rank the tokens.
+        samples: what the tuned model wrote.
+        ends: ids that end a text; the positions after the first of them do not count.
 
     Returns:
         The shares of unshifted (rank 1), marginal (2 or 3) and shifted (over 3) positions, and the
-        number of positions. Positions after an end of document do not count.
+        number of positions.
     """
     device = base.lm_head.weight.device
     ranks: list[int] = []
@@ -60,7 +65,7 @@ def shift(base: LlamaForCausalLM, samples: ShiftSamples) -> dict[str, float]:
         above = logits > logits.gather(1, chosen[:, None])
         for token_id, rank in zip(chosen.tolist(), (1 + above.sum(1)).tolist(), strict=True):
             ranks.append(rank)
-            if token_id in base.config.eos_token_ids:
+            if token_id in ends:
                 break
     return {
         "unshifted": sum(rank == 1 for rank in ranks) / len(ranks),

@@ -8,9 +8,34 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError
+from llamapro.files import read_json
 from llamapro.inference.cache import KVCache
 from llamapro.model import LlamaForCausalLM
-from llamapro.text.tokenizer import StreamingDecoder
+from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+
+
+def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
+    """Returns the ids that end a text: every EOS that a model's files name.
+
+    They are those of `config.json`, of the `generation_config.json` beside it, which often lists
+    more (Llama 3's end of turn), and the tokenizer's, which a chat model may have changed alone.
+
+    Raises:
+        CheckpointError: `generation_config.json` is damaged.
+    """
+    ends = {*config.eos_token_ids, tokenizer.eos_id} - {None}
+    file = config.directory / "generation_config.json" if config.directory else None
+    if file is not None and file.exists():
+        eos = read_json(file).get("eos_token_id")
+        listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if any(type(token_id) is not int for token_id in listed):
+            raise CheckpointError(
+                f"{file}: eos_token_id is {eos!r:.80}, expected a token id or a list of them"
+            )
+        ends.update(listed)
+    return ends
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

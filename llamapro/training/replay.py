@@ -24,7 +24,7 @@ from llamapro.checkpoints.base import contained_base, contained_base_sha256, loa
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.errors import ConfigError, DataError
-from llamapro.inference.sampling import generate
+from llamapro.inference.sampling import end_ids, generate
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore, cached
@@ -148,6 +148,9 @@ def written_by_base(
     }
     if settings.prompts:
         made_of["prompts"] = prompts
+    ends = end_ids(checkpoint.config, tokenizer)
+    if more := ends - {*checkpoint.config.eos_token_ids, tokenizer.eos_id}:
+        made_of["more_ends"] = sorted(more)
     vocab_size = inside["model.embed_tokens.weight"].shape[0]
     stored_dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     counts = {"documents": 0, "bytes": 0}
@@ -155,9 +158,6 @@ def written_by_base(
     def write() -> Iterator[NDArray[Any]]:
         """Loads the base, and yields the first `settings.tokens` tokens of its documents."""
         base = load_contained(checkpoint, dtype, device)
-        ends = set(base.config.eos_token_ids)
-        if tokenizer.eos_id is not None:
-            ends.add(tokenizer.eos_id)
         documents = write_documents(base, prompts, ends, length, settings)
         left = settings.tokens
         with tqdm(total=left, desc="write replay", unit="tok", disable=None) as bar:
