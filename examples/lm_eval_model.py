@@ -48,11 +48,11 @@ class LlamaProLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Returns ids with BOS first, unless the text or the caller says otherwise."""
+        """Returns ids, after what the tokenizer puts first unless text or caller say otherwise."""
         ids = self.text_tokenizer.encode(string, special=True)
         if add_special_tokens is None:
             add_special_tokens = ids[:1] != [self.prefix_token_id]
-        return [self.prefix_token_id, *ids] if add_special_tokens else ids
+        return self.text_tokenizer.prefix + ids if add_special_tokens else ids
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:

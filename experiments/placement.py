@@ -126,7 +126,7 @@ def measure(
         JSON-able: by, text, tokens, context, scores (cosine, or nats per token), chosen.
 
     Raises:
-        ConfigError: the base has too few layers or no BOS.
+        ConfigError: the base has too few layers, or no token starts a document.
         DataError: files or tokenizer cannot be used, or there is no text.
         CheckpointError: logits or scores are not finite.
     """
@@ -137,8 +137,8 @@ def measure(
         raise ConfigError(f"--tokens {tokens}: expected 2 or more")
     tokenizer = Tokenizer.load(base.path)
     tokenizer.check_fits(base.config.vocab_size, str(base.path))
-    if not text and tokenizer.bos_id is None:
-        raise ConfigError(f"--by {by}: {tokenizer.path} has no BOS to write from; give --text")
+    if not text and not tokenizer.document_start():
+        raise ConfigError(f"--by {by}: {tokenizer.path} has no BOS or EOS to start; give --text")
     context = min(base.config.max_position_embeddings, MAX_CONTEXT, tokens)
     read = _read(text, tokenizer, tokens)
     model = ComputeOptions().load(base)
@@ -166,12 +166,14 @@ def _read(patterns: Sequence[str], tokenizer: Tokenizer, tokens: int) -> list[in
 
 def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, tokens: int, context: int) -> list[int]:
     """Returns the ids of documents that the model writes, none longer than the context."""
-    start = torch.tensor([[tokenizer.bos_id]], device=model.lm_head.weight.device)
-    if not model(start).isfinite().all():  # no token could be drawn
+    start = tokenizer.document_start()
+    if (
+        not model(torch.tensor([start], device=model.lm_head.weight.device)).isfinite().all()
+    ):  # no token could be drawn
         raise CheckpointError(f"{tokenizer.path.parent}: NaN or infinity in the logits after BOS")
     ends = end_ids(model.config, tokenizer)
     settings = ReplaySettings(temperature=1.0, seed=0)
-    stream = chain.from_iterable(write_documents(model, [[int(start)]], ends, context, settings))
+    stream = chain.from_iterable(write_documents(model, [start], ends, context, settings))
     return list(tqdm(islice(stream, tokens), "write text", tokens, unit="tok", disable=None))
 
 

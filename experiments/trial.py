@@ -240,16 +240,16 @@ def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Lets the base write held-out text from BOS on, with a seed that no replay uses."""
+    """Lets the base write held-out documents, with a seed that no replay uses."""
     checkpoint = Checkpoint.open(about["base"])
     tokenizer = Tokenizer.load(checkpoint.path)
     model = checkpoint.load(device=device_of(about["device"]))
-    assert tokenizer.bos_id is not None
     settings = ReplaySettings(seed=HELD_OUT_SEED, batch_size=64)
     ends = end_ids(checkpoint.config, tokenizer)
     texts, tokens = [], 0
-    for ids in write_documents(model, [[tokenizer.bos_id]], ends, about["length"], settings):
-        texts.append(tokenizer.decode(ids[1:]))
+    starts = [tokenizer.document_start()]
+    for ids in write_documents(model, starts, ends, about["length"], settings):
+        texts.append(tokenizer.decode(ids))
         tokens += len(ids)
         if tokens >= about["tokens"]:
             break

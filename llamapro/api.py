@@ -122,14 +122,16 @@ def generate(
 
     Raises:
         ConfigError: there is no tokenizer, or the text fills the context.
+        CheckpointError: `generation_config.json` is damaged.
+        DataError: the text is empty, and the tokenizer names no token to start from.
     """
     if tokenizer is None:
         if model.config.directory is None:
             raise ConfigError("this model was not loaded from a directory: give a tokenizer")
         tokenizer = _load_tokenizer(model.config.directory)
-    prompt = tokenizer.encode(text, bos=True)
+    prompt = tokenizer.encode_prompt(text)
     context = model.config.max_position_embeddings
-    if not 1 <= len(prompt) < context:
+    if len(prompt) >= context:
         raise ConfigError(f"the text has {len(prompt)} tokens: expected 1 to {context - 1}")
     pieces = write_text(
         model,

@@ -41,7 +41,12 @@ from llamapro.training.objective import NextToken
 
 @dataclass(frozen=True)
 class Text:
-    """The tokenised documents of one --data argument: BOS and text, with no EOS to predict."""
+    """The tokenised documents of one --data argument: prefix and text, with no EOS to predict.
+
+    Attributes:
+        bytes: UTF-8 length of the text that is predicted. Without a prefix the first token of a
+            document is predicted from nothing, so neither it nor its bytes count.
+    """
 
     name: str
     documents: list[list[int]]
@@ -57,10 +62,14 @@ def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
         pieces.append(piece)
         if piece.is_last:
             ids = encode_pieces(pieces, tokenizer)
-            documents.append(ids[:-1] if tokenizer.eos_id is not None else ids)
+            documents.append(ids[: len(ids) - len(tokenizer.suffix)])
             pieces = []
     print(f"{pattern}: {counts.describe()}", file=sys.stderr)
-    return Text(pattern, documents, counts.bytes)
+    unpredicted = 0
+    if not tokenizer.prefix:  # a space that the tokenizer put first is none of the text's bytes
+        firsts = [tokenizer.bytes_of(ids[0]) for ids in documents if ids]
+        unpredicted = sum(map(len, firsts)) - len(firsts) * tokenizer.adds_space
+    return Text(pattern, documents, counts.bytes - unpredicted)
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -114,11 +114,10 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
         prompt, text, tokens (their number), tokens_per_s.
 
     Raises:
-        ConfigError: the prompt is empty or too long.
+        ConfigError: the prompt is too long.
+        DataError: the prompt is empty, and the tokenizer names no token to start from.
     """
-    prompt = tokenizer.encode(args.prompt, bos=True)
-    if not prompt:
-        raise ConfigError(f"{args.dir}: its tokenizer has no BOS token; give a --prompt")
+    prompt = tokenizer.encode_prompt(args.prompt)
     context = checkpoint.config.max_position_embeddings
     room = context - len(prompt)
     if room < 1:

@@ -32,7 +32,7 @@ class Question:
     """A tokenised question.
 
     Attributes:
-        prompt: ids, BOS first.
+        prompt: ids, the tokenizer's prefix (BOS or nothing) first.
         choices: ids of each choice.
         right: which choices are right.
         is_cut: whether the prompt was too long and lost its beginning.
@@ -54,7 +54,7 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
     Args:
         pattern: a file, folder or glob.
         tokenizer: the model's.
-        context: longest input in tokens; a longer prompt loses its beginning, but not BOS.
+        context: longest input in tokens; a longer prompt loses its beginning, but not the prefix.
         shots: number of first rows that stand with their answers before each question. They are
             not asked.
 
@@ -134,10 +134,10 @@ def _tokenize(
         tokens.append(joined[len(ids) :] if agrees else tokenizer.encode(choice, continues=True))
     # The longest choice decides for all, so that all choices follow the same prompt.
     room = context + 1 - max(map(len, tokens))  # the last token of a choice is no input
-    if room < 1:
+    prefix = tokenizer.prefix
+    if room < max(1, len(prefix)):
         raise ValueError(f"has a choice longer than the context, {context} tokens")
-    start = ids[:1] if ids[0] == tokenizer.bos_id else []
-    kept = ids if len(ids) <= room else start + ids[len(ids) - room + len(start) :]
+    kept = ids if len(ids) <= room else prefix + ids[len(ids) - room + len(prefix) :]
     return Question(kept, tokens, right, len(kept) < len(ids))
 
 

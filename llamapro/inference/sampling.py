@@ -25,7 +25,9 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
     Raises:
         CheckpointError: `generation_config.json` is damaged.
     """
-    ends = {*config.eos_token_ids, tokenizer.eos_id} - {None}
+    ends = set(config.eos_token_ids)
+    if tokenizer.eos_id is not None:
+        ends.add(tokenizer.eos_id)
     file = config.directory / "generation_config.json" if config.directory else None
     if file is not None and file.exists():
         eos = read_json(file).get("eos_token_id")

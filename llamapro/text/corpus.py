@@ -20,7 +20,7 @@ FORMAT_VERSION = 4
 
 
 def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
-    """Returns the token ids of pieces, each document between BOS and EOS."""
+    """Returns the token ids of pieces, each document between its tokenizer's prefix and suffix."""
     ids: list[int] = []
     for piece in pieces:
         first = piece.is_first
@@ -64,8 +64,8 @@ def tokenize(
 ) -> TokenStore:
     """Returns the tokens of a corpus, from the cache if files and tokenizer are the same.
 
-    Each document is BOS, its tokens, EOS, where the tokenizer has them. A line on standard error
-    says what was read and what was left out.
+    Each document is the tokenizer's prefix (BOS or nothing), its tokens, and EOS. A line on
+    standard error says what was read and what was left out.
 
     Args:
         patterns: as for `find_files`; sizes and times of the files are part of the cache's key.
@@ -95,8 +95,8 @@ def tokenize(
     index = {
         "tokenizer_sha256": tokenizer.fingerprint,
         "dtype": dtype,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
+        "bos_id": next(iter(tokenizer.prefix), None),
+        "eos_id": next(iter(tokenizer.suffix), None),
         "counts": counts,
     }
     return cached(cache_dir, key, index, encode(), label, summarize)

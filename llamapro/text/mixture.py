@@ -26,7 +26,7 @@ class PackedSequences:
     """A token stream cut into consecutive windows of T tokens.
 
     Every token but the first is predicted exactly once: the target of a window's last token is the
-    first token of the next window. Documents share windows, between BOS and EOS. The last window is
+    first token of the next window. Documents share windows, one after another. The last window is
     padded; the targets there are `IGNORE_INDEX`.
     """
 

@@ -32,7 +32,7 @@ class TokenStore:
 
     Attributes:
         path: the directory.
-        tokens: length of the stream, with BOS and EOS.
+        tokens: length of the stream, with what stands before and after documents.
         documents: number of documents.
         fingerprint: SHA-256 of the tokenizer.
         sha256: hash of the tokens as they were written.

@@ -23,6 +23,7 @@ from llamapro.text.vocabulary import (
     has_space_everywhere,
     json_pieces,
     name_of,
+    prefix_of,
     read_object,
     read_vocabulary,
 )
@@ -37,12 +38,16 @@ class Tokenizer:
         path: the vocabulary's file.
         files: all files that decide the ids; `path` is the first.
         vocab_size: the highest id + 1, added tokens included.
-        bos_id: id put before a document, or None.
-        eos_id: id put after a document, or None.
+        bos_id: the token named BOS, or None. Chat templates write it; whether a text begins with it
+            is up to `prefix`.
+        eos_id: the token named EOS, or None.
+        prefix: ids put before every text: BOS, nothing, or what else the model's tokenizer has.
+        suffix: ids put after a document: EOS, or nothing if there is no EOS or it begins the next
+            document anyway.
         special_tokens: control tokens, name to id.
         adds_space: whether a space is put before every text, as sentencepiece does.
         fingerprint: SHA-256, in hexadecimal, of what decides the ids: the vocabulary's file, and
-            added tokens, BOS and EOS where other files change them.
+            added tokens, BOS and EOS where other files change them, and where they are put.
     """
 
     def __init__(
@@ -85,6 +90,9 @@ class Tokenizer:
 
         self.bos_id = frame_id("bos_token", vocabulary.bos_id)
         self.eos_id = frame_id("eos_token", vocabulary.eos_id)
+        self.prefix = prefix_of(directory / JSON_NAME, raw_json, config, self.bos_id)
+        ends = [] if self.eos_id is None else [self.eos_id]
+        self.suffix = [] if ends and ends == self.prefix[:1] else ends
         self.adds_space = b"".join(map(self.bytes_of, self._encode_text("a"))) == b" a"
         self._newline = self._encode_text("\n")
         # Whether the space is also put after each control token: "legacy" in transformers.
@@ -98,6 +106,9 @@ class Tokenizer:
             "eos": None if self.eos_id == vocabulary.eos_id else [self.eos_id],
             "spaces_all": self.adds_space and self._spaces_all,
         }
+        usual = ([] if self.bos_id is None else [self.bos_id], ends)
+        if (self.prefix, self.suffix) != usual:
+            changes["frame"] = [self.prefix, self.suffix]
         if any(changes.values()):
             digest.update(json.dumps(changes).encode())
         self.fingerprint = digest.hexdigest()
@@ -175,8 +186,9 @@ class Tokenizer:
 
         Args:
             text: any text.
-            bos: put `bos_id` first, if there is one.
-            eos: put `eos_id` last, if there is one.
+            bos: put `prefix` first, as the model's own tokenizer does.
+            eos: put `suffix` last. With both, the text is a document of a training stream, in
+                which exactly one EOS, or a BOS that is the same token, ends each document.
             special: names of control tokens ("<s>") stand for them instead of being plain
                 characters; for trusted text only.
             continues: the text continues a document, so no space is put before it.
@@ -188,12 +200,33 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"the text is not valid Unicode: {error}") from None
-        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        ids = list(self.prefix) if bos else []
         for _, part_ids in self.encode_parts(text, special=special, continues=continues):
             ids += part_ids
-        if eos and self.eos_id is not None:
-            ids.append(self.eos_id)
+        return ids + self.suffix if eos else ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids that a model continues; an empty text starts from BOS, else from EOS.
+
+        Raises:
+            DataError: as `encode`; or the text is empty and the tokenizer names neither.
+        """
+        named = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        ids = self.encode(text, bos=True) or named[:1]
+        if not ids:
+            raise DataError(
+                f"{self.path}: names neither BOS nor EOS, so an empty text has no beginning; "
+                "give a prompt"
+            )
         return ids
+
+    def document_start(self) -> list[int]:
+        """Returns what stands before a document in training: `prefix`, else EOS, else BOS.
+
+        It is [] if the tokenizer names none of them.
+        """
+        named = [i for i in (self.eos_id, self.bos_id) if i is not None]
+        return self.prefix or named[:1]
 
     def encode_parts(
         self, text: str, mark: str = "", *, special: bool = True, continues: bool = False

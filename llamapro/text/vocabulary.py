@@ -5,6 +5,7 @@ BPE ranks, and tokenizers `tokenizer.json`.
 """
 
 import base64
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -243,6 +244,41 @@ def has_space_everywhere(raw: dict[str, Any]) -> bool:
         part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") == "always"
         for part in cutters
     )
+
+
+def prefix_of(
+    path: Path, raw: dict[str, Any], config: dict[str, Any], bos_id: int | None
+) -> list[int]:
+    """Returns the ids that a tokenizer puts before every text, as transformers' tokenizer does.
+
+    A tokenizer.json says it in its post-processor, whatever `add_bos_token` says beside it, as in
+    transformers 5. Version 4 differs for the class LlamaTokenizer, which rewrites that part. A
+    tokenizer.model alone puts BOS first unless `add_bos_token` is false, as LLaMA was trained and
+    as in version 4; version 5 would have no BOS without an `add_bos_token` that is true.
+
+    Args:
+        path: the tokenizer.json, for the message.
+        raw: its content, {} if there is none.
+        config: `tokenizer_config.json`.
+        bos_id: the BOS that is named.
+
+    Raises:
+        DataError: the post-processor cannot be read.
+    """
+    if not raw:
+        return [bos_id] if bos_id is not None and config.get("add_bos_token", True) else []
+    prefix: list[int] = []
+    try:
+        for part in _parts(raw.get("post_processor"), "processors"):
+            if part["type"] == "TemplateProcessing":
+                before = itertools.takewhile(lambda p: "SpecialToken" in p, part["single"])
+                names = [piece["SpecialToken"]["id"] for piece in before]
+                prefix += [i for n in names for i in part["special_tokens"][n]["ids"]]
+            elif part["type"] in ("BertProcessing", "RobertaProcessing"):
+                prefix.append(part["cls"][1])
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path}: its post_processor cannot be read ({error!r})") from None
+    return prefix
 
 
 def byte_characters() -> str:

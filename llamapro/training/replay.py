@@ -1,9 +1,10 @@
 """Replay: general text among the training data of the new blocks, against forgetting.
 
 The expanded model contains its base, so a source of general text is at hand even where nobody knows
-what the base was trained on. The base writes documents once before training, each sampled from BOS
-or from a short text on; or the user names files instead. Either is one more source of the mixture,
-with a given share of its samples. Models that write before they learn: Sun et al., LAMOL (2020).
+what the base was trained on. The base writes documents once before training, each sampled from the
+token that begins a document, or from a short text on; or the user names files instead. Either is
+one more source of the mixture, with a given share of its samples. Models that write before they
+learn: Sun et al., LAMOL (2020).
 
 The base also knows how likely every other token was. With `distill` it is the teacher (Hinton et
 al., 2015) and a token's loss is KL(base || model), where the base is the model without its new
@@ -43,6 +44,8 @@ def write_documents(
 ) -> Iterator[list[int]]:
     """Yields documents that a model writes, without end.
 
+    A document leaves out its end if that is the token it began with: the next one begins with it.
+
     Args:
         base: in evaluation mode.
         prompts: what documents begin with, token ids; each is drawn as often as any other. Those
@@ -66,11 +69,15 @@ def write_documents(
                     is_open[row] = token_id not in end_ids
             if not any(is_open):
                 break
-        yield from documents
+        for ids in documents:
+            is_shared = len(ids) > 1 and ids[-1] in end_ids and ids[-1] == ids[0]
+            yield ids[:-1] if is_shared else ids
 
 
 def read_prompts(file: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """Returns what the base's documents begin with: BOS, or BOS and each line of a file.
+    """Returns what the base's documents begin with, alone or before each line of a file.
+
+    That is what stands before a document in training: BOS, or EOS where no BOS is added.
 
     Args:
         file: UTF-8 text; empty lines are passed over. "": none.
@@ -78,23 +85,24 @@ def read_prompts(file: str, tokenizer: Tokenizer, length: int) -> list[list[int]
         length: tokens of a document; a prompt leaves room for one at least.
 
     Raises:
-        ConfigError: no file, and no BOS.
+        ConfigError: no file, and neither BOS nor EOS.
         DataError: the file cannot be read, has no prompt, or one that is too long.
     """
+    start = tokenizer.document_start()
     if not file:
-        if tokenizer.bos_id is None:
+        if not start:
             raise ConfigError(
-                f"replay.share: {tokenizer.path} has no BOS token that the base could write from; "
+                f"replay.share: {tokenizer.path} has no BOS or EOS that the base could write from; "
                 "give short texts with replay.prompts, or name text with replay.data instead"
             )
-        return [[tokenizer.bos_id]]
+        return [start]
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"replay.prompts {file}: cannot be read as text: {error}") from None
     prompts = []
     for number, line in enumerate(lines, 1):
-        ids = tokenizer.encode(line, bos=True)
+        ids = start + tokenizer.encode(line)
         if line.strip() and len(ids) >= length:
             raise DataError(
                 f"{file}:{number}: a prompt of {len(ids)} tokens; a document has data.seq_len "
@@ -178,7 +186,7 @@ def written_by_base(
         "tokenizer_sha256": tokenizer.fingerprint,
         "vocab_size": vocab_size,
         "dtype": stored_dtype,
-        "bos_id": tokenizer.bos_id,
+        "bos_id": next(iter(tokenizer.document_start()), None),
         "eos_id": tokenizer.eos_id,
         "counts": counts,
         "written_by": made_of,

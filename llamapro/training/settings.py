@@ -63,7 +63,7 @@ class ReplaySettings:
     data: tuple[str, ...] = ()
     """Your own general text instead of the base's: files, globs, folders."""
     prompts: str = ""
-    """File with one short text per line for the base to continue; empty starts from BOS."""
+    """File with one short text per line for the base to continue; empty starts new documents."""
     tokens: int = 1_000_000
     """Tokens that the base writes. Training repeats them if it needs more."""
     temperature: float = 1.0

@@ -236,7 +236,7 @@ def test_choice_that_merges_with_the_prompt_is_encoded_by_itself(
         ids = [names[text]] if text in names else [5, 8]
         return [1] * bos + ids
 
-    merging: Any = SimpleNamespace(encode=encode, bos_id=1)
+    merging: Any = SimpleNamespace(encode=encode, prefix=[1])
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "q", "choices": ["ab", "c"], "answer": 0}))
     (question,) = read_choices(str(file), merging, 9, 0)

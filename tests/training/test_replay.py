@@ -147,11 +147,12 @@ def test_no_added_token_is_written(write: Callable[..., TokenStore]) -> None:
     assert ids.max() < 400 and ids.min() >= 0
 
 
-def test_without_bos_there_is_nothing_to_write_from(home: Path, tmp_path: Path) -> None:
+def test_without_bos_and_eos_there_is_nothing_to_write_from(home: Path, tmp_path: Path) -> None:
     """The fix is text of the user's."""
     tokenizer = Tokenizer.load(home / "pro0")
-    tokenizer.bos_id = None
-    with pytest.raises(ConfigError, match=r"no BOS token.*replay\.data"):
+    tokenizer.bos_id = tokenizer.eos_id = None
+    tokenizer.prefix = []
+    with pytest.raises(ConfigError, match=r"no BOS or EOS that.*replay\.data"):
         where = (LENGTH, tmp_path, torch.float32, CPU)
         written_by_base(Checkpoint.open(home / "pro0"), tokenizer, SETTINGS, *where)
 

@@ -1,0 +1,161 @@
+"""A model whose tokenizer names a BOS but adds none, end to end: the numbers of transformers.
+
+Like SmolLM2's, the tokenizer names one token as BOS and EOS and puts nothing before a text.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llamapro
+from llamapro import evaluate, generate
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.config import ModelConfig
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.expansion import interleave
+from llamapro.inference.multiple_choice import read_choices
+from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.replay import written_by_base
+from llamapro.training.settings import ReplaySettings
+
+END = 256  # "<|endoftext|>", both BOS and EOS
+TEXTS = [f"document number {n} is short" for n in range(20)]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_random_checkpoint: Callable[..., Path],
+    tiny_config: Callable[..., ModelConfig],
+) -> Path:
+    """A random model of two layers, its generation_config.json, and a byte-level tokenizer."""
+    path = tmp_path_factory.mktemp("no_bos") / "model"
+    sizes = {"num_hidden_layers": 2, "vocab_size": 260, "max_position_embeddings": 64}
+    write_random_checkpoint(path, tiny_config(**sizes, bos_token_id=END, eos_token_id=END))
+    (path / "tokenizer.model").unlink()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    made.save(str(path / "tokenizer.json"))
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    config = {"tokenizer_class": "GPT2Tokenizer", **names}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    ends = {"bos_token_id": END, "eos_token_id": [END, 257]}
+    (path / "generation_config.json").write_text(json.dumps(ends))
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("docs") / "docs.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return file
+
+
+@pytest.mark.parametrize("prompt", ["document number", ""])
+def test_generate_writes_what_transformers_writes(
+    checkpoint: Path, theirs: Any, run_command: Run, prompt: str
+) -> None:
+    """No BOS before a prompt; an empty one starts from the BOS that is named."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = torch.tensor([tokenizer(prompt).input_ids or [END]])
+    out = theirs.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+    options = ("--prompt", prompt, "--max-new-tokens", 16, "--device", "cpu", "--json")
+    result = json.loads(run_command(generate.main, checkpoint, *options)[1])
+    assert result["text"] == tokenizer.decode(out, skip_special_tokens=True)
+    assert result["tokens"] == len(out)
+    assert llamapro.generate(llamapro.load(checkpoint), prompt, 16) == result["text"]
+
+
+def test_evaluate_measures_the_loss_of_transformers(
+    checkpoint: Path, theirs: Any, docs: Path, run_command: Run
+) -> None:
+    """The first token of a document is predicted from nothing: neither it nor its bytes count."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    loss_sum, count = 0.0, 0
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer(text).input_ids])
+        with torch.inference_mode():
+            loss_sum += theirs(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    shown = run_command(evaluate.main, checkpoint, "--data", docs, "--device", "cpu", "--json")[1]
+    found = json.loads(shown)["files"][str(docs)]
+    size = sum(len(text) - 1 for text in TEXTS)  # a token for each byte
+    assert found["tokens"] == count == size
+    assert found["loss"] == pytest.approx(loss_sum / count, rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / size, rel=1e-6)
+
+
+def test_questions_have_no_bos(checkpoint: Path, tmp_path: Path) -> None:
+    """A prompt that is cut keeps its end only."""
+    file, tokenizer = tmp_path / "questions.jsonl", Tokenizer.load(checkpoint)
+    rows = [{"prompt": p, "choices": ["yes", "no"], "answer": 0} for p in ("Is it?", "x" * 90)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short, long = read_choices(str(file), tokenizer, 64, 0)
+    assert short.prompt == tokenizer.encode("Is it?") and END not in short.prompt
+    assert long.is_cut and set(long.prompt) == set(tokenizer.encode("x"))
+
+
+def test_what_the_base_writes_is_separated_once(
+    checkpoint: Path, random_tensors: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Documents begin with the separator of training, which also ends the one before."""
+    layout = interleave(2, 1)
+    expand_checkpoint(Checkpoint.open(checkpoint), tmp_path / "pro", layout)
+    expanded, settings = Checkpoint.open(tmp_path / "pro"), ReplaySettings(tokens=2000)
+    tokenizer, cpu = Tokenizer.load(tmp_path / "pro"), torch.device("cpu")
+    store = written_by_base(
+        expanded, tokenizer, settings, 64, tmp_path / "cache", torch.float32, cpu
+    )
+    ids = store.read(0, 2000)
+    starts = np.flatnonzero(ids == END)
+    lengths = np.diff(np.append(starts, 2000))
+    assert starts[0] == 0 and len(starts) == store.documents
+    assert lengths.max() <= 64 and (lengths < 64).sum() > 1
+    numbers = [store.document_of(int(start)) for start in starts]
+    assert numbers == list(range(store.documents))
+
+
+def test_another_tool_s_ends_of_text_are_read(checkpoint: Path, tmp_path: Path) -> None:
+    """Replay written with more ends than config.json's has a cache entry of its own."""
+    shutil.copytree(checkpoint, tmp_path / "base")
+    stores = []
+    for ends in ([END], [END, 257]):
+        text = json.dumps({"eos_token_id": ends})
+        (tmp_path / "base" / "generation_config.json").write_text(text)
+        pro = tmp_path / f"pro{len(ends)}"
+        expand_checkpoint(Checkpoint.open(tmp_path / "base"), pro, interleave(2, 1))
+        tokenizer, settings = Tokenizer.load(pro), ReplaySettings(tokens=600)
+        stores.append(
+            written_by_base(
+                Checkpoint.open(pro),
+                tokenizer,
+                settings,
+                64,
+                tmp_path,
+                torch.float32,
+                torch.device("cpu"),
+            )
+        )
+    assert stores[0].path != stores[1].path
+    assert stores[1].index["written_by"]["more_ends"] == [257]
+    assert "more_ends" not in stores[0].index["written_by"]
