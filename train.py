@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch
 
 from llamapro import backends, cli, ops
-from llamapro.checkpoints.new_blocks import BlocksInfo
+from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.training import launcher, plan, preset, replay, resume
 from llamapro.training.checkpoint import Saver
-from llamapro.training.distributed import Ranks, compile_blocks, process_group, shard, world_size
+from llamapro.training.distributed import Ranks, process_group, shard, world_size
 from llamapro.training.job import Data, Job, find_state, is_complete, load_data
 from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
@@ -31,7 +31,7 @@ from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings, check, flatten
 from llamapro.training.state import Losses, RunState
 from llamapro.training.validation import evaluate, forward
-from llamapro.training.weights import freeze, init_random, mask_gradients, undecayed
+from llamapro.training.weights import freeze, init_random, mask_gradients
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -55,11 +55,11 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
 
     Args:
         job: what to train on, how long, and how.
-        objective: what to minimise, instead of the job's own. It holds a whole model on the CPU,
-            with `requires_grad` set, which is sharded in place.
+        objective: minimised instead of the job's own. It holds a whole model on the CPU, with
+            `requires_grad` set, which is sharded in place.
 
     Returns:
-        Where the run stands at its end; the trained tensors are in its last training checkpoint.
+        The state at the end of the run; its last training checkpoint has the trained tensors.
 
     Raises:
         DataError: the run had to end early, for example because the disk is full.
@@ -102,14 +102,12 @@ def build_objective(job: Job) -> NextToken:
 
 
 def shard_objective(objective: NextToken, job: Job, ranks: Ranks) -> dict[str, torch.nn.Parameter]:
-    """Puts the resumed weights in, and only then shards; returns what trains, by name."""
+    """Loads the resumed weights, then shards; returns the trained parameters by name."""
     t, model = job.settings.train, objective.model
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if job.resume_from is not None:
         resume.load_trained(job.resume_from, model, job.first_new_row)
-    if t.compile:
-        compile_blocks(model)
-    shard(objective, ranks, job.compute_dtype, t.frozen, t.offload, t.recompute)
+    shard(objective, ranks, job.compute_dtype, t.frozen, t.offload, t.recompute, t.compile)
     parameters = {name: model.get_parameter(name) for name in trainable}
     if job.first_new_row:
         mask_gradients(parameters, job.first_new_row)
@@ -133,8 +131,8 @@ def train_step(
     Args:
         columns: inputs, targets and, for conversations, documents; each (n, T) int64.
         first_replayed: number of samples of the global batch that come before the replayed ones.
-        valid: number of targets of the *global* batch. The loss is their mean, so it does not
-            depend on how the batch is split.
+        valid: number of targets of the *global* batch. The loss is a mean over them, so it does
+            not depend on how the batch is split.
 
     Returns:
         This rank's part of the loss, (), in nats per token, and the norm of the gradient before
@@ -163,10 +161,11 @@ def train_step(
 def build_optimizer(
     parameters: dict[str, torch.nn.Parameter], job: Job, state: RunState
 ) -> torch.optim.AdamW:
-    """AdamW over what trains, with the moments of the training checkpoint that the run resumes."""
+    """Builds AdamW over the trained parameters, with the moments of a resumed run."""
     o, first_row = job.settings.optim, job.first_new_row
-    kept = undecayed(parameters, first_row)
-    optimizer = build_adamw(parameters.values(), o.betas, o.weight_decay, undecayed=kept)
+    # Weight decay would move the base's rows of embedding and head.
+    undecayed = [parameters[name] for name in NEW_ROWS if first_row and name in parameters]
+    optimizer = build_adamw(parameters.values(), o.betas, o.weight_decay, undecayed=undecayed)
     if job.resume_from is not None:
         applied = state.step - state.skipped
         resume.load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
@@ -182,14 +181,14 @@ def train(
     ranks: Ranks,
     stop: StopRequest,
 ) -> None:
-    """Advances the state to the last step, or to where a signal stops the run."""
+    """Trains to the last step, or until a signal stops the run; advances the state."""
     s = job.settings
     parameters = shard_objective(objective, job, ranks)
     optimizer = build_optimizer(parameters, job, state)
     guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, state.skipped)
     progress = Progress(s, data.mixture, data.steps, state, ranks, stop)
     losses = Losses(state, guard, ranks, s.log_spikes, progress.odd)
-    saver = Saver.of(job.run_dir, s.save, ranks, job.first_new_row, state.step)
+    saver = Saver(job.run_dir, s.save, ranks, job.first_new_row, state.step)
 
     def save() -> None:
         losses.read()
@@ -211,7 +210,7 @@ def train(
                 with state.timed():
                     columns, first_replayed = data.batch(state.samples, ranks)
                     targets = (columns[1] != ops.IGNORE_INDEX).sum()
-                    # All ranks learn here, at the same step, what one of them knows.
+                    # All ranks agree here, at the same step, on events that one of them has seen.
                     valid, is_stopping, is_written, is_time = ranks.sum(
                         targets, stop.is_asked, saver.is_done, progress.is_time
                     )

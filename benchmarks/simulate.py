@@ -30,11 +30,11 @@ from llamapro.formatting import format_bytes, format_count, format_duration
 from llamapro.model import LlamaForCausalLM, build_on_meta
 from llamapro.training.distributed import shard
 from llamapro.training.objective import make_objective
-from llamapro.training.plan import Spread, estimate_memory, is_trained
+from llamapro.training.plan import estimate_memory
 from llamapro.training.preset import parse
 from llamapro.training.replay import split_replayed
 from llamapro.training.settings import DataSettings, Settings, check
-from llamapro.training.weights import freeze
+from llamapro.training.weights import freeze, is_trained
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
         return model
 
     model = build()
-    spread = Spread(world, t.shard_size, t.frozen, t.offload)
     with backends.use("cpu"):  # which kernels can run, only a GPU of that machine could say
-        memory = estimate_memory(settings, model, dtype, torch.device("cpu"), spread)
+        memory = estimate_memory(settings, model, dtype, torch.device("cpu"), world)
     trains = {f"model.layers.{i}": is_trained(layer) for i, layer in enumerate(model.model.layers)}
     trains[""] = is_trained(model.model.embed_tokens)
     parameters = list(model.parameters())

@@ -40,10 +40,10 @@ from llamapro.scripts import convert
 from llamapro.scripts import train as script
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.job import Job
+from llamapro.training.metrics import Run, read_run, summarize
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
 from llamapro.training.preset import parse
-from llamapro.training.records import Run, read_run, summarize
 from llamapro.training.replay import write_documents
 from llamapro.training.settings import ReplaySettings, check
 from llamapro.training.weights import init_random

@@ -19,7 +19,7 @@ import tyro
 from llamapro import cli
 from llamapro.errors import ConfigError
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
-from llamapro.training.records import LAST_RECORDS, Run, read_run, summarize
+from llamapro.training.metrics import LAST_RECORDS, Run, read_run, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,12 +3,12 @@
     RUN_DIR/checkpoints/step-00000500/
         trainable.safetensors   the trained tensors, fp32 masters: a new-block file
         optimizer.safetensors   AdamW's two moments of each
-        state.json              step, tokens, every setting, hashes of what the run is made of
+        state.json              step, tokens, every setting, hashes of base, tokenizer and data
         manifest.json           size and SHA-256 of the files above
 
 A checkpoint is written aside and renamed, so a directory named step-* is complete. Hidden ones
 (`.step-*`) are being written or removed, or were left by a killed process; the next save deletes
-them, because only one process writes into a run directory (`resume.RunLock`). Tensors are gathered
+them, because only one process writes into a run directory (`resume.run_lock`). Tensors are gathered
 whole, one by one, so the files do not depend on the number of processes.
 """
 
@@ -51,10 +51,10 @@ Parameters = dict[str, nn.Parameter]
 class Saver:
     """Writes the training checkpoints of a run and removes old ones; every rank has one.
 
-    In the foreground `start` does all the work, and the main process holds one tensor at a time. In
-    the background `start` returns as soon as the main process has copied everything into its memory
-    (12 bytes for each trained parameter); a thread then writes, hashes and removes while training
-    goes on. The files are the same.
+    In the foreground the main process holds one tensor at a time. In the background `save` returns
+    as soon as the main process has copied everything into its memory (12 bytes for each trained
+    parameter); a thread then writes, hashes and removes while training goes on. The files are the
+    same.
 
     As a context it leaves no thread behind: even when the body raises, a running save is completed,
     though no longer reported.
@@ -64,42 +64,25 @@ class Saver:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        keep: int,
-        keep_every: int,
-        ranks: Ranks,
-        in_background: bool,
-        first_row: int = 0,
-        step: int = 0,
+        self, run_dir: Path, settings: SaveSettings, ranks: Ranks, first_row: int = 0, step: int = 0
     ) -> None:
-        """Sets up; nothing is written yet.
+        """Sets up; writes nothing.
 
         Args:
             run_dir: the run directory, locked as long as the saver is used.
-            keep, keep_every: as for `remove_old`.
-            ranks: from `process_group`.
-            in_background: see above.
-            first_row: embedding and head are saved from this row on, if they train for the sake of
+            settings: of saving.
+            ranks: this process among its peers.
+            first_row: the row from which embedding and head are saved if they train for the sake of
                 added tokens (`weights.stored_part`); 0 saves them whole.
             step: step from which the run resumed.
         """
         self.step, self._first_row = step, first_row
-        self._run_dir, self._ranks, self._in_background = run_dir, ranks, in_background
-        self._keep, self._keep_every = keep, keep_every
+        self._run_dir, self._settings, self._ranks = run_dir, settings, ranks
+        self._in_background = settings.in_background(ranks.device.type)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: Future[None] | None = None  # on the main rank, in the background
         self._saved: dict[str, Any] | None = None  # not yet reported by `finish`
         self._started_s = self._ended_s = 0.0
-
-    @classmethod
-    def of(
-        cls, run_dir: Path, settings: SaveSettings, ranks: Ranks, first_row: int, step: int
-    ) -> Self:
-        """Sets up as the settings say; the other arguments are those of the constructor."""
-        in_background = settings.in_background(ranks.device.type)
-        keep, keep_every = settings.keep, settings.keep_every
-        return cls(run_dir, keep, keep_every, ranks, in_background, first_row, step)
 
     def __enter__(self) -> Self:
         return self
@@ -117,42 +100,25 @@ class Saver:
     ) -> dict[str, Any] | None:
         """Finishes the save before and starts this one; every rank must call it.
 
-        Returns:
-            The report of the save that ended: this one in the foreground, the one before it in the
-            background. None if none did.
-
-        Raises:
-            CheckpointError: as `start` and `finish`.
-        """
-        before = self.finish()
-        self.start(step, parameters, optimizer, info, state)
-        return before if self._in_background else self.finish()
-
-    def start(
-        self,
-        step: int,
-        parameters: Parameters,
-        optimizer: torch.optim.Optimizer,
-        info: BlocksInfo,
-        state: dict[str, Any],
-    ) -> None:
-        """Saves everything as it is now; every rank must call it, with the save before finished.
-
-        A damaged training checkpoint of the same step is replaced.
+        Everything is saved as it is now. A damaged training checkpoint of the same step is
+        replaced.
 
         Args:
             step: optimizer steps made.
             parameters: name -> sharded parameter, of everything that trains.
             optimizer: AdamW over exactly these.
-            info: what the trained tensors belong to.
+            info: describes the base and the run of the trained tensors.
             state: JSON-able content of `state.json`.
+
+        Returns:
+            The report of the save that ended (see `finish`): this one in the foreground, the one
+            before it in the background. None if none did.
 
         Raises:
             CheckpointError: on every rank, with the same message, if one of them has no memory to
-                gather or, in the foreground, the main one could not write or remove. Nothing is
-                left of an incomplete checkpoint.
+                gather, or as `finish`. Nothing is left of an incomplete checkpoint.
         """
-        assert self._saved is None, "finish() the save before"
+        before = self.finish()
         self.step, self._started_s = step, time.perf_counter()
         target = self._run_dir / "checkpoints" / f"step-{step:08d}"
         specs = [
@@ -180,12 +146,13 @@ class Saver:
             self._ended_s = time.perf_counter()  # after the last vote
         blocked_s = time.perf_counter() - self._started_s
         self._saved = {"path": str(target), "step": step, "blocked_s": blocked_s}
+        return before if self._in_background else self.finish()
 
     @property
     def is_done(self) -> bool:
         """Whether `finish` would return the report of a background save without waiting.
 
-        Only the main rank knows; it is False on every other one, so the ranks have to agree.
+        Only the main rank knows. The others say False, so the ranks have to agree.
         """
         return self._writing is not None and self._writing.done()
 
@@ -193,30 +160,25 @@ class Saver:
         """Waits until the save is written and old ones are removed; every rank must call it.
 
         Returns:
-            On every rank the same JSON-able report: path and step; blocked_s, how long training
+            A JSON-able report, the same on every rank: path and step; blocked_s, how long training
             stood still for it, including now; total_s, from its start to its end. None if there was
             nothing to finish.
 
         Raises:
-            CheckpointError: on every rank, with the same message, if the main one could not write
-                or remove.
+            UserError: on every rank, if the main one could not write or remove.
         """
         saved, self._saved = self._saved, None
         if saved is None:
             return None
-        error, called_s = None, time.perf_counter()
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            try:
+        called_s, writing, self._writing = time.perf_counter(), self._writing, None
+
+        def wait() -> dict[str, Any]:
+            if writing is not None:
                 writing.result()
-            except UserError as failure:
-                error = str(failure)
-        saved["blocked_s"] += time.perf_counter() - called_s
-        saved["total_s"] = self._ended_s - self._started_s
-        error, saved = self._ranks.from_main((error, saved))
-        if error:
-            raise CheckpointError(error)
-        return saved
+            saved["blocked_s"] += time.perf_counter() - called_s
+            return saved | {"total_s": self._ended_s - self._started_s}
+
+        return self._ranks.on_main(wait)
 
     def _write(
         self,
@@ -226,7 +188,7 @@ class Saver:
         info: BlocksInfo,
         state: str,
     ) -> None:
-        """Does the main rank's part, in either thread; its only collectives are in `tensors`."""
+        """Does the main rank's work, in either thread; its only collectives are in `tensors`."""
         _make_way(target)
         moments = [TensorSpec(f"{s.name}.{m}", s.dtype, s.shape) for s in specs for m in MOMENTS]
 
@@ -238,7 +200,7 @@ class Saver:
             write_safetensors(aside / OPTIMIZER_FILE, moments, next_tensor)
             (aside / STATE_FILE).write_text(state, encoding="utf-8")
             write_manifest(aside)
-        remove_old(self._run_dir, self._keep, self._keep_every)
+        remove_old(self._run_dir, self._settings.keep, self._settings.keep_every)
         self._ended_s = time.perf_counter()
 
 
@@ -265,7 +227,7 @@ def _gather(
     """Yields all parameters, then all moments, each whole; a collective operation per tensor.
 
     Before each one, and after the last, all ranks vote, because a rank that failed on its own would
-    leave the others waiting for it. `failures` holds what has gone wrong on this rank.
+    leave the others waiting for it. `failures` holds the failures of this rank.
     """
     named = [(name, name, parameter.detach()) for name, parameter in parameters.items()]
     for name, parameter in parameters.items():
@@ -288,7 +250,7 @@ def _make_room(tensor: Tensor) -> None:
 
 
 def _vote(ranks: Ranks, failures: list[str]) -> None:
-    """Raises CheckpointError on every rank if any has a failure: that of the lowest rank."""
+    """Raises the lowest rank's failure as CheckpointError on every rank, if any has one."""
     found: list[str | None] = [None] * ranks.world_size
     dist.all_gather_object(found, failures[0] if failures else None, group=ranks.patient)
     for failure in found:
@@ -297,7 +259,7 @@ def _vote(ranks: Ranks, failures: list[str]) -> None:
 
 
 def _make_way(target: Path) -> None:
-    """Deletes what a killed process left, and a damaged training checkpoint at the target."""
+    """Deletes the remains of a killed process, and a damaged training checkpoint at the target."""
     _remove_leftovers(target.parent)
     if not target.exists():
         return

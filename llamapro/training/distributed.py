@@ -4,12 +4,12 @@ One CPU, one GPU and many machines go the same way.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,13 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from llamapro.errors import ConfigError
-from llamapro.model import LlamaForCausalLM
+from llamapro.errors import ConfigError, UserError
 from llamapro.training.objective import NextToken
+from llamapro.training.preemption import Stopped
+from llamapro.training.weights import is_trained
 
 Frozen = Literal["shard", "gather", "replicate"]  # where frozen weights lie: see `shard`
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Ranks:
         world_size: the number of processes.
         device: where this process computes.
         mesh: all processes in one dimension "shard" or, for HSDP, in two: "replicate", "shard".
-        patient: a group of all processes whose timeout is a week instead of minutes. They wait on
-            it while the main one tokenises a corpus or writes a file.
+        patient: a group of all processes with a timeout of a week instead of minutes, for waiting
+            while the main one tokenises a corpus or writes a file.
     """
 
     rank: int
@@ -56,17 +58,31 @@ class Ranks:
     def sum(self, *values: torch.Tensor | float) -> list[float]:
         """Returns each value, (), summed over all ranks; every rank must call it.
 
-        All values are on one device. Values on the CPU are summed there, without waiting for what
-        the GPU still has to do.
+        All values are on one device. Values on the CPU are summed there, without waiting for the
+        GPU.
         """
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
         dist.all_reduce(total)
         return total.tolist()
 
-    def from_main(self, value: Any) -> Any:
-        """Returns the main rank's value on every rank; every rank must call it."""
-        box = [value]
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Does work on the main rank alone; every rank must call it.
+
+        Returns:
+            The result, on every rank.
+
+        Raises:
+            UserError, Stopped: on every rank, if the work raised it.
+        """
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = work()
+            except (UserError, Stopped) as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.patient)
+        if box[1] is not None:
+            raise box[1]
         return box[0]
 
 
@@ -76,12 +92,9 @@ def world_size() -> int:
 
 
 def make_mesh(kind: str, world_size: int, shard_size: int = 0) -> DeviceMesh:
-    """Arranges all processes as `Ranks.mesh` says.
+    """Arranges all processes of the group on "cpu" or "cuda" as `Ranks.mesh` says.
 
-    Args:
-        kind: "cpu" or "cuda".
-        world_size: the size of the process group, which must exist.
-        shard_size: the number of processes that share one copy of the weights; 0 means all.
+    `shard_size` is the number of processes that share one copy of the weights; 0 means all.
     """
     shape = {"replicate": world_size // shard_size} if shard_size else {}
     shape["shard"] = shard_size or world_size
@@ -94,21 +107,13 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
 
     Args:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        shard_size: the number of processes that share one copy of the weights (HSDP). Groups of
-            neighbouring ranks each hold a copy and average their gradients, so that weights are
-            gathered within a group, ideally a machine. 0 makes one group of all.
+        shard_size: the number of processes that share one copy of the weights (HSDP); it divides
+            the number of processes. Groups of neighbouring ranks each hold a copy and average their
+            gradients, so weights are gathered within a group, ideally a machine. 0 makes one group.
 
     Raises:
-        ConfigError: "cuda" without a GPU, more processes on this machine than it has GPUs, or a
-            `shard_size` that does not divide the number of processes.
+        ConfigError: "cuda" without a GPU, or more processes on this machine than it has GPUs.
     """
-    world = world_size()
-    if shard_size < 0 or (shard_size and world % shard_size):
-        fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ConfigError(
-            f"train.shard_size {shard_size} does not divide {world} process(es) into equal groups; "
-            f"choose one of {fitting}, or 0 for one group"
-        )
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and not gpus:
@@ -136,7 +141,7 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=alone, rank=0, world_size=1)
     try:
-        mesh = make_mesh(kind, world, shard_size)
+        mesh = make_mesh(kind, world_size(), shard_size)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         yield Ranks(dist.get_rank(), dist.get_world_size(), where, mesh, patient)
     finally:
@@ -150,15 +155,16 @@ def shard(
     frozen: Frozen = "shard",
     offload: bool = False,
     recompute: bool = False,
+    compile: bool = False,
 ) -> None:
     """Spreads the model over the ranks, block by block (FSDP2), and moves it to the device.
 
-    What trains is always sharded and keeps fp32 masters. What is frozen is stored in the compute
-    dtype; it is never reduced and has no gradient. Gradients are reduced in fp32. A block below the
-    first one that trains is gathered at most once per step, for forward: backward never reaches it.
+    Trained weights are always sharded and keep fp32 masters. Frozen weights are stored in the
+    compute dtype and have no gradient. Gradients are reduced in fp32. A block below the first one
+    that trains is gathered at most once per step, for forward, because backward never reaches it.
 
     Args:
-        objective: holds the model, fully loaded on the CPU, `requires_grad` set. It becomes the
+        objective: holds the model, loaded on the CPU, with `requires_grad` set. It becomes the
             root, so call it and not the model. Only this rank's shards stay in memory.
         ranks: from `process_group`.
         compute_dtype: the dtype of matrix products and activations.
@@ -169,6 +175,8 @@ def shard(
             them to the GPU when they are gathered. Replicated weights stay on the GPU.
         recompute: keep only the input of each block and compute its activations again in backward
             (activation checkpointing, Chen et al. 2016).
+        compile: compile each block with `torch.compile` at the first steps; parameters keep their
+            names. FSDP's hooks run between the blocks, uncompiled.
 
     Raises:
         ConfigError: `offload` without a GPU.
@@ -197,11 +205,13 @@ def shard(
         return any(p not in whole for p in module.parameters())
 
     layers = list(model.model.layers)
-    trains = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    trains = [is_trained(layer) for layer in layers]
     first = trains.index(True) if True in trains else len(layers)
-    if any(p.requires_grad for p in model.model.embed_tokens.parameters()):
+    if is_trained(model.model.embed_tokens):
         first = 0  # backward goes through all blocks, down to the embedding
     for index, layer in enumerate(layers):  # cast just before sharding: one full block at a time
+        if compile:
+            layer.compile()
         if recompute and index >= first:  # below nothing is kept for backward anyway
             checkpoint(layer)
         if cast(layer):
@@ -216,16 +226,3 @@ def shard(
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
         cast(module)
     sharded(objective, ignored_params=whole)
-
-
-def compile_blocks(model: LlamaForCausalLM) -> None:
-    """Compiles each block in place (`torch.compile`), so names and checkpoints stay as they are.
-
-    Compilation happens at the first steps, once for each kind of block: frozen below the first new
-    one, new, frozen above. Blocks are the unit because FSDP's hooks run between them, uncompiled.
-
-    Args:
-        model: before or after `shard`.
-    """
-    for layer in model.model.layers:
-        layer.compile()

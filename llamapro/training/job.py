@@ -1,6 +1,6 @@
-"""The inputs of a run, opened and checked before anything is computed; then its data.
+"""The inputs of a run, opened and checked before anything is computed, and its data.
 
-It also holds what a run says before its first step and after its last one.
+The texts that a run prints before its first step and after its last one are made here too.
 """
 
 import sys
@@ -16,7 +16,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
 from llamapro.checkpoints.run import load_state, newest_intact, training_checkpoints
 from llamapro.config import ModelConfig
-from llamapro.errors import ConfigError, DataError, UserError
+from llamapro.errors import ConfigError
 from llamapro.formatting import format_count
 from llamapro.model import build_on_meta
 from llamapro.text.chat_template import ChatTemplate
@@ -28,7 +28,7 @@ from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.distributed import Ranks
 from llamapro.training.plan import make_plan, render
-from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import find_preset
 from llamapro.training.progress import say
 from llamapro.training.replay import describe_mix, read_prompts, written_by_base
@@ -40,18 +40,18 @@ from llamapro.training.weights import first_new_row, freeze, stored_name
 
 @dataclass(frozen=True)
 class Job:
-    """The inputs of a run, all found and fitting together.
+    """The inputs of a run; all of them exist and fit together.
 
     Attributes:
         settings: of the run.
-        run_dir: where metrics and training checkpoints go.
-        config: configuration of the model.
+        run_dir: the directory of metrics and training checkpoints.
+        config: of the model.
         checkpoint: the weights to start from; None for random ones.
-        tokenizer: its fingerprint belongs to the run's identity.
-        template: chat template of conversations.
+        tokenizer: of the model.
+        template: chat template of conversations; None for text.
         val: name -> paths of each validation set.
         resume_from: the newest training checkpoint of the run directory.
-        plan: what the run will do (`make_plan`).
+        plan: see `make_plan`.
     """
 
     settings: Settings
@@ -66,7 +66,7 @@ class Job:
 
     @classmethod
     def open(cls, settings: Settings) -> "Job":
-        """Opens everything the settings name; raises a UserError for what is missing or wrong."""
+        """Opens everything the settings name; raises a UserError if any is missing or wrong."""
         checkpoint, source_name = None, settings.model.path or settings.model.config
         if settings.model.path:
             checkpoint = Checkpoint.open(settings.model.path)
@@ -78,9 +78,6 @@ class Job:
                 f"data.seq_len {settings.data.seq_len} is over max_position_embeddings "
                 f"{config.max_position_embeddings} of {source_name}"
             )
-        if settings.train.trainable == "new_blocks":
-            # Raises without a record.
-            freeze(build_on_meta(config), "new_blocks", settings.train.new_tokens)
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
         tokenizer.check_fits(config.vocab_size, source_name)
@@ -113,10 +110,10 @@ class Job:
         return _compute_dtype(self.settings)
 
     def tokenize(self) -> dict[str, TokenStore]:
-        """Tokenises, or finds in the cache, every corpus; returns label -> its tokens.
+        """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
 
         Raises:
-            DataError: naming what cannot be used, of conversations everything at once.
+            DataError: a file cannot be used; for conversations it names every mistake.
         """
         s = self.settings
         corpora: dict[str, Sequence[str]] = {f"train {path}": [path] for path in s.data.train}
@@ -132,7 +129,7 @@ class Job:
         }
 
     def replay(self, device: torch.device) -> TokenStore:
-        """Returns the text that is replayed: the user's, or what the base writes on this device.
+        """Returns the replayed text: the user's, or the one that the base writes on this device.
 
         Raises:
             ConfigError, DataError: as `written_by_base` and `tokenize`.
@@ -146,7 +143,7 @@ class Job:
         return written_by_base(self.checkpoint, self.tokenizer, s.replay, s.data.seq_len, *where)
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
-        """Checks what only a run would notice; returns the plan, JSON-able and as text.
+        """Makes the checks that a run would make; returns the plan, JSON-able and as text.
 
         Raises:
             ConfigError: the run directory holds a run with other settings.
@@ -160,7 +157,7 @@ class Job:
         return self.plan, render(self.plan, self.settings)
 
     def result(self, state: RunState) -> tuple[dict[str, Any], str]:
-        """Returns where the run stands at its end, JSON-able and as text."""
+        """Returns the result of the run, JSON-able and as text."""
         result: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "loss": state.loss}
         result |= {"eval": state.eval, "elapsed_s": state.elapsed_s}
         result |= {"run_dir": str(self.run_dir), "stopped": state.stopped}
@@ -179,15 +176,15 @@ def _compute_dtype(settings: Settings) -> torch.dtype:
 
 
 def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
-    """Finds where the run stands, and says what it will do; every rank must call it.
+    """Finds where the run stands, and prints its plan; every rank must call it.
 
     Returns:
         The job with the newest intact training checkpoint to resume from; the state; and the
-        settings that differ from those the run had, as text.
+        settings that were changed, as text.
 
     Raises:
         CheckpointError: there are training checkpoints and none is intact.
-        ConfigError: a setting differs that may not.
+        ConfigError: a setting was changed that decides the result.
     """
     resume_from, saved, damaged = find_resume_point(job.run_dir, ranks)
     plan = job.plan | {"resume_from": str(resume_from) if resume_from else None}
@@ -204,7 +201,7 @@ def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
 
 
 def is_complete(job: Job, state: RunState, data: "Data", ranks: Ranks) -> bool:
-    """Says whether nothing is left to do, also on the screen."""
+    """Returns whether nothing is left to do, and prints it."""
     if state.step < data.steps or state.evaluated != state.step:
         return False
     say(ranks, f"{job.run_dir} is complete: nothing to do")
@@ -216,8 +213,8 @@ class Data:
     """The data of a run.
 
     Attributes:
-        mixture: the training samples in their order; the replay's source is the last.
-        apart: the number of that source if its loss is computed or weighted in its own way.
+        mixture: the training samples in their order; the replayed source is the last.
+        apart: the number of that source if it has a loss or weight of its own.
         val: the sequences of each validation set.
         steps: number of optimizer steps of the whole run.
         batch_size: samples per step, over all ranks.
@@ -233,48 +230,39 @@ class Data:
         """Returns a rank's share of the global batch that begins with sample `start`.
 
         Returns:
-            inputs, targets and, for conversations, documents: (n, T) int64 each; and how many
-            samples of the global batch come before those whose loss is apart.
+            inputs, targets and, for conversations, documents, each (n, T) int64; and the number of
+            samples of the global batch that come before those with a loss of their own.
         """
         size, last = self.batch_size, self.apart
         return batch(self.mixture, start, size, ranks.rank, ranks.world_size, last)
 
 
 def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Data:
-    """Makes on the main process what is not yet in the cache; then every process maps it.
+    """Fills the cache on the main process; then every process maps the data.
 
-    Texts are tokenised, and the base writes the text to replay. The state gets the identity of what
-    the run is made of. Says how conversations were packed,
-    with an example whose trained tokens are marked, and how much is replayed.
+    Texts are tokenised, and the base writes the text to replay. The state gets the run's identity.
+    Prints how conversations were packed, with an example whose trained tokens are marked, and how
+    much is replayed.
 
     Raises:
         ConfigError: the run resumes, and had another base, tokenizer or other data.
-        DataError: on every rank, if the main one could not.
+        UserError: on every rank, if the main one cannot use a file or the cache.
         Stopped: on every rank, if a signal came to the main one meanwhile.
     """
     s = job.settings
-    error, paths, identity, stopped = None, {}, {}, False
-    if ranks.is_main:
-        try:
-            with stop.interrupting():
-                stores = job.tokenize()
-                if s.replay.share:
-                    stores["replay"] = job.replay(ranks.device)
-                paths = {label: store.path for label, store in stores.items()}
-                model = build_on_meta(job.config)
-                trainable = freeze(model, s.train.trainable, s.train.new_tokens)
-                fingerprint = job.tokenizer.fingerprint
-                names = [stored_name(name, job.first_new_row) for name in trainable]
-                identity = make_identity(job.checkpoint, names, fingerprint, stores)
-        except UserError as failure:
-            error = str(failure)
-        except Stopped:
-            stopped = True
-    error, paths, identity, stopped = ranks.from_main((error, paths, identity, stopped))
-    if stopped:
-        raise Stopped
-    if error:
-        raise DataError(error)
+
+    def make() -> tuple[dict[str, Path], dict[str, Any]]:
+        with stop.interrupting():
+            stores = job.tokenize()
+            if s.replay.share:
+                stores["replay"] = job.replay(ranks.device)
+            model = build_on_meta(job.config)
+            trainable = freeze(model, s.train.trainable, s.train.new_tokens)
+            names = [stored_name(name, job.first_new_row) for name in trainable]
+            identity = make_identity(job.checkpoint, names, job.tokenizer.fingerprint, stores)
+        return {label: store.path for label, store in stores.items()}, identity
+
+    paths, identity = ranks.on_main(make)
     if job.resume_from is not None:
         check_identity(state.identity, identity, job.run_dir, s.resume.allow)
     state.identity = identity

@@ -1,7 +1,7 @@
 """`train.py --processes N` starts the ranks on this machine, as torchrun would, without its report.
 
-The mistake of a user is one message, whichever rank finds it first. Ctrl-C and SIGTERM are handed
-on to the ranks, which save and end in order.
+A user's mistake is one message, whichever rank finds it first. Ctrl-C and SIGTERM are passed on to
+the ranks, which save and stop.
 """
 
 import json
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
-# Tells a rank that this module started it and shows its message.
+# Tells a rank that this module started it and will show its message.
 LAUNCHED = "LLAMAPRO_LAUNCHED"
 USER_ERROR = 2  # exit status of a user's mistake
 
@@ -33,7 +33,7 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
     Returns:
         The exit status: 0 if all succeeded, 2 for a user's mistake, whose message was printed.
     """
-    # The ranks meet at this store: a port that is in use from now on cannot be taken meanwhile.
+    # The ranks meet at this store. Its port is in use from now on, so nobody else can take it.
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
     )
@@ -53,20 +53,20 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
         rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
     }
     args = {rank: (script, *argv) for rank in range(processes)}
-    # What it logs about a rank that fails is no help where the rank says why.
+    # Its log of a failed rank only hides the message of that rank.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").disabled = True
     # Read by `start_processes`, which would raise an exception of its own on a signal.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     with TemporaryDirectory(prefix="llamapro-") as logs:
         running = start_processes("train", sys.executable, args, envs, DefaultLogsSpecs(logs))
 
-        def hand_on(number: int, _frame: object) -> None:
+        def pass_on(number: int, _frame: object) -> None:
             for pid in running.pids().values():
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, hand_on)
+            signal.signal(number, pass_on)
         try:
             result = running.wait()
         finally:
@@ -78,14 +78,14 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
     if message := next(filter(None, messages), ""):
         print(message, file=sys.stderr, flush=True)
         return USER_ERROR
-    status = statuses[0] if statuses[0] > 0 else 128 - statuses[0]  # killed by a signal: negative
+    status = statuses[0] if statuses[0] > 0 else 128 - statuses[0]  # negative after a signal
     failed = ", ".join(f"rank {rank}" for rank in sorted(result.failures))
     print(f"{failed} ended with exit status {status}", file=sys.stderr, flush=True)
     return status
 
 
 def _read_message(file: Path) -> str:
-    """Returns the message of a user's mistake that a rank wrote (`cli.run`), "" without one."""
+    """Returns the message of a user's mistake that `cli.run` wrote in a rank; "" without one."""
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["message"]["message"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,22 +1,21 @@
-"""A run's metrics: one JSON object a line in `metrics.jsonl`, and the same numbers for people.
+"""A run's metrics: one JSON object per line of `metrics.jsonl`, written and read back.
 
-They also go to TensorBoard, W&B or trackio where `log_to` names them, as KIND/NUMBER or, of a
-validation set, eval/SET/NUMBER.
+The numbers also go to TensorBoard, W&B or trackio if `log_to` names them. Their names there are
+KIND/NUMBER and eval/SET/NUMBER.
 
-The records, told apart by `kind`; `step` counts the optimizer steps made:
+A record has a `kind` and a `step`, the number of optimizer steps made:
 
-- `train`, one per logging step: `step`, `loss` (nats per token, over the global batch; of replayed
-  tokens it is `replay.weight` times theirs, with `replay.distill` their KL divergence),
+- `train`, one per logging step: `loss` (nats per token of the global batch; the loss of replayed
+  tokens is multiplied by `replay.weight` and is a KL divergence with `replay.distill`),
   `learning_rate`, `grad_norm`, `tokens` (trained on so far), `tokens_per_s`, `step_s` (mean seconds
   per step since the last record), `elapsed_s`, `memory_bytes` (peak).
-- `eval`, one per validation set each time: `step`, `set` (its name), `loss`, `perplexity`, `tokens`
-  (of the set), `tokens_seen` (trained on so far). Step 0 is the model before any update: the base.
-- `save`, one per training checkpoint: `step`, `blocked_s` (what training waited), `total_s`.
-- `resume`, one per start that goes on: `step`, `changed` (settings), `world_size`.
-- `bad_step`, one per step that was not applied (its gradient was not finite), and `spike`, one per
-  step whose `loss` is far over the `median` of those before: `step`, and `sequences`, what its
-  batch was made of: for each `source`, number of the `sequence` there and its `documents`, first
-  and last.
+- `eval`, one per validation set and evaluation: `set` (its name), `loss`, `perplexity`, `tokens`
+  (of the set), `tokens_seen` (trained on so far). At step 0 the model is still the base.
+- `save`, one per training checkpoint: `blocked_s` (seconds that training waited), `total_s`.
+- `resume`, one per resumed start: `changed` (settings), `world_size`.
+- `bad_step`, one per step that was not applied because its gradient was not finite, and `spike`,
+  one per step whose `loss` is far over the `median` of the latest ones. Both list the `sequences`
+  of the batch: `source`, number of the `sequence` in it, and its first and last of `documents`.
 """
 
 import hashlib
@@ -27,22 +26,25 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from statistics import fmean, median
 from typing import Any, Self
 
 from llamapro.checkpoints.run import METRICS_FILE, read_metrics
-from llamapro.files import write_file
+from llamapro.errors import DataError
+from llamapro.files import read_json, write_file
 
 RUN_FILE = "run.json"
+LAST_RECORDS = 10  # the final training loss is a mean of this many records: one batch is noise
 PROJECT = "llamapro"  # at W&B and trackio
 
 
 class MetricsLog:
     """Appends records to a run's `metrics.jsonl`, and sends their numbers to trackers.
 
-    One process writes (rank 0), line by line, so the file can be followed while training. The file
-    is what a run stands on; a tracker that fails is said once on standard error and left alone.
+    Rank 0 writes, line by line, so the file can be followed while training. A tracker that fails
+    is reported once on standard error and not used again; the file goes on.
     """
 
     def __init__(
@@ -56,14 +58,14 @@ class MetricsLog:
         """Opens the log where the run continues.
 
         Args:
-            run_dir: the run's directory, created if need be.
-            resume_step: the checkpoint's step. Later records are of steps that will be done again
-                and are dropped, as is a half-written last line. 0 starts a new log.
-            is_evaluated: whether the evaluation of that step was done when it was saved; if not it
-                will be done again, and its records are dropped, too.
-            log_to: trackers, of "tensorboard" (files in `tensorboard/`), "wandb" and "trackio". A
-                step that a resumed run does again replaces the old one in TensorBoard only.
-            config: the run's settings, shown by the trackers that show such.
+            run_dir: the run directory, created if need be.
+            resume_step: the checkpoint's step. Records of later steps are dropped, because these
+                will be done again, and so is a half-written last line. 0 starts a new log.
+            is_evaluated: whether that step was evaluated before it was saved. If not, its
+                evaluation will be done again, and its records are dropped too.
+            log_to: trackers: "tensorboard" (files in `tensorboard/`), "wandb" or "trackio". A step
+                that a resumed run does again replaces the old one in TensorBoard only.
+            config: the run's settings, for trackers that show them.
 
         Raises:
             DataError: the existing log is damaged before its last line.
@@ -80,7 +82,7 @@ class MetricsLog:
                 if record["step"] <= resume_step and (record["kind"], record["step"]) not in again
             ]
         write_file(path, "".join(map(_to_line, kept)))
-        # Unbuffered: what could not be written is not tried again when the file is closed.
+        # Unbuffered: closing the file does not try again to write what has failed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._trackers = [
             _Tracker(name, run_dir, resume_step, config or {}) for name in dict.fromkeys(log_to)
@@ -120,21 +122,16 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def is_installed(tracker: str) -> bool:
-    """Returns whether the package of a tracker can be imported; imports nothing."""
+    """Returns whether the package of a tracker can be imported; does not import it."""
     if tracker in sys.modules:
         return sys.modules[tracker] is not None
     spec = importlib.util.find_spec(tracker)
-    # A mere folder of this name, as wandb leaves where it ran, is also a package, without a file.
+    # wandb leaves a folder of its name where it ran, which is also a package, but without a file.
     return spec is not None and spec.origin is not None
 
 
@@ -147,11 +144,11 @@ def _to_line(record: dict[str, Any]) -> str:
 
 
 class _Tracker:
-    """Another place for the numbers. As a context it says and stops what its library raises."""
+    """Another place for the numbers. As a context it reports and stops the library's errors."""
 
     def __init__(self, name: str, run_dir: Path, resume_step: int, config: dict[str, Any]) -> None:
         self._name = name
-        self._run: Any = None  # has `log` and `finish`; None: not to be used (any more)
+        self._run: Any = None  # has `log` and `finish`; None after a failure
         with self, self._output():
             if name == "tensorboard":
                 self._run = _Board(run_dir / "tensorboard", resume_step)
@@ -169,20 +166,15 @@ class _Tracker:
                 self._run.finish()
 
     def _output(self) -> AbstractContextManager[Any]:
-        """Standard output is for the run's result, but trackio greets there."""
+        """Keeps trackio's greeting off standard output, which is for the run's result."""
         return redirect_stdout(sys.stderr) if self._name == "trackio" else nullcontext()
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        # Whatever it is: what these libraries raise, also from below them, has no base in common,
-        # and none of it is worth a week of training. A signal is no `Exception` and goes on.
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        # The errors of these libraries have no base class in common, and none of them is worth a
+        # week of training. A signal is not an `Exception` and passes.
         if not isinstance(error, Exception):
             return False
         self._run = None
@@ -202,7 +194,7 @@ class _Board:
     def __init__(self, directory: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Hides what was logged of the steps that are done again.
+        # Hides the old numbers of the steps that are done again.
         purge_step = resume_step + 1 if resume_step > 0 else 0
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
@@ -215,13 +207,13 @@ class _Board:
 
 
 def _start_online(name: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """Starts the run at W&B or trackio, or goes on with the one of this directory."""
+    """Starts the run at W&B or trackio, or continues the one of this directory."""
     place = os.path.abspath(run_dir)
     shown, key = os.path.basename(place), hashlib.sha256(place.encode()).hexdigest()[:16]
     if name == "trackio":
         import trackio
 
-        # A name is all that tells its runs apart: directories of one name need two.
+        # It knows runs by their names alone, and two directories may have the same name.
         name = f"{shown}-{key[:6]}"
         return trackio.init(project=PROJECT, name=name, config=config, resume="allow")
     import wandb
@@ -233,5 +225,101 @@ def _start_online(name: str, run_dir: Path, config: dict[str, Any]) -> Any:
         resume="allow",
         dir=place,
         config=config,
-        allow_val_change=True,  # some settings may differ when a run goes on
+        allow_val_change=True,  # a resumed run may change some settings
     )
+
+
+# ---- Run directories, read for the report --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, read.
+
+    Attributes:
+        name: of the run; unique among those that are compared.
+        path: of the directory.
+        info: content of `run.json`.
+        train: `train` records, one per step, in order.
+        evals: `eval` records of each validation set, one per step, in order.
+    """
+
+    name: str
+    path: Path
+    info: dict[str, Any]
+    train: list[dict[str, Any]]
+    evals: dict[str, list[dict[str, Any]]]
+
+    def setting(self, *keys: str) -> Any:
+        """Returns the value of `run.json` under these nested keys, or None."""
+        value: Any = self.info
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def losses(self, name: str) -> tuple[float | None, float | None]:
+        """Returns a validation set's loss at step 0 and at the end; None if not evaluated there."""
+        records = self.evals.get(name, [])
+        first = next((r.get("loss") for r in records if r["step"] == 0), None)
+        last = records[-1].get("loss") if records and records[-1]["step"] > 0 else None
+        return first, last
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Reads a run directory.
+
+    Raises:
+        DataError: `run.json` or `metrics.jsonl` is missing or damaged.
+    """
+    if not (path / RUN_FILE).exists():
+        raise DataError(f"{path}: no {RUN_FILE}; is this a run directory?")
+    info = read_json(path / RUN_FILE, error=DataError)
+    train: dict[int, dict[str, Any]] = {}
+    evals: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in read_metrics(path):
+        # A resumed run may evaluate its first step again; the later record counts.
+        if record["kind"] == "train":
+            train[record["step"]] = record
+        elif record["kind"] == "eval":
+            evals.setdefault(str(record.get("set", "")), {})[record["step"]] = record
+    return Run(
+        name,
+        path,
+        info,
+        [record for _, record in sorted(train.items())],
+        {key: [r for _, r in sorted(records.items())] for key, records in evals.items()},
+    )
+
+
+def summarize(run: Run, sets: Sequence[str]) -> dict[str, Any]:
+    """Returns a run's numbers: losses in nats per token, times in seconds, None if unknown."""
+    results = {}
+    for name in sets:
+        first, last = run.losses(name)
+        results[name] = {
+            "initial_loss": first,
+            "final_loss": last,
+            "change": None if first is None or last is None else last - first,
+        }
+    evals = [record for records in run.evals.values() for record in records]
+    tokens = _values(run.train, "tokens") + _values(evals, "tokens_seen")
+    losses = _values(run.train, "loss")[-LAST_RECORDS:]
+    speeds = _values(run.train, "tokens_per_s")
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "trains": run.setting("settings", "train", "trainable"),
+        "trainable_parameters": run.setting("parameters", "trainable"),
+        "total_parameters": run.setting("parameters", "total"),
+        "steps": max((record["step"] for record in run.train + evals), default=None),
+        "tokens": max(tokens, default=None),
+        "sets": results,
+        "final_train_loss": fmean(losses) if losses else None,
+        "tokens_per_s": median(speeds) if speeds else None,
+        "elapsed_s": max(_values(run.train, "elapsed_s"), default=None),
+        "memory_bytes": max(_values(run.train, "memory_bytes"), default=None),
+    }
+
+
+def _values(records: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    return [record[key] for record in records if record.get(key) is not None]

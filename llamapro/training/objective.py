@@ -1,13 +1,11 @@
 """The losses that training minimises. An objective holds the model and is the root of FSDP.
 
-`NextToken` is the ordinary loss. `Replay` gives some sequences a loss of their own: those that the
-base wrote, so that the model does not forget. With distillation the base itself is the teacher
-there, because an expanded model without its new blocks *is* its base.
+`NextToken` is the ordinary loss. `Replay` gives the sequences of general text a loss of their own,
+so that the model does not forget. With distillation the base itself is the teacher there, because
+an expanded model without its new blocks *is* its base.
 
 Shapes: B sequences of T tokens, C hidden size.
 """
-
-from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +36,10 @@ class NextToken(nn.Module):
             targets: (B, T) the ids that should follow, `ops.IGNORE_INDEX` where none counts.
             documents: (B, T), as for `LlamaModel.forward`.
             replayed: the number of last sequences that are replayed; None if no rank has any in
-                this micro-batch. Here they are like the others.
+                this micro-batch. This objective treats all sequences alike.
 
         Returns:
-            loss_sum: () in nats.
-            count: () int64, the number of targets that count.
+            The summed loss in nats, (), and the number of targets that count, () int64.
         """
         x = self.model.model(input_ids, documents=documents)  # (B, T, C)
         return self.cross_entropy(x, targets)
@@ -54,27 +51,18 @@ class NextToken(nn.Module):
 
 
 class Replay(NextToken):
-    """Replayed sequences count with a weight, or learn the base's own predictions.
+    """Gives replayed sequences a weight, or lets them teach the base's own predictions.
 
-    Args of the constructor:
-        weight: factor of the loss of replayed sequences; the others have 1.
-        distill: their loss is KL(base || model) per token instead of cross-entropy (Li & Hoiem,
-            "Learning without Forgetting", 2016), with no second set of weights.
-        new_layers: the blocks that the base inside does not have.
-        base_vocab_size: the tokens that the base knows; None means all of them.
+    Without distillation their loss is cross-entropy. With it the loss is KL(base || model) per
+    token (Li & Hoiem, "Learning without Forgetting", 2016), with no second set of weights.
     """
 
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        weight: float,
-        distill: bool,
-        new_layers: Collection[int] = (),
-        base_vocab_size: int | None = None,
-    ):
+    def __init__(self, model: LlamaForCausalLM, replay: ReplaySettings):
         super().__init__(model)
-        self.weight, self.distill = weight, distill
-        self.new_layers, self.base_vocab_size = new_layers, base_vocab_size
+        self.weight, self.distill = replay.weight, replay.distill
+        record = model.config.expansion
+        assert record is not None  # `settings.check` refuses replay where every weight trains
+        self.new_layers, self.base_vocab_size = record.new_layers, record.base_vocab_size
 
     def forward(
         self,
@@ -83,9 +71,9 @@ class Replay(NextToken):
         documents: Tensor | None = None,
         replayed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Computes the loss of a micro-batch, as `NextToken.forward`; what is replayed comes last.
+        """Computes the loss of a micro-batch, as `NextToken.forward`.
 
-        Both results include the replayed sequences, the loss with its weight.
+        Both results include the replayed sequences, which come last.
         """
         if replayed is None:
             return super().forward(input_ids, targets, documents)
@@ -114,9 +102,5 @@ class Replay(NextToken):
 
 
 def make_objective(model: LlamaForCausalLM, replay: ReplaySettings) -> NextToken:
-    """Returns what these settings minimise, for an expanded model if they replay."""
-    if not replay.is_apart:
-        return NextToken(model)
-    record = model.config.expansion
-    assert record is not None  # `settings.check` refuses replay where every weight trains
-    return Replay(model, replay.weight, replay.distill, record.new_layers, record.base_vocab_size)
+    """Returns the objective of these settings; with replay the model is an expanded one."""
+    return Replay(model, replay) if replay.is_apart else NextToken(model)

@@ -1,4 +1,4 @@
-"""AdamW and its schedule, as in the paper: decay on matrices, warm-up, cosine, clipping."""
+"""AdamW and its schedule, as in the paper: decay on matrices, warm-up, cosine and clipping."""
 
 import math
 from collections.abc import Iterable
@@ -18,17 +18,10 @@ def build_adamw(
     eps: float = 1e-8,
     undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
-    """Builds fused AdamW over the parameters that train.
+    """Builds fused AdamW over the parameters with `requires_grad`.
 
-    Decay applies to matrices (embeddings included) and not to norms, which it would pull to 0.
-
-    Args:
-        parameters: those with `requires_grad`; others are left out.
-        betas: decay rates of the two moving averages.
-        weight_decay: per step, relative to the learning rate.
-        lr: learning rate; `train.py` sets it before every step.
-        eps: added to the denominator.
-        undecayed: matrices without decay.
+    Decay applies to matrices (embeddings included) except the `undecayed` ones, and not to norms,
+    which it would pull to 0. The learning rate is to be set before every step.
     """
     trainable = [p for p in parameters if p.requires_grad]
     kept = {id(p) for p in undecayed}
@@ -81,18 +74,12 @@ class FiniteGuard:
     """Makes optimizer steps, but skips those with a gradient that is not finite.
 
     The test stays on the device, where the fused optimizer skips its update, so no step waits for
-    it. Once more than `allowed` steps in a row were skipped nothing is applied any more: the
-    weights stay as they were before the first of them, until `check` reports it.
+    it. After more than `allowed` skipped steps in a row nothing is applied any more. The weights
+    then stay as they were before the first of them, until `check` reports it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, allowed: int, skipped: int = 0) -> None:
-        """Guards a fused optimizer.
-
-        Args:
-            optimizer: with `fused=True`.
-            allowed: bad steps in a row that are skipped; with one more, training cannot go on.
-            skipped: steps that the run has skipped already.
-        """
+        """Guards a fused optimizer; `skipped` counts the steps that the run has skipped already."""
         self.optimizer, self.allowed = optimizer, allowed
         device = optimizer.param_groups[0]["params"][0].device  # the CPU where it is offloaded
         self._streak = torch.zeros((), dtype=torch.int64, device=device)
@@ -108,6 +95,6 @@ class FiniteGuard:
         self.optimizer.step()
 
     def check(self) -> tuple[int, bool]:
-        """Waits for the device; returns how many steps the run skipped, and whether it is stuck."""
+        """Waits for the device; returns the number of skipped steps and whether it is stuck."""
         skipped, streak = torch.stack((self._skipped, self._streak)).tolist()
         return skipped, streak > self.allowed

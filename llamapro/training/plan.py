@@ -1,6 +1,5 @@
-"""The plan of a run before it starts: sizes, tokens per step, and an estimate of memory."""
+"""The plan of a run before it starts: sizes, tokens per step and an estimate of memory."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from llamapro.errors import ConfigError
 from llamapro.formatting import format_bytes
 from llamapro.kernels import cpu
 from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta
-from llamapro.training.distributed import Frozen, world_size
+from llamapro.training.distributed import world_size
 from llamapro.training.settings import ReplaySettings, Settings
-from llamapro.training.weights import freeze
+from llamapro.training.weights import freeze, is_trained
 
 
 def make_plan(
@@ -26,28 +25,20 @@ def make_plan(
     run_dir: Path,
     resume_from: Path | None,
 ) -> dict[str, Any]:
-    """Returns the plan, JSON-able; allocates nothing.
-
-    Args:
-        settings: of the run.
-        config: of the model.
-        compute_dtype: of matrix products, activations and frozen weights.
-        run_dir: of the run.
-        resume_from: a training checkpoint of it.
+    """Returns the plan of a run, JSON-able; allocates nothing.
 
     Raises:
-        ConfigError: a Triton kernel was asked for that cannot run here.
+        ConfigError: `train.ops` names a Triton kernel that cannot run here.
     """
     t = settings.train
     has_gpu = torch.cuda.is_available() and t.device != "cpu"
     device = torch.device("cuda" if has_gpu else "cpu")
     model = build_on_meta(config)
     freeze(model, t.trainable, t.new_tokens)
-    spread = Spread(world_size(), t.shard_size, t.frozen, t.offload)
     try:
         with backends.use(t.ops):
             summary = backends.summary(config, device, compute_dtype)
-            memory = estimate_memory(settings, model, compute_dtype, device, spread)
+            memory = estimate_memory(settings, model, compute_dtype, device, world_size())
     except backends.BackendError as error:
         raise ConfigError(f"train.ops {t.ops!r}: {error}; use auto, or torch for this op") from None
     record = config.expansion
@@ -75,41 +66,24 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {"total": total, "trainable": trainable, "frozen": total - trainable}
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How a model is spread over processes: see `process_group` and `shard`.
-
-    Attributes:
-        world_size: the number of processes.
-        shard_size: the number of processes that share one copy of the weights; 0 means all.
-        frozen: where frozen weights lie.
-        offload: whether shards and optimizer state are in CPU memory.
-    """
-
-    world_size: int
-    shard_size: int = 0
-    frozen: Frozen = "shard"
-    offload: bool = False
-
-
 def estimate_memory(
     settings: Settings,
     model: LlamaForCausalLM,
     compute_dtype: torch.dtype,
     device: torch.device,
-    spread: Spread,
+    world_size: int,
 ) -> dict[str, int]:
     """Estimates the bytes one process needs at its peak, by part, on the device it computes on.
 
-    The total is on the safe side: the parts are not all largest at the same moment. The estimate
-    is for the backends that `backends.use` chooses around the call.
+    The total is on the safe side, because the parts are not all largest at the same moment. The
+    estimate is for the backends that `backends.use` chooses around the call.
 
     Args:
-        settings: micro-batch, sequence length, recomputation and distillation are read.
-        model: on the meta device, `requires_grad` set.
+        settings: of the run.
+        model: on the meta device, with `requires_grad` set.
         compute_dtype: of matrix products, activations and frozen weights.
         device: where the run will compute; nothing is allocated there.
-        spread: over how many processes, and how.
+        world_size: the number of processes.
 
     Returns:
         Part -> bytes, and "total".
@@ -117,26 +91,26 @@ def estimate_memory(
     t, size = settings.train, compute_dtype.itemsize
     rows, length = t.micro_batch_size, settings.data.seq_len
     blocks = [(is_trained(layer), _numel(layer)) for layer in model.model.layers]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trainable
-    root = trainable + frozen - sum(numel for _, numel in blocks)  # embeddings, norm, head
+    sizes = count_parameters(model)
+    trainable, frozen = sizes["trainable"], sizes["frozen"]
+    root = sizes["total"] - sum(numel for _, numel in blocks)  # embeddings, norm, head
     # With added tokens, embedding and head train.
     root_trained = trainable - sum(numel for trains, numel in blocks if trains)
     first = next((i for i, (trains, _) in enumerate(blocks) if trains), len(blocks))
     first = 0 if root_trained else first
 
-    parts = spread.shard_size or spread.world_size
-    is_whole = spread.frozen == "replicate"
+    parts = t.shard_size or world_size
+    is_whole = t.frozen == "replicate"
     # FSDP keeps a gathered copy beside the shards, even with one process. Two blocks are gathered:
     # the one that computes and, if there are peers, the next. The root stays gathered.
     managed = [numel for trains, numel in blocks if trains or not is_whole]
     gathered = max(managed, default=0) * (2 if parts > 1 else 1)
     gathered += root_trained if is_whole else root
-    if spread.frozen == "gather":
+    if t.frozen == "gather":
         gathered += sum(numel for trains, numel in blocks[first:] if not trains)
     # The unit in backward has gradients in the compute dtype and, for the reduction, in fp32.
     reduced = max([n for trains, n in blocks if trains] + [root_trained])
-    state = 0 if spread.offload else 1
+    state = 0 if t.offload else 1
     estimate = {
         "frozen weights": frozen * size if is_whole else state * frozen * size // parts,
         "fp32 masters": state * trainable * 4 // parts,
@@ -162,15 +136,15 @@ def activation_bytes(
     """Counts the bytes that blocks and final norm keep for backward.
 
     One block of each kind (the lowest that trains, whose input needs no gradient; trained; frozen)
-    runs on fake tensors, which have a device but no memory, and what autograd saves is counted. So
-    the count follows the model's code and the chosen backends.
+    runs on fake tensors, which have a device but no memory, and the tensors that autograd saves are
+    counted. So the count follows the model's code and the chosen backends.
 
     Args:
-        model: on the meta device, `requires_grad` set.
+        model: on the meta device, with `requires_grad` set.
         shape: (B, T) of a micro-batch.
         compute_dtype: of activations.
         device: where the run will compute.
-        recompute: each block keeps only its input, and one block at a time has the rest.
+        recompute: whether each block keeps only its input, and one block at a time has the rest.
     """
     config = model.config
     trains = [is_trained(layer) for layer in model.model.layers]
@@ -202,17 +176,12 @@ def activation_bytes(
     return sum(kept) + final
 
 
-def is_trained(module: nn.Module) -> bool:
-    """Says whether any parameter of a module trains."""
-    return any(p.requires_grad for p in module.parameters())
-
-
 def _numel(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
 def _assign_fake(module: nn.Module, dtype: torch.dtype, trains: bool) -> None:
-    """Gives a module fake weights in the dtype that FSDP casts masters to for forward."""
+    """Gives a module fake weights in the dtype to which FSDP casts masters for forward."""
     for child in module.modules():
         for name, p in child.named_parameters(recurse=False):
             weight = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=trains)
@@ -237,10 +206,10 @@ def _saved_bytes(module: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor] | N
 def _logit_bytes(
     config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, head: nn.Linear
 ) -> int:
-    """The head's gradients, which forward computes, and the logits that live at a time.
+    """Returns the bytes of the head's gradients, which forward computes, and of the live logits.
 
-    The reference holds all logits in its dtype and in fp32, with a gradient of each; the other
-    backends hold those of a chunk, the kernel in its dtype alone.
+    The reference holds all logits in its dtype and in fp32, with a gradient of each. The other
+    backends hold one chunk of them, and the kernel holds it in its dtype alone.
     """
     logits, C = tokens * config.vocab_size, config.hidden_size
     backend, _ = backends.choose("linear_cross_entropy", device, dtype, C)
@@ -258,7 +227,7 @@ def _logit_bytes(
 def _teacher_bytes(
     config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Its hidden states and one chunk of `linear_kl`: logits three times in fp32, once rounded."""
+    """Returns the bytes of its hidden states and of a chunk's logits: 3 x fp32 and 1 x rounded."""
     logits = min(tokens * config.vocab_size, cpu.logits_at_once(device) // 2)
     return tokens * config.hidden_size * dtype.itemsize + logits * (3 * 4 + dtype.itemsize)
 

@@ -1,4 +1,4 @@
-"""Ends a run in order: a first SIGTERM or SIGINT asks it to stop, a second ends it at once."""
+"""Signals: a first SIGTERM or SIGINT saves the run and stops it, a second ends it at once."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from types import FrameType
 
 from llamapro.errors import DataError
 
-# torchrun hands on to its workers what the terminal has sent them already: within this time, two
-# signals are one.
+# torchrun passes on a signal that the terminal has already sent to its workers. Two signals within
+# this time count as one.
 SAME_SIGNAL_S = 2.0
 
 
@@ -23,8 +23,8 @@ class StopRequest:
     """Remembers that this process was asked to stop.
 
     Attributes:
-        signal: name of the first SIGTERM or SIGINT, "" before it.
-        failure: why the run itself has to end here, "" if it need not.
+        signal: name of the first SIGTERM or SIGINT; "" before it.
+        failure: why the run cannot continue; "" if it can.
     """
 
     def __init__(self) -> None:
@@ -38,19 +38,19 @@ class StopRequest:
         return bool(self.signal or self.failure)
 
     def fail(self, reason: str) -> None:
-        """Asks for a stop in order, after which the command ends with this as a user's mistake."""
+        """Asks the run to save and stop; the command then ends with this reason as its error."""
         if not self.failure:
             self.failure = reason
-            print(f"{reason}; stopping in order", file=sys.stderr, flush=True)
+            print(f"{reason}; saving and stopping", file=sys.stderr, flush=True)
 
     def raise_failure(self, step: int) -> None:
-        """Raises DataError with the reason if the run had to end by itself, at this step."""
+        """Raises DataError with the reason if the run had to end early, at this step."""
         if self.failure:
-            raise DataError(f"{self.failure}; stopped in order at step {step}")
+            raise DataError(f"{self.failure}; saved and stopped at step {step}")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, a first SIGTERM or SIGINT is only remembered; the main thread alone may call."""
+        """Makes a first SIGTERM or SIGINT only remembered; may be entered in the main thread."""
         kinds = (signal.SIGTERM, signal.SIGINT)
         before = [signal.signal(kind, self._handle) for kind in kinds]
         try:
@@ -61,7 +61,7 @@ class StopRequest:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within, it also raises `Stopped`: for long work that nobody waits for in a collective."""
+        """Makes it also raise `Stopped`, for long work that no other rank waits for."""
         self._interrupts = True
         try:
             if self.signal:
@@ -74,8 +74,8 @@ class StopRequest:
         name, now = signal.Signals(number).name, time.monotonic()
         if not self.signal:
             self.signal, self._at = name, now
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # one of this machine's processes tells
-                text = f"{name}: stopping in order; a second signal ends at once"
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one message per machine
+                text = f"{name}: saving and stopping; a second signal ends at once"
                 print(text, file=sys.stderr, flush=True)
             if self._interrupts:
                 raise Stopped

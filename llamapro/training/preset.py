@@ -1,4 +1,4 @@
-"""Presets and the command line, read into `Settings`; every mistake in a preset is told at once."""
+"""Presets and the command line, read into `Settings`; one message names all mistakes."""
 
 import dataclasses
 import difflib
@@ -55,13 +55,13 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
 
 
 def find_preset(name: str, suffix: str = ".toml") -> Path:
-    """Returns the file of a preset, given by its path or by its name among this project's own."""
+    """Returns the file of a preset, given as a path or as the name of a bundled one."""
     named = CONFIGS / f"{name}{suffix}"
     return named if named.is_file() and not Path(name).is_file() else Path(name)
 
 
 def read_toml(path: Path, kind: type[T] = Settings) -> T:  # type: ignore[assignment]
-    """Reads a preset of this kind of settings; raises ConfigError with every mistake in it."""
+    """Reads a preset into this kind of settings; raises ConfigError with every mistake in it."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def _build(kind: Any, raw: dict[str, Any], prefix: str, wrong: list[str]) -> Any
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Returns the value as the annotation says; raises TypeError naming what was expected."""
+    """Returns the value in its annotated type; raises TypeError naming the expected one."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in args:

@@ -1,7 +1,7 @@
 """The reports of a run: lines for people on standard error, and records for `metrics.jsonl`.
 
-Reporters read the run's state and never change it. A progress line comes after the steps 1, 2, 5
-and 10 and after the last one, and in between by time.
+Reporters read the run's state and never change it. A progress line comes after the steps 1, 2, 5,
+10 and the last one, and in between by time.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from llamapro.training.distributed import Ranks
 from llamapro.training.metrics import RUN_FILE, MetricsLog
 from llamapro.training.preemption import StopRequest
 from llamapro.training.settings import Settings
-from llamapro.training.state import OddStep, RunState
+from llamapro.training.state import RunState
 
 EARLY_STEPS = (1, 2, 5, 10)  # their progress lines show at once whether a run goes well
 LINE_WIDTH = 80
@@ -41,24 +41,13 @@ def say(ranks: Ranks, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """Where the run stood at the last report; speeds are averages since then."""
-
-    step: int
-    tokens: int
-    elapsed_s: float
-
-    @classmethod
-    def of(cls, state: RunState) -> "_Mark":
-        return cls(state.step, state.tokens, state.elapsed_s)
-
-    def speed_at(self, state: RunState) -> dict[str, float]:
-        elapsed_s = state.elapsed_s - self.elapsed_s
-        return {
-            "tokens_per_s": (state.tokens - self.tokens) / elapsed_s,
-            "step_s": elapsed_s / (state.step - self.step),
-        }
+def speed(since: RunState, now: RunState) -> dict[str, float]:
+    """Returns tokens per second and seconds per step, averaged between two states of a run."""
+    elapsed_s = now.elapsed_s - since.elapsed_s
+    return {
+        "tokens_per_s": (now.tokens - since.tokens) / elapsed_s,
+        "step_s": elapsed_s / (now.step - since.step),
+    }
 
 
 class Progress:
@@ -73,57 +62,48 @@ class Progress:
         ranks: Ranks,
         stop: StopRequest,
     ) -> None:
-        """Sets up; nothing is written yet.
+        """Sets up; writes nothing.
 
-        Args:
-            settings: of the run.
-            mixture: names the documents of odd steps.
-            steps: number of steps of the whole run.
-            state: where the run stands; read at every report.
-            ranks: from `process_group`.
-            stop: asked to stop the run in order when the log cannot be written.
+        `mixture` names the documents of odd steps, `steps` is the length of the whole run, and
+        `stop` is asked to stop it when the log cannot be written.
         """
         self._settings, self._mixture, self._steps = settings, mixture, steps
         self._state, self._ranks, self._stop = state, ranks, stop
         self._metrics: MetricsLog | None = None
-        self._logged = self._shown = _Mark.of(state)
+        self._logged = self._shown = replace(state)  # the state at the last report
         self._shown_at = time.monotonic()
         self._lines = 0
 
     @contextmanager
     def writing(self, run_dir: Path, plan: dict[str, Any], changed: list[str]) -> Iterator[None]:
-        """Writes `run.json`, for the report, and opens the log.
-
-        Args:
-            run_dir: the run directory, locked.
-            plan: goes into `run.json`.
-            changed: settings that differ from those the run had.
+        """Writes the plan to `run.json`, opens the log and logs settings changed on resuming.
 
         Raises:
             DataError: on every rank, if the main one cannot write or the log is damaged.
         """
-        error = None
-        if self._ranks.is_main:
-            about = plan | {
-                "settings": dataclasses.asdict(self._settings),
-                "world_size": self._ranks.world_size,
-                "device": str(self._ranks.device),
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            }
+        about = plan | {
+            "settings": dataclasses.asdict(self._settings),
+            "world_size": self._ranks.world_size,
+            "device": str(self._ranks.device),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+
+        def open_log() -> None:
+            state, log_to = self._state, self._settings.log_to
+            is_evaluated = state.evaluated == state.step
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(about, indent=2) + "\n"
                 (run_dir / RUN_FILE).write_text(text, encoding="utf-8")
-                step = self._state.step
-                is_evaluated = self._state.evaluated == step
-                log_to, config = self._settings.log_to, about["settings"]
-                self._metrics = MetricsLog(run_dir, step, is_evaluated, log_to, config)
+                self._metrics = MetricsLog(
+                    run_dir, state.step, is_evaluated, log_to, about["settings"]
+                )
             except OSError as failure:
-                error = f"{failure.filename or run_dir}: cannot be written: {failure.strerror}"
-            except DataError as failure:
-                error = str(failure)
-        if error := self._ranks.from_main(error):
-            raise DataError(error)
+                raise DataError(
+                    f"{failure.filename or run_dir}: cannot be written: {failure.strerror}"
+                ) from None
+
+        self._ranks.on_main(open_log)
         if plan["resume_from"]:
             record = {"kind": "resume", "step": self._state.step, "changed": changed}
             self._log(record | {"world_size": self._ranks.world_size})
@@ -134,7 +114,7 @@ class Progress:
                 self._metrics.close()
 
     def _log(self, record: dict[str, Any]) -> None:
-        """Appends a record; where that fails the run is asked to stop in order."""
+        """Appends a record; if that fails, asks the run to stop."""
         if self._metrics is None or self._stop.failure:
             return
         try:
@@ -147,7 +127,7 @@ class Progress:
         return step % self._settings.log_every == 0 or step == self._steps
 
     def is_due(self, step: int) -> bool:
-        """Whether a step has a record or a progress line, whatever the time is."""
+        """Whether a step has a record or a progress line, apart from those by time."""
         return self.is_logged(step) or step in EARLY_STEPS
 
     @property
@@ -162,36 +142,34 @@ class Progress:
         record |= {"grad_norm": norm, "learning_rate": rate, "tokens": state.tokens}
         times = {"elapsed_s": state.elapsed_s, "memory_bytes": peak_memory(self._ranks.device)}
         if self.is_logged(state.step):
-            self._log(record | self._logged.speed_at(state) | times)
-            self._logged = _Mark.of(state)
+            self._log(record | speed(self._logged, state) | times)
+            self._logged = replace(state)
         if is_time or state.step in EARLY_STEPS or state.step == self._steps:
             if self._lines % HEADER_EVERY == 0:
                 say(self._ranks, header())
-            say(
-                self._ranks,
-                progress_line(record | self._shown.speed_at(state) | times, self._steps),
-            )
+            record |= speed(self._shown, state) | times
+            say(self._ranks, progress_line(record, self._steps))
             self._lines += 1
-            self._shown, self._shown_at = _Mark.of(state), time.monotonic()
+            self._shown, self._shown_at = replace(state), time.monotonic()
 
-    def odd(self, found: OddStep) -> None:
-        """Logs a step with what its batch was made of, and prints what is odd about it."""
-        if found.kind == "spike":
-            loss, median = (found.numbers[key] for key in ("loss", "median"))
-            text = f"the loss jumped to {loss:.4f} from {median:.4f}"
-        else:
-            text = "gradient not finite, not applied"
-        say(self._ranks, f"step {found.step}: {text}")
+    def odd(self, kind: str, step: int, first_sample: int, numbers: dict[str, float]) -> None:
+        """Logs a step with the documents of its batch, and prints what is odd about it.
+
+        The arguments are those that `Losses` reports.
+        """
+        text = "gradient not finite, not applied"
+        if kind == "spike":
+            text = f"the loss jumped to {numbers['loss']:.4f} from {numbers['median']:.4f}"
+        say(self._ranks, f"step {step}: {text}")
         if self._metrics is None:
             return
         read = []
         sources = (*self._settings.data.train, "replay")
-        first = found.first_sample
-        for index in range(first, first + self._settings.train.batch_size):
+        for index in range(first_sample, first_sample + self._settings.train.batch_size):
             number, sequence = self._mixture.locate(index)
             documents = self._mixture.sources[number].documents(sequence)
             read.append({"source": sources[number], "sequence": sequence, "documents": documents})
-        self._log({"kind": found.kind, "step": found.step} | found.numbers | {"sequences": read})
+        self._log({"kind": kind, "step": step} | numbers | {"sequences": read})
 
     def evaluation(self, name: str, loss: float, tokens: int) -> None:
         """Logs one validation set's loss, in nats per token."""
@@ -205,7 +183,7 @@ class Progress:
         say(self._ranks, evaluation_line(state.step, self._steps, state.eval, state.base_eval))
 
     def saved(self, report: dict[str, Any] | None) -> None:
-        """Logs and prints what `Saver.finish` returned; None reports nothing."""
+        """Logs and prints the report of `Saver.finish`; does nothing with None."""
         if report is None:
             return
         keys = ("step", "blocked_s", "total_s")
@@ -258,7 +236,7 @@ def _place(step: int, steps: int) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that this process has held, of the GPU or else resident."""
+    """Returns the peak of this process in bytes: of GPU memory, or else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

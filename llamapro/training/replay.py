@@ -1,14 +1,13 @@
 """Replay: general text among the training data of the new blocks, against forgetting.
 
-The expanded model contains its base, so a source of general text is at hand even where nobody knows
-what the base was trained on. The base writes documents once before training, each sampled from the
-token that begins a document, or from a short text on; or the user names files instead. Either is
-one more source of the mixture, with a given share of its samples. Models that write before they
-learn: Sun et al., LAMOL (2020).
+The expanded model contains its base, which can write general text even if its own training data are
+unknown. It writes documents once before training, each sampled from the token that begins a
+document or from a short prompt (Sun et al., LAMOL, 2020). The user can name files instead. Either
+is one more source of the mixture with a given share of its samples.
 
 The base also knows how likely every other token was. With `distill` it is the teacher (Hinton et
-al., 2015) and a token's loss is KL(base || model), where the base is the model without its new
-blocks: Li & Hoiem's "Learning without Forgetting" (2016), with no second set of weights.
+al., 2015), and a token's loss is KL(base || model). The base is the model without its new blocks,
+so this is Li & Hoiem's "Learning without Forgetting" (2016) with no second set of weights.
 """
 
 import random
@@ -48,11 +47,11 @@ def write_documents(
 
     Args:
         base: in evaluation mode.
-        prompts: what documents begin with, token ids; each is drawn as often as any other. Those
-            that are continued at a time are of one length.
+        prompts: token ids with which documents begin; all are drawn equally often. Those that are
+            continued at the same time have one length.
         end_ids: a document ends with any of them.
-        length: tokens of a document at most; one that long has no end.
-        settings: temperature, seed, and how many documents are written at a time.
+        length: the most tokens of a document; one that reaches it has no end token.
+        settings: temperature, seed, and number of documents that are written at a time.
     """
     generator, draw = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
     while True:
@@ -75,18 +74,18 @@ def write_documents(
 
 
 def read_prompts(file: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """Returns what the base's documents begin with, alone or before each line of a file.
+    """Returns the prompts of the base's documents: their first token, alone or with a line of text.
 
-    That is what stands before a document in training: BOS, or EOS where no BOS is added.
+    The first token is the one of documents in training: BOS, or EOS where no BOS is added.
 
     Args:
-        file: UTF-8 text; empty lines are passed over. "": none.
-        tokenizer: the base's.
-        length: tokens of a document; a prompt leaves room for one at least.
+        file: UTF-8 text whose empty lines are skipped; "" for the first token alone.
+        tokenizer: of the base.
+        length: the most tokens of a document; a prompt is shorter.
 
     Raises:
-        ConfigError: no file, and neither BOS nor EOS.
-        DataError: the file cannot be read, has no prompt, or one that is too long.
+        ConfigError: there is no file, and neither BOS nor EOS.
+        DataError: the file cannot be read, has no prompt, or has one that is too long.
     """
     start = tokenizer.document_start()
     if not file:
@@ -110,7 +109,7 @@ def read_prompts(file: str, tokenizer: Tokenizer, length: int) -> list[list[int]
             )
         prompts += [ids] if line.strip() else []
     if not prompts:
-        raise DataError(f"replay.prompts {file}: has no line to begin with")
+        raise DataError(f"replay.prompts {file}: has no line of text to use as a prompt")
     return prompts
 
 
@@ -123,18 +122,18 @@ def written_by_base(
     dtype: torch.dtype,
     device: torch.device,
 ) -> TokenStore:
-    """Returns text that the base inside a checkpoint writes, from the cache if it has been written.
+    """Returns text that the base inside a checkpoint writes; it is written once and then cached.
 
-    The cache's key is the base's hash and what decides the text, but for device and dtype: on
-    others a few draws differ, and the text is as good.
+    The cache's key holds the base's hash and the settings of the text, but not device and dtype:
+    with others a few draws differ, and the text is as good.
 
     Args:
         checkpoint: an expanded one; its new blocks are not used.
-        tokenizer: its.
-        settings: how much is written, and how.
-        length: tokens of a document at most.
-        cache_dir: where stores are kept.
-        dtype, device: of the base while it writes; it is there whole.
+        tokenizer: of the checkpoint.
+        settings: of the replay.
+        length: the most tokens of a document.
+        cache_dir: the directory of token stores.
+        dtype, device: of the base while it writes; the device holds it whole.
 
     Raises:
         ConfigError, DataError: as `read_prompts`; or the disk is full, or the store in the cache is
@@ -197,21 +196,21 @@ def written_by_base(
 def split_replayed(
     first_replayed: int, micro_batches: int, rows: int, rank: int, world_size: int
 ) -> list[int | None]:
-    """Says how many last rows of each micro-batch of a rank are replayed.
+    """Returns the number of replayed rows of each micro-batch of a rank; they come last.
 
     Args:
-        first_replayed: the number of the first replayed sample of the global batch that
+        first_replayed: the number of samples before the replayed ones in the global batch that
             `mixture.batch` deals out.
-        micro_batches: the number of micro-batches that the rank makes of its share.
+        micro_batches: the number of micro-batches of the rank.
         rows: sequences of a micro-batch.
-        rank, world_size: whose they are.
+        rank, world_size: of the process.
 
     Returns:
-        A number for each micro-batch, as `objective.Replay` takes it. Where no rank has any it is
-        None on all ranks: the base inside runs on all of them or on none, because sharded weights
-        are gathered by all together.
+        A number for each micro-batch, as `objective.Replay` takes it. It is None on all ranks if no
+        rank has any. The base inside runs on all ranks or on none, because they gather sharded
+        weights together.
     """
-    # Samples before it on this rank, and on the last rank, which has the fewest.
+    # The samples before the replayed ones on this rank, and on the last, which has the fewest.
     here, least = len(range(rank, first_replayed, world_size)), first_replayed // world_size
     return [
         min(rows, max(0, end - here)) if end > least else None
@@ -220,7 +219,7 @@ def split_replayed(
 
 
 def describe_mix(mixture: Mixture) -> str:
-    """Returns, for people, how much of a mixture its last source is."""
+    """Returns the line of the start-up block about the last source of a mixture, the replay."""
     samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])
     return (
         f"replay           {samples:,} of the {mixture.samples_per_epoch:,} sequences of an epoch, "

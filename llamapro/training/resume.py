@@ -1,7 +1,7 @@
-"""Resuming: from which training checkpoint, whether the run is still the same, and alone.
+"""Resuming a run: its newest checkpoint, the check that it is the same run, and its lock.
 
-A run is what it was only with the same frozen weights, tokenizer and corpora. Paths do not say so:
-their contents are hashed when a run starts, kept in every `state.json`, and compared on resume.
+A resumed run needs the frozen weights, tokenizer and corpora that it began with. Paths do not prove
+that, so their contents are hashed when a run starts, kept in every `state.json` and compared.
 """
 
 import fcntl
@@ -12,9 +12,10 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -29,18 +30,18 @@ from llamapro.text.store import TokenStore
 from llamapro.training.checkpoint import MOMENTS, Parameters
 from llamapro.training.distributed import Ranks
 from llamapro.training.settings import Settings, flatten
-from llamapro.training.weights import put_new_rows, stored_name, stored_shape, whole_part
+from llamapro.training.weights import stored_name, stored_shape
 
 LOCK_FILE = "lock"
 
 
-# ---- Where to go on ----------------------------------------------------------------------------
+# ---- Where to resume ---------------------------------------------------------------------------
 
 
 def find_resume_point(
     run_dir: Path, ranks: Ranks
 ) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
-    """Finds where to go on; the main rank reads and hashes, every rank must call it.
+    """Finds where to resume; the main rank reads and hashes, every rank must call it.
 
     Returns:
         The newest intact training checkpoint and its state, None and None in a fresh run, and one
@@ -49,18 +50,12 @@ def find_resume_point(
     Raises:
         CheckpointError: on every rank, if there are training checkpoints and none is intact.
     """
-    error, path, state = None, None, None
-    damaged: list[str] = []
-    if ranks.is_main:
-        try:
-            path, damaged = newest_intact(run_dir)
-            state = load_state(path) if path else None
-        except CheckpointError as failure:
-            error = str(failure)
-    error, path, state, damaged = ranks.from_main((error, path, state, damaged))
-    if error:
-        raise CheckpointError(error)
-    return path, state, damaged
+
+    def find() -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+        path, damaged = newest_intact(run_dir)
+        return path, load_state(path) if path else None, damaged
+
+    return ranks.on_main(find)
 
 
 # ---- Identity: what must be the same for a run to go on -----------------------------------------
@@ -72,14 +67,14 @@ def make_identity(
     tokenizer_sha256: str,
     stores: dict[str, TokenStore],
 ) -> dict[str, Any]:
-    """Hashes what a run is made of; it reads all of the frozen weights.
+    """Hashes base, tokenizer and data of a run; reads all of the frozen weights.
 
     Args:
-        checkpoint: what is trained; None if from random weights.
+        checkpoint: the weights to start from; None for random ones.
         trainable: names of its tensors that train; the others are frozen.
         tokenizer_sha256: the tokenizer's fingerprint.
-        stores: label -> tokens of each corpus, such as "train data/code" or "replay", whose bytes
-            are what was written (`corpus.tokenize` sees to it).
+        stores: label -> tokens of each corpus, such as "train data/code" or "replay". Their hashes
+            were checked when they were opened.
 
     Returns:
         JSON-able, for `state["identity"]`: base, tokenizer, data.
@@ -101,13 +96,13 @@ def make_identity(
 def check_identity(
     saved: Any, identity: dict[str, Any], run_dir: Path, allowed: Sequence[str] = ()
 ) -> None:
-    """Refuses to go on with other weights, another tokenizer or other tokens.
+    """Refuses to resume with other weights, another tokenizer or other tokens.
 
     Args:
-        saved: what `make_identity` returned when the training checkpoint was saved.
-        identity: what `make_identity` returns now.
+        saved: the identity that the training checkpoint holds.
+        identity: the one that `make_identity` returns now.
         run_dir: the run directory, for the message.
-        allowed: settings (`resume.allow`) whose things may differ.
+        allowed: settings (`resume.allow`) whose contents may differ.
 
     Raises:
         ConfigError: naming everything that differs.
@@ -136,7 +131,7 @@ def check_identity(
 
 
 def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """Returns (setting that names it, name) -> value as text, for each thing that can differ."""
+    """Returns (setting, name) -> value as text, for everything that can differ."""
     named = {
         ("model.path", "the frozen base model"): f"sha256 {identity['base']}",
         ("model.tokenizer", "the tokenizer"): f"sha256 {identity['tokenizer']}",
@@ -151,8 +146,8 @@ def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
 
 # ---- Settings: what may change -----------------------------------------------------------------
 
-# A resumed run may differ in these: in how and where it computes, how long, and what it shows.
-# Everything else decides what is computed.
+# A resumed run may change where, how and how long it computes, and what it shows. All other
+# settings decide the result.
 FREE_TO_CHANGE = {
     "config", "run_dir", "processes", "resume.allow", "log_every", "log_seconds", "log_to",
     "log_spikes", "dry_run", "json",
@@ -162,17 +157,12 @@ FREE_TO_CHANGE = {
     "optim.final_lr_ratio", "optim.skip_bad_steps", "eval.every", "eval.sequences",
     "save.every", "save.keep", "save.keep_every", "save.background",
 }  # fmt: skip
-# Nobody needs to be told that these differ.
+# Differences in these are not reported.
 UNREPORTED = {"config", "run_dir", "processes", "resume.allow", "log_seconds"} | {"dry_run", "json"}
 
 
 def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]:
-    """Compares a run's settings with those it is to go on with.
-
-    Args:
-        before: what `flatten` gave, from JSON.
-        settings: of now.
-        where: names the run in the message.
+    """Compares the flattened settings of the run named `where` with those to resume it with.
 
     Returns:
         The allowed differences, for example "train.steps 100 -> 200".
@@ -181,7 +171,7 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
         ConfigError: naming everything that differs and may not.
     """
     flat = json.loads(json.dumps(flatten(settings)))
-    # A run of an earlier version did what is now the default of a setting it did not know.
+    # A setting that an earlier version did not know had what is now its default.
     before = json.loads(json.dumps(flatten(Settings()))) | before
     free: list[str] = []
     refused: list[str] = []
@@ -205,10 +195,7 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
 def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> None:
     """Puts the trained tensors of a training checkpoint into a model, before it is sharded.
 
-    Args:
-        path: the training checkpoint.
-        model: whole, with weights; `requires_grad` tells what trains.
-        first_row: as for `Saver`.
+    The model has its weights and `requires_grad` set; `first_row` is as for `Saver`.
 
     Raises:
         CheckpointError: they were trained on another base, or are other tensors.
@@ -218,10 +205,11 @@ def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> Non
     file = path / TRAINABLE_FILE
     stored, info = read_blocks(file)
     check_blocks(file, stored, info, model.config, shapes)
-    tensors = {name: tensor.read() for name, tensor in stored.items()}
-    joined = put_new_rows(trains, tensors) if first_row else trains
-    for name, tensor in joined.items():
-        model.get_parameter(name).data = tensors.get(name, tensor)
+    for name, whole in trains.items():
+        tensor = stored[stored_name(name, first_row)].read()
+        if len(tensor) < len(whole):  # the rows of added tokens
+            tensor = torch.cat((whole[:first_row].to(tensor.dtype), tensor))
+        model.get_parameter(name).data = tensor
 
 
 def load_optimizer(
@@ -235,7 +223,7 @@ def load_optimizer(
 
     Args:
         path: the training checkpoint.
-        parameters: name -> sharded parameter, as given to `Saver.start`.
+        parameters: name -> sharded parameter, as for `Saver.save`.
         optimizer: fresh AdamW over these.
         step: optimizer steps applied.
         first_row: as for `Saver`.
@@ -252,7 +240,10 @@ def load_optimizer(
         state: dict[str, Tensor] = {"step": torch.tensor(float(step), device=parameter.device)}
         for moment in MOMENTS:
             saved = stored[f"{names[name]}.{moment}"].read()
-            full = whole_part(name, saved, first_row).to(parameter.device)
+            # Moments are 0 in the base's rows, which are not saved.
+            missing = len(parameter) - len(saved)
+            full = F.pad(saved, (0, 0, missing, 0)) if missing else saved
+            full = full.to(parameter.device)
             if isinstance(parameter, DTensor):
                 full = distribute_tensor(
                     full, parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -264,63 +255,62 @@ def load_optimizer(
 # ---- One run in a run directory -----------------------------------------------------------------
 
 
-class RunLock:
-    """Keeps a second run out of a run directory; for one process, `locked` is for all ranks.
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Keeps a second run out of a run directory while the body runs, in one process.
 
     The kernel holds the lock and releases it when the process ends, however it ends. The file
-    `lock` says who has it. A run directory that was made for it and is still empty goes again.
+    `lock` names the holder. A run directory that this made is removed if it is still empty.
+
+    Raises:
+        ConfigError: another run holds the lock, or the directory cannot be locked.
     """
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._file = run_dir / LOCK_FILE
-
-    def __enter__(self) -> Self:
-        """Takes the lock; raises ConfigError if another run has it or there can be none."""
-        try:
-            while not self._take():
-                pass
-        except BlockingIOError:
-            raise ConfigError(
-                f"{self._run_dir}: another run is writing here ({self._holder()}); wait for it, "
-                "stop it, or choose another --run-dir"
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"{self._file}: cannot be locked: {error.strerror}; choose another --run-dir"
-            ) from None
-        return self
-
-    def _take(self) -> bool:
-        """Opens and locks; False if the file was removed in between, by the one who had it."""
-        self._is_new = not self._run_dir.exists()
-        make_directory(self._run_dir)
-        self._fd = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self._fd), os.stat(self._file)):
-                raise FileNotFoundError
-            os.ftruncate(self._fd, 0)
-            os.write(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-        except FileNotFoundError:
-            os.close(self._fd)
-            return False
-        except OSError:
-            os.close(self._fd)
-            raise
-        return True
-
-    def _holder(self) -> str:
-        with suppress(OSError, ValueError):
-            return self._file.read_text(encoding="utf-8")[:200].strip() or "it has just started"
-        return "it has just ended"
-
-    def __exit__(self, *_: object) -> None:
+    file, is_new, fd = run_dir / LOCK_FILE, False, None
+    try:
+        while fd is None:
+            is_new = not run_dir.exists()
+            fd = _take(file)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{run_dir}: another run is writing here ({_holder(file)}); wait for it, stop it, or "
+            "choose another --run-dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be locked: {error.strerror}; choose another --run-dir"
+        ) from None
+    try:
+        yield
+    finally:
         with suppress(OSError):
-            self._file.unlink()
-            if self._is_new:
-                self._run_dir.rmdir()  # fails, as it should, if anything was written
-        os.close(self._fd)
+            file.unlink()
+            if is_new:
+                run_dir.rmdir()  # fails, as it should, if anything was written
+        os.close(fd)
+
+
+def _take(file: Path) -> int | None:
+    """Opens and locks; returns None if the holder before removed the file in between."""
+    make_directory(file.parent)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(fd), os.stat(file)):
+            raise FileNotFoundError
+        os.ftruncate(fd, 0)
+        os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, FileNotFoundError):
+            return None
+        raise
+    return fd
+
+
+def _holder(file: Path) -> str:
+    with suppress(OSError, ValueError):
+        return file.read_text(encoding="utf-8")[:200].strip() or "it has just started"
+    return "it has just ended"
 
 
 @contextmanager
@@ -328,15 +318,8 @@ def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     """Holds the run directory's lock on the main rank while the body runs; every rank must enter.
 
     Raises:
-        ConfigError: on every rank, if another run has it.
+        ConfigError: on every rank, as `run_lock`.
     """
-    error = None
     with ExitStack() as stack:
-        if ranks.is_main:
-            try:
-                stack.enter_context(RunLock(run_dir))
-            except ConfigError as failure:
-                error = str(failure)
-        if error := ranks.from_main(error):
-            raise ConfigError(error)
+        ranks.on_main(lambda: stack.enter_context(run_lock(run_dir)))
         yield

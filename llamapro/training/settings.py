@@ -1,10 +1,11 @@
 """Training settings: a TOML preset, overridden by typed options of the command line.
 
-Every mistake is found before anything starts, and one message names all of them.
+All mistakes are found before anything starts, and one message names them.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,26 +72,26 @@ class ReplaySettings:
     seed: int = 0
     """Seed of the sampling."""
     batch_size: int = 16
-    """Documents of up to data.seq_len tokens that are written at a time."""
+    """Number of documents of up to data.seq_len tokens that are written at the same time."""
     distill: bool = False
     """Learn the base's predictions on replayed sequences instead of their text. The loss is KL(base
     || model) per token, and the base is the model without its new blocks. With the files of
     data.train as replay.data this is self-distillation on the domain."""
     weight: float = 1.0
-    """Factor of the loss of replayed sequences; all others have 1."""
+    """Factor of the loss of replayed sequences; all other sequences have 1."""
 
     @property
     def is_apart(self) -> bool:
-        """Says whether replayed sequences have a loss or weight of their own."""
+        """Whether replayed sequences have a loss or weight of their own."""
         return self.share > 0 and (self.distill or self.weight != 1)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Length, batch size, trained weights, and where everything lies."""
+    """Length, batch size, trained weights, and the place of everything in memory."""
 
     trainable: Literal["new_blocks", "all"] = "new_blocks"
-    """Train the new blocks of the latest expansion, or every weight."""
+    """Weights to train: the new blocks of the latest expansion, or all."""
     new_tokens: bool = False
     """Also train the embedding and head rows of added tokens (with new_blocks)."""
     steps: int = 0
@@ -113,7 +114,7 @@ class TrainSettings:
     recompute: bool = False
     """Activation checkpointing: compute blocks again in backward to save memory."""
     frozen: Literal["shard", "gather", "replicate"] = "shard"
-    """Where frozen weights lie. shard: in parts on all processes. gather: in parts, but whole from
+    """Place of frozen weights. shard: in parts on all processes. gather: in parts, but whole from
     forward to backward. replicate: whole on every process, without communication."""
     shard_size: int = 0
     """Processes that share one copy of sharded weights (HSDP), such as those of a machine; 0 means
@@ -170,7 +171,7 @@ class SaveSettings:
     parameter that trains); auto does so with GPUs."""
 
     def in_background(self, device_type: str) -> bool:
-        """Says whether a run on this type of device saves in the background."""
+        """Returns whether a run on this type of device saves in the background."""
         return self.background == "yes" or (self.background == "auto" and device_type == "cuda")
 
 
@@ -179,7 +180,7 @@ class ResumeSettings:
     """Changes that a resumed run may make."""
 
     allow: tuple[str, ...] = ()
-    """Settings that may differ although they decide what is computed, for example optim.lr."""
+    """Settings that may differ although they decide the result, for example optim.lr."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ class Settings:
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns {"train.steps": 100, ...}."""
+    """Returns nested settings under their dotted names: {"train.steps": 100, ...}."""
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
@@ -233,6 +234,27 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = value
     return flat
+
+
+# The expected values, the test for other ones (false for nan, which `check` reports by itself), and
+# the settings that it is for.
+LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "more than 0",
+        lambda x: x <= 0,
+        "data.seq_len train.batch_size train.micro_batch_size optim.lr optim.clip eval.every "
+        "save.every save.keep log_every replay.tokens replay.temperature replay.batch_size "
+        "replay.weight",
+    ),
+    (
+        "0 or more",
+        lambda x: x < 0,
+        "train.steps eval.sequences data.workers optim.weight_decay optim.skip_bad_steps "
+        "train.shard_size save.keep_every log_seconds log_spikes processes",
+    ),
+    ("0 to 1", lambda x: x < 0 or x > 1, "optim.warmup_ratio optim.final_lr_ratio"),
+    ("0 to 2^64 - 1", lambda x: x < 0 or x >= 1 << 64, "train.seed replay.seed"),
+)
 
 
 def check(settings: Settings, world_size: int) -> None:
@@ -254,36 +276,26 @@ def check(settings: Settings, world_size: int) -> None:
             f"data.weights has {len(s.data.weights)} numbers for {len(s.data.train)} sources in "
             "data.train"
         )
-    positive = "data.seq_len train.batch_size train.micro_batch_size optim.lr optim.clip".split()
-    positive += ["eval.every", "save.every", "save.keep", "log_every"]
-    positive += ["replay.tokens", "replay.temperature", "replay.batch_size", "replay.weight"]
-    if not s.train.steps:
-        positive.append("train.epochs")
     flat = flatten(s)
-    wrong += [f"{key} is {flat[key]}, expected more than 0" for key in positive if flat[key] <= 0]
+    for expected, is_impossible, keys in LIMITS:
+        wrong += [
+            f"{key} is {flat[key]}, expected {expected}"
+            for key in keys.split()
+            if is_impossible(flat[key])
+        ]
+    if not s.train.steps and s.train.epochs <= 0:
+        wrong.append(f"train.epochs is {s.train.epochs}, expected more than 0")
     wrong += [f"data.weights: {w} is not more than 0" for w in s.data.weights if w <= 0]
     for key, value in flat.items():  # TOML and the command line take nan and inf
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             wrong.append(f"{key} is {value}, expected finite numbers")
-    natural = "train.steps eval.sequences data.workers optim.weight_decay train.seed".split()
-    natural += "replay.seed optim.skip_bad_steps train.shard_size save.keep_every".split()
-    natural += ["log_seconds", "log_spikes", "processes"]
-    for key in natural:
-        if flat[key] < 0:
-            wrong.append(f"{key} is {flat[key]}, expected 0 or more")
-    for key in ("train.seed", "replay.seed"):
-        if flat[key] >= 1 << 64:
-            wrong.append(f"{key} is {flat[key]}, expected less than 2^64")
     wrong += _check_replay(s)
     wrong += [
         f"resume.allow: no setting {key!r}{suggest(key, list(flat), cutoff=0.5)}"
         for key in s.resume.allow
         if key not in flat
     ]
-    for key in ("optim.warmup_ratio", "optim.final_lr_ratio"):
-        if not 0 <= flat[key] <= 1:
-            wrong.append(f"{key} is {flat[key]}, expected 0 to 1")
     if not all(0 <= beta < 1 for beta in s.optim.betas):
         wrong.append(f"optim.betas is {s.optim.betas}, expected two numbers from 0 to below 1")
     try:
@@ -291,9 +303,10 @@ def check(settings: Settings, world_size: int) -> None:
     except ValueError as error:
         wrong.append(f"train.ops: {error}")
     if s.train.shard_size > 0 and world_size % s.train.shard_size:
+        fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         wrong.append(
             f"train.shard_size {s.train.shard_size} does not divide {world_size} process(es) into "
-            "equal groups"
+            f"equal groups, expected one of {fitting}, or 0 for one group"
         )
     wrong += [
         f"log_to: {name} is not installed: pip install 'llamapro[{name}]'"
@@ -314,7 +327,7 @@ def check(settings: Settings, world_size: int) -> None:
 
 
 def _check_replay(s: Settings) -> list[str]:
-    """Returns what is impossible in `replay` beside the other settings."""
+    """Returns the mistakes in `replay`, alone or beside the other settings."""
     share = s.replay.share
     if not 0 <= share < 1:
         return [f"replay.share is {share}, expected 0 to below 1"]
@@ -332,7 +345,7 @@ def _check_replay(s: Settings) -> list[str]:
             "less than one sequence; raise it"
         )
     if s.replay.data and s.replay.prompts:
-        wrong.append("replay.prompts is for what the base writes: leave it or replay.data out")
+        wrong.append("replay.prompts is for text that the base writes: omit it or replay.data")
     if s.train.trainable == "all":
         wrong.append(
             f"replay.share is {share}: replay goes with train.trainable 'new_blocks', whose base "

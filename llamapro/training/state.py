@@ -1,13 +1,13 @@
-"""Where a run stands: what `state.json` keeps beside the weights and the optimizer.
+"""The state of a run, which `state.json` keeps beside the weights and the optimizer.
 
-The training loop advances the state; `Losses` reads what is still on the device.
+The training loop advances the state. `Losses` adds the numbers that are still on the device.
 """
 
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,7 @@ from llamapro.training.optim import FiniteGuard
 
 RECENT = 64  # number of losses that a new one is compared with
 ENOUGH = 16  # with fewer losses no spike is reported
-# A quarter of a normal distribution lies further than this many standard deviations over its mean.
-_QUARTILE = 0.6745
+_QUARTILE = 0.6745  # upper quartile of a normal distribution, in standard deviations over its mean
 
 
 @dataclass
@@ -39,8 +38,8 @@ class RunState:
         evaluated: step of the latest complete evaluation; -1 before the first.
         skipped: steps that were not applied because their gradient was not finite.
         recent_losses: the latest losses, for finding spikes.
-        identity: hashes of what the run is made of (`resume.make_identity`).
-        base_eval: loss of each validation set at step 0, which is the base's.
+        identity: hashes of base, tokenizer and data (`resume.make_identity`).
+        base_eval: loss of each validation set at step 0, when the model is still the base.
         stopped: whether a signal ended the run; not saved.
     """
 
@@ -59,12 +58,12 @@ class RunState:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any], path: Path) -> "RunState":
-        """Reads the content of `state.json`; other keys, such as the settings, are left out.
+        """Reads the content of `state.json` of the training checkpoint `path`.
 
         Raises:
-            CheckpointError: a key is missing; names the training checkpoint `path`.
+            CheckpointError: a key is missing.
         """
-        # Runs of earlier versions did not keep the base's evaluation.
+        # Earlier versions did not keep the base's evaluation.
         saved = {"base_eval": {}} | saved
         names = [f.name for f in dataclasses.fields(cls) if f.name != "stopped"]
         if missing := [name for name in names if name not in saved]:
@@ -79,29 +78,12 @@ class RunState:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Adds the time of the body to `elapsed_s`, by a clock that nobody can set."""
+        """Adds the time of the body to `elapsed_s`, by a monotonic clock."""
         started = time.perf_counter()
         try:
             yield
         finally:
             self.elapsed_s += time.perf_counter() - started
-
-
-@dataclass(frozen=True)
-class OddStep:
-    """A step to report: it was not applied, or its loss is far over the latest ones.
-
-    Attributes:
-        kind: as in `metrics.jsonl`.
-        step: its number; 1 is the first.
-        first_sample: number of the first sequence that it read.
-        numbers: what else the record holds.
-    """
-
-    kind: Literal["bad_step", "spike"]
-    step: int
-    first_sample: int
-    numbers: dict[str, float]
 
 
 class Losses:
@@ -116,27 +98,27 @@ class Losses:
         guard: FiniteGuard,
         ranks: Ranks,
         threshold: float,
-        report: Callable[[OddStep], object],
+        report: Callable[[Literal["bad_step", "spike"], int, int, dict[str, float]], object],
     ) -> None:
         """Starts without losses.
 
         Args:
             state: `read` updates its loss, skipped, recent_losses and elapsed_s.
             guard: knows which steps were applied.
-            ranks: from `process_group`.
-            threshold: for `find_spikes`.
-            report: called with every odd step.
+            ranks: this process among its peers.
+            threshold: as for `find_spike`.
+            report: called for a step that was not applied or has a loss far over the latest ones,
+                with kind, step, first sample and the numbers of its record.
         """
         self._state, self._guard, self._ranks = state, guard, ranks
         self._threshold, self._report = threshold, report
         self._unread: list[tuple[int, int, Tensor, Tensor]] = []
 
     def add(self, step: int, first_sample: int, loss: Tensor, norm: Tensor) -> None:
-        """Adds a step.
+        """Adds a step; 1 is the first.
 
         Args:
-            step: its number; 1 is the first.
-            first_sample: number of the first sequence that it read.
+            step, first_sample: numbers of the step and of the first sequence that it read.
             loss: this rank's part of the loss, (), in nats per token.
             norm: norm of the gradient before clipping, ().
         """
@@ -148,13 +130,18 @@ class Losses:
         Raises:
             DivergedError: too many steps in a row had a gradient that is not finite.
         """
-        state = self._state
+        state, unread, self._unread = self._state, self._unread, []
         with state.timed():
             skipped, is_stuck = self._guard.check()
-            odd = self._settle(skipped) if self._unread else []
-        self._unread = []
-        for step in odd:
-            self._report(step)
+            losses = self._ranks.sum(*(loss for _, _, loss, _ in unread)) if unread else []
+        for (step, first_sample, _, norm), loss in zip(unread, losses, strict=True):
+            state.loss = loss
+            if state.skipped < skipped and not math.isfinite(norm):
+                state.skipped += 1
+                self._report("bad_step", step, first_sample, {"skipped": state.skipped})
+            median = find_spike(loss, state.recent_losses, self._threshold)
+            if median is not None:
+                self._report("spike", step, first_sample, {"loss": loss, "median": median})
         if is_stuck:
             raise DivergedError(
                 "the gradient is not finite; neither that step nor what followed was applied. "
@@ -162,47 +149,27 @@ class Losses:
                 "optim.lr or allow optim.skip_bad_steps; the last training checkpoint is intact"
             )
 
-    def _settle(self, skipped: int) -> list[OddStep]:
-        """Brings the state up to date; returns the odd steps."""
-        state, odd = self._state, []
-        steps, first_samples, parts, norms = zip(*self._unread, strict=True)
-        losses = self._ranks.sum(*parts)
-        state.loss = losses[-1]
-        bad = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]
-        for i in bad[: skipped - state.skipped]:
-            state.skipped += 1
-            odd.append(OddStep("bad_step", steps[i], first_samples[i], {"skipped": state.skipped}))
-        numbered = zip(steps, losses, strict=True)
-        for step, loss, median in find_spikes(numbered, state.recent_losses, self._threshold):
-            first_sample = first_samples[steps.index(step)]
-            odd.append(OddStep("spike", step, first_sample, {"loss": loss, "median": median}))
-        return odd
 
+def find_spike(loss: float, recent: list[float], threshold: float) -> float | None:
+    """Compares a loss with the latest ones and adds it to them.
 
-def find_spikes(
-    losses: Iterable[tuple[int, float]], recent: list[float], threshold: float
-) -> list[tuple[int, float, float]]:
-    """Finds losses far above those before them.
-
-    Median and quartiles say what is usual: unlike mean and variance, a spike does not move them.
+    The comparison is with median and quartiles, which a spike moves less than mean and variance.
 
     Args:
-        losses: (step, loss in nats per token), in order; losses that are not finite are skipped.
-        recent: up to `RECENT` losses before them; the new ones are appended.
+        loss: in nats per token; one that is not finite is neither a spike nor added.
+        recent: up to `RECENT` losses before it.
         threshold: in standard deviations; 0 finds nothing.
 
     Returns:
-        (step, loss, median before it) of each spike.
+        The median of the latest losses if the new one is a spike, else None.
     """
-    found = []
-    for step, loss in losses:
-        if not math.isfinite(loss):
-            continue
-        if threshold and len(recent) >= ENOUGH:
-            low, median, high = statistics.quantiles(recent, n=4)
-            deviation = max((high - low) / (2 * _QUARTILE), 1e-3 * median)
-            if loss > median + threshold * deviation:
-                found.append((step, loss, median))
-        recent.append(loss)
-        del recent[:-RECENT]
+    if not math.isfinite(loss):
+        return None
+    found = None
+    if threshold and len(recent) >= ENOUGH:
+        low, median, high = statistics.quantiles(recent, n=4)
+        deviation = max((high - low) / (2 * _QUARTILE), 1e-3 * median)
+        found = median if loss > median + threshold * deviation else None
+    recent.append(loss)
+    del recent[:-RECENT]
     return found

@@ -1,4 +1,4 @@
-"""Validation: the loss of a set of held-out sequences, computed by all ranks together."""
+"""Validation: the loss of held-out sequences, computed by all ranks together."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def forward(
     device: torch.device,
     replayed: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns loss sum (nats), (), and number of targets, (), of inputs, targets [, documents]."""
+    """Returns loss sum (nats), (), and number of targets, (), for inputs, targets [, documents]."""
     inputs, targets, *documents = (column.to(device) for column in columns)
     return objective(inputs, targets, documents[0] if documents else None, replayed)
 
@@ -35,7 +35,7 @@ def evaluate(
     state: RunState,
     progress: Progress,
 ) -> None:
-    """Computes the loss of every validation set into the state, and reports it.
+    """Puts the loss of every validation set into the state, and reports it.
 
     Raises:
         Stopped: on every rank, if a signal came to one of them.
@@ -58,14 +58,14 @@ def mean_loss(
     ranks: Ranks,
     stop: StopRequest,
 ) -> tuple[float, int]:
-    """Returns the mean token loss (nats) over a validation set and how many tokens it has."""
+    """Returns the mean loss per token (nats) of a validation set and its number of tokens."""
     count = min(settings.eval.sequences or len(sequences), len(sequences))
     chosen = [i * len(sequences) // count for i in range(count)]
     rows = settings.train.micro_batch_size
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
     for start in range(0, count, rows * ranks.world_size):
-        # Every process makes the same number of passes: sharded weights are gathered together.
+        # All ranks make the same number of passes, because they gather sharded weights together.
         if any(ranks.sum(stop.is_asked)):
             raise Stopped
         mine = [sequences[i] for i in chosen[start + ranks.rank * rows :][:rows]]

@@ -1,15 +1,14 @@
-"""Which weights train, where they start from, and the rows of added tokens among them.
+"""The weights that train, their random start, and the rows of added tokens among them.
 
 An added token is one more row of embedding and head. The base's rows must keep every bit while the
 new rows train, but they are one matrix. So the whole matrix is a trainable parameter whose gradient
-is masked: a row with gradient 0 and no weight decay is left as it is by AdamW. Only the new rows
-are saved, under the names of `NEW_ROWS`.
+is masked: AdamW leaves a row alone that has gradient 0 and no weight decay. Only the new rows are
+saved, under the names of `NEW_ROWS`.
 """
 
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -24,7 +23,7 @@ def init_random(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Draws fp32 weights as Hugging Face does: N(0, initializer_range) for matrices, 1 for norms.
 
     Returns:
-        Name -> tensor for every parameter, from (config, seed) alone.
+        Name -> tensor for every parameter, a function of (config, seed).
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -39,7 +38,7 @@ def freeze(model: LlamaForCausalLM, trainable: str, new_tokens: bool = False) ->
     """Sets `requires_grad` of every parameter, before weights are loaded and sharded.
 
     Args:
-        model: the model; its configuration has the expansion record.
+        model: its configuration has the expansion record.
         trainable: "new_blocks" (those of the latest expansion) or "all".
         new_tokens: also train embedding and head, for the rows of the tokens that this expansion
             added. `mask_gradients` keeps the other rows as they are.
@@ -48,7 +47,7 @@ def freeze(model: LlamaForCausalLM, trainable: str, new_tokens: bool = False) ->
         The names of the parameters that train.
 
     Raises:
-        ConfigError: "new_blocks" without a record; `new_tokens` with "all", or without added
+        ConfigError: "new_blocks" without a record, or `new_tokens` with "all" or without added
             tokens.
     """
     names = expansion.select_trainable(model, trainable)
@@ -66,16 +65,21 @@ def freeze(model: LlamaForCausalLM, trainable: str, new_tokens: bool = False) ->
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def is_trained(module: nn.Module) -> bool:
+    """Returns whether any parameter of a module trains."""
+    return any(p.requires_grad for p in module.parameters())
+
+
 def first_new_row(config: ModelConfig) -> int:
     """Returns the id of the first token that the latest expansion added, 0 if it added none."""
     return (config.expansion and config.expansion.base_vocab_size) or 0
 
 
 def mask_gradients(parameters: Mapping[str, nn.Parameter], first_row: int) -> None:
-    """Zeroes the gradient of embedding and head in the base's rows, whenever one is computed.
+    """Zeroes the gradient of embedding and head in the base's rows whenever one is computed.
 
     Args:
-        parameters: name -> parameter, sharded if it will be; others than these two are left alone.
+        parameters: name -> parameter, after sharding; the other parameters are left alone.
         first_row: the first row that trains.
     """
     for name in NEW_ROWS.keys() & parameters.keys():
@@ -97,18 +101,13 @@ def mask_gradients(parameters: Mapping[str, nn.Parameter], first_row: int) -> No
         parameter.register_post_accumulate_grad_hook(apply)
 
 
-def undecayed(parameters: Mapping[str, nn.Parameter], first_row: int) -> list[nn.Parameter]:
-    """Returns the masked matrices: weight decay would move the base's rows."""
-    return [parameters[name] for name in NEW_ROWS if first_row and name in parameters]
-
-
 def stored_name(name: str, first_row: int) -> str:
-    """Returns the name under which what trains of a parameter is saved."""
+    """Returns the name under which `stored_part` of a parameter is saved."""
     return NEW_ROWS.get(name, name) if first_row else name
 
 
 def stored_part(name: str, tensor: Tensor, first_row: int) -> Tensor:
-    """Returns what is saved of a whole parameter or moment: all of it, or its new rows."""
+    """Returns the saved part of a whole parameter or moment: all of it, or its new rows."""
     return tensor[first_row:] if first_row and name in NEW_ROWS else tensor
 
 
@@ -116,18 +115,3 @@ def stored_shape(name: str, parameter: Tensor, first_row: int) -> tuple[int, ...
     """Returns the shape of `stored_part`; the parameter may be sharded."""
     rows, *rest = parameter.shape
     return (rows - first_row if name in NEW_ROWS else rows, *rest)
-
-
-def whole_part(name: str, stored: Tensor, first_row: int) -> Tensor:
-    """Undoes `stored_part` for a moment: it is 0 in the base's rows."""
-    return F.pad(stored, (0, 0, first_row, 0)) if first_row and name in NEW_ROWS else stored
-
-
-def put_new_rows(tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors with saved new rows in place of the last rows of embedding and head."""
-    joined = dict(tensors)
-    for name, new_name in NEW_ROWS.items():
-        if (new := rows.get(new_name)) is not None:
-            base = tensors[name][: -new.shape[0]]
-            joined[name] = torch.cat((base.to(new.dtype), new))
-    return joined

@@ -34,7 +34,7 @@ from llamapro.model import build_on_meta, load_tensors
 from llamapro.training.distributed import Frozen, Ranks, make_mesh, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
-from llamapro.training.plan import Spread, estimate_memory
+from llamapro.training.plan import estimate_memory
 from llamapro.training.settings import DataSettings, ModelSettings, Settings, TrainSettings
 from llamapro.training.weights import init_random
 
@@ -291,8 +291,7 @@ def test_memory_is_the_plan_for_that_many_ranks() -> None:
     wanted = settings(frozen="replicate", shard_size=2)
     model = build_on_meta(CONFIG)
     select_trainable(model, "new_blocks")
-    spread = Spread(RANKS, 2, "replicate")
-    expected = estimate_memory(wanted, model, torch.bfloat16, torch.device("cpu"), spread)
+    expected = estimate_memory(wanted, model, torch.bfloat16, torch.device("cpu"), RANKS)
     found = simulation(frozen="replicate", shard_size=2)
     assert found["memory_bytes"] == expected
     offloaded = simulation(offload=True)

@@ -23,7 +23,7 @@ from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.training.distributed import Frozen, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
-from llamapro.training.plan import Spread, estimate_memory
+from llamapro.training.plan import estimate_memory
 from llamapro.training.settings import DataSettings, Settings, TrainSettings
 from llamapro.training.weights import freeze, mask_gradients
 
@@ -113,10 +113,10 @@ def test_the_base_rows_keep_every_bit_through_steps_in_bf16(
 def test_the_plan_counts_embedding_and_head(expand: Expand) -> None:
     """They have masters and moments, and the graph begins at the embedding."""
     _, grown = expand()
-    settings = Settings(data=DataSettings(seq_len=64), train=TrainSettings(micro_batch_size=2))
-    spread, cpu = Spread(1, frozen="gather"), torch.device("cpu")
+    train = TrainSettings(micro_batch_size=2, frozen="gather")
+    settings, cpu = Settings(data=DataSettings(seq_len=64), train=train), torch.device("cpu")
     without, having = (
-        estimate_memory(settings, loaded(grown, new_tokens)[0], torch.float32, cpu, spread)
+        estimate_memory(settings, loaded(grown, new_tokens)[0], torch.float32, cpu, 1)
         for new_tokens in (False, True)
     )
     blocks = sum(t.nbytes for i in (0, 1) for t in Checkpoint.open(grown).layer(i).values())

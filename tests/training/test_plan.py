@@ -19,7 +19,7 @@ from llamapro.config import ModelConfig
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.training.distributed import Frozen, process_group, shard
 from llamapro.training.objective import NextToken
-from llamapro.training.plan import Spread, activation_bytes, estimate_memory
+from llamapro.training.plan import activation_bytes, estimate_memory
 from llamapro.training.settings import DataSettings, Settings, TrainSettings
 from llamapro.training.weights import init_random
 
@@ -108,7 +108,7 @@ def test_activations_are_what_autograd_saves(
 def test_activations_follow_the_backend(config: ModelConfig, device: str, choice: str) -> None:
     """The kernels save a little else than plain PyTorch, and the estimate knows what."""
     config = dataclasses.replace(config, num_hidden_layers=3)
-    shape = (2, 16)  # the interpreter is slow
+    shape = (1, 16)  # the interpreter is slow
     model = build_on_meta(config).requires_grad_(False)
     real_model = build_on_meta(config)
     load_tensors(real_model, init_random(config, seed=0))
@@ -155,15 +155,17 @@ def settings(**train: Any) -> Settings:
     )
 
 
-def estimate(config: ModelConfig, spread: Spread, trainable: str = "new_blocks") -> dict[str, int]:
+def estimate(
+    config: ModelConfig, world_size: int = 1, trainable: str = "new_blocks", **train: Any
+) -> dict[str, int]:
     model = freeze(build_on_meta(config), trainable)
-    return estimate_memory(settings(), model, torch.bfloat16, CPU, spread)
+    return estimate_memory(settings(**train), model, torch.bfloat16, CPU, world_size)
 
 
 @pytest.mark.parametrize("frozen", ["shard", "gather", "replicate"])
 def test_weights_are_those_that_a_process_holds(config: ModelConfig, frozen: Frozen) -> None:
     """At rest and gathered, to the byte, as FSDP has them in one process after forward."""
-    found = estimate(config, Spread(1, frozen=frozen))
+    found = estimate(config, frozen=frozen)
     with process_group("cpu") as ranks:
         model = build(config)
         objective = NextToken(model)
@@ -183,31 +185,31 @@ def test_weights_are_those_that_a_process_holds(config: ModelConfig, frozen: Fro
 
 def test_more_processes_share_what_is_sharded(config: ModelConfig) -> None:
     """Shards shrink with the shard size, not with the world; replicas and activations never do."""
-    one = estimate(config, Spread(1))
+    one = estimate(config)
     shared = ("fp32 masters", "gradients", "AdamW moments")
-    for spread, parts in ((Spread(8), 8), (Spread(8, shard_size=2), 2)):
-        found = estimate(config, spread)
+    for shard_size, parts in ((0, 8), (2, 2)):
+        found = estimate(config, 8, shard_size=shard_size)
         for part in ("frozen weights", *shared):
             assert found[part] == one[part] // parts
         assert found["activations"] == one["activations"] and found["logits"] == one["logits"]
-    whole = estimate(config, Spread(8, frozen="replicate"))
+    whole = estimate(config, 8, frozen="replicate")
     assert whole["frozen weights"] == one["frozen weights"]
     assert [whole[part] for part in shared] == [one[part] // 8 for part in shared]
 
 
 def test_offloading_takes_shards_off_the_gpu(config: ModelConfig) -> None:
     """Masters, gradients and moments leave it; replicated frozen weights and copies stay."""
-    kept = estimate(config, Spread(2, frozen="replicate"))
-    found = estimate(config, Spread(2, frozen="replicate", offload=True))
+    kept = estimate(config, 2, frozen="replicate")
+    found = estimate(config, 2, frozen="replicate", offload=True)
     changed = {part for part in kept if found[part] != kept[part]} - {"total"}
     assert changed == {"fp32 masters", "gradients", "AdamW moments"}
     assert not any(found[part] for part in changed)
-    assert estimate(config, Spread(2, offload=True))["frozen weights"] == 0
+    assert estimate(config, 2, offload=True)["frozen weights"] == 0
 
 
 def test_the_total_is_the_sum_of_the_parts(config: ModelConfig) -> None:
     """Whatever trains."""
     for trainable in ("new_blocks", "all"):
-        found = estimate(config, Spread(4), trainable)
+        found = estimate(config, 4, trainable)
         assert found.pop("total") == sum(found.values())
         assert all(found[part] > 0 for part in found if part != "frozen weights")

@@ -13,7 +13,7 @@ from llamapro.training import progress
 from llamapro.training.preemption import StopRequest
 from llamapro.training.progress import Progress, evaluation_line, header, progress_line
 from llamapro.training.settings import Settings, TrainSettings
-from llamapro.training.state import OddStep, RunState
+from llamapro.training.state import RunState
 
 RECORD = {
     "kind": "train",
@@ -133,7 +133,7 @@ def test_reporters_leave_the_state_alone(
     reporter.step(1.0, 1e-3, True)
     reporter.evaluation("code", 1.5, 9)
     reporter.evaluated()
-    reporter.odd(OddStep("spike", 4, 3, {"loss": 9.0, "median": 2.0}))
+    reporter.odd("spike", 4, 3, {"loss": 9.0, "median": 2.0})
     reporter.saved({"path": "run/checkpoints/step-00000005", "step": 5} | SAVED)
     assert state == before
 

@@ -222,7 +222,7 @@ def test_a_run_logs_where_its_settings_say(tmp_path: Path, fake: Fake) -> None:
     """Also the kinds of records that `Progress` makes; the settings are the tracker's config."""
     settings = settings_with(fake.__name__)
     ranks = types.SimpleNamespace(
-        is_main=True, world_size=1, device=torch.device("cpu"), from_main=lambda value: value
+        is_main=True, world_size=1, device=torch.device("cpu"), on_main=lambda work: work()
     )
     state = RunState(tokens=7)
     progress = Progress(settings, None, 1, state, ranks, StopRequest())  # type: ignore[arg-type]
