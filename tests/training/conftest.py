@@ -1,23 +1,19 @@
 """What the tests of training share: train.py in this process, and ranks that start fast."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch.distributed as dist
 
-
-@pytest.fixture(scope="session")
-def train_module() -> ModuleType:
-    """train.py as a module: its `main(words)` trains in this process."""
-    return importlib.import_module("llamapro.scripts.train")
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.expansion import interleave
 
 
 def _words(options: dict[str, Any], **changes: Any) -> list[str]:
@@ -95,3 +91,16 @@ def train_on(root: Path, fork_ranks: Callable[..., Ranks]) -> Callable[..., Rank
         return done
 
     return train
+
+
+@pytest.fixture(scope="session")
+def pro(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """An expanded model of 3 layers, not to be changed: layer 2 is new."""
+    home = tmp_path_factory.mktemp("pro")
+    base = write_random_checkpoint(home / "base", tiny_config(num_hidden_layers=2))
+    expand_checkpoint(Checkpoint.open(base), home / "pro", interleave(2, 1))
+    return home / "pro"

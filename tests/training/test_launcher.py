@@ -1,94 +1,90 @@
-"""`--processes N` starts the ranks: one message for a mistake, and a signal ends it in order."""
+"""`--processes N` starts the ranks: one message for a mistake, and a signal saves and stops."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llamapro import cli, expansion
-from llamapro.checkpoints.directory import Checkpoint
+from llamapro import cli
 from llamapro.checkpoints.run import training_checkpoints
-from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def home(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_config: Callable[..., Any],
-    write_random_checkpoint: Callable[..., Path],
-) -> Path:
-    """An expanded model."""
-    home = tmp_path_factory.mktemp("launcher")
-    base = write_random_checkpoint(home / "base", tiny_config(num_hidden_layers=2))
-    expand_checkpoint(Checkpoint.open(base), home / "pro", expansion.interleave(2, 1))
-    return home
+from llamapro.training.launcher import launch
 
 
 @pytest.fixture
-def start(home: Path, root: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """`start(**changes)`: a run on two processes, as the user starts it."""
+def launch_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], int]]:
+    """`launch_ranks(code)` launches two ranks whose main function is this code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # `launch` sets it
+    log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    monkeypatch.setattr(log, "disabled", log.disabled)
 
-    def start(**changes: Any) -> subprocess.Popen[str]:
-        options = {
-            "processes": 2,
-            "model.path": home / "pro",
-            "data.train": os.__file__,
-            "data.seq-len": 32,
-            "data.cache-dir": home / "cache",
-            "train.steps": 2,
-            "train.batch-size": 2,
-            "train.device": "cpu",
-            "run-dir": tmp_path / "run",
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        command = [sys.executable, str(root / "train.py"), "--json"]
-        for key, value in options.items():
-            command += [f"--{key}", str(value)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    def launch_ranks(code: str) -> int:
+        script = tmp_path / "script.py"
+        head = "import os, sys\nfrom llamapro import cli\nfrom llamapro.errors import DataError\n"
+        body = textwrap.indent(textwrap.dedent(code), "    ")
+        script.write_text(f"{head}def main():\n{body}\ncli.run(main)\n")
+        return launch(str(script), ["word"], 2)
 
-    return start
+    yield launch_ranks
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def test_a_run_on_two_processes_prints_one_result(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+def test_ranks_get_the_arguments_and_their_places(
+    launch_ranks: Callable[[str], int], tmp_path: Path
 ) -> None:
-    """Standard output is the main rank's JSON object, and nothing else speaks than the run."""
-    with start() as done:
-        out, err = done.communicate(timeout=120)
-    assert done.returncode == 0, err
-    assert json.loads(out)["step"] == 2
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
-    assert "OMP_NUM_THREADS" not in err and "***" not in err
-    assert err.count(" 2/2  saved ") == 1
+    """All succeed: exit status 0."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    code = f"""
+        words = [*sys.argv[1:], *(os.environ[name] for name in {names})]
+        open({str(tmp_path)!r} + "/rank-" + os.environ["RANK"], "w").write(" ".join(words))
+    """
+    assert launch_ranks(code) == 0
+    assert (tmp_path / "rank-0").read_text() == "word 0 0 2 2"
+    assert (tmp_path / "rank-1").read_text() == "word 1 1 2 2"
 
 
 def test_a_mistake_is_one_message_and_exit_status_2(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    launch_ranks: Callable[[str], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also one that only the ranks find; there is no traceback and no report."""
-    (tmp_path / "empty.txt").write_text("")
-    with start(data__train=tmp_path / "empty.txt") as done:
-        out, err = done.communicate(timeout=120)
-    assert done.returncode == 2 and not out
-    assert err.splitlines()[-1].startswith(f"DataError: {tmp_path}/empty.txt: ")
-    assert err.count("DataError") == 1 and "Traceback" not in err and "exitcode" not in err
-    assert not (tmp_path / "run").exists()
+    assert launch_ranks('raise DataError("corpus: no such file")') == 2
+    assert capfd.readouterr() == ("", "DataError: corpus: no such file\n")
 
 
-def test_ctrl_c_saves_and_exits_0(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+def test_a_rank_that_fails_otherwise_is_named_with_its_exit_status(
+    launch_ranks: Callable[[str], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The signal reaches every rank, even if only the launcher got it."""
-    with start(train__steps=100_000, eval__every=100_000, save__every=100_000) as done:
+    """A status becomes that of the launcher; a signal becomes 128 and its number."""
+    assert launch_ranks('os._exit(7 if os.environ["RANK"] == "1" else 0)') == 7
+    assert capfd.readouterr().err == "rank 1 ended with exit status 7\n"
+    assert launch_ranks('os.kill(os.getpid(), 9) if os.environ["RANK"] == "0" else None') == 137
+    assert capfd.readouterr().err == "rank 0 ended with exit status 137\n"
+
+
+def test_ctrl_c_saves_and_one_result_is_printed(root: Path, pro: Path, tmp_path: Path) -> None:
+    """The signal reaches every rank, even if only the launcher got it. Standard output is the main
+    rank's JSON object, and no other program writes to standard error."""
+    run = tmp_path / "run"
+    command = [sys.executable, str(root / "train.py"), "--json", "--processes", "2"]
+    command += ["--model.path", str(pro), "--data.train", os.__file__, "--data.seq-len", "32"]
+    command += ["--data.cache-dir", str(tmp_path / "cache"), "--run-dir", str(run)]
+    command += ["--train.batch-size", "2", "--train.device", "cpu", "--train.steps", "100000"]
+    command += ["--eval.every", "100000", "--save.every", "100000"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as done:
         assert done.stderr is not None and done.stdout is not None
+        told = []
         for line in done.stderr:
+            told.append(line)
             if line.strip().startswith("1/100000 "):
                 break
         done.send_signal(signal.SIGINT)
@@ -96,8 +92,10 @@ def test_ctrl_c_saves_and_exits_0(
         result = json.loads(done.stdout.read())
     assert done.returncode == 0, rest
     assert result["stopped"] and result["step"] >= 1
-    assert rest.count("SIGINT: stopping in order") == 1
-    (path,) = training_checkpoints(tmp_path / "run")
+    assert rest.count("SIGINT: saving and stopping") == rest.count("  saved ") == 1
+    assert "OMP_NUM_THREADS" not in "".join(told) and "***" not in "".join(told)
+    assert json.loads((run / "run.json").read_text())["world_size"] == 2
+    (path,) = training_checkpoints(run)
     assert path.name == f"step-{result['step']:08d}"
 
 

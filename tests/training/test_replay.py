@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError, DataError
+from llamapro.scripts import train
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from llamapro.training.replay import describe_mix, read_prompts, write_documents
 from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.training.settings import TrainSettings as Train
 
-LENGTH, TOKENS = 24, 501
+LENGTH, TOKENS = 24, 201
 CPU = torch.device("cpu")
 SETTINGS = ReplaySettings(share=0.25, tokens=TOKENS, batch_size=4)
 
@@ -114,7 +114,7 @@ def test_the_text_is_a_sample_of_the_bases_distribution(
     write: Callable[..., TokenStore], home: Path
 ) -> None:
     """Its loss under the base is the base's entropy there, up to noise; another base's is not."""
-    batch = np.stack([d for d in documents(write(tokens=4800)) if len(d) == LENGTH])
+    batch = np.stack([d for d in documents(write(tokens=2400)) if len(d) == LENGTH])
     ids = torch.from_numpy(batch)  # (N, T)
     found = {}
     for name in ("base0", "base1"):
@@ -227,7 +227,7 @@ def test_documents_begin_with_the_prompts(
     lines = ("The", "It was the best of", "def usage(")
     assert prompts == [tokenizer.encode(line, bos=True) for line in lines]
     base = Checkpoint.open(home / "base0").load()
-    written = islice(write_documents(base, prompts, set(), LENGTH, SETTINGS), 80)
+    written = islice(write_documents(base, prompts, set(), LENGTH, SETTINGS), 40)
     begun = [[p for p in prompts if document[: len(p)] == p] for document in written]
     assert all(begun) and {str(found) for found in begun} == {str([p]) for p in prompts}
     first, again = (write(prompts=str(file), cache=cache) for cache in ("a", "b"))
@@ -240,7 +240,7 @@ def test_documents_begin_with_the_prompts(
     ("text", "message"),
     [
         (None, r"prompts\.txt: cannot be read as text"),
-        (b"\n \n", r"prompts\.txt: has no line to begin with"),
+        (b"\n \n", r"prompts\.txt: has no line of text to use as a prompt"),
         (b"The\n" + b"word " * 40, rf"prompts\.txt:2: a prompt of \d+ tokens; .* {LENGTH} at most"),
         (b"\xff\xfe", r"prompts\.txt: cannot be read as text"),
     ],
@@ -260,7 +260,7 @@ def test_prompts_beside_text_of_ones_own_are_a_mistake() -> None:
     """The text is there; there is nothing to begin. And without a share both say nothing."""
     s = Settings(model=ModelSettings(path="x"), data=DataSettings(train=("x",)))
     both = replace(s, replay=ReplaySettings(share=0.1, data=("a",), prompts="b"))
-    with pytest.raises(ConfigError, match=r"replay\.prompts is for what the base writes"):
+    with pytest.raises(ConfigError, match=r"replay\.prompts is for text that the base writes"):
         check(both, 1)
     alone = replace(s, replay=ReplaySettings(prompts="b"))
     with pytest.raises(ConfigError, match=r"replay\.prompts b needs replay\.share"):
@@ -270,19 +270,19 @@ def test_prompts_beside_text_of_ones_own_are_a_mistake() -> None:
 # ---- In a run ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(
-    train_module: ModuleType,
     train_on: Callable[..., Any],
     words: Callable[..., list[str]],
     home: Path,
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
     """`run(name, processes=1, **changes)` trains, in this process if it is one.
 
     Returns:
         The run directory.
     """
+    folder = tmp_path_factory.mktemp("runs")
 
     def run(name: str, processes: int = 1, **changes: Any) -> Path:
         options = {
@@ -290,7 +290,7 @@ def run(
             "data.train": home / "train.txt",
             "data.val": f"general={home / 'general.txt'}",
             "data.seq_len": LENGTH,
-            "data.cache_dir": tmp_path / "cache",
+            "data.cache_dir": folder / "cache",
             "replay.share": 0.25,
             "replay.tokens": TOKENS,
             "replay.batch_size": 4,
@@ -301,16 +301,22 @@ def run(
             "eval.every": 3,
             "save.every": 3,
             "log_every": 1,
-            "run_dir": tmp_path / name,
+            "run_dir": folder / name,
         }
         if processes > 1:
             done = train_on(processes, words(options, **changes))
             assert done.stderr.count("that the base wrote") == 1
         else:
-            train_module.main(words(options, **changes))
-        return tmp_path / name
+            train.main(words(options, **changes))
+        return folder / name
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(run: Callable[..., Path]) -> Path:
+    """The directory of a run that nothing disturbs."""
+    return run("whole")
 
 
 def losses(run_dir: Path, kind: str = "train") -> dict[int, float]:
@@ -321,9 +327,8 @@ def state(run_dir: Path) -> dict[str, Any]:
     return json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
 
 
-def test_a_run_with_replay_resumes_exactly(run: Callable[..., Path]) -> None:
+def test_a_run_with_replay_resumes_exactly(run: Callable[..., Path], whole: Path) -> None:
     """From step 3, and its text written anew, to 6: every loss and every byte is the same."""
-    whole = run("whole")
     assert state(whole)["identity"]["data"]["replay"]["tokens"] == TOKENS
     shutil.copytree(whole, whole.parent / "again")
     shutil.rmtree(training_checkpoints(whole.parent / "again")[1])
@@ -337,11 +342,13 @@ def test_a_run_with_replay_resumes_exactly(run: Callable[..., Path]) -> None:
     assert losses(run("without", replay__share=0.0)) != losses(whole)
 
 
-def test_two_processes_replay_the_same(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_processes_replay_the_same(
+    run: Callable[..., Path], whole: Path, tmp_path: Path
+) -> None:
     """One of them has the base write, the other waits; then they read as one does."""
-    one, two = run("one"), run("two", processes=2, data__cache_dir=tmp_path / "cache2")
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert state(two)["identity"] == state(one)["identity"]
+    two = run("two", processes=2, data__cache_dir=tmp_path / "cache")
+    assert losses(two) == pytest.approx(losses(whole), rel=1e-5)
+    assert state(two)["identity"] == state(whole)["identity"]
 
 
 def test_a_run_does_not_go_on_with_other_replayed_text(
@@ -358,11 +365,13 @@ def test_a_run_does_not_go_on_with_other_replayed_text(
         run("other", replay__data=text)
 
 
-def test_a_spike_names_replayed_text(run: Callable[..., Path], home: Path) -> None:
+def test_a_spike_names_replayed_text(run: Callable[..., Path], home: Path, tmp_path: Path) -> None:
     """The replay is a source like the others; and the text can be the user's own."""
     text = home / "general.txt"
     # Nothing is learned, and every loss over the median is a spike.
     changes = {"train__steps": 24, "optim__lr": 1e-9, "log_spikes": 1e-6, "replay__share": 0.5}
+    changes |= {"train__batch_size": 2, "save__every": 24, "eval__every": 24}
+    changes |= {"data__cache_dir": tmp_path / "cache"}
     path = run("spike", replay__data=text, **changes)
     named = {
         sequence["source"]
@@ -371,7 +380,7 @@ def test_a_spike_names_replayed_text(run: Callable[..., Path], home: Path) -> No
         for sequence in record["sequences"]
     }
     assert named == {"replay", str(home / "train.txt")}
-    assert not any("written_by" in f.read_text() for f in path.parent.glob("cache/*/index.json"))
+    assert not any("written_by" in f.read_text() for f in tmp_path.glob("cache/*/index.json"))
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -391,7 +400,7 @@ VALID = Settings(
         ({"replay": ReplaySettings(share=0.1, temperature=0.0)}, "replay.temperature is 0.0"),
         ({"replay": ReplaySettings(share=0.1, batch_size=0)}, "replay.batch_size is 0"),
         ({"replay": ReplaySettings(share=0.1, seed=-1)}, "replay.seed is -1"),
-        ({"replay": ReplaySettings(share=0.1, seed=1 << 64)}, "less than 2^64"),
+        ({"replay": ReplaySettings(share=0.1, seed=1 << 64)}, "0 to 2^64 - 1"),
         ({"train": Train(trainable="all")}, "replay goes with train.trainable 'new_blocks'"),
         ({"data": DataSettings(train=("t",), format="chat")}, "'chat' has no replay"),
         (

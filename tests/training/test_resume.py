@@ -1,18 +1,14 @@
-"""A run goes on only as what it was, and alone.
-
-Run as a script, this file is the process that holds the lock.
-"""
+"""A run is resumed only as the run that it was, and by one process group at a time."""
 
 import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,7 +16,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.text.corpus import tokenize
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.resume import RunLock, check_identity, make_identity
+from llamapro.training.resume import check_identity, make_identity, run_lock
 
 # ---- Identity -----------------------------------------------------------------------------------
 
@@ -99,38 +95,46 @@ def test_a_state_that_names_no_parts_is_refused(tmp_path: Path, saved: Any) -> N
 # ---- The lock -----------------------------------------------------------------------------------
 
 
-def hold_lock(run_dir: Path) -> None:
-    with RunLock(run_dir):
-        print("held", flush=True)
-        sys.stdin.read()
+def hold_lock(run_dir: Path, ready: int) -> NoReturn:
+    """Holds the lock until this process, a fork of the test's, is killed."""
+    try:
+        with run_lock(run_dir):
+            os.write(ready, b"held")
+            signal.pause()
+    finally:
+        os._exit(1)
 
 
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
     """It hears who holds the directory; a killed holder holds nothing."""
-    command = [sys.executable, __file__, str(tmp_path / "run")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as other:  # type: ignore[call-overload]
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError) as caught, RunLock(tmp_path / "run"):
+    held, ready = os.pipe()
+    if not (other := os.fork()):
+        hold_lock(tmp_path / "run", ready)
+    os.close(ready)
+    try:
+        assert os.read(held, 4) == b"held"
+        with pytest.raises(ConfigError) as caught, run_lock(tmp_path / "run"):
             pass
-        assert f"pid {other.pid} on {socket.gethostname()}" in str(caught.value)
-        other.kill()
-        other.wait()
+        assert f"pid {other} on {socket.gethostname()}" in str(caught.value)
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+        os.close(held)
     assert (tmp_path / "run" / "lock").exists()
-    with RunLock(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         assert f"pid {os.getpid()} " in (tmp_path / "run" / "lock").read_text()
 
 
 def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
     """A run directory stays if it was there before, or holds something now."""
-    with RunLock(tmp_path / "a" / "run"):
+    with run_lock(tmp_path / "a" / "run"):
         assert (tmp_path / "a" / "run" / "lock").exists()
     assert not (tmp_path / "a" / "run").exists()
     (tmp_path / "there").mkdir()
-    with RunLock(tmp_path / "there"):
+    with run_lock(tmp_path / "there"):
         pass
     assert list((tmp_path / "there").iterdir()) == []
-    with RunLock(tmp_path / "used"):
+    with run_lock(tmp_path / "used"):
         (tmp_path / "used" / "run.json").write_text("{}")
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["run.json"]
 
@@ -148,9 +152,9 @@ def test_a_lock_file_that_is_removed_meanwhile_locks_nothing(
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with RunLock(tmp_path):
+    with run_lock(tmp_path):
         assert len(calls) == 2
-        with pytest.raises(ConfigError, match="another run"), RunLock(tmp_path):
+        with pytest.raises(ConfigError, match="another run"), run_lock(tmp_path):
             pass
 
 
@@ -159,10 +163,6 @@ def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with (
         pytest.raises(ConfigError, match="cannot be locked: File exists"),
-        RunLock(tmp_path / "run"),
+        run_lock(tmp_path / "run"),
     ):
         pass
-
-
-if __name__ == "__main__":
-    hold_lock(Path(sys.argv[1]))

@@ -24,7 +24,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.conversion.expand import expand_checkpoint
 
-STEPS, BATCH, MICRO_BATCHES = 9, 12, 3
+STEPS, EVERY, BATCH, MICRO_BATCHES = 6, 2, 8, 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NEW = ("model.layers.1.", "model.layers.3.")
 WORKER = Path(__file__).with_name("resume_worker.py")
@@ -65,9 +65,9 @@ class Run:
             "train.batch_size": BATCH,
             "train.micro_batch_size": BATCH // MICRO_BATCHES // processes,
             "optim.lr": 1e-2,
-            "eval.every": 3,
-            "eval.sequences": 5,
-            "save.every": 3,
+            "eval.every": EVERY,
+            "eval.sequences": 3,
+            "save.every": EVERY,
             "save.keep": STEPS,
             "log_every": 1,
             "run_dir": self.path,
@@ -123,15 +123,15 @@ def home(
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
 ) -> Path:
-    """A model of odd shapes with 2 new blocks, and sources that last for less than 9 steps."""
+    """A model of odd shapes with 2 new blocks, and sources that last for less than 6 steps."""
     home = tmp_path_factory.mktemp("resume")
     odd = {"hidden_size": 30, "intermediate_size": 50, "vocab_size": 403, "num_hidden_layers": 2}
     odd |= {"num_attention_heads": 5, "num_key_value_heads": 1}
     base = write_random_checkpoint(home / "base", tiny_config(**odd))
     expand_checkpoint(Checkpoint.open(base), home / "pro", expansion.interleave(2, 2))
     text = Path(textwrap.__file__).read_text(encoding="utf-8")
-    (home / "a.txt").write_text(text[:1500])
-    (home / "b.txt").write_text(text[1500:2500])
+    (home / "a.txt").write_text(text[:700])
+    (home / "b.txt").write_text(text[700:1200])
     (home / "val.txt").write_text(text[2500:4000])
     return home
 
@@ -150,21 +150,21 @@ def start(
 
 @pytest.fixture(scope="module")
 def straight(start: Callable[..., Run]) -> Callable[..., Run]:
-    """`straight(processes, **changes) -> Run`: 9 steps that nothing disturbs, run once."""
+    """`straight(processes, **changes) -> Run`: 6 steps that nothing disturbs, run once."""
     return cache(start)
 
 
 @pytest.fixture(scope="module")
 def resumed(start: Callable[..., Run]) -> Callable[[int], Run]:
-    """`resumed(processes) -> Run`: killed in the seventh step, before the third of its three
-    micro-batches; from step 5 on it logs, saves and evaluates at other intervals."""
+    """`resumed(processes) -> Run`: killed in the fifth step, before the second of its two
+    micro-batches; from step 3 on it logs, saves and evaluates at other intervals."""
 
     @cache
     def run(processes: int) -> Run:
-        die = (processes - 1, 6 * MICRO_BATCHES + 3)
-        run = start(processes, die=die, save__every=5, eval__every=4)
-        assert run.last() == 5 and len(run.samples()) == 6
-        return run.go(processes, log_every=3, save__every=4, eval__every=3)
+        die = (processes - 1, 4 * MICRO_BATCHES + 2)
+        run = start(processes, die=die, save__every=3, eval__every=4)
+        assert run.last() == 3 and len(run.samples()) == 4
+        return run.go(processes, log_every=3, save__every=4, eval__every=2)
 
     return run
 
@@ -184,7 +184,7 @@ def assert_same_up_to_rounding(run: Run, other: Run) -> None:
     """All losses of all steps; tokens and learning rates are the same.
 
     Matrix products of other sizes and sums over ranks add the same fp32 numbers in another order.
-    Among so few (sums of 16, 30, 50 and 192 terms) that is a few units in the last place of a loss
+    Among so few (sums of 16, 30, 50 and 128 terms) that is a few units in the last place of a loss
     near 6, and the updates hand it on: 2e-6 is 17 of them.
     """
     for kind in ("train", "eval"):
@@ -204,22 +204,22 @@ def test_a_run_killed_while_it_accumulates_ends_with_the_same_bits(
     """SIGKILL in an accumulation window, other intervals after it: all numbers, weights, moments
     and data are those of the run that was left alone."""
     whole, run = straight(processes), resumed(processes)
-    assert_goes_on_from(run, run.checkpoint(5), range(processes))
-    assert run.samples(0) == whole.samples()[:6]
-    assert run.samples(1) == whole.samples()[5:]
+    assert_goes_on_from(run, run.checkpoint(3), range(processes))
+    assert run.samples(0) == whole.samples()[:4]
+    assert run.samples(1) == whole.samples()[3:]
     keys = ("loss", "grad_norm", "learning_rate", "tokens")
     found, expected = run.metrics("train", *keys), whole.metrics("train", *keys)
-    assert list(found) == [1, 2, 3, 4, 5, 6, 9] and list(expected) == [*range(1, 10)]
+    assert list(found) == [1, 2, 3, 6] and list(expected) == [*range(1, 7)]
     assert found.items() <= expected.items()
     found, expected = run.metrics("eval", "loss"), whole.metrics("eval", "loss")
-    assert list(found) == [0, 4, 6, 9] and list(expected) == [0, 3, 6, 9]
-    assert [found[step] for step in (0, 6, 9)] == [expected[step] for step in (0, 6, 9)]
+    assert list(found) == [0, 4, 6] and list(expected) == [0, 2, 4, 6]
+    assert found.items() <= expected.items()
     for file in ("trainable.safetensors", "optimizer.safetensors"):
         first, second = (r.checkpoint(STEPS) / file for r in (whole, run))
         assert first.read_bytes() == second.read_bytes(), file
 
 
-@pytest.mark.parametrize("trainable", ["new_blocks", "all"])
+@pytest.mark.parametrize("trainable", [pytest.param("new_blocks", marks=pytest.mark.slow), "all"])
 def test_four_processes_then_two_then_one_are_one_run(
     trainable: str, start: Callable[..., Run], straight: Callable[..., Run]
 ) -> None:
@@ -227,15 +227,15 @@ def test_four_processes_then_two_then_one_are_one_run(
     samples, weights and moments are resharded to the bit, and losses differ by rounding."""
     changes: dict[str, Any] = {"train__trainable": trainable}
     whole = straight(1, **changes)
-    run = start(4, die=(2, 3 * MICRO_BATCHES + 2), **changes)
-    samples = run.samples()[:3]
-    assert run.last() == 3
-    run.go(2, die=(0, 3 * MICRO_BATCHES + 3), **changes)
-    assert_goes_on_from(run, run.checkpoint(3), range(2))
-    samples += run.samples()[:3]
-    assert run.last() == 6
+    run = start(4, die=(2, EVERY * MICRO_BATCHES + 2), **changes)
+    samples = run.samples()[:EVERY]
+    assert run.last() == EVERY
+    run.go(2, die=(0, EVERY * MICRO_BATCHES + 2), **changes)
+    assert_goes_on_from(run, run.checkpoint(EVERY), range(2))
+    samples += run.samples()[:EVERY]
+    assert run.last() == 2 * EVERY
     run.go(1, **changes)
-    assert_goes_on_from(run, run.checkpoint(6), range(1))
+    assert_goes_on_from(run, run.checkpoint(2 * EVERY), range(1))
     assert samples + run.samples() == whole.samples()
     assert_same_up_to_rounding(run, whole)
 
@@ -246,14 +246,15 @@ def test_other_ways_to_spread_the_model_go_on_from_each_other(
     """From one process to two groups of two with frozen weights on each (HSDP), to two processes
     that keep them gathered: one run."""
     whole = straight(1)
-    run = start(1, die=(0, 3 * MICRO_BATCHES + 2))
-    run.go(4, die=(3, 3 * MICRO_BATCHES + 2), train__shard_size=2, train__frozen="replicate")
+    die = EVERY * MICRO_BATCHES + 2
+    run = start(1, die=(0, die))
+    run.go(4, die=(3, die), train__shard_size=2, train__frozen="replicate")
     for group in (range(2), range(2, 4)):
-        assert_goes_on_from(run, run.checkpoint(3), group)
-    assert run.samples()[:3] == whole.samples()[3:6] and run.last() == 6
+        assert_goes_on_from(run, run.checkpoint(EVERY), group)
+    assert run.samples()[:EVERY] == whole.samples()[EVERY : 2 * EVERY] and run.last() == 2 * EVERY
     run.go(2, train__frozen="gather")
-    assert_goes_on_from(run, run.checkpoint(6), range(2))
-    assert run.samples() == whole.samples()[6:]
+    assert_goes_on_from(run, run.checkpoint(2 * EVERY), range(2))
+    assert run.samples() == whole.samples()[2 * EVERY :]
     assert_same_up_to_rounding(run, whole)
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from llamapro.checkpoints.run import read_metrics
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import UserError
+from llamapro.scripts import train
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_the_assistants_tokens(
 
 
 def test_what_cannot_be_used_is_found_before_training(
-    options: Callable[..., list[str]], train_module: ModuleType, tmp_path: Path
+    options: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """By --dry-run, all of it in one message with file and row; nothing is written to the run."""
     rows: list[Any] = [
@@ -121,7 +121,7 @@ def test_what_cannot_be_used_is_found_before_training(
     bad = tmp_path / "bad.jsonl"
     bad.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError) as caught:
-        train_module.main(options(tmp_path / "run", data__train=bad, dry_run=""))
+        train.main(options(tmp_path / "run", data__train=bad, dry_run=""))
     message = str(caught.value)
     for row in (1, 2, 4, 5):
         assert f"{bad}:{row}: " in message
@@ -130,13 +130,13 @@ def test_what_cannot_be_used_is_found_before_training(
 
 
 def test_a_model_without_a_template_is_told_what_to_give(
-    options: Callable[..., list[str]], train_module: ModuleType, tmp_path: Path
+    options: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """And a template of another model's tokens is refused."""
     for template, expected in (("", "no chat template"), ("llama3", r"<\|start_header_id\|>")):
         words = [*options(tmp_path / "run", dry_run=""), "--data.chat-template", template]
         with pytest.raises(UserError, match=expected):
-            train_module.main(words)
+            train.main(words)
 
 
 @pytest.mark.slow
