@@ -115,6 +115,7 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
 
     Raises:
         ConfigError: the prompt is too long.
+        CheckpointError: `generation_config.json` is damaged.
         DataError: the prompt is empty, and the tokenizer names no token to start from.
     """
     prompt = tokenizer.encode_prompt(args.prompt)
@@ -124,6 +125,7 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
         raise ConfigError(
             f"--prompt has {len(prompt)} tokens; the context of {args.dir} is {context}: shorten it"
         )
+    ends = end_ids(checkpoint.config, tokenizer)
     model = args.load(checkpoint)
 
     def show(text: str) -> None:
@@ -140,7 +142,7 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
         args.temperature,
         args.top_p,
         args.seed,
-        end_ids(model.config, tokenizer),
+        ends,
     ):
         count += token_id is not None
         pieces.append(piece)
