@@ -136,10 +136,16 @@ class Expand(Output):
     """Largest safetensors file, in GB (10^9 bytes)."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.conversion.expand import expand_checkpoint
+        from llamapro.conversion.expand import choose_layout, expand_checkpoint
 
         base = open_checkpoint(self.base_dir)
-        layout = self.layout(base.config.num_hidden_layers)
+        layout = choose_layout(
+            base.config.num_hidden_layers,
+            num_new_blocks=self.num_new_blocks,
+            blocks_per_group=self.blocks_per_group,
+            after=self.after,
+            placement=self.placement,
+        )
         if not 0 < self.max_shard_gb < float("inf"):
             raise ConfigError(f"--max-shard-gb {self.max_shard_gb}: expected more than 0")
         shard_bytes = int(self.max_shard_gb * 1e9)
@@ -156,22 +162,6 @@ class Expand(Output):
             f"{added}"
             f"verified: logits of {result['tokens_compared']} random tokens bit-equal to the base's"
         )
-
-    def layout(self, num_layers: int) -> Any:
-        """Returns where the options put the new blocks."""
-        from llamapro import expansion
-
-        if self.after is not None and self.num_new_blocks is None:
-            try:
-                layers = [int(layer) for layer in self.after.split(",")]
-            except ValueError:
-                raise ConfigError(f"--after {self.after!r}: expected layers like 3,7,11") from None
-            return expansion.insert_after(num_layers, layers)
-        if self.after is not None or self.num_new_blocks is None:
-            raise ConfigError("expand: give either --num-new-blocks N or --after LAYERS")
-        if self.placement == "interleave":
-            return expansion.interleave(num_layers, self.num_new_blocks, self.blocks_per_group)
-        return expansion.stack(num_layers, self.num_new_blocks, self.placement)
 
 
 @dataclass(kw_only=True)
@@ -190,31 +180,14 @@ class Merge(Output):
     """More BLOCKS, if any, then the checkpoint directory to create."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint, merge_many
+        from llamapro.conversion.merge import merge, render
 
         # Options may follow the last words only if these are one list.
         if not self.more_and_out:
             raise ConfigError("merge: OUT_DIR is missing: give EXPANDED_DIR BLOCKS OUT_DIR")
         *more, out_dir = self.more_and_out
-        if more:
-            files = [self.blocks, *more]
-            expanded = open_checkpoint(self.expanded_dir)
-            result = merge_many(expanded, files, out_dir, self.force)
-            return result, (
-                f"{out_dir}: {result['layers']} layers, base tensors intact\n"
-                f"new blocks   {result['new_layers']} of {len(files)} files\n"
-                f"copied from  {result['source_layers']}"
-            )
-        if self.expanded_dir.is_file():
-            result = assemble_checkpoint(self.expanded_dir, self.blocks, out_dir, self.force)
-        else:
-            expanded = open_checkpoint(self.expanded_dir)
-            result = merge_checkpoint(expanded, self.blocks, out_dir, self.force)
-        base = "base tensors intact" if result["base_intact"] else "all tensors trained"
-        return result, (
-            f"{out_dir}: {result['tensors_replaced']} trained tensors of step {result['step']} "
-            f"merged, {base}"
-        )
+        result = merge(self.expanded_dir, [self.blocks, *more], out_dir, self.force)
+        return result, render(out_dir, result)
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,34 @@ from llamapro.conversion.companions import write_companions
 from llamapro.conversion.model_card import keep_base_card
 from llamapro.conversion.rewrite import Part, Target, hashed, rewritten, zeros
 from llamapro.conversion.verify import compare_logits
-from llamapro.errors import CheckpointError
+from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout
 from llamapro.files import refuse_source
+
+
+def choose_layout(
+    num_layers: int,
+    num_new_blocks: int | None,
+    blocks_per_group: int,
+    after: str | None,
+    placement: str,
+) -> Layout:
+    """Returns where the options of the command `expand` put new blocks in a base of `num_layers`.
+
+    Raises:
+        ConfigError: the options contradict each other, or no such layout fits the base.
+    """
+    if after is not None and num_new_blocks is None:
+        try:
+            layers = [int(layer) for layer in after.split(",")]
+        except ValueError:
+            raise ConfigError(f"--after {after!r}: expected layers like 3,7,11") from None
+        return expansion.insert_after(num_layers, layers)
+    if after is not None or num_new_blocks is None:
+        raise ConfigError("expand: give either --num-new-blocks N or --after LAYERS")
+    if placement == "interleave":
+        return expansion.interleave(num_layers, num_new_blocks, blocks_per_group)
+    return expansion.stack(num_layers, num_new_blocks, placement)
 
 
 def expand_checkpoint(

@@ -50,6 +50,34 @@ from llamapro.text.vocabulary import JSON_NAME
 # ---- One file ----------------------------------------------------------------------------------
 
 
+def merge(
+    source: Path, blocks: Sequence[Path], out_dir: Path, force: bool = False
+) -> dict[str, Any]:
+    """Merges into the checkpoint or `config.json` at `source`, as what is given demands.
+
+    The other arguments, the result and the errors are those of `merge_checkpoint`, of `merge_many`
+    if there are several `blocks`, and of `assemble_checkpoint` if `source` is a file.
+    """
+    if len(blocks) > 1:
+        return merge_many(Checkpoint.open(source), blocks, out_dir, force)
+    if source.is_file():
+        return assemble_checkpoint(source, blocks[0], out_dir, force)
+    return merge_checkpoint(Checkpoint.open(source), blocks[0], out_dir, force)
+
+
+def render(out_dir: Path, result: dict[str, Any]) -> str:
+    """Returns the result of `merge` as text."""
+    if "new_layers" in result:
+        return (
+            f"{out_dir}: {result['layers']} layers, base tensors intact\n"
+            f"new blocks   {result['new_layers']} of {len(result['blocks'])} files\n"
+            f"copied from  {result['source_layers']}"
+        )
+    base = "base tensors intact" if result["base_intact"] else "all tensors trained"
+    replaced, step = result["tensors_replaced"], result["step"]
+    return f"{out_dir}: {replaced} trained tensors of step {step} merged, {base}"
+
+
 def merge_checkpoint(
     expanded: Checkpoint,
     blocks_path: str | Path,
