@@ -6,6 +6,7 @@ With `-m ecosystem`, where lm_eval is installed: pip install 'llamapro[lm-eval]'
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -178,10 +179,15 @@ def test_the_readmes_command_runs_without_a_gpu(
     assert all(len(rows) == 14 for rows in samples.values())
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
 def test_every_number_of_the_example_is_that_of_the_readmes_command(
-    run: Callable[..., Results], root: Path, checkpoint: Path
+    run: Callable[..., Results], root: Path, checkpoint: Path, tmp_path: Path, adds_bos: bool
 ) -> None:
     """Metrics, texts and log-probabilities agree in fp32, numbers up to rounding."""
+    if not adds_bos:
+        checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "no_bos"))
+        file = checkpoint / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": False}))
     command = " ".join(readme_command(root, checkpoint)).replace("bfloat16", "float32").split()
     theirs = run(*command)
     example = ["examples/lm_eval_model.py", "--model", "llamapro"]
