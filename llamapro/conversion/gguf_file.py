@@ -23,7 +23,7 @@ from llamapro.errors import CheckpointError, ConfigError
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _NUMBERS |= {12: "d"}
 _FLOAT32, _TEXT, _ARRAY = 6, 8, 9
-MAX_HEADER_BYTES = 1 << 28  # Llama 3's header, with its vocabulary, has 8 MB
+MAX_HEADER_BYTES = 1 << 26  # Llama 3's header, with its vocabulary, has 8 MB
 MAX_TENSORS = 1 << 16
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 

@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from llamapro.text.vocabulary import JSON_NAME, LLAMA_3_PATTERN, byte_characters
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as in sentencepiece
 _NO_ID = (1 << 32) - 1
+# Roles of tokens: GGUF's name -> that of sentencepiece and transformers.
+_NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 
 # ---- How text is cut before the merges, from the tokenizer.json of each model named -------------
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _QWEN2 = LLAMA_3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_SEED_CODER = _QWEN2.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")
+_PORO = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
@@ -35,12 +40,15 @@ _DEEPSEEK_V3 = (
 _CHINESE = "[一-龥\u0800-一가-\ud7ff]+"
 # Each pattern cuts the pieces that the one before it left.
 _CUTS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"): (LLAMA_3_PATTERN,),
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"): (LLAMA_3_PATTERN,),
     ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"): (LLAMA_3_PATTERN,),
     ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum"): (_GPT2,),
     ("smollm", "starcoder", "refact", "command-r", "codeshell"): (r"\p{N}", _GPT2),
     ("exaone", "minerva-7b"): (r"\p{N}", _GPT2),
     ("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"): (_QWEN2,),
+    ("seed-coder",): (_SEED_CODER,),
+    ("poro-chat",): (_PORO,),
+    ("viking",): (_PORO, r"\p{N}"),
     ("tekken",): (_TEKKEN,),
     ("falcon",): (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
     ("deepseek-coder",): (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, r"\p{N}"),
@@ -49,7 +57,7 @@ _CUTS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 PATTERNS = {name: patterns for names, patterns in _CUTS.items() for name in names}
 # A piece that is a token is that token, even if no merges lead to it; and BOS is put first.
-_LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+_LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "tekken")
 
 
 @dataclass(frozen=True)
@@ -113,16 +121,7 @@ def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGU
     }
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{
-            f"{name}_token": tokens[ids[role]]
-            for role, name in (
-                ("bos", "bos"),
-                ("eos", "eos"),
-                ("unknown", "unk"),
-                ("padding", "pad"),
-            )
-            if role in ids
-        },
+        **{f"{name}_token": tokens[ids[role]] for role, name in _NAMES.items() if role in ids},
         "add_bos_token": has_frame["bos"],
         "add_eos_token": has_frame["eos"],
         "clean_up_tokenization_spaces": False,  # true would take spaces away from decoded text
@@ -133,6 +132,12 @@ def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGU
     files: dict[str, str | bytes] = {}
     try:
         if kind == "gpt2":
+            if "tokenizer.ggml.pre" not in metadata:
+                print(
+                    f"{file}: does not name the way text is cut (tokenizer.ggml.pre); took "
+                    "llama.cpp's 'default', which may not be the model's",
+                    file=sys.stderr,
+                )
             tokenizer = _byte_level(tokens, types, get("merges"), pre, file)
         else:
             if get("remove_extra_whitespaces", False):
@@ -177,9 +182,9 @@ def _tokens(tokens: Any, types: Any, vocab_size: int, file: Path) -> tuple[list[
             f"{file}: tokenizer.ggml.token_type must list a type for each of {len(tokens):,} tokens"
         )
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-    if len(set(tokens)) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
-        raise DataError(f"{file}: tokenizer.ggml.tokens has {twice[:80]!r} twice")
+    ((most, count),) = Counter(tokens).most_common(1)
+    if count > 1:
+        raise DataError(f"{file}: tokenizer.ggml.tokens has {most[:80]!r} twice")
     return tokens, list(types)
 
 
@@ -238,7 +243,7 @@ def _sentencepiece(
     model.trainer_spec.model_type = proto.TrainerSpec.BPE
     model.trainer_spec.vocab_size = len(tokens)
     model.trainer_spec.byte_fallback = True
-    for role, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+    for role, name in _NAMES.items():
         setattr(model.trainer_spec, f"{name}_id", ids.get(role, -1))
         if role in ids:
             setattr(model.trainer_spec, f"{name}_piece", tokens[ids[role]])

@@ -181,6 +181,14 @@ def test_a_model_without_a_tokenizer_is_converted_with_a_note(
     assert not list(directory.glob("tokenizer*"))
 
 
+def test_a_cut_that_is_not_named_is_the_default_with_a_note(
+    convert: Callable[[dict[str, Any]], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = convert(byte_level("default") | {"tokenizer.ggml.pre": None})
+    assert "does not name the way text is cut (tokenizer.ggml.pre)" in capsys.readouterr().err
+    assert backend(directory).encode(TEXTS[0]).ids == RECORDED["ids"]["default"][0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
