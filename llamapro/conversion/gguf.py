@@ -252,7 +252,7 @@ def _rope_scaling(
     if (values == 1).all():
         return {}
     context = metadata.get("llama.rope.scaling.original_context_length", 8192)
-    scaling = _llama3_scaling(values, config, context)
+    scaling = _llama3_scaling(values, config, context) if type(context) is int else None
     if scaling is None:
         raise ConfigError(
             f"{file}: the factors in {ROPE_FACTORS!r} are not Llama 3.1's for any parameters; "

@@ -63,6 +63,8 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], list[P
     """
     metadata, tensors = _read_file(file)
     count = metadata.get("split.count", 0)
+    if type(count) is not int:
+        raise CheckpointError(f"{file}: split.count is {count!r}, expected a whole number")
     if count <= 1:
         return metadata, tensors, [file]
     match = _PART.fullmatch(file.name)

@@ -241,6 +241,7 @@ def test_factors_of_one_mean_no_scaling(model: Callable[..., Path], tmp_path: Pa
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8, not supported"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
         ({"llama.context_length": 0}, "max_position_embeddings is 0"),
+        ({"split.count": "two"}, "split.count is 'two', expected a whole number"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn', not supported"),
         ({"llama.feed_forward_length": 64}, "'blk.0.ffn_gate.weight' is [32, 32], its metadata"),
         ({"llama.attention.head_count": [2, 2]}, "num_attention_heads is [2, 2], expected"),
