@@ -35,7 +35,7 @@ from llamapro.model import LlamaForCausalLM
 from llamapro.text.corpus import encode_pieces
 from llamapro.text.documents import Counts, find_files, read_pieces
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.replay import write_documents
+from llamapro.training.replay import Opening, write_documents
 from llamapro.training.settings import ReplaySettings
 
 SCORES = {"similar": "cosine", "unimportant": "loss increase"}  # what each choice measures
@@ -173,7 +173,7 @@ def _write(model: LlamaForCausalLM, tokenizer: Tokenizer, tokens: int, context: 
         raise CheckpointError(f"{tokenizer.path.parent}: NaN or infinity in the logits after BOS")
     ends = end_ids(model.config, tokenizer)
     settings = ReplaySettings(temperature=1.0, seed=0)
-    stream = chain.from_iterable(write_documents(model, [start], ends, context, settings))
+    stream = chain.from_iterable(write_documents(model, [Opening(start)], ends, context, settings))
     return list(tqdm(islice(stream, tokens), "write text", tokens, unit="tok", disable=None))
 
 

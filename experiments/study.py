@@ -36,10 +36,11 @@ from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError
 from llamapro.inference.multiple_choice import read_choices
+from llamapro.inference.sampling import end_ids
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.job import Job
 from llamapro.training.preset import parse as parse_train
-from llamapro.training.replay import read_prompts
+from llamapro.training.replay import read_openings
 from llamapro.training.settings import check as check_train
 
 RESULTS = "results.json"
@@ -83,7 +84,8 @@ def check_inputs(s: StudySettings, studies: Sequence[Study]) -> None:
             Job.open(settings)
         tokenizer, context = Tokenizer.load(base.path), base.config.max_position_embeddings
         if any(v.writing for v in study.variants):
-            read_prompts("", tokenizer, s.seq_len)
+            ends = end_ids(base.config, tokenizer)
+            read_openings("", base.path, tokenizer, ends, s.seq_len)
         if s.choices:
             read_choices(s.choices, tokenizer, context, 0)
         if s.seq_len > context:

@@ -44,7 +44,7 @@ from llamapro.training.metrics import Run, read_run, summarize
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
 from llamapro.training.preset import parse
-from llamapro.training.replay import write_documents
+from llamapro.training.replay import Opening, write_documents
 from llamapro.training.settings import ReplaySettings, check
 from llamapro.training.weights import init_random
 
@@ -235,7 +235,7 @@ def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Lets the base write text for replay, within `replay_s` seconds."""
     settings = parse([*about["argv"], "--run-dir", str(out / "run")])
     started = time.perf_counter()
-    store = Job.open(settings).replay(device_of(settings.train.device))
+    store = Job.open(settings).replay(device_of(settings.train.device), 0, {})
     return {"replay_s": time.perf_counter() - started, "tokens": store.tokens}
 
 
@@ -247,7 +247,7 @@ def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
     settings = ReplaySettings(seed=HELD_OUT_SEED, batch_size=64)
     ends = end_ids(checkpoint.config, tokenizer)
     texts, tokens = [], 0
-    starts = [tokenizer.document_start()]
+    starts = [Opening(tokenizer.document_start())]
     for ids in write_documents(model, starts, ends, about["length"], settings):
         texts.append(tokenizer.decode(ids))
         tokens += len(ids)

@@ -110,6 +110,12 @@ class ChatTemplate:
             )
         return cls(stored, tokenizer, str(file))
 
+    @staticmethod
+    def is_in(directory: str | Path) -> bool:
+        """Whether a model's directory holds a chat template of its own."""
+        config = read_object(Path(directory, "tokenizer_config.json"))
+        return Path(directory, "chat_template.jinja").exists() or bool(config.get("chat_template"))
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Returns a conversation as text, as transformers' `apply_chat_template` does.
 

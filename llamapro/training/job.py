@@ -3,6 +3,7 @@
 The texts that a run prints before its first step and after its last one are made here too.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from llamapro.checkpoints.run import load_state, newest_intact, training_checkpo
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.formatting import format_count
+from llamapro.inference.sampling import end_ids
 from llamapro.model import build_on_meta
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import tokenize
@@ -31,11 +33,13 @@ from llamapro.training.plan import make_plan, render
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import find_preset
 from llamapro.training.progress import say
-from llamapro.training.replay import describe_mix, read_prompts, written_by_base
+from llamapro.training.replay import describe_mix, read_openings, written_by_base
 from llamapro.training.resume import changes, check_identity, find_resume_point, make_identity
 from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
 from llamapro.training.weights import first_new_row, freeze, stored_name
+
+MOST_WRITTEN = 1_000_000  # tokens that the base writes, unless the user asks for more
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,10 @@ class Job:
         replay = [settings.replay.data] if settings.replay.data else []
         for patterns in [settings.data.train, *val.values(), *replay]:
             find_files(patterns)  # raises DataError for a pattern that matches nothing
-        if settings.replay.share and not settings.replay.data:  # raises if there is no prompt
-            read_prompts(settings.replay.prompts, tokenizer, settings.data.seq_len)
+        if settings.replay.share and not settings.replay.data and checkpoint:  # raises if it cannot
+            ends = end_ids(config, tokenizer)
+            length = settings.data.seq_len
+            read_openings(settings.replay.prompts, checkpoint.path, tokenizer, ends, length)
         preset = Path(settings.config).stem or "run"
         run_dir = Path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)
@@ -128,8 +134,12 @@ class Job:
             for label, paths in corpora.items()
         }
 
-    def replay(self, device: torch.device) -> TokenStore:
+    def replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
         """Returns the replayed text: the user's, or the one that the base writes on this device.
+
+        Args:
+            trained: tokens of an epoch, without replay.
+            saved: the run's identity; a run that resumes has the text it had.
 
         Raises:
             ConfigError, DataError: as `written_by_base` and `tokenize`.
@@ -139,8 +149,16 @@ class Job:
             how = (s.data.cache_dir, s.data.text_key, s.data.workers, "replay")
             return tokenize(s.replay.data, self.tokenizer, *how)
         assert self.checkpoint is not None  # else all weights train, which `check` refuses
+        tokens = s.replay.tokens
+        if not tokens and self.resume_from is not None:
+            tokens = saved["data"]["replay"]["tokens"]
+        if not tokens:
+            steps = s.steps(round(trained / s.data.seq_len / (1 - s.replay.share)))
+            replayed = math.ceil(steps * s.train.batch_size * s.replay.share) * s.data.seq_len
+            tokens = min(max(replayed, s.data.seq_len + 1), MOST_WRITTEN)
+        replay = replace(s.replay, tokens=tokens)
         where = (s.data.cache_dir, self.compute_dtype, device)
-        return written_by_base(self.checkpoint, self.tokenizer, s.replay, s.data.seq_len, *where)
+        return written_by_base(self.checkpoint, self.tokenizer, replay, s.data.seq_len, *where)
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """Makes the checks that a run would make; returns the plan, JSON-able and as text.
@@ -255,7 +273,8 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
         with stop.interrupting():
             stores = job.tokenize()
             if s.replay.share:
-                stores["replay"] = job.replay(ranks.device)
+                trained = sum(stores[f"train {path}"].tokens for path in s.data.train)
+                stores["replay"] = job.replay(ranks.device, trained, state.identity)
             model = build_on_meta(job.config)
             trainable = freeze(model, s.train.trainable, s.train.new_tokens)
             names = [stored_name(name, job.first_new_row) for name in trainable]

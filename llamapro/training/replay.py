@@ -11,9 +11,9 @@ so this is Li & Hoiem's "Learning without Forgetting" (2016) with no second set 
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,93 +24,167 @@ from llamapro.checkpoints.base import contained_base, contained_base_sha256, loa
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.errors import ConfigError, DataError
-from llamapro.inference.sampling import end_ids, generate
+from llamapro.inference.cache import KVCache
+from llamapro.inference.sampling import end_ids, sample
 from llamapro.model import LlamaForCausalLM
+from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore, cached
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.settings import ReplaySettings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
+class Opening(NamedTuple):
+    """What a document begins with.
+
+    Attributes:
+        ids: its first tokens.
+        then: tokens that follow the first end, once: in a chat they end the user's message, which
+            the base wrote, and open the answer. Without them the first end is the document's.
+    """
+
+    ids: Sequence[int]
+    then: Sequence[int] = ()
+
+
+class _Row:
+    """One row of the batch: the document that is being written in it."""
+
+    def __init__(self, number: int, opening: Opening) -> None:
+        self.number, self.document = number, list[int]()
+        self._given, self._then = list(opening.ids), list(opening.then)
+        self.is_ended = False
+
+    def take(self, sampled: int, end_ids: Collection[int]) -> int:
+        """Appends the next token, given or sampled, and returns it."""
+        is_end = not self._given and sampled in end_ids
+        if is_end and self._then:
+            self._given, self._then, is_end = self._then, [], False
+        token = self._given.pop(0) if self._given else sampled
+        self.document.append(token)
+        self.is_ended = is_end
+        return token
+
+
+@torch.inference_mode()
 def write_documents(
     base: LlamaForCausalLM,
-    prompts: Sequence[list[int]],
-    end_ids: set[int],
+    openings: Sequence[Opening],
+    end_ids: Collection[int],
     length: int,
     settings: ReplaySettings,
 ) -> Iterator[list[int]]:
-    """Yields documents that a model writes, without end.
+    """Yields documents that a model writes, without end, in the order in which they were begun.
+
+    A row of the batch whose document is complete begins the next one at once: attention does not
+    look over the border between two documents of a row, as in packed training sequences.
 
     A document leaves out its end if that is the token it began with: the next one begins with it.
 
     Args:
         base: in evaluation mode.
-        prompts: token ids with which documents begin; all are drawn equally often. Those that are
-            continued at the same time have one length.
+        openings: what documents begin with; each is drawn as often as any other.
         end_ids: a document ends with any of them.
         length: the most tokens of a document; one that reaches it has no end token.
         settings: temperature, seed, and number of documents that are written at a time.
     """
     generator, draw = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
+    weight, size, capacity = base.lm_head.weight, settings.batch_size, 2 * length
+    cache = KVCache(base.config, size, capacity, weight.dtype, weight.device)
+    rows = [_Row(number, draw.choice(openings)) for number in range(size)]
+    numbers = torch.zeros(size, capacity, dtype=torch.int64, device=weight.device)
+    complete: dict[int, list[int]] = {}
+    started, yielded = size, 0
+    sampled = [-1] * size  # every document begins with tokens that are given
     while True:
-        size = len(draw.choice(prompts))
-        fitting = [prompt for prompt in prompts if len(prompt) == size]
-        documents = [list(draw.choice(fitting)) for _ in range(settings.batch_size)]
-        is_open = [True] * len(documents)
-        prompt = torch.tensor(documents)  # (B, P)
-        steps = generate(base, prompt, length - size, settings.temperature, seed=generator)
-        for step in steps:
-            for row, token_id in enumerate(step[:, 0].tolist()):
-                if is_open[row]:
-                    documents[row].append(token_id)
-                    is_open[row] = token_id not in end_ids
-            if not any(is_open):
-                break
-        for ids in documents:
-            is_shared = len(ids) > 1 and ids[-1] in end_ids and ids[-1] == ids[0]
-            yield ids[:-1] if is_shared else ids
+        if cache.length == capacity:  # no document reaches back further than `length`
+            for buffer in (*cache.keys, *cache.values, numbers):
+                buffer[:, :length] = buffer[:, length:].clone()
+            cache.length = length
+        ids, at = [], cache.length
+        for index, row in enumerate(rows):
+            if row.is_ended or len(row.document) == length:
+                complete[row.number] = row.document
+                row = rows[index] = _Row(started, draw.choice(openings))
+                started += 1
+            ids.append(row.take(sampled[index], end_ids))
+        numbers[:, at] = torch.tensor([row.number for row in rows], device=weight.device)
+        while yielded in complete:
+            document = complete.pop(yielded)
+            # Where EOS begins documents, the next one's ends this one.
+            is_shared = document[-1] in end_ids and document[-1] == document[0]
+            yield document[:-1] if is_shared and len(document) > 1 else document
+            yielded += 1
+        inputs = torch.tensor(ids, device=weight.device)[:, None]  # (B, 1)
+        x = base.model(inputs, cache, numbers[:, : at + 1])
+        logits = base.lm_head(x[:, -1])  # (B, V)
+        sampled = sample(logits, settings.temperature, 1.0, generator)[:, 0].tolist()
 
 
-def read_prompts(file: str, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """Returns the prompts of the base's documents: their first token, alone or with a line of text.
+def read_openings(
+    file: str, model: str | Path, tokenizer: Tokenizer, ends: Collection[int], length: int
+) -> list[Opening]:
+    """Returns what the base's documents begin with.
 
-    The first token is the one of documents in training: BOS, or EOS where no BOS is added.
+    A base without a chat template writes text: from what stands before a document in training (BOS,
+    or EOS where no BOS is added), or from each line of a file. A base with one also writes chats.
+    Without a file it makes up the user's message too, from the header that stands before it (Xu et
+    al., "Magpie", 2024), and half of the documents are plain text. With a file each line is a
+    user's message.
 
     Args:
-        file: UTF-8 text whose empty lines are skipped; "" for the first token alone.
-        tokenizer: of the base.
-        length: the most tokens of a document; a prompt is shorter.
+        file: UTF-8 text; empty lines are passed over. "": none.
+        model: directory of the base's files.
+        tokenizer: the base's.
+        ends: the ids that end a text.
+        length: tokens of a document; an opening leaves room for one at least.
 
     Raises:
-        ConfigError: there is no file, and neither BOS nor EOS.
-        DataError: the file cannot be read, has no prompt, or has one that is too long.
+        ConfigError: no file, and neither BOS nor EOS.
+        DataError: the file cannot be read, has no prompt, or one that is too long; or the chat
+            template cannot be used.
     """
     start = tokenizer.document_start()
+    template = ChatTemplate.load(model, tokenizer) if ChatTemplate.is_in(model) else None
     if not file:
         if not start:
             raise ConfigError(
                 f"replay.share: {tokenizer.path} has no BOS or EOS that the base could write from; "
                 "give short texts with replay.prompts, or name text with replay.data instead"
             )
-        return [start]
+        chats = [] if template is None else [_chat_opening(template, tokenizer, ends)]
+        return [Opening(start), *chats]
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"replay.prompts {file}: cannot be read as text: {error}") from None
-    prompts = []
+    openings = []
     for number, line in enumerate(lines, 1):
-        ids = start + tokenizer.encode(line)
-        if line.strip() and len(ids) >= length:
+        if not line.strip():
+            continue
+        if template is None:
+            ids = start + tokenizer.encode(line)
+        else:
+            ids = template.encode_prompt([{"role": "user", "content": line}])
+        if len(ids) >= length:
             raise DataError(
                 f"{file}:{number}: a prompt of {len(ids)} tokens; a document has data.seq_len "
                 f"{length} at most"
             )
-        prompts += [ids] if line.strip() else []
-    if not prompts:
+        openings.append(Opening(ids))
+    if not openings:
         raise DataError(f"replay.prompts {file}: has no line of text to use as a prompt")
-    return prompts
+    return openings
+
+
+def _chat_opening(template: ChatTemplate, tokenizer: Tokenizer, ends: Collection[int]) -> Opening:
+    """Returns the header of a user's message, and what stands between it and the answer."""
+    message = "\ue000"  # a private character: no template has it
+    text = template.render([{"role": "user", "content": message}], add_generation_prompt=True)
+    header, then = (tokenizer.encode(part, special=True) for part in text.split(message, 1))
+    return Opening(header, then if then and then[0] in ends else [])
 
 
 def written_by_base(
@@ -136,10 +210,11 @@ def written_by_base(
         dtype, device: of the base while it writes; the device holds it whole.
 
     Raises:
-        ConfigError, DataError: as `read_prompts`; or the disk is full, or the store in the cache is
-            damaged.
+        ConfigError, DataError: as `read_openings`; or the disk is full, or the store in the
+            cache is damaged.
     """
-    prompts = read_prompts(settings.prompts, tokenizer, length)
+    ends = end_ids(checkpoint.config, tokenizer)
+    openings = read_openings(settings.prompts, checkpoint.path, tokenizer, ends, length)
     inside = contained_base(checkpoint)
     hashes = hash_tensors(inside.values(), "hash base")
     made_of = {
@@ -152,12 +227,9 @@ def written_by_base(
         "seed": settings.seed,
         "batch_size": settings.batch_size,
         "length": length,
+        "openings": openings,
+        "ends": sorted(ends),
     }
-    if settings.prompts:
-        made_of["prompts"] = prompts
-    ends = end_ids(checkpoint.config, tokenizer)
-    if more := ends - {*checkpoint.config.eos_token_ids, tokenizer.eos_id}:
-        made_of["more_ends"] = sorted(more)
     vocab_size = inside["model.embed_tokens.weight"].shape[0]
     stored_dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     counts = {"documents": 0, "bytes": 0}
@@ -165,7 +237,7 @@ def written_by_base(
     def write() -> Iterator[NDArray[Any]]:
         """Loads the base, and yields the first `settings.tokens` tokens of its documents."""
         base = load_contained(checkpoint, dtype, device)
-        documents = write_documents(base, prompts, ends, length, settings)
+        documents = write_documents(base, openings, ends, length, settings)
         left = settings.tokens
         with tqdm(total=left, desc="write replay", unit="tok", disable=None) as bar:
             while left > 0:

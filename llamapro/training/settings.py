@@ -59,14 +59,20 @@ class ReplaySettings:
     """General text among the training data, against forgetting. The base inside the expanded model
     writes it once, or files hold it. Needs train.trainable new_blocks."""
 
+    hold: float | str = 0.0
+    """What the model may forget: KL(base || model) in nats per token of replayed text, such as
+    0.02; or, such as 3%, a share of what it learns, the fall of the training loss. Replay is
+    distilled, and its weight adapts. 0 leaves the weight to replay.weight."""
     share: float = 0.0
-    """Share of all sequences that is replayed, 0 to below 1; 0 turns replay off."""
+    """Share of all sequences that is replayed, 0 to below 1; 0 means 0.1 with replay.hold, and no
+    replay without it."""
     data: tuple[str, ...] = ()
     """Your own general text instead of the base's: files, globs, folders."""
     prompts: str = ""
     """File with one short text per line for the base to continue; empty starts new documents."""
-    tokens: int = 1_000_000
-    """Tokens that the base writes. Training repeats them if it needs more."""
+    tokens: int = 0
+    """Tokens that the base writes; 0 means as many as are replayed, at most 1,000,000. Training
+    repeats them if it needs more."""
     temperature: float = 1.0
     """Sampling temperature; 1.0 samples from the base's own distribution."""
     seed: int = 0
@@ -79,6 +85,18 @@ class ReplaySettings:
     data.train as replay.data this is self-distillation on the domain."""
     weight: float = 1.0
     """Factor of the loss of replayed sequences; all other sequences have 1."""
+
+    def __post_init__(self) -> None:
+        if self.hold:  # the class is frozen
+            object.__setattr__(self, "share", self.share or 0.1)
+            object.__setattr__(self, "distill", True)
+
+    @property
+    def held(self) -> tuple[float, bool]:
+        """`hold` as a number, and whether it is a share; raises ValueError if it is neither."""
+        if isinstance(self.hold, str):
+            return float(self.hold.removesuffix("%")) / 100, self.hold.endswith("%")
+        return self.hold, False
 
     @property
     def is_apart(self) -> bool:
@@ -243,13 +261,14 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "more than 0",
         lambda x: x <= 0,
         "data.seq_len train.batch_size train.micro_batch_size optim.lr optim.clip eval.every "
-        "save.every save.keep log_every replay.tokens replay.temperature replay.batch_size "
+        "save.every save.keep log_every replay.temperature replay.batch_size "
         "replay.weight",
     ),
     (
         "0 or more",
         lambda x: x < 0,
-        "train.steps eval.sequences data.workers optim.weight_decay optim.skip_bad_steps "
+        "train.steps eval.sequences data.workers replay.tokens optim.weight_decay "
+        "optim.skip_bad_steps "
         "train.shard_size save.keep_every log_seconds log_spikes processes",
     ),
     ("0 to 1", lambda x: x < 0 or x > 1, "optim.warmup_ratio optim.final_lr_ratio"),
@@ -338,7 +357,22 @@ def _check_replay(s: Settings) -> list[str]:
             for key, value in given.items()
             if value != getattr(ReplaySettings, key)
         ]
-    wrong = []
+    wrong, hold = [], s.replay.hold
+    name = f"replay.hold is {hold}" if hold else f"replay.share is {share}"
+    try:
+        held, is_share = s.replay.held
+    except ValueError:
+        held, is_share = math.nan, False
+    if not 0 <= held < math.inf or (isinstance(hold, str) and not is_share):
+        wrong.append(
+            f"replay.hold is {hold}, expected nats per token, such as 0.02, or a share of what is "
+            "learned, such as 3%; 0 turns it off"
+        )
+    if hold and s.replay.weight != 1:
+        wrong.append(
+            f"{name} and replay.weight is {s.replay.weight}: the weight follows from replay.hold; "
+            "leave one of them out"
+        )
     if 0 < s.train.steps * s.train.batch_size * share < 1:
         wrong.append(
             f"replay.share {share} of {s.train.steps} steps x {s.train.batch_size} sequences is "
@@ -348,9 +382,9 @@ def _check_replay(s: Settings) -> list[str]:
         wrong.append("replay.prompts is for text that the base writes: omit it or replay.data")
     if s.train.trainable == "all":
         wrong.append(
-            f"replay.share is {share}: replay goes with train.trainable 'new_blocks', whose base "
+            f"{name}: replay goes with train.trainable 'new_blocks', whose base "
             "stays inside; set it to 0 and name general text in data.train"
         )
     if s.data.format == "chat":
-        wrong.append(f"replay.share is {share}: data.format 'chat' has no replay; set it to 0")
+        wrong.append(f"{name}: data.format 'chat' has no replay; set it to 0")
     return wrong

@@ -1,6 +1,7 @@
 """Replay: what the base inside writes, how much of an epoch it is, and resuming with it."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,12 +20,19 @@ from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError, DataError
+from llamapro.inference.sampling import generate
 from llamapro.scripts import train
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import replay as module
-from llamapro.training.replay import describe_mix, read_prompts, write_documents, written_by_base
+from llamapro.training.replay import (
+    Opening,
+    describe_mix,
+    read_openings,
+    write_documents,
+    written_by_base,
+)
 from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
 from llamapro.training.settings import TrainSettings as Train
 
@@ -132,13 +140,60 @@ def test_documents_begin_with_bos_and_end_where_the_base_ends_them(home: Path) -
     """With the first of the ends, or at the length; nothing after an end is kept."""
     base = Checkpoint.open(home / "base0").load()
     ends = set(range(100, 150))
-    written: Iterator[list[int]] = write_documents(base, [[1]], ends, LENGTH, SETTINGS)
+    written: Iterator[list[int]] = write_documents(base, [Opening([1])], ends, LENGTH, SETTINGS)
     some = [next(written) for _ in range(40)]
     for ids in some:
         assert ids[0] == 1 and not ends & set(ids[:-1])
         assert len(ids) == LENGTH or ids[-1] in ends
     whole = [tuple(ids) for ids in some if len(ids) == LENGTH]
     assert 0 < len(whole) < 40 and len(set(whole)) == len(whole)
+
+
+def test_a_document_is_what_the_base_writes_alone(home: Path) -> None:
+    """Though its row of the batch, and of the cache, held others before it; they come in order."""
+    base = Checkpoint.open(home / "base0").load()
+    openings = [Opening([1, i]) for i in range(150, 160)]
+    ends = set(range(0, 400, 9))  # so that documents have very different lengths
+    settings = replace(SETTINGS, temperature=0.0)
+    draw = random.Random(settings.seed)
+    lengths = set()
+    for ids in islice(write_documents(base, openings, ends, LENGTH, settings), 60):
+        expected = [*draw.choice(openings).ids]
+        for (token,) in generate(base, torch.tensor([expected]), LENGTH - 2):
+            expected.append(int(token))
+            if expected[-1] in ends:
+                break
+        assert ids == expected
+        lengths.add(len(ids))
+    assert len(lengths) > 3
+
+
+def test_a_chat_has_the_message_and_the_answer_of_the_base(home: Path, tmp_path: Path) -> None:
+    """The first end closes the user's message; the header of the answer follows, and a second."""
+    shutil.copytree(home / "pro0", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer, ends = Tokenizer.load(tmp_path / "chat"), {2}
+    text, chat = read_openings("", tmp_path / "chat", tokenizer, ends, LENGTH)
+    assert text == Opening([1])
+    assert chat.ids == tokenizer.encode("<s>user: ", special=True)
+    assert chat.then == tokenizer.encode("</s>assistant: ", special=True) and chat.then[0] == 2
+    base = Checkpoint.open(home / "base0").load()
+    base.lm_head.weight.data[2] *= 20  # ends come soon
+    header, then, ended = list(chat.ids), list(chat.then), 0
+    for ids in islice(write_documents(base, [chat], ends, 60, SETTINGS), 20):
+        assert ids[: len(header)] == header
+        at = ids.index(2) if 2 in ids else len(ids)
+        assert ids[at : at + len(then)] == then[: len(ids) - at]
+        rest = ids[at + len(then) :]
+        assert 2 not in rest[:-1]
+        ended += rest[-1:] == [2]
+    assert ended > 5
+    (tmp_path / "prompts.txt").write_text("What is it?\n")
+    (asked,) = read_openings(str(tmp_path / "prompts.txt"), tmp_path / "chat", tokenizer, ends, 60)
+    assert tokenizer.decode(asked.ids).endswith("user: What is it?assistant: ")
 
 
 def test_no_added_token_is_written(write: Callable[..., TokenStore]) -> None:
@@ -223,11 +278,13 @@ def test_documents_begin_with_the_prompts(
     file = tmp_path / "prompts.txt"
     file.write_text("The\n\nIt was the best of\ndef usage(\n")
     tokenizer = Tokenizer.load(home / "pro0")
-    prompts = read_prompts(str(file), tokenizer, LENGTH)
-    lines = ("The", "It was the best of", "def usage(")
-    assert prompts == [tokenizer.encode(line, bos=True) for line in lines]
+    openings = read_openings(str(file), home / "pro0", tokenizer, {2}, LENGTH)
+    prompts = [
+        tokenizer.encode(line, bos=True) for line in ("The", "It was the best of", "def usage(")
+    ]
+    assert openings == [Opening(ids) for ids in prompts]
     base = Checkpoint.open(home / "base0").load()
-    written = islice(write_documents(base, prompts, set(), LENGTH, SETTINGS), 40)
+    written = islice(write_documents(base, openings, set(), LENGTH, SETTINGS), 40)
     begun = [[p for p in prompts if document[: len(p)] == p] for document in written]
     assert all(begun) and {str(found) for found in begun} == {str([p]) for p in prompts}
     first, again = (write(prompts=str(file), cache=cache) for cache in ("a", "b"))
@@ -396,7 +453,7 @@ VALID = Settings(
         ({"replay": ReplaySettings(share=1.0)}, "replay.share is 1.0, expected 0 to below 1"),
         ({"replay": ReplaySettings(share=-0.1)}, "replay.share is -0.1, expected 0 to below 1"),
         ({"replay": ReplaySettings(data=("x",))}, "needs replay.share"),
-        ({"replay": ReplaySettings(share=0.1, tokens=0)}, "replay.tokens is 0"),
+        ({"replay": ReplaySettings(share=0.1, tokens=-1)}, "replay.tokens is -1"),
         ({"replay": ReplaySettings(share=0.1, temperature=0.0)}, "replay.temperature is 0.0"),
         ({"replay": ReplaySettings(share=0.1, batch_size=0)}, "replay.batch_size is 0"),
         ({"replay": ReplaySettings(share=0.1, seed=-1)}, "replay.seed is -1"),
