@@ -101,12 +101,15 @@ def build_objective(job: Job) -> NextToken:
     return make_objective(model, job.settings.replay)
 
 
-def shard_objective(objective: NextToken, job: Job, ranks: Ranks) -> dict[str, torch.nn.Parameter]:
+def shard_objective(
+    objective: NextToken, job: Job, state: RunState, ranks: Ranks
+) -> dict[str, torch.nn.Parameter]:
     """Loads the resumed weights, then shards; returns the trained parameters by name."""
     t, model = job.settings.train, objective.model
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if job.resume_from is not None:
         resume.load_trained(job.resume_from, model, job.first_new_row)
+        objective.resume(state.control)
     shard(objective, ranks, job.compute_dtype, t.frozen, t.offload, t.recompute, t.compile)
     parameters = {name: model.get_parameter(name) for name in trainable}
     if job.first_new_row:
@@ -183,11 +186,11 @@ def train(
 ) -> None:
     """Trains to the last step, or until a signal stops the run; advances the state."""
     s = job.settings
-    parameters = shard_objective(objective, job, ranks)
+    parameters = shard_objective(objective, job, state, ranks)
     optimizer = build_optimizer(parameters, job, state)
     guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, state.skipped)
     progress = Progress(s, data.mixture, data.steps, state, ranks, stop)
-    losses = Losses(state, guard, ranks, s.log_spikes, progress.odd)
+    losses = Losses(state, guard, ranks, s.log_spikes, progress.odd, objective)
     saver = Saver(job.run_dir, s.save, ranks, job.first_new_row, state.step)
 
     def save() -> None:
@@ -208,7 +211,7 @@ def train(
                 if state.step > saver.step and state.step % s.save.every == 0:
                     save()
                 with state.timed():
-                    columns, first_replayed = data.batch(state.samples, ranks)
+                    columns, replayed = data.batch(state.samples, ranks)
                     targets = (columns[1] != ops.IGNORE_INDEX).sum()
                     # All ranks agree here, at the same step, on events that one of them has seen.
                     valid, is_stopping, is_written, is_time = ranks.sum(
@@ -217,9 +220,8 @@ def train(
                     if is_stopping:
                         raise Stopped
                     rate = set_learning_rate(optimizer, state.step, data.steps, s.optim)
-                    loss, norm = train_step(
-                        objective, guard, columns, first_replayed, valid, s, ranks
-                    )
+                    loss, norm = train_step(objective, guard, columns, replayed, valid, s, ranks)
+                    objective.adapt(rate / s.optim.lr)
                     losses.add(state.step + 1, state.samples, loss, norm)
                     state.step += 1
                     state.tokens += int(valid)

@@ -2,12 +2,16 @@
 
 `NextToken` is the ordinary loss. `Replay` gives the sequences of general text a loss of their own,
 so that the model does not forget. With distillation the base itself is the teacher there, because
-an expanded model without its new blocks *is* its base.
+an expanded model without its new blocks *is* its base. `Hold` is told how much may be forgotten,
+and finds the weight of that loss by itself.
 
 Shapes: B sequences of T tokens, C hidden size.
 """
 
+import math
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from llamapro import ops
@@ -21,6 +25,21 @@ class NextToken(nn.Module):
     def __init__(self, model: LlamaForCausalLM):
         super().__init__()
         self.model = model
+
+    def adapt(self, relative_rate: float) -> None:
+        """Ends an optimizer step; every rank must call it. This objective has nothing to adapt.
+
+        Args:
+            relative_rate: the step's learning rate, relative to the highest of the run.
+        """
+
+    @property
+    def control(self) -> dict[str, float | None]:
+        """Numbers that a resumed run needs besides weights and moments; this one needs none."""
+        return {}
+
+    def resume(self, control: dict[str, float | None]) -> None:
+        """Goes on with what `control` was."""
 
     def forward(
         self,
@@ -59,7 +78,8 @@ class Replay(NextToken):
 
     def __init__(self, model: LlamaForCausalLM, replay: ReplaySettings):
         super().__init__(model)
-        self.weight, self.distill = replay.weight, replay.distill
+        self.weight: float | Tensor = replay.weight
+        self.distill = replay.distill
         record = model.config.expansion
         assert record is not None  # `settings.check` refuses replay where every weight trains
         self.new_layers, self.base_vocab_size = record.new_layers, record.base_vocab_size
@@ -76,7 +96,7 @@ class Replay(NextToken):
         Both results include the replayed sequences, which come last.
         """
         if replayed is None:
-            return super().forward(input_ids, targets, documents)
+            return self.combine(super().forward(input_ids, targets, documents), None)
         split = len(input_ids) - replayed
         teacher_x = None
         if self.distill:
@@ -98,9 +118,109 @@ class Replay(NextToken):
                 targets[split:].flatten(),
                 self.base_vocab_size,
             )
-        return loss + self.weight * replay_loss, count + replay_count
+        return self.combine((loss, count), (replay_loss, replay_count))
+
+    def combine(
+        self, losses: tuple[Tensor, Tensor], replayed: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns loss sum and number of targets of a micro-batch.
+
+        Args:
+            losses: those two of the domain's sequences.
+            replayed: and of the replayed ones; None if there are none on any rank.
+        """
+        if replayed is None:
+            return losses
+        return losses[0] + self.weight * replayed[0], losses[1] + replayed[1]
+
+
+class Hold(Replay):
+    """Distillation that lets the model forget as much as the user allows, and no more.
+
+    Minimise the domain's loss subject to KL(base || model) <= allowed. The weight is the Lagrange
+    multiplier of that constraint, so nobody has to search for it: it rises while the KL of the
+    replayed tokens is over the bound and falls while it is under. The rule is a
+    proportional-integral one, in logarithms because useful weights span orders of magnitude (Stooke
+    et al., "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods", 2020):
+
+        allowed = hold, in nats per token, or hold * (the fall of the domain's loss since step 1)
+        e = log(KL / allowed / (1 + EXCESS * learning rate / its highest)), clipped
+        I = I + INTEGRAL * e
+        weight = exp(I + PROPORTIONAL * e)
+
+    KL and loss are moving averages over steps. A high learning rate keeps the weights in motion,
+    which costs KL that vanishes when the rate falls: without the excess the rule would fight this
+    noise instead of the forgetting.
+
+    The rule runs on the device in fp64, on sums over all ranks. So no step waits for it, and all
+    ranks have the same weight.
+    """
+
+    INTEGRAL, PROPORTIONAL, EXCESS = 0.05, 0.5, 4.0
+    DOWN, UP = -0.5, 1.0  # bounds of e: the weight rises faster than it falls
+    MEMORY = 0.8  # of the moving averages, per step
+    LEAST = 1e-3  # nats per token that are allowed before anything is learned
+    FIRST, LOWEST, HIGHEST = 3.0, 0.1, 100.0  # weights
+    # I; averages of KL and loss; the first step's loss; steps in a row with the weight at HIGHEST.
+    NUMBERS = ("log_weight", "kl", "loss", "first_loss", "steps_at_bound", "weight")
+
+    def __init__(self, model: LlamaForCausalLM, replay: ReplaySettings):
+        super().__init__(model, replay)
+        self.hold, self.is_relative = replay.held
+        numbers = [math.log(self.FIRST), 0.0, math.nan, math.nan, 0.0, self.FIRST]
+        self._numbers = torch.tensor(numbers, dtype=torch.float64)
+        self._measured = torch.zeros(2, 2, dtype=torch.float64)  # sums and tokens of this step
+
+    @property
+    def control(self) -> dict[str, float | None]:
+        """The rule's numbers by name, None before they are known; waits for the device."""
+        values = (None if math.isnan(x) else x for x in self._numbers.tolist())
+        return dict(zip(self.NUMBERS, values, strict=True))
+
+    def resume(self, control: dict[str, float | None]) -> None:
+        """Goes on with what `control` was; a new run has none."""
+        if control:
+            values = (control[name] for name in self.NUMBERS)
+            numbers = [math.nan if value is None else value for value in values]
+            self._numbers = torch.tensor(numbers, dtype=torch.float64)
+
+    def combine(
+        self, losses: tuple[Tensor, Tensor], replayed: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Replay.combine`; notes losses and tokens for `adapt`."""
+        device = losses[0].device
+        self._numbers, self._measured = self._numbers.to(device), self._measured.to(device)
+        if torch.is_grad_enabled():
+            zero = torch.zeros_like(losses[0])
+            sums = torch.stack([*(replayed or (zero, zero)), *losses]).detach()
+            self._measured += sums.double().view(2, 2)
+        self.weight = self._numbers[-1].to(losses[0].dtype)
+        return super().combine(losses, replayed)
+
+    def adapt(self, relative_rate: float) -> None:
+        """Moves the weight after an optimizer step; every rank must call it."""
+        total, self._measured = self._measured, torch.zeros_like(self._measured)
+        dist.all_reduce(total)
+        integral, kl, loss, first, at_bound, _ = self._numbers.to(total.device)
+        new_kl, new_loss = total[:, 0] / total[:, 1]
+        first = torch.where(first.isnan(), new_loss, first)
+        loss = torch.where(loss.isnan(), new_loss, loss)
+        # A step without such tokens, or with a loss that is not finite, teaches nothing.
+        kl = torch.where(new_kl.isfinite(), torch.lerp(new_kl, kl, self.MEMORY), kl)
+        loss = torch.where(new_loss.isfinite(), torch.lerp(new_loss, loss, self.MEMORY), loss)
+        allowed = self.hold * ((first - loss).clamp(min=0) if self.is_relative else 1.0)
+        allowed = torch.as_tensor(allowed, device=total.device).clamp(min=self.LEAST)
+        ratio = kl / allowed / (1 + self.EXCESS * relative_rate)
+        error = ratio.clamp(min=1e-300).log().clamp(self.DOWN, self.UP)
+        lowest, highest = math.log(self.LOWEST), math.log(self.HIGHEST)
+        integral = (integral + self.INTEGRAL * error).clamp(lowest, highest)
+        log_weight = (integral + self.PROPORTIONAL * error).clamp(lowest, highest)
+        at_bound = torch.where(log_weight >= highest, at_bound + 1, 0.0)
+        self._numbers = torch.stack([integral, kl, loss, first, at_bound, log_weight.exp()])
 
 
 def make_objective(model: LlamaForCausalLM, replay: ReplaySettings) -> NextToken:
     """Returns the objective of these settings; with replay the model is an expanded one."""
-    return Replay(model, replay) if replay.is_apart else NextToken(model)
+    if not replay.is_apart:
+        return NextToken(model)
+    return Hold(model, replay) if replay.hold else Replay(model, replay)

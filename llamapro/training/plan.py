@@ -237,6 +237,7 @@ def _describe_replay(replay: ReplaySettings) -> str:
         return ""
     how = ", distilled" if replay.distill else ""
     weight = f", weight {replay.weight:g}" if replay.weight != 1 else ""
+    weight = f", hold {replay.hold}" if replay.hold else weight
     return f", {replay.share:.1%} replay{how}{weight}"
 
 

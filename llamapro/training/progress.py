@@ -29,6 +29,7 @@ from llamapro.training.state import RunState
 
 EARLY_STEPS = (1, 2, 5, 10)  # their progress lines show at once whether a run goes well
 LINE_WIDTH = 80
+STEPS_AT_BOUND = 50  # the weight of replay.hold this long at its bound is worth a warning
 HEADER_EVERY = 20  # progress lines
 # Title -> width of the columns of progress lines.
 COLUMNS = {"step": 13, "loss": 9, "ppl": 10, "grad norm": 11}
@@ -73,6 +74,7 @@ class Progress:
         self._logged = self._shown = replace(state)  # the state at the last report
         self._shown_at = time.monotonic()
         self._lines = 0
+        self._has_warned = False
 
     @contextmanager
     def writing(self, run_dir: Path, plan: dict[str, Any], changed: list[str]) -> Iterator[None]:
@@ -140,6 +142,9 @@ class Progress:
         state = self._state
         record = {"kind": "train", "step": state.step, "loss": state.loss}
         record |= {"grad_norm": norm, "learning_rate": rate, "tokens": state.tokens}
+        if state.control:
+            record |= {f"replay_{key}": state.control[key] for key in ("kl", "weight")}
+            self._warn_at_bound()
         times = {"elapsed_s": state.elapsed_s, "memory_bytes": peak_memory(self._ranks.device)}
         if self.is_logged(state.step):
             self._log(record | speed(self._logged, state) | times)
@@ -151,6 +156,19 @@ class Progress:
             say(self._ranks, progress_line(record, self._steps))
             self._lines += 1
             self._shown, self._shown_at = replace(state), time.monotonic()
+
+    def _warn_at_bound(self) -> None:
+        """Prints once that `replay.hold` is out of reach."""
+        control, hold = self._state.control, self._settings.replay.hold
+        if (control["steps_at_bound"] or 0) < STEPS_AT_BOUND or self._has_warned:
+            return
+        self._has_warned = True
+        say(
+            self._ranks,
+            f"replay.hold {hold} is out of reach: the weight has been at its bound of "
+            f"{control['weight']:g} for {control['steps_at_bound']:.0f} steps, and the KL is "
+            f"{control['kl']:.3f}. Raise replay.hold or replay.share, or lower optim.lr",
+        )
 
     def odd(self, kind: str, step: int, first_sample: int, numbers: dict[str, float]) -> None:
         """Logs a step with the documents of its batch, and prints what is odd about it.
@@ -181,6 +199,11 @@ class Progress:
         """Prints all validation losses, with their changes from the base."""
         state = self._state
         say(self._ranks, evaluation_line(state.step, self._steps, state.eval, state.base_eval))
+        if state.control and state.step:
+            kl, weight = state.control["kl"], state.control["weight"]
+            hold = self._settings.replay.hold
+            text = f"replay KL {kl:.4f}, replay.hold {hold}, weight {weight:.3g}"
+            say(self._ranks, f"{'':>{COLUMNS['step']}}        {text}")
 
     def saved(self, report: dict[str, Any] | None) -> None:
         """Logs and prints the report of `Saver.finish`; does nothing with None."""

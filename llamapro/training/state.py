@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llamapro.errors import CheckpointError, DivergedError
 from llamapro.training.distributed import Ranks
+from llamapro.training.objective import NextToken
 from llamapro.training.optim import FiniteGuard
 
 RECENT = 64  # number of losses that a new one is compared with
@@ -40,6 +41,7 @@ class RunState:
         recent_losses: the latest losses, for finding spikes.
         identity: hashes of base, tokenizer and data (`resume.make_identity`).
         base_eval: loss of each validation set at step 0, when the model is still the base.
+        control: numbers of an objective that adapts (`objective.Hold`).
         stopped: whether a signal ended the run; not saved.
     """
 
@@ -54,6 +56,7 @@ class RunState:
     recent_losses: list[float] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
     base_eval: dict[str, float] = field(default_factory=dict)
+    control: dict[str, float | None] = field(default_factory=dict)
     stopped: bool = False
 
     @classmethod
@@ -63,8 +66,8 @@ class RunState:
         Raises:
             CheckpointError: a key is missing.
         """
-        # Earlier versions did not keep the base's evaluation.
-        saved = {"base_eval": {}} | saved
+        # Earlier versions did not keep these.
+        saved = {"base_eval": {}, "control": {}} | saved
         names = [f.name for f in dataclasses.fields(cls) if f.name != "stopped"]
         if missing := [name for name in names if name not in saved]:
             raise CheckpointError(f"{path}: state.json has no {', '.join(map(repr, missing))}")
@@ -99,6 +102,7 @@ class Losses:
         ranks: Ranks,
         threshold: float,
         report: Callable[[Literal["bad_step", "spike"], int, int, dict[str, float]], object],
+        objective: NextToken,
     ) -> None:
         """Starts without losses.
 
@@ -109,7 +113,9 @@ class Losses:
             threshold: as for `find_spike`.
             report: called for a step that was not applied or has a loss far over the latest ones,
                 with kind, step, first sample and the numbers of its record.
+            objective: `read` copies its `control` into the state.
         """
+        self._objective = objective
         self._state, self._guard, self._ranks = state, guard, ranks
         self._threshold, self._report = threshold, report
         self._unread: list[tuple[int, int, Tensor, Tensor]] = []
@@ -134,6 +140,7 @@ class Losses:
         with state.timed():
             skipped, is_stuck = self._guard.check()
             losses = self._ranks.sum(*(loss for _, _, loss, _ in unread)) if unread else []
+            state.control = self._objective.control
         for (step, first_sample, _, norm), loss in zip(unread, losses, strict=True):
             state.loss = loss
             if state.skipped < skipped and not math.isfinite(norm):
