@@ -64,8 +64,8 @@ class ReplaySettings:
     0.02; or, such as 3%, a share of what it learns, the fall of the training loss. Replay is
     distilled, and its weight adapts. 0 leaves the weight to replay.weight."""
     share: float = 0.0
-    """Share of all sequences that is replayed, 0 to below 1; 0 means 0.1 with replay.hold, and no
-    replay without it."""
+    """Share of all sequences that is replayed, 0 to below 1; 0 means 0.25 with replay.hold, and
+    no replay without it."""
     data: tuple[str, ...] = ()
     """Your own general text instead of the base's: files, globs, folders."""
     prompts: str = ""
@@ -88,7 +88,7 @@ class ReplaySettings:
 
     def __post_init__(self) -> None:
         if self.hold:  # the class is frozen
-            object.__setattr__(self, "share", self.share or 0.1)
+            object.__setattr__(self, "share", self.share or 0.25)
             object.__setattr__(self, "distill", True)
 
     @property

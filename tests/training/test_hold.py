@@ -232,8 +232,8 @@ def test_hold_says_it_all() -> None:
     """It sets share and distillation; a share of the user's own stays. Presets take both forms."""
     for hold in ("0.02", "3%"):
         settings = parse(["--replay.hold", hold])
-        assert str(settings.replay.hold) == hold and settings.replay.share == 0.1
-    assert ReplaySettings(hold=0.02) == ReplaySettings(hold=0.02, share=0.1, distill=True)
+        assert str(settings.replay.hold) == hold and settings.replay.share == 0.25
+    assert ReplaySettings(hold=0.02) == ReplaySettings(hold=0.02, share=0.25, distill=True)
     assert ReplaySettings(hold=0.02, share=0.3).share == 0.3
     assert ReplaySettings().share == 0
 
