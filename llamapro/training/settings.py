@@ -59,10 +59,10 @@ class ReplaySettings:
     """General text among the training data, against forgetting. The base inside the expanded model
     writes it once, or files hold it. Needs train.trainable new_blocks."""
 
-    hold: float | str = 0.0
-    """What the model may forget: KL(base || model) in nats per token of replayed text, such as
-    0.02; or, such as 3%, a share of what it learns, the fall of the training loss. Replay is
-    distilled, and its weight adapts. 0 leaves the weight to replay.weight."""
+    hold: str = ""
+    """Most that the model may forget: KL(base || model) in nats per token of replayed text, such as
+    "0.02"; or, such as "3%", a share of what it learns, the fall of the training loss. Replay is
+    distilled, and its weight adapts. Empty leaves the weight to replay.weight."""
     share: float = 0.0
     """Share of all sequences that is replayed, 0 to below 1; 0 means 0.25 with replay.hold, and
     no replay without it."""
@@ -94,9 +94,11 @@ class ReplaySettings:
     @property
     def held(self) -> tuple[float, bool]:
         """`hold` as a number, and whether it is a share; raises ValueError if it is neither."""
-        if isinstance(self.hold, str):
-            return float(self.hold.removesuffix("%")) / 100, self.hold.endswith("%")
-        return self.hold, False
+        is_share = self.hold.endswith("%")
+        value = float(self.hold.removesuffix("%")) / (100 if is_share else 1)
+        if not 0 < value < math.inf:
+            raise ValueError(self.hold)
+        return value, is_share
 
     @property
     def is_apart(self) -> bool:
@@ -359,15 +361,14 @@ def _check_replay(s: Settings) -> list[str]:
         ]
     wrong, hold = [], s.replay.hold
     name = f"replay.hold is {hold}" if hold else f"replay.share is {share}"
-    try:
-        held, is_share = s.replay.held
-    except ValueError:
-        held, is_share = math.nan, False
-    if not 0 <= held < math.inf or (isinstance(hold, str) and not is_share):
-        wrong.append(
-            f"replay.hold is {hold}, expected nats per token, such as 0.02, or a share of what is "
-            "learned, such as 3%; 0 turns it off"
-        )
+    if hold:
+        try:
+            _ = s.replay.held
+        except ValueError:
+            wrong.append(
+                f"replay.hold is {hold!r}, expected nats per token, such as 0.02, or a share of "
+                "what is learned, such as 3%"
+            )
     if hold and s.replay.weight != 1:
         wrong.append(
             f"{name} and replay.weight is {s.replay.weight}: the weight follows from replay.hold; "

@@ -32,11 +32,11 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture
-def rule(ranks: Ranks, pro: Path) -> Callable[[float | str], Hold]:
+def rule(ranks: Ranks, pro: Path) -> Callable[[str], Hold]:
     """`rule(hold)`: a new objective, whose model is never run."""
     model = build_on_meta(ModelConfig.from_file(pro / "config.json"))
 
-    def make(hold: float | str) -> Hold:
+    def make(hold: str) -> Hold:
         objective = make_objective(model, ReplaySettings(hold=hold))
         assert isinstance(objective, Hold)
         return objective
@@ -60,9 +60,9 @@ def measure(
 # ---- The rule ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("hold", "allowed"), [(0.02, 0.02), (0.1, 0.1), ("2%", 0.04)])
+@pytest.mark.parametrize(("hold", "allowed"), [("0.02", 0.02), ("0.1", 0.1), ("2%", 0.04)])
 def test_the_kl_settles_at_what_may_be_forgotten(
-    rule: Callable[[float | str], Hold], hold: float | str, allowed: float
+    rule: Callable[[str], Hold], hold: str, allowed: float
 ) -> None:
     """For a model that forgets in proportion to rate / weight and learns 2 nats, both slowly."""
     objective, kl, loss, weight, steps = rule(hold), 0.0, 5.0, Hold.FIRST, 300
@@ -75,15 +75,15 @@ def test_the_kl_settles_at_what_may_be_forgotten(
 
 
 def test_the_weight_rises_over_the_bound_and_falls_under_it(
-    rule: Callable[[float | str], Hold],
+    rule: Callable[[str], Hold],
 ) -> None:
     """And a high learning rate allows more: the same KL is over the bound only at a low one."""
-    weights = [measure(rule(0.02), kl, rate=rate) for kl, rate in ((0.5, 0), (0.01, 0), (0.5, 5))]
+    weights = [measure(rule("0.02"), kl, rate=rate) for kl, rate in ((0.5, 0), (0.01, 0), (0.5, 5))]
     over, under, allowed = weights
     assert over > Hold.FIRST > under and over > allowed
 
 
-def test_a_share_allows_more_the_more_is_learned(rule: Callable[[float | str], Hold]) -> None:
+def test_a_share_allows_more_the_more_is_learned(rule: Callable[[str], Hold]) -> None:
     """3 % of the fall of the loss since the first step, whatever the loss was."""
     little, much = rule("3%"), rule("3%")
     for step in range(40):
@@ -92,9 +92,9 @@ def test_a_share_allows_more_the_more_is_learned(rule: Callable[[float | str], H
     assert first > Hold.FIRST > other
 
 
-def test_the_loss_has_the_weight_of_the_steps_before(rule: Callable[[float | str], Hold]) -> None:
+def test_the_loss_has_the_weight_of_the_steps_before(rule: Callable[[str], Hold]) -> None:
     """In fp32, and without replayed sequences it is the domain's alone."""
-    objective = rule(0.02)
+    objective = rule("0.02")
     weight = measure(objective, 1.0)
     pair, other = (torch.tensor(2.0), torch.tensor(7)), (torch.tensor(0.5), torch.tensor(10))
     loss, count = objective.combine(pair, other)
@@ -102,9 +102,9 @@ def test_the_loss_has_the_weight_of_the_steps_before(rule: Callable[[float | str
     assert count == 17 and objective.combine(pair, None) == pair
 
 
-def test_nothing_measured_teaches_nothing(rule: Callable[[float | str], Hold]) -> None:
+def test_nothing_measured_teaches_nothing(rule: Callable[[str], Hold]) -> None:
     """Neither evaluation, nor a step without replay, nor one whose loss is not finite."""
-    objective = rule(0.02)
+    objective = rule("0.02")
     for _ in range(5):
         measure(objective, 0.1)
     kl = objective.control["kl"]
@@ -117,9 +117,9 @@ def test_nothing_measured_teaches_nothing(rule: Callable[[float | str], Hold]) -
     assert objective.control["kl"] == kl and (objective.control["weight"] or 0) > 0
 
 
-def test_the_weight_has_bounds(rule: Callable[[float | str], Hold]) -> None:
+def test_the_weight_has_bounds(rule: Callable[[str], Hold]) -> None:
     """It counts the steps at the upper one, and leaves both again."""
-    objective = rule(0.02)
+    objective = rule("0.02")
     for _ in range(200):
         highest = measure(objective, 10.0)
     stuck = objective.control["steps_at_bound"]
@@ -132,9 +132,9 @@ def test_the_weight_has_bounds(rule: Callable[[float | str], Hold]) -> None:
     assert risen > lowest
 
 
-def test_it_goes_on_to_the_bit(rule: Callable[[float | str], Hold]) -> None:
+def test_it_goes_on_to_the_bit(rule: Callable[[str], Hold]) -> None:
     """From its numbers as state.json keeps them."""
-    first, second = rule(0.02), rule(0.02)
+    first, second = rule("0.02"), rule("0.02")
     for step in range(7):
         measure(first, 0.01 * step, rate=1 - step / 20)
     second.resume(json.loads(json.dumps(first.control)))
@@ -222,33 +222,39 @@ def test_a_bound_out_of_reach_is_told_once(
     """With the numbers, and what to change."""
     monkeypatch.setattr(Hold, "HIGHEST", 3.0)
     monkeypatch.setattr("llamapro.training.progress.STEPS_AT_BOUND", 2)
-    run("far", replay__hold=1e-9)
+    run("far", replay__hold="1e-9")
     shown = capsys.readouterr().err
-    assert shown.count("replay.hold 1e-09 is out of reach") == 1
+    assert shown.count("replay.hold 1e-9 is out of reach") == 1
     assert "Raise replay.hold or replay.share, or lower optim.lr" in shown
 
 
-def test_hold_says_it_all() -> None:
+def test_hold_says_it_all(tmp_path: Path) -> None:
     """It sets share and distillation; a share of the user's own stays. Presets take both forms."""
     for hold in ("0.02", "3%"):
+        (tmp_path / "preset.toml").write_text(f'[replay]\nhold = "{hold}"\n')
+        assert parse(["--config", str(tmp_path / "preset.toml")]).replay.hold == hold
         settings = parse(["--replay.hold", hold])
         assert str(settings.replay.hold) == hold and settings.replay.share == 0.25
-    assert ReplaySettings(hold=0.02) == ReplaySettings(hold=0.02, share=0.25, distill=True)
-    assert ReplaySettings(hold=0.02, share=0.3).share == 0.3
+    assert ReplaySettings(hold="0.02") == ReplaySettings(hold="0.02", share=0.25, distill=True)
+    assert ReplaySettings(hold="0.02", share=0.3).share == 0.3
     assert ReplaySettings().share == 0
 
 
 @pytest.mark.parametrize(
     ("replay", "trained", "told"),
     [
-        (ReplaySettings(hold=-0.1), {}, "replay.hold is -0.1, expected nats per token"),
-        (ReplaySettings(hold=math.nan), {}, "replay.hold is nan, expected nats per token"),
-        (ReplaySettings(hold="3"), {}, "replay.hold is 3, expected nats per token"),
-        (ReplaySettings(hold="-3%"), {}, "replay.hold is -3%, expected nats per token"),
-        (ReplaySettings(hold="much"), {}, "replay.hold is much, expected nats per token"),
-        (ReplaySettings(hold=0.02, weight=3.0), {}, "replay.weight is 3.0: the weight follows"),
-        (ReplaySettings(hold=0.02), {"trainable": "all"}, "replay.hold is 0.02: replay goes with"),
-        (ReplaySettings(hold=0.02, tokens=-1), {}, "replay.tokens is -1, expected 0 or more"),
+        (ReplaySettings(hold="-0.1"), {}, "replay.hold is '-0.1', expected nats per token"),
+        (ReplaySettings(hold="nan"), {}, "replay.hold is 'nan', expected nats per token"),
+        (ReplaySettings(hold="0%"), {}, "replay.hold is '0%', expected nats per token"),
+        (ReplaySettings(hold="-3%"), {}, "replay.hold is '-3%', expected nats per token"),
+        (ReplaySettings(hold="much"), {}, "replay.hold is 'much', expected nats per token"),
+        (ReplaySettings(hold="0.02", weight=3.0), {}, "replay.weight is 3.0: the weight follows"),
+        (
+            ReplaySettings(hold="0.02"),
+            {"trainable": "all"},
+            "replay.hold is 0.02: replay goes with",
+        ),
+        (ReplaySettings(hold="0.02", tokens=-1), {}, "replay.tokens is -1, expected 0 or more"),
     ],
 )
 def test_impossible_settings_are_refused(
