@@ -54,18 +54,22 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def verdict(lower: Spread, higher: Spread) -> str:
-    """Returns whether the first mean is the lower one: `HOLDS`, `FAILS` or `EQUAL`.
+def is_clear(difference: float, *errors: float | None) -> bool | None:
+    """Returns whether a difference of means with these errors is clear; None for one seed."""
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return None
+    return difference != 0 and abs(difference) >= ERRORS * sum(e**2 for e in known) ** 0.5
 
-    One seed has no standard error, so only the sign counts.
-    """
+
+def verdict(lower: Spread, higher: Spread) -> str:
+    """Returns whether the first mean is the lower one. For one seed, only the sign counts."""
     difference = higher.mean - lower.mean
-    if lower.error is None or higher.error is None:
+    clear = is_clear(difference, lower.error, higher.error)
+    if clear is None:
         sign = "the same" if difference == 0 else "as claimed" if difference > 0 else "opposite"
         return f"one seed, only the sign: {sign}"
-    if difference == 0 or abs(difference) < ERRORS * (lower.error**2 + higher.error**2) ** 0.5:
-        return EQUAL
-    return HOLDS if difference > 0 else FAILS
+    return EQUAL if not clear else HOLDS if difference > 0 else FAILS
 
 
 def findings(results: dict[str, Any]) -> str:
@@ -185,10 +189,10 @@ def _alike(first: Share, other: Share | None) -> str:
         return "nothing was forgotten"
     difference = other.gone - first.gone
     word = "more" if difference > 0 else "less" if difference < 0 else "the same"
-    if first.error is None or other.error is None:
+    clear = is_clear(difference, first.error, other.error)
+    if clear is None:
         return f"{other.text()} (one seed, only the sign: {word})"
-    is_apart = abs(difference) >= ERRORS * (first.error**2 + other.error**2) ** 0.5
-    return f"{other.text()} (**{word if is_apart and difference else EQUAL}**)"
+    return f"{other.text()} (**{word if clear else EQUAL}**)"
 
 
 def _front(rows: dict[str, Row]) -> list[str]:

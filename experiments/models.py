@@ -126,15 +126,13 @@ def build(about: dict[str, Any]) -> LlamaForCausalLM:
 
 
 def first_gradients(
-    base: Path, layers: Sequence[int], start: str, ids: Tensor, steps: int = 2, lr: float = 1e-3
+    base: Path, layers: Sequence[int], start: str, ids: Tensor
 ) -> list[dict[str, float]]:
-    """Returns the gradient norms of new blocks at the first steps of AdamW without decay.
+    """Returns the gradient norms of new blocks at the first two steps of AdamW without decay.
 
     Args:
         base, layers, start: as for `expanded`.
-        ids: (B, T + 1) tokens, the same at every step.
-        steps: number of steps.
-        lr: learning rate.
+        ids: (B, T + 1) tokens, the same at both steps.
 
     Returns:
         For each step, the norm over all new blocks by a tensor's name inside its block. Everything
@@ -142,9 +140,9 @@ def first_gradients(
     """
     model = expanded(base, layers, start).double()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(named.values(), lr=1e-3, weight_decay=0.0)
     norms = []
-    for _ in range(steps):
+    for _ in range(2):
         logits = model(ids[:, :-1]).flatten(0, 1)  # (B * T, V)
         nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
         squares: dict[str, float] = {}

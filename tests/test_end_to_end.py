@@ -74,10 +74,10 @@ def home(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     home = tmp_path_factory.mktemp("whole")
     (home / "train.py").write_text(python_source([pydoc, tarfile, zipfile, inspect]))
-    (home / "code.py").write_text(python_source([dis]))
+    (home / "code.py").write_text(python_source([dis])[:12_000])
     (home / "story.txt").write_text(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
-        "sunshine. One day, she saw a big red ball in the park. She was very happy.\n" * 40
+        "sunshine. One day, she saw a big red ball in the park. She was very happy.\n" * 10
     )
     command("from-meta", release, home / "base")
     layers = Checkpoint.open(home / "base").config.num_hidden_layers
@@ -85,9 +85,9 @@ def home(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "bit-equal to the base's" in command("expand", *words)
     options: dict[str, Any] = {
         "--model.path": home / "pro", "--data.train": home / "train.py",
-        "--data.seq-len": 128, "--data.cache-dir": home / "cache", "--train.steps": 100,
+        "--data.seq-len": 128, "--data.cache-dir": home / "cache", "--train.steps": 40,
         "--train.batch-size": 8, "--train.micro-batch-size": 4, "--optim.lr": 4e-3,
-        "--eval.every": 100, "--eval.sequences": 64, "--save.every": 50, "--run-dir": home / "run",
+        "--eval.every": 40, "--eval.sequences": 32, "--save.every": 20, "--run-dir": home / "run",
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     words += ["--data.val", f"code={home / 'code.py'}", f"story={home / 'story.txt'}"]

@@ -23,8 +23,9 @@ import pytest
 import schedule
 import study
 import tasks
-from trial import write_json
+from trial import CHECKPOINT, expand, write_json
 
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError, UserError
 
 SETTINGS = """
@@ -97,7 +98,7 @@ def ended(root: Path, preset: Path, base: Path, tmp_path_factory: pytest.TempPat
     text, out = str(home / "text.txt"), home / "out"
     words = ["--preset", str(preset), "--out", str(out), "--base", str(base), "--train", text]
     words += ["--val", text, "--general", f"wiki={text}"]
-    words += ["--variants", "new-1", "similar", "full", "originals", "distill-3"]
+    words += ["--variants", "new-1", "suffix", "full", "originals", "distill-3"]
     with subprocess.Popen(
         [sys.executable, STUDY, *words], cwd=root, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -157,8 +158,8 @@ def test_every_trial_is_in_the_results_with_its_measures(ended: Ended) -> None:
     (own,) = ended.results["studies"]
     check_trials(own, "wiki")
     sizes = {t["variant"]: (t["trainable"], t["total"]) for t in own["trials"]}
-    assert set(sizes) == {"new-1", "similar", "full", "originals", "distill-3"}
-    assert sizes["new-1"] == sizes["similar"] == sizes["distill-3"]
+    assert set(sizes) == {"new-1", "suffix", "full", "originals", "distill-3"}
+    assert sizes["new-1"] == sizes["suffix"] == sizes["distill-3"]
     assert sizes["new-1"][1] - sizes["new-1"][0] == sizes["full"][0] == sizes["full"][1]
     assert sizes["originals"] == (sizes["new-1"][0], sizes["full"][0])
 
@@ -343,6 +344,23 @@ def test_an_expansion_of_another_base_is_not_taken_for_this_ones(
     other = dataclasses.replace(task, about=task.about | {"base_sha256": "another"})
     with pytest.raises(ConfigError, match=r"other settings \(base_sha256\): choose another --out"):
         other.result()
+
+
+def test_a_start_that_is_placed_by_measurement_is_one_by_placement_py(
+    own: options.StudySettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The options of the variant have --by; the others are those of `convert.py expand`."""
+    found = bases.own_study(dataclasses.replace(own, variants=("similar", "prefix")))
+    tasks_of = {task.out.name: task for task in tasks.start_tasks([found])}
+    assert set(tasks_of) == {"own-similar", "own-prefix"}
+    assert "--by" not in tasks_of["own-prefix"].about["options"]
+    task = tasks_of["own-similar"]
+    task.out.mkdir(parents=True)
+    words = [*task.about["options"], "--tokens", "32", "--text", "text.txt"]
+    expand(task.about | {"options": words}, task.out)
+    assert "layer    cosine" in capsys.readouterr().out
+    record = Checkpoint.open(task.out / CHECKPOINT).config.expansion
+    assert record is not None and len(record.new_layers) == found.compared
 
 
 # ---- Tasks --------------------------------------------------------------------------------------
