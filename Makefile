@@ -10,13 +10,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 SECOND := $(if $(LLAMAPRO_SHARED),$(wildcard $(LLAMAPRO_SHARED)/checkpoints/tinystories-1m))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-all lint format imports clean
+.PHONY: help demo smollm study test test-all lint format imports clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: .venv/ready  ## train a base, expand it, train its new blocks: about 5 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
+
+smollm: .venv/ready  ## teach SmolLM2-135M German messages: 15 minutes on 2 cores, and a download
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/smollm.sh
 
 study: .venv/ready  ## run the paper's comparisons: about an hour on 2 cores
 	$(if $(SECOND),[ -d study-out/bases/tinystories ] || $(BIN)/python convert.py from-meta \

