@@ -84,6 +84,9 @@ def comparisons(num_layers: int, numbers: Sequence[int], compared: int) -> list[
     return variants
 
 
+HOLD = "3%"  # of what is learned may be forgotten; one setting for every base and domain
+
+
 def retention(
     s: StudySettings, compared: int, general: Sequence[str], domain: Sequence[str]
 ) -> list[Variant]:
@@ -118,5 +121,7 @@ def retention(
         name, label = f"distill-{weight:g}", f"self-distillation, weight {weight:g}"
         weighted = (distill, "--replay.weight", f"{weight:g}")
         ways.append(way(name, label, weighted, s.replay_temperature))
+    held = ("--replay.hold", HOLD)
+    ways.append(way("hold", f"self-distillation, replay.hold {HOLD}", held, temperature=1.0))
     label = "self-distillation on the domain's text"
     return [*ways, way("distill-domain", label, (distill, "--replay.data", *domain))]
