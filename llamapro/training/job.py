@@ -154,8 +154,8 @@ class Job:
             tokens = saved["data"]["replay"]["tokens"]
         if not tokens:
             steps = s.steps(round(trained / s.data.seq_len / (1 - s.replay.share)))
-            replayed = math.ceil(steps * s.train.batch_size * s.replay.share) * s.data.seq_len
-            tokens = min(max(replayed, s.data.seq_len + 1), MOST_WRITTEN)
+            sequences = math.ceil(steps * s.train.batch_size * s.replay.share / 2)
+            tokens = min(max(sequences * s.data.seq_len, s.data.seq_len + 1), MOST_WRITTEN)
         replay = replace(s.replay, tokens=tokens)
         where = (s.data.cache_dir, self.compute_dtype, device)
         return written_by_base(self.checkpoint, self.tokenizer, replay, s.data.seq_len, *where)

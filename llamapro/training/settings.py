@@ -69,10 +69,11 @@ class ReplaySettings:
     data: tuple[str, ...] = ()
     """Your own general text instead of the base's: files, globs, folders."""
     prompts: str = ""
-    """File with one short text per line for the base to continue; empty starts new documents."""
+    """File with one short text per line for the base to continue, or, if it has a chat template, to
+    answer; empty starts new documents and chats."""
     tokens: int = 0
-    """Tokens that the base writes; 0 means as many as are replayed, at most 1,000,000. Training
-    repeats them if it needs more."""
+    """Tokens that the base writes. Training repeats them if it needs more; 0 writes half of what
+    is replayed, at most 1,000,000."""
     temperature: float = 1.0
     """Sampling temperature; 1.0 samples from the base's own distribution."""
     seed: int = 0
