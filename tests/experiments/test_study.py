@@ -268,7 +268,7 @@ def test_a_study_over_its_budget_does_not_start(tmp_path: Path) -> None:
     s = settings("--budget-minutes", "30", "--out", str(tmp_path))
     studies = bases.made_studies(s)
     text = tasks.check_budget(s, studies, {"small": 0.01})
-    assert text.startswith("116 trials, 2 at a time: about ")
+    assert text.startswith("122 trials, 2 at a time: about ")
     with pytest.raises(ConfigError, match="more than --budget-minutes 30; raise it, lower"):
         tasks.check_budget(s, studies, {"small": 1.0})
     plain = studies[0].variants[0]

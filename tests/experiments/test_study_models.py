@@ -199,14 +199,14 @@ def test_the_compared_number_is_the_nearest_that_interleaves(
 def test_the_ways_to_forget_less_start_where_plain_expansion_does() -> None:
     """They differ in options of train.py alone; without general text there is none to replay."""
     s = StudySettings(replay_weights=(1.0, 3.0), replay_tokens=4096)
-    names = ["self-replay", "distill-1", "distill-3", "distill-domain"]
+    names = ["self-replay", "distill-1", "distill-3", "hold", "distill-domain"]
     found = variants.retention(s, 4, [], ["code"])
     assert [v.name for v in found] == names
     assert variants.retention(s, 4, ["english"], ["code"])[0].name == "replay"
     plain = variants.plain(4)
     assert all(v.expand == plain.expand and v.varies == plain.name for v in found)
     assert all(v.options[:2] == ("--replay.share", "0.25") for v in found)
-    assert [v.writing[3:4] for v in found] == [("1",), ("1.3",), ("1.3",), ()]
+    assert [v.writing[3:4] for v in found] == [("1",), ("1.3",), ("1.3",), ("1",), ()]
     assert found[1].writing == found[2].writing != found[0].writing
 
 
