@@ -168,7 +168,9 @@ def store_rows(
         t = tl.arange(0, BLOCK)
         d = tl.arange(0, BLOCK_D)
         stride_t = num_heads * D
-        x += (tl.cast(batch, tl.int64) * num_rows + row) * stride_t + head * D
+        # Two sums, as for reading: as one product, a tile of D = 32 spills registers on sm_80.
+        x += tl.cast(batch, tl.int64) * num_rows * stride_t
+        x += tl.cast(row, tl.int64) * stride_t + head * D
         is_inside = (row + t < num_rows)[:, None] & (d < D)[None, :]
         block = block.to(x.dtype.element_ty)
         tl.store(x + t[:, None] * stride_t + d[None, :], block, mask=is_inside)
