@@ -200,7 +200,7 @@ class Strip(Output):
     """The checkpoint directory to create."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        from llamapro.conversion.merge import strip_checkpoint
+        from llamapro.conversion.strip import strip_checkpoint
 
         result = strip_checkpoint(open_checkpoint(self.expanded_dir), self.out_dir, self.force)
         return result, (

@@ -1,4 +1,4 @@
-"""Merges new blocks into their base, from one file or several; strip takes all of them out again.
+"""Merges new blocks into their base, from one file or several.
 
 Several new-block files may have been trained one by one on the same base. A new block adds to the
 residual stream, so the blocks of all files can stand in one model: on top of each base layer come
@@ -20,11 +20,9 @@ from llamapro.checkpoints.base import (
     base_vocab_size,
     check_base,
     contained_base,
-    layout_of,
     split_rows,
 )
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.hub import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import (
     NEW_ROWS,
     BlocksInfo,
@@ -36,9 +34,8 @@ from llamapro.checkpoints.run import STATE_FILE
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES
 from llamapro.config import ExpansionRecord, ModelConfig
-from llamapro.conversion.add_tokens import restore_tokenizer
 from llamapro.conversion.companions import write_companions
-from llamapro.conversion.model_card import CARD_FILE, Training, write_card
+from llamapro.conversion.model_card import Training, write_card
 from llamapro.conversion.rewrite import Target, converted, hashed, rewritten
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.expansion import Layout
@@ -355,48 +352,3 @@ def _combine(
                 new_layers.append(len(sources))
                 sources.append(source)
     return Layout(tuple(sources), tuple(new_layers)), trained
-
-
-# ---- The way back ------------------------------------------------------------------------------
-
-
-def strip_checkpoint(expanded: Checkpoint, out_dir: Path, force: bool = False) -> dict[str, Any]:
-    """Writes the base inside an expanded or merged checkpoint, its tensors byte for byte.
-
-    If a model was expanded several times, only the latest generation is taken out, with the tokens
-    it added.
-
-    Returns:
-        JSON-able: path, layers, removed_layers, removed_tokens (a count), bytes, sha256.
-
-    Raises:
-        ConfigError: as `expand_checkpoint`.
-        CheckpointError: there is no record of new blocks, or the base was changed.
-    """
-    layout = layout_of(expanded.config, expanded.path)
-    refuse_source(out_dir, expanded.path)
-    config = base_config(expanded)
-    hashes: dict[str, str] = {}
-    targets = [
-        Target(base.name, base.dtype, base.shape, [hashed(base, name, hashes)])
-        for name, base in contained_base(expanded).items()
-    ]
-    with rewritten(out_dir, targets, "strip", force) as aside:
-        check_base(expanded, hashes)
-        write_companions(aside, config, expanded.companions())
-        if config.vocab_size < expanded.config.vocab_size:
-            restore_tokenizer(aside)
-        if (aside / BASE_CARD_FILE).exists():
-            (aside / BASE_CARD_FILE).rename(aside / CARD_FILE)
-        sha256 = Checkpoint.open(aside).sha256()  # read back from the files
-        assert expanded.config.expansion is not None
-        if sha256 != expanded.config.expansion.base_sha256:
-            raise CheckpointError(f"{out_dir}: not written: its files were changed meanwhile")
-    return {
-        "path": str(out_dir),
-        "layers": config.num_hidden_layers,
-        "removed_layers": list(layout.new_layers),
-        "removed_tokens": expanded.config.vocab_size - config.vocab_size,
-        "sha256": sha256,
-        "bytes": sum(target.nbytes for target in targets),
-    }

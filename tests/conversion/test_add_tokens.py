@@ -16,7 +16,7 @@ from llamapro.config import ModelConfig
 from llamapro.conversion import add_tokens as growing
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.inspect import describe
-from llamapro.conversion.merge import strip_checkpoint
+from llamapro.conversion.strip import strip_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.text.chat_template import ChatTemplate

@@ -17,7 +17,8 @@ from llamapro.checkpoints.run import STATE_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.conversion.merge import merge_checkpoint, merge_many, strip_checkpoint
+from llamapro.conversion.merge import merge_checkpoint, merge_many
+from llamapro.conversion.strip import strip_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError, UserError
 from llamapro.model import build_on_meta

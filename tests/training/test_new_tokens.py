@@ -16,7 +16,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import NEW_ROWS, read_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE, read_metrics
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.conversion.merge import merge_checkpoint, merge_many, strip_checkpoint
+from llamapro.conversion.merge import merge_checkpoint, merge_many
+from llamapro.conversion.strip import strip_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
