@@ -295,15 +295,16 @@ def test_only_blocks_that_backward_needs_stay_whole_after_forward(spread: Spread
 
 
 def test_a_rank_keeps_its_part_of_what_is_sharded(spread: Spread) -> None:
-    """Bytes at rest: 1 / shard size of everything, or of the new blocks alone."""
-    sizes = {name: 4 * p.numel() for name, p in build().named_parameters()}
-    trained = sum(size for name, size in sizes.items() if name.startswith(NEW_NAMES))
-    total = sum(sizes.values())
-    expected = dict.fromkeys(OPTIONS, total // spread.shard_size)
-    expected["replicate"] = total - trained + trained // spread.shard_size
-    for frozen in OPTIONS:
-        for seen in spread.read(frozen, spread.dtypes[0]):
-            assert seen["kept"] == expected[frozen]
+    """Bytes at rest: 1 / shard size of everything, or of the new blocks alone, which are fp32."""
+    sizes = {name: p.numel() for name, p in build().named_parameters()}
+    trained = 4 * sum(size for name, size in sizes.items() if name.startswith(NEW_NAMES))
+    others = sum(size for name, size in sizes.items() if not name.startswith(NEW_NAMES))
+    frozen = getattr(torch, spread.dtypes[0]).itemsize * others
+    expected = dict.fromkeys(OPTIONS, (frozen + trained) // spread.shard_size)
+    expected["replicate"] = frozen + trained // spread.shard_size
+    for option in OPTIONS:
+        for seen in spread.read(option, spread.dtypes[0]):
+            assert seen["kept"] == expected[option]
 
 
 def test_groups_are_of_neighbouring_ranks(spread: Spread) -> None:

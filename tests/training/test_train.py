@@ -150,7 +150,7 @@ def test_where_frozen_weights_lie_changes_no_loss(
 ) -> None:
     """On two processes, each with a copy of its own (HSDP), as on one with everything sharded."""
     changes = {"train__micro_batch_size": 1, "train__frozen": frozen, "train__shard_size": 1}
-    train_on(2, [word.replace("_", "-") for word in arguments(tmp_path / "two", **changes)])
+    train_on(2, arguments(tmp_path / "two", **changes))
     assert_same_losses(tmp_path / "two", straight)
 
 
@@ -527,7 +527,6 @@ def test_an_empty_corpus_is_refused_on_every_rank(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow  # --processes starts its ranks in the same way, see test_launcher.py
 def test_torchrun_reports_the_mistake_last(
     root: Path, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
