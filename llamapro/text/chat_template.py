@@ -39,6 +39,7 @@ class ChatTemplate:
     Attributes:
         source: the template.
         origin: the file it came from, or the name of a built-in one.
+        date: what `strftime_now` formats in the template; None means now.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, origin: str) -> None:
@@ -50,6 +51,7 @@ class ChatTemplate:
                 f"{origin}: chat templates need jinja2: pip install 'llamapro[tokenizers]'"
             ) from None
         self.source, self.origin = source, origin
+        self.date: datetime.datetime | None = None
         self._tokenizer = tokenizer
         names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
         # A token that is missing is not defined, instead of "": some templates test for it.
@@ -173,6 +175,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
+                strftime_now=(self.date or datetime.datetime.now()).strftime,
                 **self._variables,
             )
         except Exception as error:  # a template is a program: any error is one of its own
@@ -314,5 +317,4 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment

@@ -139,7 +139,7 @@ class Job:
 
         Args:
             trained: tokens of an epoch, without replay.
-            saved: the run's identity; a run that resumes has the text it had.
+            saved: the run's identity; a run that resumes keeps the text that it had.
 
         Raises:
             ConfigError, DataError: as `written_by_base` and `tokenize`.
@@ -151,7 +151,7 @@ class Job:
         assert self.checkpoint is not None  # else all weights train, which `check` refuses
         tokens = s.replay.tokens
         if not tokens and self.resume_from is not None:
-            tokens = saved["data"]["replay"]["tokens"]
+            tokens = saved["data"].get("replay", {}).get("tokens", 0)
         if not tokens:
             steps = s.steps(round(trained / s.data.seq_len / (1 - s.replay.share)))
             sequences = math.ceil(steps * s.train.batch_size * s.replay.share / 2)

@@ -81,7 +81,7 @@ class Replay(NextToken):
         self.weight: float | Tensor = replay.weight
         self.distill = replay.distill
         record = model.config.expansion
-        assert record is not None  # `settings.check` refuses replay where every weight trains
+        assert record is not None  # `checks.check` refuses replay where every weight trains
         self.new_layers, self.base_vocab_size = record.new_layers, record.base_vocab_size
 
     def forward(
@@ -159,7 +159,7 @@ class Hold(Replay):
     INTEGRAL, PROPORTIONAL, EXCESS = 0.05, 0.5, 4.0
     DOWN, UP = -0.5, 1.0  # bounds of e: the weight rises faster than it falls
     MEMORY = 0.8  # of the moving averages, per step
-    LEAST = 1e-3  # nats per token that are allowed before anything is learned
+    LEAST = 1e-3  # nats per token that a share allows before anything is learned
     FIRST, LOWEST, HIGHEST = 3.0, 0.1, 100.0  # weights
     # I; averages of KL and loss; the first step's loss; steps in a row with the weight at HIGHEST.
     NUMBERS = ("log_weight", "kl", "loss", "first_loss", "steps_at_bound", "weight")
@@ -208,8 +208,9 @@ class Hold(Replay):
         # A step without such tokens, or with a loss that is not finite, teaches nothing.
         kl = torch.where(new_kl.isfinite(), torch.lerp(new_kl, kl, self.MEMORY), kl)
         loss = torch.where(new_loss.isfinite(), torch.lerp(new_loss, loss, self.MEMORY), loss)
-        allowed = self.hold * ((first - loss).clamp(min=0) if self.is_relative else 1.0)
-        allowed = torch.as_tensor(allowed, device=total.device).clamp(min=self.LEAST)
+        allowed: Tensor | float = self.hold
+        if self.is_relative:
+            allowed = (self.hold * (first - loss)).clamp(min=self.LEAST)
         ratio = kl / allowed / (1 + self.EXCESS * relative_rate)
         error = ratio.clamp(min=1e-300).log().clamp(self.DOWN, self.UP)
         lowest, highest = math.log(self.LOWEST), math.log(self.HIGHEST)

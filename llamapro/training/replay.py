@@ -10,6 +10,7 @@ al., 2015), and a token's loss is KL(base || model). The base is the model witho
 so this is Li & Hoiem's "Learning without Forgetting" (2016) with no second set of weights.
 """
 
+import datetime
 import random
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.settings import ReplaySettings
 
 FORMAT_VERSION = 2
+# Templates that print today's date print this one: what is written must not depend on the day.
+DATE = datetime.datetime(2024, 7, 26)
 
 
 class Opening(NamedTuple):
@@ -131,8 +134,8 @@ def read_openings(
     A base without a chat template writes text: from what stands before a document in training (BOS,
     or EOS where no BOS is added), or from each line of a file. A base with one also writes chats.
     Without a file it makes up the user's message too, from the header that stands before it (Xu et
-    al., "Magpie", 2024), and half of the documents are plain text. With a file each line is a
-    user's message.
+    al., "Magpie", 2024), and half of the documents are plain text; there are no chats if `length`
+    has no room for the headers. With a file each line is a user's message.
 
     Args:
         file: UTF-8 text; empty lines are passed over. "": none.
@@ -148,14 +151,17 @@ def read_openings(
     """
     start = tokenizer.document_start()
     template = ChatTemplate.load(model, tokenizer) if ChatTemplate.is_in(model) else None
+    if template is not None:
+        template.date = DATE
     if not file:
         if not start:
             raise ConfigError(
                 f"replay.share: {tokenizer.path} has no BOS or EOS that the base could write from; "
                 "give short texts with replay.prompts, or name text with replay.data instead"
             )
-        chats = [] if template is None else [_chat_opening(template, tokenizer, ends)]
-        return [Opening(start), *chats]
+        chat = Opening(()) if template is None else _chat_opening(template, tokenizer, ends)
+        has_room = 0 < len(chat.ids) + len(chat.then) < length
+        return [Opening(start), chat] if has_room else [Opening(start)]
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -180,11 +186,12 @@ def read_openings(
 
 
 def _chat_opening(template: ChatTemplate, tokenizer: Tokenizer, ends: Collection[int]) -> Opening:
-    """Returns the header of a user's message, and what stands between it and the answer."""
+    """Returns a user's message without its text, and what stands between it and the answer."""
     message = "\ue000"  # a private character: no template has it
     text = template.render([{"role": "user", "content": message}], add_generation_prompt=True)
-    header, then = (tokenizer.encode(part, special=True) for part in text.split(message, 1))
-    return Opening(header, then if then and then[0] in ends else [])
+    before, _, after = text.partition(message)
+    header, then = (tokenizer.encode(part, special=True) for part in (before, after))
+    return Opening(header, then if then and then[0] in ends else ())
 
 
 def written_by_base(

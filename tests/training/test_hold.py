@@ -16,10 +16,11 @@ from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.model import build_on_meta
 from llamapro.scripts import train
+from llamapro.training.checks import check
 from llamapro.training.distributed import Ranks, process_group
 from llamapro.training.objective import Hold, make_objective
 from llamapro.training.preset import parse
-from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
+from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings
 from llamapro.training.settings import TrainSettings as Train
 
 SEQ_LEN = 24
@@ -100,6 +101,11 @@ def test_the_loss_has_the_weight_of_the_steps_before(rule: Callable[[str], Hold]
     loss, count = objective.combine(pair, other)
     assert loss.item() == pytest.approx(2 + 0.5 * weight) and loss.dtype == torch.float32
     assert count == 17 and objective.combine(pair, None) == pair
+
+
+def test_a_bound_may_be_tiny(rule: Callable[[str], Hold]) -> None:
+    """What a share allows at least is no floor for a bound in nats."""
+    assert measure(rule("0.0001"), 0.0005) > Hold.FIRST
 
 
 def test_nothing_measured_teaches_nothing(rule: Callable[[str], Hold]) -> None:
@@ -214,6 +220,14 @@ def test_the_base_writes_half_of_what_is_replayed(run: Callable[..., Path]) -> N
     assert written(first)["tokens"] == 2 * SEQ_LEN
     before = written(first)
     assert written(run("short", train__steps=5, replay__share=0.25)) == before
+
+
+def test_a_run_may_begin_to_replay_when_it_goes_on(run: Callable[..., Path]) -> None:
+    """If the user allows it: there is no earlier text to keep."""
+    run("later", train__steps=3, replay__hold=None, replay__share=None, replay__batch_size=None)
+    allowed = "replay.hold replay.share replay.distill replay.batch_size replay.data"
+    later = run("later", resume__allow=allowed)
+    assert [r["step"] for r in read_metrics(later) if "replay_kl" in r] == [4, 5, 6]
 
 
 def test_a_bound_out_of_reach_is_told_once(

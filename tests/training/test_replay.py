@@ -26,6 +26,7 @@ from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import replay as module
+from llamapro.training.checks import check
 from llamapro.training.replay import (
     Opening,
     describe_mix,
@@ -33,7 +34,7 @@ from llamapro.training.replay import (
     write_documents,
     written_by_base,
 )
-from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings, check
+from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings
 from llamapro.training.settings import TrainSettings as Train
 
 LENGTH, TOKENS = 24, 201
@@ -191,9 +192,26 @@ def test_a_chat_has_the_message_and_the_answer_of_the_base(home: Path, tmp_path:
         assert 2 not in rest[:-1]
         ended += rest[-1:] == [2]
     assert ended > 5
+    assert read_openings("", tmp_path / "chat", tokenizer, ends, len(header) + len(then)) == [text]
     (tmp_path / "prompts.txt").write_text("What is it?\n")
     (asked,) = read_openings(str(tmp_path / "prompts.txt"), tmp_path / "chat", tokenizer, ends, 60)
     assert tokenizer.decode(asked.ids).endswith("user: What is it?assistant: ")
+
+
+@pytest.mark.parametrize(
+    ("template", "header"),
+    [
+        ("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}", "2024-07-26 "),
+        ("no message", "no message"),
+    ],
+)
+def test_any_template_opens_a_chat(template: str, header: str, home: Path, tmp_path: Path) -> None:
+    """One with today's date opens it alike on every day, or a resumed run would be refused."""
+    shutil.copytree(home / "pro0", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.load(tmp_path / "chat")
+    _, chat = read_openings("", tmp_path / "chat", tokenizer, {2}, 60)
+    assert chat == Opening(tokenizer.encode(header, special=True))
 
 
 def test_no_added_token_is_written(write: Callable[..., TokenStore]) -> None:
