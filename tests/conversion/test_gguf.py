@@ -23,6 +23,7 @@ pytest.importorskip("gguf", reason="needs the extra gguf")
 
 SHAPE = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+UP_PROJ = "model.layers.0.mlp.up_proj.weight"
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_3 |= {"original_max_position_embeddings": 8192}
 
@@ -34,11 +35,21 @@ def model(
     random_tensors: Callable[..., dict[str, Tensor]],
     write_gguf: Callable[..., Path],
 ) -> Callable[..., Path]:
-    """`model(config={}, **arguments of write_gguf) -> file`: one layer of 32 dimensions."""
+    """`model(config={}, tensors={}, **arguments of write_gguf) -> file`: a layer of 32 dimensions.
 
-    def make(config: dict[str, Any] | None = None, name: str = "m.gguf", **arguments: Any) -> Path:
+    The tensors replace some of the random ones; None leaves one out.
+    """
+
+    def make(
+        config: dict[str, Any] | None = None,
+        name: str = "m.gguf",
+        tensors: dict[str, Tensor | None] | None = None,
+        **arguments: Any,
+    ) -> Path:
         full = tiny_config(**SHAPE, **(config or {}))
-        return write_gguf(tmp_path / name, full, random_tensors(full), **arguments)
+        written = random_tensors(full) | (tensors or {})
+        kept = {name: tensor for name, tensor in written.items() if tensor is not None}
+        return write_gguf(tmp_path / name, full, kept, **arguments)
 
     return make
 
@@ -265,18 +276,11 @@ def test_a_model_of_another_kind_is_refused_by_the_key(
 
 
 def test_tensors_that_are_not_a_llamas_are_named(
-    tmp_path: Path,
-    tiny_config: Callable[..., ModelConfig],
-    random_tensors: Callable[..., dict[str, Tensor]],
-    write_gguf: Callable[..., Path],
+    model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A missing one, one too many and one of another shape stand in one message."""
-    config = tiny_config(**SHAPE)
-    tensors = random_tensors(config)
-    del tensors["model.norm.weight"]
-    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(16, 32)
-    extra = {"blk.0.attn_q.bias": torch.zeros(32)}
-    file = write_gguf(tmp_path / "m.gguf", config, tensors, extra=extra)
+    tensors = {"model.norm.weight": None, UP_PROJ: torch.zeros(16, 32)}
+    file = model(tensors=tensors, extra={"blk.0.attn_q.bias": torch.zeros(32)})
     with pytest.raises(UserError) as caught:
         from_gguf(file, tmp_path / "out")
     for words in (
@@ -315,16 +319,12 @@ def test_a_quantisation_that_the_library_cannot_read_is_refused_by_name(
 
 
 def test_numbers_too_large_for_float16_are_refused(
-    tmp_path: Path,
-    tiny_config: Callable[..., ModelConfig],
-    random_tensors: Callable[..., dict[str, Tensor]],
-    write_gguf: Callable[..., Path],
+    model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """They would become infinite; the message says which dtype holds them."""
-    config = tiny_config(**SHAPE)
-    tensors = random_tensors(config)
-    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = 1e6
-    file = write_gguf(tmp_path / "m.gguf", config, tensors)
+    large = torch.zeros(32, 32)
+    large[3, 5] = 1e6
+    file = model(tensors={UP_PROJ: large})
     with pytest.raises(UserError, match=r"'blk.0.ffn_up.weight' holds .* choose --dtype bfloat16"):
         from_gguf(file, tmp_path / "out", torch.float16)
     assert not (tmp_path / "out").exists()
