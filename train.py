@@ -20,7 +20,7 @@ import torch
 from llamapro import backends, cli, ops
 from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.training import launcher, plan, preset, replay, resume
+from llamapro.training import checks, launcher, plan, preset, replay, resume
 from llamapro.training.checkpoint import Saver
 from llamapro.training.distributed import Ranks, process_group, shard, world_size
 from llamapro.training.job import Data, Job, find_state, is_complete, load_data
@@ -28,7 +28,7 @@ from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
 from llamapro.training.preemption import Stopped, StopRequest
 from llamapro.training.progress import Progress
-from llamapro.training.settings import Settings, check, flatten
+from llamapro.training.settings import Settings, flatten
 from llamapro.training.state import Losses, RunState
 from llamapro.training.validation import evaluate, forward
 from llamapro.training.weights import freeze, init_random, mask_gradients
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Runs the command; its options are those of the command line if `argv` is None."""
     argv = sys.argv[1:] if argv is None else argv
     settings, is_rank = preset.parse(argv, prog), "RANK" in os.environ
-    check(settings, world_size() if is_rank else max(1, settings.processes))
+    checks.check(settings, world_size() if is_rank else max(1, settings.processes))
     if settings.processes > 1 and not is_rank:
         sys.exit(launcher.launch(__file__, argv, settings.processes))
     job = Job.open(settings)
@@ -163,7 +163,7 @@ def train_step(
 
 def build_optimizer(
     parameters: dict[str, torch.nn.Parameter], job: Job, state: RunState
-) -> torch.optim.AdamW:
+) -> FiniteGuard:
     """Builds AdamW over the trained parameters, with the moments of a resumed run."""
     o, first_row = job.settings.optim, job.first_new_row
     # Weight decay would move the base's rows of embedding and head.
@@ -172,7 +172,7 @@ def build_optimizer(
     if job.resume_from is not None:
         applied = state.step - state.skipped
         resume.load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
-    return optimizer
+    return FiniteGuard(optimizer, o.skip_bad_steps, state.skipped)
 
 
 def train(
@@ -187,8 +187,7 @@ def train(
     """Trains to the last step, or until a signal stops the run; advances the state."""
     s = job.settings
     parameters = shard_objective(objective, job, state, ranks)
-    optimizer = build_optimizer(parameters, job, state)
-    guard = FiniteGuard(optimizer, s.optim.skip_bad_steps, state.skipped)
+    guard = build_optimizer(parameters, job, state)
     progress = Progress(s, data.mixture, data.steps, state, ranks, stop)
     losses = Losses(state, guard, ranks, s.log_spikes, progress.odd, objective)
     saver = Saver(job.run_dir, s.save, ranks, job.first_new_row, state.step)
@@ -197,7 +196,7 @@ def train(
         losses.read()
         info = BlocksInfo.of(job.config, s.train.trainable, state.step)
         kept = state.to_json() | {"settings": flatten(s)}
-        progress.saved(saver.save(state.step, parameters, optimizer, info, kept))
+        progress.saved(saver.save(state.step, parameters, guard.optimizer, info, kept))
 
     with progress.writing(job.run_dir, job.plan, changed), saver:
         try:
@@ -219,7 +218,7 @@ def train(
                     )
                     if is_stopping:
                         raise Stopped
-                    rate = set_learning_rate(optimizer, state.step, data.steps, s.optim)
+                    rate = set_learning_rate(guard.optimizer, state.step, data.steps, s.optim)
                     loss, norm = train_step(objective, guard, columns, replayed, valid, s, ranks)
                     objective.adapt(rate / s.optim.lr)
                     losses.add(state.step + 1, state.samples, loss, norm)

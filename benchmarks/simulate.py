@@ -28,12 +28,13 @@ from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, interleave
 from llamapro.formatting import format_bytes, format_count, format_duration
 from llamapro.model import LlamaForCausalLM, build_on_meta
+from llamapro.training.checks import check
 from llamapro.training.distributed import shard
 from llamapro.training.objective import make_objective
 from llamapro.training.plan import estimate_memory
 from llamapro.training.preset import parse
 from llamapro.training.replay import split_replayed
-from llamapro.training.settings import DataSettings, Settings, check
+from llamapro.training.settings import DataSettings, Settings
 from llamapro.training.weights import freeze, is_trained
 
 

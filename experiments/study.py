@@ -38,10 +38,10 @@ from llamapro.errors import ConfigError, DataError
 from llamapro.inference.multiple_choice import read_choices
 from llamapro.inference.sampling import end_ids
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.checks import check as check_train
 from llamapro.training.job import Job
 from llamapro.training.preset import parse as parse_train
 from llamapro.training.replay import read_openings
-from llamapro.training.settings import check as check_train
 
 RESULTS = "results.json"
 

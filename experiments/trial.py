@@ -39,13 +39,14 @@ from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.scripts import convert
 from llamapro.scripts import train as script
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.checks import check
 from llamapro.training.job import Job
 from llamapro.training.metrics import Run, read_run, summarize
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
 from llamapro.training.preset import parse
 from llamapro.training.replay import Opening, write_documents
-from llamapro.training.settings import ReplaySettings, check
+from llamapro.training.settings import ReplaySettings
 from llamapro.training.weights import init_random
 
 RESULT_FILE, LOG_FILE = "result.json", "log.txt"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llamapro.training.checks import check
 from llamapro.training.preset import parse
-from llamapro.training.settings import check
 
 
 def catalogue(messages: dict[str, str]) -> bytes:

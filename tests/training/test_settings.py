@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from llamapro.errors import ConfigError
+from llamapro.training.checks import check
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.resume import FREE_TO_CHANGE, changes
 from llamapro.training.settings import (
     Settings,
     TrainSettings,
-    check,
     flatten,
 )
 

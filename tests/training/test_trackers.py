@@ -15,12 +15,13 @@ import torch
 
 from llamapro.checkpoints.run import read_metrics
 from llamapro.errors import ConfigError
+from llamapro.training.checks import check
 from llamapro.training.metrics import MetricsLog, is_installed
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.progress import Progress
 from llamapro.training.resume import changes
-from llamapro.training.settings import Settings, check, flatten
+from llamapro.training.settings import Settings, flatten
 from llamapro.training.state import RunState
 
 EVAL = {"kind": "eval", "step": 0, "set": "general", "loss": 1.5, "perplexity": 4.5}

@@ -1,0 +1,141 @@
+"""Mistakes in the settings of a run, all of them found before anything starts."""
+
+import math
+from collections.abc import Callable
+
+from llamapro import backends
+from llamapro.errors import ConfigError, suggest
+from llamapro.training.metrics import is_installed
+from llamapro.training.settings import ReplaySettings, Settings, flatten
+
+# The expected values, the test for other ones (false for nan, which `check` reports by itself), and
+# the settings that it is for.
+LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "more than 0",
+        lambda x: x <= 0,
+        "data.seq_len train.batch_size train.micro_batch_size optim.lr optim.clip eval.every "
+        "save.every save.keep log_every replay.temperature replay.batch_size replay.weight",
+    ),
+    (
+        "0 or more",
+        lambda x: x < 0,
+        "train.steps eval.sequences data.workers replay.tokens optim.weight_decay "
+        "optim.skip_bad_steps train.shard_size save.keep_every log_seconds log_spikes processes",
+    ),
+    ("0 to 1", lambda x: x < 0 or x > 1, "optim.warmup_ratio optim.final_lr_ratio"),
+    ("0 to 2^64 - 1", lambda x: x < 0 or x >= 1 << 64, "train.seed replay.seed"),
+)
+
+
+def check(settings: Settings, world_size: int) -> None:
+    """Raises ConfigError with every setting that is impossible, alone or for this world size."""
+    s, wrong = settings, []
+    if bool(s.model.path) == bool(s.model.config):
+        wrong.append(
+            "give model.path (a checkpoint directory) or model.config (a config.json), "
+            + ("not both" if s.model.path else "one is needed")
+        )
+    if s.model.config and not s.model.tokenizer:
+        wrong.append("model.config needs model.tokenizer, the tokenizer.model to train with")
+    if s.model.config and s.train.trainable == "new_blocks":
+        wrong.append("model.config starts from random weights: set train.trainable to 'all'")
+    if not s.data.train:
+        wrong.append("data.train is empty: name files, globs or folders to train on")
+    if s.data.weights and len(s.data.weights) != len(s.data.train):
+        wrong.append(
+            f"data.weights has {len(s.data.weights)} numbers for {len(s.data.train)} sources in "
+            "data.train"
+        )
+    flat = flatten(s)
+    for expected, is_impossible, keys in LIMITS:
+        wrong += [
+            f"{key} is {flat[key]}, expected {expected}"
+            for key in keys.split()
+            if is_impossible(flat[key])
+        ]
+    if not s.train.steps and s.train.epochs <= 0:
+        wrong.append(f"train.epochs is {s.train.epochs}, expected more than 0")
+    wrong += [f"data.weights: {w} is not more than 0" for w in s.data.weights if w <= 0]
+    for key, value in flat.items():  # TOML and the command line take nan and inf
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            wrong.append(f"{key} is {value}, expected finite numbers")
+    wrong += _check_replay(s)
+    wrong += [
+        f"resume.allow: no setting {key!r}{suggest(key, list(flat), cutoff=0.5)}"
+        for key in s.resume.allow
+        if key not in flat
+    ]
+    if not all(0 <= beta < 1 for beta in s.optim.betas):
+        wrong.append(f"optim.betas is {s.optim.betas}, expected two numbers from 0 to below 1")
+    try:
+        backends.parse(s.train.ops)
+    except ValueError as error:
+        wrong.append(f"train.ops: {error}")
+    if s.train.shard_size > 0 and world_size % s.train.shard_size:
+        fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        wrong.append(
+            f"train.shard_size {s.train.shard_size} does not divide {world_size} process(es) into "
+            f"equal groups, expected one of {fitting}, or 0 for one group"
+        )
+    wrong += [
+        f"log_to: {name} is not installed: pip install 'llamapro[{name}]'"
+        for name in dict.fromkeys(s.log_to)
+        if not is_installed(name)
+    ]
+    unit = world_size * max(1, s.train.micro_batch_size)
+    if s.train.batch_size > 0 and s.train.batch_size % unit:
+        below = s.train.batch_size // unit * unit
+        nearest = " and ".join(str(n) for n in (below, below + unit) if n)
+        wrong.append(
+            f"train.batch_size {s.train.batch_size} is not a multiple of {world_size} process(es) "
+            f"x train.micro_batch_size {s.train.micro_batch_size} = {unit}; nearest that are: "
+            f"{nearest}"
+        )
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def _check_replay(s: Settings) -> list[str]:
+    """Returns the mistakes in `replay`, alone or beside the other settings."""
+    share = s.replay.share
+    if not 0 <= share < 1:
+        return [f"replay.share is {share}, expected 0 to below 1"]
+    if not share:
+        given = {key: getattr(s.replay, key) for key in ("data", "prompts", "distill", "weight")}
+        return [
+            f"replay.{key} {value} needs replay.share"
+            for key, value in given.items()
+            if value != getattr(ReplaySettings, key)
+        ]
+    wrong, hold = [], s.replay.hold
+    name = f"replay.hold is {hold}" if hold else f"replay.share is {share}"
+    if hold:
+        try:
+            _ = s.replay.held
+        except ValueError:
+            wrong.append(
+                f"replay.hold is {hold!r}, expected nats per token, such as 0.02, or a share of "
+                "what is learned, such as 3%"
+            )
+    if hold and s.replay.weight != 1:
+        wrong.append(
+            f"{name} and replay.weight is {s.replay.weight}: the weight follows from replay.hold; "
+            "leave one of them out"
+        )
+    if 0 < s.train.steps * s.train.batch_size * share < 1:
+        wrong.append(
+            f"replay.share {share} of {s.train.steps} steps x {s.train.batch_size} sequences is "
+            "less than one sequence; raise it"
+        )
+    if s.replay.data and s.replay.prompts:
+        wrong.append("replay.prompts is for text that the base writes: omit it or replay.data")
+    if s.train.trainable == "all":
+        wrong.append(
+            f"{name}: replay goes with train.trainable 'new_blocks', whose base "
+            "stays inside; leave it out and name general text in data.train"
+        )
+    if s.data.format == "chat":
+        wrong.append(f"{name}: data.format 'chat' has no replay; leave it out")
+    return wrong
