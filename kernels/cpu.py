@@ -203,22 +203,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
 # ---- Loss ---------------------------------------------------------------------------------------
 
 
-def logits_at_once(device: torch.device) -> int:
-    """Logits of one chunk: what fits a CPU's cache, or 256 MiB of a GPU's memory in fp32."""
-    return 1 << 20 if device.type == "cpu" else 1 << 26
+def logits_at_once(device: torch.device, vocab_size: int) -> int:
+    """Logits of one chunk: what fits a CPU's cache, or 256 MiB of a GPU's memory in fp32.
+
+    A chunk has at least 128 tokens, because matrix products with few rows take twice as long.
+    """
+    return max(1 << 20 if device.type == "cpu" else 1 << 26, 128 * vocab_size)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss of softmax(x W^T), and the number of targets: (N, C), (V, C), (N,) -> (), ()."""
-    return _loss(x, None, weight, targets, logits_at_once(x.device), 0)
+    at_once = logits_at_once(x.device, weight.shape[0])
+    return _loss(x, None, weight, targets, at_once, 0)
 
 
 def linear_kl(
     x: Tensor, teacher_x: Tensor, weight: Tensor, targets: Tensor, teacher_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Summed KL(teacher || model) through one head, and the number of targets."""
-    logits = logits_at_once(x.device) // 2  # the teacher's logits live too
-    return _loss(x, teacher_x, weight, targets, logits, teacher_rows or weight.shape[0])
+    at_once = logits_at_once(x.device, weight.shape[0]) // 2  # the teacher's logits live too
+    return _loss(x, teacher_x, weight, targets, at_once, teacher_rows or weight.shape[0])
 
 
 def _loss(
@@ -298,7 +302,7 @@ def _cross_entropy(
 
         loss = m + log(s) - l_t,    dloss / dl_v = exp(l_v - m) / s - [v = t]
     """
-    logits = F.linear(x, weight).to(_wide(x.dtype))  # (n, V)
+    logits = linear(x, weight).to(_wide(x.dtype))  # (n, V)
     of_target = logits.gather(1, index)
     largest = logits.amax(1, keepdim=True)
     exps = logits.sub_(largest).exp_()  # in the place of the logits
@@ -321,8 +325,8 @@ def _kl(
         KL = sum_v q_v (log q_v - log p_v),    dKL / dl_v = p_v - q_v
     """
     dtype = _wide(x.dtype)
-    log_p = F.linear(x, weight).log_softmax(1, dtype)  # (n, V)
-    log_q = F.linear(teacher_x, weight[:rows]).log_softmax(1, dtype)
+    log_p = linear(x, weight).log_softmax(1, dtype)  # (n, V)
+    log_q = linear(teacher_x, weight[:rows]).log_softmax(1, dtype)
     q = log_q.exp()  # (n, V of the teacher)
     losses = log_q.sub_(log_p[:, :rows]).mul_(q).sum(1, keepdim=True)
     if not needs_grad:

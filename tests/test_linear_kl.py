@@ -40,7 +40,7 @@ def test_kl_and_its_gradient_are_those_of_autograd(
     chunk: int, teacher_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp64, whatever the chunks; the teacher gets none."""
-    monkeypatch.setattr(cpu, "logits_at_once", lambda _: chunk)
+    monkeypatch.setattr(cpu, "logits_at_once", lambda *_: chunk)
     x, teacher_x, weight, targets = draw()
     kl, count = ops.linear_kl(x, teacher_x.requires_grad_(), weight, targets, teacher_rows)
     expected = plain_kl(x, teacher_x.detach(), weight, targets, teacher_rows or V)
@@ -108,7 +108,7 @@ class Largest(TorchDispatchMode):
 def test_the_logits_of_a_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half as many as of cross-entropy, because the teacher's are there as well."""
     at_once = 600 * V
-    monkeypatch.setattr(cpu, "logits_at_once", lambda _: at_once)
+    monkeypatch.setattr(cpu, "logits_at_once", lambda *_: at_once)
     x, teacher_x, weight, _ = draw(torch.float32)
     x, teacher_x = x.repeat(20, 1), teacher_x.repeat(20, 1)
     with Largest() as largest:

@@ -29,7 +29,7 @@ only_cpu = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "logits_at_once", lambda device: VOCAB * CHUNK_TOKENS)
+    monkeypatch.setattr(cpu, "logits_at_once", lambda *_: VOCAB * CHUNK_TOKENS)
 
 
 def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:

@@ -218,7 +218,7 @@ def _logit_bytes(
     if backend == "triton":
         return min(logits, 1 << 27) * dtype.itemsize + gradients
     if backend == "cpu":
-        logits = min(logits, cpu.logits_at_once(device))
+        logits = min(logits, cpu.logits_at_once(device, config.vocab_size))
     else:
         logits *= 2
     return logits * (4 + dtype.itemsize) + gradients
@@ -228,7 +228,8 @@ def _teacher_bytes(
     config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Returns the bytes of its hidden states and of a chunk's logits: 3 x fp32 and 1 x rounded."""
-    logits = min(tokens * config.vocab_size, cpu.logits_at_once(device) // 2)
+    vocab_size = config.vocab_size
+    logits = min(tokens * vocab_size, cpu.logits_at_once(device, vocab_size) // 2)
     return tokens * config.hidden_size * dtype.itemsize + logits * (3 * 4 + dtype.itemsize)
 
 
