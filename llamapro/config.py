@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import ConfigError
+from llamapro.errors import ConfigError, warn
+from llamapro.fields import Fields, RopeScaling, read_rope
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ExpansionRecord:
             its `new_layers` are indices in this checkpoint too.
         base_vocab_size: the number of rows of embedding and head that are the base's; the rows of
             added tokens follow. None, and absent from the file, if no token was added.
+        computation: `ModelConfig.computation` of the base; None in records of earlier versions.
     """
 
     new_layers: tuple[int, ...]
@@ -35,6 +37,7 @@ class ExpansionRecord:
     base_sha256: str
     generations: tuple[dict[str, Any], ...] = ()
     base_vocab_size: int | None = None
+    computation: dict[str, Any] | None = None
 
     @classmethod
     def from_dict(
@@ -49,6 +52,7 @@ class ExpansionRecord:
                 str(raw["base_sha256"]),
                 tuple(raw.get("generations", ())),
                 None if rows is None else int(rows),
+                raw.get("computation"),
             )
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{where}: the 'llamapro' record is damaged ({error!r})") from None
@@ -60,6 +64,7 @@ class ExpansionRecord:
             or not all(0 <= i < num_hidden_layers for i in layers)
             or not all(0 <= i < num_hidden_layers - len(layers) for i in sources)
             or not all(isinstance(generation, dict) for generation in record.generations)
+            or not isinstance(record.computation, dict | None)
         ):
             raise ConfigError(
                 f"{where}: the 'llamapro' record lists new_layers {list(layers)} with "
@@ -73,35 +78,6 @@ class ExpansionRecord:
         return {key: value for key, value in raw.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """Stretches RoPE's frequencies for longer contexts, as `ops.rope_frequencies` describes.
-
-    Attributes:
-        kind: "linear" (Chen et al., 2023) or "llama3" (Llama 3.1), which alone has the last three.
-        factor: divides all frequencies ("linear"), or the low ones ("llama3").
-        low_freq_factor, high_freq_factor: a frequency is low, or high, if its wave fits this often
-            into the original context; the frequencies between are blended.
-        original_max_position_embeddings: the original context in tokens.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 0.0
-    high_freq_factor: float = 0.0
-    original_max_position_embeddings: float = 0.0
-
-
-_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
 # The value that transformers assumes for an absent field, where the two kinds differ.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
@@ -113,15 +89,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # A field that is present must have one of these values: the model computes nothing else.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (1, 1.0, None),
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "partial_rotary_factor": (1, None),
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
-    "layer_types": (None,),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "pretraining_tp": (1,),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
     "quantization_config": (None,),
 }
 _SIZES = (
@@ -131,6 +104,7 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+MAX_LAYERS = 10_000  # building more would take gigabytes, even without weights
 
 
 @dataclass(frozen=True)
@@ -198,7 +172,7 @@ class ModelConfig:
             raise ConfigError(
                 f"{where}: model_type {model_type!r} is not supported (only {supported})"
             )
-        fields = _Fields(_DEFAULTS[model_type] | raw)
+        fields = Fields(_DEFAULTS[model_type] | raw)
         wrong = fields.wrong
         wrong += _typos(raw, [f.name for f in dataclasses.fields(cls)])
         sizes = {key: fields.number(key) for key in _SIZES}
@@ -207,12 +181,14 @@ class ModelConfig:
             if key in raw and raw[key] not in allowed:
                 wrong.append(f"{key} {raw[key]!r} is not supported (only {allowed[0]!r})")
 
-        # transformers 5 writes rope_parameters; 4 writes rope_theta beside rope_scaling.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            wrong.append(f"rope_parameters or rope_scaling is {rope!r}, expected a JSON object")
-            rope = {}
+        if (layers := sizes["num_hidden_layers"]) > MAX_LAYERS:
+            wrong.append(f"num_hidden_layers is {layers:,}, over {MAX_LAYERS:,}")
+        theta, scaling = read_rope(raw, fields)
         has_window = model_type == "mistral" and fields.raw.get("sliding_window") is not None
+        expected = "sliding_attention" if has_window else "full_attention"
+        types = raw.get("layer_types") or [expected]
+        if not isinstance(types, list) or any(kind != expected for kind in types):
+            wrong.append(f"layer_types {types!r:.80} is not supported (only {expected!r} for all)")
         tied = raw.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             wrong.append(f"tie_word_embeddings is {tied!r}, expected true or false")
@@ -220,19 +196,21 @@ class ModelConfig:
         config = cls(
             **sizes,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6, float),
-            rope_theta=fields.number("rope_theta", 10000.0, float, rope.get("rope_theta")),
+            rope_theta=theta,
             max_position_embeddings=fields.number("max_position_embeddings"),
             tie_word_embeddings=tied,
             initializer_range=fields.number("initializer_range", 0.02, float),
             bos_token_id=raw.get("bos_token_id", 1),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             model_type=model_type,
-            rope_scaling=_read_rope_scaling(rope, wrong),
+            rope_scaling=scaling,
             sliding_window=fields.number("sliding_window") if has_window else None,
             raw=raw,
         )
         if wrong:
             raise ConfigError(f"{where}: " + "; ".join(wrong))
+        if dropout := raw.get("attention_dropout"):
+            warn(f"config.json: attention_dropout {dropout!r:.80} is not applied, in training too")
         if raw.get("llamapro") is None:
             return config
         record = ExpansionRecord.from_dict(raw["llamapro"], config.num_hidden_layers, where)
@@ -242,7 +220,21 @@ class ModelConfig:
                 f"{where}: the 'llamapro' record has base_vocab_size {rows}, impossible for "
                 f"vocab_size {config.vocab_size}"
             )
+        if record.computation is not None and record.computation != config.computation:
+            raise ConfigError(
+                f"{where}: edited since the base was expanded: "
+                f"{'; '.join(differences(record.computation, config.computation))}; put it back, "
+                "or edit the base's config.json and expand that again"
+            )
         return dataclasses.replace(config, expansion=record)
+
+    @property
+    def computation(self) -> dict[str, Any]:
+        """What decides, beside the weights and their shapes, what the model computes; JSON-able."""
+        keys = "num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta"
+        found = {key: getattr(self, key) for key in f"{keys} sliding_window".split()}
+        scaling = self.rope_scaling
+        return found | {"rope_scaling": None if scaling is None else dataclasses.asdict(scaling)}
 
     def resized(
         self, num_hidden_layers: int, vocab_size: int, record: ExpansionRecord | None
@@ -250,6 +242,8 @@ class ModelConfig:
         """Returns this configuration with other sizes and another `llamapro` record, or none."""
         sizes: dict[str, Any] = {"num_hidden_layers": num_hidden_layers, "vocab_size": vocab_size}
         raw = {key: value for key, value in self.raw.items() if key != "llamapro"} | sizes
+        if raw.get("layer_types"):  # the same for every layer
+            raw["layer_types"] = raw["layer_types"][:1] * num_hidden_layers
         if record is not None:
             raw["llamapro"] = record.to_dict()
         return dataclasses.replace(self, **sizes, expansion=record, raw=raw)
@@ -257,43 +251,32 @@ class ModelConfig:
     def to_json(self) -> str:
         """Returns the text of `config.json`, for transformers 4 and 5 alike."""
         raw, rope = dict(self.raw), self.raw.get("rope_parameters")
-        if rope and "rope_theta" not in raw:
+        if rope:
             # Version 4 does not see `rope_parameters`; it would compute with its defaults.
-            raw["rope_theta"] = self.rope_theta
-            raw["rope_scaling"] = rope if self.rope_scaling else None
+            raw.setdefault("rope_theta", self.rope_theta)
+            raw.setdefault("rope_scaling", rope if self.rope_scaling else None)
         return json.dumps(raw, indent=2) + "\n"
 
 
-class _Fields:
-    """Reads numbers out of a JSON object and collects what is wrong with them."""
-
-    def __init__(self, raw: dict[str, Any]) -> None:
-        self.raw, self.wrong = raw, list[str]()
-
-    def number(self, key: str, default: Any = None, kind: type = int, value: Any = None) -> Any:
-        value = next((v for v in (value, self.raw.get(key), default) if v is not None), None)
-        if value is None:
-            self.wrong.append(f"{key} is missing")
-            return 1
-        # Python's JSON reads NaN and Infinity, and integers too long for a float.
-        if type(value) not in (int, float) or not 0 < value < 1e300:
-            self.wrong.append(f"{key} is {value!r:.80}, expected a positive number")
-            return 1
-        if kind is int and value != int(value):
-            self.wrong.append(f"{key} is {value!r}, expected a whole number")
-        return kind(value)
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns in words how two `ModelConfig.computation` differ."""
+    return [
+        f"{key} was {before.get(key)!r:.200}, is {now.get(key)!r:.200}"
+        for key in before | now
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _typos(raw: dict[str, Any], known: list[str]) -> Iterator[str]:
     """Yields the near misses of absent keys, which would become silent defaults."""
-    known = [*known, "eos_token_id", *_ONLY_SUPPORTED]
+    known = [*known, "eos_token_id", "attention_dropout", *_ONLY_SUPPORTED]
     for key in raw:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.9)
         if key not in known and near and near[0] not in raw:
             yield f"unknown key {key!r} (did you mean {near[0]!r}?)"
 
 
-def _heads(raw: dict[str, Any], sizes: dict[str, int], fields: _Fields) -> dict[str, int]:
+def _heads(raw: dict[str, Any], sizes: dict[str, int], fields: Fields) -> dict[str, int]:
     """Reads num_key_value_heads and head_dim, and checks that the heads fit together."""
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     kv_heads = fields.number("num_key_value_heads", heads)
@@ -309,25 +292,3 @@ def _heads(raw: dict[str, Any], sizes: dict[str, int], fields: _Fields) -> dict[
     if head_dim % 2:
         fields.wrong.append(f"head_dim {head_dim} is odd; RoPE rotates pairs")
     return {"num_key_value_heads": kv_heads, "head_dim": head_dim}
-
-
-def _read_rope_scaling(rope: dict[str, Any], wrong: list[str]) -> RopeScaling | None:
-    """Reads `rope_scaling` or `rope_parameters`; adds to `wrong` what is impossible in it."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if (part := rope.get("partial_rotary_factor", 1)) != 1:
-        wrong.append(f"partial_rotary_factor {part!r} is not supported (only 1)")
-    if kind not in [*_ROPE_FIELDS]:  # a list has no hash
-        wrong.append(f"rope type {kind!r} is not supported (only default, linear and llama3)")
-        return None
-    fields = _Fields(rope)
-    values = {key: fields.number(key, kind=float) for key in _ROPE_FIELDS[kind]}
-    wrong += [f"rope {kind}: {problem}" for problem in fields.wrong]
-    if kind == "default" or fields.wrong:
-        return None
-    scaling = RopeScaling(kind, **values)
-    if scaling.low_freq_factor > 0 and scaling.low_freq_factor >= scaling.high_freq_factor:
-        wrong.append(
-            f"rope {kind}: low_freq_factor {scaling.low_freq_factor} is not below "
-            f"high_freq_factor {scaling.high_freq_factor}"
-        )
-    return scaling

@@ -1,6 +1,9 @@
 """User errors: one message without a traceback, and exit status 2."""
 
 import difflib
+import functools
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -22,6 +25,16 @@ class CheckpointError(UserError):
 
 class DataError(UserError):
     """A corpus or tokenizer file is missing, empty or unreadable, or has another vocabulary."""
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Says on standard error, once, what a user should know of an input that is taken all the same.
+
+    Under torchrun the first rank of a machine speaks for all.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:

@@ -146,6 +146,7 @@ def expand_config(
         base_sha256,
         tuple(generations),
         config.vocab_size if new_tokens else None,
+        config.computation,
     )
     return config.resized(len(layout.sources), config.vocab_size + new_tokens, record)
 

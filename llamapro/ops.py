@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamapro.backends import switched
-from llamapro.config import ModelConfig, RopeScaling
+from llamapro.config import ModelConfig
+from llamapro.fields import RopeScaling
 from llamapro.kernels import IGNORE_INDEX as IGNORE_INDEX
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The one place where the order is written down. The lowest floor comes first.
 ORDER = [
     ["errors", "formatting", "scripts", "kernels"],
-    ["files", "cli"],
+    ["files", "fields", "cli"],
     ["config"],
     ["backends"],
     ["ops"],

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import transformers
 
-from llamapro.config import ExpansionRecord, ModelConfig, RopeScaling
+from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.errors import ConfigError
+from llamapro.expansion import expand_config, interleave
+from llamapro.fields import RopeScaling
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -165,7 +167,7 @@ def test_no_end_token_and_several_are_possible() -> None:
         ({"hidden_size": float("inf")}, "hidden_size is inf, expected a positive number"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, expected a positive number"),
         ({"rope_theta": 0}, "rope_theta is 0, expected a positive number"),
-        ({"rope_parameters": "default"}, "rope_parameters or rope_scaling is 'default'"),
+        ({"rope_parameters": "default"}, "rope_parameters is 'default', expected a JSON object"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or"),
     ],
 )
@@ -185,8 +187,6 @@ def test_an_impossible_value_is_named(change: dict[str, Any], expected: str) -> 
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
-        ("attention_dropout", 0.1),
-        ("pretraining_tp", 2),
         ("quantization_config", {"bits": 4}),
     ],
 )
@@ -225,6 +225,78 @@ def test_all_mistakes_are_in_one_message() -> None:
         assert field in found
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pretraining_tp": 2},
+        {"hidden_act": "swish"},
+        {"layer_types": ["full_attention"] * 32},
+        {"attention_bias": None, "mlp_bias": None, "num_local_experts": 1},
+        {"pad_token_id": 32000},
+        {"rope_scaling": {"rope_type": "default", "factor": 1.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "rope_theta": 1e4},
+    ],
+)
+def test_a_field_that_changes_nothing_is_no_reason_to_refuse(change: dict[str, Any]) -> None:
+    """Other names of the same function, defaults written out, and what transformers ignores."""
+    assert ModelConfig.from_dict(LLAMA_2_7B | change) == ModelConfig.from_dict(LLAMA_2_7B)
+
+
+def test_dropout_that_is_not_applied_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The results are those of inference, where dropout is 0 in transformers too."""
+    ModelConfig.from_dict(LLAMA_2_7B | {"attention_dropout": 0.375})
+    ModelConfig.from_dict(LLAMA_2_7B | {"attention_dropout": 0.375})
+    assert capsys.readouterr().err.count("attention_dropout 0.375 is not applied") == 1
+
+
+def test_kinds_of_layers_are_compared_with_the_window() -> None:
+    """Mistral's window is that of all layers; a list that says otherwise is refused."""
+    mistral = SIZES | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 64}
+    config = ModelConfig.from_dict(mistral | {"layer_types": ["sliding_attention"] * 32})
+    assert config.sliding_window == 64
+    assert config.resized(40, 32000, None).raw["layer_types"] == ["sliding_attention"] * 40
+    found = message(mistral | {"layer_types": ["full_attention"] * 32})
+    assert "layer_types ['full_attention'" in found and "only 'sliding_attention' for all" in found
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            ["scaling is given twice", "rope_parameters {", "rope_scaling {", "'factor': 4.0"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 1e6},
+            ["theta is given twice", "rope_theta 1000000.0 and rope_parameters.rope_theta 10000.0"],
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_theta": 5e5}},
+            ["rope_parameters.rope_theta 10000.0 and rope_scaling.rope_theta 500000.0"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "type": "linear", "factor": 2.0}},
+            ["rope_type is 'llama3', type is 'linear'"],
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, ["has a factor 2.0, but no rope_type that uses it"]),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            ["rope_parameters.full_attention: settings for some layers only"],
+        ),
+    ],
+)
+def test_two_answers_about_rope_are_refused_with_both(
+    change: dict[str, Any], expected: list[str]
+) -> None:
+    """Whoever adds rope_scaling to a file that has rope_parameters is told, and not ignored."""
+    found = message({k: v for k, v in LLAMA_2_7B.items() if k != "rope_scaling"} | change)
+    for part in expected:
+        assert part in found
+
+
 def test_a_typo_is_answered_with_the_nearest_key() -> None:
     """A foreign key is a typo if a similar key is absent; beside that key it is no mistake."""
     raw = SIZES | {"num_key_value_head": 8}
@@ -259,6 +331,7 @@ def test_foreign_keys_survive_a_rewrite() -> None:
         {"source_layers": [-1, 0]},
         {"generations": None},
         {"generations": [3]},
+        {"computation": [3]},
     ],
 )
 def test_a_damaged_record_is_refused(damage: dict[str, Any]) -> None:
@@ -274,6 +347,29 @@ def test_a_record_without_one_of_its_keys_is_refused(key: str) -> None:
     record = {k: v for k, v in RECORD.items() if k != key}
     assert f"damaged (KeyError('{key}'))" in message(SIZES | {"llamapro": record})
     assert "is damaged" in message(SIZES | {"llamapro": [1, 3]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128},
+        {"rope_theta": 5e5},
+        {"rms_norm_eps": 1e-6},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ],
+)
+def test_what_decides_the_computation_must_be_that_of_the_base(change: dict[str, Any]) -> None:
+    """The record holds it: an edit after `expand` is refused with both values."""
+    config = ModelConfig.from_dict(LLAMA_2_7B)
+    raw = json.loads(expand_config(config, interleave(32, 8), "ab").to_json())
+    assert ModelConfig.from_dict(raw).expansion.computation == config.computation  # type: ignore[union-attr]
+    found = message(raw | change)
+    key = next(iter(change))
+    assert f"{key} was {config.computation[key]!r}, is " in found and "edited since" in found
+    # A context length decides nothing, and an older record has nothing to compare with.
+    ModelConfig.from_dict(raw | {"max_position_embeddings": 8192})
+    del raw["llamapro"]["computation"]
+    ModelConfig.from_dict(raw | change)
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import NEW_ROWS
 from llamapro.checkpoints.tensors import StoredTensor, combine_hashes
 from llamapro.config import ExpansionRecord, ModelConfig
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError, ConfigError, warn
 from llamapro.expansion import Layout
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
@@ -104,9 +104,18 @@ def contained_base_sha256(expanded: Checkpoint, hashes: dict[str, str]) -> str:
 
 
 def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
-    """Raises CheckpointError if the base inside does not have the hash that the record names."""
-    assert expanded.config.expansion is not None
-    found, recorded = contained_base_sha256(expanded, hashes), expanded.config.expansion.base_sha256
+    """Raises CheckpointError if the base inside does not have the hash that the record names.
+
+    Opening the checkpoint has compared its config.json with the record.
+    """
+    record = expanded.config.expansion
+    assert record is not None
+    if record.computation is None:
+        warn(
+            f"{expanded.path}: its record was written by an older version and does not say with "
+            "which rope_theta, heads and eps the base was expanded; only weights are compared"
+        )
+    found, recorded = contained_base_sha256(expanded, hashes), record.base_sha256
     if found != recorded:
         raise CheckpointError(
             f"{expanded.path}: the base inside hashes to {found[:16]}..., its record says "

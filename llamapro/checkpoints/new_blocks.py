@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from llamapro.checkpoints.run import MANIFEST_FILE, TRAINABLE_FILE, find_damage, newest_intact
 from llamapro.checkpoints.tensors import (
@@ -23,8 +24,8 @@ from llamapro.checkpoints.tensors import (
     read_safetensors,
 )
 from llamapro.checkpoints.writing import write_safetensors
-from llamapro.config import ModelConfig
-from llamapro.errors import CheckpointError, Problems
+from llamapro.config import ModelConfig, differences
+from llamapro.errors import CheckpointError, Problems, warn
 
 # Only the rows of added tokens are stored: name in the model -> name in the file.
 NEW_ROWS = {
@@ -45,6 +46,7 @@ class BlocksInfo:
         new_layers: the layers that are new blocks; empty in the same cases.
         step: optimizer steps made.
         source_layers: the base layer that each new block was copied from; empty in old files too.
+        computation: `ModelConfig.computation` of the model; None in old files.
     """
 
     trainable: str
@@ -52,14 +54,16 @@ class BlocksInfo:
     new_layers: tuple[int, ...]
     step: int
     source_layers: tuple[int, ...] = ()
+    computation: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, trainable: str, step: int) -> "BlocksInfo":
         """Describes a run on a model with this configuration."""
         record = config.expansion
         if trainable == "all" or record is None:
-            return cls(trainable, "", (), step)
-        return cls(trainable, record.base_sha256, record.new_layers, step, record.source_layers)
+            return cls(trainable, "", (), step, (), config.computation)
+        base, layers, sources = record.base_sha256, record.new_layers, record.source_layers
+        return cls(trainable, base, layers, step, sources, config.computation)
 
 
 def is_training_output(path: Path) -> bool:
@@ -147,18 +151,19 @@ def read_blocks(file: Path) -> tuple[dict[str, StoredTensor], BlocksInfo]:
         trainable, base, layers, step = (
             raw[key] for key in ("trainable", "base_sha256", "new_layers", "step")
         )
-        sources = raw.get("source_layers", [])
+        sources, computation = raw.get("source_layers", []), raw.get("computation")
         numbers = [step, *layers, *sources]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise CheckpointError(f"{file}: no 'llamapro' metadata: not a new-block file") from None
     if (
         trainable not in ("new_blocks", "all")
         or not isinstance(base, str)
+        or not isinstance(computation, dict | None)
         or any(type(number) is not int or number < 0 for number in numbers)
         or len(sources) not in (0, len(layers))
     ):
         raise CheckpointError(f"{file}: damaged: its 'llamapro' metadata is {str(raw)[:200]}")
-    return tensors, BlocksInfo(trainable, base, tuple(layers), step, tuple(sources))
+    return tensors, BlocksInfo(trainable, base, tuple(layers), step, tuple(sources), computation)
 
 
 def check_blocks(
@@ -186,6 +191,14 @@ def check_blocks(
             problems.add(
                 f"has new blocks {list(info.new_layers)}, model has {list(record.new_layers)}"
             )
+    if info.computation is None:
+        warn(
+            f"{file}: written by an older version, so it does not say with which rope_theta, heads "
+            "and eps it was trained; only the base's weights are compared"
+        )
+    else:
+        found = differences(info.computation, config.computation)
+        problems.add(*(f"was trained with another config.json: {change}" for change in found))
     for name, shape in expected.items():
         if name not in tensors:
             problems.add(f"tensor {name!r} is missing")

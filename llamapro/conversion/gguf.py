@@ -17,11 +17,12 @@ from torch import Tensor
 from llamapro import ops
 from llamapro.checkpoints.tensors import DTYPE_CODES, DTYPES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
-from llamapro.config import ModelConfig, RopeScaling
+from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.gguf_file import GGUFTensor, open_gguf
 from llamapro.conversion.gguf_tokenizer import read_tokenizer
 from llamapro.errors import CheckpointError, ConfigError, Problems
+from llamapro.fields import RopeScaling
 from llamapro.files import output_directory, refuse_source
 
 ROPE_FACTORS = "rope_freqs.weight"

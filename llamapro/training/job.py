@@ -278,7 +278,8 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
             model = build_on_meta(job.config)
             trainable = freeze(model, s.train.trainable, s.train.new_tokens)
             names = [stored_name(name, job.first_new_row) for name in trainable]
-            identity = make_identity(job.checkpoint, names, job.tokenizer.fingerprint, stores)
+            fingerprint = job.tokenizer.fingerprint
+            identity = make_identity(job.checkpoint, names, fingerprint, stores, job.config)
         return {label: store.path for label, store in stores.items()}, identity
 
     paths, identity = ranks.on_main(make)

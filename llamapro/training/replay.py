@@ -237,6 +237,9 @@ def written_by_base(
         "openings": openings,
         "ends": sorted(ends),
     }
+    record = checkpoint.config.expansion
+    if record is not None and record.computation is not None:  # older records keep their cache
+        made_of["computation"] = record.computation
     vocab_size = inside["model.embed_tokens.weight"].shape[0]
     stored_dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     counts = {"documents": 0, "bytes": 0}

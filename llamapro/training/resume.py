@@ -23,7 +23,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_blocks, read_blocks
 from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE, load_state, newest_intact
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors, read_header
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError, ConfigError, warn
 from llamapro.files import make_directory
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.store import TokenStore
@@ -66,6 +67,7 @@ def make_identity(
     trainable: Iterable[str],
     tokenizer_sha256: str,
     stores: dict[str, TokenStore],
+    config: ModelConfig,
 ) -> dict[str, Any]:
     """Hashes base, tokenizer and data of a run; reads all of the frozen weights.
 
@@ -75,9 +77,10 @@ def make_identity(
         tokenizer_sha256: the tokenizer's fingerprint.
         stores: label -> tokens of each corpus, such as "train data/code" or "replay". Their hashes
             were checked when they were opened.
+        config: of the model.
 
     Returns:
-        JSON-able, for `state["identity"]`: base, tokenizer, data.
+        JSON-able, for `state["identity"]`: base, computation, tokenizer, data.
     """
     names = set(trainable)
     tensors = checkpoint.tensors.values() if checkpoint else ()
@@ -85,6 +88,7 @@ def make_identity(
     hashes = hash_tensors(frozen, "hash frozen weights") if frozen else {}
     return {
         "base": combine_hashes((tensor, hashes[tensor.name]) for tensor in frozen),
+        "computation": config.computation,
         "tokenizer": tokenizer_sha256,
         "data": {
             label: {"tokens": store.tokens, "sha256": store.sha256}
@@ -115,6 +119,9 @@ def check_identity(
             f"{run_dir}: its training checkpoints do not say which base, tokenizer and data they "
             "were made with; choose another --run-dir"
         ) from None
+    if "computation" not in saved:
+        warn(f"{run_dir}: of an older version, which did not save rope_theta, heads and eps")
+        identity = {key: value for key, value in identity.items() if key != "computation"}
     now = _named(identity)
     changed = {
         thing: f"{thing[1]} was {before.get(thing, 'not there')}, is {now.get(thing, 'not there')}"
@@ -136,6 +143,8 @@ def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
         ("model.path", "the frozen base model"): f"sha256 {identity['base']}",
         ("model.tokenizer", "the tokenizer"): f"sha256 {identity['tokenizer']}",
     }
+    for key, value in identity.get("computation", {}).items():
+        named["model.path", f"{key} of config.json"] = json.dumps(value)
     for label, found in identity["data"].items():
         kind = label.split(" ", 1)[0]  # "train" or "val"
         text = f"{found['tokens']:,} tokens (sha256 {found['sha256']})"

@@ -156,6 +156,11 @@ def test_the_result_has_the_dtype_of_the_base(
     ("case", "kind", "message"),
     [
         ("other base", CheckpointError, "was trained on base sha256 .* this model's base is"),
+        (
+            "other theta",
+            CheckpointError,
+            "another config.json: rope_theta was 500000.0, is 10000.0",
+        ),
         ("all weights", CheckpointError, "holds all weights of a model"),
         ("twice", ConfigError, "given twice"),
         ("no sources", CheckpointError, "do not say from which layers"),
@@ -182,6 +187,12 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
     expanded, files = pro, [good, bad]
     if case == "other base":
         other = write_random_checkpoint(tmp_path / "other", base.config, seed=5)
+        expand_checkpoint(Checkpoint.open(other), tmp_path / "other-pro", EVERY_2)
+        write_trained(bad, Checkpoint.open(tmp_path / "other-pro"))
+    elif case == "other theta":  # the same weights
+        other = shutil.copytree(base.path, tmp_path / "other")
+        raw = json.loads((other / "config.json").read_text()) | {"rope_theta": 5e5}
+        (other / "config.json").write_text(json.dumps(raw))
         expand_checkpoint(Checkpoint.open(other), tmp_path / "other-pro", EVERY_2)
         write_trained(bad, Checkpoint.open(tmp_path / "other-pro"))
     elif case == "all weights":

@@ -37,7 +37,9 @@ def identity(parts: Path) -> dict[str, Any]:
     trainable = [name for name in checkpoint.tensors if name.startswith("model.layers.3.")]
     tokenizer = Tokenizer.load(parts / "base")
     store = tokenize([str(parts / "corpus.txt")], tokenizer, parts / "cache")
-    found = make_identity(checkpoint, trainable, tokenizer.fingerprint, {"train corpus": store})
+    found = make_identity(
+        checkpoint, trainable, tokenizer.fingerprint, {"train corpus": store}, checkpoint.config
+    )
     return json.loads(json.dumps(found))
 
 
@@ -78,10 +80,23 @@ def test_every_other_part_is_refused_by_name(parts: Path, tokenizer_file: Path) 
         check_identity(before, before | {"tokenizer": "cd" * 32}, parts)
     with pytest.raises(ConfigError, match=r"data 'train corpus' was .*, is not there"):
         check_identity(before, before | {"data": {}}, parts)
+    theta = {"computation": before["computation"] | {"rope_theta": 5e5}}
+    with pytest.raises(ConfigError, match=r"rope_theta of config.json was 10000.0, is 500000.0"):
+        check_identity(before, before | theta, parts)
     # What its setting allows may differ, and nothing else.
     check_identity(before, now, parts, ["data.train"])
     with pytest.raises(ConfigError, match=r"allow them: --resume\.allow data\.train$"):
         check_identity(before, now, parts, ["data.val", "model.path", "model.tokenizer"])
+
+
+def test_a_run_of_an_older_version_goes_on_and_says_what_is_not_compared(
+    parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It did not save the fields of config.json that decide the computation."""
+    now = identity(parts)
+    before = {key: value for key, value in now.items() if key != "computation"}
+    check_identity(before, now, parts)
+    assert "older version, which did not save rope_theta" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("saved", [{}, None, {"base": "", "data": []}])
