@@ -15,6 +15,7 @@ from typing import Any
 
 from llamapro.errors import ConfigError, warn
 from llamapro.fields import Fields, RopeScaling, read_rope
+from llamapro.files import read_json
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-MAX_LAYERS = 10_000  # building more would take gigabytes, even without weights
+MAX_LAYERS = 4096  # building more would take gigabytes, even without weights
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,12 @@ class ModelConfig:
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Reads a `config.json`; raises ConfigError that names the file and every wrong field."""
         path = Path(path)
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             raise ConfigError(
                 f"{path}: no such file; a checkpoint directory in Hugging Face layout has one "
                 "(a Meta release is converted with 'llamapro from-meta')"
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+            )
+        raw = read_json(path, error=ConfigError)
         return dataclasses.replace(cls.from_dict(raw, str(path)), directory=path.parent)
 
     @classmethod

@@ -25,6 +25,14 @@ from llamapro.errors import CheckpointError, ConfigError, UserError
 MAX_JSON_BYTES = 1 << 24
 
 
+def user_path(path: str | Path) -> Path:
+    """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no home directory
+        return Path(path)
+
+
 def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
     """Raises ConfigError if `out_dir` is, or contains, one of the files it is made from.
 
@@ -192,13 +200,30 @@ def read_json(
 def refuse_large(
     file: Path, max_bytes: int = MAX_JSON_BYTES, error: type[UserError] = CheckpointError
 ) -> None:
-    """Raises `error` if a file is missing, too large or not a plain file."""
+    """Raises `error` if a file is missing, too large, not a plain file or a git-lfs pointer."""
     if not file.exists():
         raise error(f"{file}: missing")
     if not file.is_file():
         raise error(f"{file}: not a plain file")  # opening a pipe would wait for ever
     if (size := file.stat().st_size) > max_bytes:
         raise error(f"{file}: damaged: {size:,} bytes, over {max_bytes:,}")
+    refuse_stand_in(file, error)
+
+
+def refuse_stand_in(file: Path, error: type[UserError] = CheckpointError) -> None:
+    """Raises `error` if there is something else in a file's place: a git-lfs pointer, a web page.
+
+    A file that cannot be read is left to the caller.
+    """
+    try:
+        with open(file, "rb") as handle:
+            start = handle.read(128).lstrip().lower()
+    except OSError:
+        return
+    if start.startswith(b"version https://git-lfs"):
+        raise error(f"{file}: a git-lfs pointer, not the file: run 'git lfs pull' beside it")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise error(f"{file}: a web page, not the file: the download failed; fetch it again")
 
 
 def parse_json(text: bytes) -> dict[str, Any]:

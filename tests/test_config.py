@@ -378,14 +378,14 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: no such file.*from-meta"):
         ModelConfig.from_file(file)
     file.write_text('{"vocab_size": ')
-    with pytest.raises(ConfigError, match=r"config\.json: not readable as JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json: damaged: JSONDecodeError"):
         ModelConfig.from_file(file)
     file.write_text("[1, 2]")
-    with pytest.raises(ConfigError, match=r"config\.json: expected a JSON object, found list"):
+    with pytest.raises(ConfigError, match=r"config\.json: damaged: .* holds no JSON object"):
         ModelConfig.from_file(file)
     for damage in (b"\xff\xfe\x00", b"[" * 200_000):
         file.write_bytes(damage)
-        with pytest.raises(ConfigError, match=r"config\.json: not readable as JSON"):
+        with pytest.raises(ConfigError, match=r"config\.json: damaged: "):
             ModelConfig.from_file(file)
 
 

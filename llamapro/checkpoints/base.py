@@ -151,9 +151,9 @@ def load_contained(
     New blocks are mapped with the rest of their file but never read: they cost no memory, no time
     and no room in a KV cache. There are logits for the base's `vocab_size` tokens.
     """
-    mapped = expanded.state_dict()
+    mapped, dtype = expanded.state_dict(), dtype or expanded.dtype
     tensors = {
-        base.name: mapped[name][: base.shape[0]].to(dtype or mapped[name].dtype)
+        base.name: mapped[name][: base.shape[0]].to(dtype)
         for name, base in contained_base(expanded).items()
     }
     model = build_on_meta(base_config(expanded))

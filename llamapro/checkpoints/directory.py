@@ -5,7 +5,6 @@ made the files. A model is mapped (`load`), so it costs one copy, shared between
 machine.
 """
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llamapro.checkpoints.hub import COMPANION_FILES, repository, resolve
+from llamapro.checkpoints.hub import COMPANION_FILES, repository, resolve, suggest_hub
+from llamapro.checkpoints.matching import have_same_values, match
 from llamapro.checkpoints.tensors import (
     DTYPES,
     StoredTensor,
@@ -25,12 +25,18 @@ from llamapro.checkpoints.tensors import (
     read_header,
 )
 from llamapro.config import ModelConfig
-from llamapro.errors import CheckpointError, Problems
-from llamapro.files import read_json, refuse_large
+from llamapro.errors import CheckpointError, warn
+from llamapro.files import read_json
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Weights in other layouts, which the Hugging Face repository of a model may have beside its own.
+OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "consolidated*.safetensors")
+MISTRAL_LAYOUT = (
+    "this is Mistral's own layout: use the Hugging Face files of the same repository (config.json, "
+    "model*.safetensors)"
+)
 
 
 @dataclass(frozen=True)
@@ -61,18 +67,29 @@ class Checkpoint:
         """
         name, path = repository(path), resolve(path)
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such checkpoint directory")
+            fix = f" (give its directory, {path.parent})" if path.exists() else suggest_hub(path)
+            raise CheckpointError(f"{path}: no such checkpoint directory{fix}")
         files = _weight_files(path)
-        if (config_file := path / "config.json").exists():
-            refuse_large(config_file)
-        config = ModelConfig.from_file(config_file)
+        config = ModelConfig.from_file(path / "config.json")
         stored: dict[str, StoredTensor] = {}
         for file in files:
             tensors = read_header(file)
             for twice in tensors.keys() & stored.keys():
-                raise CheckpointError(f"{file}: {twice!r} is also in {stored[twice].file.name}")
+                if not have_same_values(tensors[twice], stored[twice]):
+                    other = stored[twice].file.name
+                    raise CheckpointError(
+                        f"{file}: {twice!r} is also in {other}, with other values; keep one"
+                    )
             stored |= tensors
-        return cls(path, config, _match(path, config, stored), name)
+        checkpoint = cls(path, config, match(path, config, stored), name)
+        said = config.raw.get("dtype") or config.raw.get("torch_dtype")
+        found = str(checkpoint.dtype).removeprefix("torch.")
+        if said is not None and str(said).removeprefix("torch.") not in (found, "auto"):
+            warn(
+                f"{path}: the weights are {found}, config.json says dtype {said!r:.80}; they are "
+                "used as they are stored, transformers converts them"
+            )
+        return checkpoint
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,17 +136,26 @@ class Checkpoint:
     ) -> LlamaForCausalLM:
         """Returns the model with these weights, frozen and in evaluation mode.
 
+        The dtype is that of most of the bytes, or `dtype`; it computes in one alone.
         Memory holds one copy of the weights: the model is built on the meta device and the mapped
         tensors are assigned to it.
         """
         model = build_on_meta(self.config)
-        load_tensors(model, self.state_dict(dtype))
+        load_tensors(model, self.state_dict(dtype or self.dtype))
         return model.to(device).requires_grad_(False).eval()
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """Lists the shards, from the index if there is one."""
-    index = path / INDEX_FILE
+    """Lists the file or the shards that transformers reads; says so if there are others."""
+    index, single = path / INDEX_FILE, path / SINGLE_FILE
+    others = [f.name for pattern in OTHER_WEIGHTS for f in path.glob(pattern)]
+    if index.exists() or single.exists():
+        for name in sorted(others):
+            warn(f"{path / name}: not read; the model is in safetensors, as for transformers")
+    if single.exists():
+        if index.exists() and any(path.glob("*-of-*.safetensors")):
+            warn(f"{single}: read, as transformers does; {INDEX_FILE} and its shards are not")
+        return [single]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -145,47 +171,17 @@ def _weight_files(path: Path) -> list[Path]:
                 raise CheckpointError(f"{path / name}: missing, but {INDEX_FILE} lists it")
             names.add(name)
         return [path / name for name in sorted(names)]
-    if (path / SINGLE_FILE).exists():
-        return [path / SINGLE_FILE]
     if any(path.glob("*.pth")):
         fix = f"this is a Meta release: run 'llamapro from-meta {path} OUT_DIR' first"
-    elif any(path.glob("pytorch_model*.bin")):
-        fix = "pickled weights (pytorch_model*.bin) are not read: save the model as safetensors"
+    elif "consolidated.safetensors" in others:
+        fix = MISTRAL_LAYOUT
+    elif others:
+        fix = f"pickled weights ({others[0]}) are not read: save the model as safetensors"
+    elif any(path.glob("adapter_model*")):
+        fix = "this is a PEFT adapter: merge it into its base first (merge_and_unload)"
+    elif any(path.glob("*.gguf")):
+        fix = f"run 'llamapro from-gguf FILE OUT_DIR' on {next(path.glob('*.gguf')).name} first"
     else:
-        fix = f"expected {SINGLE_FILE} or {INDEX_FILE}"
+        found = ", ".join(sorted(f.name for f in path.glob("*.safetensors"))[:3])
+        fix = f"expected {SINGLE_FILE} or {INDEX_FILE}" + (f", found {found}" if found else "")
     raise CheckpointError(f"{path}: no weights found; {fix}")
-
-
-def _match(
-    path: Path, config: ModelConfig, stored: dict[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """Checks names and shapes against the configuration; returns them in the model's order."""
-    # Before a model is built, even on the meta device: a config.json can ask for 10^12 layers.
-    widest = max(config.vocab_size, config.intermediate_size)
-    widest = max(widest, config.num_attention_heads * config.head_dim)
-    numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
-    if config.num_hidden_layers > len(stored) or config.hidden_size * widest > numbers:
-        raise CheckpointError(
-            f"{path / 'config.json'}: describes {config.num_hidden_layers:,} layers and a matrix "
-            f"of {config.hidden_size:,} x {widest:,}, but the files hold {len(stored):,} tensors "
-            f"of {numbers:,} numbers in all"
-        )
-    expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
-    # Old versions of transformers wrote these; both are derived and not read.
-    derived = [n for n in stored if n.endswith("rotary_emb.inv_freq")]
-    derived += ["lm_head.weight"] if config.tie_word_embeddings else []
-    wrong = Problems()
-    for name, shape in expected.items():
-        if name not in stored:
-            wrong.add(f"missing tensor {name!r}, expected {list(shape)}")
-        elif stored[name].shape != shape:
-            found = stored[name]
-            wrong.add(
-                f"{found.file.name}: {name!r} is {list(found.shape)}, "
-                f"config.json says {list(shape)}"
-            )
-    for name in stored:
-        if name not in expected and name not in derived:
-            wrong.add(f"{stored[name].file.name}: unexpected tensor {name!r}")
-    wrong.check(CheckpointError, str(path))
-    return {name: stored[name] for name in expected}

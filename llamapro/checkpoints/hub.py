@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from llamapro.errors import CheckpointError, ConfigError
+from llamapro.files import user_path
 
 BASE_CARD_FILE = "BASE_README.md"  # the model card of the base, where README.md is another's
 # These files travel with the weights.
@@ -35,6 +36,12 @@ def repository(path: str | Path) -> str | None:
     return found and found["repo"]
 
 
+def suggest_hub(path: str | Path) -> str:
+    """Returns " (did you mean hf://...?)" for a path that looks like a name or page of the hub."""
+    text = re.sub(r"^https?:/+huggingface\.co/", "", str(path)).removesuffix("/")
+    return f" (did you mean hf://{text}?)" if _NAME.fullmatch(text) else ""
+
+
 def _parse(path: str | Path) -> re.Match[str] | None:
     text = str(path)
     if (scheme := _SCHEME.match(text)) is None:
@@ -53,7 +60,7 @@ def resolve(path: str | Path) -> Path:
     """
     found = _parse(path)
     if found is None:
-        return Path(path)
+        return user_path(path)
     repo, revision = found["repo"], found["revision"]
     shown = f"hf://{repo}" + (f"@{revision}" if revision else "")
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamapro.errors import CheckpointError
-from llamapro.files import MAX_JSON_BYTES, parse_json
+from llamapro.files import MAX_JSON_BYTES, parse_json, refuse_stand_in
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,6 +38,7 @@ DTYPES = {
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK_BYTES = 1 << 20  # read, hashed and written while it is in the cache
 MAX_DIMS = 8
+MAX_TENSORS = 1 << 16  # a LLaMA of 1,000 layers has 9,003
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         raise CheckpointError(f"{file}: no such file")
     if not file.is_file():
         raise CheckpointError(f"{file}: not a plain file")
+    refuse_stand_in(file)
     size = file.stat().st_size
     try:
         with open(file, "rb") as handle:
@@ -119,8 +121,11 @@ def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
                     f"{file}: not a complete safetensors file: {size:,} bytes, header claims "
                     f"{length:,} (at most {MAX_JSON_BYTES:,}); fetch or convert it again"
                 )
-            # The library takes a name that comes twice for one tensor; `parse_json` refuses it.
-            header = parse_json(handle.read(length))
+            text = handle.read(length)
+        if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:  # parsed, each takes kilobytes
+            raise ValueError(f"its header lists {count:,} tensors, over {MAX_TENSORS:,}")
+        # The library takes a name that comes twice for one tensor; `parse_json` refuses it.
+        header = parse_json(text)
         with safe_open(file, "pt"):  # the library checks shapes, byte ranges and the file's size
             pass
         metadata = header.pop("__metadata__", None) or {}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llamapro.errors import CheckpointError, ConfigError
+from llamapro.files import refuse_stand_in
 
 # struct's codes of the format's number types; 8 is a text and 9 an array.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
@@ -101,6 +102,7 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         raise ConfigError(f"{file}: no such file; give a model's .gguf file")
     if not file.is_file():
         raise ConfigError(f"{file}: not a plain file; give a model's .gguf file")
+    refuse_stand_in(file)
     size = file.stat().st_size
     try:
         with open(file, "rb") as handle:

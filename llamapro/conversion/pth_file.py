@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llamapro.errors import CheckpointError
+from llamapro.files import refuse_stand_in
 
 # torch.load raises one of these for a damaged file, depending on which byte is wrong.
 _DAMAGED = (
@@ -36,6 +37,7 @@ def load_pth(file: Path) -> dict[str, Tensor]:
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: not a plain file")  # opening a pipe would wait for ever
+    refuse_stand_in(file)
     size = file.stat().st_size
     refused = f"{file}: refused; nothing was executed:"
     try:

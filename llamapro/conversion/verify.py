@@ -24,7 +24,7 @@ PROBE_SHAPE = (2, 16)  # B, T of the random batch
 
 
 class LogitComparison(NamedTuple):
-    """The logits of base and expanded model on the same random batch, each in its own dtype."""
+    """The logits of base and expanded model on the same random batch, in the base's dtype."""
 
     bit_equal: bool
     max_difference: float
@@ -36,7 +36,7 @@ def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
     with torch.device("meta"):
         layer = DecoderLayer(checkpoint.config, index)
     stored = checkpoint.layer(index)
-    layer.load_state_dict({name: t.map() for name, t in stored.items()}, assign=True)
+    layer.load_state_dict({name: t.map().to(x.dtype) for name, t in stored.items()}, assign=True)
     positions = torch.arange(x.shape[1])
     return layer(x, ops.rotary_table(checkpoint.config, positions, x.dtype))
 
@@ -45,9 +45,14 @@ def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
 def _logits(checkpoint: Checkpoint, x: Tensor, rows: int) -> Tensor:
     with torch.device("meta"):
         norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
-    norm.load_state_dict({"weight": checkpoint.tensors["model.norm.weight"].map()}, assign=True)
+    weight = checkpoint.tensors["model.norm.weight"].map().to(x.dtype)
+    norm.load_state_dict({"weight": weight}, assign=True)
     tied = checkpoint.config.tie_word_embeddings
-    head = checkpoint.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"].map()
+    head = (
+        checkpoint.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        .map()
+        .to(x.dtype)
+    )
     # As many rows in both models: with others a matrix product may sum in another order.
     return torch.nn.functional.linear(norm(x), head[:rows])
 
@@ -62,7 +67,8 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> Log
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(base.config.vocab_size, PROBE_SHAPE, generator=generator)
     ours, theirs = (
-        model.tensors["model.embed_tokens.weight"].map()[input_ids] for model in (expanded, base)
+        model.tensors["model.embed_tokens.weight"].map()[input_ids].to(base.dtype)
+        for model in (expanded, base)
     )  # (B, T, C)
     new = set(layout.new_layers)
     for index, source in enumerate(tqdm(layout.sources, desc="compare blocks", disable=None)):
@@ -72,9 +78,7 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint, seed: int = 0) -> Log
     rows = base.config.vocab_size
     ours, theirs = _logits(expanded, ours, rows), _logits(base, theirs, rows)  # (B, T, V)
     # Compared as bytes: -0.0 is not 0.0 here, and a NaN equals itself.
-    bit_equal = ours.dtype == theirs.dtype and torch.equal(
-        ours.view(torch.uint8), theirs.view(torch.uint8)
-    )
+    bit_equal = torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
     difference = (ours.float() - theirs.float()).abs().max().item()
     return LogitComparison(bit_equal, difference, input_ids.numel())
 

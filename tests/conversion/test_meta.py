@@ -482,7 +482,7 @@ def test_a_damaged_shard_is_named_with_its_size(tmp_path: Path, damage: str) -> 
     content = {
         "half": data[: len(data) // 2],
         "empty": b"",
-        "text": b"<html>not found</html>" * 9,
+        "text": b"{not: found}" * 9,
         "end": data[:-30],
         "pickle": pickle.dumps({}, protocol=4),
     }[damage]

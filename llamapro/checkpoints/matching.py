@@ -1,0 +1,147 @@
+"""Compares what the files of a checkpoint hold with what its config.json says.
+
+Where two of them answer the same question, they are compared: a difference is refused, or said
+aloud and decided as transformers 5 decides it.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamapro import ops
+from llamapro.checkpoints.tensors import CHUNK_BYTES, StoredTensor
+from llamapro.config import ModelConfig, differences
+from llamapro.errors import CheckpointError, Problems, warn
+from llamapro.files import read_json
+from llamapro.model import build_on_meta
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Parts of names that a wrapper put there, and the wrapper.
+_WRAPPERS = {
+    r"_orig_mod\.": "torch.compile",
+    r"_fsdp_wrapped_module\.": "FSDP",
+    r"_checkpoint_wrapped_module\.": "activation checkpointing",
+    r"_forward_module\.": "Lightning",
+    r"base_model\.model\.|\.base_layer\.|\.lora_[AB]\.": "PEFT",
+    r"^module\.": "DistributedDataParallel or DeepSpeed",
+}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def match(
+    path: Path, config: ModelConfig, stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Checks names and shapes against the configuration; returns them in the model's order.
+
+    Raises:
+        CheckpointError: naming every tensor that is missing, unexpected or of another shape, or a
+            head that is stored beside an embedding to which the configuration ties it.
+    """
+    # Before a model is built, even on the meta device: a config.json can ask for any size.
+    widest = max(config.vocab_size, config.intermediate_size)
+    widest = max(widest, config.num_attention_heads * config.head_dim)
+    numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if config.num_hidden_layers > len(stored) or config.hidden_size * widest > numbers:
+        raise CheckpointError(
+            f"{path / 'config.json'}: describes {config.num_hidden_layers:,} layers and a matrix "
+            f"of {config.hidden_size:,} x {widest:,}, but the files hold {len(stored):,} tensors "
+            f"of {numbers:,} numbers in all, such as {next(iter(stored), 'none')[:80]!r}"
+        )
+    expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
+    # Old versions of transformers wrote frequencies; a tied head may be stored once more.
+    derived = [n for n in stored if n.endswith("rotary_emb.inv_freq")]
+    derived += [_HEAD] if config.tie_word_embeddings else []
+    unexpected = [name for name in stored if name not in expected and name not in derived]
+    for pattern, wrapper in _WRAPPERS.items():
+        if carrying := [name for name in unexpected if re.search(pattern, name)]:
+            found = re.search(pattern, carrying[0])
+            raise CheckpointError(
+                f"{path}: {len(carrying)} of {len(stored)} names carry {found and found[0]!r} of "
+                f"{wrapper}, such as {carrying[0][:120]!r}: save the model inside the wrapper"
+                + (" (PEFT: merge_and_unload() first)" if wrapper == "PEFT" else "")
+            )
+    wrong = Problems()
+    wrong.add(*(_unexpected(stored[name]) for name in unexpected[:1]))
+    for name, shape in expected.items():
+        if name not in stored:
+            hint = "; is tie_word_embeddings true?" if name == _HEAD else ""
+            wrong.add(f"missing tensor {name!r}, expected {list(shape)}{hint}")
+        elif stored[name].shape != shape:
+            stands = stored[name]
+            wrong.add(
+                f"{stands.file.name}: {name!r} is {list(stands.shape)}, "
+                f"config.json says {list(shape)}"
+            )
+        elif stored[name].dtype not in _FLOATS:
+            wrong.add(f"{name!r} is {stored[name].dtype}, quantised; use the original weights")
+    wrong.add(*(_unexpected(stored[name]) for name in unexpected[1:]))
+    wrong.check(CheckpointError, str(path))
+    for name in derived:
+        if name == _HEAD and name in stored:
+            _check_tied_head(stored)
+        elif name != _HEAD:
+            _compare_frequencies(stored[name], config)
+    _compare_params(path / "params.json", config)
+    return {name: stored[name] for name in expected}
+
+
+def _unexpected(tensor: StoredTensor) -> str:
+    return f"{tensor.file.name}: unexpected tensor {tensor.name!r}"
+
+
+def have_same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Says whether two tensors hold the same numbers, whatever their dtypes; reads both."""
+    if one.shape != other.shape or not one.nbytes:
+        return one.shape == other.shape
+    if one.dtype == other.dtype:
+        return one.sha256() == other.sha256()
+    rows = max(1, CHUNK_BYTES * one.shape[0] // one.nbytes)
+    pairs = zip(one.map().split(rows), other.map().split(rows), strict=True)
+    return all(torch.equal(a.double(), b.double()) for a, b in pairs)
+
+
+def _check_tied_head(stored: dict[str, StoredTensor]) -> None:
+    head = stored[_HEAD]
+    if not have_same_values(head, stored[_EMBEDDING]):
+        raise CheckpointError(
+            f"{head.file}: {_HEAD!r} differs from {_EMBEDDING!r}, but config.json says "
+            "tie_word_embeddings true: set it to false to use the stored head, as transformers 5 "
+            "does, or remove the tensor to tie it, as transformers 4 does"
+        )
+
+
+def _compare_frequencies(tensor: StoredTensor, config: ModelConfig) -> None:
+    """Says so if RoPE's frequencies are stored and are not those of config.json, which count."""
+    D, theta = config.head_dim, config.rope_theta
+    if tensor.shape == (D // 2,):
+        values = tensor.read().float()
+        # They were computed in fp32 and perhaps rounded to a shorter dtype.
+        for scaling in {None, config.rope_scaling}:
+            if torch.allclose(values, ops.rope_frequencies(D, theta, scaling), rtol=1e-2):
+                return
+    warn(
+        f"{tensor.file}: {tensor.name!r} are not the frequencies of config.json (rope_theta "
+        f"{theta}); those of config.json are used, as in transformers"
+    )
+
+
+def _compare_params(file: Path, config: ModelConfig) -> None:
+    """Says so if a params.json beside config.json describes another model; config.json counts."""
+    if not file.exists():
+        return
+    keys = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+    keys |= {
+        "n_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "rope_theta": "rope_theta",
+    }
+    keys |= {"norm_eps": "rms_norm_eps", "hidden_dim": "intermediate_size"}
+    params: dict[str, Any] = read_json(file)
+    said = {f"{key} ({hf})": params[key] for key, hf in keys.items() if params.get(key) is not None}
+    ours = {name: getattr(config, keys[name.split(" ", 1)[0]]) for name in said}
+    if found := differences(said, ours):
+        shown = "; ".join(found).replace(" was ", " is ").replace(", is ", ", config.json says ")
+        warn(f"{file}: {shown}; config.json counts, as in transformers")
