@@ -1,6 +1,7 @@
 """Generation: what is drawn, how it is shown, and when it stops."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import llamapro
 from llamapro import generate as command
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
+from llamapro.errors import CheckpointError
 from llamapro.inference.cache import KVCache
 from llamapro.inference.sampling import generate, sample
 from llamapro.model import LlamaForCausalLM
@@ -134,6 +136,14 @@ def test_tiny_temperatures_are_greedy() -> None:
     """The most likely is drawn, down to the smallest number, by which a division overflows."""
     for temperature in (1e-30, 1e-45, 5e-324):
         assert shares(temperature, 1.0)[1] == 1.0
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(top_p: float) -> None:
+    """A broken checkpoint is said to be one."""
+    logits = torch.tensor([[0.0, 1.0], [0.0, math.nan]])
+    with pytest.raises(CheckpointError, match="the logits are NaN or infinite"):
+        sample(logits, 1.0, top_p, torch.Generator())
 
 
 def test_rows_are_drawn_independently() -> None:

@@ -59,12 +59,25 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     # The largest becomes 0, so that no temperature, however small, makes it overflow.
     probabilities = ((scaled - scaled.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p == 1:  # without the sort, which takes longer than a small model
-        return torch.multinomial(probabilities, 1, generator=generator).to(logits.device)
+        return _draw(probabilities, generator).to(logits.device)
     ordered, ids = probabilities.sort(descending=True)
     # A token stays if those before it do not reach top_p yet; the first one always stays.
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-    chosen = torch.multinomial(ordered, 1, generator=generator)  # renormalises
-    return ids.gather(-1, chosen).to(logits.device)
+    return ids.gather(-1, _draw(ordered, generator)).to(logits.device)
+
+
+def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws an index of each row, with probabilities that are proportional to the weights.
+
+    It takes one random number per row. `torch.multinomial` takes one per token, which is a sixth of
+    the time of a small model with a large vocabulary.
+    """
+    sums = weights.cumsum(-1)  # (B, V), fp64
+    total = sums[:, -1:]
+    if not total.isfinite().all():
+        raise CheckpointError("the logits are NaN or infinite, so no token can be drawn")
+    at = torch.rand(total.shape, dtype=sums.dtype, generator=generator) * total
+    return torch.searchsorted(sums, at, right=True).clamp(max=weights.shape[-1] - 1)
 
 
 @torch.inference_mode()
