@@ -20,9 +20,9 @@ import torch
 from llamapro import backends, cli, ops
 from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.training import checks, launcher, plan, preset, replay, resume
+from llamapro.training import launcher, lock, plan, replay, resume
 from llamapro.training.checkpoint import Saver
-from llamapro.training.distributed import Ranks, process_group, shard, world_size
+from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.job import Data, Job, find_state, is_complete, load_data
 from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
@@ -36,18 +36,13 @@ from llamapro.training.weights import freeze, init_random, mask_gradients
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Runs the command; its options are those of the command line if `argv` is None."""
-    argv = sys.argv[1:] if argv is None else argv
-    settings, is_rank = preset.parse(argv, prog), "RANK" in os.environ
-    checks.check(settings, world_size() if is_rank else max(1, settings.processes))
-    if settings.processes > 1 and not is_rank:
-        sys.exit(launcher.launch(__file__, argv, settings.processes))
-    job = Job.open(settings)
+    job = launcher.open_job(__file__, sys.argv[1:] if argv is None else argv, prog)
     is_main = os.environ.get("RANK", "0") == "0"
-    if settings.dry_run and not is_main:
+    if job.settings.dry_run and not is_main:
         return
-    result, text = job.dry_run() if settings.dry_run else job.result(run(job))
+    result, text = job.dry_run() if job.settings.dry_run else job.result(run(job))
     if is_main:
-        cli.print_result(result, settings.json, text)
+        cli.print_result(result, job.settings.json, text)
 
 
 def run(job: Job, objective: NextToken | None = None) -> RunState:
@@ -68,10 +63,10 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
     if objective is not None:
         job = replace(job, plan=job.plan | {"parameters": plan.count_parameters(objective.model)})
     with (
-        stop.listening(),
         process_group(t.device, t.shard_size) as ranks,
+        stop.listening(),
         backends.use(t.ops),
-        resume.locked(job.run_dir, ranks),
+        lock.locked(job.run_dir, ranks),
     ):
         job, state, changed = find_state(job, ranks)
         try:
@@ -123,25 +118,28 @@ def shard_objective(
 def train_step(
     objective: NextToken,
     guard: FiniteGuard,
-    columns: Sequence[torch.Tensor],
-    first_replayed: int,
+    batch: tuple[Sequence[torch.Tensor], int],
     valid: float,
     settings: Settings,
     ranks: Ranks,
+    stop: StopRequest,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on this rank's part of a global batch.
 
     Args:
-        columns: inputs, targets and, for conversations, documents; each (n, T) int64.
-        first_replayed: number of samples of the global batch that come before the replayed ones.
+        batch: inputs, targets and, for conversations, documents, each (n, T) int64; and the number
+            of samples of the global batch that come before the replayed ones.
         valid: number of targets of the *global* batch. The loss is a mean over them, so it does
             not depend on how the batch is split.
 
     Returns:
         This rank's part of the loss, (), in nats per token, and the norm of the gradient before
         clipping, (); both stay on the device.
+
+    Raises:
+        Stopped: on every rank, if a signal came to one of them; the step is dropped.
     """
-    rows = settings.train.micro_batch_size
+    (columns, first_replayed), rows = batch, settings.train.micro_batch_size
     # FSDP averages gradients over the ranks, hence the factor world_size.
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
@@ -150,6 +148,8 @@ def train_step(
         first_replayed, len(micro_batches), rows, ranks.rank, ranks.world_size
     )
     for number, micro_batch in enumerate(micro_batches, 1):
+        if number > 1:
+            ranks.raise_stopped(stop)
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
         objective.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
         loss, _ = forward(objective, micro_batch, ranks.device, replayed[number - 1])
@@ -210,8 +210,8 @@ def train(
                 if state.step > saver.step and state.step % s.save.every == 0:
                     save()
                 with state.timed():
-                    columns, replayed = data.batch(state.samples, ranks)
-                    targets = (columns[1] != ops.IGNORE_INDEX).sum()
+                    batch = data.batch(state.samples, ranks)
+                    targets = (batch[0][1] != ops.IGNORE_INDEX).sum()
                     # All ranks agree here, at the same step, on events that one of them has seen.
                     valid, is_stopping, is_written, is_time = ranks.sum(
                         targets, stop.is_asked, saver.is_done, progress.is_time
@@ -219,7 +219,7 @@ def train(
                     if is_stopping:
                         raise Stopped
                     rate = set_learning_rate(guard.optimizer, state.step, data.steps, s.optim)
-                    loss, norm = train_step(objective, guard, columns, replayed, valid, s, ranks)
+                    loss, norm = train_step(objective, guard, batch, valid, s, ranks, stop)
                     objective.adapt(rate / s.optim.lr)
                     losses.add(state.step + 1, state.samples, loss, norm)
                     state.step += 1

@@ -8,7 +8,7 @@
 
 A checkpoint is written aside and renamed, so a directory named step-* is complete. Hidden ones
 (`.step-*`) are being written or removed, or were left by a killed process; the next save deletes
-them, because only one process writes into a run directory (`resume.run_lock`). Tensors are gathered
+them, because only one process writes into a run directory (`lock.run_lock`). Tensors are gathered
 whole, one by one, so the files do not depend on the number of processes.
 """
 

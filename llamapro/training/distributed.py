@@ -5,10 +5,11 @@ One CPU, one GPU and many machines go the same way.
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import (
 
 from llamapro.errors import ConfigError, UserError
 from llamapro.training.objective import NextToken
-from llamapro.training.preemption import Stopped
+from llamapro.training.preemption import Stopped, StopRequest, default_signals
 from llamapro.training.weights import is_trained
 
 Frozen = Literal["shard", "gather", "replicate"]  # where frozen weights lie: see `shard`
@@ -43,6 +44,7 @@ class Ranks:
         mesh: all processes in one dimension "shard" or, for HSDP, in two: "replicate", "shard".
         patient: a group of all processes with a timeout of a week instead of minutes, for waiting
             while the main one tokenises a corpus or writes a file.
+        store: where they met.
     """
 
     rank: int
@@ -50,6 +52,7 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh
     patient: dist.ProcessGroup
+    store: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -64,6 +67,11 @@ class Ranks:
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
         dist.all_reduce(total)
         return total.tolist()
+
+    def raise_stopped(self, stop: StopRequest) -> None:
+        """Raises Stopped if a rank was asked to stop; every rank must call it, and raises it."""
+        if any(self.sum(stop.is_asked)):
+            raise Stopped
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Does work on the main rank alone; every rank must call it.
@@ -80,15 +88,95 @@ class Ranks:
                 box[0] = work()
             except (UserError, Stopped) as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, group=self.patient)
+        _wait(lambda: dist.broadcast_object_list(box, src=0, group=self.patient))
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def on_all(self, work: Callable[[], object]) -> None:
+        """Does work on every rank; raises the first rank's UserError on all of them."""
+        errors: list[UserError | None] = [None] * self.world_size
+        mine: list[UserError] = []
+        try:
+            work()
+        except UserError as error:
+            mine.append(error)
+        _wait(lambda: dist.all_gather_object(errors, (mine or [None])[0], group=self.patient))
+        for found in filter(None, errors):
+            raise found
+
+
+def _wait(call: Callable[[], object]) -> None:
+    """Waits for other ranks in a thread: a signal's handler runs only while this one is free."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
+# ---- How the processes meet ---------------------------------------------------------------------
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_rank() -> bool:
+    """Returns whether torchrun, or another launcher, started this process as one of several.
+
+    Raises:
+        ConfigError: it set some of its variables and left others out, or empty.
+    """
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    if not any(value is not None for value in found.values()):
+        return False
+    found = {name: os.environ.get(name) for name in VARIABLES}
+    numbers = [name for name in VARIABLES if name != "MASTER_ADDR"]
+    numbers += [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ]
+    wrong = [name for name in VARIABLES if not found[name]]
+    wrong += [n for n in numbers if n not in wrong and not os.environ[n].isdecimal()]
+    if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        wrong = ["RANK", "WORLD_SIZE"]
+    if wrong:
+        shown = ", ".join(f"{name} is {os.environ.get(name, 'not set')!r}" for name in wrong)
+        raise ConfigError(
+            f"{shown}: unset {' and '.join(VARIABLES)} to train in one process, or let torchrun "
+            "set all of them"
+        )
+    return True
 
 
 def world_size() -> int:
     """Returns how many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Returns the number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def on_several_machines() -> bool:
+    """Returns whether the processes that torchrun started are spread over machines."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < world_size()
+
+
+@cache
+def meeting_place() -> tuple[Any, int, int]:
+    """Returns torchrun's store, this process's rank and the number of processes.
+
+    Raises:
+        ConfigError: nobody answers at the address that torchrun gave.
+    """
+    # After a restart torchrun's store still holds the addresses of the earlier processes. The
+    # prefix keeps them from being taken for those of this start.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        with default_signals():
+            store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        address = ":".join(os.environ[name] for name in VARIABLES[2:])
+        raise ConfigError(
+            f"the other processes were not found at {address} (MASTER_ADDR, MASTER_PORT): "
+            f"{str(error).splitlines()[0][:200]}"
+        ) from None
+    return dist.PrefixStore(f"start-{start}", store), rank, size  # type: ignore[attr-defined]
 
 
 def make_mesh(kind: str, world_size: int, shard_size: int = 0) -> DeviceMesh:
@@ -115,37 +203,33 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
         ConfigError: "cuda" without a GPU, or more processes on this machine than it has GPUs.
     """
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and not gpus:
         raise ConfigError("train.device 'cuda': no GPU is visible; use 'auto' or 'cpu'")
     # The same on every process, so that all of them end here, also rank 0, which prints the error.
-    local_world = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    local_world = max(local_rank() + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if gpus and local_world > gpus:
         raise ConfigError(
             f"{local_world} processes on this machine, but {gpus} GPU(s); start at most {gpus} "
             "here, or set train.device to cpu"
         )
     kind = "cuda" if gpus else "cpu"
-    where = torch.device(kind, local_rank) if gpus else torch.device("cpu")
+    where = torch.device(kind, local_rank()) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    if "RANK" in os.environ:
-        # After a restart torchrun's store still holds the addresses of the earlier processes. The
-        # prefix keeps them from being taken for those of this start.
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        store = dist.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    if is_rank():
+        store, rank, size = meeting_place()
     else:
-        alone = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     try:
-        mesh = make_mesh(kind, world_size(), shard_size)
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), where, mesh, patient)
+        with default_signals():
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            mesh = make_mesh(kind, size, shard_size)
+            patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        yield Ranks(rank, size, where, mesh, patient, store)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def shard(

@@ -3,9 +3,11 @@
 The texts that a run prints before its first step and after its last one are made here too.
 """
 
+import hashlib
 import math
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
 from llamapro.checkpoints.run import load_state, newest_intact, training_checkpoints
+from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.formatting import format_count
@@ -28,7 +31,8 @@ from llamapro.text.mixture import Mixture, PackedSequences, Source, batch, parse
 from llamapro.text.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.distributed import Ranks
+from llamapro.training import agreement
+from llamapro.training.distributed import Ranks, local_rank, on_several_machines
 from llamapro.training.plan import make_plan, render
 from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import find_preset
@@ -114,6 +118,18 @@ class Job:
     @property
     def compute_dtype(self) -> torch.dtype:
         return _compute_dtype(self.settings)
+
+    def facts(self) -> dict[str, str]:
+        """Returns what must be the same in every process, before anything is computed."""
+        template = self.template and hashlib.sha256(self.template.source.encode()).hexdigest()
+        has_gpu = torch.cuda.is_available() and self.settings.train.device != "cpu"
+        return agreement.facts(
+            self.settings,
+            config_json=self.config,
+            the_tokenizer=self.tokenizer.fingerprint,
+            the_chat_template=template,
+            the_device="cuda" if has_gpu else "cpu",
+        )
 
     def tokenize(self) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
@@ -269,7 +285,12 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
     """
     s = job.settings
 
-    def make() -> tuple[dict[str, Path], dict[str, Any]]:
+    tensors = job.checkpoint.tensors if job.checkpoint is not None else {}
+    is_compared = on_several_machines() and local_rank() == 0
+    pool = ThreadPoolExecutor(1)  # every machine hashes while the main process tokenises
+    hashes = pool.submit(hash_tensors, tensors.values() if is_compared else (), "hash weights")
+
+    def make() -> tuple[agreement.Seen, dict[str, Any]]:
         with stop.interrupting():
             stores = job.tokenize()
             if s.replay.share:
@@ -280,9 +301,16 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
             names = [stored_name(name, job.first_new_row) for name in trainable]
             fingerprint = job.tokenizer.fingerprint
             identity = make_identity(job.checkpoint, names, fingerprint, stores, job.config)
-        return {label: store.path for label, store in stores.items()}, identity
+        return agreement.Seen.of(job.run_dir, job.resume_from, stores, hashes.result()), identity
 
-    paths, identity = ranks.on_main(make)
+    def compare() -> None:
+        if is_compared and not ranks.is_main:
+            fingerprint = job.tokenizer.fingerprint
+            seen.check(job.run_dir, job.resume_from, fingerprint, hashes.result())
+
+    with stop.shared(ranks.store):
+        seen, identity = ranks.on_main(make)
+    ranks.on_all(compare)
     if job.resume_from is not None:
         check_identity(state.identity, identity, job.run_dir, s.resume.allow)
     state.identity = identity
@@ -290,7 +318,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
     about: list[str] = []
 
     def packed(label: str) -> Source:
-        store = TokenStore(paths[label], job.tokenizer.fingerprint)
+        store = TokenStore(seen.stores[label][0], job.tokenizer.fingerprint)
         if job.template is None:
             return PackedSequences(store, s.data.seq_len)
         conversations = PackedConversations(store, s.data.seq_len, s.data.too_long)

@@ -1,7 +1,7 @@
 """`train.py --processes N` starts the ranks on this machine, as torchrun would, without its report.
 
-A user's mistake is one message, whichever rank finds it first. Ctrl-C and SIGTERM are passed on to
-the ranks, which save and stop.
+A user's mistake is one message, whichever rank finds it first. Signals are passed on to the
+ranks, which save and stop.
 """
 
 import json
@@ -17,9 +17,40 @@ from tempfile import TemporaryDirectory
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+from llamapro.training import agreement, checks, preset
+from llamapro.training.distributed import is_rank, world_size
+from llamapro.training.job import Job
+from llamapro.training.preemption import KINDS
+
 # Tells a rank that this module started it and will show its message.
 LAUNCHED = "LLAMAPRO_LAUNCHED"
 USER_ERROR = 2  # exit status of a user's mistake
+
+
+def open_job(script: str, argv: Sequence[str], prog: str) -> Job:
+    """Reads the command line and opens what it names, in step with the other ranks.
+
+    A process that is no rank, but was asked for several, starts them and exits with their status.
+
+    Args:
+        script: the Python file to run.
+        argv: its arguments.
+        prog: its name in --help.
+
+    Raises:
+        UserError: a mistake, on this rank or on another.
+        SystemExit: after --help, or the ranks have ended.
+    """
+    started = world_size() if is_rank() else 0  # by torchrun or by `launch`
+
+    def open_here() -> Job:
+        settings = preset.parse(argv, prog)
+        checks.check(settings, started or max(1, settings.processes))
+        if settings.processes > 1 and not started:
+            sys.exit(launch(script, argv, settings.processes))
+        return Job.open(settings)
+
+    return agreement.open_together(open_here, Job.facts)
 
 
 def launch(script: str, argv: Sequence[str], processes: int) -> int:
@@ -65,8 +96,9 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, pass_on)
+        for number in KINDS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, pass_on)
         try:
             result = running.wait()
         finally:

@@ -1,18 +1,29 @@
-"""Signals: a first SIGTERM or SIGINT saves the run and stops it, a second ends it at once."""
+"""Signals: a first SIGTERM, SIGINT or SIGHUP saves the run and stops it, a second ends it at once.
 
+Python runs a signal's handler only between two steps of the interpreter, and a process may wait for
+others for minutes inside PyTorch. So a thread hears of every signal, through Python's wakeup
+descriptor, at the moment it comes.
+"""
+
+import io
 import os
+import select
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread, main_thread
 from types import FrameType
+from typing import Any
 
 from llamapro.errors import DataError
 
+KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # torchrun passes on a signal that the terminal has already sent to its workers. Two signals within
 # this time count as one.
 SAME_SIGNAL_S = 2.0
+POLL_S = 0.5  # between two looks for a signal that came to another process
 
 
 class Stopped(BaseException):
@@ -23,15 +34,15 @@ class StopRequest:
     """Remembers that this process was asked to stop.
 
     Attributes:
-        signal: name of the first SIGTERM or SIGINT; "" before it.
+        signal: name of the first signal; "" before it.
         failure: why the run cannot continue; "" if it can.
     """
 
     def __init__(self) -> None:
         self.signal = ""
         self.failure = ""
-        self._at = 0.0
         self._interrupts = False
+        self._store: Any = None
 
     @property
     def is_asked(self) -> bool:
@@ -50,18 +61,34 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Makes a first SIGTERM or SIGINT only remembered; may be entered in the main thread."""
-        kinds = (signal.SIGTERM, signal.SIGINT)
+        """Makes a first signal only remembered; may be entered in the main thread.
+
+        A signal that is ignored, as nohup does with SIGHUP, stays so. Meanwhile standard error may
+        lose its reader, as in `| tee` after Ctrl-C, and nothing fails.
+        """
+        kinds = [kind for kind in KINDS if signal.getsignal(kind) != signal.SIG_IGN]
+        hear, tell = os.pipe()
+        os.set_blocking(tell, False)
+        wakeup, stderr = signal.set_wakeup_fd(tell, warn_on_full_buffer=False), sys.stderr
+        if stderr is sys.__stderr__:
+            sys.stderr = _lasting(stderr)
+        watcher = Thread(target=self._watch, args=(hear, kinds), daemon=True)
+        watcher.start()
         before = [signal.signal(kind, self._handle) for kind in kinds]
         try:
             yield
         finally:
             for kind, handler in zip(kinds, before, strict=True):
                 signal.signal(kind, handler)
+            signal.set_wakeup_fd(wakeup)
+            os.close(tell)  # ends the watcher
+            watcher.join()
+            os.close(hear)
+            sys.stderr = stderr
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Makes it also raise `Stopped`, for long work that no other rank waits for."""
+        """Makes it also raise `Stopped`, for long work that other ranks only wait for."""
         self._interrupts = True
         try:
             if self.signal:
@@ -70,14 +97,74 @@ class StopRequest:
         finally:
             self._interrupts = False
 
+    @contextmanager
+    def shared(self, store: Any) -> Iterator[None]:
+        """Makes a signal to any process reach the one that is `interrupting`, through their store.
+
+        Every process enters, while the main one works and the others wait for it.
+        """
+        self._store = store
+        try:
+            yield
+        finally:
+            self._store = None
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
-        if not self.signal:
-            self.signal, self._at = name, now
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # one message per machine
-                text = f"{name}: saving and stopping; a second signal ends at once"
-                print(text, file=sys.stderr, flush=True)
-            if self._interrupts:
-                raise Stopped
-        elif now - self._at > SAME_SIGNAL_S:
-            os._exit(128 + number)
+        """Runs in the main thread, when it can."""
+        self.signal = self.signal or signal.Signals(number).name
+        if self._interrupts:
+            raise Stopped
+        if self._store is not None:
+            self._store.set("stop", self.signal)
+
+    def _watch(self, pipe: int, kinds: list[signal.Signals]) -> None:
+        """Runs in a thread of its own, until the other end of the pipe is closed."""
+        first_at: float | None = None
+        terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        while True:
+            if not select.select([pipe], [], [], POLL_S)[0]:
+                if self._interrupts and self._store is not None and self._store.check(["stop"]):
+                    signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)
+                continue
+            if not (byte := os.read(pipe, 1)):
+                return
+            if (number := byte[0]) not in kinds:
+                continue
+            for descriptor in terminals:
+                if not os.isatty(descriptor):  # the terminal was closed
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            if first_at is None:
+                first_at, self.signal = time.monotonic(), signal.Signals(number).name
+                if (os.environ.get("LOCAL_RANK") or "0") == "0":  # one message per machine
+                    text = f"{self.signal}: saving and stopping; a second signal ends at once"
+                    print(text, file=sys.stderr, flush=True)
+            elif time.monotonic() - first_at > SAME_SIGNAL_S:
+                os._exit(128 + number)
+
+
+@contextmanager
+def default_signals() -> Iterator[None]:
+    """Lets a signal end the process while it waits for the others to start: nothing is lost yet."""
+    kinds = [k for k in KINDS if signal.getsignal(k) not in (signal.SIG_IGN, None)]
+    before = [signal.signal(kind, signal.SIG_DFL) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+
+
+class _Lasting(io.FileIO):
+    """A stream whose reader may go away."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _lasting(stream: Any) -> io.TextIOWrapper:
+    """Returns a stream for the same descriptor that never fails."""
+    raw: Any = _Lasting(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True)

@@ -1,16 +1,12 @@
-"""Resuming a run: its newest checkpoint, the check that it is the same run, and its lock.
+"""Resuming a run: its newest checkpoint, and the check that it is the same run.
 
 A resumed run needs the frozen weights, tokenizer and corpora that it began with. Paths do not prove
 that, so their contents are hashed when a run starts, kept in every `state.json` and compared.
 """
 
-import fcntl
 import json
-import os
 import re
-import socket
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +21,12 @@ from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE, load_state,
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors, read_header
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, warn
-from llamapro.files import make_directory
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.store import TokenStore
 from llamapro.training.checkpoint import MOMENTS, Parameters
 from llamapro.training.distributed import Ranks
 from llamapro.training.settings import Settings, flatten
 from llamapro.training.weights import stored_name, stored_shape
-
-LOCK_FILE = "lock"
-
 
 # ---- Where to resume ---------------------------------------------------------------------------
 
@@ -259,76 +251,3 @@ def load_optimizer(
                 ).to(parameter.device)  # the mesh is on the GPU, even if the parameter is offloaded
             state[moment] = full
         optimizer.state[parameter] = state
-
-
-# ---- One run in a run directory -----------------------------------------------------------------
-
-
-@contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Keeps a second run out of a run directory while the body runs, in one process.
-
-    The kernel holds the lock and releases it when the process ends, however it ends. The file
-    `lock` names the holder. A run directory that this made is removed if it is still empty.
-
-    Raises:
-        ConfigError: another run holds the lock, or the directory cannot be locked.
-    """
-    file, is_new, fd = run_dir / LOCK_FILE, False, None
-    try:
-        while fd is None:
-            is_new = not run_dir.exists()
-            fd = _take(file)
-    except BlockingIOError:
-        raise ConfigError(
-            f"{run_dir}: another run is writing here ({_holder(file)}); wait for it, stop it, or "
-            "choose another --run-dir"
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"{file}: cannot be locked: {error.strerror}; choose another --run-dir"
-        ) from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            file.unlink()
-            if is_new:
-                run_dir.rmdir()  # fails, as it should, if anything was written
-        os.close(fd)
-
-
-def _take(file: Path) -> int | None:
-    """Opens and locks; returns None if the holder before removed the file in between."""
-    make_directory(file.parent)
-    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(fd), os.stat(file)):
-            raise FileNotFoundError
-        os.ftruncate(fd, 0)
-        os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-    except OSError as error:
-        os.close(fd)
-        if isinstance(error, FileNotFoundError):
-            return None
-        raise
-    return fd
-
-
-def _holder(file: Path) -> str:
-    with suppress(OSError, ValueError):
-        return file.read_text(encoding="utf-8")[:200].strip() or "it has just started"
-    return "it has just ended"
-
-
-@contextmanager
-def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Holds the run directory's lock on the main rank while the body runs; every rank must enter.
-
-    Raises:
-        ConfigError: on every rank, as `run_lock`.
-    """
-    with ExitStack() as stack:
-        ranks.on_main(lambda: stack.enter_context(run_lock(run_dir)))
-        yield

@@ -9,7 +9,7 @@ from llamapro import ops
 from llamapro.text.mixture import Source, stack
 from llamapro.training.distributed import Ranks
 from llamapro.training.objective import NextToken
-from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.preemption import StopRequest
 from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
@@ -66,8 +66,7 @@ def mean_loss(
     tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
     for start in range(0, count, rows * ranks.world_size):
         # All ranks make the same number of passes, because they gather sharded weights together.
-        if any(ranks.sum(stop.is_asked)):
-            raise Stopped
+        ranks.raise_stopped(stop)
         mine = [sequences[i] for i in chosen[start + ranks.rank * rows :][:rows]]
         ids, targets, *more = sequences[0]
         padding = (ids, np.full_like(targets, ops.IGNORE_INDEX), *more)

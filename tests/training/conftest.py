@@ -52,7 +52,8 @@ class Ranks(NamedTuple):
 def fork_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ranks]]:
     """`fork_ranks(processes, file, function, *args) -> Ranks`: calls a function of a file in each.
 
-    The arguments travel as JSON. One process is no rank: it is started alone.
+    The arguments travel as JSON. One process is no rank: it is started alone. If one fails, the
+    others are killed, unless they are `apart`, as on several machines.
     """
     command = [sys.executable, str(Path(__file__).with_name("forking.py"))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -60,14 +61,17 @@ def fork_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
         assert server.stdin and server.stdout
 
-        def fork(processes: int, file: str | Path, function: str, *args: Any) -> Ranks:
+        def fork(
+            processes: int, file: str | Path, name: str, *args: Any, apart: bool = False
+        ) -> Ranks:
             assert server.stdin and server.stdout
             log = tmp_path_factory.mktemp("ranks")
             store = dist.TCPStore(  # type: ignore[attr-defined]
                 "127.0.0.1", 0, is_master=True, wait_for_workers=False
             )
             request = {"processes": processes, "port": store.port, "log": str(log)}
-            request |= {"file": str(file), "function": function, "args": args}
+            request |= {"file": str(file), "function": name, "args": args}
+            request |= {"apart": apart}
             server.stdin.write(json.dumps(request) + "\n")
             server.stdin.flush()
             statuses = json.loads(server.stdout.readline())

@@ -36,7 +36,8 @@ def serve() -> None:
         while len(statuses) < len(ranks):
             pid, status = os.wait()
             statuses[pid] = os.waitstatus_to_exitcode(status)
-            if statuses[pid]:  # the others wait for it: end them, as torchrun does
+            # The others wait for it: end them, as torchrun does on one machine.
+            if statuses[pid] and not request["apart"]:
                 for other in ranks.keys() - statuses.keys():
                     os.kill(other, signal.SIGKILL)
         print(json.dumps([statuses[pid] for pid in ranks]), flush=True)

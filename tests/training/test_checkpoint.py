@@ -34,7 +34,8 @@ from llamapro.errors import CheckpointError, ConfigError
 from llamapro.training import checkpoint as train_state
 from llamapro.training.checkpoint import Saver, remove_old
 from llamapro.training.distributed import Ranks, process_group
-from llamapro.training.resume import find_resume_point, load_optimizer, locked, run_lock
+from llamapro.training.lock import locked, run_lock
+from llamapro.training.resume import find_resume_point, load_optimizer
 from llamapro.training.settings import SaveSettings
 
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safetensors"]

@@ -33,6 +33,7 @@ from llamapro.training.distributed import Frozen, Ranks, process_group, shard
 from llamapro.training.objective import Replay, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw
 from llamapro.training.plan import estimate_memory
+from llamapro.training.preemption import StopRequest
 from llamapro.training.replay import split_replayed
 from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings
 from llamapro.training.settings import TrainSettings as Train
@@ -130,7 +131,9 @@ def take_steps(
         where = (step * BATCH, BATCH, ranks.rank, ranks.world_size)
         columns, others = batch(MIXTURE, *where, 1 if replay.is_apart else None)
         (valid,) = ranks.sum((columns[1] != IGNORED).sum())
-        loss, norm = train.train_step(objective, guard, columns, others, valid, settings, ranks)
+        loss, norm = train.train_step(
+            objective, guard, (columns, others), valid, settings, ranks, StopRequest()
+        )
         found["losses"] += ranks.sum(loss)
         found["norms"].append(norm.item())
         with torch.no_grad():  # leaves units gathered that the next step must take as they are

@@ -16,7 +16,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.text.corpus import tokenize
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.resume import check_identity, make_identity, run_lock
+from llamapro.training.lock import run_lock
+from llamapro.training.resume import check_identity, make_identity
 
 # ---- Identity -----------------------------------------------------------------------------------
 

@@ -1,0 +1,107 @@
+"""The lock of a run directory: one run writes there, and notices if the directory is taken away."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from llamapro.errors import ConfigError, DataError
+from llamapro.files import make_directory
+from llamapro.training.distributed import Ranks
+
+LOCK_FILE = "lock"
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Keeps a second run out of a run directory while the body runs, in one process.
+
+    The kernel holds the lock and releases it when the process ends, however it ends. The file
+    `lock` names the holder. A run directory that this made is removed if it is still empty.
+
+    Raises:
+        ConfigError: another run holds the lock, or the directory cannot be locked.
+    """
+    file, is_new, fd = run_dir / LOCK_FILE, False, None
+    try:
+        while fd is None:
+            is_new = not run_dir.exists()
+            fd = _take(file)
+    except BlockingIOError:
+        holder = _holder(file) or "it has just ended"
+        raise ConfigError(
+            f"{run_dir}: another run is writing here ({holder}); wait for it, stop it, or choose "
+            "another --run-dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be locked: {error.strerror}; choose another --run-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if _holder(file) == _me():  # not the lock of another run, in a directory put in place
+                file.unlink()
+            if is_new:
+                run_dir.rmdir()  # fails, as it should, if anything was written
+        os.close(fd)
+
+
+def check_holder(run_dir: Path) -> None:
+    """Raises DataError if the run directory was replaced by one in which another run holds a lock.
+
+    The lock of a run that has ended is taken over.
+    """
+    file = run_dir / LOCK_FILE
+    if (holder := _holder(file)) not in (_me(), ""):
+        try:
+            _take(file)  # held until this process ends
+        except BlockingIOError:
+            raise DataError(
+                f"{run_dir}: was replaced while the run was writing to it, and another run is "
+                f"writing there now ({holder}); nothing was written over it"
+            ) from None
+
+
+def _take(file: Path) -> int | None:
+    """Opens and locks; returns None if the holder before removed the file in between."""
+    make_directory(file.parent)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(fd), os.stat(file)):
+            raise FileNotFoundError
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{_me()}\n".encode())
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, FileNotFoundError):
+            return None
+        raise
+    return fd
+
+
+def _me() -> str:
+    return f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def _holder(file: Path) -> str:
+    """Returns what a lock says about its holder; "" if there is none."""
+    with suppress(OSError, ValueError):
+        return file.read_text(encoding="utf-8")[:200].strip() or "it has just started"
+    return ""
+
+
+@contextmanager
+def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Holds the run directory's lock on the main rank while the body runs; every rank must enter.
+
+    Raises:
+        ConfigError: on every rank, as `run_lock`.
+    """
+    with ExitStack() as stack:
+        ranks.on_main(lambda: stack.enter_context(run_lock(run_dir)))
+        yield
