@@ -96,12 +96,12 @@ class Ranks:
     def on_all(self, work: Callable[[], object]) -> None:
         """Does work on every rank; raises the first rank's UserError on all of them."""
         errors: list[UserError | None] = [None] * self.world_size
-        mine: list[UserError] = []
+        mine: UserError | None = None
         try:
             work()
         except UserError as error:
-            mine.append(error)
-        _wait(lambda: dist.all_gather_object(errors, (mine or [None])[0], group=self.patient))
+            mine = error
+        _wait(lambda: dist.all_gather_object(errors, mine, group=self.patient))
         for found in filter(None, errors):
             raise found
 
