@@ -11,10 +11,12 @@ from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 
+import torch
 from tqdm import tqdm
 
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
-from llamapro.checkpoints.tensors import ChunksOf, TensorSpec
+from llamapro.checkpoints.tensors import DTYPES, ChunksOf, TensorSpec
+from llamapro.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -94,6 +96,9 @@ def write_checkpoint(
 
     `directory` must exist. Two threads call `chunks_of`. A file is larger than `max_shard_bytes`
     only if a single tensor is.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite, perhaps only in the dtype that is written.
     """
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
@@ -107,6 +112,13 @@ def write_checkpoint(
 
         def counted(spec: TensorSpec) -> Iterator[memoryview | bytes]:
             for chunk in chunks_of(spec):
+                if not torch.frombuffer(chunk, dtype=DTYPES[spec.dtype]).isfinite().all():
+                    raise CheckpointError(
+                        f"{label}: {spec.name!r} would hold NaN or infinity in {spec.dtype}: the "
+                        f"source does, or has numbers over {torch.finfo(DTYPES[spec.dtype]).max:g};"
+                        " nothing was written. If the command has it, choose --dtype bfloat16; "
+                        "else fetch, or train, the source again"
+                    )
                 yield chunk
                 with lock:
                     bar.update(len(chunk))

@@ -33,6 +33,10 @@ def choose_layout(
     Raises:
         ConfigError: the options contradict each other, or no such layout fits the base.
     """
+    if blocks_per_group != 1 and (after is not None or placement != "interleave"):
+        raise ConfigError("--blocks-per-group is for interleaved groups; leave it out")
+    if after is not None and placement != "interleave":
+        raise ConfigError(f"--after says where new blocks go; leave --placement {placement} out")
     if after is not None and num_new_blocks is None:
         try:
             layers = [int(layer) for layer in after.split(",")]

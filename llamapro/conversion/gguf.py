@@ -21,7 +21,7 @@ from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.gguf_file import GGUFTensor, open_gguf
 from llamapro.conversion.gguf_tokenizer import read_tokenizer
-from llamapro.errors import CheckpointError, ConfigError, Problems
+from llamapro.errors import CheckpointError, ConfigError, Problems, warn
 from llamapro.fields import RopeScaling
 from llamapro.files import output_directory, refuse_source
 
@@ -40,6 +40,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "embedding_scale": (0, 1),
     "rope.scaling.attn_factor": (1,),
 }
+_READ = set(
+    "vocab_size block_count context_length embedding_length feed_forward_length "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.layer_norm_rms_epsilon attention.sliding_window expert_used_count "
+    "rope.dimension_count rope.freq_base rope.scale_linear rope.scaling.type rope.scaling.factor "
+    "rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout".split()
+)
 
 
 def from_gguf(
@@ -82,14 +89,7 @@ def from_gguf(
         for values in _row_blocks(tensor, config.head_dim if is_rotated else 1):
             if is_rotated:
                 values = ops.interleaved_to_halves(values, len(values) // config.head_dim)
-            cast = values.to(DTYPES[spec.dtype])
-            if not cast.isfinite().all():
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {tensor.name!r} holds numbers that are not finite in "
-                    f"{raw['torch_dtype']}; choose --dtype bfloat16, or if that fails too, "
-                    "download the file again"
-                )
-            yield from tensor_chunks(cast)
+            yield from tensor_chunks(values.to(DTYPES[spec.dtype]))
 
     with output_directory(out_dir, force) as aside:
         write_checkpoint(aside, specs, chunks_of, label="from-gguf")
@@ -136,6 +136,13 @@ def describe(
     for key, allowed in _NEUTRAL.items():
         if (value := metadata.get(f"llama.{key}", allowed[0])) not in allowed:
             wrong.add(f"llama.{key} is {value!r}, not supported (only {allowed[0]!r})")
+    rows = embedding.shape[0]
+    if (said := metadata.get("llama.vocab_size", rows)) != rows:
+        warn(f"{file}: llama.vocab_size is {said!r:.80}, but the embedding has {rows} rows")
+    for key in metadata:
+        short = key.removeprefix("llama.")
+        if short != key and short not in _NEUTRAL and short not in _READ:
+            warn(f"{file}: {key[:80]} {metadata[key]!r:.80} is not known, and not used")
     heads, hidden = get("attention.head_count"), get("embedding_length")
     is_divisible = type(heads) is type(hidden) is int and heads > 0 and hidden % heads == 0
     head_dim = get("attention.key_length", hidden // heads if is_divisible else None)
@@ -149,7 +156,7 @@ def describe(
     raw = {
         "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
         "model_type": "mistral" if window else "llama",
-        "vocab_size": embedding.shape[0],
+        "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": layers,

@@ -32,7 +32,7 @@ from llamapro.conversion.meta_release import (
     rope_scaling,
     tensor_names,
 )
-from llamapro.errors import CheckpointError, ConfigError, DataError
+from llamapro.errors import CheckpointError, ConfigError, DataError, warn
 from llamapro.files import output_directory, refuse_large, refuse_source
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
@@ -65,6 +65,8 @@ def from_meta(
     """
     refuse_source(out_dir, meta_dir)
     file = meta_dir / "params.json"
+    if (meta_dir / "config.json").exists() and not file.exists():
+        raise ConfigError(f"{meta_dir}: in Hugging Face layout already; nothing is to convert")
     params, shards = read_params(file), Shards(meta_dir)
     raw, split = describe(params, shards, max_position_embeddings)
     config = ModelConfig.from_dict(raw, str(file))
@@ -142,8 +144,20 @@ def to_meta(
         is_tied = config.tie_word_embeddings and name == "output.weight"
         hf, _ = names["tok_embeddings.weight" if is_tied else name]
         tensor, heads = checkpoint.tensors[hf].read(), _rope_heads(name, config)
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{checkpoint.path}: {hf!r} holds NaN or infinity")
         return ops.halves_to_interleaved(tensor, heads) if heads else tensor
 
+    if config.expansion is not None:
+        warn(
+            f"{ckpt_dir}: Meta's layout has no record of new blocks; the release has them as layers"
+        )
+    recorded_length = (config.raw.get("meta_release") or {}).get("max_position_embeddings")
+    if (length := config.max_position_embeddings) != recorded_length:
+        warn(
+            f"{ckpt_dir}: Meta's layout has no context length; 'llamapro from-meta' needs "
+            f"--max-position-embeddings {length} to know it"
+        )
     written = 0
     companions = {file.name: file for file in checkpoint.companions() if file.is_file()}
     if "tokenizer.model" not in companions:
@@ -213,6 +227,11 @@ def _release_of(
         raise ConfigError(
             f"{file}: head_dim {config.head_dim} times num_attention_heads {H} is not hidden_size "
             f"{C}, as it must be in Meta's layout"
+        )
+    if config.sliding_window is not None:
+        raise ConfigError(
+            f"{file}: sliding_window {config.sliding_window} cannot be said in Meta's layout; the "
+            "release would attend to all positions"
         )
     if (scaling := config.rope_scaling) is not None:
         scaled = rope_scaling(config.tie_word_embeddings)

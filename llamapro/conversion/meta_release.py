@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamapro.checkpoints.directory import MISTRAL_LAYOUT
 from llamapro.checkpoints.tensors import DTYPE_CODES
 from llamapro.config import ModelConfig
 from llamapro.conversion.pth_file import load_pth
-from llamapro.errors import CheckpointError, ConfigError, Problems
+from llamapro.errors import CheckpointError, ConfigError, Problems, warn
 from llamapro.files import read_json
 from llamapro.text.vocabulary import LLAMA_3_RANKS, LLAMA_3_SPECIAL
 
@@ -40,6 +41,10 @@ _IN_LAYER: dict[str, tuple[str, int | None]] = {
     "ffn_norm.weight": ("post_attention_layernorm.weight", None),
 }
 ROPE = "rope.freqs"  # theta^(-2i / D): Meta's code computes it anew, so it may be absent
+_KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of"}
+_KNOWN |= {"ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "max_seq_len"}
+_KNOWN |= {"max_batch_size"}
+_REFUSED = ("sliding_window", "moe", "moe_args", "quantization_args", "lora_args", "rope_scaling")
 REMAP_BYTES = 256 << 20
 LLAMA_3_VOCAB = LLAMA_3_RANKS + len(LLAMA_3_SPECIAL)
 _FLOATS = {dtype for dtype in DTYPE_CODES if dtype.is_floating_point}
@@ -167,6 +172,8 @@ def read_params(file: Path) -> dict[str, Any]:
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{file}: ")
         raise ConfigError(f"{file}: not readable as a release's parameters ({reason})") from None
+    if "multiple_of" not in params and "hidden_dim" in params:
+        raise ConfigError(f"{file}: {MISTRAL_LAYOUT}")
     wrong = Problems()
     optional = ("n_kv_heads", "max_seq_len", "rope_theta", "ffn_dim_multiplier")
     for key in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps", *optional):
@@ -177,6 +184,11 @@ def read_params(file: Path) -> dict[str, Any]:
         # Python's JSON reads NaN and Infinity; neither is a size.
         if type(value) not in ((int, float) if is_real else (int,)) or not 0 < value < math.inf:
             wrong.add(f"{key} is {value!r}, expected a {'' if is_real else 'whole '}number above 0")
+    for key in sorted(params.keys() - _KNOWN):
+        if key in _REFUSED and params[key]:
+            wrong.add(f"{key} {params[key]!r:.80} is not supported")
+        else:
+            warn(f"{file}: {key[:80]} {params[key]!r:.80} is not known, and not used")
     if (scaled := params.get("use_scaled_rope")) not in (None, False, True):
         wrong.add(f"use_scaled_rope is {scaled!r}, expected true or false")
     wrong.check(ConfigError, str(file))

@@ -51,7 +51,7 @@ def converted(stored: StoredTensor, dtype: str) -> Part:
 
 def zeros(nbytes: int) -> Part:
     """Returns a part of zero bytes."""
-    chunk = bytes(min(CHUNK_BYTES, nbytes))
+    chunk = memoryview(bytearray(min(CHUNK_BYTES, nbytes)))
     return lambda: (chunk[: nbytes - start] for start in range(0, nbytes, CHUNK_BYTES))
 
 

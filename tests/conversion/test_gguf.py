@@ -325,7 +325,9 @@ def test_numbers_too_large_for_float16_are_refused(
     large = torch.zeros(32, 32)
     large[3, 5] = 1e6
     file = model(tensors={UP_PROJ: large})
-    with pytest.raises(UserError, match=r"'blk.0.ffn_up.weight' holds .* choose --dtype bfloat16"):
+    with pytest.raises(
+        UserError, match=r"'model.layers.0.mlp.up_proj.weight' would .* --dtype bfloat16"
+    ):
         from_gguf(file, tmp_path / "out", torch.float16)
     assert not (tmp_path / "out").exists()
 
