@@ -3,6 +3,7 @@
     convert.py from-meta META_DIR OUT_DIR             Meta release -> Hugging Face layout
     convert.py from-gguf FILE OUT_DIR                 GGUF (llama.cpp) -> Hugging Face layout
     convert.py expand BASE_DIR OUT_DIR --num-new-blocks 8    insert identity blocks
+    convert.py adopt DIR OUT_DIR                      record new blocks that another tool inserted
     convert.py merge EXPANDED_DIR BLOCKS... OUT_DIR   put trained blocks into a plain model
     convert.py strip EXPANDED_DIR OUT_DIR             take the new blocks out: the base again
     convert.py to-meta CKPT_DIR OUT_DIR               Hugging Face layout -> Meta release
@@ -13,7 +14,7 @@ A checkpoint to read may be hf://owner/name[@revision] (pip install 'llamapro[hu
 An output directory appears when it is complete. --json prints the result as one JSON object.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from tyro.conf import Positional, arg
 
 from llamapro import cli
 from llamapro.errors import ConfigError
+from llamapro.files import user_path
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -165,6 +167,24 @@ class Expand(Output):
 
 
 @dataclass(kw_only=True)
+class Adopt(Output):
+    """Record which layers of a model that another tool expanded are new blocks."""
+
+    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    """The model that was expanded elsewhere, or hf://owner/name."""
+    out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """The checkpoint directory to create: the same bytes, and the record in config.json."""
+    new_layers: Annotated[str | None, arg(metavar="LAYERS")] = None
+    """The new blocks, such as 4,9,14. Default: the blocks whose o_proj and down_proj are zero."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.conversion.adopt import adopt, render
+
+        result = adopt(open_checkpoint(self.dir), self.out_dir, self.new_layers, self.force)
+        return result, render(result)
+
+
+@dataclass(kw_only=True)
 class Merge(Output):
     """Put trained blocks into their base and write an ordinary checkpoint with a model card.
 
@@ -238,9 +258,11 @@ class Verify(Input):
     base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
     """The base it was expanded from; its hash and its logits are compared too."""
     hf: bool = False
-    """Also run transformers on these weights and print how far its results differ."""
+    """Also run transformers on these weights and compare: PASS, or FAIL and exit status 1."""
     dtype: DType | None = None
     """Dtype in which --hf computes. Default: the checkpoint's own."""
+    tolerance: Annotated[float | None, arg(metavar="X")] = None
+    """Largest difference of a logit that --hf passes. Default: a bound from rounding, printed."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         import torch
@@ -249,6 +271,8 @@ class Verify(Input):
         from llamapro.conversion import hf_parity
         from llamapro.conversion.verify import render, verify, verify_run
 
+        if self.tolerance is not None and not (self.hf and self.tolerance >= 0):
+            raise ConfigError(f"--tolerance {self.tolerance}: at least 0, and with --hf only")
         if is_training_output(self.dir):
             if self.base or self.hf:
                 raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
@@ -258,7 +282,7 @@ class Verify(Input):
         text = render(result)
         if self.hf:
             dtype = getattr(torch, self.dtype) if self.dtype else None
-            result["hf"] = hf_parity.compare_with_hf(self.dir, dtype)
+            result["hf"] = hf_parity.compare_with_hf(self.dir, dtype, tolerance=self.tolerance)
             text += "\n" + hf_parity.render(result["hf"])
         return result, text
 
@@ -267,6 +291,7 @@ Command = (
     Annotated[FromMeta, tyro.conf.subcommand("from-meta")]
     | Annotated[FromGguf, tyro.conf.subcommand("from-gguf")]
     | Annotated[Expand, tyro.conf.subcommand("expand")]
+    | Annotated[Adopt, tyro.conf.subcommand("adopt")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Strip, tyro.conf.subcommand("strip")]
     | Annotated[ToMeta, tyro.conf.subcommand("to-meta")]
@@ -289,8 +314,16 @@ def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
         description=(__doc__ or "").replace("convert.py", prog),
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    for field in fields(command):
+        value = getattr(command, field.name)
+        if isinstance(value, Path):
+            setattr(command, field.name, user_path(value))
+        elif isinstance(value, tuple) and field.name == "more_and_out":
+            setattr(command, field.name, tuple(map(user_path, value)))
     result, text = command.run()
     cli.print_result(result, command.json, text)
+    if result.get("hf", {}).get("passed") is False:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

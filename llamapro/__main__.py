@@ -31,6 +31,7 @@ COMMANDS = {
         _CONVERT, "EXPANDED_DIR BLOCKS... OUT_DIR", "put trained blocks into their base"
     ),
     "strip": Command(_CONVERT, "DIR OUT_DIR", "take the new blocks out again"),
+    "adopt": Command(_CONVERT, "DIR OUT_DIR", "record the new blocks that another tool inserted"),
     "from-meta": Command(_CONVERT, "META_DIR OUT_DIR", "convert a Meta release"),
     "from-gguf": Command(_CONVERT, "FILE OUT_DIR", "convert llama.cpp's GGUF, quantised or not"),
     "to-meta": Command(_CONVERT, "DIR OUT_DIR", "write a Meta release"),
