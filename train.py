@@ -76,6 +76,7 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
         except Stopped:
             state.stopped = True
     stop.raise_failure(state.step)
+    state.check_final()
     return state
 
 
@@ -88,11 +89,8 @@ def build_objective(job: Job) -> NextToken:
     torch.manual_seed(t.seed)  # data order and random weights have generators of their own
     model = build_on_meta(job.config)
     freeze(model, t.trainable, t.new_tokens)
-    if job.checkpoint is None:
-        tensors = init_random(job.config, t.seed)
-    else:
-        tensors = job.checkpoint.state_dict()  # mapped: read when first used
-    load_tensors(model, tensors)
+    tensors = job.checkpoint and job.checkpoint.state_dict()  # mapped: read when first used
+    load_tensors(model, tensors or init_random(job.config, t.seed))
     return make_objective(model, job.settings.replay)
 
 
@@ -172,7 +170,7 @@ def build_optimizer(
     if job.resume_from is not None:
         applied = state.step - state.skipped
         resume.load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
-    return FiniteGuard(optimizer, o.skip_bad_steps, state.skipped)
+    return FiniteGuard(optimizer, o.skip_bad_steps, state.skipped, state.streak)
 
 
 def train(

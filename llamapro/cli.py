@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from llamapro.errors import UserError
+from llamapro.errors import ConfigError, UserError
 
 
 def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
@@ -31,6 +31,7 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         sys.stdout.reconfigure(errors="replace")  # text that a poor terminal cannot show
     status = 0
     try:
+        _check_words(sys.argv)
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -45,6 +46,16 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         status = 1
     sys.stderr.flush()
     leave(status)
+
+
+def _check_words(words: list[str]) -> None:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{word!a} on the command line is not UTF-8; rename the file or folder"
+            ) from None
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -66,8 +77,8 @@ def _fail(message: str, status: int) -> int:
     # Under torchrun every rank of a machine meets the same mistake, so the first one reports it.
     # Another machine may lack a file that this one has. `train.py --processes` sets the second
     # variable, and prints what its ranks write to their error files.
-    if os.environ.get("LOCAL_RANK", "0") == "0" and "LLAMAPRO_LAUNCHED" not in os.environ:
-        rank = os.environ.get("RANK", "0")
+    if (os.environ.get("LOCAL_RANK") or "0") == "0" and "LLAMAPRO_LAUNCHED" not in os.environ:
+        rank = os.environ.get("RANK") or "0"
         where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
         print(f"{where}{message}", file=sys.stderr, flush=True)
     return status

@@ -33,7 +33,7 @@ def warn(text: str) -> None:
 
     Under torchrun the first rank of a machine speaks for all.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if (os.environ.get("LOCAL_RANK") or "0") == "0":
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

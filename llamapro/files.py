@@ -8,29 +8,40 @@ leaves what was there before. `output_directory` reports to the user; `directory
 import errno
 import json
 import os
+import secrets
 import shutil
 import signal
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 from typing import Any
 
+from llamapro import filesystem
 from llamapro.errors import CheckpointError, ConfigError, UserError
 
 # The largest JSON file or safetensors header that is read. The format allows headers of 100 MB,
 # which take gigabytes when parsed; that of a LLaMA with 1,000 layers has 1.5 MB.
 MAX_JSON_BYTES = 1 << 24
+REPLACED = "replaced-"  # before the name of a directory that is being replaced
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def user_path(path: str | Path) -> Path:
-    """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes."""
+    """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes.
+
+    Raises:
+        ConfigError: it begins in the home directory, and there is none, as in some containers.
+    """
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # there is no home directory
-        return Path(path)
+    except RuntimeError:
+        if Path(path).parts[0] != "~":  # a name, unless there is a user of that name
+            return Path(path)
+        raise ConfigError(
+            f"{path}: there is no home directory (HOME is not set); set it, or give a path without "
+            "'~', such as --data.cache-dir DIR"
+        ) from None
 
 
 def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
@@ -55,17 +66,17 @@ def make_directory(path: str | Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        _fsync(folder.parent)
+        filesystem.sync(folder.parent)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file that is complete or as it was before; raises OSError."""
-    aside = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    aside = path.with_name(f".{path.name}.partial-{secrets.token_hex(8)}")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        _fsync(aside)
+        filesystem.sync(aside)
         aside.replace(path)
-        _fsync(path.parent)
+        filesystem.sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -79,6 +90,7 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
         CheckpointError: writing failed; the message names the file.
     """
     path = Path(path).resolve()  # a link to another disk: written there, and the link stays
+    remove_abandoned(path.parent)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: exists and is not a directory")
     if path.exists() and any(path.iterdir()):
@@ -104,8 +116,7 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
 def directory_aside(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Gives a hidden directory beside `path` that takes its name when the body has succeeded.
 
-    The hidden directory is removed if the body fails. One that a killed process of this machine
-    left is removed too.
+    The hidden directory is removed if the body fails, and so are those of killed processes.
 
     Args:
         path: the directory to write.
@@ -115,59 +126,71 @@ def directory_aside(path: Path, keep_existing: bool = False) -> Iterator[Path]:
         OSError: something cannot be written; nothing else was changed.
     """
     make_directory(path.parent)
-    prefix = f".partial-{socket.gethostname()}-"
-    aside = path.with_name(f".{path.name}{prefix}{os.getpid()}")
-    for stale in path.parent.glob(f".*{escape(prefix)}*"):
-        if stale == aside or not _is_alive(stale.name.rpartition("-")[2]):
-            shutil.rmtree(stale, ignore_errors=True)
-    aside.mkdir()
+    filesystem.lacks(path.parent)
+    remove_abandoned(path.parent)
+    holder, lock = filesystem.hold(path.parent, path.name)
     try:
+        aside = holder / path.name
+        aside.mkdir()
         yield aside
         for file in aside.rglob("*"):
-            _fsync(file)
-        _fsync(aside)
+            filesystem.sync(file)
+        filesystem.sync(aside)
         _put_in_place(aside, path, keep_existing)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(lock)
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Removes what killed processes left of `directory_aside`, and puts back what it replaced."""
+    for holder in directory.glob(".*.partial-*"):
+        try:
+            lock = os.open(holder / filesystem.LOCK, os.O_RDWR | os.O_CREAT)
+        except OSError:
+            continue
+        try:
+            if not filesystem.lock(lock):
+                continue  # without locks nobody knows
+            for replaced in holder.glob(f"{REPLACED}*"):
+                if not (path := directory / replaced.name.removeprefix(REPLACED)).exists():
+                    replaced.rename(path)
+        except OSError:
+            continue
+        finally:
+            os.close(lock)
+        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _put_in_place(aside: Path, path: Path, keep_existing: bool) -> None:
-    """Renames `aside` to `path`. A directory that is replaced is moved away and removed last."""
-    old = aside.with_name(aside.name.replace(".partial-", ".replaced-"))
-    # Between the two renames `path` does not exist; a signal must not land there.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Renames `aside` to `path`. A directory that is replaced stays beside `aside`."""
+    # Where two renames are needed, `path` does not exist between them: no signal must land there.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        if path.exists() and not keep_existing:
-            path.rename(old)
+        if keep_existing or not path.exists():
+            try:
+                aside.rename(path)
+            except OSError:
+                if not (keep_existing and path.exists()):
+                    raise
+        else:
+            _replace(aside, path)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    filesystem.sync(path.parent)
+
+
+def _replace(aside: Path, path: Path) -> None:
+    try:
+        filesystem.swap(aside, path)
+    except OSError:
+        old = aside.with_name(REPLACED + path.name)
+        path.rename(old)
         try:
             aside.rename(path)
         except OSError:
-            if old.exists():
-                old.rename(path)
-            if not (keep_existing and path.exists()):
-                raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, PermissionError):
-        pass
-    return True
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            old.rename(path)
+            raise
 
 
 def reason(error: OSError) -> str:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The one place where the order is written down. The lowest floor comes first.
 ORDER = [
     ["errors", "formatting", "scripts", "kernels"],
+    ["filesystem"],
     ["files", "fields", "cli"],
     ["config"],
     ["backends"],

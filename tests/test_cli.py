@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -259,3 +260,13 @@ def test_a_wheel_carries_the_commands_and_the_presets(root: Path, tmp_path: Path
     assert "data.train is empty" in llamapro("train", "--config", "llama2-7b", "--dry-run")
     # Its configuration is carried along; the tokenizer is made by the demo.
     assert "demo-out/tokenizer: no such" in llamapro("train", "--config", "demo-base", "--dry-run")
+
+
+def test_bytes_that_are_no_utf_8_are_one_message(
+    run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would fail later, where the run's files name what it was made of."""
+    monkeypatch.setattr(sys, "argv", ["train.py", os.fsdecode(b"corpus-\xff.txt")])
+    status, _, said = run_command(lambda _: None)
+    assert status == 2
+    assert "'corpus-\\udcff.txt' on the command line is not UTF-8" in said

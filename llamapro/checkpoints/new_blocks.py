@@ -8,14 +8,17 @@ wherever it goes. A run keeps one in every training checkpoint:
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llamapro import filesystem
 from llamapro.checkpoints.run import MANIFEST_FILE, TRAINABLE_FILE, find_damage, newest_intact
 from llamapro.checkpoints.tensors import (
+    CHUNK_BYTES,
     ChunksOf,
     StoredTensor,
     TensorSpec,
@@ -117,10 +120,21 @@ def write_blocks(
     # The header comes before the tensors, so their hash takes the place of one as long.
     unknown = "0" * hashlib.sha256().digest_size * 2
     write_safetensors(file, specs, hashed, {_KEY: json.dumps(asdict(info)), _HASH_KEY: unknown})
-    with open(file, "r+b") as handle:
-        header = handle.read(int.from_bytes(handle.read(8), "little"))
-        handle.seek(8 + header.index(f'"{_HASH_KEY}":"{unknown}"'.encode()) + len(_HASH_KEY) + 4)
-        handle.write(combine_hashes(hashes).encode())
+    with open(file, "rb") as handle:
+        size = 8 + int.from_bytes(handle.read(8), "little")
+        handle.seek(0)
+        header = handle.read(size)
+        mark = f'"{_HASH_KEY}":"'
+        known = f"{mark}{combine_hashes(hashes)}".encode()
+        header = header.replace(f"{mark}{unknown}".encode(), known)
+        if filesystem.RANDOM_WRITES in filesystem.lacks(file.parent):
+            with open(again := file.with_suffix(".again"), "xb") as out:
+                out.write(header)
+                shutil.copyfileobj(handle, out, CHUNK_BYTES)
+            again.replace(file)
+            return
+    with open(file, "r+b") as whole:
+        whole.write(header)
 
 
 def check_bytes(file: Path) -> str:

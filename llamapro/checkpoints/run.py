@@ -6,6 +6,7 @@ each. They are checked here before a run is resumed or merged.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +27,20 @@ MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and
 
 
 def training_checkpoints(run_dir: Path) -> list[Path]:
-    """Lists a run's complete training checkpoints, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
+    """Lists a run's complete training checkpoints, oldest first.
+
+    Raises:
+        CheckpointError: their directory cannot be listed. A run that took it for an empty one
+            would begin anew.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        names = [entry.name for entry in os.scandir(folder)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from None
+    return [folder / name for name in sorted(names) if re.fullmatch(r"step-\d{8}", name)]
 
 
 def write_manifest(path: Path) -> None:

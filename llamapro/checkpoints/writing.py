@@ -14,6 +14,7 @@ from threading import Lock
 import torch
 from tqdm import tqdm
 
+from llamapro import filesystem
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
 from llamapro.checkpoints.tensors import DTYPES, ChunksOf, TensorSpec
 from llamapro.errors import CheckpointError
@@ -49,20 +50,22 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
     try:
         with open(file, "wb", buffering=0) as out:
+            lacking = filesystem.lacks(file.parent)
+            in_order = filesystem.RANDOM_WRITES in lacking
             # Takes the space at once: a full disk is found before the work, and writing is faster.
-            if hasattr(os, "posix_fallocate"):
+            if not lacking & {filesystem.RESERVING, filesystem.RANDOM_WRITES}:
                 os.posix_fallocate(out.fileno(), 0, 8 + len(text) + at)
-            _write_at(out.fileno(), len(text).to_bytes(8, "little") + text, 0)
+            _write_at(out.fileno(), len(text).to_bytes(8, "little") + text, 0, in_order)
 
             def write(spec: TensorSpec, start: int) -> None:
                 end = start
                 for chunk in chunks_of(spec):
-                    end = _write_at(out.fileno(), chunk, end)
+                    end = _write_at(out.fileno(), chunk, end, in_order)
                 if end - start != spec.nbytes:
                     raise AssertionError(f"{spec.name}: {end - start} bytes, not {spec.nbytes}")
 
             ends = accumulate((spec.nbytes for spec in specs), initial=8 + len(text))
-            if threads == 1:
+            if threads == 1 or in_order:
                 for spec, start in zip(specs, ends, strict=False):
                     write(spec, start)
             else:
@@ -76,11 +79,11 @@ def write_safetensors(
         raise
 
 
-def _write_at(fd: int, data: memoryview | bytes, at: int) -> int:
-    """Writes all of the data; returns the place after it."""
+def _write_at(fd: int, data: memoryview | bytes, at: int, in_order: bool) -> int:
+    """Writes all of the data, at the end of the file if `in_order`; returns the place after it."""
     view = memoryview(data)
     while view:
-        written = os.pwrite(fd, view, at)
+        written = os.write(fd, view) if in_order else os.pwrite(fd, view, at)
         view, at = view[written:], at + written
     return at
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llamapro.errors import DataError
-from llamapro.files import directory_aside, parse_json, reason, refuse_large
+from llamapro.files import directory_aside, parse_json, reason, refuse_large, user_path
 
 INDEX_FILE = "index.json"
 MAX_INDEX_BYTES = 1 << 28  # enough to name two million files of a corpus
@@ -152,7 +153,7 @@ def cached(
         DataError: the store in the cache is damaged, or a new one cannot be written.
     """
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    directory = Path(cache_dir).expanduser() / name
+    directory = user_path(cache_dir) / name
     is_cached = directory.exists()
     if not is_cached:
         write_store(directory, index | {"made_of": key}, arrays)
@@ -190,15 +191,17 @@ def _write_shards(directory: Path, arrays: Iterable[NDArray[Any]]) -> list[dict[
     """Writes shards of `SHARD_TOKENS` tokens, the last one shorter; returns their entries."""
     shards: list[dict[str, Any]] = []
     hashes = []
-    for array in arrays:
-        while array.size:
-            if not shards or shards[-1]["tokens"] == SHARD_TOKENS:
-                shards.append({"file": f"shard-{len(shards):05d}.bin", "tokens": 0})
-                hashes.append(hashlib.sha256())
-            part = array[: SHARD_TOKENS - shards[-1]["tokens"]]
-            with open(directory / shards[-1]["file"], "ab") as file:
+    with ExitStack() as files:
+        for array in arrays:
+            while array.size:
+                if not shards or shards[-1]["tokens"] == SHARD_TOKENS:
+                    shards.append({"file": f"shard-{len(shards):05d}.bin", "tokens": 0})
+                    hashes.append(hashlib.sha256())
+                    files.close()  # the one before
+                    file = files.enter_context(open(directory / shards[-1]["file"], "xb"))
+                part = array[: SHARD_TOKENS - shards[-1]["tokens"]]
                 file.write(data := part.tobytes())
-            hashes[-1].update(data)
-            shards[-1]["tokens"] += part.size
-            array = array[part.size :]
+                hashes[-1].update(data)
+                shards[-1]["tokens"] += part.size
+                array = array[part.size :]
     return [s | {"sha256": h.hexdigest()} for s, h in zip(shards, hashes, strict=True)]

@@ -37,9 +37,10 @@ from llamapro.checkpoints.run import (
 )
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_safetensors
-from llamapro.errors import CheckpointError, UserError
+from llamapro.errors import CheckpointError, UserError, warn
 from llamapro.files import output_directory
 from llamapro.training.distributed import Ranks
+from llamapro.training.lock import check_holder
 from llamapro.training.settings import SaveSettings
 from llamapro.training.weights import stored_name, stored_part, stored_shape
 
@@ -83,6 +84,7 @@ class Saver:
         self._writing: Future[None] | None = None  # on the main rank, in the background
         self._saved: dict[str, Any] | None = None  # not yet reported by `finish`
         self._started_s = self._ended_s = 0.0
+        self._told: set[str] = set()  # old checkpoints that could not be removed
 
     def __enter__(self) -> Self:
         return self
@@ -189,6 +191,7 @@ class Saver:
         state: str,
     ) -> None:
         """Does the main rank's work, in either thread; its only collectives are in `tensors`."""
+        check_holder(self._run_dir)
         _make_way(target)
         moments = [TensorSpec(f"{s.name}.{m}", s.dtype, s.shape) for s in specs for m in MOMENTS]
 
@@ -200,7 +203,10 @@ class Saver:
             write_safetensors(aside / OPTIMIZER_FILE, moments, next_tensor)
             (aside / STATE_FILE).write_text(state, encoding="utf-8")
             write_manifest(aside)
-        remove_old(self._run_dir, self._settings.keep, self._settings.keep_every)
+        for failure in remove_old(self._run_dir, self._settings.keep, self._settings.keep_every):
+            if failure not in self._told:  # it is tried again after every save
+                self._told.add(failure)
+                warn(f"{failure}; it stays, and training goes on")
         self._ended_s = time.perf_counter()
 
 
@@ -281,12 +287,12 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.removed")
     try:
         path.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)  # the next save tries again
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from None
 
 
-def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
+def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> list[str]:
     """Deletes all but the latest training checkpoints and the newest intact one.
 
     Before anything is deleted the newest is read back from the disk and checked.
@@ -296,8 +302,11 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
         keep: number of the latest checkpoints that stay.
         keep_every: checkpoints whose step is a multiple of this stay too; 0 keeps none of them.
 
+    Returns:
+        A message for each one that cannot be removed.
+
     Raises:
-        CheckpointError: none is intact, or one cannot be removed; the others are left.
+        CheckpointError: none is intact.
     """
     _remove_leftovers(run_dir / "checkpoints")
     old = [
@@ -305,9 +314,14 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
         for path in training_checkpoints(run_dir)[:-keep]
         if not keep_every or int(path.name.removeprefix("step-")) % keep_every
     ]
+    failures: list[str] = []
     if not old:
-        return
+        return failures
     newest, _ = newest_intact(run_dir)
     for path in old:
         if path != newest:
-            _remove(path)
+            try:
+                _remove(path)
+            except CheckpointError as error:
+                failures.append(str(error))
+    return failures

@@ -284,7 +284,8 @@ def shard(
         for p in module.parameters():
             p.data = p.data.to(torch.float32 if p.requires_grad else compute_dtype)
             if frozen == "replicate" and not p.requires_grad:
-                p.data = p.data.to(ranks.device)
+                # A copy: on a CPU it may still be the file, which another program can overwrite.
+                p.data = p.data.to(ranks.device, copy=True)
                 whole.add(p)
         return any(p not in whole for p in module.parameters())
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamapro import filesystem
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import resolve
 from llamapro.checkpoints.run import load_state, newest_intact, training_checkpoints
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
+from llamapro.files import reason, user_path
 from llamapro.formatting import format_count
 from llamapro.inference.sampling import end_ids
 from llamapro.model import build_on_meta
@@ -186,6 +188,12 @@ class Job:
         earlier, _ = newest_intact(self.run_dir)
         if earlier is not None:
             changes(load_state(earlier)["settings"], self.settings, str(self.run_dir))
+        cache_dir = user_path(self.settings.data.cache_dir)
+        for name, directory in (("run_dir", self.run_dir), ("data.cache_dir", cache_dir)):
+            try:
+                filesystem.lacks(filesystem.existing(directory))
+            except OSError as error:
+                raise ConfigError(f"{name} {directory}: not usable: {reason(error)}") from None
         if self.settings.data.format == "chat":
             self.tokenize()
         return self.plan, render(self.plan, self.settings)
@@ -336,7 +344,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
     else:
         mixture = Mixture(sources, weights, s.train.seed)
     val = {name: packed(f"val {name}") for name in job.val}
-    steps = s.steps(mixture.samples_per_epoch)
+    steps = s.steps(mixture.samples_per_epoch, state.step, state.samples)
     tokens = format_count(steps * job.plan["tokens_per_step"])
     about.append(f"steps            {steps} ({tokens} tokens)")
     for text in about:

@@ -1,12 +1,12 @@
 """The lock of a run directory: one run writes there, and notices if the directory is taken away."""
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from llamapro import filesystem
 from llamapro.errors import ConfigError, DataError
 from llamapro.files import make_directory
 from llamapro.training.distributed import Ranks
@@ -29,6 +29,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         while fd is None:
             is_new = not run_dir.exists()
             fd = _take(file)
+        filesystem.lacks(run_dir)
     except BlockingIOError:
         holder = _holder(file) or "it has just ended"
         raise ConfigError(
@@ -71,10 +72,11 @@ def _take(file: Path) -> int | None:
     make_directory(file.parent)
     fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        filesystem.lock(fd)  # where there are no locks, nothing keeps a second run out
         if not os.path.samestat(os.fstat(fd), os.stat(file)):
             raise FileNotFoundError
-        os.ftruncate(fd, 0)
+        if os.fstat(fd).st_size:
+            os.ftruncate(fd, 0)
         os.write(fd, f"{_me()}\n".encode())
     except OSError as error:
         os.close(fd)

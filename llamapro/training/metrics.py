@@ -19,6 +19,7 @@ A record has a `kind` and a `step`, the number of optimizer steps made:
   of the batch: `source`, number of the `sequence` in it, and its first and last of `documents`.
 """
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -26,7 +27,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -34,10 +35,11 @@ from typing import Any, Self
 
 from llamapro.checkpoints.run import METRICS_FILE, read_metrics
 from llamapro.errors import DataError
-from llamapro.files import read_json, write_file
+from llamapro.files import make_directory, read_json, write_file
 
 RUN_FILE = "run.json"
 LAST_RECORDS = 10  # the final training loss is a mean of this many records: one batch is noise
+MEANWHILE = "while the run was writing it"
 PROJECT = "llamapro"  # at W&B and trackio
 
 
@@ -83,8 +85,8 @@ class MetricsLog:
                 if record["step"] <= resume_step and (record["kind"], record["step"]) not in again
             ]
         write_file(path, "".join(map(_to_line, kept)))
-        # Unbuffered: closing the file does not try again to write what has failed.
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        # Not a Python file: it would look for the end of the file, and write again what has failed.
+        self._fd, self._path = os.open(path, os.O_WRONLY | os.O_APPEND), path
         self._trackers = [
             _Tracker(name, run_dir, resume_step, config or {}) for name in dict.fromkeys(log_to)
         ]
@@ -94,17 +96,21 @@ class MetricsLog:
 
         Raises:
             OSError: the disk is full, or fails; `filename` names the log, which ends with the
-                record before.
+                record before. Or the log was removed: then it is put back, if there is no other.
         """
-        start = self._file.tell()
+        was_removed = self._check_place()
+        start = os.fstat(self._fd).st_size
         try:
             line = memoryview(_to_line(record).encode())
             while line:
-                line = line[self._file.write(line) or 0 :]
+                line = line[os.write(self._fd, line) :]
         except OSError as error:
-            os.ftruncate(self._file.fileno(), start)
-            error.filename = self._file.name
+            with suppress(OSError):
+                os.ftruncate(self._fd, start)
+            error.filename = str(self._path)
             raise
+        if was_removed:
+            raise OSError(errno.ESTALE, f"was removed {MEANWHILE}", str(self._path))
         group = "/".join(str(record[key]) for key in ("kind", "set") if key in record)
         numbers = {
             f"{group}/{key}": value
@@ -114,9 +120,22 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.log(numbers, record["step"])
 
+    def _check_place(self) -> bool:
+        """Puts the log back if it was removed, and returns whether it was."""
+        try:
+            if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
+                return False
+        except FileNotFoundError:
+            make_directory(self._path.parent)
+            write_file(self._path, Path(f"/proc/self/fd/{self._fd}").read_bytes())
+            os.close(self._fd)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            return True
+        raise OSError(errno.ESTALE, f"was replaced {MEANWHILE}", str(self._path))
+
     def close(self) -> None:
         """Closes the files; nothing can be logged afterwards."""
-        self._file.close()
+        os.close(self._fd)
         for tracker in self._trackers:
             tracker.finish()
 

@@ -78,11 +78,13 @@ class FiniteGuard:
     then stay as they were before the first of them, until `check` reports it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, allowed: int, skipped: int = 0) -> None:
-        """Guards a fused optimizer; `skipped` counts the steps that the run has skipped already."""
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, allowed: int, skipped: int = 0, streak: int = 0
+    ) -> None:
+        """Guards a fused optimizer of a run that has skipped steps, the last `streak` in a row."""
         self.optimizer, self.allowed = optimizer, allowed
         device = optimizer.param_groups[0]["params"][0].device  # the CPU where it is offloaded
-        self._streak = torch.zeros((), dtype=torch.int64, device=device)
+        self._streak = torch.tensor(streak, dtype=torch.int64, device=device)
         self._skipped = torch.full_like(self._streak, skipped)
 
     def step(self, norm: Tensor) -> None:
@@ -94,7 +96,7 @@ class FiniteGuard:
         self.optimizer.found_inf = (bad | stuck).float()  # type: ignore[attr-defined]
         self.optimizer.step()
 
-    def check(self) -> tuple[int, bool]:
-        """Waits for the device; returns the number of skipped steps and whether it is stuck."""
+    def check(self) -> tuple[int, int, bool]:
+        """Waits for the device; returns skipped steps, those in a row, and whether it is stuck."""
         skipped, streak = torch.stack((self._skipped, self._streak)).tolist()
-        return skipped, streak > self.allowed
+        return skipped, streak, streak > self.allowed

@@ -5,6 +5,7 @@ Reporters read the run's state and never change it. A progress line comes after 
 """
 
 import dataclasses
+import errno
 import json
 import platform
 import resource
@@ -122,7 +123,8 @@ class Progress:
         try:
             self._metrics.log(record)
         except OSError as error:
-            self._stop.fail(f"{error.filename or 'the log'}: cannot be written: {error.strerror}")
+            problem = "" if error.errno == errno.ESTALE else "cannot be written: "
+            self._stop.fail(f"{error.filename or 'the log'}: {problem}{error.strerror}")
 
     def is_logged(self, step: int) -> bool:
         """Whether a step has a record in `metrics.jsonl`."""

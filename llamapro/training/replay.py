@@ -25,6 +25,7 @@ from llamapro.checkpoints.base import contained_base, contained_base_sha256, loa
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.errors import ConfigError, DataError
+from llamapro.files import user_path
 from llamapro.inference.cache import KVCache
 from llamapro.inference.sampling import end_ids, sample
 from llamapro.model import LlamaForCausalLM
@@ -163,7 +164,7 @@ def read_openings(
         has_room = 0 < len(chat.ids) + len(chat.then) < length
         return [Opening(start), chat] if has_room else [Opening(start)]
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = user_path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"replay.prompts {file}: cannot be read as text: {error}") from None
     openings = []

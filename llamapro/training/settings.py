@@ -233,11 +233,20 @@ class Settings:
     json: bool = False
     """Print the result as one JSON object."""
 
-    def steps(self, samples_per_epoch: int) -> int:
-        """Returns the number of optimizer steps."""
+    def steps(self, samples_per_epoch: int, done: int = 0, samples: int = 0) -> int:
+        """Returns the number of optimizer steps of the whole run.
+
+        Args:
+            samples_per_epoch: sequences of one pass over the data.
+            done, samples: steps made and sequences read; with another batch size than now, what is
+                left of the epochs counts, and not the steps.
+        """
         if self.train.steps:
             return self.train.steps
-        return max(1, round(self.train.epochs * samples_per_epoch / self.train.batch_size))
+        wanted, size = self.train.epochs * samples_per_epoch, self.train.batch_size
+        if samples == done * size:
+            return max(1, round(wanted / size))
+        return done + max(0, math.floor((wanted - samples) / size + 0.5))
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,7 @@ class RunState:
         eval: latest loss of each validation set, in nats per token.
         evaluated: step of the latest complete evaluation; -1 before the first.
         skipped: steps that were not applied because their gradient was not finite.
+        streak: the latest of them, in a row up to now.
         recent_losses: the latest losses, for finding spikes.
         identity: hashes of base, tokenizer and data (`resume.make_identity`).
         base_eval: loss of each validation set at step 0, when the model is still the base.
@@ -53,6 +54,7 @@ class RunState:
     eval: dict[str, float] = field(default_factory=dict)
     evaluated: int = -1
     skipped: int = 0
+    streak: int = 0
     recent_losses: list[float] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
     base_eval: dict[str, float] = field(default_factory=dict)
@@ -67,11 +69,22 @@ class RunState:
             CheckpointError: a key is missing.
         """
         # Earlier versions did not keep these.
-        saved = {"base_eval": {}, "control": {}} | saved
+        new: dict[str, Any] = {"base_eval": {}, "control": {}, "streak": 0}
+        saved = new | saved
         names = [f.name for f in dataclasses.fields(cls) if f.name != "stopped"]
         if missing := [name for name in names if name not in saved]:
             raise CheckpointError(f"{path}: state.json has no {', '.join(map(repr, missing))}")
         return cls(**{name: saved[name] for name in names})
+
+    def check_final(self) -> None:
+        """Raises DivergedError if the run has ended with a validation loss that is not finite."""
+        wrong = [f"{name} {loss}" for name, loss in self.eval.items() if not math.isfinite(loss)]
+        if wrong and not self.stopped and self.evaluated == self.step:
+            raise DivergedError(
+                f"the last evaluation, at step {self.step}, is not finite: {', '.join(wrong)}; the "
+                "model is of no use. Look at metrics.jsonl for the step where it began, and train "
+                "from a checkpoint before it with a lower optim.lr"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `from_json` reads."""
@@ -138,7 +151,7 @@ class Losses:
         """
         state, unread, self._unread = self._state, self._unread, []
         with state.timed():
-            skipped, is_stuck = self._guard.check()
+            skipped, state.streak, is_stuck = self._guard.check()
             losses = self._ranks.sum(*(loss for _, _, loss, _ in unread)) if unread else []
             state.control = self._objective.control
         for (step, first_sample, _, norm), loss in zip(unread, losses, strict=True):

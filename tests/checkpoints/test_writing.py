@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from llamapro import filesystem
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint, write_safetensors
@@ -49,7 +49,7 @@ def test_the_directory_appears_when_the_body_has_ended(tmp_path: Path, name: str
     """Parents are made; until the end nothing is at the path, afterwards nothing is beside it."""
     path = tmp_path / name
     with output_directory(path) as aside:
-        assert aside.parent == path.parent and not path.exists()
+        assert aside.parent.parent == path.parent and not path.exists()
         write_something(aside)
     assert contents(path) == {"config.json": b'{"new": 1}'}
     assert list(path.parent.iterdir()) == [path]
@@ -155,18 +155,23 @@ def test_a_link_is_followed(old: Path, tmp_path: Path) -> None:
     assert contents(old) == {"config.json": b'{"new": 1}'}
 
 
+def no_swap(*_: object) -> None:
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
 def test_a_failed_rename_puts_the_old_directory_back(
     old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between moving the old away and the new in place, an error moves the old back."""
+    """Where names cannot be exchanged: after moving the old away, an error moves it back."""
     before = contents(old.parent)
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        if ".partial-" in self.parent.name and self.name == old.name:
             raise OSError(errno.EIO, "Input/output error", str(self))
         return rename(self, target)
 
+    monkeypatch.setattr(filesystem, "swap", no_swap)
     monkeypatch.setattr(Path, "rename", failing)
     with (
         pytest.raises(CheckpointError, match="Input/output error"),
@@ -174,6 +179,26 @@ def test_a_failed_rename_puts_the_old_directory_back(
     ):
         write_something(aside)
     assert contents(old.parent) == before
+
+
+def test_a_directory_is_replaced_in_one_step(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rename moves the old one away first, so a kill at any point leaves one of the two."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", no_swap)
+        with output_directory(old, force=True) as aside:
+            write_something(aside)
+    assert contents(old) == {"config.json": b'{"new": 1}'} and list(old.parent.iterdir()) == [old]
+
+
+def test_what_a_kill_between_two_renames_hid_is_put_back(old: Path) -> None:
+    """Where names cannot be exchanged; the next command that writes beside it finds the old one."""
+    before = contents(old)
+    holder = old.with_name(f".{old.name}.partial-abc")
+    holder.mkdir()
+    old.rename(holder / f"replaced-{old.name}")
+    with pytest.raises(ConfigError, match="is not empty"), output_directory(old):
+        pass
+    assert contents(old) == before and list(old.parent.iterdir()) == [old]
 
 
 @pytest.mark.parametrize(
@@ -254,22 +279,17 @@ cli.run(main)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    """A dead process's partial, or one whose number is now ours; not one that is being written."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    prefix = f".out.partial-{socket.gethostname()}-"
-    for pid in (dead.pid, os.getpid(), os.getppid()):
-        (tmp_path / f"{prefix}{pid}").mkdir()
-        (tmp_path / f"{prefix}{pid}" / "model.safetensors").write_bytes(b"half")
-    (tmp_path / f".out.partial-other-host-{dead.pid}").mkdir()
-    with output_directory(tmp_path / "out") as aside:
-        write_something(aside)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "out",
-        f"{prefix}{os.getppid()}",
-        f".out.partial-other-host-{dead.pid}",
-    }
-    assert contents(tmp_path / "out") == {"config.json": b'{"new": 1}'}
+    """Not what is being written, whoever writes it: process numbers repeat among containers."""
+    for name in ("one", "two"):
+        (tmp_path / f".out.partial-{name}").mkdir()
+        (tmp_path / f".out.partial-{name}" / "model.safetensors").write_bytes(b"half")
+    with output_directory(tmp_path / "out") as first:
+        write_something(first)
+        with pytest.raises(KeyError), output_directory(tmp_path / "other") as second:
+            assert first.exists() and second.exists()
+            assert len(list(tmp_path.iterdir())) == 2
+            raise KeyError
+    assert contents(tmp_path) == {"out/config.json": b'{"new": 1}'}
 
 
 def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:

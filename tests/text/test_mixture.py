@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,12 +174,7 @@ def test_second_writer_uses_the_first_one_s_store(tmp_path: Path) -> None:
 
 def test_failure_leaves_nothing_and_leftovers_of_dead_processes_go(tmp_path: Path) -> None:
     """Incomplete stores are removed, ours and those of killed processes."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    dead = process.pid
-    process.wait()
-    host = os.uname().nodename
-    for pid in (dead, os.getppid()):
-        (tmp_path / f".s.partial-{host}-{pid}").mkdir()
+    (tmp_path / ".s.partial-dead").mkdir()
 
     def stop() -> Iterator[stores.Int64s]:
         yield np.arange(3)
@@ -189,7 +182,7 @@ def test_failure_leaves_nothing_and_leftovers_of_dead_processes_go(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         write_store(tmp_path / "s", {}, stop())
-    assert [p.name for p in tmp_path.iterdir()] == [f".s.partial-{host}-{os.getppid()}"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_samples_do_not_depend_on_the_order_of_access(tmp_path: Path) -> None:

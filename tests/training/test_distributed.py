@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -22,6 +23,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.training import distributed
 from llamapro.training.distributed import Frozen, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
@@ -32,6 +34,7 @@ NEW_NAMES = tuple(f"model.layers.{index}." for index in NEW)
 OPTIONS: tuple[Frozen, ...] = ("shard", "gather", "replicate")
 DTYPES = ("float32", "bfloat16")
 STEPS, BATCH, TOKENS = 2, 4, 12
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 CONFIG = ModelConfig.from_dict(
     {
         "architectures": ["LlamaForCausalLM"],
@@ -381,3 +384,48 @@ def test_more_processes_than_gpus_are_refused_on_every_rank(
     message = r"2 processes on this machine, but 1 GPU\(s\); start at most 1 here"
     with pytest.raises(ConfigError, match=message), process_group("auto"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is 'not set'"),
+        ({"WORLD_SIZE": "2"}, "RANK is 'not set'"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK is '', WORLD_SIZE is ''"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is 'not set', MASTER_PORT is 'not set'"),
+        (WHOLE | {"RANK": "two"}, "RANK is 'two'"),
+        (WHOLE | {"RANK": "2"}, "RANK is '2', WORLD_SIZE is '2'"),
+        (WHOLE | {"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+    ],
+)
+def test_half_of_torchrun_s_variables_are_one_message(
+    variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names them and what to do; none set is a process alone, all set is a rank."""
+    for name in (*distributed.VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.is_rank()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{named}.*: unset RANK and WORLD_SIZE"):
+        distributed.is_rank()
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert distributed.is_rank()
+
+
+@pytest.mark.parametrize("frozen", OPTIONS)
+def test_a_base_that_is_overwritten_in_place_changes_no_run(frozen: Frozen, tmp_path: Path) -> None:
+    """What was loaded is memory of the process, also on a CPU, where nothing has to be moved."""
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.clone() for name, tensor in build().state_dict().items()}, file)
+    with process_group("cpu") as ranks:
+        model = build()
+        load_tensors(model, load_file(file))
+        shard(NextToken(model), ranks, torch.float32, frozen)
+        before = frozen_bytes(model)
+        with open(file, "r+b") as out:
+            out.seek(-40_000, 2)
+            out.write(bytes(40_000))
+        assert frozen_bytes(model) == before

@@ -16,12 +16,13 @@ from llamapro import cli
 from llamapro.checkpoints.run import training_checkpoints
 from llamapro.errors import DataError
 from llamapro.training.launcher import launch
+from llamapro.training.preemption import KINDS
 
 
 @pytest.fixture
 def launch_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], int]]:
     """`launch_ranks(code)` launches two ranks whose main function is this code."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in KINDS}
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # `launch` sets it
     log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
     monkeypatch.setattr(log, "disabled", log.disabled)

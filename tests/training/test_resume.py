@@ -1,5 +1,6 @@
 """A run is resumed only as the run that it was, and by one process group at a time."""
 
+import errno
 import fcntl
 import json
 import os
@@ -12,11 +13,13 @@ from typing import Any, NoReturn
 
 import pytest
 
+from llamapro import filesystem
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.checkpoints.run import training_checkpoints
+from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.text.corpus import tokenize
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training.lock import run_lock
+from llamapro.training.lock import check_holder, run_lock
 from llamapro.training.resume import check_identity, make_identity
 
 # ---- Identity -----------------------------------------------------------------------------------
@@ -159,6 +162,7 @@ def test_a_lock_file_that_is_removed_meanwhile_locks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening it and locking it, its holder may end: the lock is taken on a new file."""
+    filesystem.lacks(tmp_path)  # locks a file of its own
     flock, calls = fcntl.flock, []
 
     def late(fd: int, operation: int) -> None:
@@ -182,3 +186,40 @@ def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
         run_lock(tmp_path / "run"),
     ):
         pass
+
+
+def test_a_directory_that_another_run_put_in_place_is_not_written_to(tmp_path: Path) -> None:
+    """Its lock stays; the lock of a run that has ended is taken over."""
+    run_dir = tmp_path / "run"
+    with run_lock(run_dir):
+        run_dir.rename(tmp_path / "moved")
+        check_holder(run_dir)  # there is nothing, and the save makes it anew
+        held, ready = os.pipe()
+        if not (other := os.fork()):
+            hold_lock(run_dir, ready)
+        os.close(ready)
+        try:
+            assert os.read(held, 4) == b"held"
+            with pytest.raises(DataError, match=f"was replaced .* now \\(pid {other} on "):
+                check_holder(run_dir)
+        finally:
+            os.kill(other, signal.SIGKILL)
+            os.waitpid(other, 0)
+            os.close(held)
+        assert f"pid {other} " in (run_dir / "lock").read_text()
+        check_holder(run_dir)
+        assert f"pid {os.getpid()} " in (run_dir / "lock").read_text()
+
+
+def test_checkpoints_that_cannot_be_listed_are_no_new_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that took them for none would begin anew, over its own log."""
+
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    assert training_checkpoints(tmp_path) == []
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(CheckpointError, match=r"checkpoints: cannot be listed: Permission denied"):
+        training_checkpoints(tmp_path)

@@ -281,6 +281,11 @@ def test_steps_are_given_or_follow_from_epochs() -> None:
     assert valid(train__steps=5).steps(100) == 5
     assert valid(train__epochs=2.0).steps(100) == 25
     assert valid(train__epochs=0.01).steps(100) == 1
+    for size, steps in ((8, 18), (2, 40), (4, 25)):  # after ten steps of 4, 60 of 100 are left
+        found = valid(train__epochs=1.0, train__batch_size=size, train__micro_batch_size=1)
+        assert found.steps(100, 10, 40) == steps
+        assert found.steps(100, 11, 40 + size) == steps  # the next resume counts the same
+    assert found.steps(100, 10, 400) == 10
 
 
 def test_what_a_resumed_run_may_change_are_settings() -> None:

@@ -49,7 +49,7 @@ def test_a_state_comes_back_from_its_json() -> None:
     saved = state.to_json()
     assert list(saved) == [
         *("step", "tokens", "samples", "elapsed_s", "loss", "eval", "evaluated", "skipped"),
-        *("recent_losses", "identity", "base_eval", "control"),
+        *("streak", "recent_losses", "identity", "base_eval", "control"),
     ]
     state.stopped = True
     found = RunState.from_json(saved | {"settings": {}}, Path("step"))

@@ -24,7 +24,7 @@ from llamapro.checkpoints.run import training_checkpoints, write_manifest
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint
 from llamapro.conversion.verify import verify
-from llamapro.errors import CheckpointError, ConfigError, DataError, UserError
+from llamapro.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
 from llamapro.kernels import device
 from llamapro.scripts import convert, train
 from llamapro.training import validation
@@ -583,6 +583,80 @@ def test_a_bad_step_can_be_skipped(
     with pytest.raises(UserError, match="the gradient is not finite"):
         run("stuck", optim__skip_bad_steps=1, log_every=2)
     assert metrics(tmp_path / "stuck", "bad_step", "step") == [2, 3]
+
+
+def test_skipped_steps_in_a_row_count_over_resumes(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped after every bad step ends as one that is not."""
+
+    def not_finite(*_: Any) -> torch.Tensor:
+        return torch.tensor(float("nan"))
+
+    monkeypatch.setattr(train, "clip_gradients", not_finite)
+    options = {"optim__skip_bad_steps": 2, "eval__every": 99, "save__every": 99}
+    for steps in (1, 2):
+        run(train__steps=steps, **options)
+    with pytest.raises(DivergedError, match="the gradient is not finite"):
+        run(train__steps=3, **options)
+
+
+def test_a_final_evaluation_that_is_not_finite_is_no_success(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither at the end nor when the same command finds the run complete; all is saved."""
+    mean_loss = validation.mean_loss
+    calls: list[int] = []
+
+    def diverged(*args: Any) -> tuple[float, int]:
+        calls.append(1)
+        loss, tokens = mean_loss(*args)
+        return (float("nan") if len(calls) > 1 else loss), tokens
+
+    monkeypatch.setattr(validation, "mean_loss", diverged)
+    for _ in range(2):
+        with pytest.raises(DivergedError, match=r"at step 2, is not finite: code nan"):
+            run(train__steps=2, eval__every=99)
+    assert len(calls) == 2
+
+
+def test_epochs_are_counted_in_samples_when_the_batch_size_changes(
+    run: Callable[..., Path], straight: Path
+) -> None:
+    """A run that goes on with twice the batch sees every sample of its epoch, and no more."""
+    options = {"train__steps": None, "eval__every": 999, "save__every": 999, "data__val": None}
+    run_dir = run(train__epochs=0.1, **options)
+    first = metrics(run_dir, "train", "step")[-1]
+    state = training_checkpoints(run_dir)[-1] / "state.json"
+    one = json.loads(state.read_text())["samples"]
+    allow = {"resume.allow": "train.batch_size", "train__batch_size": 8}
+    run(train__epochs=0.3, **options, **allow)
+    samples = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())["samples"]
+    assert first * 4 == one and abs(samples - 3 * one) <= 8
+
+
+def test_a_run_directory_that_is_removed_ends_the_run_and_loses_nothing(
+    run: Callable[..., Path], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in memory is put back and saved, and the same command goes on."""
+    batch, calls = Data.batch, []
+
+    def removed(self: Data, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            shutil.rmtree(tmp_path / "run")
+        return batch(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Data, "batch", removed)
+        match = r"metrics\.jsonl: was removed while the run was writing it; saved .* step 5"
+        with pytest.raises(DataError, match=match):
+            run()
+    run_dir = run()
+    assert metrics(run_dir, "train", "step") == [1, 2, 3, 4, 5, 6]
+    assert_same_losses(run_dir, straight)
+    for name, tensor in trained(straight).items():
+        assert torch.equal(tensor, trained(run_dir)[name])
 
 
 def test_a_spike_is_logged_with_its_documents(
