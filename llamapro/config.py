@@ -188,7 +188,10 @@ class ModelConfig:
         tied = raw.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             wrong.append(f"tie_word_embeddings is {tied!r}, expected true or false")
-        eos = raw.get("eos_token_id", 2)
+        bos, eos = raw.get("bos_token_id", 1), raw.get("eos_token_id", 2)
+        ends = eos if isinstance(eos, list) else [eos]
+        if any(type(i) not in (int, type(None)) for i in (bos, *ends)):
+            wrong.append(f"bos_token_id {bos!r:.80} or eos_token_id {eos!r:.80} is no token id")
         config = cls(
             **sizes,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6, float),
@@ -196,8 +199,8 @@ class ModelConfig:
             max_position_embeddings=fields.number("max_position_embeddings"),
             tie_word_embeddings=tied,
             initializer_range=fields.number("initializer_range", 0.02, float),
-            bos_token_id=raw.get("bos_token_id", 1),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            bos_token_id=bos,
+            eos_token_ids=tuple(i for i in ends if i is not None),
             model_type=model_type,
             rope_scaling=scaling,
             sliding_window=fields.number("sliding_window") if has_window else None,

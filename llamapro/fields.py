@@ -59,6 +59,7 @@ class Fields:
             return 1
         if kind is int and value != int(value):
             self.wrong.append(f"{key} is {value!r}, expected a whole number")
+            return 1
         return kind(value)
 
 
@@ -91,7 +92,7 @@ def read_rope(raw: dict[str, Any], fields: Fields) -> tuple[float, RopeScaling |
 def _read_scaling(rope: dict[str, Any], place: str, wrong: list[str]) -> RopeScaling | None:
     """Reads one of the two objects; adds to `wrong` what is impossible in it."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != rope.get("type", kind):
+    if "type" in rope and kind != rope["type"]:
         wrong.append(f"{place}: rope_type is {kind!r}, type is {rope['type']!r}; keep one")
     if (part := rope.get("partial_rotary_factor", 1)) not in (1, None):
         wrong.append(f"partial_rotary_factor {part!r} is not supported (only 1)")

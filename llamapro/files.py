@@ -57,6 +57,26 @@ def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
             raise ConfigError(f"{out_dir}: {relation}; choose another output directory")
 
 
+def copy_companion(file: Path, target: Path) -> None:
+    """Copies a file that lies beside weights, unless it is a link to somewhere else.
+
+    A stranger's LICENSE could be a link to the user's own secrets, which would leave with the
+    result. Hugging Face's cache is made of links, to `blobs` beside `snapshots`.
+
+    Raises:
+        CheckpointError: the link leaves the directory.
+    """
+    home, found = file.parent.resolve(), file.resolve()
+    home = home.parent if home.name == "original" else home
+    blobs = [folder.with_name("blobs") for folder in home.parents if folder.name == "snapshots"]
+    if not found.is_relative_to(home) and found.parent not in blobs:
+        raise CheckpointError(
+            f"{file}: a link that leaves its directory, to {found}; put the file itself there, or "
+            "remove the link"
+        )
+    shutil.copyfile(file, target)
+
+
 def make_directory(path: str | Path) -> None:
     """Makes a directory and its parents and flushes each to the disk; raises OSError.
 

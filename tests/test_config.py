@@ -168,6 +168,10 @@ def test_no_end_token_and_several_are_possible() -> None:
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, expected a positive number"),
         ({"rope_theta": 0}, "rope_theta is 0, expected a positive number"),
         ({"rope_parameters": "default"}, "rope_parameters is 'default', expected a JSON object"),
+        ({"eos_token_id": [[2]]}, "eos_token_id [[2]] is no token id"),
+        ({"bos_token_id": "1"}, "bos_token_id '1' or"),
+        ({"num_key_value_heads": 1e-300}, "num_key_value_heads is 1e-300, expected a whole"),
+        ({"rope_scaling": {"rope_type": float("nan")}}, "rope type nan is not supported"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or"),
     ],
 )

@@ -50,6 +50,11 @@ def check_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> Non
     """
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(vocab_size, str(directory))
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"--add-tokens: {tokenizer.path} has token {tokenizer.vocab_size - 1} without a row, "
+            f"whose id a new row would take; remove it from the tokenizer's files first"
+        )
     raw = read_object(directory / JSON_NAME)
     # Named in the vocabulary, or written out by it: the libraries would take that id instead.
     known = set(raw["model"]["vocab"]) if raw and isinstance(raw["model"]["vocab"], dict) else set()

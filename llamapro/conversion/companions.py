@@ -7,13 +7,13 @@ makes a tokenizer with BOS and EOS; Meta's own repositories ship a tokenizer.jso
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llamapro.config import ModelConfig
 from llamapro.errors import DataError
+from llamapro.files import copy_companion
 from llamapro.text.vocabulary import (
     JSON_NAME,
     LLAMA_3_PATTERN,
@@ -240,7 +240,7 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
     (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
     for file in files:
         if file.is_file():
-            shutil.copyfile(file, directory / file.name)
+            copy_companion(file, directory / file.name)
     vocabulary = directory / "tokenizer.model"
     if not vocabulary.exists():
         return

@@ -7,7 +7,6 @@ neighbouring pairs. `config.json` keeps under `meta_release` what Hugging Face's
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ from llamapro.conversion.meta_release import (
     tensor_names,
 )
 from llamapro.errors import CheckpointError, ConfigError, DataError, warn
-from llamapro.files import output_directory, refuse_large, refuse_source
+from llamapro.files import copy_companion, output_directory, refuse_large, refuse_source
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
 
@@ -183,7 +182,7 @@ def to_meta(
         _write_json(aside / "params.json", params)
         for name, source in companions.items():
             if name == "tokenizer.model" or name.startswith(("LICENSE", "USE_POLICY")):
-                shutil.copyfile(source, aside / name)
+                copy_companion(source, aside / name)
     return {
         "parameters": sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
         "bytes": written,

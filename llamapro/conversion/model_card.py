@@ -7,7 +7,6 @@ part of a data path is shown, because a card is published.
 
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from llamapro.checkpoints.run import (
 )
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, DataError
-from llamapro.files import read_json
+from llamapro.files import copy_companion, read_json
 from llamapro.formatting import perplexity
 
 CARD_FILE = "README.md"
@@ -98,7 +97,7 @@ def write_card(
 def keep_base_card(base: Path, directory: Path) -> None:
     """Copies the base's model card under a name that leaves room for the expanded model's."""
     if (base / CARD_FILE).is_file():
-        shutil.copyfile(base / CARD_FILE, directory / BASE_CARD_FILE)
+        copy_companion(base / CARD_FILE, directory / BASE_CARD_FILE)
 
 
 def render(

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, suggest
+from llamapro.errors import DataError, suggest, warn
+from llamapro.files import refuse_stand_in, user_path
 from llamapro.text.vocabulary import (
     COMPANIONS,
     JSON_NAME,
@@ -72,7 +73,7 @@ class Tokenizer:
         self._pieces = vocabulary.pieces | {
             token.id: b"" if token.special else name.encode() for name, token in tokens.items()
         }
-        self.vocab_size = max(self._pieces) + 1
+        self.vocab_size = self._rows = max(self._pieces) + 1
         control = {name: token for name, token in tokens.items() if token.special}
         self.special_tokens = {name: token.id for name, token in control.items()}
         # Words to split off; the library finds those of the vocabulary itself.
@@ -124,7 +125,7 @@ class Tokenizer:
             DataError: a file is missing, damaged, of another kind or contradicts one beside it, or
                 the library that reads it is not installed.
         """
-        path = Path(path)
+        path = user_path(path)
         directory = path if path.is_dir() else path.parent
         if path.is_dir():
             candidates = [directory / name for name in (FILE_NAME, RANKS_NAME, JSON_NAME)]
@@ -140,6 +141,7 @@ class Tokenizer:
             raise DataError(f"{path}: no such tokenizer file or directory") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        refuse_stand_in(path, DataError)
         # A tokenizer.json beside a tokenizer.model is read too: it may name added tokens.
         json_path = path if path.suffix == ".json" else directory / JSON_NAME
         raw_json = read_object(json_path)
@@ -159,8 +161,18 @@ class Tokenizer:
         return cls(directory, files, content, vocabulary, raw_json)
 
     def check_fits(self, vocab_size: int, model: str) -> None:
-        """Raises DataError if a model of this `vocab_size`, named `model`, lacks some tokens."""
-        if self.vocab_size > vocab_size:
+        """Raises DataError if a model of this `vocab_size`, named `model`, lacks tokens it needs.
+
+        Control tokens without a row, often one for padding, are only named, and refused in a text.
+        """
+        rowless = {name: i for name, i in self.special_tokens.items() if i >= vocab_size}
+        named = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        used = (self._pieces.keys() - rowless.values()) | {*self.prefix, *self.suffix, *named}
+        if rowless and max(used) < vocab_size:
+            self._rows = vocab_size
+            names = ", ".join(f"{name} ({i})" for name, i in list(rowless.items())[:3])
+            warn(f"{self.path}: {names}: no row in {model}, whose vocab_size is {vocab_size:,}")
+        elif self.vocab_size > vocab_size:
             raise DataError(
                 f"{self.path}: {self.vocab_size:,} tokens, but {model} has a vocabulary of "
                 f"{vocab_size:,}: a tokenizer of another vocabulary; use the model's own"
@@ -238,6 +250,11 @@ class Tokenizer:
         for number, part in enumerate(self._patterns[special].split(text)):
             if number % 2:  # the name of a token
                 token = self._tokens[part if part in self._tokens else part.strip()]
+                if token.id >= self._rows:
+                    raise DataError(
+                        f"{self.path}: a text names {part!r}, token {token.id}, for which the "
+                        f"model has no row (vocab_size {self._rows:,})"
+                    )
                 yield part, [token.id]
                 continues = not self._spaces_all
             elif part:

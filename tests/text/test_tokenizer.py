@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import tiktoken
 import tokenizers
 from transformers import AutoTokenizer
 
-from llamapro.errors import DataError
+from llamapro.conversion.add_tokens import check_tokens
+from llamapro.errors import ConfigError, DataError
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_PATTERN, LLAMA_3_RANKS
 
@@ -293,3 +295,38 @@ def test_tokenizer_larger_than_the_model_is_refused(real: Tokenizer) -> None:
         real.check_fits(105, "some/model")
     for part in (str(real.path), "some/model", f"{real.vocab_size:,}", "105"):
         assert part in str(error.value)
+
+
+def test_a_pad_token_without_a_row_is_named_and_refused_only_where_it_is_used(
+    trained: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files often add a token for padding that the model never sees; a frame token needs a row."""
+    rows = trained.vocab_size
+    shutil.copyfile(trained.path, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": rows}))
+    config = {"pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer.check_fits(rows, "the model")
+    assert f"<pad> ({rows}): no row in the model" in capsys.readouterr().err
+    assert tokenizer.encode("a <pad>") == trained.encode("a <pad>")
+    with pytest.raises(
+        DataError, match=rf"names '<pad>', token {rows}, for which the model has no"
+    ):
+        tokenizer.encode("a <pad>", special=True)
+    with pytest.raises(ConfigError, match=rf"token {rows} without a row"):
+        check_tokens(tmp_path, ["<new>"], rows)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<pad>"}))
+    with pytest.raises(DataError, match="another vocabulary"):
+        Tokenizer.load(tmp_path).check_fits(rows, "the model")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_in_a_tokenizer_s_place_is_named(
+    name: str, trained: Tokenizer, tmp_path: Path
+) -> None:
+    """A clone without git-lfs."""
+    shutil.copyfile(trained.path, tmp_path / "tokenizer.model")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
+    with pytest.raises(DataError, match=rf"{name}: a git-lfs pointer, not the file"):
+        Tokenizer.load(tmp_path)

@@ -180,7 +180,7 @@ def rank_lines(count: int, skip: int = -1) -> bytes:
         ("tokenizer.model", rank_lines(300) + b"QUJD 1000\n", "or some ranks; damaged"),
         ("tokenizer.model", rank_lines(300) + b"QUJD", r"tokenizer.model:301: not a token and"),
         ("tokenizer.model", b"", "not a sentencepiece model"),
-        ("tokenizer.model", b"version https://git-lfs", "not a sentencepiece model"),
+        ("tokenizer.model", b"version https://git-lfs", "a git-lfs pointer"),
         ("tokenizer.json", b"{}", "not a tokenizer of the tokenizers library"),
         ("tokenizer.json", b"{", r"tokenizer\.json: damaged: JSONDecodeError"),
         ("other", b"", "no tokenizer.model or tokenizer.json"),
