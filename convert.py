@@ -155,7 +155,8 @@ class Expand(Output):
             base, self.out_dir, layout, self.force, shard_bytes, self.add_tokens
         )
         added = ", ".join(f"{name} is {i}" for name, i in result["new_tokens"].items())
-        added = f"new tokens   {added}\n" if added else ""
+        note = "the longer head may move other logits by a rounding (about 1e-7 in fp32)"
+        added = f"new tokens   {added}; {note}\n" if added else ""
         return result, (
             f"{self.out_dir}: {base.config.num_hidden_layers} -> {result['layers']} layers, "
             f"{result['bytes'] / 1e9:.3f} GB\n"

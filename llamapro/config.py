@@ -55,7 +55,12 @@ class ExpansionRecord:
                 None if rows is None else int(rows),
                 raw.get("computation"),
             )
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        except KeyError as error:
+            raise ConfigError(
+                f"{where}: the 'llamapro' record has no {error}: written by another version, or "
+                "damaged; expand the base again"
+            ) from None
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{where}: the 'llamapro' record is damaged ({error!r})") from None
         layers, sources = record.new_layers, record.source_layers
         if (

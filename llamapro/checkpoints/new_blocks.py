@@ -146,7 +146,13 @@ def check_bytes(file: Path) -> str:
     tensors, _ = read_blocks(file)
     hashes = hash_tensors(tensors.values(), f"hash {file.name}")
     found = combine_hashes((tensor, hashes[tensor.name]) for tensor in tensors.values())
-    if found != (written := read_safetensors(file)[1].get(_HASH_KEY)):
+    written = read_safetensors(file)[1].get(_HASH_KEY)
+    if written is None:
+        raise CheckpointError(
+            f"{file}: written by an older version, which stored no hash of its tensors; give the "
+            "training checkpoint or run that it lies in, whose manifest has one"
+        )
+    if found != written:
         raise CheckpointError(
             f"{file}: damaged: its tensors hash to {found[:16]}..., when written to "
             f"{str(written)[:16]}..."

@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llamapro.errors import CheckpointError, DataError
 from llamapro.files import read_json
 
+T = TypeVar("T")
 TRAINABLE_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -23,6 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, STATE_FILE}  # the files that a manifest lists
 # Earlier versions also saved the state of the random generators, from which nothing is drawn.
 OLD_LISTED = LISTED | {"rng.safetensors"}
+FORMAT_VERSION = 2  # of training checkpoints; the first one's manifests do not say it
 MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
 
 
@@ -45,10 +47,11 @@ def training_checkpoints(run_dir: Path) -> list[Path]:
 
 def write_manifest(path: Path) -> None:
     """Writes `manifest.json`, the last file of a training checkpoint."""
-    manifest = {
+    manifest: dict[str, Any] = {
         file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(path.iterdir())
     }
+    manifest["format_version"] = FORMAT_VERSION
     (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -62,10 +65,15 @@ def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
         CheckpointError: all are damaged; starting again would lose them silently.
     """
     damaged: list[str] = []
-    for path in reversed(training_checkpoints(run_dir)):
+    listed = training_checkpoints(run_dir)
+    while listed:
+        path = listed.pop()
         try:
             read_state(path)
         except CheckpointError as error:
+            if not path.exists():  # a running save removed it, and there are newer ones: look again
+                listed, damaged = training_checkpoints(run_dir), []
+                continue
             damaged.append(str(error))
         else:
             return path, damaged
@@ -75,6 +83,26 @@ def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
             f"remove {run_dir / 'checkpoints'} to start anew"
         )
     return None, []
+
+
+def look_again(call: Callable[[], T]) -> T:
+    """Returns what `call` does; calls again where a file that it found is gone when it is read.
+
+    A run that saves meanwhile removes its older training checkpoints.
+
+    Raises:
+        CheckpointError: `call` does, or files vanish again and again.
+    """
+    for _ in range(10):
+        try:
+            return call()
+        except FileNotFoundError as error:
+            gone: BaseException = error
+        except CheckpointError as error:
+            if not isinstance(error.__cause__ or error.__context__, FileNotFoundError):
+                raise
+            gone = error
+    raise CheckpointError(f"{gone}: gone while it was read")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -92,7 +120,17 @@ def find_damage(path: Path) -> Iterator[str]:
     except CheckpointError as error:
         yield str(error)
         return
+    version = manifest.pop("format_version", None)
+    if version is not None and version != FORMAT_VERSION:
+        yield (
+            f"{file}: written by another version of llamapro (format {str(version)[:20]}, this one "
+            f"reads {FORMAT_VERSION}); use the version that wrote it"
+        )
+        return
     if set(manifest) not in (LISTED, OLD_LISTED):
+        if version is None and TRAINABLE_FILE not in manifest:
+            yield f"{file}: written by an older version of llamapro; use the version that wrote it"
+            return
         other = ", ".join(repr(name[:80]) for name in sorted(set(manifest) ^ LISTED)[:3])
         yield f"{file}: damaged: lists other files than it must: {other}"
         return

@@ -108,7 +108,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Returns the tensors of a safetensors file and its metadata; raises CheckpointError."""
     if not file.exists():
-        raise CheckpointError(f"{file}: no such file")
+        raise CheckpointError(f"{file}: no such file") from FileNotFoundError(file)
     if not file.is_file():
         raise CheckpointError(f"{file}: not a plain file")
     refuse_stand_in(file)

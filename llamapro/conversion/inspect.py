@@ -9,6 +9,7 @@ from typing import Any
 from llamapro.checkpoints.base import base_vocab_size, layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import find_blocks, is_training_output, read_blocks
+from llamapro.checkpoints.run import look_again
 from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
 from llamapro.errors import CheckpointError
 
@@ -27,9 +28,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         CheckpointError: it is damaged, or nothing of this kind.
     """
     if is_training_output(Path(path)):
-        file = find_blocks(path)
-        tensors, info = read_blocks(file)
-        return _summary(file, "trained blocks", tensors) | {"record": dataclasses.asdict(info)}
+        return look_again(lambda: _describe_blocks(path))
     checkpoint = Checkpoint.open(path)
     record = checkpoint.config.expansion
     kind = "checkpoint" if record is None else "expanded checkpoint"
@@ -37,6 +36,12 @@ def describe(path: str | Path) -> dict[str, Any]:
         "config": checkpoint.config.raw,
         "record": None if record is None else record.to_dict(),
     }
+
+
+def _describe_blocks(path: str | Path) -> dict[str, Any]:
+    file = find_blocks(path)
+    tensors, info = read_blocks(file)
+    return _summary(file, "trained blocks", tensors) | {"record": dataclasses.asdict(info)}
 
 
 def _origins(checkpoint: Checkpoint) -> dict[str, str]:

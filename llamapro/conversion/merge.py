@@ -30,7 +30,7 @@ from llamapro.checkpoints.new_blocks import (
     find_blocks,
     read_blocks,
 )
-from llamapro.checkpoints.run import STATE_FILE
+from llamapro.checkpoints.run import STATE_FILE, look_again
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES
 from llamapro.config import ExpansionRecord, ModelConfig
@@ -55,11 +55,15 @@ def merge(
     The other arguments, the result and the errors are those of `merge_checkpoint`, of `merge_many`
     if there are several `blocks`, and of `assemble_checkpoint` if `source` is a file.
     """
-    if len(blocks) > 1:
-        return merge_many(Checkpoint.open(source), blocks, out_dir, force)
-    if source.is_file():
-        return assemble_checkpoint(source, blocks[0], out_dir, force)
-    return merge_checkpoint(Checkpoint.open(source), blocks[0], out_dir, force)
+
+    def once() -> dict[str, Any]:
+        if len(blocks) > 1:
+            return merge_many(Checkpoint.open(source), blocks, out_dir, force)
+        if source.is_file():
+            return assemble_checkpoint(source, blocks[0], out_dir, force)
+        return merge_checkpoint(Checkpoint.open(source), blocks[0], out_dir, force)
+
+    return look_again(once)
 
 
 def render(out_dir: Path, result: dict[str, Any]) -> str:

@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
+from llamapro.checkpoints import run as run_module
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.run import LISTED, MANIFEST_FILE, STATE_FILE, TRAINABLE_FILE
+from llamapro.checkpoints.run import (
+    LISTED,
+    MANIFEST_FILE,
+    STATE_FILE,
+    TRAINABLE_FILE,
+    training_checkpoints,
+)
+from llamapro.checkpoints.tensors import StoredTensor
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
 
@@ -424,3 +432,65 @@ def test_every_command_that_reads_a_checkpoint_takes_one_from_the_hub(
     assert "base_model: jo/base\n" in (tmp_path / "two" / "README.md").read_text()
     assert convert("strip", "hf://jo/pro", tmp_path / "back")[0] == 0
     assert convert("to-meta", "hf://jo/base", tmp_path / "meta")[0] == 0
+
+
+# ---- Beside a run that saves, and after other versions -------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["merge", "inspect"])
+def test_a_training_checkpoint_that_a_running_save_removes_is_looked_for_again(
+    verb: str, convert: Convert, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between list and reading, and between reading its header and its tensors: no mistake."""
+    step, method = last(run_dir), "read" if verb == "merge" else "chunks"
+    right = getattr(StoredTensor, method)
+    words = [verb, run_dir] if verb == "inspect" else [verb, tmp_path / "pro", run_dir]
+    words += [tmp_path / "out", "--force"] if verb == "merge" else []
+    listed = training_checkpoints(run_dir)
+    left = [[*listed, run_dir / "checkpoints" / "step-00000009"]]
+    monkeypatch.setattr(
+        run_module, "training_checkpoints", lambda path: left.pop() if left else listed
+    )
+    status, out, error = convert(*words, "--json")
+    assert status == 0 and "damaged" not in error and "missing" not in error
+
+    def vanishing(self: StoredTensor) -> Any:
+        if self.file == step / TRAINABLE_FILE and step.exists():
+            shutil.rmtree(step)
+        return right(self)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(StoredTensor, method, vanishing)
+    status, out, error = convert(*words, "--json")
+    found = json.loads(out)
+    assert status == 0, error
+    assert (found["step"] if verb == "merge" else found["record"]["step"]) == 2
+
+
+def test_what_another_version_wrote_is_not_called_damaged(
+    convert: Convert, run_dir: Path, tmp_path: Path
+) -> None:
+    """A manifest of an unknown format, of other files, and a new-block file without a hash."""
+    manifest = last(run_dir) / MANIFEST_FILE
+    content = json.loads(manifest.read_text())
+    assert content["format_version"] == run_module.FORMAT_VERSION
+    manifest.write_text(json.dumps(content | {"format_version": 99}))
+    status, _, error = convert("inspect", last(run_dir))
+    assert status == 2 and "written by another version of llamapro (format 99" in error
+    manifest.write_text(json.dumps({"model.pt": content[STATE_FILE]}))
+    status, _, error = convert("inspect", last(run_dir))
+    assert status == 2 and "written by an older version" in error and "damaged" not in error
+    file = tmp_path / "old.safetensors"
+    data = (last(run_dir, 1) / TRAINABLE_FILE).read_bytes()
+    file.write_bytes(data.replace(b'"llamapro_sha256"', b'"llamapro_sha999"'))
+    status, _, error = convert("inspect", file)
+    assert status == 2 and "older version, which stored no hash" in error
+
+
+def test_a_manifest_of_the_first_format_is_read(convert: Convert, run_dir: Path) -> None:
+    """It does not say its version."""
+    manifest = last(run_dir) / MANIFEST_FILE
+    content = json.loads(manifest.read_text())
+    del content["format_version"]
+    manifest.write_text(json.dumps(content))
+    assert convert("verify", run_dir)[0] == 0
