@@ -213,6 +213,16 @@ class ModelConfig:
         )
         if wrong:
             raise ConfigError(f"{where}: " + "; ".join(wrong))
+        classes = raw.get("architectures") or [model_type.capitalize()]
+        classes = classes if isinstance(classes, list) else [classes]
+        if not any(str(name).startswith(model_type.capitalize()) for name in classes):
+            if "model_type" not in raw:
+                raise ConfigError(
+                    f"{where}: architectures are {classes!r:.80}, model_type is missing"
+                )
+            warn(
+                f"config.json: model_type {model_type!r} counts, not architectures {classes!r:.80}"
+            )
         if dropout := raw.get("attention_dropout"):
             warn(f"config.json: attention_dropout {dropout!r:.80} is not applied, in training too")
         if raw.get("llamapro") is None:

@@ -211,7 +211,8 @@ def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> 
     if trainable == "new_blocks" and record is None:
         raise ConfigError(
             "train.trainable 'new_blocks': this model's config.json has no 'llamapro' record; "
-            "run 'llamapro expand' first, or set train.trainable to 'all'"
+            "run 'llamapro expand' first, or 'llamapro adopt' if another tool expanded it, or set "
+            "train.trainable to 'all'"
         )
     for name, parameter in model.named_parameters():
         # The record says which blocks are new; the weights are never asked.

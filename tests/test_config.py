@@ -246,6 +246,14 @@ def test_a_field_that_changes_nothing_is_no_reason_to_refuse(change: dict[str, A
     assert ModelConfig.from_dict(LLAMA_2_7B | change) == ModelConfig.from_dict(LLAMA_2_7B)
 
 
+def test_a_class_of_another_family_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """model_type counts, as in transformers; a class alone does not say its defaults."""
+    raw = SIZES | {"architectures": ["MistralForCausalLM"]}
+    assert "architectures are ['MistralForCausalLM'], model_type is missing" in message(raw)
+    assert ModelConfig.from_dict(raw | {"model_type": "llama"}).model_type == "llama"
+    assert "model_type 'llama' counts, not architectures" in capsys.readouterr().err
+
+
 def test_dropout_that_is_not_applied_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """The results are those of inference, where dropout is 0 in transformers too."""
     ModelConfig.from_dict(LLAMA_2_7B | {"attention_dropout": 0.375})

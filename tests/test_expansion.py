@@ -137,10 +137,11 @@ def test_a_second_expansion_keeps_the_first_renumbered(
 ) -> None:
     """4 -> 6 -> 9 -> 10 layers: earlier new layers are found where they have moved to."""
     first = expansion.expand_config(tiny_config(), interleave(4, 2), "a")
-    assert first.expansion == ExpansionRecord((2, 5), (1, 3), "a")
+    computes: Any = {"computation": tiny_config().computation}
+    assert first.expansion == ExpansionRecord((2, 5), (1, 3), "a", **computes)
     second = expansion.expand_config(first, interleave(6, 3), "b")  # 0 1 + 2 3 + 4 5 +
-    moved = {"new_layers": [3, 7], "source_layers": [1, 3], "base_sha256": "a"}
-    assert second.expansion == ExpansionRecord((2, 5, 8), (1, 3, 5), "b", (moved,))
+    moved = {"new_layers": [3, 7], "source_layers": [1, 3], "base_sha256": "a", **computes}
+    assert second.expansion == ExpansionRecord((2, 5, 8), (1, 3, 5), "b", (moved,), **computes)
     third = expansion.expand_config(second, stack(9, 1, "prefix"), "c")
     assert third.expansion == ExpansionRecord(
         (0,),
@@ -148,8 +149,9 @@ def test_a_second_expansion_keeps_the_first_renumbered(
         "c",
         (
             moved | {"new_layers": [4, 8]},
-            {"new_layers": [3, 6, 9], "source_layers": [1, 3, 5], "base_sha256": "b"},
+            {"new_layers": [3, 6, 9], "source_layers": [1, 3, 5], "base_sha256": "b", **computes},
         ),
+        **computes,
     )
     assert ModelConfig.from_dict(json.loads(third.to_json())) == third
 

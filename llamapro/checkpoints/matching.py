@@ -6,6 +6,7 @@ aloud and decided as transformers 5 decides it.
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,11 @@ def match(
     derived = [n for n in stored if n.endswith("rotary_emb.inv_freq")]
     derived += [_HEAD] if config.tie_word_embeddings else []
     unexpected = [name for name in stored if name not in expected and name not in derived]
-    for pattern, wrapper in _WRAPPERS.items():
-        if carrying := [name for name in unexpected if re.search(pattern, name)]:
-            found = re.search(pattern, carrying[0])
-            raise CheckpointError(
-                f"{path}: {len(carrying)} of {len(stored)} names carry {found and found[0]!r} of "
-                f"{wrapper}, such as {carrying[0][:120]!r}: save the model inside the wrapper"
-                + (" (PEFT: merge_and_unload() first)" if wrapper == "PEFT" else "")
-            )
+    refuse_wrapped(unexpected, path)
     wrong = Problems()
-    wrong.add(*(_unexpected(stored[name]) for name in unexpected[:1]))
+    for name in unexpected[:1]:
+        near = [e for e in expected if name.endswith(f".{e}") or e.endswith(f".{name}")]
+        wrong.add(_unexpected(stored[name]) + (f", expected as {near[0]!r}" if near else ""))
     for name, shape in expected.items():
         if name not in stored:
             hint = "; is tie_word_embeddings true?" if name == _HEAD else ""
@@ -86,6 +82,19 @@ def match(
             _compare_frequencies(stored[name], config)
     _compare_params(path / "params.json", config)
     return {name: stored[name] for name in expected}
+
+
+def refuse_wrapped(names: Iterable[str], where: Path) -> None:
+    """Raises CheckpointError if names of tensors carry the mark of a wrapper of the model."""
+    names = list(names)
+    for pattern, wrapper in _WRAPPERS.items():
+        if found := [(match, name) for name in names if (match := re.search(pattern, name))]:
+            mark, name = found[0]
+            raise CheckpointError(
+                f"{where}: {len(found)} names carry {mark[0]!r} of {wrapper}, such as "
+                f"{name[:120]!r}: save the model inside the wrapper"
+                + (" (PEFT: merge_and_unload() first)" if wrapper == "PEFT" else "")
+            )
 
 
 def _unexpected(tensor: StoredTensor) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llamapro.checkpoints.directory import MISTRAL_LAYOUT
+from llamapro.checkpoints.matching import refuse_wrapped
 from llamapro.checkpoints.tensors import DTYPE_CODES
 from llamapro.config import ModelConfig
 from llamapro.conversion.pth_file import load_pth
@@ -113,11 +114,13 @@ class Shards:
                     f"tensors of {n} shards"
                 )
         names = {*tensor_names(params["n_layers"], "columns"), *({ROPE} & set(first))}
+        refuse_wrapped(first.keys() - names, self.files[0])
         wrong = Problems()
         for file, tensors in zip(self.files, self.tensors, strict=True):
             missing, unexpected = sorted(names - set(tensors)), sorted(set(tensors) - names)
+            wrong.add(*(f"{file.name}: unexpected tensor {name!r}" for name in unexpected[:1]))
             wrong.add(*(f"{file.name}: missing tensor {name!r}" for name in missing))
-            wrong.add(*(f"{file.name}: unexpected tensor {name!r}" for name in unexpected))
+            wrong.add(*(f"{file.name}: unexpected tensor {name!r}" for name in unexpected[1:]))
         wrong.check(CheckpointError, str(self.directory))
 
     def check_shapes(

@@ -16,6 +16,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_bytes
 from llamapro.checkpoints.run import find_damage, load_state, training_checkpoints
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
+from llamapro.config import differences
 from llamapro.errors import CheckpointError
 from llamapro.expansion import ZERO_IN_NEW_BLOCKS
 from llamapro.model import DecoderLayer, RMSNorm
@@ -169,6 +170,11 @@ def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, A
             raise CheckpointError(
                 f"{base_path}: hashes to {found[:16]}..., but {path} was expanded from "
                 f"{record.base_sha256[:16]}...; this is another base"
+            )
+        if found_now := differences(base.config.computation, checkpoint.config.computation):
+            raise CheckpointError(
+                f"{base_path}: its weights are the base's, its config.json is not: of the base and "
+                f"of {path}, {'; '.join(found_now)}"
             )
         logits = compare_logits(base, checkpoint)
         if identity and not logits.bit_equal:

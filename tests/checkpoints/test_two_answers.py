@@ -222,8 +222,9 @@ def test_a_key_twice_in_config_json_is_refused(make: Callable[..., Path]) -> Non
         (lambda n: f"_fsdp_wrapped_module.{n}", "carry '_fsdp_wrapped_module.' of FSDP"),
         (lambda n: n.replace("layers.0.", "layers.0._orig_mod."), "carry '_orig_mod.' of torch.co"),
         (lambda n: n.replace("q_proj.", "q_proj.base_layer."), "carry '.base_layer.' of PEFT"),
-        (lambda n: f"transformer.{n}", "unexpected tensor 'transformer."),
-        (lambda n: n.removeprefix("model."), "unexpected tensor '"),
+        (lambda n: f"transformer.{n}", "', expected as '"),
+        (lambda n: n.removeprefix("model."), "', expected as 'model."),
+        (lambda n: n.replace("layers", "blocks"), "unexpected tensor 'model.blocks.0"),
     ],
 )
 def test_names_of_a_wrapper_are_told_apart(

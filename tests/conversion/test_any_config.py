@@ -192,6 +192,24 @@ def test_fields_of_a_release_that_we_do_not_know_are_never_dropped_in_silence(
     assert f"{file}: {expected}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("mark", "whose"), [("module.", "DistributedDataParallel"), ("_orig_mod.", "torch.compile")]
+)
+def test_names_of_a_wrapper_in_a_release_are_told_apart(
+    mark: str, whose: str, tmp_path: Path, write_random_checkpoint: Any, tiny_config: Any
+) -> None:
+    """The message has the mark, whose it is, and one name that is in the file."""
+    path = write_random_checkpoint(tmp_path / "m", tiny_config(num_hidden_layers=1))
+    to_meta(path, tmp_path / "release")
+    file = tmp_path / "release" / "consolidated.00.pth"
+    tensors = torch.load(file, weights_only=True)
+    torch.save({f"{mark}{name}": t for name, t in tensors.items()}, file)
+    with pytest.raises(
+        CheckpointError, match=rf"00\.pth: 12 names carry '{mark}' of {whose}.*{mark}"
+    ):
+        from_meta(tmp_path / "release", tmp_path / "out", None)
+
+
 # ---- Success means finite ------------------------------------------------------------------------
 
 

@@ -176,6 +176,36 @@ def test_verify_refuses_another_base(
     assert "this is another base" in error
 
 
+def test_verify_compares_the_configuration_of_the_base_too(
+    base: Path, pro: Path, convert: Convert, tmp_path: Path
+) -> None:
+    """The same weights with another theta are another base."""
+    other = shutil.copytree(base, tmp_path / "other")
+    raw = json.loads((other / "config.json").read_text()) | {"rope_theta": 5e5}
+    (other / "config.json").write_text(json.dumps(raw))
+    status, _, error = convert("verify", pro, "--base", other)
+    assert status == 2 and "rope_theta was 500000.0, is 10000.0" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--after", "1", "--placement", "suffix"], "leave --placement suffix out"),
+        (["--after", "1", "--blocks-per-group", 2], "--blocks-per-group is for interleaved"),
+        (
+            ["--num-new-blocks", 2, "--placement", "prefix", "--blocks-per-group", 2],
+            "--blocks-per-group is for interleaved",
+        ),
+    ],
+)
+def test_an_option_that_another_makes_void_is_refused(
+    options: list[Any], expected: str, base: Path, convert: Convert, tmp_path: Path
+) -> None:
+    """It used to be ignored."""
+    status, _, error = convert("expand", base, tmp_path / "out", *options)
+    assert status == 2 and expected in error and not (tmp_path / "out").exists()
+
+
 def test_verify_beside_transformers_answers_in_words(
     base: Path, pro: Path, convert: Convert
 ) -> None:
