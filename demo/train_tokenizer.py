@@ -17,7 +17,8 @@ import tyro
 from llamapro import cli
 from llamapro.errors import ConfigError, DataError
 from llamapro.files import make_directory, reason, write_file
-from llamapro.text.documents import Counts, find_files, read_pieces
+from llamapro.text.documents import Counts, read_pieces
+from llamapro.text.source_files import find_files
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
 
 # Sentencepiece skips training lines that hold U+2585, its own mark for unknown characters.

@@ -18,8 +18,8 @@ from variants import Variant, comparisons, nearest_number, plain, retention
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, DataError
-from llamapro.text.documents import find_files
 from llamapro.text.mixture import parse_named
+from llamapro.text.source_files import find_files
 from llamapro.training.preset import parse as parse_train
 
 PRETRAIN_FILE = "pretrain.json"  # in the base: what it was pre-trained with

@@ -33,7 +33,8 @@ from llamapro.inference.options import ComputeOptions
 from llamapro.inference.sampling import end_ids
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.corpus import encode_pieces
-from llamapro.text.documents import Counts, find_files, read_pieces
+from llamapro.text.documents import Counts, read_pieces
+from llamapro.text.source_files import find_files
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.replay import Opening, write_documents
 from llamapro.training.settings import ReplaySettings

@@ -46,13 +46,13 @@ def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
 class Problems:
     """Collects problems, so that one error names everything the user has to repair.
 
-    Its length is the number of problems; the error lists the first `limit` of them.
+    Its length is the number of problems; `listed`, and the error, has the first `limit` of them.
     """
 
     def __init__(self, problems: Iterable[str] = (), limit: int = 8) -> None:
         self._limit = limit
         self._count = 0
-        self._listed: list[str] = []
+        self.listed: list[str] = []
         self.add(*problems)
 
     def __len__(self) -> int:
@@ -61,13 +61,13 @@ class Problems:
     def add(self, *problems: str) -> None:
         """Adds problems; each says where it is, what it is and, if known, how to repair it."""
         self._count += len(problems)
-        self._listed += problems[: self._limit - len(self._listed)]
+        self.listed += problems[: self._limit - len(self.listed)]
 
     def check(self, kind: type[UserError], head: str, one_per_line: bool = False) -> None:
         """Raises an error of this kind if there are problems: "head: a; b; and 3 more"."""
         if not self:
             return
-        more = self._count - len(self._listed)
-        shown = self._listed + [f"and {more:,} more"] * (more > 0)
+        more = self._count - len(self.listed)
+        shown = self.listed + [f"and {more:,} more"] * (more > 0)
         text = "\n  " + "\n  ".join(shown) if one_per_line else " " + "; ".join(shown)
         raise kind(f"{head}:{text}")

@@ -34,7 +34,8 @@ from llamapro.inference.sampling import end_ids
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text.corpus import encode_pieces
-from llamapro.text.documents import Counts, Piece, find_files, read_pieces
+from llamapro.text.documents import Counts, Piece, read_pieces
+from llamapro.text.source_files import find_files
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.objective import NextToken
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from llamapro.errors import DataError, Problems
 from llamapro.model import LlamaForCausalLM
-from llamapro.text.documents import find_files
 from llamapro.text.rows import read_rows
+from llamapro.text.source_files import find_files
 from llamapro.text.tokenizer import Tokenizer
 
 _PROMPTS = ("question", "query", "context", "prompt")
@@ -64,6 +64,8 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
     rows: list[tuple[str, str, list[str], frozenset[int]]] = []
     problems = Problems(limit=20)
     for file in find_files([pattern]):
+        if file.left_out:
+            continue
         for place, row in read_rows(file.path, problems.add, noun="question"):
             try:
                 rows.append((place, *_read(row)))

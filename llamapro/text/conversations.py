@@ -10,8 +10,9 @@ from typing import Any
 
 from llamapro.errors import Problems
 from llamapro.text.chat_template import Message
-from llamapro.text.documents import SourceFile, describe_unusual
-from llamapro.text.rows import SUFFIXES, UnreadableError, quote_names, read_rows
+from llamapro.text.documents import describe_unusual
+from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names, read_rows
+from llamapro.text.source_files import SourceFile
 
 # The keys under which a row may hold a conversation: a list of turns, or a question and its answer.
 _FORMS = (
@@ -68,7 +69,7 @@ def read_conversations(
     be read, by file and row.
     """
     for file in files:
-        if not file.is_named and not file.path.name.lower().endswith(SUFFIXES):
+        if file.left_out or not (file.is_named or has_rows(file.path)):
             counts.other_files += 1
             continue
         for location, row in read_rows(file.path, problems.add, _known_columns, "conversation"):

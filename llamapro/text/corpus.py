@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from llamapro.errors import DataError
 from llamapro.text import documents
-from llamapro.text.documents import Counts, Piece, find_files, read_pieces
+from llamapro.text.documents import Counts, Piece, read_pieces, split_at
+from llamapro.text.source_files import find_files
 from llamapro.text.store import TokenStore, cached
 from llamapro.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+END_OF_TEXT = "<|endoftext|>"  # which many corpora have between documents, for any tokenizer
 
 
 def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
@@ -61,6 +63,7 @@ def tokenize(
     text_key: str = "text",
     workers: int = 0,
     label: str = "train",
+    marker: str = "",
 ) -> TokenStore:
     """Returns the tokens of a corpus, from the cache if files and tokenizer are the same.
 
@@ -74,6 +77,7 @@ def tokenize(
         text_key: key of the text in a JSON line, or name of its column.
         workers: number of threads, 0 for one per core; the tokens do not depend on it.
         label: names the corpus in progress and messages.
+        marker: text at which documents are split; "" splits none.
 
     Raises:
         DataError: a file cannot be used, there is no text, or as `cached`.
@@ -82,8 +86,18 @@ def tokenize(
     counts = Counts()
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
+    names = [name for name, i in tokenizer.special_tokens.items() if i == tokenizer.eos_id]
+
+    def count_markers(pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            for name in dict.fromkeys([*names, END_OF_TEXT]):
+                if found := piece.text.count(name):
+                    counts.markers[name] = counts.markers.get(name, 0) + found
+            yield piece
+
     def encode() -> Iterator[NDArray[Any]]:
         pieces = read_pieces(files, text_key, counts, label)
+        pieces = split_at(pieces, marker, counts) if marker else count_markers(pieces)
         yield from _encode_all(pieces, tokenizer, dtype, workers or os.cpu_count() or 1)
         if not counts.bytes:
             raise DataError(f"{', '.join(patterns)}: no text in it: {counts.describe()}")
@@ -91,7 +105,8 @@ def tokenize(
     def summarize(store: TokenStore) -> str:
         return f"{store.tokens:,} tokens of {Counts(**store.index['counts']).describe()}"
 
-    key = [FORMAT_VERSION, tokenizer.fingerprint, text_key, [file.state() for file in files]]
+    made_of = [tokenizer.fingerprint, text_key, marker, [file.state() for file in files]]
+    key = [FORMAT_VERSION, *made_of]
     index = {
         "tokenizer_sha256": tokenizer.fingerprint,
         "dtype": dtype,

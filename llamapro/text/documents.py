@@ -4,20 +4,30 @@ All are streamed in one order, so memory does not grow with the corpus.
 """
 
 import codecs
-import glob
 import io
+import lzma
 import os
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, TextIO
 
 from tqdm import tqdm
 
 from llamapro.errors import DataError, Problems
-from llamapro.text.rows import quote_names, read_rows
+from llamapro.text.rows import (
+    COMPRESSED,
+    SUFFIXES,
+    has_rows,
+    quote_names,
+    read_rows,
+    refuse,
+    suffixes,
+)
+from llamapro.text.source_files import SourceFile
 
 # Length of the pieces of long documents and of batches of short ones. sentencepiece takes twice as
 # long for 4 million characters at once, and a file may be larger than the memory.
@@ -25,43 +35,55 @@ PIECE_CHARACTERS = 1 << 18
 # The last space between two words. No token reaches across the place before it, because
 # pre-tokenisation and sentencepiece's vocabulary join a space with the word after it.
 _LAST_SPACE = re.compile(r".*\w(?= \w)", re.DOTALL)
-_ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a corpus; `is_named` says that the user or a glob named it, not only its folder."""
-
-    path: Path
-    is_named: bool
-
-    def state(self) -> list[Any]:
-        """Returns what caches compare: absolute path, is_named, size, time of change in ns."""
-        status = self.path.stat()
-        return [os.path.abspath(self.path), self.is_named, status.st_size, status.st_mtime_ns]
+_READABLE = f"only UTF-8 text and {', '.join(SUFFIXES)} are read"
+_UNSURE = (".json", ".csv", ".tsv")
+_SHOWN = 5  # files left out, in a summary
 
 
 @dataclass
 class Counts:
-    """Counts of what was read and left out; `bytes` is the UTF-8 length of all text."""
+    """Counts of what was read and left out.
+
+    Attributes:
+        bytes: UTF-8 length of all text.
+        files_left_out: their number; `left_out` has the first of them, with the reason.
+        markers: how often names of tokens that end a text stand in it as plain characters.
+    """
 
     documents: int = 0
     bytes: int = 0
     long_documents: int = 0
     empty_documents: int = 0
     blank_lines: int = 0
-    binary_files: int = 0
+    files_left_out: int = 0
+    left_out: list[str] = field(default_factory=list)
+    markers: dict[str, int] = field(default_factory=dict)
+
+    def leave_out(self, file: SourceFile, reason: str) -> None:
+        """Counts a file that is not read."""
+        self.files_left_out += 1
+        if len(self.left_out) < _SHOWN:
+            self.left_out.append(f"{file.path} ({reason})")
 
     def describe(self) -> str:
         """Returns the counts as text."""
-        return f"{self.documents:,} documents, {self.bytes:,} bytes" + describe_unusual(
+        text = f"{self.documents:,} documents, {self.bytes:,} bytes" + describe_unusual(
             {
                 "long documents tokenised in pieces": self.long_documents,
                 "empty documents left out": self.empty_documents,
                 "blank lines skipped": self.blank_lines,
-                "binary or non-UTF-8 files skipped": self.binary_files,
+                "files left out": self.files_left_out,
             }
         )
+        if self.left_out:
+            more = self.files_left_out - len(self.left_out)
+            text += f": {', '.join(self.left_out)}" + (f" and {more:,} more" if more else "")
+        for name, count in self.markers.items():
+            text += (
+                f"; {name!r} stands in the text {count:,} times and is read as plain characters "
+                f"(--data.split-at '{name}' begins a document there)"
+            )
+        return text
 
 
 def describe_unusual(counts: dict[str, int]) -> str:
@@ -78,69 +100,15 @@ class Piece:
     is_last: bool
 
 
-def find_files(patterns: Sequence[str]) -> list[SourceFile]:
-    """Returns the files that paths, globs (`**` allowed) and folders name, each once.
-
-    Folders are walked recursively, by name, without hidden entries and `__pycache__`.
-
-    Raises:
-        DataError: no pattern is given, one matches no file, or a file is Arrow's.
-    """
-    files: dict[str, SourceFile] = {}
-    if not patterns:
-        raise DataError("no data given: name files, folders or globs")
-    for pattern in patterns:
-        literal = os.path.expanduser(pattern)
-        matched: list[SourceFile] = []
-        # A name that exists is taken literally, even if it contains '[' or '*'.
-        matches = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
-        for match in sorted(matches):
-            if os.path.isdir(match):
-                matched += [SourceFile(path, False) for path in _walk(Path(match), set())]
-            elif os.path.isfile(match):
-                matched.append(SourceFile(Path(match), True))
-        if not matched:
-            problem = "the folder holds no files" if os.path.isdir(literal) else "no such file"
-            raise DataError(f"{pattern}: {problem}; give files, folders or globs like 'd/**/*.py'")
-        for file in matched:
-            if file.path.suffix.lower() == ".arrow":
-                raise DataError(
-                    f"{file.path}: Arrow files, as datasets.save_to_disk writes them, are not "
-                    "read; save the data as parquet: load_from_disk(DIR)['train'].to_parquet(FILE)"
-                )
-            real = os.path.realpath(file.path)
-            earlier = files.get(real, file)
-            files[real] = SourceFile(earlier.path, earlier.is_named or file.is_named)
-    return list(files.values())
-
-
-def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """Yields the files below a folder, following links, each folder once."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        return
-    seen.add(real)
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__pycache__":
-            continue
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, seen)
-        elif entry.is_file():
-            yield folder / entry.name
-
-
 def read_pieces(
     files: Sequence[SourceFile], text_key: str, counts: Counts, label: str
 ) -> Iterator[Piece]:
     """Yields the text of all documents, in order, with a progress bar in bytes of the files.
 
-    A document is a text file, a line of a `.jsonl` or `.jsonl.gz` file, or a row of a `.parquet`
-    file. The first document of every file is checked before any file is read, so that one run
-    reports the wrong keys and kinds of all files.
+    A document is a text file, or a row of a file that `rows` reads. The first document of every
+    file is checked before any file is read, so that one run reports the wrong keys and kinds of all
+    files; wrong rows after it are reported together at the end. In a folder, JSON and CSV without
+    such rows are left out: settings lie beside code.
 
     Args:
         files: as from `find_files`.
@@ -149,24 +117,55 @@ def read_pieces(
         label: names the progress bar.
 
     Raises:
-        DataError: a file cannot be used; the message names it and the line or row.
+        DataError: files or rows cannot be used; the message names each.
     """
-    wrong = [problem for file in files if (problem := _problem_at_start(file, text_key))]
-    if len(wrong) == 1:
-        raise DataError(wrong[0])
-    head = f"{len(wrong):,} files cannot be used"
-    Problems(wrong, limit=20).check(DataError, head, one_per_line=True)
-    sizes = [os.path.getsize(file.path) for file in files]
+    wrong, read = Problems(limit=20), []
+    for file in files:
+        problem = file.left_out or _problem_at_start(file, text_key)
+        if not problem:
+            read.append(file)
+        elif file.left_out or (not file.is_named and suffixes(file.path)[0] in _UNSURE):
+            counts.leave_out(file, problem.removeprefix(f"{file.path}").lstrip(":0123456789 "))
+        else:
+            wrong.add(problem)
+    _check(wrong, "files")
+    sizes = [os.path.getsize(file.path) for file in read]
     with tqdm(total=sum(sizes), desc=label, unit="B", unit_scale=True, disable=None) as bar:
         done = 0  # bytes of the files already read
-        for file, size in zip(files, sizes, strict=True):
+        for file, size in zip(read, sizes, strict=True):
             with _open(file) as raw:
-                for piece in _read_file(file, raw, text_key, counts):
+                for piece in _read_file(file, raw, text_key, counts, wrong.add):
                     counts.bytes += len(piece.text.encode())
                     bar.update(done + raw.tell() - bar.n)
                     yield piece
             done += size
             bar.update(done - bar.n)
+    _check(wrong, "rows")
+
+
+def _check(wrong: Problems, what: str) -> None:
+    """Raises DataError if there are problems; one alone stands without a head."""
+    if len(wrong) == 1:
+        raise DataError(wrong.listed[0])
+    wrong.check(DataError, f"{len(wrong):,} {what} cannot be used", one_per_line=True)
+
+
+def split_at(pieces: Iterator[Piece], marker: str, counts: Counts) -> Iterator[Piece]:
+    """Begins a document wherever a text has `marker`, which is left out, as are empty documents."""
+    for piece in pieces:
+        first, *others = piece.text.split(marker)
+        parts = [Piece(first, piece.is_first, piece.is_last and not others)]
+        if others:
+            parts = [Piece(first, piece.is_first, True)]
+            parts += [Piece(text, True, True) for text in others[:-1]]
+            parts.append(Piece(others[-1], True, piece.is_last))
+        counts.documents += len(others)
+        for part in parts:
+            if part.text.strip() or not (part.is_first and part.is_last):
+                yield part
+            else:
+                counts.documents -= 1
+                counts.empty_documents += 1
 
 
 @contextmanager
@@ -183,46 +182,66 @@ def _problem_at_start(file: SourceFile, text_key: str) -> str:
     """Returns why the first document of a file cannot be read, "" if it can."""
     try:
         with _open(file) as raw:
-            if file.path.name.lower().endswith(_ROW_SUFFIXES):
-                next(_read_texts(file.path, raw, text_key, Counts()), None)
-            elif file.is_named:  # others are skipped if they are not text
-                _check_text(file, raw, only_start=True)
+            if raw.read(40).startswith(b"version https://git-lfs"):
+                return f"{file.path}: a git-lfs pointer, not the file: run 'git lfs pull' beside it"
+            raw.seek(0)
+            if has_rows(file.path):
+                next(_read_texts(file.path, raw, text_key, Counts(), refuse), None)
+            elif file.is_named:  # others are left out if they are not text
+                with _unpacked(file, raw) as text:
+                    if reason := _not_text(text, only_start=True):
+                        return f"{file.path}: {reason}; {_READABLE}"
     except DataError as error:
         return str(error)
     return ""
 
 
-def _read_file(file: SourceFile, raw: IO[bytes], text_key: str, counts: Counts) -> Iterator[Piece]:
-    if file.path.name.lower().endswith(_ROW_SUFFIXES):
-        yield from _read_texts(file.path, raw, text_key, counts)
+def _read_file(
+    file: SourceFile, raw: IO[bytes], text_key: str, counts: Counts, report: Callable[[str], None]
+) -> Iterator[Piece]:
+    if has_rows(file.path):
+        yield from _read_texts(file.path, raw, text_key, counts, report)
         return
+    with _unpacked(file, raw) as text:
+        reason = _not_text(text)
+        if reason and file.is_named:
+            raise DataError(f"{file.path}: {reason}; {_READABLE}")
+        if reason:
+            counts.leave_out(file, reason)
+        else:
+            yield from _split(io.TextIOWrapper(text, encoding="utf-8-sig", newline=""), counts)
+
+
+@contextmanager
+def _unpacked(file: SourceFile, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Gives the content of a text file that may be compressed."""
+    packed = suffixes(file.path)[1]
     try:
-        _check_text(file, raw)
-    except DataError:
-        if file.is_named:
+        yield COMPRESSED[packed](raw) if packed else raw
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if not packed:
             raise
-        counts.binary_files += 1
-    else:
-        yield from _split(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), counts)
+        raise DataError(f"{file.path}: truncated or not {packed[1:]} ({error})") from None
 
 
-def _check_text(file: SourceFile, raw: IO[bytes], only_start: bool = False) -> None:
-    """Raises DataError if a file, or its first MiB, is not UTF-8 text, and rewinds the file."""
+def _not_text(raw: IO[bytes], only_start: bool = False) -> str:
+    """Returns why a file, or its first MiB, is not UTF-8 text, or ""; rewinds the file."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    readable = "only UTF-8 text, .jsonl, .jsonl.gz and .parquet are read"
     try:
         while chunk := raw.read(1 << 20):
+            if position == 0 and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return "UTF-16; convert it, for example with iconv -f UTF-16 -t UTF-8"
             if position == 0 and b"\0" in chunk[:8192]:
-                raise DataError(f"{file.path}: binary (it has zero bytes); {readable}")
+                return "binary (it has zero bytes)"
             decoder.decode(chunk)
             position += len(chunk)
             if only_start:
                 break
         decoder.decode(b"", final=not only_start or not raw.read(1))
     except UnicodeDecodeError as error:
-        place = f"{error.reason} after about {position + error.start:,} bytes"
-        raise DataError(f"{file.path}: not UTF-8 ({place}); {readable}") from None
+        return f"not UTF-8 ({error.reason} after about {position + error.start:,} bytes)"
     raw.seek(0)
+    return ""
 
 
 def _split(stream: TextIO, counts: Counts) -> Iterator[Piece]:
@@ -256,8 +275,10 @@ def _split(stream: TextIO, counts: Counts) -> Iterator[Piece]:
         text, is_first = following, False
 
 
-def _read_texts(path: Path, raw: IO[bytes], text_key: str, counts: Counts) -> Iterator[Piece]:
-    """Yields the text of each row."""
+def _read_texts(
+    path: Path, raw: IO[bytes], text_key: str, counts: Counts, report: Callable[[str], None]
+) -> Iterator[Piece]:
+    """Yields the text of each row, and reports the rows that have none."""
 
     def choose(names: list[str]) -> list[str]:
         # Without the column, all others are read, because their values show which was meant.
@@ -266,21 +287,24 @@ def _read_texts(path: Path, raw: IO[bytes], text_key: str, counts: Counts) -> It
     def count_blank_line() -> None:
         counts.blank_lines += 1
 
-    for location, row in read_rows(path, choose=choose, raw=raw, on_blank_line=count_blank_line):
+    for location, row in read_rows(path, report, choose, "row", raw, count_blank_line):
         if text_key not in row:
             # The longest string is most likely the text.
             lengths = {k: len(v) for k, v in row.items() if isinstance(v, str)}
             longest = max(lengths, key=lengths.__getitem__, default="")
             hint = f"; use --data.text-key {longest}" if longest else ""
-            kind = "column" if path.name.lower().endswith(".parquet") else "key"
+            kind = "key" if suffixes(path)[0] in (".jsonl", ".ndjson", ".json") else "column"
             found = quote_names(row)
-            raise DataError(f"{location}: no {text_key!r} {kind} (found: {found}){hint}")
-        text = row[text_key]
+            report(f"{location}: no {text_key!r} {kind} (found: {found}){hint}")
+            continue
+        text = "" if row[text_key] is None else row[text_key]  # null: an empty document
         if not isinstance(text, str):
-            kind = "null" if text is None else type(text).__name__
-            raise DataError(f"{location}: {text_key!r} is {kind}, expected a string")
+            kind = type(text).__name__
+            report(f"{location}: {text_key!r} is {kind}, expected a string")
+            continue
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{location}: {text_key!r} is not valid Unicode: {error}") from None
+            report(f"{location}: {text_key!r} is not valid Unicode: {error}")
+            continue
         yield from _split(io.StringIO(text, newline=""), counts)

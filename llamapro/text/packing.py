@@ -21,7 +21,7 @@ from llamapro.errors import DataError, Problems
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text.chat_template import ChatTemplate, Message
 from llamapro.text.conversations import ConversationCounts, read_conversations
-from llamapro.text.documents import find_files
+from llamapro.text.source_files import find_files
 from llamapro.text.store import Int64s, TokenStore, cached
 
 FORMAT_VERSION = 1

@@ -1,10 +1,15 @@
-"""Rows of data files: JSON lines (.jsonl, .jsonl.gz), JSON lists (.json) and .parquet.
+"""Rows of data files: JSON (a row per line, or a list), CSV, TSV and parquet.
 
-Rows are streamed, so memory does not grow with a file; only a .json file is read as a whole.
+All but parquet may be compressed by gzip, bzip2 or xz. Rows are streamed, so memory does not grow
+with a file; only a JSON list is read as a whole.
 """
 
+import bz2
+import codecs
+import csv
 import gzip
 import json
+import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,8 +17,28 @@ from typing import IO, Any
 
 from llamapro.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-_BATCH_ROWS = 256  # rows of a parquet file that are held in memory at once
+_JSON, _DELIMITERS = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (*_JSON, *_DELIMITERS, ".parquet")
+COMPRESSED: dict[str, Callable[[Any], Any]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+}  # fmt: skip
+# A stranger's file of a few kB can expand to gigabytes: no row, or list of rows, is larger.
+MAX_BYTES = 1 << 28
+_MAX_RATIO = 500  # of a column's bytes to those in the file, above which it has to be small
+_FIRST_BYTES = 1 << 16  # that tell a list from rows
+_BATCH_ROWS = 256  # rows of a parquet file that are read at once
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """Returns the last suffix of a name without compression, in lower case, and the compression."""
+    name = path.name.lower()
+    packed = next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
+    return Path(name.removesuffix(packed)).suffix, packed
+
+
+def has_rows(path: Path) -> bool:
+    """Returns whether a file's name says that it holds rows."""
+    return suffixes(path)[0] in SUFFIXES
 
 
 class UnreadableError(Exception):
@@ -41,7 +66,8 @@ def read_rows(
     """Yields "file:row", counted from 1, and the row by its keys or columns.
 
     Args:
-        path: a file with one of `SUFFIXES`; blank lines count as rows, but are not yielded.
+        path: a file with one of `SUFFIXES`, which may be compressed; blank lines count as rows,
+            but are not yielded.
         report: takes each problem, which begins with its file and row. If it returns, reading goes
             on with the next row, if there can be one.
         choose: takes the names of a parquet file's columns and returns those to read, or raises
@@ -53,7 +79,7 @@ def read_rows(
     row = 0
     try:
         with raw if raw is not None else open(path, "rb") as file:
-            for row, value in enumerate(_values(path.name.lower(), file, choose, noun), 1):
+            for row, value in enumerate(_values(path, file, choose, noun), 1):
                 if isinstance(value, bytes):  # a line
                     if not value.strip():
                         on_blank_line()
@@ -76,32 +102,65 @@ def read_rows(
         line_number = max(row, 1) + error.object[: error.start].count(b"\n")
         fix = "convert the file, for example with iconv -t UTF-8"
         report(f"{path}:{line_number}: not UTF-8 ({error.reason}); {fix}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        report(f"{path}:{row + 1}: truncated or not gzip ({error})")
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        report(f"{path}:{row + 1}: truncated or not {suffixes(path)[1][1:]} ({error})")
+    except csv.Error as error:
+        report(f"{path}:{row + 1}: not a line of {suffixes(path)[0][1:]} ({error})")
     except OSError as error:
         report(f"{path}:{row + 1}: cannot be read: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        line_number = getattr(error, "lineno", 1)
-        hint = f"; a {noun} per line is a .jsonl file" if line_number == 2 else ""
-        report(f"{path}:{line_number}: not JSON ({error}){hint}")
+        report(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})")
 
 
 def _values(
-    name: str, file: IO[bytes], choose: Callable[[list[str]], list[str]], noun: str
+    path: Path, file: IO[bytes], choose: Callable[[list[str]], list[str]], noun: str
 ) -> Iterable[Any]:
     """Returns the rows of a file; those that are lines of JSON as bytes."""
-    if name.endswith(".parquet"):
-        return _table_rows(file, choose)
-    if name.endswith(".jsonl.gz"):
-        return gzip.open(file)
-    if name.endswith(".jsonl"):
-        return file
-    if not name.endswith(".json"):
+    suffix, packed = suffixes(path)
+    if suffix not in SUFFIXES or (packed and suffix == ".parquet"):
         raise UnreadableError(f"not one of {', '.join(SUFFIXES)}")
-    values = json.loads(file.read().decode("utf-8-sig"))
-    if not isinstance(values, list):
-        raise UnreadableError(f"expected a list of {noun}s, found {type(values).__name__}")
-    return values
+    if suffix == ".parquet":
+        return _table_rows(file, choose)
+    if packed:
+        file = COMPRESSED[packed](file)
+    if suffix in _DELIMITERS:
+        return _separated(file, _DELIMITERS[suffix])
+    start = file.readline(_FIRST_BYTES).removeprefix(codecs.BOM_UTF8).strip()
+    file.seek(0)
+    if not start.startswith(b"["):
+        if suffix == ".json" and start.startswith(b"{") and not _is_json(start):
+            raise UnreadableError(f"expected a list of {noun}s, or one per line; found one object")
+        return _lines(file)
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UnreadableError(f"a list of over {MAX_BYTES >> 20} MiB: save one {noun} per line")
+    return json.loads(content.decode("utf-8-sig"))
+
+
+def _is_json(line: bytes) -> bool:
+    """Whether a line is JSON, as far as its first bytes show."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return len(line) > _FIRST_BYTES - 8
+    return True
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    while line := file.readline(MAX_BYTES + 1):
+        if len(line) > MAX_BYTES:
+            raise UnreadableError(f"a line of over {MAX_BYTES >> 20} MiB")
+        yield line
+
+
+def _separated(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a table in text; its first line has the names of the columns."""
+    csv.field_size_limit(MAX_BYTES)
+    text = (line.decode("utf-8-sig") for line in _lines(file))
+    for row in csv.DictReader(text, delimiter=delimiter, strict=True):
+        if None in row:
+            raise UnreadableError("more fields than the first line has names")
+        yield row
 
 
 def _table_rows(
@@ -115,9 +174,35 @@ def _table_rows(
         # With `pre_buffer` it would hold all row groups in memory; without a buffer, a whole one.
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 18)
         columns = choose(table.schema_arrow.names)
+        # What is stored once and repeated stays so in memory: rows are copied one at a time.
+        repeated = _texts(table.metadata, columns)
+        table = pyarrow.parquet.ParquetFile(
+            file, pre_buffer=False, buffer_size=1 << 18, read_dictionary=repeated
+        )
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-            yield from batch.to_pylist()
+            for row in range(len(batch)):
+                yield {name: batch[name][row].as_py() for name in batch.schema.names}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UnreadableError(f"not a parquet file, or a damaged one ({error})") from None
     except (ValueError, OverflowError) as error:  # such as a time beyond Python's datetime
         raise UnreadableError(f"a column has values that cannot be read ({error})") from None
+
+
+def _texts(metadata: Any, columns: Iterable[str]) -> list[str]:
+    """Returns the columns of texts, nested ones too, among these.
+
+    Raises:
+        UnreadableError: few bytes of one of these columns expand to gigabytes.
+    """
+    found, wanted = dict[str, None](), set(columns)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(metadata.num_columns)):
+            name = column.path_in_schema
+            if name.split(".")[0] not in wanted:
+                continue
+            size, stored = column.total_uncompressed_size, max(1, column.total_compressed_size)
+            if size > MAX_BYTES and size > _MAX_RATIO * stored:
+                raise UnreadableError(f"column {name!r} expands from {stored:,} bytes to {size:,}")
+            if column.physical_type == "BYTE_ARRAY":
+                found[name] = None
+    return list(found)

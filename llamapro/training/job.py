@@ -28,9 +28,9 @@ from llamapro.inference.sampling import end_ids
 from llamapro.model import build_on_meta
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import tokenize
-from llamapro.text.documents import find_files
 from llamapro.text.mixture import Mixture, PackedSequences, Source, batch, parse_named
 from llamapro.text.packing import PackedConversations, mark_trained, tokenize_conversations
+from llamapro.text.source_files import find_files
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import agreement
@@ -104,7 +104,7 @@ class Job:
             length = settings.data.seq_len
             read_openings(settings.replay.prompts, checkpoint.path, tokenizer, ends, length)
         preset = Path(settings.config).stem or "run"
-        run_dir = Path(settings.run_dir or f"runs/{preset}")
+        run_dir = user_path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)
         resume_from = earlier[-1] if earlier else None
         plan = make_plan(settings, config, _compute_dtype(settings), run_dir, resume_from)
@@ -145,10 +145,9 @@ class Job:
         if self.template is not None:
             fingerprint = self.tokenizer.fingerprint
             return tokenize_conversations(corpora, self.template, fingerprint, s.data.cache_dir)
+        how = (s.data.cache_dir, s.data.text_key, s.data.workers)
         return {
-            label: tokenize(
-                paths, self.tokenizer, s.data.cache_dir, s.data.text_key, s.data.workers, label
-            )
+            label: tokenize(paths, self.tokenizer, *how, label, s.data.split_at)
             for label, paths in corpora.items()
         }
 

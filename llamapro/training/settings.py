@@ -23,7 +23,8 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data to read: files, globs and folders of text, source code, .jsonl[.gz] and .parquet."""
+    """The data to read: files, globs and folders of text, source code, .jsonl, .json, .csv and
+    .parquet; text and rows may be compressed (.gz, .bz2, .xz)."""
 
     train: tuple[str, ...] = ()
     """Training sources, for example corpus/math corpus/code."""
@@ -35,7 +36,10 @@ class DataSettings:
     """text trains every token. chat reads conversations and trains the assistant's tokens: .jsonl,
     .json or .parquet with messages, ShareGPT's conversations, or instruction, input and output."""
     text_key: str = "text"
-    """Field of a .jsonl line, or column of a table, that holds the text."""
+    """Field of a row of JSON, or column of a table, that holds the text."""
+    split_at: str = ""
+    """Text between the documents of a file, such as "<|endoftext|>": a new one begins there. Empty
+    takes each file, or row, as one document."""
     chat_template: str = ""
     """Template of conversations: llama2, llama3, mistral, chatml or a .jinja file; empty takes the
     model's own."""

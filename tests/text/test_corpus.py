@@ -1,10 +1,12 @@
 """Corpora: every document is found, tokenised once, and nothing is left out in silence."""
 
 import base64
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +16,10 @@ import numpy as np
 import pytest
 
 from llamapro.errors import DataError
-from llamapro.text import corpus, documents
+from llamapro.text import corpus, documents, rows
 from llamapro.text.corpus import tokenize
-from llamapro.text.documents import find_files
 from llamapro.text.rows import read_rows
+from llamapro.text.source_files import find_files
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 
@@ -102,20 +104,30 @@ def test_each_document_stands_between_bos_and_eos(
 def test_what_is_left_out_is_counted_and_told(
     tmp_path: Path, make: Tokenize, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Empty documents, blank lines and a folder's binary files appear in the summary line."""
+    """Empty documents and blank lines are counted, a folder's files that are no text named."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "lines.jsonl").write_text('{"text": ""}\n\n  \n{"text": "x"}\n')
+    (folder / "lines.jsonl").write_text('{"text": null}\n\n  \n{"text": "x"}\n')
     (folder / "image.png").write_bytes(b"\x89PNG\x00\x00")
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     (folder / "empty.txt").touch()
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    (folder / "settings.json").write_text('{\n  "a": 1\n}\n')
+    (folder / "wide.txt").write_text("x", encoding="utf-16")
+    (folder / "word.zip").write_bytes(b"PK\0")
     store = make(folder, label="code")
     counts = store.index["counts"]
-    assert (counts["empty_documents"], counts["blank_lines"], counts["binary_files"]) == (2, 2, 2)
+    assert (counts["empty_documents"], counts["blank_lines"]) == (2, 2)
+    assert counts["files_left_out"] == 6
     captured = capsys.readouterr()
     assert captured.out == "" and f"code: {store.tokens} tokens of 1 documents" in captured.err
-    for part in ("2 empty documents", "2 blank lines", "2 binary or non-UTF-8 files"):
-        assert part in captured.err
+    for part in (
+        "2 empty documents", "2 blank lines", "6 files left out", "gone.txt (a link to nothing)",
+        "image.png (binary", "latin.txt (not UTF-8", "wide.txt (UTF-16; convert",
+        "settings.json (expected a list of rows, or one per line; found one object)",
+        " and 1 more",
+    ):  # fmt: skip
+        assert part in captured.err, part
 
 
 @pytest.mark.parametrize(
@@ -125,6 +137,13 @@ def test_what_is_left_out_is_counted_and_told(
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: not a line of JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}', r"a\.jsonl:2: 'text' is int"),
         ("a.jsonl", b'{"text": "x"}\n["text"]', r"a\.jsonl:2: expected a JSON object, found list"),
+        ("a.json", b'{\n"text": "x"\n}', r"a\.json:1: expected a list of rows, or one per line"),
+        ("a.csv", b"text,id\nx,1\ny,2,3\n", r"a\.csv:2: more fields than the first line has"),
+        ("a.tsv", b"body\tid\nx\t1\n", r"a\.tsv:1: no 'text' column \(found: 'body', 'id'\)"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", r"run 'git lfs pull'"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", r"run 'git lfs pull'"),
+        ("a.txt.gz", b"abc", r"a\.txt\.gz: truncated or not gz"),
+        ("a.txt", "é".encode("utf-16"), r"a\.txt: UTF-16; convert it"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"a\.jsonl:2: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: 'text' is not valid Unicode"),
         (
@@ -132,7 +151,7 @@ def test_what_is_left_out_is_counted_and_told(
             gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9],
             r"a\.jsonl\.gz:10: truncated",
         ),
-        ("a.jsonl.gz", b'{"text": "x"}', r"a\.jsonl\.gz:1: truncated or not gzip"),
+        ("a.jsonl.gz", b'{"text": "x"}', r"a\.jsonl\.gz:1: truncated or not gz"),
         ("a.bin", b"a\0b", r"a\.bin: binary"),
         ("a.txt", b"abc\xff", r"a\.txt: not UTF-8 .*after about 3 bytes"),
         ("a.txt", b"abc\xe2\x82", r"a\.txt: not UTF-8"),
@@ -248,6 +267,117 @@ def test_a_space_where_reading_ends_goes_with_its_word(monkeypatch: pytest.Monke
     assert [p.text for p in documents._split(text, documents.Counts())] == ["x" * 127, " word"]
 
 
+def test_a_path_stands_for_its_rows_whatever_their_form(
+    tmp_path: Path, make: Tokenize, tokenizer: Tokenizer
+) -> None:
+    """JSON as lines or a list, CSV, TSV, and text, plain or compressed: the same tokens."""
+    rows = [{"text": 'one, "two"\n', "id": 1}, {"text": "é three", "id": 2}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    listed = json.dumps(rows, indent=1)
+    table = 'text,id\n"one, ""two""\n",1\né three,2\n'
+    tabs = 'id\ttext\n1\t"one, ""two""\n"\n2\té three\n'
+    forms = {"a.jsonl": lines, "a.ndjson": lines, "a.json": lines, "b.json": listed}
+    forms |= {"c.jsonl": listed, "a.csv": table, "b.csv": "\ufeff" + table, "a.tsv": tabs}
+    packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    expected = [i for r in rows for i in tokenizer.encode(r["text"], bos=True, eos=True)]
+    for name, text in forms.items():
+        (tmp_path / name).write_bytes(text.encode())
+        assert tokens_of(make(tmp_path / name)) == expected, name
+    for suffix, pack in packers.items():
+        for name in ("a.json", "b.json", "a.csv"):
+            (tmp_path / f"p-{name}{suffix}").write_bytes(pack(forms[name].encode()))
+            assert tokens_of(make(tmp_path / f"p-{name}{suffix}")) == expected, name + suffix
+        (tmp_path / f"a.txt{suffix}").write_bytes(pack(b"plain"))
+        plain = tokenizer.encode("plain", bos=True, eos=True)
+        assert tokens_of(make(tmp_path / f"a.txt{suffix}")) == plain
+
+
+def test_what_describes_tables_is_no_data(
+    tmp_path: Path, make: Tokenize, write_parquet: WriteParquet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A snapshot of the hub: its card, licence and loader are named. Beside code they are text."""
+    snapshot = tmp_path / "snapshot"
+    (snapshot / "data").mkdir(parents=True)
+    write_parquet(snapshot / "data" / "train.parquet", {"text": ["one ", "two"]})
+    for name in ("README.md", "LICENSE", "loader.py", "dataset_infos.json"):
+        (snapshot / name).write_text("words of a card" * 999)
+    store = make(snapshot)
+    assert store.documents == 2 and store.index["counts"]["files_left_out"] == 4
+    assert "README.md (describes the tables beside it)" in capsys.readouterr().err
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "README.md").write_text("a card")
+    (packed / "c4.json.zst").write_bytes(b"\x28\xb5\x2f\xfd\0\0\0 data")
+    with pytest.raises(DataError, match=r"no text in it: .*2 files left out: .*c4\.json\.zst"):
+        make(packed)
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "LICENSE").write_text("words")
+    for name in ("main.py", "tests.py"):
+        (code / name).write_text("print('hello')\n" * 9)
+    json_lines(code / "few.jsonl", {"text": "x"})
+    assert make(code).documents == 4
+
+
+def test_all_wrong_rows_are_told_in_one_message(tmp_path: Path, make: Tokenize) -> None:
+    """Null counts as an empty document; nothing stays in the cache."""
+    good = {"text": "x"}
+    wrong = [{"text": 5}, {"id": 1}, {"text": ["x"]}, {"text": None}]
+    file = json_lines(tmp_path / "a.jsonl", good, *(r for row in wrong for r in (row, good)))
+    with pytest.raises(DataError) as error:
+        make(file)
+    head, *lines = str(error.value).splitlines()
+    assert head == "3 rows cannot be used:"
+    told = ["2: 'text' is int", "4: no 'text' key", "6: 'text' is list"]
+    assert all(f"a.jsonl:{t}" in line for t, line in zip(told, lines, strict=True))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_documents_are_split_at_a_marker_or_its_name_is_told(
+    tmp_path: Path, make: Tokenize, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of EOS between documents of one file are plain characters unless asked for."""
+    texts = ["Once.\n", "Twice, " * 40, "three"]
+    file = tmp_path / "stories.txt"
+    file.write_text("</s>".join(["", *texts, ""]))
+    assert make(file).documents == 1
+    assert "'</s>' stands in the text 4 times" in capsys.readouterr().err
+    assert make(file).documents == 1  # from the cache
+    assert "'</s>' stands in the text 4 times" in capsys.readouterr().err
+    expected = [i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE_CHARACTERS", 64)
+        store = make(file, marker="</s>")
+    assert store.documents == 3 and store.index["counts"]["markers"] == {}
+    assert tokens_of(store) == expected
+
+
+def test_a_file_of_few_bytes_takes_no_memory(
+    tmp_path: Path, write_parquet: WriteParquet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's file that would expand to gigabytes ends in one message, or row by row."""
+    import resource
+
+    limit = 8 << 20
+    monkeypatch.setattr(rows, "MAX_BYTES", limit)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"a" * (limit + 1), 1))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + b" " * limit, 1))
+    with pytest.raises(DataError, match=r"b\.json\.gz:1: a list of over 8 MiB"):
+        list(read_rows(tmp_path / "b.json.gz"))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:1: a line of over 8 MiB"):
+        list(read_rows(tmp_path / "a.jsonl.gz"))
+    one = {"text": ["a" * (limit + 1)]}
+    write_parquet(tmp_path / "one.parquet", one, compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=r"column 'text' expands from [\d,]+ bytes to 8,38"):
+        list(read_rows(tmp_path / "one.parquet"))
+    del one
+    write_parquet(tmp_path / "many.parquet", {"text": ["a" * (1 << 20)] * 400}, compression="zstd")
+    assert (tmp_path / "many.parquet").stat().st_size < 10_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sum(1 for _ in read_rows(tmp_path / "many.parquet")) == 400
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
 # ---- Tables -----------------------------------------------------------------------------------
 
 TEXTS = ["one\n", "", "two 'é'\r\n", *(f"text {i} " * (i % 7 + 1) for i in range(600)), "last"]
@@ -297,7 +427,7 @@ def test_tables_are_read_batch_by_batch(
     ("rows", "message"),
     [
         ({"id": [7], "title": ["short"], "content": ["long text"]}, None),
-        ({"text": ["a"] * 300 + [None]}, r"a\.parquet:301: 'text' is null, expected a string"),
+        ({"text": [1] * 300}, r"a\.parquet:1: 'text' is int, expected a string"),
         ({"text": [1, 2]}, r"a\.parquet:1: 'text' is int, expected a string"),
         ({"text": [["a"], ["b"]]}, r"a\.parquet:1: 'text' is list, expected a string"),
         ({"text": [b"a", b"\xff"]}, r"a\.parquet:1: 'text' is bytes, expected a string"),
@@ -375,7 +505,7 @@ def test_the_mistakes_of_all_files_are_told_before_any_is_read(
     for line, name, problem in zip(
         lines,
         ("folder/a.jsonl:1", "folder/c.jsonl.gz:1", "folder/d.parquet:1", "latin.txt"),
-        ("--data.text-key content", "not gzip", "--data.text-key body", "not UTF-8"),
+        ("--data.text-key content", "not gz", "--data.text-key body", "not UTF-8"),
         strict=True,
     ):
         assert line.startswith(f"  {tmp_path / name}: ") and problem in line

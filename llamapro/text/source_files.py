@@ -1,0 +1,118 @@
+"""Finds the files that paths, globs and folders stand for, and says which are no data."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llamapro.errors import DataError
+from llamapro.text.rows import has_rows
+
+# Beside tables these describe them, and are no data: a data card, a licence, a loader.
+_CARD = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|citation)(\..*)?|dataset_infos?\.json|"
+    r"dataset_dict\.json|state\.json|.*\.(md|rst|ya?ml|cff|sha256|md5)",
+    re.IGNORECASE,
+)
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".lz4", ".arrow")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus.
+
+    Attributes:
+        path: where it is.
+        is_named: whether the user or a glob named it, not only its folder.
+        left_out: the reason why it is not read, or "".
+    """
+
+    path: Path
+    is_named: bool
+    left_out: str = ""
+
+    def state(self) -> list[Any]:
+        """Returns what caches compare: path, how it is read, size, time of change in ns."""
+        status = self.path.lstat() if self.left_out else self.path.stat()
+        how = [self.is_named, self.left_out]
+        return [os.path.abspath(self.path), *how, status.st_size, status.st_mtime_ns]
+
+
+def find_files(patterns: Sequence[str]) -> list[SourceFile]:
+    """Returns the files that paths, globs (`**` allowed) and folders name, each once.
+
+    Folders are walked recursively, by name, without hidden entries and `__pycache__`.
+
+    Raises:
+        DataError: no pattern is given, one matches no file, or a file is Arrow's.
+    """
+    files: dict[str, SourceFile] = {}
+    if not patterns:
+        raise DataError("no data given: name files, folders or globs")
+    for pattern in patterns:
+        literal = os.path.expanduser(pattern)
+        matched: list[SourceFile] = []
+        # A name that exists is taken literally, even if it contains '[' or '*'.
+        matches = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
+        for match in sorted(matches):
+            if os.path.isdir(match):
+                matched += _without_cards(list(_walk(Path(match), set())))
+            elif os.path.isfile(match):
+                matched.append(SourceFile(Path(match), True))
+        if all(file.left_out for file in matched):
+            problem = "the folder holds no files" if os.path.isdir(literal) else "no such file"
+            raise DataError(f"{pattern}: {problem}; give files, folders or globs like 'd/**/*.py'")
+        for file in matched:
+            if file.path.suffix.lower() == ".arrow":
+                raise DataError(
+                    f"{file.path}: Arrow files, as datasets.save_to_disk writes them, are not "
+                    "read; save the data as parquet: load_from_disk(DIR)['train'].to_parquet(FILE)"
+                )
+            real = os.path.realpath(file.path)
+            earlier = files.get(real, file)
+            is_named = earlier.is_named or file.is_named
+            left_out = "" if is_named else earlier.left_out
+            files[real] = replace(earlier, is_named=is_named, left_out=left_out)
+    return list(files.values())
+
+
+def _without_cards(files: list[SourceFile]) -> list[SourceFile]:
+    """Leaves out what describes tables, if a folder holds nothing else, or is mostly tables.
+
+    One script beside tables loads them; several are code.
+    """
+    sizes = {file.path: file.path.stat().st_size for file in files if not file.left_out}
+    cards = {path for path in sizes if _CARD.fullmatch(path.name)}
+    tables = {p for p in sizes if has_rows(p) or p.suffix.lower() in _ARCHIVES} - cards
+    others = sizes.keys() - cards - tables
+    scripts = {path for path in others if path.suffix == ".py"}
+    is_mostly_tables = 2 * sum(map(sizes.__getitem__, tables)) > sum(sizes.values())
+    if not tables or not (is_mostly_tables or (others == scripts and len(scripts) < 2)):
+        return files
+    described = cards | scripts if len(scripts) < 2 else cards
+    reason = "describes the tables beside it"
+    return [replace(f, left_out=reason) if f.path in described else f for f in files]
+
+
+def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
+    """Yields the files below a folder, following links, each folder once."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__pycache__":
+            continue
+        if entry.is_dir():
+            yield from _walk(folder / entry.name, seen)
+        elif entry.is_file():
+            yield SourceFile(folder / entry.name, False)
+        elif entry.is_symlink():
+            yield SourceFile(folder / entry.name, False, "a link to nothing")
