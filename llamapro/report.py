@@ -18,6 +18,7 @@ import tyro
 
 from llamapro import cli
 from llamapro.errors import ConfigError
+from llamapro.files import user_path
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.training.metrics import LAST_RECORDS, Run, read_run, summarize
 
@@ -291,7 +292,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str,
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
     """Returns the directories' names, with as many parents as tell them apart."""
-    paths = [Path(os.path.abspath(path)) for path in run_dirs]
+    paths = [Path(os.path.abspath(user_path(path))) for path in run_dirs]
     if len(set(paths)) < len(paths):
         twice = next(str(d) for d, p in zip(run_dirs, paths, strict=True) if paths.count(p) > 1)
         raise ConfigError(f"{twice}: given twice; name each run directory once")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llamapro.errors import ConfigError, suggest
+from llamapro.files import user_path
 from llamapro.scripts import CONFIGS
 from llamapro.training.settings import Settings
 
@@ -57,7 +58,8 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
 def find_preset(name: str, suffix: str = ".toml") -> Path:
     """Returns the file of a preset, given as a path or as the name of a bundled one."""
     named = CONFIGS / f"{name}{suffix}"
-    return named if named.is_file() and not Path(name).is_file() else Path(name)
+    path = user_path(name)
+    return named if named.is_file() and not path.is_file() else path
 
 
 def read_toml(path: Path, kind: type[T] = Settings) -> T:  # type: ignore[assignment]

@@ -30,6 +30,7 @@ from llamapro.scripts import convert, train
 from llamapro.training import validation
 from llamapro.training.job import Data, Job
 from llamapro.training.metrics import MetricsLog
+from llamapro.training.preset import parse
 
 STEPS, SAVE_EVERY = 6, 3
 LAYOUT, NEW = expansion.interleave(2, 2), [1, 3]
@@ -332,6 +333,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert block == 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 112 + 2 * 64
     assert plan["memory_bytes"]["AdamW moments"] == 8 * 2 * block
     assert plan["memory_bytes"]["total"] > plan["memory_bytes"]["fp32 masters"] == 4 * 2 * block
+
+
+def test_a_tilde_is_the_home_in_every_path_of_a_preset(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell reads a preset; no directory named `~` is made."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (home / "mine.toml").write_text(
+        'run_dir = "~/runs/first"\n[model]\npath = "~/pro"\n'
+        '[data]\ntrain = ["~/train.py"]\ncache_dir = "~/cache"\nseq_len = 32\n'
+    )
+    job = Job.open(parse(["--config", "~/mine.toml", "--train.steps", "1"]))
+    assert job.run_dir == home / "runs" / "first"
+    assert job.checkpoint is not None and job.checkpoint.path == home / "pro"
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_that_decide_the_result_cannot_change_on_resume(
