@@ -40,7 +40,7 @@ from llamapro.expansion import interleave
 from llamapro.training.weights import init_random
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-PROCESSES, STEPS, SAVE_EVERY = 2, 24, 2
+PROCESSES, STEPS, SAVE_EVERY = 2, 12, 2
 LIMIT_S = 180.0  # a start takes seconds; one that takes so long hangs
 SIGNALS = ("SIGTERM to a worker", "SIGINT to a worker", "SIGTERM to torchrun", "SIGINT to torchrun")
 FULL_DISK = {"ENOSPC while writing": errno.ENOSPC, "EIO while writing": errno.EIO}
@@ -73,6 +73,7 @@ def prepare(home: Path) -> list[str]:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text.splitlines()), model_writer=tokenizer, model_type="bpe",
         vocab_size=CONFIG["vocab_size"], byte_fallback=True, num_threads=1, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
     config = ModelConfig.from_dict(CONFIG)
     tensors = init_random(config, seed=0)
@@ -95,8 +96,8 @@ def prepare(home: Path) -> list[str]:
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
-def inject(name: str, count: int, words: list[str]) -> None:
-    """Runs train.py where, from the main rank's count-th call on, nothing can be written."""
+def patch_disk(name: str, count: int) -> None:
+    """Makes every write of this process fail, from the count-th call on."""
 
     def failing(place: str) -> Callable[..., Any]:
         original = getattr(os, place)
@@ -111,9 +112,14 @@ def inject(name: str, count: int, words: list[str]) -> None:
 
         return call
 
+    for place in ("mkdir", "posix_fallocate", "pwrite", "fsync", "rename"):
+        setattr(os, place, failing(place))
+
+
+def inject(name: str, count: int, words: list[str]) -> None:
+    """Runs train.py where, from the main rank's count-th call on, nothing can be written."""
     if os.environ["RANK"] == "0":
-        for place in ("mkdir", "posix_fallocate", "pwrite", "fsync", "rename"):
-            setattr(os, place, failing(place))
+        patch_disk(name, count)
     sys.argv = [str(TRAIN), *words]
     runpy.run_path(str(TRAIN), run_name="__main__")
 
@@ -128,6 +134,8 @@ class Start:
         is_hit: whether the fault came before the end.
         after: the line of output that the fault followed.
         hung: whether it had to be ended.
+        statuses: exit status of each rank, where they are known.
+        first_step_s: seconds to its first line of progress.
     """
 
     output: list[str] = field(default_factory=list)
@@ -135,6 +143,8 @@ class Start:
     is_hit: bool = False
     after: str = ""
     hung: bool = False
+    statuses: list[int] = field(default_factory=list)
+    first_step_s: float = 0.0
 
     @property
     def resumed(self) -> int | None:

@@ -5,7 +5,7 @@
 
    SHIM_FAIL lists CALL:ERRNO[:FIRST[:LAST]]; the FIRST-th to LAST-th calls fail (from the first, for
    ever). Only files below SHIM_UNDER are touched. Calls: pwrite, lseek, fallocate, fsync, fsyncdir,
-   flock, rename, unlink, rmdir, opendir, write. */
+   flock, rename, unlink, rmdir, opendir, write. With SHIM_TELL set, each failure is told. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -49,7 +49,10 @@ static int failure(const char *call) {
             int code = 0;
             long first = 1, last = LONG_MAX, number = __sync_add_and_fetch(&counts[i], 1);
             sscanf(at + n, ":%d:%ld:%ld", &code, &first, &last);
-            if (number >= first && number <= last) return code;
+            if (number >= first && number <= last) {
+                if (getenv("SHIM_TELL")) dprintf(2, "injected error %d in %s\n", code, call);
+                return code;
+            }
         }
         at += strcspn(at, ",");
         if (*at) at++;
