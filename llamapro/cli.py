@@ -44,6 +44,12 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         # The reader of our output went away, as in '| head'.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}"
+        _tell_launcher(message)
+        status = _fail(message, 2)
     sys.stderr.flush()
     leave(status)
 

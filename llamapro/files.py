@@ -164,7 +164,11 @@ def directory_aside(path: Path, keep_existing: bool = False) -> Iterator[Path]:
 
 def remove_abandoned(directory: Path) -> None:
     """Removes what killed processes left of `directory_aside`, and puts back what it replaced."""
-    for holder in directory.glob(".*.partial-*"):
+    try:
+        holders = list(directory.glob(".*.partial-*"))
+    except OSError:  # it cannot be listed, and need not be
+        return
+    for holder in holders:
         try:
             lock = os.open(holder / filesystem.LOCK, os.O_RDWR | os.O_CREAT)
         except OSError:

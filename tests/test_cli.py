@@ -270,3 +270,12 @@ def test_bytes_that_are_no_utf_8_are_one_message(
     status, _, said = run_command(lambda _: None)
     assert status == 2
     assert "'corpus-\\udcff.txt' on the command line is not UTF-8" in said
+
+
+def test_an_error_of_the_file_system_is_one_message(run_command: Callable[..., Any]) -> None:
+    """Wherever it comes, with the file's name; one without a name is a mistake of ours."""
+
+    def main(_: list[str]) -> None:
+        Path("/nowhere/file").read_text()
+
+    assert run_command(main) == (2, "", "/nowhere/file: No such file or directory\n")

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -139,7 +140,7 @@ class Saver:
             if self._ranks.is_main:
                 try:
                     self._write(target, specs, gathered, info, text)
-                except UserError as failure:
+                except (UserError, OSError) as failure:
                     failures.append(str(failure))
             for _ in gathered:  # the other ranks gather here; the main one has its last vote left
                 pass
@@ -278,8 +279,9 @@ def _make_way(target: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    for stale in directory.glob(".step-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    with suppress(OSError):  # the next save tries again
+        for stale in directory.glob(".step-*"):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
@@ -303,18 +305,19 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> list[str]:
         keep_every: checkpoints whose step is a multiple of this stay too; 0 keeps none of them.
 
     Returns:
-        A message for each one that cannot be removed.
+        A message for each one that cannot be removed, or if they cannot be listed.
 
     Raises:
         CheckpointError: none is intact.
     """
     _remove_leftovers(run_dir / "checkpoints")
-    old = [
-        path
-        for path in training_checkpoints(run_dir)[:-keep]
-        if not keep_every or int(path.name.removeprefix("step-")) % keep_every
-    ]
     failures: list[str] = []
+    try:
+        old = training_checkpoints(run_dir)[:-keep]
+    except CheckpointError as error:
+        return [str(error)]
+    if keep_every:
+        old = [path for path in old if int(path.name.removeprefix("step-")) % keep_every]
     if not old:
         return failures
     newest, _ = newest_intact(run_dir)

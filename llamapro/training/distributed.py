@@ -24,7 +24,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from llamapro.errors import ConfigError, UserError
+from llamapro.errors import ConfigError, DataError, UserError
+from llamapro.files import reason
 from llamapro.training.objective import NextToken
 from llamapro.training.preemption import Stopped, StopRequest, default_signals
 from llamapro.training.weights import is_trained
@@ -80,7 +81,7 @@ class Ranks:
             The result, on every rank.
 
         Raises:
-            UserError, Stopped: on every rank, if the work raised it.
+            UserError, Stopped: on every rank, if the work raised it, or an OSError.
         """
         box: list[Any] = [None, None]
         if self.is_main:
@@ -88,6 +89,8 @@ class Ranks:
                 box[0] = work()
             except (UserError, Stopped) as error:
                 box[1] = error
+            except OSError as error:  # the other ranks must not wait for ever
+                box[1] = DataError(f"{error.filename or 'a file'}: {reason(error)}")
         _wait(lambda: dist.broadcast_object_list(box, src=0, group=self.patient))
         if box[1] is not None:
             raise box[1]

@@ -31,7 +31,7 @@ from llamapro.checkpoints.run import (
     read_state,
     training_checkpoints,
 )
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.training import checkpoint as train_state
 from llamapro.training.checkpoint import Saver, remove_old
 from llamapro.training.distributed import Ranks, process_group
@@ -623,6 +623,35 @@ def seen(two_ranks: Path) -> dict[str, Any]:
     first, second = (json.loads((two_ranks / f"rank-{n}.json").read_text()) for n in (0, 1))
     assert first == second
     return first
+
+
+def test_checkpoints_that_cannot_be_listed_do_not_end_a_run(
+    tmp_path: Path,
+    alone: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The new one is saved; old ones and leftovers wait for the next save."""
+    save_step(tmp_path, 1, alone)
+
+    def broken(path: Any) -> Any:
+        if str(path).endswith("checkpoints"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scandir(path)
+
+    scandir = os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", broken)
+        saved = save_step(tmp_path, 2, alone, keep=1)
+    assert_loads(saved, 2)
+    assert "checkpoints: cannot be listed: Input/output error" in capsys.readouterr().err
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_an_error_of_the_main_rank_s_files_reaches_all(alone: Ranks) -> None:
+    """As a message, because the others wait for it."""
+    with pytest.raises(DataError, match=r"^/nowhere/x: No such file or directory$"):
+        alone.on_main(lambda: Path("/nowhere/x").read_text())
 
 
 WAYS = pytest.mark.parametrize("way", ["foreground", "background"])
