@@ -87,6 +87,7 @@ class MetricsLog:
         write_file(path, "".join(map(_to_line, kept)))
         # Not a Python file: it would look for the end of the file, and write again what has failed.
         self._fd, self._path = os.open(path, os.O_WRONLY | os.O_APPEND), path
+        self._end, self._unwritten = os.fstat(self._fd).st_size, b""
         self._trackers = [
             _Tracker(name, run_dir, resume_step, config or {}) for name in dict.fromkeys(log_to)
         ]
@@ -95,22 +96,12 @@ class MetricsLog:
         """Appends one record; NaN and infinity, which JSON does not have, are written as null.
 
         Raises:
-            OSError: the disk is full, or fails; `filename` names the log, which ends with the
-                record before. Or the log was removed: then it is put back, if there is no other.
+            OSError: the disk is full, or fails; `filename` names the log, which ends with a whole
+                record. This one is kept and written with the next, or when the log is closed. Or
+                the log was removed: then it is put back, if there is no other.
         """
-        was_removed = self._check_place()
-        start = os.fstat(self._fd).st_size
-        try:
-            line = memoryview(_to_line(record).encode())
-            while line:
-                line = line[os.write(self._fd, line) :]
-        except OSError as error:
-            with suppress(OSError):
-                os.ftruncate(self._fd, start)
-            error.filename = str(self._path)
-            raise
-        if was_removed:
-            raise OSError(errno.ESTALE, f"was removed {MEANWHILE}", str(self._path))
+        self._unwritten += _to_line(record).encode()
+        self._write()
         group = "/".join(str(record[key]) for key in ("kind", "set") if key in record)
         numbers = {
             f"{group}/{key}": value
@@ -120,6 +111,24 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.log(numbers, record["step"])
 
+    def _write(self) -> None:
+        was_removed = self._check_place()
+        try:
+            if os.fstat(self._fd).st_size != self._end:
+                os.ftruncate(self._fd, self._end)  # a part of a line
+            line = memoryview(self._unwritten)
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._end)
+            error.filename = str(self._path)
+            raise
+        self._end += len(self._unwritten)
+        self._unwritten = b""
+        if was_removed:
+            raise OSError(errno.ESTALE, f"was removed {MEANWHILE}", str(self._path))
+
     def _check_place(self) -> bool:
         """Puts the log back if it was removed, and returns whether it was."""
         try:
@@ -127,7 +136,8 @@ class MetricsLog:
                 return False
         except FileNotFoundError:
             make_directory(self._path.parent)
-            write_file(self._path, Path(f"/proc/self/fd/{self._fd}").read_bytes())
+            whole = Path(f"/proc/self/fd/{self._fd}").read_bytes()[: self._end]
+            write_file(self._path, whole)
             os.close(self._fd)
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
             return True
@@ -135,6 +145,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files; nothing can be logged afterwards."""
+        with suppress(OSError):
+            self._write()
         os.close(self._fd)
         for tracker in self._trackers:
             tracker.finish()

@@ -118,7 +118,7 @@ class Progress:
 
     def _log(self, record: dict[str, Any]) -> None:
         """Appends a record; if that fails, asks the run to stop."""
-        if self._metrics is None or self._stop.failure:
+        if self._metrics is None:
             return
         try:
             self._metrics.log(record)

@@ -44,6 +44,7 @@ def evaluate(
         loss, tokens = mean_loss(objective, sequences, settings, ranks, stop)
         state.eval[name] = loss
         progress.evaluation(name, loss, tokens)
+    ranks.raise_stopped(stop)  # also if the log could not be written: it is evaluated again
     state.evaluated = state.step
     if state.step == 0:
         state.base_eval = dict(state.eval)

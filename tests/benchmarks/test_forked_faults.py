@@ -51,9 +51,9 @@ def test_a_removed_directory_must_hold_what_was_computed() -> None:
 def test_a_short_campaign_keeps_every_promise(root: Path, tmp_path: Path) -> None:
     """A few faults of all sorts over text, on one process and two."""
     out, script = tmp_path / "result.json", root / "benchmarks" / "forked_faults.py"
-    words = ["--faults", "8", "--seed", "5", "--variants", "text", "--out", out]
+    words = ["--faults", "4", "--seed", "5", "--variants", "text", "--out", out]
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert result["totals"]["faults"] >= 8 and result["wrong"] == result["unprovoked"] == []
+    assert result["totals"]["faults"] >= 4 and result["wrong"] == result["unprovoked"] == []
     assert result["seconds_to_recover"]["median"] > 0

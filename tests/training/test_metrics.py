@@ -1,7 +1,9 @@
 """Metrics: what is logged comes back, survives kills and resumes, and reads well."""
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -240,3 +242,29 @@ def test_run_json_must_be_a_readable_object(tmp_path: Path) -> None:
     (tmp_path / "run.json").unlink()
     with pytest.raises(DataError, match=r"no run\.json; is this a run directory\?"):
         read_run(tmp_path, "pro")
+
+
+def test_a_record_that_could_not_be_written_is_written_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for a moment leaves no gap and no half line."""
+    write, calls = os.write, []
+
+    def full(fd: int, data: bytes) -> int:
+        calls.append(1)
+        if len(calls) == 2:
+            return write(fd, data[:7])
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data)
+
+    with MetricsLog(tmp_path, 0) as log:
+        monkeypatch.setattr(os, "write", full)
+        log.log({"kind": "train", "step": 1})
+        with pytest.raises(OSError, match="No space left"):
+            log.log({"kind": "train", "step": 2})
+        log.log({"kind": "train", "step": 3})
+        calls[:] = [1, 1]
+        with pytest.raises(OSError, match="No space left"):
+            log.log({"kind": "train", "step": 4})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
