@@ -213,34 +213,12 @@ class ModelConfig:
         )
         if wrong:
             raise ConfigError(f"{where}: " + "; ".join(wrong))
-        classes = raw.get("architectures") or [model_type.capitalize()]
-        classes = classes if isinstance(classes, list) else [classes]
-        if not any(str(name).startswith(model_type.capitalize()) for name in classes):
-            if "model_type" not in raw:
-                raise ConfigError(
-                    f"{where}: architectures are {classes!r:.80}, model_type is missing"
-                )
-            warn(
-                f"config.json: model_type {model_type!r} counts, not architectures {classes!r:.80}"
-            )
+        _compare_class(raw, model_type, where)
         if dropout := raw.get("attention_dropout"):
             warn(f"config.json: attention_dropout {dropout!r:.80} is not applied, in training too")
         if raw.get("llamapro") is None:
             return config
-        record = ExpansionRecord.from_dict(raw["llamapro"], config.num_hidden_layers, where)
-        rows = record.base_vocab_size
-        if rows is not None and not 0 < rows < config.vocab_size:
-            raise ConfigError(
-                f"{where}: the 'llamapro' record has base_vocab_size {rows}, impossible for "
-                f"vocab_size {config.vocab_size}"
-            )
-        if record.computation is not None and record.computation != config.computation:
-            raise ConfigError(
-                f"{where}: edited since the base was expanded: "
-                f"{'; '.join(differences(record.computation, config.computation))}; put it back, "
-                "or edit the base's config.json and expand that again"
-            )
-        return dataclasses.replace(config, expansion=record)
+        return dataclasses.replace(config, expansion=_read_record(config, where))
 
     @property
     def computation(self) -> dict[str, Any]:
@@ -270,6 +248,34 @@ class ModelConfig:
             raw.setdefault("rope_theta", self.rope_theta)
             raw.setdefault("rope_scaling", rope if self.rope_scaling else None)
         return json.dumps(raw, indent=2) + "\n"
+
+
+def _compare_class(raw: dict[str, Any], model_type: str, where: str) -> None:
+    """Says so if the class is of another family; refuses that if the family is only assumed."""
+    classes = raw.get("architectures") or [model_type.capitalize()]
+    classes = classes if isinstance(classes, list) else [classes]
+    if not any(str(name).startswith(model_type.capitalize()) for name in classes):
+        if "model_type" not in raw:
+            raise ConfigError(f"{where}: architectures are {classes!r:.80}, model_type is missing")
+        warn(f"config.json: model_type {model_type!r} counts, not architectures {classes!r:.80}")
+
+
+def _read_record(config: ModelConfig, where: str) -> ExpansionRecord:
+    """Reads the `llamapro` record; raises ConfigError unless it fits the rest of the file."""
+    record = ExpansionRecord.from_dict(config.raw["llamapro"], config.num_hidden_layers, where)
+    rows = record.base_vocab_size
+    if rows is not None and not 0 < rows < config.vocab_size:
+        raise ConfigError(
+            f"{where}: the 'llamapro' record has base_vocab_size {rows}, impossible for "
+            f"vocab_size {config.vocab_size}"
+        )
+    if record.computation is not None and record.computation != config.computation:
+        raise ConfigError(
+            f"{where}: edited since the base was expanded: "
+            f"{'; '.join(differences(record.computation, config.computation))}; put it back, "
+            "or edit the base's config.json and expand that again"
+        )
+    return record
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -137,9 +137,9 @@ def run(good: Path, count: int, seed: int, tmp_path: Path) -> tuple[int, list[st
 
 def test_damaged_files_end_in_one_message(good: Path, tmp_path: Path) -> None:
     """A few of each kind."""
-    messages, wrong = run(good, 140, 0, tmp_path)
+    messages, wrong = run(good, 76, 0, tmp_path)
     assert not wrong, "\n".join(wrong)
-    assert messages > 70
+    assert messages > 35
 
 
 @pytest.mark.slow
