@@ -19,8 +19,11 @@ from llamapro.errors import DataError, suggest
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import read_object
 
-ROLES = ("system", "user", "assistant", "tool")
-Message = Mapping[str, str]  # role and content
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# Role and content; further keys go to the template as they are. `weight` 0: not trained.
+Message = Mapping[str, Any]
+# Keys of a message, and variables, that a template has to show or they would be lost.
+_SHOWN = ("tool_calls", "reasoning_content", "thinking", "tools", "documents")
 Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
 
 # From the public descriptions of the formats by Meta, Mistral and OpenAI.
@@ -29,6 +32,7 @@ BUILT_IN = {
     for name in ("llama2", "llama3", "mistral", "chatml")
 }
 _MARK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode's noncharacters
+_SPACE, _CONTENT = "\u2581", "\ue000"  # sentencepiece's space; a private character
 _RESERVED = re.compile(f"[{_MARK}{_START}{_END}]")
 _BORDER = re.compile(f"([{_START}{_END}])")
 
@@ -40,6 +44,7 @@ class ChatTemplate:
         source: the template.
         origin: the file it came from, or the name of a built-in one.
         date: what `strftime_now` formats in the template; None means now.
+        prints_date: whether the template asks for it.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, origin: str) -> None:
@@ -52,11 +57,15 @@ class ChatTemplate:
             ) from None
         self.source, self.origin = source, origin
         self.date: datetime.datetime | None = None
+        self.prints_date = "strftime_now" in source
         self._tokenizer = tokenizer
-        names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+        names = {token.id: name for name, token in tokenizer.added.items()}
         # A token that is missing is not defined, instead of "": some templates test for it.
         frame = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self._variables = {key: names.get(i) for key, i in frame.items() if i is not None}
+        self._token_names: dict[str, str | None] = dict(tokenizer.named_tokens)
+        self._token_names |= {key: names.get(i) for key, i in frame.items() if i is not None}
+        # Control tokens, and those that the template writes itself, flagged special or not.
+        self._control = {t.id for n, t in tokenizer.added.items() if t.special or n in source}
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -85,7 +94,7 @@ class ChatTemplate:
         if template in BUILT_IN:
             source = BUILT_IN[template]
             used = set(re.findall(r"<\|\w+\|>", source))
-            if missing := sorted(used - tokenizer.special_tokens.keys()):
+            if missing := sorted(used - tokenizer.added.keys()):
                 raise DataError(
                     f"{tokenizer.path}: has no {', '.join(missing)}, which the chat template "
                     f"{template!r} needs: use the template of this model"
@@ -118,13 +127,18 @@ class ChatTemplate:
         config = read_object(Path(directory, "tokenizer_config.json"))
         return Path(directory, "chat_template.jinja").exists() or bool(config.get("chat_template"))
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Returns a conversation as text, as transformers' `apply_chat_template` does.
 
         Raises:
             DataError: the template fails or refuses the conversation.
         """
-        return _RESERVED.sub("", self._render(messages, add_generation_prompt))
+        return _RESERVED.sub("", self._render(messages, add_generation_prompt, variables or {}))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids up to where the assistant's next answer begins.
@@ -136,50 +150,82 @@ class ChatTemplate:
             raise DataError("; ".join(problems))
         return self._tokenize(_BORDER.sub("", self._render(messages, True)))[0]
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def encode(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], list[bool]]:
         """Returns the token ids of a conversation and which of them are trained.
 
         No BOS is added to the template's. A token is trained if it lies wholly in a turn of the
         assistant, which includes the end-of-turn token and excludes the header. A turn is what
         {% generation %} encloses. Without that tag it is what the turn adds to the rendering of the
-        turns before it, up to its last control token if only white space follows.
+        turns before it, up to its last control token if only white space follows. A turn whose
+        `weight` is 0 is not trained.
+
+        Args:
+            messages: role, content and what else the template shows.
+            variables: further variables of the template, such as `tools`.
 
         Raises:
             DataError: `check_messages` finds problems, the template fails, or it does not show
                 where the assistant's turns begin.
         """
-        if problems := check_messages(messages):
+        variables = variables or {}
+        problems = check_messages(messages)
+        given = {key for message in messages for key, value in message.items() if value}
+        lost = (given | variables.keys()).intersection(_SHOWN)
+        lost -= {key for key in _SHOWN if key in self.source}
+        problems += [f"the chat template does not show {key!r}" for key in sorted(lost)]
+        if problems:
             raise DataError("; ".join(problems))
-        marked = self._render(messages)
+        marked = self._render(messages, False, variables)
         ids, extents = self._tokenize(_BORDER.sub("", marked))
+        weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         if _START in marked:
             spans = _tagged_spans(marked)
+            if not all(weights) and len(spans) != len(weights):
+                raise DataError(
+                    f"{self.origin}: has {len(spans)} {{% generation %}} for {len(weights)} turns "
+                    "of the assistant, so a turn's 'weight' cannot be honoured"
+                )
         else:
-            spans = [self._strip_tail(s, ids, extents) for s in self._added_spans(messages)]
+            spans = [
+                self._strip_tail(s, ids, extents) for s in self._added_spans(messages, variables)
+            ]
+        if not all(weights):
+            spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
         trained = [
             any(first <= start < last and end <= last for first, last in spans)
             for start, end in extents
         ]
-        if not any(trained):
+        if not any(trained) and any(weights):
             raise DataError(f"{self.origin}: the template shows nothing of the assistant's turns")
         return ids, trained
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Returns the text with marks in it."""
+        frame: dict[str, Any] = {"tools": None, "documents": None} | self._token_names
         try:
             return self._template.render(
-                messages=[
-                    {key: self._names.sub(rf"\1{_MARK}", text) for key, text in message.items()}
-                    for message in messages
-                ],
+                **frame | self._marked(dict(variables or {})),
+                messages=[self._marked(dict(message)) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
                 strftime_now=(self.date or datetime.datetime.now()).strftime,
-                **self._variables,
             )
         except Exception as error:  # a template is a program: any error is one of its own
             raise DataError(f"{self.origin}: {type(error).__name__}: {error}") from None
+
+    def _marked(self, value: Any) -> Any:
+        """Returns a value in whose texts the names of tokens are broken by marks."""
+        if isinstance(value, str):
+            return self._names.sub(rf"\1{_MARK}", value)
+        if isinstance(value, dict):
+            return {key: self._marked(item) for key, item in value.items()}
+        return [self._marked(item) for item in value] if isinstance(value, list) else value
 
     def _tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Returns the ids of a text and the span of each."""
@@ -194,11 +240,15 @@ class ChatTemplate:
             whole = b"".join(pieces)
             if len(part_ids) == 1 and not whole:  # a control token
                 spans.append((begin, end))
-            elif whole in (raw, b" " + raw):
-                position = end - len(whole)  # a space put before the text is not part of it
+            elif whole.endswith(shown := part.replace(_SPACE, " ").encode()) and (
+                whole[: -len(shown)] in (b"", b" ")
+            ):
+                # Sentencepiece writes a space as U+2581, so that character is one for it.
+                places = _places(part, begin)
+                position = len(shown) - len(whole)  # -1: a space put before the text is no part
                 for piece in pieces:
                     start, position = position, position + len(piece)
-                    spans.append((max(start, begin), max(position, begin)))
+                    spans.append((places[max(start, 0)], places[max(position, 0)]))
             else:
                 raise DataError(
                     f"{self._tokenizer.path}: changes the text {part[:40]!r}, so that nobody can "
@@ -207,16 +257,23 @@ class ChatTemplate:
             begin = end
         return ids, spans
 
-    def _added_spans(self, messages: Sequence[Message]) -> list[Span]:
+    def _added_spans(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[Span]:
         """Returns the assistant's turns: what each adds to the turns before it."""
         fix = "put {% generation %} around the assistant's text in a template of your own"
-        full = self.render(messages)
+        full = self.render(messages, False, variables)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.render(messages[:index], add_generation_prompt=True)
-            after = self.render(messages[: index + 1])
+            after = self.render(messages[: index + 1], False, variables)
+            if index == 0:  # nothing to render before it: its header ends where the content begins
+                shown = self.render([{**message, "content": _CONTENT}], False, variables)
+                header, _, tail = shown.partition(_CONTENT)
+                if not (full.startswith(after) and after.startswith(header) and _CONTENT in shown):
+                    raise DataError(f"{self.origin}: turn 1: the template hides where it begins")
+                spans.append((len(header.encode()), len(after.encode())))
+                continue
+            before = self.render(messages[:index], True, variables)
             if not (after.startswith(before) and full.startswith(after)):
                 raise DataError(
                     f"{self.origin}: turn {index + 1}: the template renders earlier turns "
@@ -227,7 +284,7 @@ class ChatTemplate:
             header, _, tail = added.partition(message["content"].strip())
             # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
             # first template puts the next header behind every answer.
-            ignores_prompt = before == self.render(messages[:index])
+            ignores_prompt = before == self.render(messages[:index], False, variables)
             if ignores_prompt and (header.strip() or "assistant" in tail.lower()):
                 raise DataError(
                     f"{self.origin}: turn {index + 1}: the template ignores add_generation_prompt, "
@@ -242,10 +299,9 @@ class ChatTemplate:
         inside = [n for n, (start, end) in enumerate(extents) if first <= start and end <= last]
         tail = b""
         for n in reversed(inside):
-            piece = self._tokenizer.bytes_of(ids[n])
-            if not piece and not tail.strip():
+            if ids[n] in self._control and not tail.strip():
                 return first, extents[n][1]
-            tail = piece + tail
+            tail = self._tokenizer.bytes_of(ids[n]) + tail
         return span
 
 
@@ -262,7 +318,7 @@ def check_messages(messages: Sequence[Message], needs_assistant: bool = True) ->
         if not isinstance(content, str):
             kind = "nothing" if content is None else type(content).__name__
             problems.append(f"turn {number}: the content is {kind}, expected a string")
-        elif not content.strip():
+        elif not content.strip() and not message.get("tool_calls"):
             problems.append(f"turn {number}: the content is empty")
         elif _RESERVED.search(content):
             problems.append(
@@ -273,6 +329,18 @@ def check_messages(messages: Sequence[Message], needs_assistant: bool = True) ->
     if needs_assistant and all(message["role"] != "assistant" for message in messages):
         problems.append("no turn of the assistant: nothing to train on")
     return problems
+
+
+def _places(text: str, begin: int) -> list[int]:
+    """Returns where each byte of a text, and its end, lies if U+2581 is one byte, a space."""
+    places = [begin]
+    for character in text:
+        width = len(character.encode())
+        if character == _SPACE:
+            places.append(places[-1] + width)
+        else:
+            places += range(places[-1] + 1, places[-1] + width + 1)
+    return places
 
 
 def _tagged_spans(marked: str) -> list[Span]:

@@ -4,9 +4,10 @@ A problem is noted with its file and row, and reading continues, so that one run
 that has to be repaired. `chat_template.check_messages` checks roles and contents.
 """
 
+import json
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamapro.errors import Problems
 from llamapro.text.chat_template import Message
@@ -23,8 +24,11 @@ _FORMS = (
     ("prompt", "completion"),
     ("query", "response"),  # MetaMathQA
 )
-_KEYS = {"input", "system", "tools"}.union(*_FORMS)
-_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+# What may stand beside it and decides what is learned.
+_BESIDE = ("system", "input", "history", "tools", "documents", "chat_template_kwargs", "weight")
+_FOREIGN = ("functions", "images", "audios", "videos")  # these would be lost
+_KEYS = {*_BESIDE, *_FOREIGN}.union(*_FORMS)
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _EXPECTED = "expected messages, conversations, instruction and output, or prompt and response"
 
 
@@ -57,16 +61,28 @@ class ConversationCounts:
         )
 
 
+class Conversation(NamedTuple):
+    """What a row holds.
+
+    Attributes:
+        messages: role, content and further keys, which the template may show. A `weight` of 0 says
+            that a turn is seen, and not trained.
+        variables: further variables of the template, such as `tools`.
+    """
+
+    messages: list[Message]
+    variables: dict[str, Any]
+
+
 def read_conversations(
     files: Sequence[SourceFile], problems: Problems, counts: ConversationCounts
-) -> Iterator[tuple[str, list[Message]]]:
-    """Yields "file:row", counted from 1, and the messages of each conversation, in order.
+) -> Iterator[tuple[str, Conversation]]:
+    """Yields "file:row", counted from 1, and each conversation, in order.
 
-    A file is `.jsonl` or `.jsonl.gz` (a conversation per line), `.json` (a list of them) or
-    `.parquet`. Each row is recognised by its keys: `messages` (role, content), `conversations`
-    (ShareGPT: from, value), `instruction`/`input`/`output`, or `prompt` or `query` with `response`
-    or `completion`; a `system` beside them becomes the first message. `problems` gets what cannot
-    be read, by file and row.
+    A file is one that `rows` reads. Each row is recognised by its keys: `messages` (role, content),
+    `conversations` (ShareGPT: from, value), `instruction`/`input`/`output` with a `history` of
+    pairs, or `prompt` or `query` with `response` or `completion`; a `system` beside them becomes
+    the first message. `problems` gets what cannot be read, by file and row.
     """
     for file in files:
         if file.left_out or not (file.is_named or has_rows(file.path)):
@@ -74,25 +90,30 @@ def read_conversations(
             continue
         for location, row in read_rows(file.path, problems.add, _known_columns, "conversation"):
             try:
-                messages = to_messages(row)
+                conversation = to_conversation(row)
             except ValueError as error:
                 problems.add(f"{location}: {error}")
             else:
-                yield location, messages
+                yield location, conversation
 
 
-def to_messages(row: dict[str, Any]) -> list[Message]:
-    """Returns the messages of a row, each a role and a content; text parts are joined.
+def to_conversation(row: dict[str, Any]) -> Conversation:
+    """Returns the conversation of a row; text parts of contents are joined.
 
     Raises:
-        ValueError: the row is no conversation, or holds more than text.
+        ValueError: the row is no conversation, holds more than text, or has a key that would change
+            what is learned and is not understood.
     """
     row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
     form = _form(row)
     if form is None:
         raise ValueError(f"no conversation (found keys: {quote_names(row)}); {_EXPECTED}")
-    if row.get("tools"):
-        raise ValueError("'tools' are not supported: remove the row, or the key")
+    for key in _FOREIGN:
+        if row.get(key):
+            fix = "name them 'tools'" if key == "functions" else "only text is trained on"
+            raise ValueError(f"{key!r} are not read: {fix}")
+    if row.get("weight", 1) != 1:
+        raise ValueError(f"'weight' is {row['weight']!r}: only turns have one, 0 or 1")
     if len(form) == 1:
         turns = row[form[0]]
         if not isinstance(turns, list):
@@ -103,10 +124,41 @@ def to_messages(row: dict[str, Any]) -> list[Message]:
             if not isinstance(question, str) or not isinstance(row["input"], str):
                 raise ValueError("'instruction' and 'input' are not both strings")
             question = f"{question}\n\n{row['input']}"
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        turns = [*_history(row), *_turns(question, "user"), *_turns(answer, "assistant")]
     if row.get("system"):
         turns = [{"role": "system", "content": row["system"]}, *turns]
-    return [_to_message(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
+    messages = [_to_message(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
+    return Conversation(messages, _variables(row))
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    """Returns the turns of a question or an answer: those of a list, or one that is a text."""
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _history(row: dict[str, Any]) -> list[Any]:
+    """Returns the turns before the question, which LLaMA-Factory keeps as pairs."""
+    turns = []
+    for pair in row.get("history") or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError("'history' is not a list of pairs, a question and its answer")
+        turns += [*_turns(pair[0], "user"), *_turns(pair[1], "assistant")]
+    return turns
+
+
+def _variables(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the variables of the template that a row has; tools may be a text of JSON."""
+    variables = dict(row.get("chat_template_kwargs") or {})
+    for key in ("tools", "documents"):
+        value = row.get(key)
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
+        if value:
+            variables[key] = value
+    return variables
 
 
 def _form(keys: Container[str]) -> tuple[str, ...] | None:
@@ -115,14 +167,13 @@ def _form(keys: Container[str]) -> tuple[str, ...] | None:
 
 
 def _to_message(turn: Any, place: str) -> Message:
-    """Returns the role and content of a turn; raises ValueError."""
+    """Returns a turn with role, content, its other keys and, if it has one, its weight.
+
+    Raises:
+        ValueError: it has no role or more than text, or a weight that cannot be honoured.
+    """
     if not isinstance(turn, dict):
         raise ValueError(f"{place}: expected role and content, found {type(turn).__name__}")
-    if turn.get("tool_calls"):
-        raise ValueError(
-            f"{place}: 'tool_calls' are not supported: remove the conversation, or write them as "
-            f"text"
-        )
     role, content = turn.get("role"), turn.get("content")
     if role is None and "from" in turn:
         role, content = turn["from"], turn.get("value")
@@ -141,7 +192,29 @@ def _to_message(turn: Any, place: str) -> Message:
         if len(texts) < len(parts):
             raise ValueError(f"{place}: the content has a part of type text without a text")
         content = "".join(texts)
-    return {"role": role, "content": content}
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    known = ("role", "content", "from", "value", "weight", "train", "loss")
+    others = {key: v for key, v in turn.items() if key not in known and v is not None}
+    return {"role": role, "content": content} | others | _weight(turn, role, place)
+
+
+def _weight(turn: dict[str, Any], role: str, place: str) -> dict[str, int]:
+    """Returns {"weight": 0} for a turn that is not trained, {} for others.
+
+    OpenAI says it by `weight`, axolotl by `train`, ms-swift by `loss`.
+    """
+    for key in ("train_on_input", "train_detail", "training_detail"):
+        if turn.get(key):
+            raise ValueError(f"{place}: {key!r} is not read; cut the turn, or give it a weight")
+    said = {key: turn[key] for key in ("weight", "train", "loss") if turn.get(key) is not None}
+    if wrong := [f"{key!r} is {value!r}" for key, value in said.items() if value not in (0, 1)]:
+        raise ValueError(f"{place}: {wrong[0]}; only 0 and 1 are understood")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise ValueError(f"{place}: {' and '.join(map(repr, said))} contradict each other")
+    if role != "assistant" and any(said.get(key) for key in ("train", "loss")):
+        raise ValueError(f"{place}: only turns of the assistant are trained, this is of {role!r}")
+    return {} if all(said.values()) else {"weight": 0}
 
 
 def _known_columns(columns: list[str]) -> list[str]:

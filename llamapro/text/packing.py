@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from llamapro.errors import DataError, Problems
 from llamapro.ops import IGNORE_INDEX
-from llamapro.text.chat_template import ChatTemplate, Message
-from llamapro.text.conversations import ConversationCounts, read_conversations
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.conversations import Conversation, ConversationCounts, read_conversations
 from llamapro.text.source_files import find_files
 from llamapro.text.store import Int64s, TokenStore, cached
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TRAINED = 1 << 31  # set in a stored token of an assistant's turn; ids are far below it
 
 
@@ -41,7 +41,8 @@ def tokenize_conversations(
 
     Args:
         sources: label -> patterns as for `find_files`; each becomes a store.
-        template: checks, renders and tokenises; its source is part of the cache's key.
+        template: checks, renders and tokenises; its source, and the date that it prints, are part
+            of the cache's key.
         tokenizer_sha256: the tokenizer's fingerprint, part of the key as well.
         cache_dir: the directory of all stores.
 
@@ -60,7 +61,8 @@ def tokenize_conversations(
         files = find_files(patterns)
         counts = ConversationCounts()
         index = {"tokenizer_sha256": tokenizer_sha256, "dtype": "uint32", "counts": counts}
-        made_of = [tokenizer_sha256, template_sha256, [file.state() for file in files]]
+        day = str(template.date) if template.prints_date else ""
+        made_of = [tokenizer_sha256, template_sha256, day, [file.state() for file in files]]
         key = ["conversations", FORMAT_VERSION, *made_of]
         earlier = len(problems)
         conversations = read_conversations(files, problems, counts)
@@ -76,7 +78,7 @@ def tokenize_conversations(
 
 
 def _encode_all(
-    conversations: Iterable[tuple[str, list[Message]]],
+    conversations: Iterable[tuple[str, Conversation]],
     template: ChatTemplate,
     problems: Problems,
     counts: ConversationCounts,
@@ -89,9 +91,10 @@ def _encode_all(
     """
     earlier = len(problems)
     lengths: list[int] = []
-    for location, messages in tqdm(conversations, label, unit=" conversations", disable=None):
+    for location, conversation in tqdm(conversations, label, unit=" conversations", disable=None):
+        messages, variables = conversation
         try:
-            ids, trained = template.encode(messages)
+            ids, trained = template.encode(messages, variables)
         except DataError as error:
             problems.add(f"{location}: {error}")
             continue

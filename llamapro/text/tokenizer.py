@@ -46,6 +46,8 @@ class Tokenizer:
         suffix: ids put after a document: EOS, or nothing if there is no EOS or it begins the next
             document anyway.
         special_tokens: control tokens, name to id.
+        added: control tokens and others that were not trained with the vocabulary, by name.
+        named_tokens: names of tokens by the role that the files give them, such as "pad_token".
         adds_space: whether a space is put before every text, as sentencepiece does.
         fingerprint: SHA-256, in hexadecimal, of what decides the ids: the vocabulary's file, and
             added tokens, BOS and EOS where other files change them, and where they are put.
@@ -68,7 +70,11 @@ class Tokenizer:
             # A reserved token may get a name here; two names for one id would be ambiguous.
             tokens = {n: t for n, t in tokens.items() if n == name or t.id != token.id}
             tokens[name] = token
-        self._tokens = tokens
+        self.added = self._tokens = tokens
+        extra = names.get("extra_special_tokens")
+        named = names | (extra if isinstance(extra, dict) else {})
+        roles = {key: name_of(token) for key, token in named.items() if key.endswith("_token")}
+        self.named_tokens = {key: name for key, name in roles.items() if isinstance(name, str)}
         self._encode_text = vocabulary.encode
         self._pieces = vocabulary.pieces | {
             token.id: b"" if token.special else name.encode() for name, token in tokens.items()

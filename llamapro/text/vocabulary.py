@@ -315,6 +315,7 @@ def added_tokens(
         DataError: an entry is not a token, or two files disagree about its id.
     """
     lists = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    lists = [[*found.values()] if isinstance(found, dict) else found for found in lists]
     roles = {name_of(token) for key, token in names.items() if key.endswith("_token")}
     roles |= {name_of(token) for tokens in lists for token in tokens}
     sources: dict[str, list[dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from datetime import date
 
 from llamapro import backends
 from llamapro.errors import ConfigError, suggest
@@ -47,6 +48,10 @@ def check(settings: Settings, world_size: int) -> None:
             f"data.weights has {len(s.data.weights)} numbers for {len(s.data.train)} sources in "
             "data.train"
         )
+    try:
+        date.fromisoformat(s.data.date or "2024-01-01")
+    except ValueError:
+        wrong.append(f"data.date is {s.data.date!r}, expected a day such as '2024-07-26'")
     flat = flatten(s)
     for expected, is_impossible, keys in LIMITS:
         wrong += [

@@ -8,7 +8,9 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from llamapro.checkpoints.hub import resolve
 from llamapro.checkpoints.run import load_state, newest_intact, training_checkpoints
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.config import ModelConfig
-from llamapro.errors import ConfigError
+from llamapro.errors import ConfigError, UserError
 from llamapro.files import reason, user_path
 from llamapro.formatting import format_count
 from llamapro.inference.sampling import end_ids
@@ -107,6 +109,9 @@ class Job:
         run_dir = user_path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)
         resume_from = earlier[-1] if earlier else None
+        if template is not None and template.prints_date:
+            settings = _with_date(settings, resume_from)
+            template.date = datetime.fromisoformat(settings.data.date)
         plan = make_plan(settings, config, _compute_dtype(settings), run_dir, resume_from)
         return cls(
             settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from, plan
@@ -207,6 +212,16 @@ class Job:
             text += ", stopped by a signal: the same command continues"
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in state.eval.items())
         return result, f"{text}; {losses}" if losses else text
+
+
+def _with_date(settings: Settings, resume_from: Path | None) -> Settings:
+    """Returns the settings with the day that the run's data have: given, recorded, or today."""
+    recorded = ""
+    if resume_from is not None:
+        with suppress(UserError):  # a damaged checkpoint is told where it is read
+            recorded = load_state(resume_from)["settings"].get("data.date", "")
+    day = settings.data.date or recorded or datetime.now().date().isoformat()
+    return replace(settings, data=replace(settings.data, date=day))
 
 
 def _compute_dtype(settings: Settings) -> torch.dtype:

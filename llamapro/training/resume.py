@@ -152,7 +152,7 @@ def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
 FREE_TO_CHANGE = {
     "config", "run_dir", "processes", "resume.allow", "log_every", "log_seconds", "log_to",
     "log_spikes", "dry_run", "json",
-    "data.cache_dir", "data.workers",
+    "data.cache_dir", "data.workers", "data.date",  # the hashes of the data decide
     "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
     "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
     "optim.final_lr_ratio", "optim.skip_bad_steps", "eval.every", "eval.sequences",

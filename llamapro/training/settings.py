@@ -43,6 +43,8 @@ class DataSettings:
     chat_template: str = ""
     """Template of conversations: llama2, llama3, mistral, chatml or a .jinja file; empty takes the
     model's own."""
+    date: str = ""
+    """Day that chat templates print as today's, YYYY-MM-DD; empty takes the day the run began."""
     too_long: Literal["drop", "truncate", "split"] = "drop"
     """Treatment of a conversation that is longer than a sequence."""
     seq_len: int = 4096

@@ -355,6 +355,114 @@ def test_a_prompt_needs_no_answer(tokenizer: Tokenizer) -> None:
         template.encode_prompt([{"role": "user", "content": ""}])
 
 
+@pytest.mark.parametrize("source", [TAGGED, without_tags(BUILT_IN["chatml"])], ids=["tagged", "no"])
+def test_a_turn_of_weight_0_is_seen_and_not_trained(tokenizer: Tokenizer, source: str) -> None:
+    """The ids are the same; a conversation without a weight has no trained token."""
+    template = ChatTemplate(source, tokenizer, "their.jinja")
+    first, last = [{**m, "weight": 0} for m in (CHAT[2], CHAT[4])]
+    ids, trained = template.encode(CHAT)
+    whole = answers_of(tokenizer, ids, trained)
+    for messages, expected in (
+        ([*CHAT[:2], first, *CHAT[3:]], whole[1:]),
+        ([*CHAT[:4], last], whole[:1]),
+        ([*CHAT[:2], first, CHAT[3], last], []),
+    ):
+        found, marks = template.encode(messages)
+        assert found == ids and answers_of(tokenizer, found, marks) == expected
+
+
+SPEAKS_FIRST = {
+    "first": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
+    "{% endif %}{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}",
+    "bos inside": "{% for m in messages %}{% set c = '[' + m['role'] + ']' + m['content'] | trim + "
+    "eos_token %}{% if loop.index0 == 0 %}{% set c = bos_token + c %}{% endif %}{{ c }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}",
+    "prompt in the loop": "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + "
+    "eos_token }}{% if loop.last and add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("source", SPEAKS_FIRST.values(), ids=SPEAKS_FIRST)
+def test_the_assistant_may_speak_first(tokenizer: Tokenizer, source: str) -> None:
+    """Its first turn is trained without the header, like the others."""
+    template = ChatTemplate(source, tokenizer, "their.jinja")
+    ids, trained = template.encode([{"role": "assistant", "content": " Welcome"}, *CHAT[3:]])
+    answers = answers_of(tokenizer, ids, trained)
+    assert answers[1:] == ["No.</s>"]
+    assert answers[0].strip() == "Welcome</s>"
+
+
+def test_what_a_template_does_not_show_is_refused_by_name(tokenizer: Tokenizer) -> None:
+    """Reasoning, tools and calls would be lost. Other keys reach the template, as tools do."""
+    template = ChatTemplate.load("", tokenizer, "chatml")
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+    answer = {"role": "assistant", "content": "", "tool_calls": calls, "reasoning_content": "r"}
+    with pytest.raises(DataError) as error:
+        template.encode([CHAT[1], answer], {"tools": [{"name": "f"}]})
+    for key in ("reasoning_content", "tool_calls", "tools"):
+        assert f"the chat template does not show {key!r}" in str(error.value)
+    source = (
+        "{{ tools | tojson }}{{ deep }}{% for m in messages %}[{{ m.role }} {{ m.name }}]"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.reasoning_content }}{{ m.tool_calls }}"
+        "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    template = ChatTemplate(source, tokenizer, "their.jinja")
+    messages = [CHAT[1] | {"name": "Ann<|eot_id|>"}, answer]
+    variables = {"tools": [{"name": "f"}], "deep": 7}
+    text = template.render(messages, False, variables)
+    assert text.startswith('[{"name": "f"}]7[user Ann<|eot_id|>]')
+    ids, trained = template.encode(messages, variables)
+    assert tokenizer.special_tokens["<|eot_id|>"] not in ids  # a stranger's text, plain characters
+    (trained_text,) = answers_of(tokenizer, ids, trained)
+    assert trained_text.startswith("r[{'function'") and trained_text.endswith("</s>")
+
+
+def test_a_role_s_token_need_not_be_flagged_special(spaced: Path, tmp_path: Path) -> None:
+    """ChatML's tokens in added_tokens.json, not special: found, and the tail is not trained."""
+    path = Path(shutil.copytree(spaced, tmp_path / "model"))
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    size = Tokenizer.load(spaced).vocab_size
+    del config["added_tokens_decoder"]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    names = {"<|im_start|>": size + 1, "<|im_end|>": size}
+    (path / "added_tokens.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer.load(path)
+    assert not names.keys() & tokenizer.special_tokens.keys()
+    template = ChatTemplate("".join(without_tags(BUILT_IN["chatml"])), tokenizer, "chatml")
+    ids, trained = template.encode(CHAT)
+    assert ids.count(size + 1) == 5 and ids.count(size) == 5
+    last = [i for i, is_trained in zip(ids, trained, strict=True) if is_trained][-1]
+    assert last == size
+    assert ChatTemplate.load("", tokenizer, "chatml").encode(CHAT) == (ids, trained)
+
+
+def test_sentencepiece_s_space_in_a_text_is_a_space(spaced: Path) -> None:
+    """U+2581 comes from progress bars; transformers' ids, and the turns' borders, are kept."""
+    tokenizer = Tokenizer.load(spaced)
+    template = ChatTemplate.load("", tokenizer, "chatml")
+    load = {"role": "assistant", "content": "\u2581\u2582\u2583 rising"}
+    plain = {"role": "assistant", "content": " \u2582\u2583 rising"}
+    ids, trained = template.encode([CHAT[1], load])
+    assert (ids, trained) == template.encode([CHAT[1], plain])
+    assert sum(trained) > 3
+
+
+def test_templates_have_the_named_tokens(spaced: Path, tmp_path: Path) -> None:
+    """unk, pad and a model's own names reach the template as in transformers."""
+    path = Path(shutil.copytree(spaced, tmp_path / "model"))
+    file = path / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"pad_token": "<unk>"}
+    config["extra_special_tokens"] = {"image_token": "<|im_start|>"}
+    file.write_text(json.dumps(config))
+    source = "{{ bos_token }}{{ unk_token }}{{ pad_token }}{{ image_token }}{{ sep_token }}"
+    assert ChatTemplate(source, Tokenizer.load(path), "x").render(CHAT) == (
+        "<s><unk><unk><|im_start|>"
+    )
+
+
 def test_missing_jinja_is_told_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from llamapro.errors import DataError, Problems
-from llamapro.text.chat_template import Message
-from llamapro.text.conversations import ConversationCounts, read_conversations, to_messages
+from llamapro.text.conversations import (
+    Conversation,
+    ConversationCounts,
+    read_conversations,
+    to_conversation,
+)
 from llamapro.text.source_files import find_files
 
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -19,7 +23,7 @@ ROW = {"messages": ASKED}
 IN_PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
 
 
-def read(*paths: Path) -> tuple[list[tuple[str, list[Message]]], Problems]:
+def read(*paths: Path) -> tuple[list[tuple[str, Conversation]], Problems]:
     """Returns what is read from files or folders, and the problems."""
     problems, counts = Problems(limit=20), ConversationCounts()
     files = find_files([str(path) for path in paths])
@@ -48,23 +52,55 @@ def write(path: Path, *rows: Any) -> Path:
         {"instruction": "Hi", "input": "", "output": "Hello"},
         {"prompt": "Hi", "response": "Hello"},
         {"prompt": "Hi", "completion": "Hello"},
+        {"prompt": ASKED[:1], "completion": ASKED[1:]},
+        {"prompt": ASKED[:1], "completion": "Hello"},
+        {"instruction": "Hi", "output": "Hello", "history": []},
+        {"messages": [ASKED[0], ASKED[1] | {"weight": 1, "name": None}]},
         {"query": "Hi", "response": "Hello", "type": "MATH"},
         {"messages": [{"role": "user", "content": IN_PARTS}, ASKED[1]]},
     ],
 )
 def test_every_form_of_a_row_gives_the_same_messages(row: dict[str, Any]) -> None:
     """messages, ShareGPT, Alpaca, prompt and answer, and contents in parts mean the same."""
-    assert to_messages(row) == ASKED
+    assert to_conversation(row) == (ASKED, {})
 
 
 def test_input_and_system_become_part_of_the_conversation() -> None:
     """Alpaca's input follows the instruction; a system text is the first message."""
     row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief."}
-    assert [(m["role"], m["content"]) for m in to_messages(row)] == [
+    assert [(m["role"], m["content"]) for m in to_conversation(row).messages] == [
         ("system", "Be brief."),
         ("user", "Add\n\n1 2"),
         ("assistant", "3"),
     ]
+
+
+def test_history_comes_before_the_question() -> None:
+    """Pairs, as LLaMA-Factory keeps them, after the system's text."""
+    row = {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"}
+    found = [(m["role"], m["content"]) for m in to_conversation(row).messages]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert found == list(zip(roles, "sabcd", strict=True))
+
+
+@pytest.mark.parametrize("said", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]) -> None:
+    """Whatever tool wrote it; what else a turn has is for the template."""
+    turns = [
+        ASKED[0] | {"name": "Ann"},
+        ASKED[1] | said | {"reasoning_content": "r"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+        {"from": "observation", "value": "sunny", "tool_call_id": "7"},
+        ASKED[1],
+    ]
+    tools = [{"type": "function"}]
+    row = {"messages": turns, "tools": json.dumps(tools), "chat_template_kwargs": {"deep": True}}
+    messages, variables = to_conversation(row)
+    assert [m.get("weight", 1) for m in messages] == [1, 0, 1, 1, 1]
+    assert messages[0]["name"] == "Ann" and messages[1]["reasoning_content"] == "r"
+    assert messages[2]["content"] == "" and messages[2]["tool_calls"] == turns[2]["tool_calls"]
+    assert messages[3] == {"role": "tool", "content": "sunny", "tool_call_id": "7"}
+    assert variables == {"deep": True, "tools": tools}
 
 
 @pytest.mark.parametrize(
@@ -77,15 +113,25 @@ def test_input_and_system_become_part_of_the_conversation() -> None:
         ({"messages": [{"content": "x"}]}, "turn 1: no role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type image"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "without a text"),
-        ({"messages": [{**ASKED[1], "tool_calls": [1]}]}, "turn 1: 'tool_calls' are not supported"),
-        ({**ROW, "tools": [{"name": "f"}]}, "'tools' are not supported"),
+        ({**ROW, "tools": "not JSON"}, "'tools' is a text that is no JSON"),
+        ({**ROW, "functions": [{"name": "f"}]}, "'functions' are not read: name them 'tools'"),
+        ({**ROW, "images": ["a.png"]}, "'images' are not read: only text"),
+        ({**ROW, "weight": 0.5}, "'weight' is 0.5: only turns have one, 0 or 1"),
+        ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, "turn 2: 'weight' is 0.5; only 0"),
+        ({"messages": [{**ASKED[0], "train": True}, ASKED[1]]}, "turn 1: only turns of the assi"),
+        ({"messages": [{**ASKED[1], "train_detail": [{}]}]}, "turn 1: 'train_detail' is not read"),
+        (
+            {"messages": [{**ASKED[1], "weight": 1, "train": False}]},
+            "turn 1: 'weight' and 'train' contradict each other",
+        ),
+        ({"instruction": "x", "output": "y", "history": ["z"]}, "'history' is not a list of pairs"),
         ({"instruction": "x", "input": 3, "output": "y"}, "'instruction' and 'input'"),
     ],
 )
 def test_row_of_another_form_is_refused_not_guessed(row: Any, problem: str) -> None:
     """A row that cannot be trained on as it stands is refused with what was found."""
     with pytest.raises(ValueError, match=re.escape(problem)):
-        to_messages(row)
+        to_conversation(row)
 
 
 def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
@@ -106,7 +152,7 @@ def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
         "c.json:1",
         "c.json:2",
     ]
-    assert all(messages == ASKED for _, messages in found)
+    assert all(conversation == (ASKED, {}) for _, conversation in found)
     assert counts.other_files == 1
     assert "1 files that are not" in counts.describe()
 
@@ -123,7 +169,7 @@ def test_parquet_is_read_and_its_mistakes_are_named(
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(good.read_bytes()[:-20])
     found, problems = read(good, tmp_path / "share.parquet", columns, broken)
-    assert [(where.removeprefix(f"{tmp_path}/"), messages) for where, messages in found] == [
+    assert [(where.removeprefix(f"{tmp_path}/"), row.messages) for where, row in found] == [
         ("good.parquet:1", ASKED),
         ("good.parquet:3", ASKED),
         ("share.parquet:1", ASKED),

@@ -31,9 +31,11 @@ Read = Callable[..., dict[str, TokenStore]]
 class CharacterTemplate:
     """A token for each character, one before each turn and one after; BOS first."""
 
-    source = "one"
+    source, prints_date, date = "one", False, None
 
-    def encode(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def encode(
+        self, messages: list[Message], variables: dict[str, Any] | None = None
+    ) -> tuple[list[int], list[bool]]:
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError("no assistant turn")
         ids, trained = [BOS], [False]
@@ -248,7 +250,9 @@ def test_conversation_without_a_trained_token_is_left_out_and_counted(
     """A conversation of which the template trains nothing is counted and not stored."""
 
     class Silent(CharacterTemplate):
-        def encode(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+        def encode(
+            self, messages: list[Message], variables: dict[str, Any] | None = None
+        ) -> tuple[list[int], list[bool]]:
             ids, trained = super().encode(messages)
             return ids, [t and messages[0]["content"] != "silent" for t in trained]
 

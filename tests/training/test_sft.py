@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ import torch
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.run import read_metrics
+from llamapro.checkpoints.run import load_state, read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import UserError
 from llamapro.scripts import train
-from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.chat_template import BUILT_IN, ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.training import job
+from llamapro.training.checks import check
+from llamapro.training.preset import parse
 
 TURNS = [("user", "What is {n} + {n}?"), ("assistant", "It is {m}."), ("user", "Sure?")]
 TURNS += [("assistant", "Yes: {n} + {n} = {m}.")]
@@ -105,6 +110,35 @@ def test_the_loss_is_that_of_the_assistants_tokens(
     assert "12 conversations, 48 turns" in done.stderr
     assert "sequences of 160 tokens" in done.stderr and "Yes: " in done.stderr
     assert done.stderr.count("⟦") == done.stderr.count("⟧") >= 2
+
+
+def test_a_template_s_date_is_the_run_s(
+    options: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The day on which the run began, or the one given: it is recorded, and resuming takes it."""
+    clock = tmp_path / "clock.jinja"
+    clock.write_text("{{ strftime_now('%d %b %Y %H:%M') }}" + BUILT_IN["llama2"])
+    days = iter([datetime(2031, 5, 6, 7, 8), datetime(2031, 5, 9, 7, 8)])
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return next(days)
+
+    monkeypatch.setattr(job, "datetime", Clock)
+    changes = {"data__chat_template": clock, "data__cache_dir": tmp_path / "cache"}
+    train.main(options(tmp_path / "run", train__steps=2, **changes))
+    saved = load_state(training_checkpoints(tmp_path / "run")[-1])
+    assert saved["settings"]["data.date"] == "2031-05-06"
+    shutil.rmtree(tmp_path / "cache")  # tokenised anew, on another day
+    train.main(options(tmp_path / "run", train__steps=4, **changes))
+    assert load_state(training_checkpoints(tmp_path / "run")[-1])["step"] == 4
+    opened = job.Job.open(parse(options(tmp_path / "new", data__date="2024-07-26", **changes)))
+    assert opened.template is not None
+    text = opened.template.render([{"role": "user", "content": "hi"}])
+    assert text.startswith("26 Jul 2024 00:00")
+    with pytest.raises(UserError, match=r"data\.date is '1\.5\.31', expected a day such as"):
+        check(parse(options(tmp_path / "new", data__date="1.5.31")), 1)
 
 
 def test_what_cannot_be_used_is_found_before_training(
