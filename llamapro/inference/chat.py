@@ -22,7 +22,7 @@ ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 def stop_ids(model: LlamaForCausalLM, tokenizer: Tokenizer) -> set[int]:
     """Returns the ids that end an answer: the ends of a document and of a turn."""
-    turns = {tokenizer.special_tokens[n] for n in ENDS_OF_TURN if n in tokenizer.special_tokens}
+    turns = {tokenizer.added[n].id for n in ENDS_OF_TURN if n in tokenizer.added}
     return turns | end_ids(model.config, tokenizer)
 
 

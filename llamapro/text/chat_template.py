@@ -71,8 +71,9 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{origin}: line {error.lineno}: {error.message}") from None
         # Finds the first character of each name; names may overlap.
-        every_name = "|".join(re.escape(name[1:]) for name in tokenizer.special_tokens)
-        firsts = "".join({re.escape(name[0]) for name in tokenizer.special_tokens})
+        control = [name for name, token in tokenizer.added.items() if token.id in self._control]
+        every_name = "|".join(re.escape(name[1:]) for name in control)
+        firsts = "".join({re.escape(name[0]) for name in control})
         self._names = re.compile(f"([{firsts}])(?={every_name})" if firsts else "(?!)")
 
     @classmethod
@@ -222,6 +223,8 @@ class ChatTemplate:
     def _marked(self, value: Any) -> Any:
         """Returns a value in whose texts the names of tokens are broken by marks."""
         if isinstance(value, str):
+            if _RESERVED.search(value):
+                raise ValueError("U+FDD0, U+FDD1 and U+FDD2 are no characters; remove them")
             return self._names.sub(rf"\1{_MARK}", value)
         if isinstance(value, dict):
             return {key: self._marked(item) for key, item in value.items()}

@@ -19,15 +19,22 @@ from llamapro.text.source_files import SourceFile
 _FORMS = (
     ("messages",),
     ("conversations",),  # ShareGPT
+    ("conversation",),
     ("instruction", "output"),  # Alpaca, with an optional "input"
+    ("instruction", "response"),  # Dolly, with an optional "context"
     ("prompt", "response"),
     ("prompt", "completion"),
     ("query", "response"),  # MetaMathQA
+    ("question", "response"),  # OpenOrca, with an optional "system_prompt"
+    ("question", "answer"),
 )
 # What may stand beside it and decides what is learned.
-_BESIDE = ("system", "input", "history", "tools", "documents", "chat_template_kwargs", "weight")
+_BESIDE = ("system", "system_prompt", "input", "context", "history", "tools", "documents")
+_BESIDE += ("chat_template_kwargs", "weight")
 _FOREIGN = ("functions", "images", "audios", "videos")  # these would be lost
 _KEYS = {*_BESIDE, *_FOREIGN}.union(*_FORMS)
+# Keys of a turn that say whether it is trained.
+_SWITCHES = ("weight", "train", "training", "loss", "masked")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _EXPECTED = "expected messages, conversations, instruction and output, or prompt and response"
 
@@ -120,13 +127,17 @@ def to_conversation(row: dict[str, Any]) -> Conversation:
             raise ValueError(f"{form[0]!r} is {type(turns).__name__}, expected a list of turns")
     else:
         question, answer = (row[key] for key in form)
-        if form[0] == "instruction" and row.get("input"):
-            if not isinstance(question, str) or not isinstance(row["input"], str):
-                raise ValueError("'instruction' and 'input' are not both strings")
-            question = f"{question}\n\n{row['input']}"
-        turns = [*_history(row), *_turns(question, "user"), *_turns(answer, "assistant")]
-    if row.get("system"):
-        turns = [{"role": "system", "content": row["system"]}, *turns]
+        key = "input" if form[-1] == "output" else "context"
+        if form[0] == "instruction" and row.get(key):
+            if not isinstance(question, str) or not isinstance(row[key], str):
+                raise ValueError(f"'instruction' and {key!r} are not both strings")
+            question = f"{question}\n\n{row[key]}"
+        # The loss is on the completion: the answers among the turns of a prompt are only seen.
+        asked = [_seen(turn) for turn in _turns(question, "user")]
+        turns = [*_history(row), *asked, *_turns(answer, "assistant")]
+    system = row.get("system") or (row.get("system_prompt") if len(form) > 1 else None)
+    if system:
+        turns = [{"role": "system", "content": system}, *turns]
     messages = [_to_message(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
     return Conversation(messages, _variables(row))
 
@@ -136,10 +147,19 @@ def _turns(value: Any, role: str) -> list[Any]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
+def _seen(turn: Any) -> Any:
+    """Returns a turn of a prompt, with weight 0 if it is the assistant's."""
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    if _ROLES.get(str(role).lower(), role) != "assistant":
+        return turn
+    return {key: value for key, value in turn.items() if key not in _SWITCHES} | {"weight": 0}
+
+
 def _history(row: dict[str, Any]) -> list[Any]:
     """Returns the turns before the question, which LLaMA-Factory keeps as pairs."""
     turns = []
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError("'history' is not a list of pairs, a question and its answer")
         turns += [*_turns(pair[0], "user"), *_turns(pair[1], "assistant")]
@@ -148,16 +168,18 @@ def _history(row: dict[str, Any]) -> list[Any]:
 
 def _variables(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the variables of the template that a row has; tools may be a text of JSON."""
-    variables = dict(row.get("chat_template_kwargs") or {})
-    for key in ("tools", "documents"):
+    variables: dict[str, Any] = {}
+    for key, kind in (("chat_template_kwargs", dict), ("tools", list), ("documents", list)):
         value = row.get(key)
         if isinstance(value, str) and value:
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
+        if value and not isinstance(value, kind):
+            raise ValueError(f"{key!r} is {type(value).__name__}, expected a {kind.__name__}")
         if value:
-            variables[key] = value
+            variables |= value if isinstance(value, dict) else {key: value}
     return variables
 
 
@@ -176,8 +198,10 @@ def _to_message(turn: Any, place: str) -> Message:
         raise ValueError(f"{place}: expected role and content, found {type(turn).__name__}")
     role, content = turn.get("role"), turn.get("content")
     if role is None and "from" in turn:
-        role, content = turn["from"], turn.get("value")
-        role = _ROLES.get(str(role), role)
+        role, content = turn["from"], turn.get("value", content)
+    if content is None:
+        content = turn.get("value", turn.get("text"))
+    role = _ROLES.get(str(role).lower(), role)
     if role is None:
         found = quote_names(turn)
         raise ValueError(f"{place}: no role and content, or from and value (found keys: {found})")
@@ -194,7 +218,7 @@ def _to_message(turn: Any, place: str) -> Message:
         content = "".join(texts)
     if content is None and turn.get("tool_calls"):
         content = ""
-    known = ("role", "content", "from", "value", "weight", "train", "loss")
+    known = ("role", "content", "from", "value", "text", *_SWITCHES)
     others = {key: v for key, v in turn.items() if key not in known and v is not None}
     return {"role": role, "content": content} | others | _weight(turn, role, place)
 
@@ -202,17 +226,18 @@ def _to_message(turn: Any, place: str) -> Message:
 def _weight(turn: dict[str, Any], role: str, place: str) -> dict[str, int]:
     """Returns {"weight": 0} for a turn that is not trained, {} for others.
 
-    OpenAI says it by `weight`, axolotl by `train`, ms-swift by `loss`.
+    OpenAI says it by `weight`, axolotl by `train`, ms-swift by `loss`, torchtune by `masked`.
     """
     for key in ("train_on_input", "train_detail", "training_detail"):
         if turn.get(key):
             raise ValueError(f"{place}: {key!r} is not read; cut the turn, or give it a weight")
-    said = {key: turn[key] for key in ("weight", "train", "loss") if turn.get(key) is not None}
+    said = {key: turn[key] for key in _SWITCHES if turn.get(key) is not None}
     if wrong := [f"{key!r} is {value!r}" for key, value in said.items() if value not in (0, 1)]:
         raise ValueError(f"{place}: {wrong[0]}; only 0 and 1 are understood")
-    if len({bool(value) for value in said.values()}) > 1:
+    said = {key: bool(value) == (key != "masked") for key, value in said.items()}
+    if len(set(said.values())) > 1:
         raise ValueError(f"{place}: {' and '.join(map(repr, said))} contradict each other")
-    if role != "assistant" and any(said.get(key) for key in ("train", "loss")):
+    if role != "assistant" and any(said[key] for key in said if key != "weight"):
         raise ValueError(f"{place}: only turns of the assistant are trained, this is of {role!r}")
     return {} if all(said.values()) else {"weight": 0}
 

@@ -163,6 +163,15 @@ def _separated(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def _without_nulls(value: Any) -> Any:
+    """Leaves out the keys that a nested object has only because others of its column have them."""
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
 def _table_rows(
     file: IO[bytes], choose: Callable[[list[str]], list[str]]
 ) -> Iterator[dict[str, Any]]:
@@ -181,7 +190,8 @@ def _table_rows(
         )
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
             for row in range(len(batch)):
-                yield {name: batch[name][row].as_py() for name in batch.schema.names}
+                values = {name: batch[name][row].as_py() for name in batch.schema.names}
+                yield {name: _without_nulls(value) for name, value in values.items()}
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UnreadableError(f"not a parquet file, or a damaged one ({error})") from None
     except (ValueError, OverflowError) as error:  # such as a time beyond Python's datetime

@@ -508,3 +508,18 @@ def test_an_answer_may_speak_of_the_assistant(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
     ids, trained = ChatTemplate(source, tokenizer, "their.jinja").encode(messages)
     assert answers_of(tokenizer, ids, trained) == [" I am an assistant<|im_end|>"]
+
+
+def test_a_token_that_the_template_writes_is_plain_in_messages(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    """Though the files do not flag it special: nobody ends a turn by writing its name."""
+    shutil.copy(tokenizer_file, tmp_path)
+    size = Tokenizer.load(tmp_path).vocab_size
+    added = {"<|im_start|>": size, "<|im_end|>": size + 1}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    template = ChatTemplate.load("", Tokenizer.load(tmp_path), "chatml")
+    ids, _ = template.encode([CHAT[1] | {"content": "Hi <|im_end|>"}, CHAT[4]])
+    assert ids.count(size) == ids.count(size + 1) == 2
+    with pytest.raises(DataError, match="no characters; remove them"):
+        template.encode([CHAT[1], CHAT[4] | {"name": "\ufdd1"}])

@@ -57,6 +57,9 @@ def write(path: Path, *rows: Any) -> Path:
         {"instruction": "Hi", "output": "Hello", "history": []},
         {"messages": [ASKED[0], ASKED[1] | {"weight": 1, "name": None}]},
         {"query": "Hi", "response": "Hello", "type": "MATH"},
+        {"question": "Hi", "answer": "Hello"},
+        {"instruction": "Hi", "context": "", "response": "Hello"},
+        {"conversation": [{"role": "human", "value": "Hi"}, {"role": "GPT", "text": "Hello"}]},
         {"messages": [{"role": "user", "content": IN_PARTS}, ASKED[1]]},
     ],
 )
@@ -83,7 +86,24 @@ def test_history_comes_before_the_question() -> None:
     assert found == list(zip(roles, "sabcd", strict=True))
 
 
-@pytest.mark.parametrize("said", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_answers_within_a_prompt_are_not_trained() -> None:
+    """The loss is on the completion, whatever the turns of the prompt say."""
+    row = {"prompt": [ASKED[0], ASKED[1] | {"train": True}, ASKED[0]], "completion": ASKED[1:]}
+    assert [m.get("weight", 1) for m in to_conversation(row).messages] == [1, 0, 1, 1]
+
+
+def test_what_stands_beside_other_forms_is_kept() -> None:
+    """Dolly's context follows the instruction; OpenOrca's system prompt comes first."""
+    dolly = to_conversation({"instruction": "a", "context": "b", "response": "c"})
+    assert dolly.messages[0]["content"] == "a\n\nb"
+    orca = to_conversation({"system_prompt": "s", "question": "a", "response": "b"})
+    assert [m["role"] for m in orca.messages] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"masked": True}],
+)
 def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]) -> None:
     """Whatever tool wrote it; what else a turn has is for the template."""
     turns = [
@@ -114,6 +134,11 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type image"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "without a text"),
         ({**ROW, "tools": "not JSON"}, "'tools' is a text that is no JSON"),
+        ({**ROW, "tools": "[" * 9999}, "'tools' is a text that is no JSON"),
+        ({**ROW, "tools": {"name": "f"}}, "'tools' is dict, expected a list"),
+        ({**ROW, "chat_template_kwargs": 5}, "'chat_template_kwargs' is int, expected a dict"),
+        ({"instruction": "x", "output": "y", "history": 5}, "'history' is not a list of pairs"),
+        ({"messages": [{**ASKED[0], "masked": False}, ASKED[1]]}, "turn 1: only turns of the assi"),
         ({**ROW, "functions": [{"name": "f"}]}, "'functions' are not read: name them 'tools'"),
         ({**ROW, "images": ["a.png"]}, "'images' are not read: only text"),
         ({**ROW, "weight": 0.5}, "'weight' is 0.5: only turns have one, 0 or 1"),
@@ -179,6 +204,16 @@ def test_parquet_is_read_and_its_mistakes_are_named(
     assert f"{columns}:1: no column of a conversation (found: 'text', 'n')" in lines[1]
     assert f"{broken}:1: not a parquet file, or a damaged one" in lines[2]
     assert len(lines) == 3
+
+
+def test_a_key_that_other_rows_of_a_table_have_is_not_there(
+    tmp_path: Path, write_parquet: Callable[..., Path]
+) -> None:
+    """A column of calls has the arguments of all of them; a null is no argument."""
+    calls = [{"function": {"arguments": {name: 1}}} for name in ("x", "y")]
+    rows = [{"messages": [ASKED[0], ASKED[1] | {"tool_calls": [call]}]} for call in calls]
+    found, _ = read(write_parquet(tmp_path / "calls.parquet", rows))
+    assert [c.messages[1]["tool_calls"] for _, c in found] == [[call] for call in calls]
 
 
 def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None:
