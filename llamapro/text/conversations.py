@@ -29,10 +29,10 @@ _FORMS = (
     ("question", "answer"),
 )
 # What may stand beside it and decides what is learned.
-_BESIDE = ("system", "system_prompt", "input", "context", "history", "tools", "documents")
-_BESIDE += ("chat_template_kwargs", "weight")
+_BESIDE = ("system", "system_prompt", "input", "context", "history", "weight")
+_VARIABLES = ("tools", "documents", "chat_template_kwargs")
 _FOREIGN = ("functions", "images", "audios", "videos")  # these would be lost
-_KEYS = {*_BESIDE, *_FOREIGN}.union(*_FORMS)
+_KEYS = {*_BESIDE, *_VARIABLES, *_FOREIGN}.union(*_FORMS)
 # Keys of a turn that say whether it is trained.
 _SWITCHES = ("weight", "train", "training", "loss", "masked")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
