@@ -27,6 +27,7 @@ from llamapro.text.vocabulary import (
     prefix_of,
     read_object,
     read_vocabulary,
+    split_otherwise,
 )
 
 FILE_NAME = "tokenizer.model"
@@ -163,6 +164,12 @@ class Tokenizer:
                 raise DataError(
                     f"{path} and {json_path.name} are of different vocabularies; remove the one "
                     f"that is not the model's"
+                )
+            if (probe := split_otherwise(vocabulary, json_path, raw_json)) is not None:
+                warn(
+                    f"{path} and {json_path.name} split {probe!r} into different tokens: "
+                    f"{path.name} counts here, but transformers 5 reads {json_path.name}; remove "
+                    f"the one that the model was not trained with"
                 )
         return cls(directory, files, content, vocabulary, raw_json)
 

@@ -6,6 +6,7 @@ BPE ranks, and tokenizers `tokenizer.json`.
 
 import base64
 import itertools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ LLAMA_3_SPECIAL = [
 # If no file says which tokens begin and end a document, the first of these that exists does.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>")
+# Words, spaces, line ends, digits, other scripts, code: normalisers and cuts differ in these.
+_PROBES = (
+    *("Hello world", " leading and  two   spaces ", "\n\n\ttabs\r\n", "1234567 3.14"),
+    *("naïve Ωμέγα 日本語 😀", "def f(x):\n    return x**2  # ok", "DON'T https://a.b/c?d=e"),
+)
 _INSTALL = "read with {}: pip install 'llamapro[tokenizers]'"
 
 
@@ -196,6 +202,19 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         for names in (_BOS_NAMES, _EOS_NAMES)
     )
     return Vocabulary(encode, json_pieces(path, raw), added, bos, eos)
+
+
+def split_otherwise(vocabulary: Vocabulary, path: Path, raw: dict[str, Any]) -> str | None:
+    """Returns a text that a tokenizer.json splits into other tokens than a vocabulary, or None.
+
+    Two files of the same tokens may differ in merges, normaliser or cuts. Nothing is compared if
+    the tokenizer.json cannot be read, or its library is not there.
+    """
+    try:
+        encode = _read_json(path, json.dumps(raw).encode(), raw).encode
+    except DataError:
+        return None
+    return next((text for text in _PROBES if vocabulary.encode(text) != encode(text)), None)
 
 
 def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:

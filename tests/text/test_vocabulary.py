@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer
 
+from llamapro.conversion.companions import tokenizer_files
 from llamapro.errors import DataError
 from llamapro.text import vocabulary
 from llamapro.text.tokenizer import Tokenizer
@@ -142,6 +143,19 @@ def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, small: Tokeni
     assert alone.path.name == "tokenizer.json" and alone.adds_space
     assert (alone.bos_id, alone.eos_id) == (1, 2)
     assert alone.decode(alone.encode(" a é😀")) == " a é😀"
+
+
+def test_files_that_split_texts_differently_are_said(
+    tmp_path: Path, small: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same tokens without merges give other ids; with those of the model nothing is said."""
+    file = copy_of(small.path, tmp_path, tokenizer=sentencepiece_json(small)) / "tokenizer.json"
+    assert Tokenizer.load(tmp_path).encode("Hello world") == small.encode("Hello world")
+    said = capsys.readouterr().err
+    assert "tokenizer.model and tokenizer.json split 'Hello world' into different tokens" in said
+    file.write_text(json.dumps(tokenizer_files(small.path)["tokenizer.json"]))
+    Tokenizer.load(tmp_path)
+    assert not capsys.readouterr().err
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path: Path, small: Tokenizer) -> None:
