@@ -132,7 +132,24 @@ class Tokenizer:
             DataError: a file is missing, damaged, of another kind or contradicts one beside it, or
                 the library that reads it is not installed.
         """
-        path = user_path(path)
+        try:
+            return cls._load(user_path(path))
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as e:
+            # Files of strangers hold values of any kind.
+            raise DataError(
+                f"{path}: its tokenizer files are damaged ({type(e).__name__}: {str(e)[:200]}); "
+                f"fetch them again"
+            ) from None
+
+    @classmethod
+    def _load(cls, path: Path) -> "Tokenizer":
         directory = path if path.is_dir() else path.parent
         if path.is_dir():
             candidates = [directory / name for name in (FILE_NAME, RANKS_NAME, JSON_NAME)]

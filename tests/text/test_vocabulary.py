@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,43 @@ def test_user_defined_pieces_may_be_added_tokens_beside(tmp_path: Path) -> None:
     file.write_text(json.dumps(raw))
     with pytest.raises(DataError, match="has no vocabulary"):
         Tokenizer.load(tmp_path)
+
+
+ODD: list[Any] = [None, True, -1, 1e300, "", "x", [], [[]], {}, {"content": 7}]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_files_with_values_of_any_kind_end_in_one_message(
+    tmp_path: Path, small: Tokenizer, count: int
+) -> None:
+    """Each value of each file is replaced by one of another kind; a tokenizer or a DataError."""
+    files: dict[str, Any] = {
+        **tokenizer_files(small.path),
+        "added_tokens.json": {"<x>": small.vocab_size},
+        "special_tokens_map.json": {"eos_token": {"content": "</s>"}, "extra_special_tokens": []},
+    }
+    files["tokenizer.json"]["model"] |= {"vocab": {"a": 0}, "merges": []}
+    copy_of(small.path, tmp_path)
+    draw = random.Random(0)
+    for name, content in files.items():
+        for path in _places(content):
+            for odd in draw.sample(ODD, count):
+                changed = json.loads(json.dumps(content))
+                inner = changed
+                for key in path[:-1]:
+                    inner = inner[key]
+                inner[path[-1]] = odd
+                (tmp_path / name).write_text(json.dumps(changed))
+                try:
+                    Tokenizer.load(tmp_path)
+                except DataError as error:
+                    assert str(tmp_path) in str(error) and len(str(error)) < 1000
+        (tmp_path / name).unlink()
+
+
+def _places(value: Any) -> list[tuple[Any, ...]]:
+    """Where values stand in a JSON document, as keys from the outside."""
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    return [(key, *rest) for key in keys for rest in [(), *_places(value[key])]]
