@@ -4,18 +4,19 @@ A template is the model's own (`chat_template` of its Hugging Face files), a .ji
 `BUILT_IN`. It is rendered as in transformers, and its text is tokenised as a whole. Unlike there,
 names of control tokens in messages ("<|eot_id|>") stay plain characters.
 
-Noncharacters mark a rendered text: `_MARK` breaks the names of tokens in messages, `_START` and
-`_END` enclose {% generation %}, transformers' tag for what the assistant wrote.
+Noncharacters mark a rendered text: `MARK` breaks the names of tokens in messages, `START` and
+`END` enclose {% generation %}, transformers' tag for what the assistant wrote.
 """
 
 import datetime
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, suggest
+from llamapro.errors import DataError, suggest, warn
+from llamapro.files import user_path
+from llamapro.text.sandbox import END, MARK, START, environment, try_template
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import read_object
 
@@ -31,10 +32,9 @@ BUILT_IN = {
     name: (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     for name in ("llama2", "llama3", "mistral", "chatml")
 }
-_MARK, _START, _END = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode's noncharacters
 _SPACE, _CONTENT = "\u2581", "\ue000"  # sentencepiece's space; a private character
-_RESERVED = re.compile(f"[{_MARK}{_START}{_END}]")
-_BORDER = re.compile(f"([{_START}{_END}])")
+_RESERVED = re.compile(f"[{MARK}{START}{END}]")
+_BORDER = re.compile(f"([{START}{END}])")
 
 
 class ChatTemplate:
@@ -67,7 +67,7 @@ class ChatTemplate:
         # Control tokens, and those that the template writes itself, flagged special or not.
         self._control = {t.id for n, t in tokenizer.added.items() if t.special or n in source}
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{origin}: line {error.lineno}: {error.message}") from None
         # Finds the first character of each name; names may overlap.
@@ -101,26 +101,31 @@ class ChatTemplate:
                     f"{template!r} needs: use the template of this model"
                 )
             return cls(source, tokenizer, template)
-        file = Path(template) if template else Path(directory, "chat_template.jinja")
+        file = user_path(template) if template else Path(directory, "chat_template.jinja")
         if template or file.exists():
             try:
-                return cls(file.read_text(encoding="utf-8"), tokenizer, str(file))
+                source = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
                 raise DataError(
                     f"{file}: the chat template cannot be read: {reason}; built-in: {known}"
                 ) from None
-        file = Path(directory, "tokenizer_config.json")
-        stored = read_object(file).get("chat_template")
-        if isinstance(stored, list):
-            named = (entry for entry in stored if isinstance(entry, dict))
-            stored = next((e.get("template") for e in named if e.get("name") == "default"), None)
+            if not template and (_stored(directory) or source) != source:
+                warn(f"{file}: taken, as in transformers; tokenizer_config.json has another one")
+            return cls._tried(source, tokenizer, str(file))
+        stored, file = _stored(directory), Path(directory, "tokenizer_config.json")
         if not isinstance(stored, str):
             raise DataError(
                 f"{directory}: the model has no chat template (chat_template.jinja, or "
                 f"chat_template in tokenizer_config.json); give a .jinja file or one of {known}"
             )
-        return cls(stored, tokenizer, str(file))
+        return cls._tried(stored, tokenizer, str(file))
+
+    @classmethod
+    def _tried(cls, source: str, tokenizer: Tokenizer, origin: str) -> "ChatTemplate":
+        """Returns the template of a stranger, tried out first."""
+        try_template(source, origin)  # first: Jinja computes constants when it compiles
+        return cls(source, tokenizer, origin)
 
     @staticmethod
     def is_in(directory: str | Path) -> bool:
@@ -181,7 +186,7 @@ class ChatTemplate:
         marked = self._render(messages, False, variables)
         ids, extents = self._tokenize(_BORDER.sub("", marked))
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
-        if _START in marked:
+        if START in marked:
             spans = _tagged_spans(marked)
             if not all(weights) and len(spans) != len(weights):
                 raise DataError(
@@ -225,7 +230,7 @@ class ChatTemplate:
         if isinstance(value, str):
             if _RESERVED.search(value):
                 raise ValueError("U+FDD0, U+FDD1 and U+FDD2 are no characters; remove them")
-            return self._names.sub(rf"\1{_MARK}", value)
+            return self._names.sub(rf"\1{MARK}", value)
         if isinstance(value, dict):
             return {key: self._marked(item) for key, item in value.items()}
         return [self._marked(item) for item in value] if isinstance(value, list) else value
@@ -235,7 +240,7 @@ class ChatTemplate:
         ids: list[int] = []
         spans: list[Span] = []
         begin = 0
-        for part, part_ids in self._tokenizer.encode_parts(text, _MARK):
+        for part, part_ids in self._tokenizer.encode_parts(text, MARK):
             raw = part.encode()
             end = begin + len(raw)
             ids += part_ids
@@ -308,6 +313,15 @@ class ChatTemplate:
         return span
 
 
+def _stored(directory: str | Path) -> Any:
+    """Returns the template in tokenizer_config.json, the one named "default" of several."""
+    stored = read_object(Path(directory, "tokenizer_config.json")).get("chat_template")
+    if isinstance(stored, list):
+        named = (entry for entry in stored if isinstance(entry, dict))
+        stored = next((e.get("template") for e in named if e.get("name") == "default"), None)
+    return stored
+
+
 def check_messages(messages: Sequence[Message], needs_assistant: bool = True) -> list[str]:
     """Returns what is wrong with the roles and contents of a conversation, [] if nothing is."""
     problems = []
@@ -349,43 +363,11 @@ def _places(text: str, begin: int) -> list[int]:
 def _tagged_spans(marked: str) -> list[Span]:
     """Returns the spans that {% generation %} enclosed."""
     spans, position, first = [], 0, 0
-    for part in _BORDER.split(marked.replace(_MARK, "")):
-        if part == _START:
+    for part in _BORDER.split(marked.replace(MARK, "")):
+        if part == START:
             first = position
-        elif part == _END:
+        elif part == END:
             spans.append((first, position))
         else:
             position += len(part.encode())
     return spans
-
-
-def _environment() -> Any:
-    """Returns Jinja as transformers' `apply_chat_template` sets it up, in a sandbox."""
-    import jinja2.ext
-    import jinja2.sandbox
-    from jinja2 import nodes
-
-    class Generation(jinja2.ext.Extension):
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_enclose"), [], [], body).set_lineno(line)
-
-        def _enclose(self, caller: Any) -> str:
-            return f"{_START}{caller()}{_END}"
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
-        return text.replace("\\ufdd0", _MARK)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    return environment

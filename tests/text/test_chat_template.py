@@ -13,6 +13,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
+from llamapro.text import sandbox
 from llamapro.text.chat_template import BUILT_IN, ChatTemplate, check_messages
 from llamapro.text.tokenizer import Tokenizer
 
@@ -461,6 +462,42 @@ def test_templates_have_the_named_tokens(spaced: Path, tmp_path: Path) -> None:
     assert ChatTemplate(source, Tokenizer.load(path), "x").render(CHAT) == (
         "<s><unk><unk><|im_start|>"
     )
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{{ '%0999999999d' % 1 }}",
+        "{% set x = 10 ** (10 ** 8) %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
+        "{% endfor %}",
+    ],
+    ids=["format", "power", "loops", "doubling"],
+)
+def test_a_template_without_end_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: str
+) -> None:
+    """In one message, and within a second here; this process renders nothing of it."""
+    monkeypatch.setattr(sandbox, "TRIAL", "import llamapro.text.sandbox as s; s.CPU_S = 1; "
+                        "s.MEMORY = 1 << 28; s.render_alone()")  # fmt: skip
+    (tmp_path / "bomb.jinja").write_text(bomb)
+    with pytest.raises(DataError, match=r"bomb\.jinja: the chat template takes over 5 s or 1024"):
+        ChatTemplate.load("", tokenizer, str(tmp_path / "bomb.jinja"))
+
+
+def test_of_two_templates_the_file_is_taken(
+    directory: Path, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in transformers; that tokenizer_config.json has another is said."""
+    path = Path(shutil.copytree(directory, tmp_path / "model"))
+    (path / "chat_template.jinja").write_text("file")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    for stored, told in (("file", ""), ("config", "tokenizer_config.json has another one")):
+        (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": stored}))
+        assert ChatTemplate.load(path, tokenizer).source == "file"
+        err = capsys.readouterr().err
+        assert told in err and bool(err) == bool(told)
 
 
 def test_missing_jinja_is_told_with_its_extra(
