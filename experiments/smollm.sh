@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The study on SmolLM2-135M-Instruct. The same command continues where it was stopped.
 #   experiments/smollm.sh [OPTION OF study.py ...]
+# To go on from what is measured already: cp -r benchmarks/results/study_smollm smollm-out/study
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
