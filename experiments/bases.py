@@ -1,5 +1,6 @@
 """The bases and domains of a study."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -61,6 +62,12 @@ class Study:
         return _sha256(self.checkpoint)
 
     @property
+    def text_sha256(self) -> str:
+        """The hash of all text that is trained on or measured: a path may get another content."""
+        sets = [self.train, self.val, self.general_train, *map(tuple, self.general.values())]
+        return _text_sha256(tuple(sets))
+
+    @property
     def compared(self) -> int:
         """The number of new blocks in all comparisons that are not about this number."""
         return nearest_number(self.num_layers, self.s.compared)
@@ -92,6 +99,16 @@ class Study:
 @cache
 def _sha256(checkpoint: Path) -> str:
     return Checkpoint.open(checkpoint).sha256()
+
+
+@cache
+def _text_sha256(sets: tuple[tuple[str, ...], ...]) -> str:
+    digest = hashlib.sha256()
+    for patterns in filter(None, sets):
+        for file in find_files(patterns):
+            digest.update(b"" if file.left_out else file.path.read_bytes())
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def with_variants(studies: Sequence[Study]) -> list[Study]:

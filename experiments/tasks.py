@@ -73,6 +73,7 @@ def trial(study: Study, variant: Variant, lr: float, seed: int, is_search: bool 
             built["rank"] = lora_rank(study.checkpoint, built["like"])
     about = {"variant": variant.name, "argv": argv, "built": built, "only_losses": bool(steps)}
     about |= of_base(study) if steps else measured(study)
+    about["text_sha256"] = study.text_sha256
     out = study.s.dir / study.name / variant.name / f"lr-{lr:g}-seed-{seed}"
     label = f"{study.name} · {variant.label} · lr {lr:g} · seed {seed}"
     if steps:
@@ -128,6 +129,7 @@ def base_tasks(study: Study) -> list[Task]:
     argv = [*train_options(study, 1), "--eval.every", "1", "--model.path", str(study.checkpoint)]
     argv += ["--train.trainable", "all"]
     out, about = study.s.dir / study.name, measured(study) | {"argv": argv}
+    about["text_sha256"] = study.text_sha256
     tasks = [Task(f"{study.name} · base", "base", about, out / "base")]
     if study.is_whole:
         layout = interleave(study.num_layers, study.compared)

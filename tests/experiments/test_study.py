@@ -357,6 +357,21 @@ def test_an_expansion_of_another_base_is_not_taken_for_this_ones(
         other.result()
 
 
+def test_a_trial_on_other_text_under_the_same_path_is_not_taken_for_this_one(
+    own: options.StudySettings,
+) -> None:
+    """Nor on other held-out text."""
+    found = bases.own_study(own)
+    task = tasks.trial(found, found.variants[0], 1e-3, 1)
+    assert task.about["text_sha256"] == tasks.base_tasks(found)[0].about["text_sha256"]
+    bases._text_sha256.cache_clear()  # as in another process
+    Path("text.txt").write_text(TEXT * 99)
+    assert (
+        tasks.trial(found, found.variants[0], 1e-3, 1).about["text_sha256"]
+        != (task.about["text_sha256"])
+    )
+
+
 def test_a_start_that_is_placed_by_measurement_is_one_by_placement_py(
     own: options.StudySettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
