@@ -21,6 +21,7 @@ def command(words: list[str]) -> None:
         train_step.main()
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted")
 def test_the_sides_of_a_cpu_train_alike(run_command: Callable[..., Any], tmp_path: Path) -> None:
