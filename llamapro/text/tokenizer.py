@@ -126,7 +126,8 @@ class Tokenizer:
         """Loads a vocabulary file, or the one in a directory, and the files beside it.
 
         `tokenizer.model`, here or in `original`, comes before `tokenizer.json`, which is made from
-        it; they must agree.
+        it. They must have the same tokens. If they split texts differently, the directory stands
+        for its `tokenizer.json`, as in transformers 5, and that is said.
 
         Raises:
             DataError: a file is missing, damaged, of another kind or contradicts one beside it, or
@@ -150,8 +151,8 @@ class Tokenizer:
 
     @classmethod
     def _load(cls, path: Path) -> "Tokenizer":
-        directory = path if path.is_dir() else path.parent
-        if path.is_dir():
+        is_named, directory = not path.is_dir(), path if path.is_dir() else path.parent
+        if not is_named:
             candidates = [directory / name for name in (FILE_NAME, RANKS_NAME, JSON_NAME)]
             path = next((file for file in candidates if file.exists()), path)
             if path == directory:
@@ -183,11 +184,14 @@ class Tokenizer:
                     f"that is not the model's"
                 )
             if (probe := split_otherwise(vocabulary, json_path, raw_json)) is not None:
+                taken = path if is_named else json_path
                 warn(
                     f"{path} and {json_path.name} split {probe!r} into different tokens: "
-                    f"{path.name} counts here, but transformers 5 reads {json_path.name}; remove "
-                    f"the one that the model was not trained with"
+                    f"{taken.name} is read, transformers 5 reads {json_path.name}; remove the one "
+                    f"that the model was not trained with"
                 )
+                if not is_named:
+                    return cls._load(json_path)
         return cls(directory, files, content, vocabulary, raw_json)
 
     def check_fits(self, vocab_size: int, model: str) -> None:

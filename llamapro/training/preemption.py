@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread, main_thread
 from types import FrameType
@@ -74,12 +74,10 @@ class StopRequest:
             sys.stderr = _lasting(stderr)
         watcher = Thread(target=self._watch, args=(hear, kinds), daemon=True)
         watcher.start()
-        before = [signal.signal(kind, self._handle) for kind in kinds]
         try:
-            yield
+            with _handled(kinds, self._handle):
+                yield
         finally:
-            for kind, handler in zip(kinds, before, strict=True):
-                signal.signal(kind, handler)
             signal.set_wakeup_fd(wakeup)
             os.close(tell)  # ends the watcher
             watcher.join()
@@ -146,12 +144,19 @@ class StopRequest:
 def default_signals() -> Iterator[None]:
     """Lets a signal end the process while it waits for the others to start: nothing is lost yet."""
     kinds = [k for k in KINDS if signal.getsignal(k) not in (signal.SIG_IGN, None)]
-    before = [signal.signal(kind, signal.SIG_DFL) for kind in kinds]
+    with _handled(kinds, signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def _handled(kinds: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    """Gives signals a handler, and at the end the ones that they had."""
+    before = [signal.signal(kind, handler) for kind in kinds]
     try:
         yield
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
+        for kind, earlier in zip(kinds, before, strict=True):
+            signal.signal(kind, earlier)
 
 
 class _Lasting(io.FileIO):

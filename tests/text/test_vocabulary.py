@@ -131,14 +131,16 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, small: Tokenizer) -> None:
     """Its ids count, with the added tokens and spaces of the tokenizer.json that agrees."""
-    raw = sentencepiece_json(small)
+    written = json.dumps(tokenizer_files(small.path)["tokenizer.json"])
+    assert '"first"' in written  # the space stands before the text alone; here before each part
+    raw = json.loads(written.replace('"first"', '"always"'))
     raw["added_tokens"].append(raw["added_tokens"][0] | {"id": small.vocab_size, "content": "<x>"})
     tokenizer = Tokenizer.load(copy_of(small.path, tmp_path, tokenizer=raw))
     assert tokenizer.path.name == "tokenizer.model"
     assert tokenizer.encode("x  y") == small.encode("x  y")
     assert tokenizer.token_id("<x>") == small.vocab_size
     assert tokenizer.encode("<s>[", special=True)[1:] == small.encode("[")
-    # Alone it is read with its library, which has no merges here: characters.
+    # Alone it is read with its library.
     (tmp_path / "tokenizer.model").unlink()
     alone = Tokenizer.load(tmp_path)
     assert alone.path.name == "tokenizer.json" and alone.adds_space
@@ -149,11 +151,21 @@ def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, small: Tokeni
 def test_files_that_split_texts_differently_are_said(
     tmp_path: Path, small: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same tokens without merges give other ids; with those of the model nothing is said."""
+    """The same tokens without merges give other ids: those of tokenizer.json, as in transformers 5.
+
+    A file that is named counts itself. With the model's own tokenizer.json nothing is said.
+    """
     file = copy_of(small.path, tmp_path, tokenizer=sentencepiece_json(small)) / "tokenizer.json"
-    assert Tokenizer.load(tmp_path).encode("Hello world") == small.encode("Hello world")
+    theirs = tokenizers.Tokenizer.from_file(str(file))
+    expected = theirs.encode("Hello world", add_special_tokens=False).ids
+    assert Tokenizer.load(tmp_path).encode("Hello world") == expected
+    assert expected != small.encode("Hello world")
     said = capsys.readouterr().err
     assert "tokenizer.model and tokenizer.json split 'Hello world' into different tokens" in said
+    assert "tokenizer.json is read" in said
+    named = Tokenizer.load(tmp_path / "tokenizer.model")
+    assert named.encode("Hello world") == small.encode("Hello world")
+    assert "tokenizer.model is read" in capsys.readouterr().err
     file.write_text(json.dumps(tokenizer_files(small.path)["tokenizer.json"]))
     Tokenizer.load(tmp_path)
     assert not capsys.readouterr().err
