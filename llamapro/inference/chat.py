@@ -13,7 +13,8 @@ from llamapro.inference.cache import KVCache
 from llamapro.inference.options import SamplingOptions
 from llamapro.inference.sampling import end_ids, write_text
 from llamapro.model import LlamaForCausalLM
-from llamapro.text.chat_template import ChatTemplate, check_messages
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.messages import check_messages
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
 # Control tokens that end a turn in common formats. The model's files may not list them.

@@ -14,15 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, suggest, warn
+from llamapro.errors import DataError, warn
 from llamapro.files import user_path
+from llamapro.text.messages import RESERVED, Message, check_messages
 from llamapro.text.sandbox import END, MARK, START, environment, try_template
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import read_object
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# Role and content; further keys go to the template as they are. `weight` 0: not trained.
-Message = Mapping[str, Any]
 # Keys of a message, and variables, that a template has to show or they would be lost.
 _SHOWN = ("tool_calls", "reasoning_content", "thinking", "tools", "documents")
 Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
@@ -33,7 +31,6 @@ BUILT_IN = {
     for name in ("llama2", "llama3", "mistral", "chatml")
 }
 _SPACE, _CONTENT = "\u2581", "\ue000"  # sentencepiece's space; a private character
-_RESERVED = re.compile(f"[{MARK}{START}{END}]")
 _BORDER = re.compile(f"([{START}{END}])")
 
 
@@ -144,7 +141,7 @@ class ChatTemplate:
         Raises:
             DataError: the template fails or refuses the conversation.
         """
-        return _RESERVED.sub("", self._render(messages, add_generation_prompt, variables or {}))
+        return RESERVED.sub("", self._render(messages, add_generation_prompt, variables or {}))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids up to where the assistant's next answer begins.
@@ -228,7 +225,7 @@ class ChatTemplate:
     def _marked(self, value: Any) -> Any:
         """Returns a value in whose texts the names of tokens are broken by marks."""
         if isinstance(value, str):
-            if _RESERVED.search(value):
+            if RESERVED.search(value):
                 raise ValueError("U+FDD0, U+FDD1 and U+FDD2 are no characters; remove them")
             return self._names.sub(rf"\1{MARK}", value)
         if isinstance(value, dict):
@@ -320,32 +317,6 @@ def _stored(directory: str | Path) -> Any:
         named = (entry for entry in stored if isinstance(entry, dict))
         stored = next((e.get("template") for e in named if e.get("name") == "default"), None)
     return stored
-
-
-def check_messages(messages: Sequence[Message], needs_assistant: bool = True) -> list[str]:
-    """Returns what is wrong with the roles and contents of a conversation, [] if nothing is."""
-    problems = []
-    for number, message in enumerate(messages, 1):
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            hint = suggest(str(role), list(ROLES))
-            problems.append(
-                f"turn {number}: unknown role {role!r}{hint}; known: {', '.join(ROLES)}"
-            )
-        if not isinstance(content, str):
-            kind = "nothing" if content is None else type(content).__name__
-            problems.append(f"turn {number}: the content is {kind}, expected a string")
-        elif not content.strip() and not message.get("tool_calls"):
-            problems.append(f"turn {number}: the content is empty")
-        elif _RESERVED.search(content):
-            problems.append(
-                f"turn {number}: has U+FDD0, U+FDD1 or U+FDD2, which are no characters; remove them"
-            )
-        elif re.search("[\ud800-\udfff]", content):
-            problems.append(f"turn {number}: not valid Unicode: half a surrogate pair")
-    if needs_assistant and all(message["role"] != "assistant" for message in messages):
-        problems.append("no turn of the assistant: nothing to train on")
-    return problems
 
 
 def _places(text: str, begin: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Conversations to train on: files -> rows of several forms -> messages.
 
 A problem is noted with its file and row, and reading continues, so that one run names everything
-that has to be repaired. `chat_template.check_messages` checks roles and contents.
+that has to be repaired. `messages.check_messages` checks roles and contents.
 """
 
 import json
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llamapro.errors import Problems
-from llamapro.text.chat_template import Message
 from llamapro.text.documents import describe_unusual
+from llamapro.text.messages import Message
 from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names, read_rows
 from llamapro.text.source_files import SourceFile
 

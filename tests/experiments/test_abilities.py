@@ -23,16 +23,10 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 PROMPTS = [[1, 5, 9], [1, 7], [1, 30, 31, 32, 33, 34, 35], [1], [1, 8, 8, 8]]
 
 
-@pytest.fixture(scope="module")
-def base(
-    tmp_path_factory: pytest.TempPathFactory,
-    write_random_checkpoint: Callable[..., Path],
-    tiny_config: Callable,
-) -> Path:
-    home = tmp_path_factory.mktemp("base")
-    base = write_random_checkpoint(home / "base", tiny_config(num_hidden_layers=2))
+@pytest.fixture(autouse=True, scope="module")
+def template(base: Path) -> None:
+    """Gives the base a chat template."""
     (base / "chat_template.jinja").write_text(TEMPLATE)
-    return base
 
 
 @pytest.fixture(scope="module")

@@ -68,16 +68,6 @@ def preset(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable) -> P
     return home / "tiny.toml"
 
 
-@pytest.fixture(scope="module")
-def base(
-    tmp_path_factory: pytest.TempPathFactory,
-    write_random_checkpoint: Callable[..., Path],
-    tiny_config: Callable,
-) -> Path:
-    home = tmp_path_factory.mktemp("base")
-    return write_random_checkpoint(home / "base", tiny_config(num_hidden_layers=2))
-
-
 # ---- The whole of it ----------------------------------------------------------------------------
 
 

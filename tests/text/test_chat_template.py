@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
 from llamapro.text import sandbox
-from llamapro.text.chat_template import BUILT_IN, ChatTemplate, check_messages
+from llamapro.text.chat_template import BUILT_IN, ChatTemplate
+from llamapro.text.messages import check_messages
 from llamapro.text.tokenizer import Tokenizer
 
 NAMES = [

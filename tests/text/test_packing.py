@@ -15,7 +15,8 @@ from llamapro.errors import DataError
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text import packing
-from llamapro.text.chat_template import ChatTemplate, Message
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.messages import Message
 from llamapro.text.mixture import Mixture
 from llamapro.text.packing import PackedConversations, mark_trained, tokenize_conversations
 from llamapro.text.store import Int64s, TokenStore, write_store
