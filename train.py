@@ -22,8 +22,9 @@ from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.training import launcher, lock, plan, replay, resume
 from llamapro.training.checkpoint import Saver
+from llamapro.training.data import Data, is_complete, load_data
 from llamapro.training.distributed import Ranks, process_group, shard
-from llamapro.training.job import Data, Job, find_state, is_complete, load_data
+from llamapro.training.job import Job, find_state
 from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
 from llamapro.training.preemption import Stopped, StopRequest

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor
 from llamapro.errors import ConfigError
+from llamapro.text.token_files import COMPANIONS, read_object
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.text.vocabulary import COMPANIONS, JSON_NAME, read_object
+from llamapro.text.vocabulary import JSON_NAME
 
 # Matched by `hub.COMPANION_FILES`, so that they travel with the weights.
 BASE_PREFIX = "tokenizer_base."

@@ -18,8 +18,8 @@ from llamapro.errors import DataError, warn
 from llamapro.files import user_path
 from llamapro.text.messages import RESERVED, Message, check_messages
 from llamapro.text.sandbox import END, MARK, START, environment, try_template
+from llamapro.text.token_files import read_object
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.text.vocabulary import read_object
 
 # Keys of a message, and variables, that a template has to show or they would be lost.
 _SHOWN = ("tool_calls", "reasoning_content", "thinking", "tools", "documents")

@@ -14,18 +14,15 @@ from typing import Any
 
 from llamapro.errors import DataError, suggest, warn
 from llamapro.files import refuse_stand_in, user_path
+from llamapro.text.token_files import COMPANIONS, added_tokens, name_of, read_object
 from llamapro.text.vocabulary import (
-    COMPANIONS,
     JSON_NAME,
     RANKS_NAME,
     AddedToken,
     Vocabulary,
-    added_tokens,
     has_space_everywhere,
     json_pieces,
-    name_of,
     prefix_of,
-    read_object,
     read_vocabulary,
     split_otherwise,
 )

@@ -1,4 +1,4 @@
-"""The vocabulary files of LLaMA-shaped models, and the files beside them that name tokens.
+"""The vocabulary files of LLaMA-shaped models.
 
 The library sentencepiece reads its own `tokenizer.model`, tiktoken Llama 3's `tokenizer.model` of
 BPE ranks, and tokenizers `tokenizer.json`.
@@ -14,15 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.errors import DataError
-from llamapro.files import read_json
 
 JSON_NAME = "tokenizer.json"
 # Meta's Hugging Face repositories keep Llama 3's ranks here, because other programs take a
 # `tokenizer.model` beside a tokenizer.json for a sentencepiece model.
 RANKS_NAME = "original/tokenizer.model"
-# Optional files beside the vocabulary that name tokens.
-COMPANIONS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 33 MB
 # A line of Llama 3's vocabulary: a token's bytes in base64 and its rank.
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 # From Meta's llama3 `tokenizer.py`: how text is cut before the merges, and the number of ranks.
@@ -305,61 +301,3 @@ def byte_characters() -> str:
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte if byte in shown else next(others)) for byte in range(256))
-
-
-# ---- The files beside it -----------------------------------------------------------------------
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file, {} if there is no such file; raises DataError."""
-    return read_json(path, MAX_JSON_BYTES, DataError) if path.exists() else {}
-
-
-def name_of(token: Any) -> str | None:
-    """Returns a token's name, which may be a string or an object with `content`."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def added_tokens(
-    directory: Path, names: dict[str, Any], raw_json: dict[str, Any]
-) -> dict[str, AddedToken]:
-    """Returns the tokens that the files of a directory add to its vocabulary, or rename.
-
-    Args:
-        directory: holds the files.
-        names: `special_tokens_map.json` and `tokenizer_config.json`, as one object.
-        raw_json: `tokenizer.json`, or {}.
-
-    Raises:
-        DataError: an entry is not a token, or two files disagree about its id.
-    """
-    lists = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
-    lists = [[*found.values()] if isinstance(found, dict) else found for found in lists]
-    roles = {name_of(token) for key, token in names.items() if key.endswith("_token")}
-    roles |= {name_of(token) for tokens in lists for token in tokens}
-    sources: dict[str, list[dict[str, Any]]] = {
-        JSON_NAME: raw_json.get("added_tokens", []),
-        COMPANIONS[0]: [
-            {"id": i, **token} for i, token in (names.get("added_tokens_decoder") or {}).items()
-        ],
-        COMPANIONS[1]: [
-            {"id": i, "content": name, "special": name in roles}
-            for name, i in read_object(directory / COMPANIONS[1]).items()
-        ],
-    }
-    added: dict[str, AddedToken] = {}
-    for source, tokens in sources.items():
-        for raw in tokens:
-            try:
-                name, flags = raw["content"], (raw.get(k, False) for k in ("lstrip", "rstrip"))
-                token = AddedToken(int(raw["id"]), bool(raw.get("special", False)), *flags)
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{directory / source}: added token {raw!r}: {error!r}") from None
-            if name not in added:
-                added[name] = token
-            elif added[name].id != token.id:
-                raise DataError(
-                    f"{directory / source}: {name!r} is token {token.id}, but another file there "
-                    f"says {added[name].id}; remove the one that is not of the model"
-                )
-    return added

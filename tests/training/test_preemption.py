@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from llamapro import cli
 from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.scripts import train
-from llamapro.training.job import Data, Job
+from llamapro.training.data import Data
+from llamapro.training.job import Job
 from llamapro.training.preemption import Stopped, StopRequest
 
 

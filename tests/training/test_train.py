@@ -28,7 +28,8 @@ from llamapro.errors import CheckpointError, ConfigError, DataError, DivergedErr
 from llamapro.kernels import device
 from llamapro.scripts import convert, train
 from llamapro.training import validation
-from llamapro.training.job import Data, Job
+from llamapro.training.data import Data
+from llamapro.training.job import Job
 from llamapro.training.metrics import MetricsLog
 from llamapro.training.preset import parse
 

@@ -1,0 +1,135 @@
+"""The data of a run: tokenised on the main process, mapped by all."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from llamapro.checkpoints.tensors import hash_tensors
+from llamapro.formatting import format_count
+from llamapro.model import build_on_meta
+from llamapro.text.mixture import Mixture, PackedSequences, Source, batch
+from llamapro.text.packing import PackedConversations, mark_trained
+from llamapro.text.store import TokenStore
+from llamapro.training import agreement
+from llamapro.training.distributed import Ranks, local_rank, on_several_machines
+from llamapro.training.job import Job
+from llamapro.training.preemption import StopRequest
+from llamapro.training.progress import say
+from llamapro.training.replay import describe_mix
+from llamapro.training.resume import check_identity, make_identity
+from llamapro.training.state import RunState
+from llamapro.training.weights import freeze, stored_name
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        mixture: the training samples in their order; the replayed source is the last.
+        apart: the number of that source if it has a loss or weight of its own.
+        val: the sequences of each validation set.
+        steps: number of optimizer steps of the whole run.
+        batch_size: samples per step, over all ranks.
+    """
+
+    mixture: Mixture
+    apart: int | None
+    val: dict[str, Source]
+    steps: int
+    batch_size: int
+
+    def batch(self, start: int, ranks: Ranks) -> tuple[tuple[Tensor, ...], int]:
+        """Returns a rank's share of the global batch that begins with sample `start`.
+
+        Returns:
+            inputs, targets and, for conversations, documents, each (n, T) int64; and the number of
+            samples of the global batch that come before those with a loss of their own.
+        """
+        size, last = self.batch_size, self.apart
+        return batch(self.mixture, start, size, ranks.rank, ranks.world_size, last)
+
+
+def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Data:
+    """Fills the cache on the main process; then every process maps the data.
+
+    Texts are tokenised, and the base writes the text to replay. The state gets the run's identity.
+    Prints how conversations were packed, with an example whose trained tokens are marked, and how
+    much is replayed.
+
+    Raises:
+        ConfigError: the run resumes, and had another base, tokenizer or other data.
+        UserError: on every rank, if the main one cannot use a file or the cache.
+        Stopped: on every rank, if a signal came to the main one meanwhile.
+    """
+    s = job.settings
+
+    tensors = job.checkpoint.tensors if job.checkpoint is not None else {}
+    is_compared = on_several_machines() and local_rank() == 0
+    pool = ThreadPoolExecutor(1)  # every machine hashes while the main process tokenises
+    hashes = pool.submit(hash_tensors, tensors.values() if is_compared else (), "hash weights")
+
+    def make() -> tuple[agreement.Seen, dict[str, Any]]:
+        with stop.interrupting():
+            stores = job.tokenize()
+            if s.replay.share:
+                trained = sum(stores[f"train {path}"].tokens for path in s.data.train)
+                stores["replay"] = job.replay(ranks.device, trained, state.identity)
+            model = build_on_meta(job.config)
+            trainable = freeze(model, s.train.trainable, s.train.new_tokens)
+            names = [stored_name(name, job.first_new_row) for name in trainable]
+            fingerprint = job.tokenizer.fingerprint
+            identity = make_identity(job.checkpoint, names, fingerprint, stores, job.config)
+        return agreement.Seen.of(job.run_dir, job.resume_from, stores, hashes.result()), identity
+
+    def compare() -> None:
+        if is_compared and not ranks.is_main:
+            fingerprint = job.tokenizer.fingerprint
+            seen.check(job.run_dir, job.resume_from, fingerprint, hashes.result())
+
+    with stop.shared(ranks.store):
+        seen, identity = ranks.on_main(make)
+    ranks.on_all(compare)
+    if job.resume_from is not None:
+        check_identity(state.identity, identity, job.run_dir, s.resume.allow)
+    state.identity = identity
+
+    about: list[str] = []
+
+    def packed(label: str) -> Source:
+        store = TokenStore(seen.stores[label][0], job.tokenizer.fingerprint)
+        if job.template is None:
+            return PackedSequences(store, s.data.seq_len)
+        conversations = PackedConversations(store, s.data.seq_len, s.data.too_long)
+        about.append(f"{label}: {conversations.describe()}")
+        if len(about) == 1:
+            decode, is_terminal = job.tokenizer.decode, sys.stderr.isatty()
+            about.append(mark_trained(conversations[0], decode, is_terminal))
+        return conversations
+
+    sources = [packed(f"train {path}") for path in s.data.train]
+    weights = s.data.weights or [1.0] * len(sources)
+    if s.replay.share:
+        mixture = Mixture(sources, weights, s.train.seed, packed("replay"), s.replay.share)
+        about.append(describe_mix(mixture))
+    else:
+        mixture = Mixture(sources, weights, s.train.seed)
+    val = {name: packed(f"val {name}") for name in job.val}
+    steps = s.steps(mixture.samples_per_epoch, state.step, state.samples)
+    tokens = format_count(steps * job.plan["tokens_per_step"])
+    about.append(f"steps            {steps} ({tokens} tokens)")
+    for text in about:
+        say(ranks, text)
+    apart = len(sources) if s.replay.is_apart else None
+    return Data(mixture, apart, val, steps, s.train.batch_size)
+
+
+def is_complete(job: Job, state: RunState, data: Data, ranks: Ranks) -> bool:
+    """Returns whether nothing is left to do, and prints it."""
+    if state.step < data.steps or state.evaluated != state.step:
+        return False
+    say(ranks, f"{job.run_dir} is complete: nothing to do")
+    return True
