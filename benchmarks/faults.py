@@ -171,37 +171,23 @@ class Fault:
             self.broken.append("could not write, but ended with status 0")
 
 
-class Campaign:
-    """Draws the faults, and remembers what came of each.
+class Draws:
+    """Draws the faults of a campaign, and remembers what came of each.
 
     Attributes:
         faults: all so far.
         unprovoked: what went wrong in starts that no fault came before or hit.
-        repeated: records that stand in a finished log more than once, all alike.
         episodes: runs that came to their end.
     """
 
-    def __init__(self, home: Path, count: int, seed: int) -> None:
-        """Makes the inputs and the straight run; raises RuntimeError if that fails."""
+    def __init__(self, count: int, seed: int) -> None:
+        """Wants this number of faults."""
         self.faults: list[Fault] = []
         self.unprovoked: list[str] = []
-        self.repeated = self.episodes = 0
-        self._home, self._count, self._rng = home, count, random.Random(seed)
+        self.episodes = 0
+        self._count, self._rng = count, random.Random(seed)
         self._decks: dict[tuple[str, ...], list[str]] = {}
-        options = prepare(home)
-        keep_all = [*options, "--save.every", "1", "--save.keep", str(STEPS)]
-        straight = start(keep_all, home / "straight", "", 0, self._rng)
-        if straight.status:
-            raise RuntimeError("the straight run failed:\n" + "\n".join(straight.output))
-        self._truth = Truth.of(home / "straight")
-        self._options = [*options, "--save.every", str(SAVE_EVERY), "--save.keep", "3"]
         self._bar = tqdm(total=count, desc="faults", unit="fault", disable=None)
-
-    def run(self) -> None:
-        """Runs episodes until there have been enough faults, and the last one to its end."""
-        with self._bar:
-            while self._is_wanted:
-                self._episode(self._home / f"episode-{self.episodes}")
 
     @property
     def _is_wanted(self) -> bool:
@@ -217,6 +203,32 @@ class Campaign:
         self.faults.append(Fault(kind, self.episodes, after))
         self._bar.update()
         return self.faults[-1]
+
+
+class Campaign(Draws):
+    """Faults on two processes that a user's command started.
+
+    Attributes:
+        repeated: records that stand in a finished log more than once, all alike.
+    """
+
+    def __init__(self, home: Path, count: int, seed: int) -> None:
+        """Makes the inputs and the straight run; raises RuntimeError if that fails."""
+        super().__init__(count, seed)
+        self.repeated, self._home = 0, home
+        options = prepare(home)
+        keep_all = [*options, "--save.every", "1", "--save.keep", str(STEPS)]
+        straight = start(keep_all, home / "straight", "", 0, self._rng)
+        if straight.status:
+            raise RuntimeError("the straight run failed:\n" + "\n".join(straight.output))
+        self._truth = Truth.of(home / "straight")
+        self._options = [*options, "--save.every", str(SAVE_EVERY), "--save.keep", "3"]
+
+    def run(self) -> None:
+        """Runs episodes until there have been enough faults, and the last one to its end."""
+        with self._bar:
+            while self._is_wanted:
+                self._episode(self._home / f"episode-{self.episodes}")
 
     def _episode(self, run_dir: Path) -> None:
         """Starts one run again and again, until it is complete or a promise is broken."""

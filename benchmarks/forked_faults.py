@@ -15,7 +15,6 @@ No output may hold a traceback. The seconds from a start to its first progress l
 
 import json
 import os
-import random
 import shutil
 import statistics
 import sys
@@ -39,8 +38,7 @@ from fault_injection import (
     prepare,
 )
 from fault_ranks import BROKEN, DIFFERENT, FORKED, PAUSE, REMOVED, Ranks
-from faults import Fault, Truth
-from tqdm import tqdm
+from faults import Draws, Fault, Truth
 
 from llamapro import cli
 from llamapro.errors import ConfigError
@@ -90,19 +88,16 @@ def write_chats(home: Path) -> list[str]:
     return [*words, "--data.val", f"code={home / 'held-out.jsonl'}"]
 
 
-class Campaign:
-    """Draws the faults and remembers what came of each, as that of faults.py."""
+class Campaign(Draws):
+    """Faults on processes that a server forks, within a time."""
 
     def __init__(
         self, home: Path, count: int, seed: int, seconds: float, variants: list[str]
     ) -> None:
-        self.faults: list[Fault] = []
-        self.unprovoked: list[str] = []
+        super().__init__(count, seed)
         self.first_steps: list[float] = []
-        self.episodes = self.starts = 0
-        self._home, self._count, self._rng = home, count, random.Random(seed)
+        self.starts, self._home = 0, home
         self._until = time.monotonic() + seconds
-        self._decks: dict[tuple[str, ...], list[str]] = {}
         self._ranks = Ranks(home)
         options = [*prepare(home), *SAME_BITS]
         replay = ["--replay.share", "0.25", "--replay.distill", "--replay.tokens", "600"]
@@ -110,7 +105,6 @@ class Campaign:
         self._variants["chat"] = [*options, *write_chats(home)]
         self._variants = {name: self._variants[name] for name in variants}
         self._truths = {name: self._straight(name) for name in self._variants}
-        self._bar = tqdm(total=count, desc="faults", unit="fault", disable=None)
 
     def _straight(self, name: str) -> Truth:
         run_dir = self._home / f"straight-{name}"
@@ -129,17 +123,7 @@ class Campaign:
 
     @property
     def _is_wanted(self) -> bool:
-        return len(self.faults) < self._count and time.monotonic() < self._until
-
-    def _draw(self, kinds: tuple[str, ...]) -> str:
-        if not self._decks.get(kinds):
-            self._decks[kinds] = self._rng.sample(kinds, len(kinds))
-        return self._decks[kinds].pop()
-
-    def _note(self, kind: str, after: str) -> Fault:
-        self.faults.append(Fault(kind, self.episodes, after))
-        self._bar.update()
-        return self.faults[-1]
+        return super()._is_wanted and time.monotonic() < self._until
 
     def _start(
         self, variant: str, run_dir: Path, kind: str, target: int, is_bare: bool
