@@ -26,6 +26,10 @@ if not torch.cuda.is_available():
     # them for a GPU is therefore tested in processes of their own (tests/kernels/test_compile.py).
     os.environ["TRITON_INTERPRET"] = "1"
 
+# A shell ignores Ctrl-C in what it starts in the background, and children inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
