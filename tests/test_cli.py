@@ -61,8 +61,8 @@ def started(body: str) -> Iterator[subprocess.Popen[str]]:
 WAITS = """
 try:
     print("ready", flush=True)
-    while True:
-        signal.pause()
+    while True:  # signal.pause() waits for ever if the signal came just before it
+        time.sleep(0.05)
 finally:
     print("cleaned up", flush=True)
 """
