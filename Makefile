@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 SECOND := $(if $(LLAMAPRO_SHARED),$(wildcard $(LLAMAPRO_SHARED)/checkpoints/tinystories-1m))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smollm study smollm-study test test-all lint format imports clean
+.PHONY: help demo smollm study smollm-study test test-all lint format imports docs clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,12 @@ format: .venv/ready  ## format the code and fix what ruff can fix by itself
 
 imports: .venv/ready  ## print the order of imports: rooms, modules, floors, circles, arrows up
 	$(BIN)/python tests/imports.py
+
+docs: .venv/ready  ## make a site of docs/ in build/site, check its links, run its commands
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/python docs/make_settings.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m pytest -q tests/test_readme.py
 
 clean:  ## remove the environment and every cache, but no run and no checkpoint
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

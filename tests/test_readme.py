@@ -17,10 +17,11 @@ from llamapro.__main__ import COMMANDS, run_command
 from llamapro.conversion.meta import to_meta
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
     path: path.read_text(encoding="utf-8")
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
     if path.name != "CHANGELOG.md"  # which names what has gone
 }
 OTHERS = {  # options of programs that are not ours
@@ -30,9 +31,10 @@ OTHERS = {  # options of programs that are not ours
 }
 
 
-def blocks(language: str = "") -> list[str]:
-    """The fenced blocks of a language."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str = "", text: str | None = None) -> list[str]:
+    """The fenced blocks of a language, in a text or in all pages."""
+    text = "\n".join(PAGES.values()) if text is None else text
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [text for name, text in found if name == language]
 
 
@@ -74,7 +76,8 @@ def known() -> dict[str, set[str]]:
 
 def test_file_map_lists_every_module() -> None:
     """Each room's row names its modules, all of them, and nothing that is not there."""
-    rows = dict(re.findall(r"^\| `([\w/]+/)` \| (.*) \|$", README, re.MULTILINE))
+    page = PAGES[DOCS / "architecture.md"]
+    rows = dict(re.findall(r"^\| `([\w/]+/)` \| (.*) \|$", page, re.MULTILINE))
     for room in ("llamapro/", *(f"{p.parent.relative_to(ROOT)}/" for p in rooms()), "kernels/"):
         modules = {file.name for file in (ROOT / room).glob("*.py")} - {"__init__.py"}
         named = set(re.findall(r"`(\w+\.py)`", rows[room]))
@@ -103,7 +106,8 @@ def test_every_path_it_names_exists(page: Path) -> None:
 
 def test_every_module_that_the_architecture_names_exists() -> None:
     """There a module is named by its room, `text/store.py`, without the package before it."""
-    for path in re.findall(r"`(\w+(?:/\w+)*\.py)`", PAGES[ROOT / "docs" / "architecture.md"]):
+    above_the_map = PAGES[DOCS / "architecture.md"].partition("## Files")[0]
+    for path in re.findall(r"`(\w+(?:/\w+)*\.py)`", above_the_map):
         assert (ROOT / path).exists() or (ROOT / "llamapro" / path).exists(), path
 
 
@@ -119,15 +123,15 @@ def test_every_command_line_is_one_that_its_command_takes(known: dict[str, set[s
         given = {word for word in words if word.startswith("--")}
         if words[0] in ("llamapro", "python"):
             assert given <= known[words[1]], words
-        elif words[0] != "make":
+        elif words[0] in OTHERS:
             assert given <= known[words[0]], words
+        else:
+            assert not given or "/" in words[0], words
 
 
 def test_every_command_has_its_row() -> None:
     """The table of commands names them all."""
-    table = README[README.index("## Commands") :]
-    table = table[: table.index("## Training")]
-    cells = " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    cells = " ".join(re.findall(r"^\| (.*?) \|", PAGES[DOCS / "commands.md"], re.MULTILINE))
     named = set(re.findall(r"`(?:llamapro )?([a-z-]+)`", cells))
     assert named == set(COMMANDS)
 
@@ -141,11 +145,24 @@ def test_every_message_in_the_table_of_troubles_is_one_of_ours() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
-    table = README[README.index("## When something goes wrong") : README.index("## Files")]
+    table = PAGES[DOCS / "troubleshooting.md"]
     for cell in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE):
         for message in re.findall(r"`(.+?)`", cell):
             for part in re.split(r"\.\.\.|KEY a -> b|\bN ", message):
                 assert part.strip(" ()") in literals, message
+
+
+def test_settings_are_listed_as_the_code_has_them() -> None:
+    """`python docs/make_settings.py` writes the page."""
+    page = runpy.run_path(str(DOCS / "make_settings.py"))["page"]
+    assert PAGES[DOCS / "settings.md"] == page()
+
+
+def test_the_first_page_is_short_and_every_page_is_in_the_site() -> None:
+    """At most 200 lines, and each page of docs/ stands in the navigation."""
+    assert len(README.splitlines()) <= 200
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert {page.name for page in DOCS.glob("*.md")} == set(re.findall(r" (\w+\.md)$", site, re.M))
 
 
 def test_the_method_is_as_short_as_it_says() -> None:
