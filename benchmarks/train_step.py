@@ -12,8 +12,8 @@ bf16, fp32 masters, gradients reduced in fp32, clipping, fused AdamW. `transform
 the model's forward and backward; its loss holds the logits of all tokens, in bf16 and in fp32. The
 losses of the first and the last step show that the sides compute the same.
 
-One side is built, measured and released after the other. Times are medians over the steps, from
-CUDA events; `optimizer` includes clipping. Peak memory is what PyTorch allocated in these steps,
+One side is built, measured and released after the other. Times are medians over the steps, with the
+device idle at the end of each part; `optimizer` includes clipping. Peak memory is what PyTorch allocated in these steps,
 with parameters, gradients and moments. On a CPU, `--size tiny` in fp32 shows that everything runs.
 """
 
@@ -51,10 +51,6 @@ SIDES = ("triton", "torch", "transformers")
 PARTS = ("forward", "backward", "optimizer")
 CLIP = 1.0
 LossOf = Callable[[Tensor, Tensor], Tensor]
-REFERENCES = {
-    "LLaMA Pro, section 4.1: 80 B tokens in 2,830 H800 hours": 7850,
-    "estimate of what one H200 can reach (roofline)": 14400,
-}
 
 
 @dataclass(frozen=True)
@@ -207,27 +203,11 @@ def build(
 # ---- Measuring ---------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """Moments of the GPU's work, without waiting for it, or of the clock on a CPU."""
-
-    def __init__(self, device: torch.device):
-        self.is_gpu = device.type == "cuda"
-        self.marks: list[Any] = []
-
-    def mark(self) -> None:
-        if self.is_gpu:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def laps(self) -> list[float]:
-        """Returns the seconds between the marks; waits for the last."""
-        pairs = itertools.pairwise(self.marks)
-        if not self.is_gpu:
-            return [end - start for start, end in pairs]
-        self.marks[-1].synchronize()
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+def now(device: torch.device) -> float:
+    """Returns the time, in seconds, when the device has done all that it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -260,17 +240,16 @@ def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]
     for step in range(args.warmup + args.steps):
         if step == args.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        watch = Stopwatch(device)
-        watch.mark()
+        marks = [now(device)]
         loss = loss_of(inputs, targets)
-        watch.mark()
+        marks.append(now(device))
         loss.backward()
-        watch.mark()
+        marks.append(now(device))
         clip_gradients(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        watch.mark()
-        laps.append(watch.laps())
+        marks.append(now(device))
+        laps.append([end - start for start, end in itertools.pairwise(marks)])
         losses.append(loss.item())
     measured = laps[args.warmup :]
     step_s = statistics.median(map(sum, measured))
@@ -319,7 +298,7 @@ def describe(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """Returns the table for people; on a GPU, at full size, with what it may be compared with."""
+    """Returns the table for people."""
     s, gpu = result["settings"], result["machine"]["gpu"]
     lines = [
         f"{s['size']}, {s['num_hidden_layers']} blocks + {s['new_blocks']} new, "
@@ -338,9 +317,6 @@ def render(result: dict[str, Any]) -> str:
         rows[-1] += ["-" if peak is None else f"{peak:.1f}"]
         rows[-1] += [f"{row[name]:.4f}" for name in ("first_loss", "last_loss")]
     lines.append(measuring.table(heads.split(","), rows))
-    if gpu and s["size"] == "7b":
-        lines.append("For reference, not measured here:")
-        lines += [f"{rate:,}  {what}" for what, rate in REFERENCES.items()]
     return "\n".join(lines)
 
 
@@ -362,8 +338,6 @@ def main() -> None:
         sides = choose_sides(args.sides, SIZES[args.size], ranks.device)
         result = describe(args, "batch_size", "steps", "warmup", "dtype")
         result["rows"] = [measure_and_release(side, args, ranks) for side in sides]
-    if result["machine"]["gpu"] and args.size == "7b":
-        result["references_tokens_per_s"] = REFERENCES
     measuring.write(args.out, result)
     print(render(result))
 

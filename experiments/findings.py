@@ -47,10 +47,6 @@ CLAIMS = (
     Claim("Copies that are not zeroed learn less", "", "copies", "domain"),
     Claim("Copies that are not zeroed forget more", "", "copies", "general"),
     Claim("Zero norms instead of zero outputs learn less", "", "zero-norms", "domain"),
-    Claim("Placed where layers change least, new blocks learn more", "similar", "", "domain"),
-    Claim("Placed where layers change least, they forget less", "similar", "", "general"),
-    Claim("Placed where layers matter least, new blocks learn more", "unimportant", "", "domain"),
-    Claim("Placed where layers matter least, they forget less", "unimportant", "", "general"),
 )  # fmt: skip
 
 

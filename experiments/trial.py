@@ -20,7 +20,6 @@ from typing import Any
 
 import abilities
 import models
-import placement
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -215,12 +214,8 @@ def documents(about: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def expand(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Makes an expanded checkpoint, by placement.py if it has --by, or by `convert.py expand`."""
-    words = [about["base"], str(out / CHECKPOINT), *about["options"]]
-    if "--by" in words:
-        placement.main(words)
-    else:
-        convert.main(["expand", *words])
+    """Makes an expanded checkpoint."""
+    convert.main(["expand", about["base"], str(out / CHECKPOINT), *about["options"]])
     return {}
 
 

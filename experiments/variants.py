@@ -21,8 +21,8 @@ class Variant:
         label: its name in tables.
         group: "number" or "place" of new blocks, "compared" with them, or "retention".
         new_blocks: their number, or None.
-        expand: options that make its start, of `convert.py expand` or, with --by, of
-            `placement.py`. It starts from the base if there are none.
+        expand: options of `convert.py expand` that make its start. It starts from the base if there
+            are none.
         options: further options of train.py.
         writing: options of train.py for the text that the base writes for it, if any.
         built: arguments of `models.build`, or None for the model that train.py loads.
@@ -62,14 +62,9 @@ def comparisons(num_layers: int, numbers: Sequence[int], compared: int) -> list[
     """
     variants = [plain(n) for n in sorted({n for n in numbers if num_layers % n == 0} | {compared})]
     number = ("--num-new-blocks", str(compared))
-    for name, option, label in (
-        ("prefix", "--placement", "prefix stacking"),
-        ("suffix", "--placement", "suffix stacking"),
-        ("similar", "--by", "where layers change least"),
-        ("unimportant", "--by", "where layers matter least"),
-    ):
-        expand = (*number, option, name)
-        variants.append(Variant(name, f"+{compared}, {label}", "place", compared, expand))
+    for name in ("prefix", "suffix"):
+        expand = (*number, "--placement", name)
+        variants.append(Variant(name, f"+{compared}, {name} stacking", "place", compared, expand))
     layout = interleave(num_layers, compared)
     tops = [layout.sources[i] for i in layout.new_layers]  # the layers that plain expansion copies
     variants.append(Variant("full", "full fine-tuning", "compared"))

@@ -46,9 +46,8 @@ def test_the_sides_of_a_cpu_train_alike(run_command: Callable[..., Any], tmp_pat
     assert rows[1]["ops"] == "all: cpu (asked for)"
     assert result["versions"].keys() == {"python", "torch", "triton", "transformers"}
     assert all(result["versions"].values()) and result["machine"]["cores"] == os.cpu_count()
-    assert result["machine"]["gpu"] is None and "references_tokens_per_s" not in result
+    assert result["machine"]["gpu"] is None
     assert result["settings"]["steps"] == 1 and result["settings"]["dtype"] == "float32"
-    assert "H800" not in printed  # nothing here compares with a GPU's figures
 
 
 def test_triton_is_left_out_or_refused_where_it_cannot_run(
@@ -86,8 +85,8 @@ def test_the_full_size_is_the_papers() -> None:
     assert sum(sizes[name] for name in trainable) == 8 * 202_383_360
 
 
-def test_a_gpus_table_has_the_references_and_what_did_not_fit() -> None:
-    """References are labelled as not measured here; a side without memory has a line of its own."""
+def test_a_gpus_table_has_what_did_not_fit() -> None:
+    """A side without memory has a line of its own."""
     fitting = {"side": "triton", "tokens_per_s": 12345.6, "step_s": 0.6636, "peak_memory_gb": 71.25}
     fitting |= {"forward_s": 0.25, "backward_s": 0.4, "optimizer_s": 0.0136}
     fitting |= {"first_loss": 10.4, "last_loss": 10.3}
@@ -103,5 +102,3 @@ def test_a_gpus_table_has_the_references_and_what_did_not_fit() -> None:
     assert "2 x 4096 tokens a step, bfloat16 on Some GPU" in lines[0]
     assert lines[2].split()[:2] == ["triton", "12,346"] and "71.2" in lines[2]
     assert lines[3] == "transformers: out of memory"
-    assert lines[4] == "For reference, not measured here:"
-    assert lines[5].split()[0] == "7,850" and lines[6].split()[0] == "14,400"

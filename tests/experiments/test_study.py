@@ -25,9 +25,8 @@ import schedule
 import study
 import summary
 import tasks
-from trial import CHECKPOINT, expand, keep, measure, train, write_json
+from trial import keep, measure, train, write_json
 
-from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import ConfigError, DataError, UserError
 
 SETTINGS = """
@@ -269,7 +268,7 @@ def test_a_study_over_its_budget_does_not_start(tmp_path: Path) -> None:
     s = settings("--budget-minutes", "30", "--out", str(tmp_path))
     studies = bases.made_studies(s)
     text = tasks.check_budget(s, studies, {"small": 0.01})
-    assert text.startswith("122 trials, 2 at a time: about ")
+    assert text.startswith("112 trials, 2 at a time: about ")
     with pytest.raises(ConfigError, match="more than --budget-minutes 30; raise it, lower"):
         tasks.check_budget(s, studies, {"small": 1.0})
     plain = studies[0].variants[0]
@@ -360,23 +359,6 @@ def test_a_trial_on_other_text_under_the_same_path_is_not_taken_for_this_one(
         tasks.trial(found, found.variants[0], 1e-3, 1).about["text_sha256"]
         != (task.about["text_sha256"])
     )
-
-
-def test_a_start_that_is_placed_by_measurement_is_one_by_placement_py(
-    own: options.StudySettings, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The options of the variant have --by; the others are those of `convert.py expand`."""
-    found = bases.own_study(dataclasses.replace(own, variants=("similar", "prefix")))
-    tasks_of = {task.out.name: task for task in tasks.start_tasks([found])}
-    assert set(tasks_of) == {"own-similar", "own-prefix"}
-    assert "--by" not in tasks_of["own-prefix"].about["options"]
-    task = tasks_of["own-similar"]
-    task.out.mkdir(parents=True)
-    words = [*task.about["options"], "--tokens", "32", "--text", "text.txt"]
-    expand(task.about | {"options": words}, task.out)
-    assert "layer    cosine" in capsys.readouterr().out
-    record = Checkpoint.open(task.out / CHECKPOINT).config.expansion
-    assert record is not None and len(record.new_layers) == found.compared
 
 
 # ---- A search of its own length ------------------------------------------------------------------

@@ -202,8 +202,6 @@ def test_two_standard_errors_are_the_border() -> None:
         ("originals", "general", 0.1, 0.9, "New blocks forget less than as many"),
         ("copies", "domain", -0.5, -0.1, "Copies that are not zeroed learn less"),
         ("zero-norms", "domain", -0.5, -0.1, "Zero norms instead of zero outputs learn less"),
-        ("similar", "domain", -0.1, -0.5, "Placed where layers change least, new"),
-        ("unimportant", "general", 0.9, 0.1, "Placed where layers matter least, they"),
     ],
 )
 def test_each_claim_is_of_the_right_number_and_direction(
