@@ -13,8 +13,9 @@ the model's forward and backward; its loss holds the logits of all tokens, in bf
 losses of the first and the last step show that the sides compute the same.
 
 One side is built, measured and released after the other. Times are medians over the steps, with the
-device idle at the end of each part; `optimizer` includes clipping. Peak memory is what PyTorch allocated in these steps,
-with parameters, gradients and moments. On a CPU, `--size tiny` in fp32 shows that everything runs.
+device idle at the end of each part; `optimizer` includes clipping. Peak memory is what PyTorch
+allocated in these steps, with parameters, gradients and moments. On a CPU, `--size tiny` in fp32
+shows that everything runs.
 """
 
 import argparse
