@@ -1,4 +1,8 @@
-"""User errors: one message without a traceback, and exit status 2."""
+"""User errors: one message without a traceback, and exit status 2.
+
+Whatever reads a user's input raises one of these. Docstrings outside the public API do not repeat
+that.
+"""
 
 import difflib
 import functools

@@ -48,7 +48,7 @@ class Layout:
         return tuple(i for i in range(len(self.sources)) if i not in new)
 
 
-def _layout(num_layers: int, inserted: Mapping[int, Iterable[int]]) -> Layout:
+def place(num_layers: int, inserted: Mapping[int, Iterable[int]]) -> Layout:
     """Builds a layout from base layer (-1 is below all) -> the layers copied on top of it."""
     sources: list[int] = []
     new: list[int] = []
@@ -69,9 +69,6 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
         num_layers: L, the number of the base's layers.
         num_new_blocks: N * P, the number of new blocks in all.
         blocks_per_group: P.
-
-    Raises:
-        ConfigError: the layers do not split like this; the message lists the numbers that work.
     """
     P = blocks_per_group
     # N groups must be equal, and none can copy more blocks than it has.
@@ -87,15 +84,11 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
     # A group has M blocks. The copies keep the order that their sources have.
     M = num_layers * P // num_new_blocks
     tops = range(M - 1, num_layers, M)
-    return _layout(num_layers, {top: range(top - P + 1, top + 1) for top in tops})
+    return place(num_layers, {top: range(top - P + 1, top + 1) for top in tops})
 
 
 def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
-    """Places a copy of each listed base layer directly after it.
-
-    Raises:
-        ConfigError: a layer is listed twice or does not exist.
-    """
+    """Places a copy of each listed base layer directly after it."""
     layers = list(layers)
     wrong = sorted({i for i in layers if not 0 <= i < num_layers or layers.count(i) > 1})
     if wrong or not layers:
@@ -103,7 +96,7 @@ def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
             f"--after {','.join(map(str, layers))}: {wrong or 'nothing'} listed twice or not among "
             f"the base layers 0 to {num_layers - 1}"
         )
-    return _layout(num_layers, {layer: (layer,) for layer in layers})
+    return place(num_layers, {layer: (layer,) for layer in layers})
 
 
 def stack(num_layers: int, num_new_blocks: int, placement: str) -> Layout:
@@ -117,8 +110,8 @@ def stack(num_layers: int, num_new_blocks: int, placement: str) -> Layout:
             "blocks"
         )
     if placement == "prefix":
-        return _layout(num_layers, {-1: range(num_new_blocks)})
-    return _layout(num_layers, {num_layers - 1: range(num_layers - num_new_blocks, num_layers)})
+        return place(num_layers, {-1: range(num_new_blocks)})
+    return place(num_layers, {num_layers - 1: range(num_layers - num_new_blocks, num_layers)})
 
 
 def expand_config(
@@ -203,9 +196,6 @@ def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> 
     Args:
         model: the model; its configuration has the expansion record.
         trainable: "new_blocks" (those of the latest expansion) or "all".
-
-    Raises:
-        ConfigError: no block is recorded as new.
     """
     record = model.config.expansion
     if trainable == "new_blocks" and record is None:

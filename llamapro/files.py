@@ -28,11 +28,7 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def user_path(path: str | Path) -> Path:
-    """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes.
-
-    Raises:
-        ConfigError: it begins in the home directory, and there is none, as in some containers.
-    """
+    """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -62,9 +58,6 @@ def copy_companion(file: Path, target: Path) -> None:
 
     A stranger's LICENSE could be a link to the user's own secrets, which would leave with the
     result. Hugging Face's cache is made of links, to `blobs` beside `snapshots`.
-
-    Raises:
-        CheckpointError: the link leaves the directory.
     """
     home, found = file.parent.resolve(), file.resolve()
     home = home.parent if home.name == "original" else home
@@ -103,12 +96,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
-    """Gives a hidden directory, as `directory_aside`, for the output that a user asked for.
-
-    Raises:
-        ConfigError: the directory exists and may not be replaced, or cannot be created.
-        CheckpointError: writing failed; the message names the file.
-    """
+    """Gives a hidden directory, as `directory_aside`, for the output that a user asked for."""
     path = Path(path).resolve()  # a link to another disk: written there, and the link stays
     remove_abandoned(path.parent)
     if path.exists() and not path.is_dir():

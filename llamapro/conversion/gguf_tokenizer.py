@@ -75,10 +75,6 @@ def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGU
         metadata: of the file.
         vocab_size: number of rows of the embedding.
         file: named in messages.
-
-    Raises:
-        ConfigError: the library `tokenizers` is not installed.
-        DataError: the tokenizer is damaged, or of a kind that is not supported.
     """
 
     def get(key: str, default: Any = None) -> Any:

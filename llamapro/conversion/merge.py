@@ -52,8 +52,8 @@ def merge(
 ) -> dict[str, Any]:
     """Merges into the checkpoint or `config.json` at `source`, as what is given demands.
 
-    The other arguments, the result and the errors are those of `merge_checkpoint`, of `merge_many`
-    if there are several `blocks`, and of `assemble_checkpoint` if `source` is a file.
+    All else is as for `merge_checkpoint`; `merge_many` if there are several `blocks`; or
+    `assemble_checkpoint` if `source` is a file.
     """
 
     def once() -> dict[str, Any]:
@@ -93,10 +93,6 @@ def merge_checkpoint(
 
     Returns:
         JSON-able: path, blocks (the file used), step, tensors_replaced, bytes, base_intact.
-
-    Raises:
-        ConfigError: as `expand_checkpoint`.
-        CheckpointError: the blocks belong to another base or do not fit, or the base was changed.
     """
     file = find_blocks(blocks_path)
     refuse_source(out_dir, expanded.path, file)
@@ -122,14 +118,8 @@ def merge_checkpoint(
     with _merged(out_dir, targets, config, companions, [training], force, max_shard_bytes):
         if config.expansion is not None:
             check_base(expanded, hashes)
-    return {
-        "path": str(out_dir),
-        "blocks": str(file),
-        "step": info.step,
-        "tensors_replaced": len(blocks),
-        "bytes": sum(target.nbytes for target in targets),
-        "base_intact": config.expansion is not None,
-    }
+    about = {"blocks": str(file), "step": info.step, "tensors_replaced": len(blocks)}
+    return _result(out_dir, targets, config.expansion is not None, about)
 
 
 def assemble_checkpoint(
@@ -161,14 +151,15 @@ def assemble_checkpoint(
     with _merged(out_dir, targets, config, beside, [training], force) as aside:
         name = JSON_NAME if vocabulary.suffix == ".json" else FILE_NAME
         shutil.copyfile(vocabulary, aside / name)
-    return {
-        "path": str(out_dir),
-        "blocks": str(file),
-        "step": info.step,
-        "tensors_replaced": len(blocks),
-        "bytes": sum(target.nbytes for target in targets),
-        "base_intact": False,
-    }
+    about = {"blocks": str(file), "step": info.step, "tensors_replaced": len(blocks)}
+    return _result(out_dir, targets, False, about)
+
+
+def _result(
+    out_dir: Path, targets: Iterable[Target], base_intact: bool, about: dict[str, Any]
+) -> dict[str, Any]:
+    size = sum(target.nbytes for target in targets)
+    return {"path": str(out_dir), **about, "bytes": size, "base_intact": base_intact}
 
 
 @contextmanager
@@ -238,11 +229,6 @@ def merge_many(
     Returns:
         JSON-able: path, blocks (the files used), steps (of each), layers, new_layers,
         source_layers, tensors_replaced, bytes, base_intact (True).
-
-    Raises:
-        ConfigError: as `expand_checkpoint`; or a file is given twice.
-        CheckpointError: `expanded` has no record, its base was changed, or its vocabulary grew; or
-            a file does not fit, or was trained on another base or with another tokenizer.
     """
     inside = contained_base(expanded)
     stored_as = {base.name: expanded.tensors[name] for name, base in inside.items()}
@@ -270,17 +256,15 @@ def merge_many(
     config = expansion.expand_config(base, layout, record.base_sha256)
     with _merged(out_dir, targets, config, expanded.companions(), trainings, force):
         check_base(expanded, hashes)
-    return {
-        "path": str(out_dir),
+    about = {
         "blocks": [str(blocks.file) for blocks in files],
         "steps": [blocks.info.step for blocks in files],
         "layers": config.num_hidden_layers,
         "new_layers": list(layout.new_layers),
         "source_layers": [layout.sources[i] for i in layout.new_layers],
         "tensors_replaced": len(trained),
-        "bytes": sum(target.nbytes for target in targets),
-        "base_intact": True,
     }
+    return _result(out_dir, targets, True, about)
 
 
 def _open_blocks(path: Path, expanded: Checkpoint, record: ExpansionRecord) -> _NewBlocks:
@@ -335,24 +319,20 @@ def _combine(
     files: Sequence[_NewBlocks], base_layers: int
 ) -> tuple[Layout, dict[str, StoredTensor]]:
     """Stacks the files' blocks on the base layers; returns the layout and the trained tensors."""
-    sources: list[int] = []
-    new_layers: list[int] = []
+    above: dict[int, list[tuple[_NewBlocks, int, int]]] = {}  # base layer -> blocks on top of it
+    for blocks in files:
+        pairs = zip(blocks.info.new_layers, blocks.info.source_layers, strict=True)
+        for number, (layer, source) in enumerate(pairs):
+            # Below a new block stand `number` others of its file; the rest are base layers.
+            above.setdefault(layer - number - 1, []).append((blocks, layer, source))
+    layout = expansion.place(
+        base_layers, {base: [source for _, _, source in found] for base, found in above.items()}
+    )
+    stacked = [block for _, found in sorted(above.items()) for block in found]
     trained: dict[str, StoredTensor] = {}
-    for base_layer in range(-1, base_layers):
-        if base_layer >= 0:
-            sources.append(base_layer)
-        for blocks in files:
-            pairs = zip(blocks.info.new_layers, blocks.info.source_layers, strict=True)
-            for number, (layer, source) in enumerate(pairs):
-                # Below a new block stand `number` others of its file; the rest are base layers.
-                if layer - number - 1 != base_layer:
-                    continue
-                old, new = f"model.layers.{layer}.", f"model.layers.{len(sources)}."
-                trained |= {
-                    new + name.removeprefix(old): stored
-                    for name, stored in blocks.tensors.items()
-                    if name.startswith(old)
-                }
-                new_layers.append(len(sources))
-                sources.append(source)
-    return Layout(tuple(sources), tuple(new_layers)), trained
+    for index, (blocks, layer, _) in zip(layout.new_layers, stacked, strict=True):
+        old = f"model.layers.{layer}."
+        for name, stored in blocks.tensors.items():
+            if name.startswith(old):
+                trained[f"model.layers.{index}.{name.removeprefix(old)}"] = stored
+    return layout, trained

@@ -115,9 +115,6 @@ def read_pieces(
         text_key: key of the text in a JSON line, or name of its column.
         counts: grow while the pieces are read.
         label: names the progress bar.
-
-    Raises:
-        DataError: files or rows cannot be used; the message names each.
     """
     wrong, read = Problems(limit=20), []
     for file in files:

@@ -45,10 +45,6 @@ def tokenize_conversations(
             of the cache's key.
         tokenizer_sha256: the tokenizer's fingerprint, part of the key as well.
         cache_dir: the directory of all stores.
-
-    Raises:
-        DataError: names the problems of all sources with file and row, or the disk is full. No
-            store of a source with a problem is kept.
     """
     stores: dict[str, TokenStore] = {}
     problems = Problems(limit=20)
@@ -139,9 +135,6 @@ class PackedConversations:
 
         The policy is for conversations longer than a window: "drop" leaves them out, "truncate"
         keeps the beginning, "split" makes pieces of T positions that do not see each other.
-
-        Raises:
-            DataError: nothing is left to train on.
         """
         self.store = store
         self.seq_len = seq_len

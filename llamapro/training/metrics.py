@@ -69,9 +69,6 @@ class MetricsLog:
             log_to: trackers: "tensorboard" (files in `tensorboard/`), "wandb" or "trackio". A step
                 that a resumed run does again replaces the old one in TensorBoard only.
             config: the run's settings, for trackers that show them.
-
-        Raises:
-            DataError: the existing log is damaged before its last line.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
@@ -298,11 +295,7 @@ class Run:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Reads a run directory.
-
-    Raises:
-        DataError: `run.json` or `metrics.jsonl` is missing or damaged.
-    """
+    """Reads a run directory."""
     if not (path / RUN_FILE).exists():
         raise DataError(f"{path}: no {RUN_FILE}; is this a run directory?")
     info = read_json(path / RUN_FILE, error=DataError)

@@ -144,11 +144,6 @@ def read_openings(
         tokenizer: the base's.
         ends: the ids that end a text.
         length: tokens of a document; an opening leaves room for one at least.
-
-    Raises:
-        ConfigError: no file, and neither BOS nor EOS.
-        DataError: the file cannot be read, has no prompt, or one that is too long; or the chat
-            template cannot be used.
     """
     start = tokenizer.document_start()
     template = ChatTemplate.load(model, tokenizer) if ChatTemplate.is_in(model) else None
@@ -216,10 +211,6 @@ def written_by_base(
         length: the most tokens of a document.
         cache_dir: the directory of token stores.
         dtype, device: of the base while it writes; the device holds it whole.
-
-    Raises:
-        ConfigError, DataError: as `read_openings`; or the disk is full, or the store in the
-            cache is damaged.
     """
     ends = end_ids(checkpoint.config, tokenizer)
     openings = read_openings(settings.prompts, checkpoint.path, tokenizer, ends, length)
