@@ -50,7 +50,6 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
     """Trains in this process, or among those that torchrun started; every one must call it.
 
     Args:
-        job: what to train on, how long, and how.
         objective: minimised instead of the job's own. It holds a whole model on the CPU, with
             `requires_grad` set, which is sharded in place.
 

@@ -23,10 +23,7 @@ class Case(NamedTuple):
     """One op, shape and direction, and everything that computes it.
 
     Attributes:
-        shape: for people.
-        direction: forward, backward, or both.
         work: floating-point operations or bytes of one call.
-        unit: TFLOP/s or GB/s.
         inputs: makes the tensors; gradients are computed of those that require them.
         functions: name -> returns the function, or raises the reason why it cannot run.
     """

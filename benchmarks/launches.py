@@ -31,7 +31,6 @@ class Launch(NamedTuple):
 
     Attributes:
         case: what was called, for people.
-        kernel: the `@triton.jit` function.
         signature, constants, attributes: as `ASTSource` takes them.
         grid: programs along each axis.
         numbers: integer arguments by their name in the IR, a descriptor's shape and strides too.

@@ -56,11 +56,6 @@ class Options:
 def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[str, Any]:
     """Returns what one optimizer step is for a rank, JSON-able; takes seconds and no GPU.
 
-    Args:
-        settings: `check`ed for this number of ranks.
-        config: of the model, expanded if only new blocks train.
-        options: ranks, nodes, bandwidth.
-
     Returns:
         parameters, units (kinds of FSDP units with their largest tensor's shards), memory_bytes
         (see `estimate_memory`), traffic (rows of calls and bytes per rank and step), and totals.

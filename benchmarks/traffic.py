@@ -117,8 +117,6 @@ def record_micro_batch(
 
     Args:
         objective: sharded on the meta device; its weights are fake afterwards.
-        rows, length: B and T.
-        clip: of `clip_gradients`.
         replayed: the number of last rows that are.
     """
     # Backends do not communicate, and the kernels need a GPU.
@@ -140,10 +138,6 @@ def links_between_nodes(mesh: DeviceMesh, ranks_per_node: int) -> dict[tuple[int
 
     That is also, on average over a machine's ranks, the part of what they send that leaves it. Of
     all groups along a dimension the worst counts: a machine may hold one whole and parts of others.
-
-    Args:
-        mesh: `Ranks.mesh`.
-        ranks_per_node: neighbouring ranks that share a machine.
     """
     parts = {}
     for dim, size in enumerate(mesh.mesh.shape):

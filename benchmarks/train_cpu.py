@@ -125,13 +125,7 @@ def work(side: str, args: argparse.Namespace) -> None:
 
 
 class Group:
-    """The processes of one side, which take a step when they are told to.
-
-    Args:
-        side: one of `SIDES`.
-        dtype: one of `DTYPES`.
-        args: of the command line.
-    """
+    """The processes of one side, which take a step when they are told to."""
 
     def __init__(self, side: str, dtype: str, args: argparse.Namespace):
         self.started = time.perf_counter()

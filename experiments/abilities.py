@@ -52,7 +52,6 @@ def write(
     Shorter prompts have padding on their left, which attention treats as another document.
 
     Args:
-        model: in evaluation mode.
         prompts: token ids of each, not empty.
         ends: ids that end an answer; they are no part of it.
         new_tokens: the most of an answer.

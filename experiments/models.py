@@ -131,7 +131,6 @@ def first_gradients(
     """Returns the gradient norms of new blocks at the first two steps of AdamW without decay.
 
     Args:
-        base, layers, start: as for `expanded`.
         ids: (B, T + 1) tokens, the same at both steps.
 
     Returns:

@@ -95,7 +95,6 @@ class Runner:
         """Runs the tasks that have no result yet; returns all results, in order.
 
         Args:
-            tasks: started in this order.
             workers: number of tasks at a time; 0 for the usual one.
         """
         # The fork server finds the modules beside this file through the environment.

@@ -18,12 +18,10 @@ class Variant:
 
     Attributes:
         name: its name on the command line and of its directory.
-        label: its name in tables.
         group: "number" or "place" of new blocks, "compared" with them, or "retention".
         new_blocks: their number, or None.
         expand: options of `convert.py expand` that make its start. It starts from the base if there
             are none.
-        options: further options of train.py.
         writing: options of train.py for the text that the base writes for it, if any.
         built: arguments of `models.build`, or None for the model that train.py loads.
         varies: the variant, or "", that it changes by options only and whose rate it takes over.
@@ -56,7 +54,6 @@ def comparisons(num_layers: int, numbers: Sequence[int], compared: int) -> list[
     """Returns the variants that differ in what trains, how many new blocks, and where.
 
     Args:
-        num_layers: layers of the base.
         numbers: numbers of new blocks. Those that do not interleave in this base are left out.
         compared: the number for comparing places and other methods.
     """

@@ -32,7 +32,6 @@ def load(
     Args:
         path: a directory, or `hf://owner/name[@revision]`.
         dtype: dtype of the weights and the computation; None takes the checkpoint's.
-        device: device of the model.
 
     Raises:
         ConfigError: the model is not of LLaMA's shape.
@@ -50,7 +49,6 @@ def expand(
     configuration records which blocks are new.
 
     Args:
-        model: the base.
         num_new_blocks: number of new blocks in all; the layers must split into equal groups.
         blocks_per_group: number of new blocks on top of each group.
 

@@ -69,8 +69,6 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tupl
     """Returns the backend that computes an op, "torch", "cpu" or "triton", and the reason.
 
     Args:
-        op: one of `OPS`.
-        device, dtype: those of its input.
         size: the length of the input's last axis: C, D (rope, attention) or F.
 
     Raises:
@@ -93,9 +91,6 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tupl
 
 def summary(config: Any, device: torch.device, dtype: torch.dtype) -> str:
     """Returns one line that names the backend of each op with a Triton kernel, and the reason.
-
-    Args:
-        config: the `ModelConfig` of the model.
 
     Raises:
         BackendError: as `choose`.

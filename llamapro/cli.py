@@ -22,7 +22,6 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
     SIGTERM is raised as SystemExit, so that partial output is removed as after Ctrl-C.
 
     Args:
-        main: the command.
         leave: ends the process. `os._exit` skips the interpreter's teardown, during which gloo's
             threads sometimes abort a process whose work is done.
     """

@@ -77,8 +77,6 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
     """Cuts a document into windows in which every token but the first is predicted exactly once.
 
     Args:
-        length: tokens of the document.
-        context: longest input.
         stride: tokens by which each window moves. All windows but the first predict `stride`
             tokens, each with at least context - stride tokens before it.
 

@@ -127,7 +127,6 @@ def directory_aside(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     The hidden directory is removed if the body fails, and so are those of killed processes.
 
     Args:
-        path: the directory to write.
         keep_existing: keep, instead of replacing, a directory that another process completed.
 
     Raises:
@@ -221,8 +220,6 @@ def read_json(
     """Reads a JSON object in which no key comes twice.
 
     Args:
-        file: to read; links are followed.
-        max_bytes: a larger file is not read.
         error: the kind that is raised, with the file's name, if anything is wrong.
     """
     refuse_large(file, max_bytes, error)

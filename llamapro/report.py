@@ -258,7 +258,6 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str,
     """Writes `report.png` and `report.md` for one run or several, side by side.
 
     Args:
-        run_dirs: the runs, in the order of the report.
         out: the directory to write to; the first run's if None.
 
     Returns:

@@ -44,8 +44,6 @@ class Checkpoint:
     """An opened checkpoint directory whose files are complete and have the right shapes.
 
     Attributes:
-        path: the directory.
-        config: its `config.json`.
         tensors: name -> where it is stored, in the order of the model's own parameters.
         repository: "owner/name" if it was fetched from the hub.
     """

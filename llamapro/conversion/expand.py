@@ -57,10 +57,8 @@ def expand_checkpoint(
     """Writes the expanded checkpoint and verifies it before it appears under its name.
 
     Args:
-        base, out_dir: the checkpoint to expand, and the directory to create.
         layout: where the new blocks go (`llamapro.expansion`).
         force: replace an existing checkpoint, once the new one is complete.
-        max_shard_bytes: largest safetensors file.
         new_tokens: control tokens to add; their ids follow the base's `vocab_size` rows.
 
     Returns:

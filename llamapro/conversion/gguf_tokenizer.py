@@ -69,13 +69,7 @@ class GGUFTokenizer:
 
 
 def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGUFTokenizer:
-    """Returns the tokenizer that a GGUF file's metadata hold.
-
-    Args:
-        metadata: of the file.
-        vocab_size: number of rows of the embedding.
-        file: named in messages.
-    """
+    """Returns the tokenizer that a GGUF file's metadata hold."""
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}", default)

@@ -40,7 +40,6 @@ class Training:
     """The story of one new-block file's training.
 
     Attributes:
-        info: the file's own metadata.
         state: `state.json` of its training checkpoint; empty if the file came alone.
         initial: validation set -> loss at step 0 (nats per token), as far as the run's log has it.
     """

@@ -35,8 +35,6 @@ class Conversation:
 
     Attributes:
         messages: `role` and `content` of each turn, the system's first if there is one.
-        tokens: number of tokens in all answers.
-        elapsed_s: duration of all answers.
     """
 
     def __init__(
@@ -65,7 +63,6 @@ class Conversation:
         """Adds a turn of the user and the assistant's answer to the conversation.
 
         Args:
-            text: the user's turn.
             show: receives the answer in pieces, as they are written.
 
         Returns:

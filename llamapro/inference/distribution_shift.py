@@ -49,8 +49,6 @@ def shift(base: LlamaForCausalLM, samples: ShiftSamples, ends: Collection[int]) 
     """Ranks each token that the tuned model chose by the base's probabilities (Appendix G).
 
     Args:
-        base: the model whose probabilities rank the tokens.
-        samples: what the tuned model wrote.
         ends: ids that end a text; the positions after the first of them do not count.
 
     Returns:

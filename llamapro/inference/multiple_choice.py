@@ -52,8 +52,6 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
     between "Question:" and "Answer:"; a `context` or `prompt` is continued as it stands.
 
     Args:
-        pattern: a file, folder or glob.
-        tokenizer: the model's.
         context: longest input in tokens; a longer prompt loses its beginning, but not the prefix.
         shots: number of first rows that stand with their answers before each question. They are
             not asked.
@@ -144,14 +142,7 @@ def _tokenize(
 def log_likelihoods(
     model: LlamaForCausalLM, questions: Sequence[Question], batch_size: int, name: str = ""
 ) -> list[list[float]]:
-    """Returns the summed log-probability (nats) of each choice: fp32 terms, fp64 sums.
-
-    Args:
-        model: in any dtype.
-        questions: tokenised for this model.
-        batch_size: inputs per forward pass.
-        name: shown beside the progress.
-    """
+    """Returns the summed log-probability (nats) of each choice: fp32 terms, fp64 sums."""
     # Choices that differ only in their last token, such as A, B, C and D, share one input.
     asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for number, question in enumerate(questions):

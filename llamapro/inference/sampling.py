@@ -90,7 +90,6 @@ def generate(
     """Continues prompts of equal length, one token at a time.
 
     Args:
-        model: in evaluation mode.
         prompt: (B, T) token ids, T >= 1; with a cache, the ids that follow those in it.
         max_new_tokens: number of steps; the caller may stop sooner.
         temperature, top_p: as for `sample`.

@@ -38,7 +38,6 @@ class ChatTemplate:
     """A Jinja template and the tokenizer of its texts.
 
     Attributes:
-        source: the template.
         origin: the file it came from, or the name of a built-in one.
         date: what `strftime_now` formats in the template; None means now.
         prints_date: whether the template asks for it.
@@ -82,7 +81,6 @@ class ChatTemplate:
         Args:
             directory: holds `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`;
                 the one named "default" is taken from a list.
-            tokenizer: the model's.
             template: a name in `BUILT_IN` or a .jinja file to use instead.
         """
         known = ", ".join(BUILT_IN)

@@ -73,7 +73,6 @@ def tokenize(
     Args:
         patterns: as for `find_files`; sizes and times of the files are part of the cache's key.
         tokenizer: its fingerprint is part of the cache's key.
-        cache_dir: the directory of all stores.
         text_key: key of the text in a JSON line, or name of its column.
         workers: number of threads, 0 for one per core; the tokens do not depend on it.
         label: names the corpus in progress and messages.

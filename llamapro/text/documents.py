@@ -111,10 +111,8 @@ def read_pieces(
     such rows are left out: settings lie beside code.
 
     Args:
-        files: as from `find_files`.
         text_key: key of the text in a JSON line, or name of its column.
         counts: grow while the pieces are read.
-        label: names the progress bar.
     """
     wrong, read = Problems(limit=20), []
     for file in files:

@@ -44,7 +44,6 @@ def tokenize_conversations(
         template: checks, renders and tokenises; its source, and the date that it prints, are part
             of the cache's key.
         tokenizer_sha256: the tokenizer's fingerprint, part of the key as well.
-        cache_dir: the directory of all stores.
     """
     stores: dict[str, TokenStore] = {}
     problems = Problems(limit=20)

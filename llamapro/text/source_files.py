@@ -25,7 +25,6 @@ class SourceFile:
     """A file of a corpus.
 
     Attributes:
-        path: where it is.
         is_named: whether the user or a glob named it, not only its folder.
         left_out: the reason why it is not read, or "".
     """

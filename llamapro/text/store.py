@@ -32,9 +32,7 @@ class TokenStore:
     compares only sizes, because every rank does it; `check` compares the bytes.
 
     Attributes:
-        path: the directory.
         tokens: length of the stream, with what stands before and after documents.
-        documents: number of documents.
         fingerprint: SHA-256 of the tokenizer.
         sha256: hash of the tokens as they were written.
         index: all of `index.json`.
@@ -137,7 +135,6 @@ def cached(
     changed on the disk would silently change the run. That takes a second per GB or two.
 
     Args:
-        cache_dir: the directory of all stores.
         key: everything that decides the tokens, as JSON; its hash is the store's name, and the
             index holds it as `made_of`.
         index: as for `write_store`.

@@ -28,7 +28,6 @@ def added_tokens(
     """Returns the tokens that the files of a directory add to its vocabulary, or rename.
 
     Args:
-        directory: holds the files.
         names: `special_tokens_map.json` and `tokenizer_config.json`, as one object.
         raw_json: `tokenizer.json`, or {}.
     """

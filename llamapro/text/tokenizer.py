@@ -34,7 +34,6 @@ class Tokenizer:
     """Text to token ids and back; `Tokenizer.load` makes one.
 
     Attributes:
-        path: the vocabulary's file.
         files: all files that decide the ids; `path` is the first.
         vocab_size: the highest id + 1, added tokens included.
         bos_id: the token named BOS, or None. Chat templates write it; whether a text begins with it
@@ -224,7 +223,6 @@ class Tokenizer:
         """Returns the token ids of a text.
 
         Args:
-            text: any text.
             bos: put `prefix` first, as the model's own tokenizer does.
             eos: put `suffix` last. With both, the text is a document of a training stream, in
                 which exactly one EOS, or a BOS that is the same token, ends each document.

@@ -260,10 +260,8 @@ def prefix_of(
     as in version 4; version 5 would have no BOS without an `add_bos_token` that is true.
 
     Args:
-        path: the tokenizer.json, for the message.
         raw: its content, {} if there is none.
         config: `tokenizer_config.json`.
-        bos_id: the BOS that is named.
     """
     if not raw:
         return [bos_id] if bos_id is not None and config.get("add_bos_token", True) else []

@@ -41,7 +41,6 @@ def open_together(open_job: Callable[[], T], describe: Callable[[T], dict[str, s
     """Opens a run's inputs in every process that torchrun started, and compares them.
 
     Args:
-        open_job: opens them; raises UserError or SystemExit.
         describe: returns what must be the same everywhere: name -> value.
 
     Raises:
@@ -170,14 +169,7 @@ class Seen:
     def check(
         self, run_dir: Path, resume_from: Path | None, fingerprint: str, tensors: dict[str, str]
     ) -> None:
-        """Raises ConfigError if this machine has something else; names it, and what to share.
-
-        Args:
-            run_dir: the run directory.
-            resume_from: the training checkpoint to resume from.
-            fingerprint: of the tokenizer.
-            tensors: as `Seen.tensors`, read here.
-        """
+        """Raises ConfigError if this machine has something else; names it, and what to share."""
         here = socket.gethostname()
         _check_shared(run_dir / LOCK_FILE, self.lock, f"run_dir {run_dir}")
         if resume_from is not None:

@@ -72,8 +72,6 @@ class Saver:
 
         Args:
             run_dir: the run directory, locked as long as the saver is used.
-            settings: of saving.
-            ranks: this process among its peers.
             first_row: the row from which embedding and head are saved if they train for the sake of
                 added tokens (`weights.stored_part`); 0 saves them whole.
             step: step from which the run resumed.
@@ -107,9 +105,7 @@ class Saver:
         replaced.
 
         Args:
-            step: optimizer steps made.
             parameters: name -> sharded parameter, of everything that trains.
-            optimizer: AdamW over exactly these.
             info: describes the base and the run of the trained tensors.
             state: JSON-able content of `state.json`.
 

@@ -31,8 +31,6 @@ class Data:
     Attributes:
         mixture: the training samples in their order; the replayed source is the last.
         apart: the number of that source if it has a loss or weight of its own.
-        val: the sequences of each validation set.
-        steps: number of optimizer steps of the whole run.
         batch_size: samples per step, over all ranks.
     """
 

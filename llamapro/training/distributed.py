@@ -40,12 +40,9 @@ class Ranks:
 
     Attributes:
         rank: the number of this process, 0 to world_size - 1.
-        world_size: the number of processes.
-        device: where this process computes.
         mesh: all processes in one dimension "shard" or, for HSDP, in two: "replicate", "shard".
         patient: a group of all processes with a timeout of a week instead of minutes, for waiting
             while the main one tokenises a corpus or writes a file.
-        store: where they met.
     """
 
     rank: int
@@ -242,7 +239,6 @@ def shard(
     Args:
         objective: holds the model, loaded on the CPU, with `requires_grad` set. It becomes the
             root, so call it and not the model. Only this rank's shards stay in memory.
-        ranks: from `process_group`.
         compute_dtype: the dtype of matrix products and activations.
         frozen: where frozen weights lie. "shard": in parts, gathered for forward and again for
             backward (least memory). "gather": in parts, but kept whole from forward to backward.

@@ -48,15 +48,10 @@ class Job:
     """The inputs of a run; all of them exist and fit together.
 
     Attributes:
-        settings: of the run.
-        run_dir: the directory of metrics and training checkpoints.
-        config: of the model.
         checkpoint: the weights to start from; None for random ones.
-        tokenizer: of the model.
         template: chat template of conversations; None for text.
         val: name -> paths of each validation set.
         resume_from: the newest training checkpoint of the run directory.
-        plan: see `make_plan`.
     """
 
     settings: Settings

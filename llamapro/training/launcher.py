@@ -32,11 +32,6 @@ def open_job(script: str, argv: Sequence[str], prog: str) -> Job:
 
     A process that is no rank, but was asked for several, starts them and exits with their status.
 
-    Args:
-        script: the Python file to run.
-        argv: its arguments.
-        prog: its name in --help.
-
     Raises:
         UserError: a mistake, on this rank or on another.
         SystemExit: after --help, or the ranks have ended.
@@ -55,11 +50,6 @@ def open_job(script: str, argv: Sequence[str], prog: str) -> Job:
 
 def launch(script: str, argv: Sequence[str], processes: int) -> int:
     """Runs a script in several processes that train together, and waits for them.
-
-    Args:
-        script: the Python file to run.
-        argv: its arguments.
-        processes: number of processes on this machine.
 
     Returns:
         The exit status: 0 if all succeeded, 2 for a user's mistake, whose message was printed.

@@ -61,7 +61,6 @@ class MetricsLog:
         """Opens the log where the run continues.
 
         Args:
-            run_dir: the run directory, created if need be.
             resume_step: the checkpoint's step. Records of later steps are dropped, because these
                 will be done again, and so is a half-written last line. 0 starts a new log.
             is_evaluated: whether that step was evaluated before it was saved. If not, its
@@ -267,8 +266,6 @@ class Run:
 
     Attributes:
         name: of the run; unique among those that are compared.
-        path: of the directory.
-        info: content of `run.json`.
         train: `train` records, one per step, in order.
         evals: `eval` records of each validation set, one per step, in order.
     """

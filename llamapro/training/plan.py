@@ -75,11 +75,9 @@ def estimate_memory(
     estimate is for the backends that `backends.use` chooses around the call.
 
     Args:
-        settings: of the run.
         model: on the meta device, with `requires_grad` set.
         compute_dtype: of matrix products, activations and frozen weights.
         device: where the run will compute; nothing is allocated there.
-        world_size: the number of processes.
 
     Returns:
         Part -> bytes, and "total".

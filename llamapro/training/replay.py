@@ -88,7 +88,6 @@ def write_documents(
     A document leaves out its end if that is the token it began with: the next one begins with it.
 
     Args:
-        base: in evaluation mode.
         openings: what documents begin with; each is drawn as often as any other.
         end_ids: a document ends with any of them.
         length: the most tokens of a document; one that reaches it has no end token.
@@ -140,9 +139,6 @@ def read_openings(
 
     Args:
         file: UTF-8 text; empty lines are passed over. "": none.
-        model: directory of the base's files.
-        tokenizer: the base's.
-        ends: the ids that end a text.
         length: tokens of a document; an opening leaves room for one at least.
     """
     start = tokenizer.document_start()
@@ -206,10 +202,7 @@ def written_by_base(
 
     Args:
         checkpoint: an expanded one; its new blocks are not used.
-        tokenizer: of the checkpoint.
-        settings: of the replay.
         length: the most tokens of a document.
-        cache_dir: the directory of token stores.
         dtype, device: of the base while it writes; the device holds it whole.
     """
     ends = end_ids(checkpoint.config, tokenizer)
@@ -275,9 +268,6 @@ def split_replayed(
     Args:
         first_replayed: the number of samples before the replayed ones in the global batch that
             `mixture.batch` deals out.
-        micro_batches: the number of micro-batches of the rank.
-        rows: sequences of a micro-batch.
-        rank, world_size: of the process.
 
     Returns:
         A number for each micro-batch, as `objective.Replay` takes it. It is None on all ranks if no

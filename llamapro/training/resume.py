@@ -66,10 +66,8 @@ def make_identity(
     Args:
         checkpoint: the weights to start from; None for random ones.
         trainable: names of its tensors that train; the others are frozen.
-        tokenizer_sha256: the tokenizer's fingerprint.
         stores: label -> tokens of each corpus, such as "train data/code" or "replay". Their hashes
             were checked when they were opened.
-        config: of the model.
 
     Returns:
         JSON-able, for `state["identity"]`: base, computation, tokenizer, data.
@@ -95,9 +93,6 @@ def check_identity(
     """Refuses to resume with other weights, another tokenizer or other tokens.
 
     Args:
-        saved: the identity that the training checkpoint holds.
-        identity: the one that `make_identity` returns now.
-        run_dir: the run directory, for the message.
         allowed: settings (`resume.allow`) whose contents may differ.
     """
     try:
@@ -213,10 +208,7 @@ def load_optimizer(
     """Loads the moments of a training checkpoint into the optimizer, each rank its own shards.
 
     Args:
-        path: the training checkpoint.
         parameters: name -> sharded parameter, as for `Saver.save`.
-        optimizer: fresh AdamW over these.
-        step: optimizer steps applied.
         first_row: as for `Saver`.
     """
     file = path / OPTIMIZER_FILE

@@ -30,8 +30,6 @@ class RunState:
     """Where a run stands.
 
     Attributes:
-        step: optimizer steps made.
-        tokens: tokens trained on.
         samples: sequences read; the next step starts with the sequence of this number.
         elapsed_s: time spent on training steps, over all starts of the run.
         loss: nats per token of the latest step whose loss was read.
@@ -117,9 +115,6 @@ class Losses:
 
         Args:
             state: `read` updates its loss, skipped, recent_losses and elapsed_s.
-            guard: knows which steps were applied.
-            ranks: this process among its peers.
-            threshold: as for `find_spike`.
             report: called for a step that was not applied or has a loss far over the latest ones,
                 with kind, step, first sample and the numbers of its record.
             objective: `read` copies its `control` into the state.

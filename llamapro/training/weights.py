@@ -38,7 +38,6 @@ def freeze(model: LlamaForCausalLM, trainable: str, new_tokens: bool = False) ->
     """Sets `requires_grad` of every parameter, before weights are loaded and sharded.
 
     Args:
-        model: its configuration has the expansion record.
         trainable: "new_blocks" (those of the latest expansion) or "all".
         new_tokens: also train embedding and head, for the rows of the tokens that this expansion
             added. `mask_gradients` keeps the other rows as they are.
@@ -76,7 +75,6 @@ def mask_gradients(parameters: Mapping[str, nn.Parameter], first_row: int) -> No
 
     Args:
         parameters: name -> parameter, after sharding; the other parameters are left alone.
-        first_row: the first row that trains.
     """
     for name in NEW_ROWS.keys() & parameters.keys():
         parameter = parameters[name]
