@@ -227,9 +227,11 @@ def train(
                     progress.step(norm.item(), rate, bool(is_time))
         except Stopped:
             state.stopped = True
-        if state.step > saver.step:
-            save()
         progress.saved(saver.finish())
+        for _ in range(2):  # again, if the run directory was removed meanwhile
+            if not saver.has(state.step):
+                save()
+                progress.saved(saver.finish())
 
 
 if __name__ == "__main__":

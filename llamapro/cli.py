@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from llamapro.errors import ConfigError, UserError
+from llamapro.errors import ConfigError, LostProcessError, UserError
 
 
 def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
@@ -35,7 +35,8 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         sys.stdout.flush()
     except UserError as error:
         message = f"{type(error).__name__}: {error}"
-        _tell_launcher(message)
+        if not isinstance(error, LostProcessError):  # the other one is the first that failed
+            _tell_launcher(message)
         status = _fail(message, 2)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)

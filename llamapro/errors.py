@@ -23,6 +23,10 @@ class DivergedError(UserError):
     """A gradient is not finite, so training cannot continue at this learning rate."""
 
 
+class LostProcessError(UserError):
+    """Another process of the run has ended; its own message, or the system's, says why."""
+
+
 class CheckpointError(UserError):
     """A checkpoint file is missing or damaged, or does not fit the model or its base."""
 

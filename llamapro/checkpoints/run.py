@@ -21,6 +21,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.json"  # written once, when a run starts
 LISTED = {TRAINABLE_FILE, OPTIMIZER_FILE, STATE_FILE}  # the files that a manifest lists
 # Earlier versions also saved the state of the random generators, from which nothing is drawn.
 OLD_LISTED = LISTED | {"rng.safetensors"}

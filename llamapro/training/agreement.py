@@ -22,34 +22,43 @@ from llamapro import __version__, kernels, scripts
 from llamapro.checkpoints.run import MANIFEST_FILE, find_damage
 from llamapro.errors import ConfigError, Problems, UserError
 from llamapro.text.store import INDEX_FILE, TokenStore
-from llamapro.training import distributed
+from llamapro.training import distributed, peers
 from llamapro.training.lock import LOCK_FILE
 from llamapro.training.settings import Settings, flatten
 
 T = TypeVar("T")
+Facts = dict[str, str]  # what must be the same everywhere: name -> value
 # Settings that may differ, because the main process alone uses them.
 LOCAL = {"config", "json", "processes", "data.workers", "log_to"}
 FIX = "give every machine the same command, code and files"
-WAIT_S = 1800.0  # for a process that is still opening its files
 HEAR_S = 10.0  # for the others to read why the run ends, and for a shared directory to show a file
 
 
 # ---- Before the process group is up ------------------------------------------------------------
 
 
-def open_together(open_job: Callable[[], T], describe: Callable[[T], dict[str, str]]) -> T:
+def open_together(open_job: Callable[[], T], describe: Callable[[T], Facts]) -> T:
     """Opens a run's inputs in every process that torchrun started, and compares them.
 
     Args:
-        describe: returns what must be the same everywhere: name -> value.
+        describe: returns what must be the same everywhere.
 
     Raises:
         UserError, SystemExit: what `open_job` raised here.
         ConfigError: it failed elsewhere, or the processes differ; the same message everywhere.
+        LostProcessError: another process has ended.
     """
     if distributed.world_size() == 1:
         return open_job()
-    store, rank, size = distributed.meeting_place()
+    place = distributed.meeting_place()
+    with peers.loss_is_said(), peers.watched(*place, "opening their files"):
+        return _open_and_compare(*place, open_job, describe)
+
+
+def _open_and_compare(
+    store: Any, rank: int, size: int, open_job: Callable[[], T], describe: Callable[[T], Facts]
+) -> T:
+    """Does the work of `open_together` at the place where the processes met."""
     mine: dict[str, Any] = {"where": _where(rank), "facts": {}}
     failure: UserError | SystemExit | None = None
     try:
@@ -75,10 +84,7 @@ def open_together(open_job: Callable[[], T], describe: Callable[[T], dict[str, s
 
 def _poll(store: Any, key: str) -> bytes:
     """Waits for a key; in Python, where a signal's handler can run."""
-    until = time.monotonic() + WAIT_S
     while not store.check([key]):
-        if time.monotonic() > until:
-            raise ConfigError(f"another process did not start within {WAIT_S:.0f} s; see its log")
         time.sleep(0.02)
     return store.get(key)
 
@@ -110,7 +116,7 @@ def difference(found: list[dict[str, Any]]) -> str:
     return ""
 
 
-def facts(settings: Settings, **more: Any) -> dict[str, str]:
+def facts(settings: Settings, **more: Any) -> Facts:
     """Returns what must be the same in every process: settings, code, versions, and `more`."""
     found = {k: json.dumps(v) for k, v in flatten(settings).items() if k not in LOCAL}
     found |= {"the code of llamapro": _code(), "PyTorch": torch.__version__}

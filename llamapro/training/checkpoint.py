@@ -83,6 +83,7 @@ class Saver:
         self._writing: Future[None] | None = None  # on the main rank, in the background
         self._saved: dict[str, Any] | None = None  # not yet reported by `finish`
         self._started_s = self._ended_s = 0.0
+        self._is_gone = False  # on the main rank: what a save wrote was removed meanwhile
         self._told: set[str] = set()  # old checkpoints that could not be removed
 
     def __enter__(self) -> Self:
@@ -119,33 +120,67 @@ class Saver:
         """
         before = self.finish()
         self.step, self._started_s = step, time.perf_counter()
-        target = self._run_dir / "checkpoints" / f"step-{step:08d}"
+        text = json.dumps(state, indent=2) + "\n"  # now, because training changes the state
+        try:
+            self._start(step, parameters, optimizer, info, text)
+        except CheckpointError:
+            if not self._ranks.on_main(lambda: self._is_gone):
+                raise
+            self._start(step, parameters, optimizer, info, text)  # all of it is still in memory
+        blocked_s = time.perf_counter() - self._started_s
+        target = self._path(step)
+        self._saved = {"path": str(target), "step": step, "blocked_s": blocked_s}
+        return before if self._in_background else self.finish()
+
+    def _start(
+        self,
+        step: int,
+        parameters: Parameters,
+        optimizer: torch.optim.Optimizer,
+        info: BlocksInfo,
+        state: str,
+    ) -> None:
+        """Gathers and writes, or starts to write in the background; every rank must call it."""
+        target = self._path(step)
         specs = [
             TensorSpec(stored_name(name, self._first_row), DTYPE_CODES[p.dtype], shape)
             for name, p in parameters.items()
             for shape in [stored_shape(name, p, self._first_row)]
         ]
-        text = json.dumps(state, indent=2) + "\n"  # now, because training changes the state
         failures: list[str] = []
         gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
         if self._in_background:
-            copies = iter(_copy(gathered, self._ranks, failures))
+            copies = _copy(gathered, self._ranks, failures)
+
+            def write_copies() -> None:
+                try:
+                    self._write(target, specs, iter(copies), info, state)
+                except (UserError, OSError) as failure:
+                    if not _is_removal(failure):
+                        raise
+                    self._write(target, specs, iter(copies), info, state)
+
             if self._ranks.is_main:
-                self._writing = self._pool.submit(self._write, target, specs, copies, info, text)
+                self._writing = self._pool.submit(write_copies)
         else:
             if self._ranks.is_main:
                 try:
-                    self._write(target, specs, gathered, info, text)
+                    self._write(target, specs, gathered, info, state)
                 except (UserError, OSError) as failure:
                     failures.append(str(failure))
+                    self._is_gone = _is_removal(failure)
             for _ in gathered:  # the other ranks gather here; the main one has its last vote left
                 pass
             if failures:  # the vote was lost, and the gathering ended, inside `_write`
                 raise CheckpointError(failures[0])
             self._ended_s = time.perf_counter()  # after the last vote
-        blocked_s = time.perf_counter() - self._started_s
-        self._saved = {"path": str(target), "step": step, "blocked_s": blocked_s}
-        return before if self._in_background else self.finish()
+
+    def has(self, step: int) -> bool:
+        """Whether the latest save is of this step and still there; every rank must call it."""
+        return step == self.step and self._ranks.on_main(self._path(step).exists)
+
+    def _path(self, step: int) -> Path:
+        return self._run_dir / "checkpoints" / f"step-{step:08d}"
 
     @property
     def is_done(self) -> bool:
@@ -205,6 +240,11 @@ class Saver:
                 self._told.add(failure)
                 warn(f"{failure}; it stays, and training goes on")
         self._ended_s = time.perf_counter()
+
+
+def _is_removal(failure: Exception) -> bool:
+    """Whether a write failed because its directory was removed meanwhile."""
+    return isinstance(failure.__context__ or failure, FileNotFoundError)
 
 
 def _copy(tensors: Iterator[Tensor], ranks: Ranks, failures: list[str]) -> list[Tensor]:

@@ -6,7 +6,7 @@ One CPU, one GPU and many machines go the same way.
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 
 from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.files import reason
+from llamapro.training import peers
 from llamapro.training.objective import NextToken
 from llamapro.training.preemption import Stopped, StopRequest, default_signals
 from llamapro.training.weights import is_trained
@@ -206,16 +207,18 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
     if gpus:
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    watched: AbstractContextManager[None] = nullcontext()
     if is_rank():
         store, rank, size = meeting_place()
-    else:
-        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+        watched = peers.watched(store, rank, size, "connecting")
     try:
-        with default_signals():
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-            mesh = make_mesh(kind, size, shard_size)
-            patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        yield Ranks(rank, size, where, mesh, patient, store)
+        with peers.loss_is_said():
+            with default_signals(), watched:
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+                mesh = make_mesh(kind, size, shard_size)
+                patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            yield Ranks(rank, size, where, mesh, patient, store)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -96,12 +96,15 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
         if result is None or not result.is_failed():
             return 0
         messages = [_read_message(Path(file)) for _, file in sorted(running.error_files.items())]
-        statuses = [failure.exitcode for _, failure in sorted(result.failures.items())]
+        codes = {rank: failure.exitcode for rank, failure in sorted(result.failures.items())}
     if message := next(filter(None, messages), ""):
         print(message, file=sys.stderr, flush=True)
         return USER_ERROR
-    status = statuses[0] if statuses[0] > 0 else 128 - statuses[0]  # negative after a signal
-    failed = ", ".join(f"rank {rank}" for rank in sorted(result.failures))
+    # A rank that only lost the others has this status, and leaves the message to them.
+    codes = {rank: code for rank, code in codes.items() if code != USER_ERROR} or codes
+    code = next(iter(codes.values()))
+    status = code if code > 0 else 128 - code  # negative after a signal
+    failed = ", ".join(f"rank {rank}" for rank in codes)
     print(f"{failed} ended with exit status {status}", file=sys.stderr, flush=True)
     return status
 

@@ -7,11 +7,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from llamapro import filesystem
+from llamapro.checkpoints.run import RUN_FILE
 from llamapro.errors import ConfigError, DataError
 from llamapro.files import make_directory
 from llamapro.training.distributed import Ranks
 
 LOCK_FILE = "lock"
+_directories: dict[Path, os.stat_result] = {}  # as they were when they were locked
 
 
 @contextmanager
@@ -27,6 +29,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             is_new = not run_dir.exists()
             fd = _take(file)
         filesystem.lacks(run_dir)
+        _directories[run_dir] = run_dir.stat()
     except BlockingIOError:
         holder = _holder(file) or "it has just ended"
         raise ConfigError(
@@ -49,19 +52,25 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 
 def check_holder(run_dir: Path) -> None:
-    """Raises DataError if the run directory was replaced by one in which another run holds a lock.
+    """Raises DataError if the run directory was replaced by that of another run.
 
-    The lock of a run that has ended is taken over.
+    A directory that was removed is made again, and locked until this process ends.
     """
-    file = run_dir / LOCK_FILE
-    if (holder := _holder(file)) not in (_me(), ""):
-        try:
-            _take(file)  # held until this process ends
-        except BlockingIOError:
-            raise DataError(
-                f"{run_dir}: was replaced while the run was writing to it, and another run is "
-                f"writing there now ({holder}); nothing was written over it"
-            ) from None
+    file, before = run_dir / LOCK_FILE, _directories.get(run_dir)
+    if before is None or (holder := _holder(file)) == _me():
+        return
+    now = "another run is there now"
+    try:
+        is_other = run_dir.exists() and not os.path.samestat(before, run_dir.stat())
+        if not (is_other and (run_dir / RUN_FILE).exists()):
+            _take(file)
+            return
+    except BlockingIOError:
+        now = f"another run is writing there now ({holder})"
+    raise DataError(
+        f"{run_dir}: was replaced while the run was writing to it, and {now}; nothing was written "
+        "over it"
+    )
 
 
 def _take(file: Path) -> int | None:

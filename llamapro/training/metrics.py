@@ -33,11 +33,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Self
 
-from llamapro.checkpoints.run import METRICS_FILE, read_metrics
+from llamapro.checkpoints.run import METRICS_FILE, RUN_FILE, read_metrics
 from llamapro.errors import DataError
 from llamapro.files import make_directory, read_json, write_file
 
-RUN_FILE = "run.json"
 LAST_RECORDS = 10  # the final training loss is a mean of this many records: one batch is noise
 MEANWHILE = "while the run was writing it"
 PROJECT = "llamapro"  # at W&B and trackio

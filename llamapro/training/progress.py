@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from llamapro.checkpoints.run import RUN_FILE
 from llamapro.errors import DataError
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.text.mixture import Mixture
 from llamapro.training.distributed import Ranks
-from llamapro.training.metrics import RUN_FILE, MetricsLog
+from llamapro.training.metrics import MetricsLog
 from llamapro.training.preemption import StopRequest
 from llamapro.training.settings import Settings
 from llamapro.training.state import RunState

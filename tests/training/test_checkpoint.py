@@ -330,6 +330,30 @@ def test_both_ways_write_the_same_bits(tmp_path: Path, alone: Ranks) -> None:
         assert file.read_bytes() == (two / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_directory_removed_during_a_save_is_written_again(
+    run_dir: Path, alone: Ranks, in_background: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is still in memory. Removed again and again, it ends in a message."""
+    write, removals = train_state.write_safetensors, [1]
+
+    def removed(*args: Any) -> None:
+        if removals and removals.pop():
+            shutil.rmtree(run_dir)
+        write(*args)
+
+    monkeypatch.setattr(train_state, "write_safetensors", removed)
+    with Saver(run_dir, saving(in_background), alone, step=1) as saver:
+        path = save_with(saver, 9, trained(9))
+        assert_loads(path, 9)
+        assert saver.has(9) and not saver.has(8)
+        shutil.rmtree(path)
+        assert not saver.has(9)
+        removals[:] = [1, 1]
+        with pytest.raises(CheckpointError, match="No such file or directory while writing"):
+            save_with(saver, 10, trained(10))
+
+
 def test_what_training_changes_meanwhile_is_not_saved(
     tmp_path: Path, alone: Ranks, let_go: threading.Event
 ) -> None:

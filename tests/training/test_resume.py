@@ -189,11 +189,13 @@ def test_a_place_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_another_run_put_in_place_is_not_written_to(tmp_path: Path) -> None:
-    """Its lock stays; the lock of a run that has ended is taken over."""
+    """Whether that run goes on or has ended. A directory that was removed is made again."""
     run_dir = tmp_path / "run"
     with run_lock(run_dir):
         run_dir.rename(tmp_path / "moved")
-        check_holder(run_dir)  # there is nothing, and the save makes it anew
+        check_holder(run_dir)
+        assert f"pid {os.getpid()} " in (run_dir / "lock").read_text()
+        run_dir.rename(tmp_path / "moved-again")
         held, ready = os.pipe()
         if not (other := os.fork()):
             hold_lock(run_dir, ready)
@@ -207,8 +209,14 @@ def test_a_directory_that_another_run_put_in_place_is_not_written_to(tmp_path: P
             os.waitpid(other, 0)
             os.close(held)
         assert f"pid {other} " in (run_dir / "lock").read_text()
-        check_holder(run_dir)
+        check_holder(run_dir)  # nothing is in it but the lock of a process that is dead
         assert f"pid {os.getpid()} " in (run_dir / "lock").read_text()
+        shutil.rmtree(run_dir)
+        run_dir.mkdir()
+        (run_dir / "run.json").write_text("{}")
+        with pytest.raises(DataError, match=r"was replaced .* and another run is there now"):
+            check_holder(run_dir)
+        assert not (run_dir / "lock").exists()
 
 
 def test_checkpoints_that_cannot_be_listed_are_no_new_run(

@@ -32,6 +32,7 @@ from llamapro.training.data import Data
 from llamapro.training.job import Job
 from llamapro.training.metrics import MetricsLog
 from llamapro.training.preset import parse
+from llamapro.training.progress import Progress
 
 STEPS, SAVE_EVERY = 6, 3
 LAYOUT, NEW = expansion.interleave(2, 2), [1, 3]
@@ -657,6 +658,19 @@ def test_a_run_directory_that_is_removed_ends_the_run_and_loses_nothing(
     run: Callable[..., Path], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is in memory is put back and saved, and the same command goes on."""
+    saved = Progress.saved
+
+    def removed_last(self: Progress, report: Any) -> None:
+        if report and report["step"] == STEPS:
+            monkeypatch.undo()
+            shutil.rmtree(tmp_path / "run")
+        saved(self, report)
+
+    monkeypatch.setattr(Progress, "saved", removed_last)
+    with pytest.raises(DataError, match=rf"was removed while .* saved .* step {STEPS}"):
+        run()
+    assert [path.name for path in training_checkpoints(tmp_path / "run")] == ["step-00000006"]
+    shutil.rmtree(tmp_path / "run")
     batch, calls = Data.batch, []
 
     def removed(self: Data, *args: Any) -> Any:
