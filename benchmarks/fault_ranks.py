@@ -1,9 +1,10 @@
-"""Ranks for benchmarks/faults.py that start within a second, and the faults that need that.
+"""Ranks for benchmarks/forked_faults.py that start within a second, and the faults that hit them.
 
 A process that has imported PyTorch once forks the ranks of every start; `Ranks` talks to it. It
 has shim.c preloaded, where there is a C compiler, so the file system can lack something or fail.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -17,33 +18,32 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from fault_injection import FILE_LIMIT, FULL_DISK, LIMIT_S, SAVE_EVERY, Start, patch_disk
+from fault_judge import REMOVED, Start
 
 SHIM = Path(__file__).with_name("shim.c")
-# Every call of the file system, from a drawn one on, fails once or for ever.
+LIMIT_S = 240.0  # a start takes seconds; one that takes so long hangs
+FULL_DISK = {"ENOSPC while writing": errno.ENOSPC, "EIO while writing": errno.EIO}
+FILE_LIMIT = "file size limit"  # the kernel's own: EFBIG
+# A call of the file system that fails, once or for ever, and among how many the first is drawn.
 BROKEN = {
-    "rename fails": "rename:5", "fsync fails": "fsync:5", "directory fsync fails": "fsyncdir:5",
-    "unlink fails": "unlink:13", "rmdir fails": "rmdir:16", "flock fails": "flock:37",
-    "opendir fails": "opendir:5", "write fails": "write:5", "pwrite fails": "pwrite:28",
+    "rename fails": ("rename:5", 12), "fsync fails": ("fsync:5", 60),
+    "directory fsync fails": ("fsyncdir:5", 30), "unlink fails": ("unlink:13", 40),
+    "rmdir fails": ("rmdir:16", 12), "flock fails": ("flock:37", 8),
+    "opendir fails": ("opendir:5", 60), "write fails": ("write:5", 60),
+    "pwrite fails": ("pwrite:28", 60),
 }  # fmt: skip
 BARE = "pwrite:22,lseek:29,fallocate:95,fsyncdir:22,flock:38"  # what is optional, all of it missing
-PAUSE, REMOVED = "SIGSTOP, then SIGCONT", "run directory removed"
-FORKED = (
+PAUSE = "SIGSTOP, then SIGCONT"
+RUNNING = (
     "SIGKILL rank 0", "SIGKILL rank 1", "SIGKILL all workers", "SIGTERM to a worker",
     "SIGINT to a worker", "SIGHUP to a worker", PAUSE, REMOVED, *FULL_DISK, FILE_LIMIT, *BROKEN,
 )  # fmt: skip
-# What the second of two machines has instead: words of the command line, or its file system.
-DIFFERENT = {
-    "other rate": ("--optim.lr", "0.5"), "other length": ("--train.steps", "25"),
-    "other interval": ("--eval.every", "5"), "other seed": ("--train.seed", "9"),
-    "other base": ("--model.path", ""), "cache not shared": ("--data.cache-dir", ""),
-    "run directory not shared": ("--run-dir", ""),
-}  # fmt: skip
 
 
 class Ranks:
@@ -82,11 +82,12 @@ class Ranks:
         Args:
             words: the command line of each rank.
             run_dir: of the run; only files below it fail.
-            kind: one of `FORKED`.
+            kind: one of `RUNNING`.
             target: the step; 0 is before the first.
             rng: draws the moment.
             is_bare: the file system lacks all that is optional.
-            is_apart: the ranks are on machines of their own, in folders node-0 and node-1.
+            is_apart: the ranks are on machines of their own, and nobody ends the others if one
+                ends. They work in folders node-0 and node-1 of `nodes`, if there are any.
         """
         assert self._server.stdin and self._server.stdout
         self._number += 1
@@ -100,9 +101,10 @@ class Ranks:
         if kind in FULL_DISK:
             request["disk"] = [kind, rng.randrange(1, 200)]
         elif kind in BROKEN:
-            first = rng.randrange(1, 60)
+            call, calls = BROKEN[kind]
+            first = rng.randrange(1, calls)
             last = rng.choice([first, first + 1_000_000])
-            request["shim"] |= {"SHIM_TELL": "1", "SHIM_FAIL": f"{BROKEN[kind]}:{first}:{last}"}
+            request["shim"] |= {"SHIM_TELL": "1", "SHIM_FAIL": f"{call}:{first}:{last}"}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         pids = json.loads(self._server.stdout.readline())
@@ -140,8 +142,7 @@ class Ranks:
     ) -> None:
         """Reads the output to its end, and strikes once."""
         trigger = re.compile(rf" *{target}/" if target else r"steps +\d")
-        is_for_saving = target % SAVE_EVERY == 0 and rng.random() < 0.7
-        delay_s = rng.uniform(0, 0.01 if is_for_saving else 0.08)
+        delay_s = rng.choice([0.01, 0.08]) * rng.random()  # a save takes about 0.03 s
         started = time.monotonic()
         with open(pipe, encoding="utf-8", errors="replace") as output:
             for line in output:
@@ -185,6 +186,26 @@ def strike(kind: str, pids: list[int], run_dir: Path, rng: random.Random) -> boo
 
 
 # ---- The process that forks ---------------------------------------------------------------------
+
+
+def patch_disk(name: str, count: int) -> None:
+    """Makes every write of this process fail, from the count-th call on."""
+
+    def failing(place: str) -> Callable[..., Any]:
+        original = getattr(os, place)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count -= 1
+            if count <= 0:
+                print(f"injected {name} in os.{place}", file=sys.stderr, flush=True)
+                raise OSError(FULL_DISK[name], os.strerror(FULL_DISK[name]))
+            return original(*args, **kwargs)
+
+        return call
+
+    for place in ("mkdir", "posix_fallocate", "pwrite", "fsync", "rename"):
+        setattr(os, place, failing(place))
 
 
 def serve() -> None:

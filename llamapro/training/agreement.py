@@ -119,7 +119,7 @@ def difference(found: list[dict[str, Any]]) -> str:
 def facts(settings: Settings, **more: Any) -> Facts:
     """Returns what must be the same in every process: settings, code, versions, and `more`."""
     found = {k: json.dumps(v) for k, v in flatten(settings).items() if k not in LOCAL}
-    found |= {"the code of llamapro": _code(), "PyTorch": torch.__version__}
+    found |= {"the code of llamapro": code_hash(), "PyTorch": torch.__version__}
     for name, value in more.items():
         shown = name.replace("_", " ")
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -130,7 +130,7 @@ def facts(settings: Settings, **more: Any) -> Facts:
     return found
 
 
-def _code() -> str:
+def code_hash() -> str:
     """Returns version and hash of the sources; the version does not show an edited line."""
     digest = hashlib.sha256()
     files = [*Path(__file__).parents[1].rglob("*.py"), *Path(kernels.__file__).parent.glob("*.py")]
