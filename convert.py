@@ -139,6 +139,7 @@ class Expand(Output):
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.expand import choose_layout, expand_checkpoint
+        from llamapro.conversion.verify import head_note
 
         base = open_checkpoint(self.base_dir)
         layout = choose_layout(
@@ -155,7 +156,7 @@ class Expand(Output):
             base, self.out_dir, layout, self.force, shard_bytes, self.add_tokens
         )
         added = ", ".join(f"{name} is {i}" for name, i in result["new_tokens"].items())
-        note = "the longer head may move other logits by a rounding (about 1e-7 in fp32)"
+        note = head_note(result["max_head_difference"])
         added = f"new tokens   {added}; {note}\n" if added else ""
         return result, (
             f"{self.out_dir}: {base.config.num_hidden_layers} -> {result['layers']} layers, "

@@ -169,7 +169,7 @@ def differ(kind: str, words: list[str], nodes: Path) -> tuple[list[str], list[st
         file.write_text(file.read_text().replace("1e-05", "1e-06"))
     elif kind == "tokenizer":
         shutil.copyfile(nodes.with_name("other.model"), other / "tokenizer.model")
-    elif kind == "checkpoint of the same name":
+    elif kind == "checkpoint of the same name" and checkpoints(mine):  # else as "run directory"
         (other / "lock").symlink_to(mine / "lock")
         for path in checkpoints(mine).values():
             copy = shutil.copytree(path, other / "checkpoints" / path.name)

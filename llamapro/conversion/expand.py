@@ -63,7 +63,7 @@ def expand_checkpoint(
 
     Returns:
         JSON-able: layers, new_layers, source_layers, new_tokens (name -> id) and bytes of the
-        result, base_sha256, logits_bit_equal (True) and tokens_compared.
+        result, base_sha256, logits_bit_equal (True), tokens_compared and max_head_difference.
     """
     refuse_source(out_dir, base.path)
     if new_tokens:
@@ -96,6 +96,7 @@ def expand_checkpoint(
         "base_sha256": base_sha256,
         "logits_bit_equal": True,
         "tokens_compared": logits.tokens,
+        "max_head_difference": logits.head_difference,
     }
 
 

@@ -17,7 +17,7 @@ from llamapro.conversion import add_tokens as growing
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.inspect import describe
 from llamapro.conversion.strip import strip_checkpoint
-from llamapro.conversion.verify import verify
+from llamapro.conversion.verify import head_note, render, verify
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
@@ -74,6 +74,24 @@ def test_the_base_inside_is_verified_by_its_own_rows(expand: Expand) -> None:
     flip(399)
     with pytest.raises(CheckpointError, match="base weights were changed"):
         verify(str(grown))
+
+
+def test_what_the_longer_head_moves_is_measured_for_few_tokens_too(
+    expand: Expand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product with more rows may sum in another order, for 1 to 3 tokens above all."""
+    base, grown = expand(vocab_size=401)
+    linear = torch.nn.functional.linear
+    assert 0 <= verify(str(grown), str(base))["max_head_difference"] < 1e-5
+
+    def uneven(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        return linear(x, weight, *rest) + 0.5 * (len(weight) == 403 and x[..., 0].numel() == 2)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", uneven)
+    found = verify(str(grown), str(base))
+    assert found["logits_bit_equal"] and found["max_head_difference"] == pytest.approx(0.5)
+    assert "longer head moves the base's logits by up to 5.0e-01" in render(found)
+    assert head_note(0.0) in render(found | {"max_head_difference": 0.0})
 
 
 def test_an_unknown_token_has_the_mean_logit_of_a_grown_model(expand: Expand) -> None:
