@@ -79,8 +79,9 @@ class ReplaySettings:
     """Sampling temperature; 1.0 samples from the base's own distribution."""
     seed: int = 0
     """Seed of the sampling."""
-    batch_size: int = 16
-    """Number of documents of up to data.seq_len tokens that are written at the same time."""
+    batch_size: int = 0
+    """Number of documents of up to data.seq_len tokens that are written at the same time; 0 takes
+    up to 64, as memory and replay.tokens allow."""
     distill: bool = False
     """Learn the base's predictions on replayed sequences instead of their text. The loss is KL(base
     || model) per token, and the base is the model without its new blocks. With the files of

@@ -1,6 +1,7 @@
 """Replay: what the base inside writes, how much of an epoch it is, and resuming with it."""
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from llamapro.training.replay import (
     Opening,
     describe_mix,
     read_openings,
+    rows_at_a_time,
     write_documents,
     written_by_base,
 )
@@ -212,6 +214,33 @@ def test_any_template_opens_a_chat(template: str, header: str, home: Path, tmp_p
     tokenizer = Tokenizer.load(tmp_path / "chat")
     _, chat = read_openings("", tmp_path / "chat", tokenizer, {2}, 60)
     assert chat == Opening(tokenizer.encode(header, special=True))
+
+
+def test_writing_stops_when_all_documents_together_are_enough(home: Path) -> None:
+    """No row goes on for the sake of another's document; the last ones are as far as they came."""
+    base, steps = Checkpoint.open(home / "base0").load(), list[int]()
+    base.model.register_forward_pre_hook(lambda *_: steps.append(1))
+    ends = set(range(100, 120))
+    some = list(write_documents(base, [Opening([1])], ends, LENGTH, SETTINGS, TOKENS))
+    assert len(steps) == math.ceil(TOKENS / SETTINGS.batch_size)
+    assert sum(map(len, some)) == len(steps) * SETTINGS.batch_size
+    unfinished = [ids for ids in some if len(ids) < LENGTH and ids[-1] not in ends]
+    assert 0 < len(unfinished) <= SETTINGS.batch_size
+    whole = write_documents(base, [Opening([1])], ends, LENGTH, SETTINGS)
+    assert all(ids == next(whole)[: len(ids)] for ids in some)
+
+
+def test_documents_at_a_time_follow_from_memory_and_need(
+    tiny_config: Callable[..., ModelConfig], write: Callable[..., TokenStore]
+) -> None:
+    """64 at most; for LLaMA-2-7B at 4,096 tokens 4, whose keys and values are 16 GiB."""
+    small = tiny_config(num_hidden_layers=2)
+    assert [rows_at_a_time(small, 256, n) for n in (100, 256, 5000, 10**6)] == [1, 1, 19, 64]
+    llama = tiny_config(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
+    )
+    assert rows_at_a_time(llama, 4096, 10**6) == 4
+    assert write(batch_size=0).sha256 == write(batch_size=TOKENS // LENGTH).sha256
 
 
 def test_no_added_token_is_written(write: Callable[..., TokenStore]) -> None:
@@ -473,7 +502,7 @@ VALID = Settings(
         ({"replay": ReplaySettings(data=("x",))}, "needs replay.share"),
         ({"replay": ReplaySettings(share=0.1, tokens=-1)}, "replay.tokens is -1"),
         ({"replay": ReplaySettings(share=0.1, temperature=0.0)}, "replay.temperature is 0.0"),
-        ({"replay": ReplaySettings(share=0.1, batch_size=0)}, "replay.batch_size is 0"),
+        ({"replay": ReplaySettings(share=0.1, batch_size=-1)}, "replay.batch_size is -1"),
         ({"replay": ReplaySettings(share=0.1, seed=-1)}, "replay.seed is -1"),
         ({"replay": ReplaySettings(share=0.1, seed=1 << 64)}, "0 to 2^64 - 1"),
         ({"train": Train(trainable="all")}, "replay goes with train.trainable 'new_blocks'"),
