@@ -55,6 +55,9 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
 
     Returns:
         The state at the end of the run; its last training checkpoint has the trained tensors.
+
+    Raises:
+        DataError: the run had to end early, for example because the disk is full.
     """
     t, stop = job.settings.train, StopRequest()
     if objective is not None:

@@ -213,7 +213,11 @@ def render(found: dict[str, Any], settings: Settings) -> str:
 
 
 def read_config(path: str, num_new_blocks: int) -> ModelConfig:
-    """Reads a config.json, or that of a checkpoint directory, and expands it if asked to."""
+    """Reads a config.json, or that of a checkpoint directory, and expands it if asked to.
+
+    Raises:
+        ConfigError: it does not exist, is damaged, or does not split into that many groups.
+    """
     where = Path(path)
     if not where.exists():
         raise ConfigError(

@@ -87,7 +87,11 @@ SIZES = {
 
 
 def choose_sides(asked: list[str] | None, size: Size, device: torch.device) -> list[str]:
-    """Returns the sides to measure; by default all, on a CPU `triton` only where interpreted."""
+    """Returns the sides to measure; by default all, on a CPU `triton` only where interpreted.
+
+    Raises:
+        ConfigError: one of them cannot run here.
+    """
     sides = list(asked or SIDES)
     if "triton" in sides:
         try:

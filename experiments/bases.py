@@ -179,7 +179,11 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def command(*words: object) -> None:
-    """Prints and runs one of the project's scripts; its output goes to standard error."""
+    """Prints and runs one of the project's scripts; its output goes to standard error.
+
+    Raises:
+        DataError: the script fails.
+    """
     text = [str(word) for word in words]
     print(f"$ {' '.join(text)}", file=sys.stderr, flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -38,7 +38,12 @@ class Task:
     out: Path
 
     def result(self) -> dict[str, Any] | None:
-        """Returns the result, or None if there is none yet."""
+        """Returns the result, or None if there is none yet.
+
+        Raises:
+            ConfigError: the result was made with other settings.
+            DataError: the file is damaged.
+        """
         file = self.out / RESULT_FILE
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
@@ -96,6 +101,10 @@ class Runner:
 
         Args:
             workers: number of tasks at a time; 0 for the usual one.
+
+        Raises:
+            ConfigError, DataError: as `Task.result`; or a task failed, and the message is the
+                user's mistake or names the log. Tasks that are running then still end.
         """
         # The fork server finds the modules beside this file through the environment.
         paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

@@ -209,7 +209,11 @@ def trial_seconds(study: Study, variant: Variant, step_s: float, steps: int = 0)
 
 
 def check_budget(s: StudySettings, studies: Sequence[Study], step_s: dict[str, float]) -> str:
-    """Returns the number of trials to do and their estimated duration."""
+    """Returns the number of trials to do and their estimated duration.
+
+    Raises:
+        ConfigError: they take longer than `budget_minutes`.
+    """
     left = [(study, v, trials_left(study, v)) for study in studies for v in study.variants]
     seconds = sum(
         number * trial_seconds(study, v, step_s[study.base], steps)

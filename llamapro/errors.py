@@ -1,8 +1,4 @@
-"""User errors: one message without a traceback, and exit status 2.
-
-Whatever reads a user's input raises one of these. Docstrings outside the public API do not repeat
-that.
-"""
+"""User errors: one message without a traceback, and exit status 2."""
 
 import difflib
 import functools

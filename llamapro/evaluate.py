@@ -98,7 +98,11 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 def measure(
     model: LlamaForCausalLM, text: Text, context: int, stride: int, batch_size: int
 ) -> dict[str, float]:
-    """Returns loss (nats per token), perplexity, bits_per_byte and tokens of a text."""
+    """Returns loss (nats per token), perplexity, bits_per_byte and tokens of a text.
+
+    Raises:
+        ConfigError: the text has no token to predict.
+    """
     device = model.lm_head.weight.device
     cut = [
         (ids[start:end], [IGNORE_INDEX] * (first - 1 - start) + ids[first : end + 1])
@@ -199,6 +203,10 @@ def evaluate(args: Args) -> dict[str, Any]:
         model, against, context, stride, and by name of a --data or --choices argument:
         files: as `measure`; with a base also `base`, the same of the base, and `shift`.
         choices: as `measure_choices` and `baselines`; with a base also `base`, `gained`, `lost`.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: impossible options, a damaged checkpoint, files
+            that cannot be used, or models with different tokenizers.
     """
     if not args.data and not args.choices:
         raise ConfigError("--data: name at least one file, folder or glob; or questions: --choices")

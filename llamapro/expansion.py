@@ -69,6 +69,9 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
         num_layers: L, the number of the base's layers.
         num_new_blocks: N * P, the number of new blocks in all.
         blocks_per_group: P.
+
+    Raises:
+        ConfigError: the layers do not split like this; the message lists the numbers that work.
     """
     P = blocks_per_group
     # N groups must be equal, and none can copy more blocks than it has.
@@ -88,7 +91,11 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
 
 
 def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
-    """Places a copy of each listed base layer directly after it."""
+    """Places a copy of each listed base layer directly after it.
+
+    Raises:
+        ConfigError: a layer is listed twice or does not exist.
+    """
     layers = list(layers)
     wrong = sorted({i for i in layers if not 0 <= i < num_layers or layers.count(i) > 1})
     if wrong or not layers:
@@ -196,6 +203,9 @@ def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> 
     Args:
         model: the model; its configuration has the expansion record.
         trainable: "new_blocks" (those of the latest expansion) or "all".
+
+    Raises:
+        ConfigError: no block is recorded as new.
     """
     record = model.config.expansion
     if trainable == "new_blocks" and record is None:

@@ -28,7 +28,11 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def user_path(path: str | Path) -> Path:
-    """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes."""
+    """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes.
+
+    Raises:
+        ConfigError: it begins in the home directory, and there is none, as in some containers.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -58,6 +62,9 @@ def copy_companion(file: Path, target: Path) -> None:
 
     A stranger's LICENSE could be a link to the user's own secrets, which would leave with the
     result. Hugging Face's cache is made of links, to `blobs` beside `snapshots`.
+
+    Raises:
+        CheckpointError: the link leaves the directory.
     """
     home, found = file.parent.resolve(), file.resolve()
     home = home.parent if home.name == "original" else home
@@ -96,7 +103,12 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
-    """Gives a hidden directory, as `directory_aside`, for the output that a user asked for."""
+    """Gives a hidden directory, as `directory_aside`, for the output that a user asked for.
+
+    Raises:
+        ConfigError: the directory exists and may not be replaced, or cannot be created.
+        CheckpointError: writing failed; the message names the file.
+    """
     path = Path(path).resolve()  # a link to another disk: written there, and the link stays
     remove_abandoned(path.parent)
     if path.exists() and not path.is_dir():

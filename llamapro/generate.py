@@ -91,7 +91,12 @@ def _run(args: ChatArgs) -> None:
 
 
 def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> dict[str, Any]:
-    """Loads the model and answers turns; with --json the answers go to standard error."""
+    """Loads the model and answers turns; with --json the answers go to standard error.
+
+    Raises:
+        ConfigError: --skip-new-blocks cannot be used; or as `converse`.
+        DataError: the chat template is missing or does not fit; or as `converse`.
+    """
     if args.skip_new_blocks:
         check_contained(checkpoint, special=True)
     try:
@@ -107,6 +112,11 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
 
     Returns:
         prompt, text, tokens (their number), tokens_per_s.
+
+    Raises:
+        ConfigError: the prompt is too long.
+        CheckpointError: `generation_config.json` is damaged.
+        DataError: the prompt is empty, and the tokenizer names no token to start from.
     """
     prompt = tokenizer.encode_prompt(args.prompt)
     context = checkpoint.config.max_position_embeddings

@@ -143,7 +143,11 @@ def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: 
 
 
 def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draws validation losses above, and training loss, learning rate and throughput below."""
+    """Draws validation losses above, and training loss, learning rate and throughput below.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -263,6 +267,10 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str,
     Returns:
         runs: their numbers, as `summarize` gives them.
         files: the files that were written.
+
+    Raises:
+        ConfigError: no run, the same run twice, no matplotlib, or `out` cannot be written.
+        DataError: a directory is not a run's, or its records are damaged.
     """
     if not run_dirs:
         raise ConfigError("no run directory given; usage: llamapro report RUN_DIR...")

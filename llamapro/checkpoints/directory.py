@@ -55,7 +55,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
-        """Opens a directory, or `hf://owner/name[@revision]`; reads headers only."""
+        """Opens a directory, or `hf://owner/name[@revision]`; reads headers only.
+
+        Raises:
+            ConfigError: `config.json` is missing or describes another kind of model, or the name
+                is of another form.
+            CheckpointError: naming the file, and every tensor that is missing, unexpected or of
+                another shape than `config.json` says; or the hub does not give the files.
+        """
         name, path = repository(path), resolve(path)
         if not path.is_dir():
             fix = f" (give its directory, {path.parent})" if path.exists() else suggest_hub(path)

@@ -35,7 +35,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def match(
     path: Path, config: ModelConfig, stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Checks names and shapes against the configuration; returns them in the model's order."""
+    """Checks names and shapes against the configuration; returns them in the model's order.
+
+    Raises:
+        CheckpointError: naming every tensor that is missing, unexpected or of another shape, or a
+            head that is stored beside an embedding to which the configuration ties it.
+    """
     # Before a model is built, even on the meta device: a config.json can ask for any size.
     widest = max(config.vocab_size, config.intermediate_size)
     widest = max(widest, config.num_attention_heads * config.head_dim)

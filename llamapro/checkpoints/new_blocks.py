@@ -81,6 +81,9 @@ def find_blocks(path: str | Path) -> Path:
 
     From a run it takes the newest intact training checkpoint; standard error names newer ones that
     are damaged, and why. Every byte is read, also of the other files of a training checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -135,7 +138,11 @@ def write_blocks(
 
 
 def check_bytes(file: Path) -> str:
-    """Compares the tensors of a new-block file with the hash inside it, and returns that hash."""
+    """Compares the tensors of a new-block file with the hash inside it, and returns that hash.
+
+    Raises:
+        CheckpointError: the bytes are not those that were written, or it is no new-block file.
+    """
     tensors, _ = read_blocks(file)
     hashes = hash_tensors(tensors.values(), f"hash {file.name}")
     found = combine_hashes((tensor, hashes[tensor.name]) for tensor in tensors.values())

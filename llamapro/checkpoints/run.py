@@ -30,13 +30,18 @@ MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and
 
 
 def training_checkpoints(run_dir: Path) -> list[Path]:
-    """Lists a run's complete training checkpoints, oldest first."""
+    """Lists a run's complete training checkpoints, oldest first.
+
+    Raises:
+        CheckpointError: their directory cannot be listed. A run that took it for an empty one
+            would begin anew.
+    """
     folder = run_dir / "checkpoints"
     try:
         names = [entry.name for entry in os.scandir(folder)]
     except FileNotFoundError:
         return []
-    except OSError as error:  # a run that took it for an empty one would begin anew
+    except OSError as error:
         raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from None
     return [folder / name for name in sorted(names) if re.fullmatch(r"step-\d{8}", name)]
 
@@ -56,6 +61,9 @@ def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     Returns:
         The checkpoint, or None if the run has none; and a message for each newer damaged one.
+
+    Raises:
+        CheckpointError: all are damaged; starting again would lose them silently.
     """
     damaged: list[str] = []
     listed = training_checkpoints(run_dir)
@@ -82,6 +90,9 @@ def look_again(call: Callable[[], T]) -> T:
     """Returns what `call` does; calls again where a file that it found is gone when it is read.
 
     A run that saves meanwhile removes its older training checkpoints.
+
+    Raises:
+        CheckpointError: `call` does, or files vanish again and again.
     """
     for _ in range(10):
         try:
@@ -147,7 +158,11 @@ def _compare(file: Path, size: int, sha256: str) -> str | None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Reads `state.json` of a training checkpoint whose files were checked."""
+    """Reads `state.json` of a training checkpoint whose files were checked.
+
+    Raises:
+        CheckpointError: naming the file and the entry that is missing or of a wrong type.
+    """
     file = path / STATE_FILE
     state = read_json(file, MAX_STATE_BYTES)
     kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "eval": (dict,)}
@@ -170,6 +185,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the records of a run's `metrics.jsonl` in the order they were written.
 
     A last line without its end is left out: its process was killed, or is still writing it.
+
+    Raises:
+        DataError: there is no log, or a line is not a record; names the file and the line.
     """
     path = run_dir / METRICS_FILE
     try:

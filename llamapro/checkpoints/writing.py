@@ -99,6 +99,9 @@ def write_checkpoint(
 
     `directory` must exist. Two threads call `chunks_of`. A file is larger than `max_shard_bytes`
     only if a single tensor is.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite, perhaps only in the dtype that is written.
     """
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:

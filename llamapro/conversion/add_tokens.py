@@ -43,7 +43,12 @@ def mean_row(stored: StoredTensor) -> Tensor:
 
 
 def check_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
-    """Checks that tokens can be added to the tokenizer of a checkpoint."""
+    """Checks that tokens can be added to the tokenizer of a checkpoint.
+
+    Raises:
+        ConfigError: a name is empty, comes twice, or is in the vocabulary already.
+        DataError: there is no tokenizer, or it has more tokens than the `vocab_size` rows.
+    """
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(vocab_size, str(directory))
     if tokenizer.vocab_size > vocab_size:

@@ -28,7 +28,11 @@ def choose_layout(
     after: str | None,
     placement: str,
 ) -> Layout:
-    """Returns where the options of `expand` put new blocks in a base of `num_layers`."""
+    """Returns where the options of the command `expand` put new blocks in a base of `num_layers`.
+
+    Raises:
+        ConfigError: the options contradict each other, or no such layout fits the base.
+    """
     if blocks_per_group != 1 and (after is not None or placement != "interleave"):
         raise ConfigError("--blocks-per-group is for interleaved groups; leave it out")
     if after is not None and placement != "interleave":
@@ -64,6 +68,11 @@ def expand_checkpoint(
     Returns:
         JSON-able: layers, new_layers, source_layers, new_tokens (name -> id) and bytes of the
         result, base_sha256, logits_bit_equal (True), tokens_compared and max_head_difference.
+
+    Raises:
+        ConfigError: `out_dir` is, contains or replaces what it must not, or a new token exists.
+        DataError: the tokenizer cannot take tokens.
+        CheckpointError: writing failed, or the result's logits differ from the base's.
     """
     refuse_source(out_dir, base.path)
     if new_tokens:

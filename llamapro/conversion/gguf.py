@@ -62,6 +62,11 @@ def from_gguf(
 
     Returns:
         JSON-able: parameters and bytes of the result, files read, tensors per quantisation, dtype.
+
+    Raises:
+        ConfigError: the model is of another architecture, or an argument is wrong.
+        CheckpointError: a file is damaged, or tensors are missing, unexpected or of wrong shapes.
+        DataError: the tokenizer is damaged or of a kind that is not supported.
     """
     refuse_source(out_dir, file)
     metadata, tensors, files = open_gguf(file)
@@ -105,7 +110,12 @@ def from_gguf(
 def describe(
     metadata: dict[str, Any], tensors: dict[str, GGUFTensor], file: Path
 ) -> dict[str, Any]:
-    """Returns the `config.json` that the metadata say, without `rope_scaling` and token ids."""
+    """Returns the `config.json` that the metadata say, without `rope_scaling` and token ids.
+
+    Raises:
+        ConfigError: the architecture is another, or metadata are missing or not supported.
+        CheckpointError: there is no embedding.
+    """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(

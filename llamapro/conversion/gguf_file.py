@@ -57,6 +57,10 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], list[P
 
     Returns:
         The metadata, the tensors by name, and the files.
+
+    Raises:
+        ConfigError: there is no such file, a part is missing, or the library is not installed.
+        CheckpointError: a file is truncated, damaged, or of a version that cannot be read.
     """
     metadata, tensors = _read_file(file)
     count = metadata.get("split.count", 0)

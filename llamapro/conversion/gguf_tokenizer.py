@@ -69,7 +69,12 @@ class GGUFTokenizer:
 
 
 def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGUFTokenizer:
-    """Returns the tokenizer that a GGUF file's metadata hold."""
+    """Returns the tokenizer that a GGUF file's metadata hold.
+
+    Raises:
+        ConfigError: the library `tokenizers` is not installed.
+        DataError: the tokenizer is damaged, or of a kind that is not supported.
+    """
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}", default)

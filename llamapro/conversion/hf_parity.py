@@ -88,6 +88,9 @@ def compare_with_hf(
         JSON-able: path, transformers (its version), dtype, tokens, loss (mean, nats per token),
         training_loss_difference (of the loss that training computes in chunks), and for each of
         `PAIRS` max_logit_difference and loss_difference; tolerance, and passed.
+
+    Raises:
+        ConfigError: `transformers` is not installed.
     """
     checkpoint = Checkpoint.open(path)
     path = checkpoint.path

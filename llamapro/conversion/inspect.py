@@ -23,6 +23,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         JSON-able: path, kind, parameters, bytes, sha256, config (checkpoints), record (of the
         expansion or the new-block file) and rows, one per part of the model: part, origin,
         parameters, dtype, bytes, sha256.
+
+    Raises:
+        CheckpointError: it is damaged, or nothing of this kind.
     """
     if is_training_output(Path(path)):
         return look_again(lambda: _describe_blocks(path))

@@ -24,7 +24,12 @@ MAX_PICKLE_BYTES = 1 << 22  # a shard's names and shapes; LLaMA-65B's take 0.2 M
 
 
 def load_pth(file: Path) -> dict[str, Tensor]:
-    """Maps the tensors of a `.pth` file."""
+    """Maps the tensors of a `.pth` file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, holds more than plain tensors, or would take more
+            memory than it has bytes.
+    """
     if not file.is_file():
         raise CheckpointError(f"{file}: not a plain file")  # opening a pipe would wait for ever
     refuse_stand_in(file)

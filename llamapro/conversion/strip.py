@@ -22,6 +22,10 @@ def strip_checkpoint(expanded: Checkpoint, out_dir: Path, force: bool = False) -
 
     Returns:
         JSON-able: path, layers, removed_layers, removed_tokens (a count), bytes, sha256.
+
+    Raises:
+        ConfigError: as `expand_checkpoint`.
+        CheckpointError: there is no record of new blocks, or the base was changed.
     """
     layout = layout_of(expanded.config, expanded.path)
     refuse_source(out_dir, expanded.path)

@@ -67,6 +67,10 @@ class Conversation:
 
         Returns:
             A line about the answer: the reason if it is incomplete, tokens, speed, context.
+
+        Raises:
+            ConfigError: the turn leaves no room in the context for an answer.
+            DataError: the chat template refuses the turn. The conversation stays as it was.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._template.encode_prompt(messages)
@@ -153,6 +157,11 @@ def converse(conversation: Conversation, prompt: str, out: TextIO) -> dict[str, 
 
     Returns:
         messages, tokens (of all answers), tokens_per_s.
+
+    Raises:
+        ConfigError: there is no turn, or the context is full.
+        DataError: the chat template refuses a turn. On a terminal the message is printed instead,
+            and the conversation goes on without this turn.
     """
     is_terminal = sys.stdin.isatty()
 

@@ -55,6 +55,9 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
         context: longest input in tokens; a longer prompt loses its beginning, but not the prefix.
         shots: number of first rows that stand with their answers before each question. They are
             not asked.
+
+    Raises:
+        DataError: a file or its rows cannot be used. One message names all wrong rows.
     """
     rows: list[tuple[str, str, list[str], frozenset[int]]] = []
     problems = Problems(limit=20)

@@ -49,7 +49,13 @@ class ComputeOptions:
             yield
 
     def load(self, checkpoint: Checkpoint) -> LlamaForCausalLM:
-        """Loads a model, inside `backends`; prints its device and backends on standard error."""
+        """Loads a model, inside `backends`, and prints its device and backends on standard error.
+
+        Raises:
+            ConfigError: there is no GPU, no kernel for what --ops asks for, or no new block to
+                skip.
+            CheckpointError: as `Checkpoint.load`.
+        """
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         if self.skip_new_blocks:
             check_contained(checkpoint)

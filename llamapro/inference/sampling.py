@@ -21,6 +21,9 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
 
     They are those of `config.json`, of the `generation_config.json` beside it, which often lists
     more (Llama 3's end of turn), and the tokenizer's, which a chat model may have changed alone.
+
+    Raises:
+        CheckpointError: `generation_config.json` is damaged.
     """
     ends = set(config.eos_token_ids)
     if tokenizer.eos_id is not None:

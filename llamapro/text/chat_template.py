@@ -82,6 +82,9 @@ class ChatTemplate:
             directory: holds `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`;
                 the one named "default" is taken from a list.
             template: a name in `BUILT_IN` or a .jinja file to use instead.
+
+        Raises:
+            DataError: there is no template, it is wrong, or it needs tokens of another model.
         """
         known = ", ".join(BUILT_IN)
         if template in BUILT_IN:
@@ -131,11 +134,19 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Returns a conversation as text, as transformers' `apply_chat_template` does."""
+        """Returns a conversation as text, as transformers' `apply_chat_template` does.
+
+        Raises:
+            DataError: the template fails or refuses the conversation.
+        """
         return RESERVED.sub("", self._render(messages, add_generation_prompt, variables or {}))
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the token ids up to where the assistant's next answer begins."""
+        """Returns the token ids up to where the assistant's next answer begins.
+
+        Raises:
+            DataError: as `encode`, but no turn of the assistant is needed.
+        """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))
         return self._tokenize(_BORDER.sub("", self._render(messages, True)))[0]
@@ -154,6 +165,10 @@ class ChatTemplate:
         Args:
             messages: role, content and what else the template shows.
             variables: further variables of the template, such as `tools`.
+
+        Raises:
+            DataError: `check_messages` finds problems, the template fails, or it does not show
+                where the assistant's turns begin.
         """
         variables = variables or {}
         problems = check_messages(messages)

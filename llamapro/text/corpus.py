@@ -77,6 +77,9 @@ def tokenize(
         workers: number of threads, 0 for one per core; the tokens do not depend on it.
         label: names the corpus in progress and messages.
         marker: text at which documents are split; "" splits none.
+
+    Raises:
+        DataError: a file cannot be used, there is no text, or as `cached`.
     """
     files = find_files(patterns)
     counts = Counts()

@@ -113,6 +113,9 @@ def read_pieces(
     Args:
         text_key: key of the text in a JSON line, or name of its column.
         counts: grow while the pieces are read.
+
+    Raises:
+        DataError: files or rows cannot be used; the message names each.
     """
     wrong, read = Problems(limit=20), []
     for file in files:

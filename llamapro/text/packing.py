@@ -44,6 +44,10 @@ def tokenize_conversations(
         template: checks, renders and tokenises; its source, and the date that it prints, are part
             of the cache's key.
         tokenizer_sha256: the tokenizer's fingerprint, part of the key as well.
+
+    Raises:
+        DataError: names the problems of all sources with file and row, or the disk is full. No
+            store of a source with a problem is kept.
     """
     stores: dict[str, TokenStore] = {}
     problems = Problems(limit=20)
@@ -134,6 +138,9 @@ class PackedConversations:
 
         The policy is for conversations longer than a window: "drop" leaves them out, "truncate"
         keeps the beginning, "split" makes pieces of T positions that do not see each other.
+
+        Raises:
+            DataError: nothing is left to train on.
         """
         self.store = store
         self.seq_len = seq_len

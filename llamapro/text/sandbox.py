@@ -53,7 +53,11 @@ def environment() -> Any:
 
 @lru_cache
 def try_template(source: str, origin: str) -> None:
-    """Renders a short conversation in another process, whose time and memory are limited."""
+    """Renders a short conversation in another process, whose time and memory are limited.
+
+    Raises:
+        DataError: the template needs more. What else is wrong shows where it is used.
+    """
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, "-c", TRIAL],

@@ -44,6 +44,9 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
     """Returns the files that paths, globs (`**` allowed) and folders name, each once.
 
     Folders are walked recursively, by name, without hidden entries and `__pycache__`.
+
+    Raises:
+        DataError: no pattern is given, one matches no file, or a file is Arrow's.
     """
     files: dict[str, SourceFile] = {}
     if not patterns:

@@ -39,7 +39,11 @@ class TokenStore:
     """
 
     def __init__(self, path: str | Path, fingerprint: str) -> None:
-        """Opens a store made with the tokenizer of this fingerprint."""
+        """Opens a store made with the tokenizer of this fingerprint.
+
+        Raises:
+            DataError: a file is missing, damaged or of another tokenizer.
+        """
         self.path = Path(path)
         file = self.path / INDEX_FILE
         fix = f"remove {self.path} and run again"
@@ -141,6 +145,9 @@ def cached(
         arrays: as for `write_store`; consumed only if the store is not in the cache.
         label: names the store in the progress bar and in a line on standard error.
         summarize: returns the rest of that line.
+
+    Raises:
+        DataError: the store in the cache is damaged, or a new one cannot be written.
     """
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     directory = user_path(cache_dir) / name
@@ -160,6 +167,9 @@ def write_store(directory: Path, index: dict[str, Any], arrays: Iterable[NDArray
 
     `index` is what `index.json` holds beside the shards. Its counts, a dataclass or a dict, may
     grow while the arrays are made. The arrays hold the tokens in the dtype of the store.
+
+    Raises:
+        DataError: the disk is full or cannot be written.
     """
     try:
         with directory_aside(directory, keep_existing=True) as aside:

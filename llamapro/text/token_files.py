@@ -30,6 +30,9 @@ def added_tokens(
     Args:
         names: `special_tokens_map.json` and `tokenizer_config.json`, as one object.
         raw_json: `tokenizer.json`, or {}.
+
+    Raises:
+        DataError: an entry is not a token, or two files disagree about its id.
     """
     lists = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
     lists = [[*found.values()] if isinstance(found, dict) else found for found in lists]

@@ -81,7 +81,11 @@ class Vocabulary:
 
 
 def read_vocabulary(path: Path, content: bytes, raw_json: dict[str, Any]) -> Vocabulary:
-    """Reads a vocabulary file of any kind; `raw_json` is the content of a tokenizer.json."""
+    """Reads a vocabulary file of any kind; `raw_json` is the content of a tokenizer.json.
+
+    Raises:
+        DataError: the file is damaged or of another kind, or the library for it is not installed.
+    """
     if path.suffix == ".json":
         return _read_json(path, content, raw_json)
     if is_ranks(content):
@@ -116,7 +120,11 @@ def is_ranks(content: bytes) -> bool:
 
 
 def parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
-    """Returns the tokens of Llama 3's `tokenizer.model` and their ranks, which are their ids."""
+    """Returns the tokens of Llama 3's `tokenizer.model` and their ranks, which are their ids.
+
+    Raises:
+        DataError: naming `path`, if the content is damaged or another model's.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines()):
         try:
@@ -206,7 +214,11 @@ def split_otherwise(vocabulary: Vocabulary, path: Path, raw: dict[str, Any]) -> 
 
 
 def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
-    """Returns id to bytes of the tokens in a tokenizer.json, without the added ones."""
+    """Returns id to bytes of the tokens in a tokenizer.json, without the added ones.
+
+    Raises:
+        DataError: the decoder is not that of a LLaMA-shaped model, or there is no vocabulary.
+    """
     kinds = {part.get("type") for part in _parts(raw.get("decoder"), "decoders")}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise DataError(
@@ -262,6 +274,9 @@ def prefix_of(
     Args:
         raw: its content, {} if there is none.
         config: `tokenizer_config.json`.
+
+    Raises:
+        DataError: the post-processor cannot be read.
     """
     if not raw:
         return [bos_id] if bos_id is not None and config.get("add_bos_token", True) else []

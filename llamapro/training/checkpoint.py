@@ -342,6 +342,9 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> list[str]:
 
     Returns:
         A message for each one that cannot be removed, or if they cannot be listed.
+
+    Raises:
+        CheckpointError: none is intact.
     """
     _remove_leftovers(run_dir / "checkpoints")
     failures: list[str] = []

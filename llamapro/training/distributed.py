@@ -119,7 +119,11 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_rank() -> bool:
-    """Returns whether torchrun, or another launcher, started this process as one of several."""
+    """Returns whether torchrun, or another launcher, started this process as one of several.
+
+    Raises:
+        ConfigError: it set some of its variables and left others out, or empty.
+    """
     found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if not any(value is not None for value in found.values()):
         return False
@@ -156,7 +160,11 @@ def on_several_machines() -> bool:
 
 @cache
 def meeting_place() -> tuple[Any, int, int]:
-    """Returns torchrun's store, this process's rank and the number of processes."""
+    """Returns torchrun's store, this process's rank and the number of processes.
+
+    Raises:
+        ConfigError: nobody answers at the address that torchrun gave.
+    """
     # After a restart torchrun's store still holds the addresses of the earlier processes. The
     # prefix keeps them from being taken for those of this start.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -191,6 +199,9 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
         shard_size: the number of processes that share one copy of the weights (HSDP); it divides
             the number of processes. Groups of neighbouring ranks each hold a copy and average their
             gradients, so weights are gathered within a group, ideally a machine. 0 makes one group.
+
+    Raises:
+        ConfigError: "cuda" without a GPU, or more processes on this machine than it has GPUs.
     """
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not gpus:
@@ -252,6 +263,9 @@ def shard(
             (activation checkpointing, Chen et al. 2016).
         compile: compile each block with `torch.compile` at the first steps; parameters keep their
             names. FSDP's hooks run between the blocks, uncompiled.
+
+    Raises:
+        ConfigError: `offload` without a GPU.
     """
     if offload and ranks.device.type != "cuda":
         raise ConfigError(

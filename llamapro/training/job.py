@@ -127,7 +127,11 @@ class Job:
         )
 
     def tokenize(self) -> dict[str, TokenStore]:
-        """Tokenises every corpus or finds it in the cache; returns label -> its tokens."""
+        """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
+
+        Raises:
+            DataError: a file cannot be used; for conversations it names every mistake.
+        """
         s = self.settings
         corpora: dict[str, Sequence[str]] = {f"train {path}": [path] for path in s.data.train}
         corpora |= {f"val {name}": paths for name, paths in self.val.items()}
@@ -146,6 +150,9 @@ class Job:
         Args:
             trained: tokens of an epoch, without replay.
             saved: the run's identity; a run that resumes keeps the text that it had.
+
+        Raises:
+            ConfigError, DataError: as `written_by_base` and `tokenize`.
         """
         s = self.settings
         if s.replay.data:
@@ -164,7 +171,12 @@ class Job:
         return written_by_base(self.checkpoint, self.tokenizer, replay, s.data.seq_len, *where)
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
-        """Makes the checks that a run would make; returns the plan, JSON-able and as text."""
+        """Makes the checks that a run would make; returns the plan, JSON-able and as text.
+
+        Raises:
+            ConfigError: the run directory holds a run with other settings.
+            DataError: a conversation cannot be used.
+        """
         earlier, _ = newest_intact(self.run_dir)
         if earlier is not None:
             changes(load_state(earlier)["settings"], self.settings, str(self.run_dir))
@@ -213,6 +225,10 @@ def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
     Returns:
         The job with the newest intact training checkpoint to resume from; the state; and the
         settings that were changed, as text.
+
+    Raises:
+        CheckpointError: there are training checkpoints and none is intact.
+        ConfigError: a setting was changed that decides the result.
     """
     resume_from, saved, damaged = find_resume_point(job.run_dir, ranks)
     plan = job.plan | {"resume_from": str(resume_from) if resume_from else None}

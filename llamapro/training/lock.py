@@ -22,6 +22,9 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
     The kernel holds the lock and releases it when the process ends, however it ends. The file
     `lock` names the holder. A run directory that this made is removed if it is still empty.
+
+    Raises:
+        ConfigError: another run holds the lock, or the directory cannot be locked.
     """
     file, is_new, fd = run_dir / LOCK_FILE, False, None
     try:

@@ -67,6 +67,9 @@ class MetricsLog:
             log_to: trackers: "tensorboard" (files in `tensorboard/`), "wandb" or "trackio". A step
                 that a resumed run does again replaces the old one in TensorBoard only.
             config: the run's settings, for trackers that show them.
+
+        Raises:
+            DataError: the existing log is damaged before its last line.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
@@ -291,7 +294,11 @@ class Run:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Reads a run directory."""
+    """Reads a run directory.
+
+    Raises:
+        DataError: `run.json` or `metrics.jsonl` is missing or damaged.
+    """
     if not (path / RUN_FILE).exists():
         raise DataError(f"{path}: no {RUN_FILE}; is this a run directory?")
     info = read_json(path / RUN_FILE, error=DataError)

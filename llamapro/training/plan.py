@@ -25,7 +25,11 @@ def make_plan(
     run_dir: Path,
     resume_from: Path | None,
 ) -> dict[str, Any]:
-    """Returns the plan of a run, JSON-able; allocates nothing."""
+    """Returns the plan of a run, JSON-able; allocates nothing.
+
+    Raises:
+        ConfigError: `train.ops` names a Triton kernel that cannot run here.
+    """
     t = settings.train
     has_gpu = torch.cuda.is_available() and t.device != "cpu"
     device = torch.device("cuda" if has_gpu else "cpu")

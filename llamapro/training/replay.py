@@ -162,6 +162,11 @@ def read_openings(
     Args:
         file: UTF-8 text; empty lines are passed over. "": none.
         length: tokens of a document; an opening leaves room for one at least.
+
+    Raises:
+        ConfigError: no file, and neither BOS nor EOS.
+        DataError: the file cannot be read, has no prompt, or one that is too long; or the chat
+            template cannot be used.
     """
     start = tokenizer.document_start()
     template = ChatTemplate.load(model, tokenizer) if ChatTemplate.is_in(model) else None
@@ -226,6 +231,10 @@ def written_by_base(
         checkpoint: an expanded one; its new blocks are not used.
         length: the most tokens of a document.
         dtype, device: of the base while it writes; the device holds it whole.
+
+    Raises:
+        ConfigError, DataError: as `read_openings`; or the disk is full, or the store in the
+            cache is damaged.
     """
     rows = settings.batch_size or rows_at_a_time(checkpoint.config, length, settings.tokens)
     settings = replace(settings, batch_size=rows)

@@ -94,6 +94,10 @@ def check_identity(
 
     Args:
         allowed: settings (`resume.allow`) whose contents may differ.
+
+    Raises:
+        ConfigError: naming everything that differs.
+        CheckpointError: the training checkpoint does not hold an identity.
     """
     try:
         before = _named(saved)
@@ -158,6 +162,9 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
 
     Returns:
         The allowed differences, for example "train.steps 100 -> 200".
+
+    Raises:
+        ConfigError: naming everything that differs and may not.
     """
     flat = json.loads(json.dumps(flatten(settings)))
     # A setting that an earlier version did not know had what is now its default.
@@ -185,6 +192,9 @@ def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> Non
     """Puts the trained tensors of a training checkpoint into a model, before it is sharded.
 
     The model has its weights and `requires_grad` set; `first_row` is as for `Saver`.
+
+    Raises:
+        CheckpointError: they were trained on another base, or are other tensors.
     """
     trains = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     shapes = {stored_name(n, first_row): stored_shape(n, p, first_row) for n, p in trains.items()}
@@ -210,6 +220,9 @@ def load_optimizer(
     Args:
         parameters: name -> sharded parameter, as for `Saver.save`.
         first_row: as for `Saver`.
+
+    Raises:
+        CheckpointError: the file holds the moments of other parameters.
     """
     file = path / OPTIMIZER_FILE
     stored = read_header(file)

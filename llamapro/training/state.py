@@ -61,7 +61,11 @@ class RunState:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any], path: Path) -> "RunState":
-        """Reads the content of `state.json` of the training checkpoint `path`."""
+        """Reads the content of `state.json` of the training checkpoint `path`.
+
+        Raises:
+            CheckpointError: a key is missing.
+        """
         # Earlier versions did not keep these.
         new: dict[str, Any] = {"base_eval": {}, "control": {}, "streak": 0}
         saved = new | saved

@@ -44,6 +44,10 @@ def freeze(model: LlamaForCausalLM, trainable: str, new_tokens: bool = False) ->
 
     Returns:
         The names of the parameters that train.
+
+    Raises:
+        ConfigError: "new_blocks" without a record, or `new_tokens` with "all" or without added
+            tokens.
     """
     names = expansion.select_trainable(model, trainable)
     if not new_tokens:
