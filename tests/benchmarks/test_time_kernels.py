@@ -1,6 +1,8 @@
 """The kernel benchmarks compare functions that compute the same, and nothing stops them."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,3 +87,24 @@ def test_ratio_is_to_the_fastest_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ours_to_best_other" not in rows["fast"]
     assert rows["llamapro"]["share_of_copy"] == 0.25
     assert rows["none"]["refused"] == "too large" and "too large" in time_kernels.line(rows["none"])
+
+
+def test_sweep_prints_sound_tiles_as_lines_of_the_table(root: Path, tmp_path: Path) -> None:
+    """A tile that spills is left out; without a GPU nothing claims to have been timed."""
+    file = tmp_path / "sweep.json"
+    command = [
+        sys.executable, str(root / "benchmarks" / "sweep_attention.py"), "--kernel", "forward",
+        "--block-d", "64", "--architecture", "80", "--candidates", "64x32x4x2", "128x128x4x1",
+        "--out", str(file),
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    head, *lines = done.stdout.splitlines()
+    assert head == "forward sm_80 BLOCK_D 64 bf16: 1 of 2 candidates are sound"
+    assert len(lines) == 1
+    assert lines[0].strip().startswith('("forward", 80, 64, 2): Tile(64, 32, 4, 2),  # ')
+    assert ("not timed" in lines[0]) != torch.cuda.is_available()
+    best, worst = json.loads(file.read_text())["entries"][0]["candidates"]
+    assert best["tile"] == [64, 32, 4, 2] and not best["problems"]
+    assert any(problem.startswith("spills") for problem in worst["problems"])
