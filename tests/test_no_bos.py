@@ -159,3 +159,17 @@ def test_another_tool_s_ends_of_text_are_read(checkpoint: Path, tmp_path: Path) 
     assert stores[0].path != stores[1].path
     assert 257 in stores[1].index["written_by"]["ends"]
     assert "more_ends" not in stores[0].index["written_by"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_another_bos_than_the_tokenizer_s_is_said(
+    checkpoint: Path, run_command: Run, tmp_path: Path, name: str
+) -> None:
+    """An empty text starts from the tokenizer's, in transformers from the file's."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    raw = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps(raw | {"bos_token_id": 7}))
+    options = ("--prompt", "", "--max-new-tokens", 1, "--device", "cpu", "--json")
+    said = run_command(generate.main, model, *options)[2]
+    assert f"bos_token_id is 7 in {name}, but the tokenizer's BOS is token 256" in said
+    assert "bos_token_id" not in run_command(generate.main, checkpoint, *options)[2]

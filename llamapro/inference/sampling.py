@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llamapro.config import ModelConfig
-from llamapro.errors import CheckpointError
+from llamapro.errors import CheckpointError, warn
 from llamapro.files import read_json
 from llamapro.inference.cache import KVCache
 from llamapro.model import LlamaForCausalLM
@@ -21,6 +21,7 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
 
     They are those of `config.json`, of the `generation_config.json` beside it, which often lists
     more (Llama 3's end of turn), and the tokenizer's, which a chat model may have changed alone.
+    Says if the two files name another BOS than the tokenizer, whose own is put first.
 
     Raises:
         CheckpointError: `generation_config.json` is damaged.
@@ -28,15 +29,23 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
     ends = set(config.eos_token_ids)
     if tokenizer.eos_id is not None:
         ends.add(tokenizer.eos_id)
+    raw = {"config.json": config.raw}
     file = config.directory / "generation_config.json" if config.directory else None
     if file is not None and file.exists():
-        eos = read_json(file).get("eos_token_id")
+        raw[file.name] = read_json(file)
+        eos = raw[file.name].get("eos_token_id")
         listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if any(type(token_id) is not int for token_id in listed):
             raise CheckpointError(
                 f"{file}: eos_token_id is {eos!r:.80}, expected a token id or a list of them"
             )
         ends.update(listed)
+    for name, fields in raw.items():
+        if (bos := fields.get("bos_token_id")) not in (None, tokenizer.bos_id or bos):
+            warn(
+                f"{config.directory}: bos_token_id is {bos!r:.80} in {name}, but the tokenizer's "
+                f"BOS is token {tokenizer.bos_id}, which counts"
+            )
     return ends
 
 

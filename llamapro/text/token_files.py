@@ -1,15 +1,23 @@
-"""The files beside a vocabulary, which add tokens and give them names and roles."""
+"""The files beside a vocabulary, which add tokens and give them names and roles.
 
+Several files may say the same. Where they differ, what transformers 5 reads counts, and is said.
+Two ids for a token, or two tokens for an id, are refused.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, warn
 from llamapro.files import read_json
-from llamapro.text.vocabulary import JSON_NAME, AddedToken
+from llamapro.text.vocabulary import JSON_NAME, AddedToken, Vocabulary
 
 # Optional files beside the vocabulary that name tokens.
 COMPANIONS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+_CONFIG, _ADDED, _ROLES = COMPANIONS
 MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 33 MB
+# transformers makes the tokens of these roles control tokens.
+_CONTROL = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -22,33 +30,57 @@ def name_of(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
+def read_roles(directory: Path) -> dict[str, Any]:
+    """Returns `tokenizer_config.json` with the roles of tokens that count.
+
+    Beside an `added_tokens_decoder`, `special_tokens_map.json` is not read; otherwise it comes
+    first. A difference is said.
+    """
+    config, roles = read_object(directory / _CONFIG), read_object(directory / _ROLES)
+    has_table = "added_tokens_decoder" in config
+    for key in (key for key in roles if key.endswith("_token")):
+        here, there = name_of(config.get(key)), name_of(roles[key])
+        if here != there and (has_table or key in config):
+            taken = _CONFIG if has_table else _ROLES
+            warn(
+                f"{directory}: {key} is {here!r} in {_CONFIG} and {there!r} in {_ROLES}: {taken} "
+                f"counts, as in transformers 5"
+            )
+    return config if has_table else config | roles
+
+
+def _lists(names: dict[str, Any]) -> list[Any]:
+    """Returns the tokens without a role that are control tokens all the same."""
+    found = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    return [token for part in found for token in (part.values() if type(part) is dict else part)]
+
+
 def added_tokens(
     directory: Path, names: dict[str, Any], raw_json: dict[str, Any]
 ) -> dict[str, AddedToken]:
     """Returns the tokens that the files of a directory add to its vocabulary, or rename.
 
     Args:
-        names: `special_tokens_map.json` and `tokenizer_config.json`, as one object.
+        names: as from `read_roles`.
         raw_json: `tokenizer.json`, or {}.
 
     Raises:
         DataError: an entry is not a token, or two files disagree about its id.
     """
-    lists = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
-    lists = [[*found.values()] if isinstance(found, dict) else found for found in lists]
     roles = {name_of(token) for key, token in names.items() if key.endswith("_token")}
-    roles |= {name_of(token) for tokens in lists for token in tokens}
+    roles |= {name_of(token) for token in _lists(names)}
     sources: dict[str, list[dict[str, Any]]] = {
         JSON_NAME: raw_json.get("added_tokens", []),
-        COMPANIONS[0]: [
+        _CONFIG: [
             {"id": i, **token} for i, token in (names.get("added_tokens_decoder") or {}).items()
         ],
-        COMPANIONS[1]: [
+        _ADDED: [
             {"id": i, "content": name, "special": name in roles}
-            for name, i in read_object(directory / COMPANIONS[1]).items()
+            for name, i in read_object(directory / _ADDED).items()
         ],
     }
     added: dict[str, AddedToken] = {}
+    by_id: dict[int, str] = {}
     for source, tokens in sources.items():
         for raw in tokens:
             try:
@@ -56,11 +88,78 @@ def added_tokens(
                 token = AddedToken(int(raw["id"]), bool(raw.get("special", False)), *flags)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{directory / source}: added token {raw!r}: {error!r}") from None
-            if name not in added:
-                added[name] = token
-            elif added[name].id != token.id:
+            known, other = added.get(name), by_id.get(token.id, name)
+            if (known or token).id != token.id:
                 raise DataError(
                     f"{directory / source}: {name!r} is token {token.id}, but another file there "
                     f"says {added[name].id}; remove the one that is not of the model"
                 )
+            if other != name:
+                raise DataError(
+                    f"{directory / source}: token {token.id} is {name!r}, but another file there "
+                    f"says {other!r}; remove the one that is not of the model"
+                )
+            if source == _ADDED and (known or "added_tokens_decoder" in names):
+                if known is None:
+                    warn(
+                        f"{directory / source}: {name!r} is not read, as in transformers 5: the "
+                        f"added_tokens_decoder of {_CONFIG} has no such token"
+                    )
+                continue
+            if known not in (None, token):
+                warn(
+                    f"{directory}: {name!r} is {_flags(known)} in {JSON_NAME} and {_flags(token)} "
+                    f"in {_CONFIG}, which counts, as in transformers 5"
+                )
+            added[name], by_id[token.id] = token, name
     return added
+
+
+def _flags(token: AddedToken | None) -> str:
+    """Returns the flags of a token in words."""
+    flags = [key for key in ("special", "lstrip", "rstrip") if getattr(token, key)]
+    return " and ".join(flags) or "an ordinary word"
+
+
+def join_tokens(
+    directory: Path, names: dict[str, Any], own: dict[str, AddedToken], vocabulary: Vocabulary
+) -> dict[str, AddedToken]:
+    """Returns all added tokens by name; adds to `own` those that transformers 5 makes of a role."""
+    tokens = dict(vocabulary.added)
+    following = max(*vocabulary.pieces, *(t.id for t in tokens.values())) + 1
+    for name, token in sorted(own.items(), key=lambda item: item[1].id):
+        if (given := tokens.get(name, token).id) != token.id:
+            raise DataError(
+                f"{directory}: {name!r} is token {token.id} in its files, but {given} in the "
+                f"vocabulary; remove the file that is not of the model"
+            )
+        if token.id > following:
+            warn(
+                f"{directory}: {name!r} is token {token.id}, as its files say; transformers, which "
+                f"leaves no gap, makes it token {following}"
+            )
+        following = max(following, token.id + 1)
+        # A reserved token may get a name here; two names for one id would be ambiguous.
+        tokens = {n: t for n, t in tokens.items() if n == name or t.id != token.id}
+        tokens[name] = token
+    roles = [(key, name_of(token)) for key, token in names.items() if key.endswith("_token")]
+    roles += [("extra_special_tokens", name_of(token)) for token in _lists(names)]
+    for key, role in roles:
+        if not isinstance(role, str) or (role in tokens and key not in _CONTROL):
+            continue
+        found = tokens.get(role) or _piece(vocabulary, role)
+        if found is None and key in ("bos_token", "eos_token"):
+            raise DataError(f"{directory}: {key} is {role!r}, which is no token of it")
+        if found is None:
+            found, following = AddedToken(following, special=True), following + 1
+            warn(f"{directory}: {key} {role!r} is in no list: token {found.id}, as in transformers")
+        if tokens.get(role) != (control := replace(found, special=True)):
+            tokens[role] = own[role] = control
+    return tokens
+
+
+def _piece(vocabulary: Vocabulary, name: str) -> AddedToken | None:
+    """Returns an ordinary token of the vocabulary as one that can have a role."""
+    text = name.replace("\u2581", " ").encode()
+    found = next((i for i, piece in vocabulary.pieces.items() if piece == text), None)
+    return None if found is None else AddedToken(found, special=False)

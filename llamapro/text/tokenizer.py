@@ -14,17 +14,29 @@ from typing import Any
 
 from llamapro.errors import DataError, suggest, warn
 from llamapro.files import refuse_stand_in, user_path
-from llamapro.text.token_files import COMPANIONS, added_tokens, name_of, read_object
+from llamapro.text.comparison import (
+    say_differences,
+    say_unread_files,
+    takes_json,
+    what_is_missing,
+)
+from llamapro.text.token_files import (
+    COMPANIONS,
+    added_tokens,
+    join_tokens,
+    name_of,
+    read_object,
+    read_roles,
+)
 from llamapro.text.vocabulary import (
     JSON_NAME,
     RANKS_NAME,
     AddedToken,
     Vocabulary,
     has_space_everywhere,
-    json_pieces,
     prefix_of,
+    read_beside,
     read_vocabulary,
-    split_otherwise,
 )
 
 FILE_NAME = "tokenizer.model"
@@ -59,14 +71,9 @@ class Tokenizer:
         raw_json: dict[str, Any],
     ) -> None:
         self.path, self.files = files[0], tuple(files)
-        config = read_object(directory / "tokenizer_config.json")
-        names = read_object(directory / "special_tokens_map.json") | config
-        tokens = dict(vocabulary.added)
+        names = read_roles(directory)
         own = added_tokens(directory, names, raw_json)
-        for name, token in own.items():
-            # A reserved token may get a name here; two names for one id would be ambiguous.
-            tokens = {n: t for n, t in tokens.items() if n == name or t.id != token.id}
-            tokens[name] = token
+        tokens = join_tokens(directory, names, own, vocabulary)
         self.added = self._tokens = tokens
         extra = names.get("extra_special_tokens")
         named = names | (extra if isinstance(extra, dict) else {})
@@ -80,28 +87,31 @@ class Tokenizer:
         control = {name: token for name, token in tokens.items() if token.special}
         self.special_tokens = {name: token.id for name, token in control.items()}
         # Words to split off; the library finds those of the vocabulary itself.
-        words = {n: t for n, t in own.items() if not t.special and n not in vocabulary.added}
+        words = {n: t for n, t in own.items() if not t.special and vocabulary.added.get(n) != t}
         self._patterns = {False: _pattern(words), True: _pattern(words | control)}
+        # Control tokens that the library would find in plain text too: their names are broken.
+        found = [n for n in control if not vocabulary.added.get(n, control[n]).special]
+        found += [n for n in control if control[n].id in vocabulary.pieces]
+        breaks = (f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in found if len(n) > 1)
+        self._break = re.compile("|".join(breaks) or "(?!)")
 
         def frame_id(key: str, default: int | None) -> int | None:
             """Returns the id of the BOS or EOS that the files beside the vocabulary name."""
             if key not in names:
                 return default
             name = name_of(names[key])
-            if name is not None and name not in tokens:
-                raise DataError(f"{directory}: {key} is {name!r}, which is no token of it")
             return None if name is None else tokens[name].id
 
         self.bos_id = frame_id("bos_token", vocabulary.bos_id)
         self.eos_id = frame_id("eos_token", vocabulary.eos_id)
-        self.prefix = prefix_of(directory / JSON_NAME, raw_json, config, self.bos_id)
+        self.prefix = prefix_of(directory / JSON_NAME, raw_json, names, self.bos_id)
         ends = [] if self.eos_id is None else [self.eos_id]
         self.suffix = [] if ends and ends == self.prefix[:1] else ends
         self.adds_space = b"".join(map(self.bytes_of, self._encode_text("a"))) == b" a"
         self._newline = self._encode_text("\n")
         # Whether the space is also put after each control token: "legacy" in transformers.
         self._spaces_all = (
-            has_space_everywhere(raw_json) if raw_json else config.get("legacy") is True
+            has_space_everywhere(raw_json) if raw_json else names.get("legacy") is True
         )
         digest = hashlib.sha256(content)
         changes: dict[str, Any] = {
@@ -152,10 +162,8 @@ class Tokenizer:
             candidates = [directory / name for name in (FILE_NAME, RANKS_NAME, JSON_NAME)]
             path = next((file for file in candidates if file.exists()), path)
             if path == directory:
-                raise DataError(
-                    f"{directory}: no {FILE_NAME} or {JSON_NAME} in this directory; put the "
-                    f"model's own there"
-                )
+                raise DataError(f"{directory}: {what_is_missing(directory)}")
+            say_unread_files(candidates, directory)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -167,28 +175,16 @@ class Tokenizer:
         json_path = path if path.suffix == ".json" else directory / JSON_NAME
         raw_json = read_object(json_path)
         vocabulary = read_vocabulary(path, content, raw_json)
+        beside = vocabulary if path is json_path else read_beside(json_path, raw_json)
         files = [path, *(directory / n for n in COMPANIONS if (directory / n).exists())]
         if raw_json and path is not json_path:
             files.append(json_path)
-            # Sentencepiece's user-defined pieces are added tokens there.
-            listed = {t.get("id"): name_of(t) for t in raw_json.get("added_tokens", [])}
-            texts = {i: str(name).replace("\u2581", " ").encode() for i, name in listed.items()}
-            rest = {i: p for i, p in vocabulary.pieces.items() if texts.get(i) != p}
-            if json_pieces(json_path, raw_json) != rest:
-                raise DataError(
-                    f"{path} and {json_path.name} are of different vocabularies; remove the one "
-                    f"that is not the model's"
-                )
-            if (probe := split_otherwise(vocabulary, json_path, raw_json)) is not None:
-                taken = path if is_named else json_path
-                warn(
-                    f"{path} and {json_path.name} split {probe!r} into different tokens: "
-                    f"{taken.name} is read, transformers 5 reads {json_path.name}; remove the one "
-                    f"that the model was not trained with"
-                )
-                if not is_named:
-                    return cls._load(json_path)
-        return cls(directory, files, content, vocabulary, raw_json)
+            if takes_json(path, is_named, vocabulary, json_path, raw_json, beside):
+                return cls._load(json_path)
+        tokenizer = cls(directory, files, content, vocabulary, raw_json)
+        if beside:
+            say_differences(tokenizer.encode, tokenizer.added, beside, json_path, raw_json)
+        return tokenizer
 
     def check_fits(self, vocab_size: int, model: str) -> None:
         """Raises DataError if a model of this `vocab_size`, named `model`, lacks tokens it needs.
@@ -292,7 +288,12 @@ class Tokenizer:
                 continues = True
 
     def _encode_plain(self, text: str, continues: bool) -> list[int]:
-        """Returns the ids of text without the names of tokens."""
+        """Returns the ids of text in which names of control tokens are plain characters."""
+        first, *others = self._break.split(text)
+        ids = self._encode_part(first, continues)
+        return ids + [i for part in others for i in self._encode_part(part, True)]
+
+    def _encode_part(self, text: str, continues: bool) -> list[int]:
         if continues and self.adds_space:
             # The space goes before a newline, which is then removed together with it.
             ids = self._encode_text("\n" + text)

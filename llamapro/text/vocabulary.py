@@ -41,11 +41,6 @@ LLAMA_3_SPECIAL = [
 # If no file says which tokens begin and end a document, the first of these that exists does.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>")
-# Words, spaces, line ends, digits, other scripts, code: normalisers and cuts differ in these.
-_PROBES = (
-    *("Hello world", " leading and  two   spaces ", "\n\n\ttabs\r\n", "1234567 3.14"),
-    *("naïve Ωμέγα 日本語 😀", "def f(x):\n    return x**2  # ok", "DON'T https://a.b/c?d=e"),
-)
 _INSTALL = "read with {}: pip install 'llamapro[tokenizers]'"
 
 
@@ -68,6 +63,7 @@ class Vocabulary:
         pieces: id to the bytes of text that it stands for, without control tokens.
         added: control tokens, and others that `encode` finds itself.
         bos_id, eos_id: BOS and EOS according to this file alone, or None.
+        library: the tokenizer of the library tokenizers, for a tokenizer.json.
     """
 
     encode: Callable[[str], list[int]]
@@ -75,6 +71,7 @@ class Vocabulary:
     added: dict[str, AddedToken]
     bos_id: int | None
     eos_id: int | None
+    library: Any = None
 
 
 # ---- The three kinds of vocabulary file --------------------------------------------------------
@@ -197,20 +194,15 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         next((added[name].id for name in names if name in added), None)
         for names in (_BOS_NAMES, _EOS_NAMES)
     )
-    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos)
+    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos, model)
 
 
-def split_otherwise(vocabulary: Vocabulary, path: Path, raw: dict[str, Any]) -> str | None:
-    """Returns a text that a tokenizer.json splits into other tokens than a vocabulary, or None.
-
-    Two files of the same tokens may differ in merges, normaliser or cuts. Nothing is compared if
-    the tokenizer.json cannot be read, or its library is not there.
-    """
+def read_beside(path: Path, raw: dict[str, Any]) -> Vocabulary | None:
+    """Reads a tokenizer.json that is not the vocabulary itself; None if it cannot be compared."""
     try:
-        encode = _read_json(path, json.dumps(raw).encode(), raw).encode
+        return _read_json(path, json.dumps(raw).encode(), raw) if raw else None
     except DataError:
         return None
-    return next((text for text in _PROBES if vocabulary.encode(text) != encode(text)), None)
 
 
 def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
@@ -219,7 +211,7 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
     Raises:
         DataError: the decoder is not that of a LLaMA-shaped model, or there is no vocabulary.
     """
-    kinds = {part.get("type") for part in _parts(raw.get("decoder"), "decoders")}
+    kinds = {part.get("type") for part in parts_of(raw.get("decoder"), "decoders")}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise DataError(
             f"{path}: its decoder is {sorted(map(str, kinds))}, expected ByteLevel, ByteFallback "
@@ -246,15 +238,15 @@ def _piece_bytes(name: str) -> bytes:
     return name.replace("\u2581", " ").encode()
 
 
-def _parts(raw: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def parts_of(raw: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     """Returns the parts of a tokenizer.json's component: itself, unless it is a sequence."""
     return raw.get(key, [raw]) if raw else []
 
 
 def has_space_everywhere(raw: dict[str, Any]) -> bool:
     """Whether a tokenizer.json puts a space before each text between control tokens."""
-    normalizers = _parts(raw.get("normalizer"), "normalizers")
-    cutters = _parts(raw.get("pre_tokenizer"), "pretokenizers")
+    normalizers = parts_of(raw.get("normalizer"), "normalizers")
+    cutters = parts_of(raw.get("pre_tokenizer"), "pretokenizers")
     return any(part.get("type") == "Prepend" for part in normalizers) or any(
         part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") == "always"
         for part in cutters
@@ -282,7 +274,7 @@ def prefix_of(
         return [bos_id] if bos_id is not None and config.get("add_bos_token", True) else []
     prefix: list[int] = []
     try:
-        for part in _parts(raw.get("post_processor"), "processors"):
+        for part in parts_of(raw.get("post_processor"), "processors"):
             if part["type"] == "TemplateProcessing":
                 before = itertools.takewhile(lambda p: "SpecialToken" in p, part["single"])
                 names = [piece["SpecialToken"]["id"] for piece in before]

@@ -81,6 +81,7 @@ class Job:
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
         tokenizer.check_fits(config.vocab_size, source_name)
+        ends = end_ids(config, tokenizer)
         template = None
         if settings.data.format == "chat":
             directory = source if source.is_dir() else source.parent
@@ -90,7 +91,6 @@ class Job:
         for patterns in [settings.data.train, *val.values(), *replay]:
             find_files(patterns)  # raises DataError for a pattern that matches nothing
         if settings.replay.share and not settings.replay.data and checkpoint:  # raises if it cannot
-            ends = end_ids(config, tokenizer)
             length = settings.data.seq_len
             read_openings(settings.replay.prompts, checkpoint.path, tokenizer, ends, length)
         preset = Path(settings.config).stem or "run"

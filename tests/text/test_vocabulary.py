@@ -44,19 +44,14 @@ def test_added_tokens_and_frame_are_the_checkpoint_s(tmp_path: Path, tokenizer_f
         "added_tokens_decoder": {
             "1": {"content": "<s>", "special": True},
             "400": {"content": "<|im_end|>", "special": True},
+            "401": {"content": "<pad>", "special": True},
             "402": {"content": "<tool>", "special": False},
+            "403": {"content": "word"},
         },
         "bos_token": None,
         "eos_token": {"content": "<|im_end|>"},
     }
-    added = {"<pad>": 401, "word": 403}
-    path = copy_of(
-        tokenizer_file,
-        tmp_path / "a",
-        tokenizer_config=config,
-        added_tokens=added,
-        special_tokens_map={"pad_token": "<pad>"},
-    )
+    path = copy_of(tokenizer_file, tmp_path / "a", tokenizer_config=config)
     tokenizer = Tokenizer.load(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (None, 400, 404)
     assert tokenizer.token_id("<pad>") == 401 and "word" not in tokenizer.special_tokens
@@ -68,14 +63,12 @@ def test_added_tokens_and_frame_are_the_checkpoint_s(tmp_path: Path, tokenizer_f
     assert [file.name for file in tokenizer.files] == [
         "tokenizer.model",
         "tokenizer_config.json",
-        "added_tokens.json",
-        "special_tokens_map.json",
     ]
     others = [
         {"tokenizer_config": {"eos_token": "<s>"}},
         {"tokenizer_config": {"bos_token": None}},
         {"added_tokens": {"<pad>": 400}},
-        {"added_tokens": {"<pad>": 401}},
+        {"added_tokens": {"<pad>": 400, "<pad2>": 401}},
     ]
     prints = [
         Tokenizer.load(copy_of(tokenizer_file, tmp_path / f"f{i}", **files)).fingerprint

@@ -1,0 +1,151 @@
+"""Compares the tokenizer files of a directory where several answer one question.
+
+Texts are split by each of them, because two files of the same tokens may still differ in merges,
+normaliser, cuts or what they do around a control token.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llamapro.errors import DataError, warn
+from llamapro.text.token_files import COMPANIONS, name_of, read_object
+from llamapro.text.vocabulary import JSON_NAME, AddedToken, Vocabulary, json_pieces, parts_of
+
+# Words, spaces, line ends, digits, other scripts, code: normalisers and cuts differ in these.
+_PROBES = (
+    *("Hello world", " leading and  two   spaces ", "\n\n\ttabs\r\n", "1234567 3.14"),
+    *("naïve Ωμέγα 日本語 😀", "def f(x):\n    return x**2  # ok", "DON'T https://a.b/c?d=e"),
+)
+
+
+def what_is_missing(directory: Path) -> str:
+    """Returns what to do with a directory that has no vocabulary file."""
+    fix = "put the model's own there"
+    if (directory / "vocab.json").exists():
+        fix = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes one of vocab.json"
+    return f"no tokenizer.model or {JSON_NAME} in this directory; {fix}"
+
+
+def say_unread_files(candidates: list[Path], directory: Path) -> None:
+    """Warns if a vocabulary beside the one that is read holds something else."""
+    model, ranks, whole = candidates
+    if model.exists() and ranks.exists() and model.read_bytes() != ranks.read_bytes():
+        warn(f"{ranks}: not read; it is another file than {model}")
+    parts = directory / "vocab.json"
+    if parts.exists() and whole.exists():
+        raw = read_object(whole)
+        added = {name_of(token) for token in raw.get("added_tokens", [])}
+        vocabs = (read_object(parts), dict(raw["model"]["vocab"]))
+        one, other = ({n: i for n, i in vocab.items() if n not in added} for vocab in vocabs)
+        if one != other:
+            warn(f"{parts}: not read, as in transformers; its tokens are not {whole.name}'s")
+
+
+def takes_json(
+    path: Path,
+    is_named: bool,
+    vocabulary: Vocabulary,
+    json_path: Path,
+    raw: dict[str, Any],
+    beside: Vocabulary | None,
+) -> bool:
+    """Whether a directory stands for its tokenizer.json, which splits texts differently.
+
+    Args:
+        is_named: whether the user named it, so that it counts.
+        raw: the content of the tokenizer.json.
+        beside: the same as its library reads it; None if it cannot.
+    """
+    # Sentencepiece's user-defined pieces are added tokens there.
+    listed = {token.get("id"): name_of(token) for token in raw.get("added_tokens", [])}
+    texts = {i: str(name).replace("\u2581", " ").encode() for i, name in listed.items()}
+    rest = {i: piece for i, piece in vocabulary.pieces.items() if texts.get(i) != piece}
+    if json_pieces(json_path, raw) != rest:
+        raise DataError(
+            f"{path} and {json_path.name} are of different vocabularies; remove the one that is "
+            f"not the model's"
+        )
+    pairs = ((text, vocabulary.encode(text), beside.encode(text)) for text in _PROBES if beside)
+    probe = next((text for text, ids, other in pairs if ids != other), None)
+    if probe is not None:
+        warn(
+            f"{path} and {json_path.name} split {probe!r} into different tokens: "
+            f"{path.name if is_named else json_path.name} is read, transformers 5 reads "
+            f"{json_path.name}; remove the one that the model was not trained with"
+        )
+    return probe is not None and not is_named
+
+
+def say_differences(
+    encode: Callable[..., list[int]],
+    added: dict[str, AddedToken],
+    beside: Vocabulary,
+    path: Path,
+    raw: dict[str, Any],
+) -> None:
+    """Warns if texts have other ids in transformers than here.
+
+    Args:
+        encode: `Tokenizer.encode`.
+        added: the tokens that it knows.
+        beside: the tokenizer.json as its library reads it.
+    """
+    config = read_object(path.parent / COMPANIONS[0])
+    if (probe := _split_by_class(beside, raw, config)) is not None:
+        warn(
+            f"{path}: its rules count here; transformers 5 has others for tokenizer_class "
+            f"{config['tokenizer_class']!r}, which split {probe!r} into different tokens; "
+            f"PreTrainedTokenizerFast in {COMPANIONS[0]} makes it read the file"
+        )
+    one_of_each = {
+        str({**token, "id": 0, "content": ""}): name
+        for token in raw.get("added_tokens", [])
+        if added.get(name := token["content"]) == beside.added.get(name)
+    }
+    for name in one_of_each.values():
+        text = f"a {name} b{name}c\n{name}"
+        if encode(text, special=True) != _with_names(beside, text):
+            warn(f"{path}: transformers splits {text!r} into other tokens than are read here")
+            break
+
+
+def _with_names(vocabulary: Vocabulary, text: str) -> list[int]:
+    """Returns the ids of a text in which names of tokens stand for them, as in transformers."""
+    vocabulary.library.encode_special_tokens = False
+    try:
+        ids: list[int] = vocabulary.library.encode(text, add_special_tokens=False).ids
+    finally:
+        vocabulary.library.encode_special_tokens = True
+    return ids
+
+
+def _split_by_class(
+    vocabulary: Vocabulary, raw: dict[str, Any], config: dict[str, Any]
+) -> str | None:
+    """Returns a text that transformers 5 splits otherwise than its tokenizer.json says, or None.
+
+    For two of its classes it replaces the file's normaliser and cuts by its own.
+    """
+    from tokenizers import pre_tokenizers
+
+    library, space = vocabulary.library, config.get("add_prefix_space")
+    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    is_bytes = any(part.get("type") == "ByteLevel" for part in parts_of(raw["decoder"], "decoders"))
+    cutter: pre_tokenizers.PreTokenizer
+    if kind == "GPT2Tokenizer":
+        cutter = pre_tokenizers.ByteLevel(add_prefix_space=space is True)
+    elif kind == "LlamaTokenizer" and not is_bytes:
+        scheme = "always" if config.get("legacy") is True else "first"
+        scheme = "never" if space is False else scheme
+        cutter = pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme, split=False)
+    else:
+        return None
+    name = next((name for name, token in vocabulary.added.items() if token.special), "")
+    probes = [*_PROBES, f"a{name}b"]
+    before, own = [_with_names(vocabulary, t) for t in probes], library.normalizer
+    own_cutter, library.normalizer, library.pre_tokenizer = library.pre_tokenizer, None, cutter
+    after = [_with_names(vocabulary, text) for text in probes]
+    library.normalizer, library.pre_tokenizer = own, own_cutter
+    pairs = zip(probes, before, after, strict=True)
+    return next((text for text, ids, other in pairs if ids != other), None)

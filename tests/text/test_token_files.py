@@ -1,0 +1,209 @@
+"""Files beside a vocabulary that answer one question: ids are those of transformers, or it is said.
+
+`CASES` has files that differ in names, ids and flags of tokens. Each is loaded by `AutoTokenizer`.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer
+
+from llamapro.conversion.companions import tokenizer_files
+from llamapro.errors import DataError
+from llamapro.text.tokenizer import Tokenizer
+
+TEXT = "a <x> b<w> <w>  <e> <y>c<z>"
+
+
+def token(i: int, content: str, special: bool = True, **flags: bool) -> dict[str, Any]:
+    """An entry of a tokenizer.json's added_tokens."""
+    names = ("single_word", "lstrip", "rstrip", "normalized")
+    return {"id": i, "content": content, "special": special} | dict.fromkeys(names, False) | flags
+
+
+def table(*tokens: dict[str, Any]) -> dict[str, Any]:
+    """An added_tokens_decoder."""
+    entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokens}
+    return {"added_tokens_decoder": entries}
+
+
+BASE = [token(256, "<b>"), token(257, "<e>"), token(258, "<x>"), token(259, "<w>", False)]
+STRIPS = token(258, "<x>", lstrip=True, rstrip=True)
+# name: (added_tokens, tokenizer_config.json, special_tokens_map.json, added_tokens.json, said)
+CASES: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, int], str]] = {
+    "nothing twice": (BASE, {}, {}, {}, ""),
+    "all the same": (BASE, table(*BASE), {"eos_token": "<e>"}, {"<x>": 258}, ""),
+    "the table strips": (BASE, table(STRIPS), {}, {}, "'<x>' is special in tokenizer.json and"),
+    "the file strips": ([*BASE[:2], STRIPS], table(*BASE[:3]), {}, {}, "special in tokenizer_con"),
+    "the table has a word": (
+        BASE,
+        table(token(258, "<x>", False)),
+        {},
+        {},
+        "an ordinary word in t",
+    ),
+    "the table has no word": (BASE, table(token(259, "<w>")), {}, {}, "'<w>' is an ordinary word"),
+    "more in the table": (BASE, table(*BASE, token(260, "<y>")), {}, {}, ""),
+    "another EOS": (BASE, {}, {"eos_token": "<x>"}, {}, "special_tokens_map.json counts"),
+    "EOS null": (BASE, {}, {"eos_token": None}, {}, "special_tokens_map.json counts"),
+    "EOS not null": (BASE, {"eos_token": None}, {"eos_token": "<e>"}, {}, "and '<e>' in special_"),
+    "EOS not read": (BASE, table(*BASE), {"eos_token": "<x>"}, {}, "tokenizer_config.json counts"),
+    "EOS is a word": (BASE, {"eos_token": "<w>"}, {}, {}, ""),
+    "EOS is a piece": (BASE, {"eos_token": "a"}, {}, {}, ""),
+    "no such padding": (BASE, {"pad_token": "<pad>"}, {}, {}, "pad_token '<pad>' is in no list"),
+    "one more": (BASE, {"extra_special_tokens": ["<y>"]}, {}, {}, "'<y>' is in no list: token 260"),
+    "added": (BASE, {}, {}, {"<y>": 260}, ""),
+    "added and not read": (BASE, table(*BASE), {}, {"<y>": 260}, "added_tokens.json: '<y>' is not"),
+}
+REFUSED = {
+    "another id": (table(token(300, "<x>")), {}, "'<x>' is token 300, but another file there s"),
+    "another name": (table(token(258, "<z>")), {}, "token 258 is '<z>', but another file there s"),
+    "added with another id": ({}, {"<x>": 300}, "added_tokens.json: '<x>' is token 300, but"),
+    "no such EOS": ({"eos_token": "<new>"}, {}, "eos_token is '<new>', which is no token"),
+}
+
+
+@pytest.fixture
+def byte_level() -> dict[str, Any]:
+    """A tokenizer.json of the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    made.decoder = decoders.ByteLevel()
+    return json.loads(made.to_str())
+
+
+@pytest.fixture
+def write(tmp_path: Path, byte_level: dict[str, Any]) -> Callable[..., Path]:
+    """`write(added, config, special_tokens_map={}, added_tokens={}) -> directory`."""
+
+    def to(added: list[Any], config: dict[str, Any], *others: dict[str, Any]) -> Path:
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<b>"}
+        files = {"tokenizer": byte_level | {"added_tokens": added}, "config": {}}
+        files["tokenizer_config"] = names | {"eos_token": "<e>"} | config
+        files |= zip(("special_tokens_map", "added_tokens"), others, strict=False)
+        for name, content in files.items():
+            if content or name == "config":
+                (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        return tmp_path
+
+    return to
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_transformers_and_differences_are_said(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    """Ids, BOS, EOS, and which tokens are control tokens; files that agree say nothing."""
+    *files, said = CASES[case]
+    path = write(*files)
+    ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
+    shown = capsys.readouterr().err
+    assert said in shown if said else "warning" not in shown
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.encode(TEXT, special=True) == theirs.encode(TEXT, add_special_tokens=False)
+    flags = {t.content: (i, t.special) for i, t in theirs.added_tokens_decoder.items()}
+    assert {name: (t.id, t.special) for name, t in ours.added.items()} == flags
+    # Names of control tokens in a text of strangers are plain characters.
+    found = set(ours.encode(TEXT)) & set(ours.special_tokens.values())
+    assert found == ({ours.eos_id} if case == "EOS is a piece" else set())
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_two_ids_or_names_are_refused(write: Callable[..., Path], case: str) -> None:
+    """The file, both values and the fix are named."""
+    config, added, message = REFUSED[case]
+    with pytest.raises(DataError, match=message):
+        Tokenizer.load(write(BASE, config, {}, added))
+
+
+def test_a_gap_in_the_ids_is_said(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows of the model were trained by these ids; transformers numbers without a gap."""
+    path = write(BASE, table(*BASE, token(270, "<y>")))
+    assert Tokenizer.load(path).token_id("<y>") == 270
+    assert AutoTokenizer.from_pretrained(path).convert_tokens_to_ids("<y>") == 260
+    assert "'<y>' is token 270, as its files say; transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_user_defined_pieces_with_a_role_are_plain_text_in_texts(
+    tmp_path: Path, special: bool
+) -> None:
+    """sentencepiece finds them in any text; a stranger's text must not end a turn."""
+    lines, model = Path(__file__).read_text(encoding="utf-8").splitlines(), io.BytesIO()
+    options: dict[str, Any] = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True}
+    options |= {"normalization_rule_name": "identity", "user_defined_symbols": ["<|im_end|>"]}
+    options |= {"sentence_iterator": iter(lines), "model_writer": model, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(**options)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"eos_token": "<|im_end|>"} if special else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("is <|im_end|> it")
+    end = tokenizer.encode("<|im_end|>", special=True)[-1]
+    assert (end in ids) != special
+    assert tokenizer.decode(ids) == "is <|im_end|> it"
+    assert (tokenizer.eos_id == end) == special
+
+
+def test_rules_of_a_class_that_differ_from_the_file_are_said(
+    tmp_path: Path, tokenizer_file: Path, byte_level: dict[str, Any], capsys: Any
+) -> None:
+    """transformers 5 replaces normaliser and cuts for two of its classes; the file counts here."""
+    digits = {"type": "Digits", "individual_digits": True}
+    cut = {"type": "Sequence", "pretokenizers": [digits, byte_level["pre_tokenizer"]]}
+    byte_level["model"]["vocab"]["12"], byte_level["model"]["merges"] = 256, [["1", "2"]]
+    files = {
+        "GPT2Tokenizer": byte_level | {"pre_tokenizer": cut},
+        "LlamaTokenizer": tokenizer_files(tokenizer_file)["tokenizer.json"],
+    }
+    for kind, raw in files.items():
+        for name in (kind, "PreTrainedTokenizerFast"):
+            (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+            config = {"tokenizer_class": name}
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+            ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+            is_same = name != kind
+            said = capsys.readouterr().err
+            assert (f"others for tokenizer_class '{kind}'" in said) != is_same
+            text = " leading 12"
+            ids = theirs.encode(text, add_special_tokens=False)
+            assert (ours.encode(text) == ids) == is_same
+            assert ours.decode(ours.encode(text)) == text
+
+
+def test_a_file_that_is_not_read_is_named(
+    write: Callable[..., Path], tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vocab.json beside tokenizer.json, and a second tokenizer.model, if they differ."""
+    path = write(BASE, {})
+    vocab = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+    (path / "vocab.json").write_text(json.dumps(vocab | {"<x>": 258}))
+    Tokenizer.load(path)
+    assert not capsys.readouterr().err
+    (path / "vocab.json").write_text(json.dumps(vocab | {"ab": 256}))
+    Tokenizer.load(path)
+    assert "vocab.json: not read, as in transformers" in capsys.readouterr().err
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"save_pretrained\(DIR\) makes one of vocab\.json"):
+        Tokenizer.load(path)
+    for name in ("special_tokens_map.json", "tokenizer_config.json", "vocab.json"):
+        (path / name).unlink(missing_ok=True)
+    (path / "original").mkdir()
+    content = tokenizer_file.read_bytes()
+    (path / "tokenizer.model").write_bytes(content)
+    for other, is_said in ((content, False), (content + b"\n", True)):
+        (path / "original" / "tokenizer.model").write_bytes(other)
+        Tokenizer.load(path)
+        assert ("not read; it is another file" in capsys.readouterr().err) == is_said
