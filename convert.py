@@ -1,14 +1,8 @@
 """Converts, expands, merges, strips, inspects and verifies checkpoints.
 
-    convert.py from-meta META_DIR OUT_DIR             Meta release -> Hugging Face layout
-    convert.py from-gguf FILE OUT_DIR                 GGUF (llama.cpp) -> Hugging Face layout
-    convert.py expand BASE_DIR OUT_DIR --num-new-blocks 8    insert identity blocks
-    convert.py adopt DIR OUT_DIR                      record new blocks that another tool inserted
-    convert.py merge EXPANDED_DIR BLOCKS... OUT_DIR   put trained blocks into a plain model
-    convert.py strip EXPANDED_DIR OUT_DIR             take the new blocks out: the base again
-    convert.py to-meta CKPT_DIR OUT_DIR               Hugging Face layout -> Meta release
-    convert.py inspect DIR                            show layers, new blocks, sizes, hashes
-    convert.py verify DIR [--base BASE_DIR] [--hf]    check every byte, compare logits
+    convert.py expand BASE_DIR OUT_DIR --num-new-blocks 8
+    convert.py merge EXPANDED_DIR BLOCKS... OUT_DIR
+    convert.py COMMAND --help
 
 A checkpoint to read may be hf://owner/name[@revision] (pip install 'llamapro[hub]').
 An output directory appears when it is complete. --json prints the result as one JSON object.
@@ -289,17 +283,7 @@ class Verify(Input):
         return result, text
 
 
-Command = (
-    Annotated[FromMeta, tyro.conf.subcommand("from-meta")]
-    | Annotated[FromGguf, tyro.conf.subcommand("from-gguf")]
-    | Annotated[Expand, tyro.conf.subcommand("expand")]
-    | Annotated[Adopt, tyro.conf.subcommand("adopt")]
-    | Annotated[Merge, tyro.conf.subcommand("merge")]
-    | Annotated[Strip, tyro.conf.subcommand("strip")]
-    | Annotated[ToMeta, tyro.conf.subcommand("to-meta")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-)
+Command = FromMeta | FromGguf | Expand | Adopt | Merge | Strip | ToMeta | Inspect | Verify
 
 
 def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:

@@ -86,8 +86,8 @@ def home(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options: dict[str, Any] = {
         "--model.path": home / "pro", "--data.train": home / "train.py",
         "--data.seq-len": 128, "--data.cache-dir": home / "cache", "--train.steps": 40,
-        "--train.batch-size": 8, "--train.micro-batch-size": 4, "--optim.lr": 4e-3,
-        "--eval.every": 40, "--eval.sequences": 32, "--save.every": 20, "--run-dir": home / "run",
+        "--train.batch-size": 4, "--train.micro-batch-size": 2, "--optim.lr": 6e-3,
+        "--eval.every": 40, "--eval.sequences": 12, "--save.every": 20, "--run-dir": home / "run",
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     words += ["--data.val", f"code={home / 'code.py'}", f"story={home / 'story.txt'}"]
@@ -176,6 +176,7 @@ def test_evaluate_puts_base_and_result_side_by_side(home: Path) -> None:
     """Better on code, worse on stories, and greedy text that is rarely what the base would say."""
     words = [home / "merged", "--against", home / "base", "--json"]
     words += ["--data", home / "code.py", home / "story.txt", "--shift-prompts", 4]
+    words += ["--shift-new-tokens", 16]
     found = json.loads(command("evaluate", *words))["files"]
     code, story = (found[str(home / name)] for name in ("code.py", "story.txt"))
     assert code["loss"] < code["base"]["loss"] - 1
