@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import bases
 import models
@@ -70,6 +72,28 @@ def preset(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable) -> P
 # ---- The whole of it ----------------------------------------------------------------------------
 
 
+@contextmanager
+def forked(function: Callable[[], object]) -> Iterator[tuple[int, TextIO]]:
+    """Runs a function in a process and session of its own, which has everything imported.
+
+    Yields its number, and what it and its children print.
+    """
+    output, input_ = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            os.setsid()
+            os.dup2(input_, 1)
+            os.dup2(input_, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            forkserver._forkserver._forkserver_pid = None  # one of its own, as in a new process
+            function()
+        finally:
+            os._exit(1)
+    os.close(input_)
+    with os.fdopen(output) as text:
+        yield pid, text
+
+
 @dataclasses.dataclass
 class Ended:
     """What a study left that was killed in the middle and started again."""
@@ -82,7 +106,7 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def ended(root: Path, preset: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def ended(preset: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """A study of a base of one's own, every kind of variant in it; SIGKILL after two trials."""
     home = tmp_path_factory.mktemp("study")
     (home / "text.txt").write_text(TEXT * 100)
@@ -90,17 +114,15 @@ def ended(root: Path, preset: Path, base: Path, tmp_path_factory: pytest.TempPat
     words = ["--preset", str(preset), "--out", str(out), "--base", str(base), "--train", text]
     words += ["--val", text, "--general", f"wiki={text}"]
     words += ["--variants", "new-1", "suffix", "full", "originals", "distill-3"]
-    with subprocess.Popen(
-        [sys.executable, STUDY, *words], cwd=root, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as first:  # fmt: skip
+    with forked(lambda: study.main(words)) as (pid, output):
         said = []
-        for line in first.stdout:  # it says when a trial is done
+        for line in output:  # it says when a trial is done
             said.append(line)
             if len([line for line in said if "· seed" in line]) == 2:
                 break
-        os.killpg(first.pid, signal.SIGKILL)
-    assert first.returncode == -signal.SIGKILL, "".join(said)
+        os.killpg(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    assert status == signal.SIGKILL, "".join(said)
     before = {file: file.stat().st_mtime_ns for file in out.glob("own/*/*/result.json")}
     second = io.StringIO()
     with redirect_stdout(second), redirect_stderr(second), pytest.MonkeyPatch.context() as patch:
@@ -488,27 +510,25 @@ def test_a_task_runs_once_and_a_failed_one_names_its_log(base: Path, tmp_path: P
     assert "KeyError" in (tmp_path / "crashed" / "log.txt").read_text()
 
 
-def test_a_worker_ends_with_the_study(root: Path, tmp_path: Path) -> None:
+def test_a_worker_ends_with_the_study(tmp_path: Path) -> None:
     """Even if the study alone is killed: it would write where the next one does."""
     preset = tmp_path / "preset.toml"
     os.mkfifo(preset)  # its reader waits, and is seen to end
     about = {"argv": ["--config", str(preset)]}
-    (tmp_path / "study.py").write_text(
-        f"import sys; sys.path.insert(0, {str(root / 'experiments')!r})\n"
-        "import pathlib, schedule\n"
-        "if __name__ == '__main__':\n"
-        "    schedule.PRELOADED = []  # one process computes nothing: it needs no libraries early\n"
-        f"    out = pathlib.Path({str(tmp_path / 'out')!r})\n"
-        f"    schedule.Runner(1).run([schedule.Task('text', 'replay', {about!r}, out)])\n"
-    )
-    with subprocess.Popen([sys.executable, str(tmp_path / "study.py")]) as started:
+
+    def run() -> None:
+        schedule.PRELOADED = []  # one process computes nothing: it needs no libraries early
+        schedule.Runner(1).run([schedule.Task("text", "replay", about, tmp_path / "out")])
+
+    with forked(run) as (pid, _):
         writer = None
         while writer is None:
             with suppress(OSError):  # until a worker reads
                 writer = os.open(preset, os.O_WRONLY | os.O_NONBLOCK)
-            with suppress(subprocess.TimeoutExpired):
-                raise AssertionError(f"ended with status {started.wait(timeout=0.1)}")
-        started.kill()
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the study ended"
+            time.sleep(0.05)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     reader = select.poll()
     reader.register(writer, 0)
     assert reader.poll(60_000), "the worker still reads"
