@@ -4,6 +4,7 @@ For models that do not fit into memory, and for several GPUs, use the commands: 
 stream, and `train` shards.
 """
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,13 +13,7 @@ from torch import nn
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import COMPANION_FILES
-from llamapro.checkpoints.tensors import (
-    DTYPE_CODES,
-    TensorSpec,
-    combine_hashes,
-    sha256_of,
-    tensor_chunks,
-)
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, combine_hashes, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.conversion.companions import write_companions
 from llamapro.errors import ConfigError
@@ -99,7 +94,7 @@ def save(model: LlamaForCausalLM, path: str | Path, force: bool = False) -> None
     source = model.config.directory
     companions = [f for pattern in COMPANION_FILES for f in source.glob(pattern)] if source else []
     with output_directory(path, force) as aside:
-        write_checkpoint(aside, _specs(tensors), lambda s: tensor_chunks(tensors[s.name]))
+        write_checkpoint(aside, _specs(tensors), lambda s: tensor_chunks(tensors[s.name].cpu()))
         write_companions(aside, model.config, sorted(companions))
 
 
@@ -160,6 +155,10 @@ def _specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
 
 def _sha256(tensors: dict[str, torch.Tensor]) -> str:
     """Returns the `Checkpoint.sha256` of a checkpoint with these tensors."""
-    return combine_hashes(
-        (spec, sha256_of(tensor_chunks(tensors[spec.name]))) for spec in _specs(tensors)
-    )
+    hashes = []
+    for spec in _specs(tensors):
+        digest = hashlib.sha256()
+        for chunk in tensor_chunks(tensors[spec.name].cpu()):
+            digest.update(chunk)
+        hashes.append((spec, digest.hexdigest()))
+    return combine_hashes(hashes)

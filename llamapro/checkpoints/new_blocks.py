@@ -19,13 +19,11 @@ from llamapro import filesystem
 from llamapro.checkpoints.run import MANIFEST_FILE, TRAINABLE_FILE, find_damage, newest_intact
 from llamapro.checkpoints.tensors import (
     CHUNK_BYTES,
-    Bytes,
     ChunksOf,
     StoredTensor,
     TensorSpec,
     combine_hashes,
     hash_tensors,
-    hashing,
     read_safetensors,
 )
 from llamapro.checkpoints.writing import write_safetensors
@@ -112,8 +110,12 @@ def write_blocks(
     """Writes a new-block file."""
     hashes: list[tuple[TensorSpec, str]] = []
 
-    def hashed(spec: TensorSpec) -> Iterator[Bytes]:
-        return hashing(chunks_of(spec), lambda sha256: hashes.append((spec, sha256)))
+    def hashed(spec: TensorSpec) -> Iterator[memoryview | bytes]:
+        digest = hashlib.sha256()
+        for chunk in chunks_of(spec):
+            digest.update(chunk)
+            yield chunk
+        hashes.append((spec, digest.hexdigest()))
 
     # The header comes before the tensors, so their hash takes the place of one as long.
     unknown = "0" * hashlib.sha256().digest_size * 2

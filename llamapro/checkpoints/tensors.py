@@ -39,7 +39,6 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK_BYTES = 1 << 20  # read, hashed and written while it is in the cache
 MAX_DIMS = 8
 MAX_TENSORS = 1 << 16  # a LLaMA of 1,000 layers has 9,003
-Bytes = memoryview | bytes
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,6 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-ChunksOf = Callable[[TensorSpec], Iterable[Bytes]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,10 @@ class StoredTensor(TensorSpec):
 
     def sha256(self) -> str:
         """Returns the SHA-256 of the bytes, in hexadecimal."""
-        return sha256_of(self.chunks())
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -149,23 +148,6 @@ def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     }, metadata
 
 
-def hashing(chunks: Iterable[Bytes], note: Callable[[str], object]) -> Iterator[Bytes]:
-    """Yields the pieces, and at their end calls `note` with the SHA-256 of them all."""
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-    note(digest.hexdigest())
-
-
-def sha256_of(chunks: Iterable[Bytes]) -> str:
-    """Returns the SHA-256 of bytes that come in pieces, in hexadecimal."""
-    found: list[str] = []
-    for _ in hashing(chunks, found.append):
-        pass
-    return found[0]
-
-
 def combine_hashes(hashes: Iterable[tuple[TensorSpec, str]]) -> str:
     """Returns one SHA-256 for a set of tensors, whatever their order and files."""
     lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {digest}\n" for t, digest in hashes)
@@ -191,3 +173,6 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yields a tensor's bytes in row-major order, without a second copy if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+ChunksOf = Callable[[TensorSpec], Iterable[memoryview | bytes]]

@@ -4,26 +4,24 @@ A plan is a list of targets. The bytes stream from file to file, so memory holds
 two threads that write, whatever the model's size, and a tensor is hashed while it is copied.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from llamapro.checkpoints.tensors import (
     CHUNK_BYTES,
     DTYPES,
-    Bytes,
     StoredTensor,
     TensorSpec,
-    hashing,
     tensor_chunks,
 )
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.files import output_directory
 
-Part = Callable[[], Iterator[Bytes]]
+Part = Callable[[], Iterator[memoryview | bytes]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,14 @@ class Target(TensorSpec):
 def hashed(stored: StoredTensor, name: str, hashes: dict[str, str]) -> Part:
     """Returns a part that copies a tensor and notes the SHA-256 of its bytes as `hashes[name]`."""
 
-    return lambda: hashing(stored.chunks(), partial(hashes.__setitem__, name))
+    def chunks() -> Iterator[memoryview | bytes]:
+        digest = hashlib.sha256()
+        for chunk in stored.chunks():
+            digest.update(chunk)
+            yield chunk
+        hashes[name] = digest.hexdigest()
+
+    return chunks
 
 
 def converted(stored: StoredTensor, dtype: str) -> Part:
@@ -64,7 +69,7 @@ def rewritten(
     """
     parts = {target.name: target.parts for target in targets}
 
-    def chunks_of(spec: TensorSpec) -> Iterator[Bytes]:
+    def chunks_of(spec: TensorSpec) -> Iterator[memoryview | bytes]:
         return chain.from_iterable(part() for part in parts[spec.name])
 
     with output_directory(out_dir, force) as aside:
