@@ -1,8 +1,8 @@
 """The model card of a merged model: base, new blocks, data, settings, measured losses.
 
-Its sources are the checkpoint's record, the `state.json` beside each new-block file and the run's
-`metrics.jsonl`. For a new-block file that came alone, the card only lists its blocks. Only the last
-part of a data path is shown, because a card is published.
+Its sources are the checkpoint's record and the `state.json` beside each new-block file. For a
+new-block file that came alone, the card only lists its blocks. Only the last part of a data path is
+shown, because a card is published.
 """
 
 import os
@@ -15,15 +15,9 @@ from typing import Any
 
 from llamapro.checkpoints.hub import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import BlocksInfo
-from llamapro.checkpoints.run import (
-    MAX_STATE_BYTES,
-    METRICS_FILE,
-    STATE_FILE,
-    TRAINABLE_FILE,
-    read_metrics,
-)
+from llamapro.checkpoints.run import MAX_STATE_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.config import ModelConfig
-from llamapro.errors import CheckpointError, DataError
+from llamapro.errors import CheckpointError
 from llamapro.files import copy_companion, read_json
 from llamapro.formatting import perplexity
 
@@ -37,38 +31,22 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Training:
-    """The story of one new-block file's training.
-
-    Attributes:
-        state: `state.json` of its training checkpoint; empty if the file came alone.
-        initial: validation set -> loss at step 0 (nats per token), as far as the run's log has it.
-    """
+    """The story of one new-block file: its metadata, and `state.json` beside it, empty if alone."""
 
     info: BlocksInfo
     state: dict[str, Any]
-    initial: dict[str, float]
 
     @classmethod
     def of(cls, file: Path, info: BlocksInfo) -> "Training":
-        """Reads the files around a new-block file; what is damaged is reported and left out."""
-        state: dict[str, Any] = {}
-        initial: dict[str, float] = {}
-        if file.name != TRAINABLE_FILE or not (file.parent / STATE_FILE).exists():
-            return cls(info, state, initial)
-        try:
-            state = read_json(file.parent / STATE_FILE, MAX_STATE_BYTES)
-            checkpoints = file.resolve().parent.parent
-            run_dir = checkpoints.parent
-            if checkpoints.name == "checkpoints" and (run_dir / METRICS_FILE).exists():
-                initial = _numbers(
-                    (str(record.get("set")), record.get("loss"))
-                    for record in read_metrics(run_dir)
-                    if record["kind"] == "eval" and record["step"] == 0
-                )
-        except (CheckpointError, DataError) as error:
-            # The weights are checked elsewhere and are worth merging without their story.
-            print(f"{error}; left out of the model card", file=sys.stderr)
-        return cls(info, state, initial)
+        """Reads the state beside a new-block file; a damaged one is reported and left out."""
+        path, state = file.parent / STATE_FILE, dict[str, Any]()
+        if file.name == TRAINABLE_FILE and path.exists():
+            try:
+                state = read_json(path, MAX_STATE_BYTES)
+            except CheckpointError as error:
+                # The weights are checked elsewhere and are worth merging without their story.
+                print(f"{error}; left out of the model card", file=sys.stderr)
+        return cls(info, state)
 
     def part(self, name: str) -> dict[str, Any]:
         """Returns a JSON object inside the state, empty if there is none."""
@@ -168,9 +146,9 @@ def _training(training: Training) -> list[str]:
         lines += [*_table(("setting", "value"), rows), ""]
     # `eval` holds the latest evaluation, which may have been before the training checkpoint.
     if evaluated := state.get("evaluated"):
-        rows = []
-        for name, after in _numbers(training.part("eval").items()).items():
-            before = training.initial.get(name)
+        rows, initial = [], _numbers(training.part("base_eval"))
+        for name, after in _numbers(training.part("eval")).items():
+            before = initial.get(name)
             change = None if before is None else f"{after - before:+.3f}"
             rows.append((name, _loss(before), _loss(after), change))
         head = ("validation set", "before training", f"after step {_cell(evaluated)}", "change")
@@ -179,8 +157,8 @@ def _training(training: Training) -> list[str]:
     return lines
 
 
-def _numbers(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
-    return {name: float(value) for name, value in pairs if type(value) in (int, float)}
+def _numbers(found: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in found.items() if type(value) in (int, float)}
 
 
 def _loss(loss: float | None) -> str | None:

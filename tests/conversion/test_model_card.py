@@ -23,6 +23,7 @@ STATE = {
     "evaluated": 100,
     "elapsed_s": 60.0,
     "loss": 1.4,
+    "base_eval": {"general": 2.0, "code": 2.5},
     "settings": {
         "model.path": "/home/jo/pro",
         "data.train": ["/home/jo/corpora/code"],
@@ -39,26 +40,14 @@ STATE = {
         },
     },
 }
-LOG = [
-    {"kind": "eval", "step": 0, "set": "general", "loss": 2.0},
-    {"kind": "eval", "step": 0, "set": "code", "loss": 2.5},
-    {"kind": "eval", "step": 100, "set": "code", "loss": 1.5},
-]
-
 
 Write = Callable[..., Path]
 
 
 @pytest.fixture
 def write_run(write_step: Write, pro: Checkpoint) -> Write:
-    """`write_run(path)`: a run of 100 steps with its log; returns its new-block file."""
-
-    def write(path: Path) -> Path:
-        file = write_step(path, pro, 100, STATE)
-        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
-        return file
-
-    return write
+    """`write_run(path)`: a run of 100 steps; returns its new-block file."""
+    return lambda path: write_step(path, pro, 100, STATE)
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +131,14 @@ def test_a_new_block_file_alone_gives_a_card_without_training(
 def test_what_was_evaluated_before_training_only_is_no_result(pro: Checkpoint) -> None:
     """A run that saved before its second evaluation has measured nothing yet."""
     info = BlocksInfo.of(pro.config, "new_blocks", 50)
-    training = Training(info, STATE | {"evaluated": 0}, {"general": 2.0})
+    training = Training(info, STATE | {"evaluated": 0})
     assert "validation set" not in render("x", pro.config, [training], False)
 
 
 def test_a_set_without_a_first_loss_shows_no_change(pro: Checkpoint) -> None:
-    """The log may be gone."""
-    training = Training(BlocksInfo.of(pro.config, "new_blocks", 100), STATE, {})
+    """An earlier version did not save it."""
+    state = STATE | {"base_eval": {}}
+    training = Training(BlocksInfo.of(pro.config, "new_blocks", 100), state)
     assert ["general", "-", "2.250 (9.49)", "-"] in rows(render("x", pro.config, [training], False))
 
 
@@ -167,12 +157,8 @@ def test_several_files_say_that_they_were_not_measured_together(
 def test_a_damaged_story_does_not_keep_the_blocks_from_being_merged(
     pro: Checkpoint, tmp_path: Path, write_run: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A broken log, or a state that is no JSON: said on standard error, and left out."""
+    """A state that is no JSON: said on standard error, and left out."""
     file = write_run(tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").write_text("no JSON\n{}\n")
-    card = merged_card(pro, tmp_path / "run")
-    assert "metrics.jsonl:1: expected a JSON object" in capsys.readouterr().err
-    assert ["general", "-", "2.250 (9.49)", "-"] in rows(card)
     (file.parent / STATE_FILE).write_text("no JSON")
     merge_checkpoint(pro, file, tmp_path / "again")
     assert f"{STATE_FILE}: damaged" in capsys.readouterr().err
@@ -190,7 +176,7 @@ def test_a_stranger_s_state_of_any_shape_makes_a_card(
     pro: Checkpoint, state: dict[str, Any]
 ) -> None:
     """Entries of a wrong type are left out."""
-    training = Training(BlocksInfo.of(pro.config, "new_blocks", 100), state, {})
+    training = Training(BlocksInfo.of(pro.config, "new_blocks", 100), state)
     assert training.tokenizer is None
     assert "100 optimizer steps." in render("x", pro.config, [training], False)
 
@@ -200,7 +186,7 @@ def test_what_a_file_says_can_be_no_markdown_and_no_front_matter(pro: Checkpoint
     raw = pro.config.raw | {"_name_or_path": "x\nlicense: mit"}
     config = ModelConfig.from_dict(raw)
     state = {"settings": {"optim.lr": "1|2\n## [x](y) <b>"}}
-    training = Training(BlocksInfo.of(config, "new_blocks", 100), state, {})
+    training = Training(BlocksInfo.of(config, "new_blocks", 100), state)
     card = render("x", config, [training], False)
     assert "license" not in card and "base_model" not in card
     assert r"| optim.lr | 1\|2 \#\# \[x\](y) \<b\> |" in card
@@ -210,6 +196,6 @@ def test_a_model_of_which_all_was_trained_claims_no_base(
     pro: Checkpoint, tiny_config: Callable[..., ModelConfig]
 ) -> None:
     """No record, no hash of a base."""
-    card = render("x", tiny_config(), [Training(BlocksInfo("all", "", (), 7), {}, {})], False)
+    card = render("x", tiny_config(), [Training(BlocksInfo("all", "", (), 7), {})], False)
     assert "All weights of this model were trained" in card
     assert "## Base" not in card and "New blocks" not in card
