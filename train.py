@@ -232,7 +232,7 @@ def train(
             state.stopped = True
         progress.saved(saver.finish())
         for _ in range(2):  # again, if the run directory was removed meanwhile
-            if not saver.has(state.step):
+            if state.step and not saver.has(state.step):
                 save()
                 progress.saved(saver.finish())
 

@@ -691,6 +691,20 @@ def test_a_run_directory_that_is_removed_ends_the_run_and_loses_nothing(
         assert torch.equal(tensor, trained(run_dir)[name])
 
 
+def test_a_signal_before_the_first_step_stops_a_run_that_has_nothing_to_save(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no moments yet; the same command begins anew."""
+
+    def signalled(self: Data, *args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, *args)
+
+    batch = Data.batch
+    monkeypatch.setattr(Data, "batch", signalled)
+    assert training_checkpoints(run()) == []
+
+
 def test_a_spike_is_logged_with_its_documents(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
