@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Teaches a real model something new: SmolLM2-135M-Instruct, which knows no German, learns to
-# translate the messages of programs. The model and the text come as Python packages. Every command
+# translate the labels of programs. The model and the text come as Python packages. Every command
 # is public and is shown before it runs. About 15 minutes on 2 cores, most of it training.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,12 +25,9 @@ run llamapro merge $out/expanded $out/runs/pro $out/pro --force
 run llamapro verify $out/pro --base $out/base
 run llamapro report $out/runs/pro --out $out/report
 
-step "5. The same prompts, before and after"
+step "5. Messages that neither has seen, before and after; and what the base knew"
+run python demo/smollm_labels.py $out/base $out/pro $out/labels/val
 for model in base pro; do
-    for text in "The file could not be opened." "Do you really want to delete this customer?"; do
-        run llamapro generate $out/$model --prompt "English: $text
-German:" --max-new-tokens 24
-    done
     run llamapro generate $out/$model --chat --prompt "What is the capital of France?" --max-new-tokens 24
 done
 

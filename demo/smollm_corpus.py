@@ -13,11 +13,16 @@ import argparse
 import gettext
 import io
 import random
+import re
 import zipfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 PAIRS = 8  # in a document: about 250 tokens
 VALIDATION = 25  # every so many documents one is held out
+LABEL = 30  # characters of the longest short message
+COMMON = 10  # a common word is in that many short messages
 CATALOGUE = "/locale/de/LC_MESSAGES/"
 
 
@@ -38,33 +43,45 @@ def read_pairs(wheel: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def main() -> None:
-    """Writes OUT_DIR/train/*.txt, OUT_DIR/val.txt and OUT_DIR/held-out.tsv."""
-    parser = argparse.ArgumentParser(description="Makes the domain of make smollm.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("wheels", type=Path, nargs="+")
-    args = parser.parse_args()
-    pairs = sorted({pair for wheel in args.wheels for pair in read_pairs(wheel)})
-    random.Random(0).shuffle(pairs)
-    documents = [pairs[i : i + PAIRS] for i in range(0, len(pairs), PAIRS)]
+def select_labels(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Returns the short messages of common words: what a few minutes of training can teach."""
+    short = [p for p in pairs if len(p[0]) <= LABEL and not re.search(r"[%<{&_/\d]", "".join(p))]
+    uses = Counter(word for message, _ in short for word in set(words(message)))
+    return [p for p in short if words(p[0]) and all(uses[w] >= COMMON for w in words(p[0]))]
+
+
+def words(message: str) -> list[str]:
+    return re.findall(r"[a-z]+", message.lower())
+
+
+def write_corpus(out: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Writes out/train and out/val, a folder of documents each; no message is in both."""
+    shuffled = sorted(pairs)
+    random.Random(0).shuffle(shuffled)
+    documents = [shuffled[i : i + PAIRS] for i in range(0, len(shuffled), PAIRS)]
     held_out = {message.casefold() for part in documents[::VALIDATION] for message, _ in part}
-    train = args.out / "train"
-    train.mkdir(parents=True, exist_ok=True)
     texts: dict[str, list[str]] = {"train": [], "val": []}
     for number, part in enumerate(documents):
         is_val = number % VALIDATION == 0
         kept = [p for p in part if is_val or p[0].casefold() not in held_out]
         text = "\n\n".join(f"English: {message}\nGerman: {german}" for message, german in kept)
         texts["val" if is_val else "train"].append(text + "\n")
-    for number, text in enumerate(texts["train"]):
-        (train / f"{number:05d}.txt").write_text(text, encoding="utf-8")
-    val = args.out / "val"
-    val.mkdir(exist_ok=True)
-    for number, text in enumerate(texts["val"]):
-        (val / f"{number:05d}.txt").write_text(text, encoding="utf-8")
-    print(
-        f"{args.out}: {len(pairs):,} pairs, {len(texts['train'])} + {len(texts['val'])} documents"
-    )
+    for name, documents_of in texts.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for number, text in enumerate(documents_of):
+            (out / name / f"{number:05d}.txt").write_text(text, encoding="utf-8")
+    print(f"{out}: {len(shuffled):,} pairs, {len(texts['train'])} + {len(texts['val'])} documents")
+
+
+def main() -> None:
+    """Writes OUT_DIR/corpus of all messages and OUT_DIR/labels of short ones."""
+    parser = argparse.ArgumentParser(description="Makes the domain of make smollm.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("wheels", type=Path, nargs="+")
+    args = parser.parse_args()
+    pairs = {pair for wheel in args.wheels for pair in read_pairs(wheel)}
+    write_corpus(args.out / "corpus", pairs)
+    write_corpus(args.out / "labels", select_labels(pairs))
 
 
 if __name__ == "__main__":

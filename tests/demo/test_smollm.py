@@ -5,10 +5,14 @@ import runpy
 import struct
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llamapro.inference import sampling
+from llamapro.text import tokenizer
 from llamapro.training.checks import check
 from llamapro.training.preset import parse
 
@@ -39,8 +43,9 @@ def test_pairs_become_training_and_held_out_text(
     monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "out"), str(tmp_path / "a.whl")])
     runpy.run_path(script, run_name="__main__")
     assert "401 pairs" in capsys.readouterr().out
+    corpus = tmp_path / "out" / "corpus"
     text = {
-        name: "\n".join(file.read_text() for file in sorted((tmp_path / "out" / name).iterdir()))
+        name: "\n".join(file.read_text() for file in sorted((corpus / name).iterdir()))
         for name in ("train", "val")
     }
     pairs = {name: re.findall(r"English: (.+)\nGerman: (.+)", part) for name, part in text.items()}
@@ -58,3 +63,41 @@ def test_its_preset_can_run() -> None:
     assert (
         settings.run_dir == "smollm-out/runs/pro" and "merge $out/expanded $out/runs/pro" in script
     )
+
+
+def test_labels_are_short_and_of_common_words(root: Path) -> None:
+    """A word that few short messages have is not learned in minutes; placeholders never are."""
+    select = runpy.run_path(str(root / "demo" / "smollm_corpus.py"))["select_labels"]
+    common = [(f"Delete {noun}", f"{noun} löschen") for noun in "abcdefghij"]
+    common += [(f"{noun} delete", "löschen") for noun in "abcdefghij" for _ in range(9)]
+    rare = [("Delete xylophone", "Xylophon löschen"), ("Delete %s", "%s löschen")]
+    long = [("Delete a b c d e f g h i j a b c d", "löschen")]
+    assert sorted(select([*common, *rare, *long])) == sorted(common)
+
+
+def test_the_table_counts_what_is_right_word_for_word(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first line that a model writes is its translation."""
+    (tmp_path / "val").mkdir()
+    pairs = {f"Word {i}": f"Wort {i}" for i in range(12)}
+    text = "\n\n".join(f"English: {english}\nGerman: {german}" for english, german in pairs.items())
+    (tmp_path / "val" / "00000.txt").write_text(text)
+    known = {"base": {"Word 3": "Wort 3"}, "pro": pairs | {"Word 5": "Wort"}}
+
+    def write(model: str, _: object, prompt: str, tokens: int) -> Iterator[tuple[None, str]]:
+        message = prompt.removeprefix("English: ").removesuffix("\nGerman:")
+        yield from ((None, piece) for piece in (" ", known[model].get(message, "no"), "\n\nE"))
+        raise AssertionError("it goes on after the line")
+
+    monkeypatch.setattr("llamapro.load", lambda directory: directory.name)
+    monkeypatch.setattr(sampling, "write_text", write)
+    monkeypatch.setattr(tokenizer, "StreamingDecoder", lambda *_: None)
+    loaded = SimpleNamespace(encode_prompt=str)
+    monkeypatch.setattr("llamapro.Tokenizer", SimpleNamespace(load=lambda _: loaded))
+    script = str(root / "demo" / "smollm_labels.py")
+    monkeypatch.setattr(sys, "argv", [script, "base", "pro", str(tmp_path / "val")])
+    runpy.run_path(script, run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert "| Word 3 | Wort 3 | Wort 3 | Wort 3 |" in lines and len(lines) == 14
+    assert lines[-1] == "right, of 12 held-out messages: 1 before, 11 after"
