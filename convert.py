@@ -189,9 +189,11 @@ class Merge(Output):
     """
 
     expanded_dir: Annotated[Positional[Path], arg(metavar="EXPANDED_DIR")]
-    """The checkpoint that was trained, or the config.json of a run from random weights."""
+    """The checkpoint that was trained, or its base; or the config.json of a run from random
+    weights."""
     blocks: Annotated[Positional[Path], arg(metavar="BLOCKS")]
-    """A run directory (its newest intact step), a training checkpoint, or a new-block file."""
+    """A run directory (its newest intact step), a training checkpoint, a new-block file, or
+    hf://owner/name."""
     more_and_out: Annotated[Positional[tuple[Path, ...]], arg(metavar="[BLOCKS ...] OUT_DIR")]
     """More BLOCKS, if any, then the checkpoint directory to create."""
 

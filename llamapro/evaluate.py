@@ -210,7 +210,7 @@ def evaluate(args: Args) -> dict[str, Any]:
     """
     if not args.data and not args.choices:
         raise ConfigError("--data: name at least one file, folder or glob; or questions: --choices")
-    checkpoint = Checkpoint.open(args.dir)
+    checkpoint = args.open(args.dir)
     base = Checkpoint.open(args.against) if args.against else None
     context, stride = args.window(checkpoint)
     tokenizer = Tokenizer.load(checkpoint.path)

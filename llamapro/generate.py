@@ -80,7 +80,7 @@ def main_chat(argv: list[str], prog: str) -> None:
 def _run(args: ChatArgs) -> None:
     if wrong := args.find_mistakes():
         raise ConfigError("; ".join(wrong))
-    checkpoint = Checkpoint.open(args.dir)
+    checkpoint = args.open(args.dir)
     tokenizer = Tokenizer.load(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size, str(args.dir))
     is_text = isinstance(args, Args) and not args.chat

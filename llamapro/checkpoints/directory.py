@@ -121,13 +121,14 @@ class Checkpoint:
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Returns name -> mapped tensor, converted if `dtype` is another one than the file's."""
-        tensors = {}
+        mapped = {}
         for file in sorted({t.file for t in self.tensors.values()}):
             try:
-                tensors.update(load_file(file))
+                mapped[file] = load_file(file)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: {error}") from None
-        return {name: tensors[name].to(dtype or tensors[name].dtype) for name in self.tensors}
+        found = {name: mapped[t.file][t.name] for name, t in self.tensors.items()}
+        return {name: tensor.to(dtype or tensor.dtype) for name, tensor in found.items()}
 
     def load(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

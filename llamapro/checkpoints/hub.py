@@ -7,6 +7,7 @@ The library keeps them in its cache, so a second call costs nothing.
 import re
 from pathlib import Path
 
+from llamapro.checkpoints.run import TRAINABLE_FILE
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.files import user_path
 
@@ -23,7 +24,8 @@ COMPANION_FILES = (
     "USE_POLICY*",
     BASE_CARD_FILE,
 )
-ALLOWED = ["config.json", "model*.safetensors*", "README.md", *COMPANION_FILES]
+WEIGHTS = ["model*.safetensors*", TRAINABLE_FILE]  # of a model, or of new blocks alone
+ALLOWED = ["config.json", *WEIGHTS, "README.md", *COMPANION_FILES]
 NEVER = ["*.bin", "*.pth", "*.pt", "*.pkl"]
 # `Path("hf://owner/name")` has one slash left.
 _SCHEME = re.compile(r"hf:/{1,2}")

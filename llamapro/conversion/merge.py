@@ -1,10 +1,4 @@
-"""Merges new blocks into their base, from one file or several.
-
-Several new-block files may have been trained one by one on the same base. A new block adds to the
-residual stream, so the blocks of all files can stand in one model: on top of each base layer come
-those of the first file, then those of the second, and so on. Two files of 8 blocks on 32 base
-layers give 48 layers. A later training treats them as one generation and trains all of them.
-"""
+"""Merges new blocks into their base, from one file or several."""
 
 import dataclasses
 import shutil
@@ -12,14 +6,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from llamapro import expansion
 from llamapro.checkpoints.base import (
-    base_config,
-    base_vocab_size,
     check_base,
-    contained_base,
     split_rows,
 )
 from llamapro.checkpoints.directory import Checkpoint
@@ -31,14 +22,14 @@ from llamapro.checkpoints.new_blocks import (
     read_blocks,
 )
 from llamapro.checkpoints.run import STATE_FILE, look_again
-from llamapro.checkpoints.tensors import DTYPES, StoredTensor
+from llamapro.checkpoints.stacking import NewBlocks, is_base_of, stack
+from llamapro.checkpoints.tensors import DTYPES
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES
-from llamapro.config import ExpansionRecord, ModelConfig
+from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.model_card import Training, write_card
 from llamapro.conversion.rewrite import Target, converted, hashed, rewritten
-from llamapro.errors import CheckpointError, ConfigError, DataError
-from llamapro.expansion import Layout
+from llamapro.errors import CheckpointError, DataError
 from llamapro.files import refuse_source
 from llamapro.model import build_on_meta
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
@@ -52,16 +43,17 @@ def merge(
 ) -> dict[str, Any]:
     """Merges into the checkpoint or `config.json` at `source`, as what is given demands.
 
-    All else is as for `merge_checkpoint`; `merge_many` if there are several `blocks`; or
-    `assemble_checkpoint` if `source` is a file.
+    All else is as for `merge_checkpoint`; `merge_many` if there are several `blocks` or `source` is
+    a base without new blocks; or `assemble_checkpoint` if `source` is a file.
     """
 
     def once() -> dict[str, Any]:
-        if len(blocks) > 1:
-            return merge_many(Checkpoint.open(source), blocks, out_dir, force)
-        if source.is_file():
+        if source.is_file() and len(blocks) == 1:
             return assemble_checkpoint(source, blocks[0], out_dir, force)
-        return merge_checkpoint(Checkpoint.open(source), blocks[0], out_dir, force)
+        checkpoint = Checkpoint.open(source)
+        if len(blocks) > 1 or is_base_of(checkpoint, blocks[0]):
+            return merge_many(checkpoint, blocks, out_dir, force)
+        return merge_checkpoint(checkpoint, blocks[0], out_dir, force)
 
     return look_again(once)
 
@@ -208,131 +200,50 @@ def _warn_of_another_tokenizer(expanded: Checkpoint, file: Path, training: Train
         )
 
 
-# ---- Several files -----------------------------------------------------------------------------
-
-
-class _NewBlocks(NamedTuple):
-    """A new-block file that fits the base; its `info` has `source_layers`."""
-
-    file: Path
-    info: BlocksInfo
-    tensors: dict[str, StoredTensor]
+# ---- Several files, or a base that is not expanded ------------------------------------------
 
 
 def merge_many(
-    expanded: Checkpoint, blocks_paths: Sequence[Path], out_dir: Path, force: bool = False
+    base: Checkpoint, blocks_paths: Sequence[Path], out_dir: Path, force: bool = False
 ) -> dict[str, Any]:
-    """Writes the base inside `expanded` with the new blocks of several files, and a model card.
+    """Writes a base with the new blocks of one file or several, and a model card.
 
-    The files may have been trained in any layouts, as long as they have the same base.
+    Base and files are those of `stack`.
 
     Returns:
         JSON-able: path, blocks (the files used), steps (of each), layers, new_layers,
         source_layers, tensors_replaced, bytes, base_intact (True).
     """
-    inside = contained_base(expanded)
-    stored_as = {base.name: expanded.tensors[name] for name, base in inside.items()}
-    record = expanded.config.expansion
-    assert record is not None
-    if base_vocab_size(expanded.config) < expanded.config.vocab_size:
-        raise CheckpointError(
-            f"{expanded.path}: tokens were added to its vocabulary, and each file may have rows of "
-            "its own for them; merge one file, or expand without --add-tokens"
-        )
-    files = [_open_blocks(path, expanded, record) for path in blocks_paths]
-    refuse_source(out_dir, expanded.path, *(blocks.file for blocks in files))
+    whole, files, trained = stack(base, blocks_paths)
+    refuse_source(out_dir, base.path, *(blocks.file for blocks in files))
     trainings = [Training.of(blocks.file, blocks.info) for blocks in files]
-    _check_together(files, trainings)
-    base = base_config(expanded)
-    layout, trained = _combine(files, base.num_hidden_layers)
+    _check_tokenizers(files, trainings)
     targets: list[Target] = []
     hashes: dict[str, str] = {}
-    for name, (source, _) in expansion.expand_names(stored_as, layout).items():
-        stored = stored_as[source]
-        part = hashed(stored, stored.name, hashes)
-        if name in trained:
-            part = converted(trained[name], stored.dtype)
-        targets.append(Target(name, stored.dtype, stored.shape, [part]))
-    config = expansion.expand_config(base, layout, record.base_sha256)
-    with _merged(out_dir, targets, config, expanded.companions(), trainings, force):
-        check_base(expanded, hashes)
+    for name, stored in whole.tensors.items():
+        dtype = trained.get(name, stored.dtype)
+        is_new = name in trained
+        part = converted(stored, dtype) if is_new else hashed(stored, name, hashes)
+        targets.append(Target(name, dtype, stored.shape, [part]))
+    config, companions = whole.config, base.companions()
+    with _merged(out_dir, targets, config, companions, trainings, force):
+        check_base(whole, hashes)
+    record = config.expansion
+    assert record is not None
     about = {
         "blocks": [str(blocks.file) for blocks in files],
         "steps": [blocks.info.step for blocks in files],
         "layers": config.num_hidden_layers,
-        "new_layers": list(layout.new_layers),
-        "source_layers": [layout.sources[i] for i in layout.new_layers],
+        "new_layers": list(record.new_layers),
+        "source_layers": list(record.source_layers),
         "tensors_replaced": len(trained),
     }
     return _result(out_dir, targets, True, about)
 
 
-def _open_blocks(path: Path, expanded: Checkpoint, record: ExpansionRecord) -> _NewBlocks:
-    """Opens a new-block file; raises CheckpointError unless it fits the base inside `expanded`."""
-    file = find_blocks(path)
-    tensors, info = read_blocks(file)
-    if info.trainable == "all" or not info.base_sha256:
-        raise CheckpointError(
-            f"{file}: holds all weights of a model, not new blocks of a base; merge it alone"
-        )
-    if len(info.new_layers) > len(tensors):  # before names are made for millions of layers
-        raise CheckpointError(
-            f"{file}: damaged: its metadata name {len(info.new_layers):,} new blocks, but it holds "
-            f"{len(tensors):,} tensors"
-        )
-    # Its layout may be another than that of `expanded`; only the base has to be the same.
-    its_record = dataclasses.replace(record, new_layers=info.new_layers)
-    config = dataclasses.replace(expanded.config, expansion=its_record)
-    expected = {
-        f"model.layers.{index}.{part}": stored.shape
-        for index in info.new_layers
-        for part, stored in expanded.layer(0).items()
-    }
-    check_blocks(file, tensors, info, config, expected)
-    sources = info.source_layers
-    if not sources and info.new_layers == record.new_layers:
-        sources = record.source_layers
-    if not sources:
-        raise CheckpointError(
-            f"{file}: its metadata do not say from which layers its blocks were copied; merge it "
-            "alone, into the expanded checkpoint it was trained on"
-        )
-    layers = expanded.config.num_hidden_layers - len(record.new_layers) + len(info.new_layers)
-    raw = {"new_layers": info.new_layers, "source_layers": sources, "base_sha256": ""}
-    ExpansionRecord.from_dict(raw, layers, f"{file}: its metadata")  # raises if impossible
-    return _NewBlocks(file, dataclasses.replace(info, source_layers=sources), tensors)
-
-
-def _check_together(files: Sequence[_NewBlocks], trainings: Sequence[Training]) -> None:
-    """Refuses the same file twice, and files that were trained with different tokenizers."""
-    paths = [blocks.file.resolve() for blocks in files]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise ConfigError(f"{path}: given twice; its blocks would be added twice")
+def _check_tokenizers(files: Sequence[NewBlocks], trainings: Sequence[Training]) -> None:
+    """Refuses files that were trained with different tokenizers."""
     known = {t.tokenizer: str(b.file) for b, t in zip(files, trainings, strict=True) if t.tokenizer}
     if len(known) > 1:
         which = "; ".join(f"{file} with {sha256[:16]}..." for sha256, file in known.items())
         raise CheckpointError(f"trained with different tokenizers (sha256): {which}")
-
-
-def _combine(
-    files: Sequence[_NewBlocks], base_layers: int
-) -> tuple[Layout, dict[str, StoredTensor]]:
-    """Stacks the files' blocks on the base layers; returns the layout and the trained tensors."""
-    above: dict[int, list[tuple[_NewBlocks, int, int]]] = {}  # base layer -> blocks on top of it
-    for blocks in files:
-        pairs = zip(blocks.info.new_layers, blocks.info.source_layers, strict=True)
-        for number, (layer, source) in enumerate(pairs):
-            # Below a new block stand `number` others of its file; the rest are base layers.
-            above.setdefault(layer - number - 1, []).append((blocks, layer, source))
-    layout = expansion.place(
-        base_layers, {base: [source for _, _, source in found] for base, found in above.items()}
-    )
-    stacked = [block for _, found in sorted(above.items()) for block in found]
-    trained: dict[str, StoredTensor] = {}
-    for index, (blocks, layer, _) in zip(layout.new_layers, stacked, strict=True):
-        old = f"model.layers.{layer}."
-        for name, stored in blocks.tensors.items():
-            if name.startswith(old):
-                trained[f"model.layers.{index}.{name.removeprefix(old)}"] = stored
-    return layout, trained

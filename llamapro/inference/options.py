@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from llamapro import backends
 from llamapro.checkpoints.base import check_contained, load_contained
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.stacking import stack
 from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM
 
@@ -30,6 +32,18 @@ class ComputeOptions:
     skip_new_blocks: bool = False
     """Leave out the latest generation's new blocks and the tokens added with them: the base inside
     computes, to the bit."""
+    blocks: tuple[Path, ...] = ()
+    """New blocks to put on DIR, which is their base or was expanded: new-block files, training
+    checkpoints, run directories or hf://owner/name."""
+
+    def open(self, path: Path) -> Checkpoint:
+        """Opens a checkpoint and puts the new blocks on it; their files say where they belong.
+
+        Raises:
+            ConfigError, CheckpointError: as `Checkpoint.open` and `stack`.
+        """
+        checkpoint = Checkpoint.open(path)
+        return stack(checkpoint, self.blocks).checkpoint if self.blocks else checkpoint
 
     def choose_device(self) -> str:
         """Returns "cpu" or "cuda"; raises ConfigError for "cuda" without a GPU."""

@@ -425,7 +425,7 @@ def test_merge_takes_several_files_and_strip_gives_the_base_back(
     ("words", "message"),
     [
         (["merge", "{tmp}/pro", "{tmp}/run"], "OUT_DIR is missing"),
-        (["merge", "{base}", "{tmp}/run", "{tmp}/run", "{tmp}/o"], "no 'llamapro' record"),
+        (["merge", "{base}", "{tmp}/run", "{tmp}/run", "{tmp}/o"], "given twice"),
         (["strip", "{base}", "{tmp}/o"], "no 'llamapro' record"),
         (["expand", "hf://owner", "{tmp}/o", "--num-new-blocks", "2"], "hf://owner/name"),
     ],

@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamapro import expansion
+from llamapro import expansion, generate
+from llamapro.checkpoints import stacking
 from llamapro.checkpoints.base import base_config
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks, write_blocks
 from llamapro.checkpoints.run import STATE_FILE, TRAINABLE_FILE
+from llamapro.checkpoints.stacking import stack
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.conversion.merge import merge_checkpoint, merge_many
+from llamapro.conversion.merge import merge, merge_checkpoint, merge_many
 from llamapro.conversion.strip import strip_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError, UserError
@@ -97,6 +99,48 @@ def test_the_blocks_of_every_file_stand_on_their_base_layer_in_order(
     assert {int(name.split(".")[2]) for name in names} == {2, 3, 6, 7}
 
 
+def test_the_base_itself_takes_new_blocks(
+    base: Checkpoint, pro: Checkpoint, files: list[Path], tmp_path: Path
+) -> None:
+    """Nobody has to know how it was expanded; the file does. Another base is refused."""
+    for name, given in (("one", files[:1]), ("two", files)):
+        for source in (base, pro):
+            merge(source.path, given, tmp_path / f"{name}-{source.path.name}")
+        found = [Checkpoint.open(tmp_path / f"{name}-{source}") for source in ("base", "pro")]
+        assert found[0].sha256() == found[1].sha256()
+        assert found[0].config.expansion == found[1].config.expansion
+    assert merge(base.path, files[:1], tmp_path / "out")["base_intact"]
+    ids = torch.arange(12)[None]
+    for given in (files[:1], files):
+        whole = stack(base, given).checkpoint.load()
+        merged = Checkpoint.open(tmp_path / ("one-pro" if len(given) == 1 else "two-pro")).load()
+        assert torch.equal(whole(ids), merged(ids))
+
+
+def test_commands_take_the_base_with_new_blocks(
+    base: Checkpoint,
+    pro: Checkpoint,
+    files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`generate --blocks` writes what the merged model writes, and without them the base."""
+    merge(pro.path, files, tmp_path / "out")
+    fetched = shutil.copytree(files[1].parent, tmp_path / "hub", ignore=lambda *_: ["pro", "base"])
+    (fetched / "2.safetensors").rename(fetched / TRAINABLE_FILE)
+    monkeypatch.setattr(stacking, "resolve", lambda path: fetched if "hf:" in str(path) else path)
+
+    def written(*words: str | Path) -> str:
+        generate.main([*map(str, words), "--prompt", "usage", "--max-new-tokens", "20", "--json"])
+        return json.loads(capsys.readouterr().out)["text"]
+
+    stacked = written(base.path, "--blocks", files[0], "hf://jo/blocks")
+    assert stacked == written(tmp_path / "out") != written(base.path)
+    skipped = written(base.path, "--blocks", *files, "--skip-new-blocks")
+    assert skipped == written(base.path)
+
+
 def test_files_of_other_layouts_of_the_same_base_fit_together(
     base: Checkpoint, pro: Checkpoint, files: list[Path], tmp_path: Path, write_trained: Write
 ) -> None:
@@ -168,7 +212,6 @@ def test_the_result_has_the_dtype_of_the_base(
         ("too many", CheckpointError, "name 99 new blocks, but it holds 18 tensors"),
         ("shape", CheckpointError, r"is \[8, 16\], expected \[16, 16\]"),
         ("tokenizers", CheckpointError, "trained with different tokenizers"),
-        ("not expanded", CheckpointError, "no 'llamapro' record"),
     ],
 )
 def test_what_does_not_belong_together_is_refused_and_nothing_written(
@@ -203,15 +246,13 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
         layout = expansion.insert_after(4, [1, 2])
         expand_checkpoint(base, tmp_path / "pro2", layout)
         _rewrite(write_trained(bad, Checkpoint.open(tmp_path / "pro2")), case)
-    elif case == "tokenizers":
+    else:
         files = []
         for seed in (1, 2):
             file = write_trained(tmp_path / f"step{seed}" / TRAINABLE_FILE, pro)
             state = {"identity": {"tokenizer": str(seed) * 64}}
             (file.parent / STATE_FILE).write_text(json.dumps(state))
             files.append(file)
-    else:
-        expanded, files = base, [good, good]
     with pytest.raises(kind, match=message):
         merge_many(expanded, files, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,164 @@
+"""New blocks on their base, as one checkpoint: nothing is written, tensors stay in their files.
+
+Several new-block files may have been trained one by one on the same base. A new block adds to the
+residual stream, so the blocks of all files can stand in one model: on top of each base layer come
+those of the first file, then those of the second, and so on. Two files of 8 blocks on 32 base
+layers give 48 layers. A later training treats them as one generation and trains all of them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llamapro import expansion
+from llamapro.checkpoints.base import base_config, base_vocab_size, contained_base
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.hub import repository, resolve
+from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
+from llamapro.checkpoints.run import TRAINABLE_FILE
+from llamapro.checkpoints.tensors import StoredTensor
+from llamapro.config import ExpansionRecord
+from llamapro.errors import CheckpointError, ConfigError
+from llamapro.expansion import Layout
+
+
+class NewBlocks(NamedTuple):
+    """A new-block file that fits the base; its `info` has `source_layers`."""
+
+    file: Path
+    info: BlocksInfo
+    tensors: dict[str, StoredTensor]
+
+
+class Stacked(NamedTuple):
+    """A base with the new blocks of files on it.
+
+    Attributes:
+        checkpoint: of the base's directory, with the configuration of the whole. Names of tensors
+            are those in the whole model; each tensor keeps its name in its own file.
+        files: in the order of their blocks.
+        trained: name of each tensor that comes from a file -> the dtype that the base has there.
+    """
+
+    checkpoint: Checkpoint
+    files: list[NewBlocks]
+    trained: dict[str, str]
+
+
+def is_base_of(checkpoint: Checkpoint, path: str | Path) -> bool:
+    """Says whether new blocks have to be put on this checkpoint, which has none, not into it."""
+    if checkpoint.config.expansion is not None:
+        return False
+    return bool(read_blocks(_find(path))[1].base_sha256)
+
+
+def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
+    """Puts new blocks on their base.
+
+    The files may have been trained in any layouts, as long as they have the same base.
+
+    Args:
+        base: the base, whose every byte is then read for its hash; or an expanded model with the
+            base inside, whose record has the hash and whose own new blocks are left out.
+        paths: new-block files, training checkpoints, run directories or `hf://owner/name`.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not belong to this base; or the vocabulary grew.
+        ConfigError: a file is given twice.
+    """
+    record = base.config.expansion
+    if base_vocab_size(base.config) < base.config.vocab_size:
+        raise CheckpointError(
+            f"{base.path}: tokens were added to its vocabulary, and each file may have rows of its "
+            "own for them; merge one file, or expand without --add-tokens"
+        )
+    if record is None:
+        record, config = ExpansionRecord((), (), base.sha256()), base.config
+        stored_as = dict(base.tensors)
+    else:
+        config = base_config(base)
+        stored_as = {t.name: base.tensors[name] for name, t in contained_base(base).items()}
+    files = [_open(path, base, record) for path in paths]
+    resolved = [blocks.file.resolve() for blocks in files]
+    for file in resolved:
+        if resolved.count(file) > 1:
+            raise ConfigError(f"{file}: given twice; its blocks would be added twice")
+    layout, trained = _combine(files, config.num_hidden_layers)
+    tensors, dtypes = {}, {}
+    for name, (source, _) in expansion.expand_names(stored_as, layout).items():
+        tensors[name] = trained.get(name, stored_as[source])
+        if name in trained:
+            dtypes[name] = stored_as[source].dtype
+    whole = expansion.expand_config(config, layout, record.base_sha256)
+    checkpoint = dataclasses.replace(base, config=whole, tensors=tensors)
+    return Stacked(checkpoint, files, dtypes)
+
+
+def _find(path: str | Path) -> Path:
+    """Returns a local new-block file, as `find_blocks`, or the one of a repository on the hub."""
+    if repository(path) is None:
+        return find_blocks(resolve(path))
+    file = resolve(path) / TRAINABLE_FILE
+    if not file.exists():
+        raise CheckpointError(f"{path}: has no {TRAINABLE_FILE}, so it shares no new blocks")
+    return find_blocks(file)
+
+
+def _open(path: str | Path, base: Checkpoint, record: ExpansionRecord) -> NewBlocks:
+    """Opens a new-block file; raises CheckpointError unless it fits the base."""
+    file = _find(path)
+    tensors, info = read_blocks(file)
+    if info.trainable == "all" or not info.base_sha256:
+        raise CheckpointError(
+            f"{file}: holds all weights of a model, not new blocks of a base; merge it alone"
+        )
+    if len(info.new_layers) > len(tensors):  # before names are made for millions of layers
+        raise CheckpointError(
+            f"{file}: damaged: its metadata name {len(info.new_layers):,} new blocks, but it holds "
+            f"{len(tensors):,} tensors"
+        )
+    # Its layout may be another than that of `base`; only the base has to be the same.
+    its_record = dataclasses.replace(record, new_layers=info.new_layers)
+    config = dataclasses.replace(base.config, expansion=its_record)
+    expected = {
+        f"model.layers.{index}.{part}": stored.shape
+        for index in info.new_layers
+        for part, stored in base.layer(0).items()
+    }
+    check_blocks(file, tensors, info, config, expected)
+    sources = info.source_layers
+    if not sources and info.new_layers == record.new_layers:
+        sources = record.source_layers
+    if not sources:
+        raise CheckpointError(
+            f"{file}: its metadata do not say from which layers its blocks were copied; merge it "
+            "alone, into the expanded checkpoint it was trained on"
+        )
+    layers = base.config.num_hidden_layers - len(record.new_layers) + len(info.new_layers)
+    raw = {"new_layers": info.new_layers, "source_layers": sources, "base_sha256": ""}
+    ExpansionRecord.from_dict(raw, layers, f"{file}: its metadata")  # raises if impossible
+    return NewBlocks(file, dataclasses.replace(info, source_layers=sources), tensors)
+
+
+def _combine(
+    files: Sequence[NewBlocks], base_layers: int
+) -> tuple[Layout, dict[str, StoredTensor]]:
+    """Stacks the files' blocks on the base layers; returns the layout and the trained tensors."""
+    above: dict[int, list[tuple[NewBlocks, int, int]]] = {}  # base layer -> blocks on top of it
+    for blocks in files:
+        pairs = zip(blocks.info.new_layers, blocks.info.source_layers, strict=True)
+        for number, (layer, source) in enumerate(pairs):
+            # Below a new block stand `number` others of its file; the rest are base layers.
+            above.setdefault(layer - number - 1, []).append((blocks, layer, source))
+    layout = expansion.place(
+        base_layers, {base: [source for _, _, source in found] for base, found in above.items()}
+    )
+    stacked = [block for _, found in sorted(above.items()) for block in found]
+    trained: dict[str, StoredTensor] = {}
+    for index, (blocks, layer, _) in zip(layout.new_layers, stacked, strict=True):
+        old = f"model.layers.{layer}."
+        for name, stored in blocks.tensors.items():
+            if name.startswith(old):
+                trained[f"model.layers.{index}.{name.removeprefix(old)}"] = stored
+    return layout, trained
