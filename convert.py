@@ -4,7 +4,7 @@
     convert.py merge EXPANDED_DIR BLOCKS... OUT_DIR
     convert.py COMMAND --help
 
-A checkpoint to read may be hf://owner/name[@revision] (pip install 'llamapro[hub]').
+A checkpoint to read may be hf://owner/name[@revision] (pip install -e '.[hub]').
 An output directory appears when it is complete. --json prints the result as one JSON object.
 """
 

@@ -269,7 +269,7 @@ def main() -> None:
         raise ConfigError(f"{', '.join(wrong)}: expected 1 or more")
     if set(args.sides) != {"ours"} and find_spec("transformers") is None:
         raise ConfigError(
-            "the sides 'ddp' and 'fsdp2' need transformers: pip install 'llamapro[hf]', or leave "
+            "the sides 'ddp' and 'fsdp2' need transformers: pip install -e '.[hf]', or leave "
             "them out with --sides ours"
         )
     result = describe(args, *COUNTS) | {"targets": TARGETS}

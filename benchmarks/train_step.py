@@ -102,7 +102,7 @@ def choose_sides(asked: list[str] | None, size: Size, device: torch.device) -> l
             sides.remove("triton")
     if "transformers" in sides and find_spec("transformers") is None:
         raise ConfigError(
-            "the side 'transformers' needs it: pip install 'llamapro[hf]', or leave it out with "
+            "the side 'transformers' needs it: pip install -e '.[hf]', or leave it out with "
             "--sides triton torch"
         )
     return sides

@@ -2,7 +2,7 @@
 
 A merged checkpoint does not need it: `lm_eval --model hf --model_args pretrained=DIR` computes the
 same numbers. It shows how to evaluate what only this implementation has, such as the base inside
-(`skip_new_blocks=True`). It takes lm_eval's own arguments (pip install 'llamapro[lm-eval]'):
+(`skip_new_blocks=True`). It takes lm_eval's own arguments (pip install -e '.[lm-eval]'):
 
     python examples/lm_eval_model.py run --model llamapro --model_args path=DIR --tasks arc_easy
 """

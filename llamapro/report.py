@@ -154,7 +154,7 @@ def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -
         from matplotlib.ticker import EngFormatter, FuncFormatter
     except ImportError:
         raise ConfigError(
-            "the report's picture needs matplotlib: pip install 'llamapro[report]'"
+            "the report's picture needs matplotlib: pip install -e '.[report]'"
         ) from None
     sets = list(summaries[0]["sets"])
     most = max((s["tokens"] or 0 for s in summaries), default=0)

@@ -1,6 +1,6 @@
 """lm-evaluation-harness: the README's command, and the example that stands in for its `hf` model.
 
-With `-m ecosystem`, where lm_eval is installed: pip install 'llamapro[lm-eval]'.
+With `-m ecosystem`, where lm_eval is installed: pip install -e '.[lm-eval]'.
 """
 
 import json

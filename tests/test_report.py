@@ -221,7 +221,7 @@ def test_an_output_that_cannot_be_made_is_named(pro: Path, tmp_path: Path) -> No
 def test_without_matplotlib_the_extra_is_named(pro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says what to install; nothing is written."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'llamapro\[report\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[report\]'"):
         write_report([pro])
     assert not (pro / "report.md").exists()
 

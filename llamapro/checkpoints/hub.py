@@ -69,7 +69,7 @@ def resolve(path: str | Path) -> Path:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
         raise ConfigError(
-            f"{shown}: needs huggingface_hub: pip install 'llamapro[hub]'; or give a directory"
+            f"{shown}: needs huggingface_hub: pip install -e '.[hub]'; or give a directory"
         ) from None
     # The bases are those of the HTTP library's own errors, another library in every version.
     unreachable: tuple[type[Exception], ...] = (OSError, ValueError)

@@ -223,7 +223,7 @@ def _quantisation(file: Path, name: str, code: int) -> tuple[Any, int, int]:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError:
-        raise ConfigError(f"{file}: GGUF needs gguf: pip install 'llamapro[gguf]'") from None
+        raise ConfigError(f"{file}: GGUF needs gguf: pip install -e '.[gguf]'") from None
     known, kind = {int(k): k for k in GGML_QUANT_SIZES}, f"type {code}"
     try:
         kind = GGMLQuantizationType(code).name

@@ -92,7 +92,7 @@ def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGU
         import tokenizers  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"{file}: its tokenizer needs {error.name}: pip install 'llamapro[gguf]'"
+            f"{file}: its tokenizer needs {error.name}: pip install -e '.[gguf]'"
         ) from None
     tokens, types = _tokens(get("tokens"), get("token_type"), vocab_size, file)
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}

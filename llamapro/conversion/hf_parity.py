@@ -35,7 +35,7 @@ def load_hf(path: str | Path, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise ConfigError(
-            "comparing with Hugging Face needs transformers: pip install 'llamapro[hf]'"
+            "comparing with Hugging Face needs transformers: pip install -e '.[hf]'"
         ) from None
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()

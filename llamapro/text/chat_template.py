@@ -49,7 +49,7 @@ class ChatTemplate:
             import jinja2
         except ImportError:
             raise DataError(
-                f"{origin}: chat templates need jinja2: pip install 'llamapro[tokenizers]'"
+                f"{origin}: chat templates need jinja2: pip install -e '.[tokenizers]'"
             ) from None
         self.source, self.origin = source, origin
         self.date: datetime.datetime | None = None

@@ -178,7 +178,7 @@ def _table_rows(
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UnreadableError("needs pyarrow: pip install 'llamapro[data]'") from None
+        raise UnreadableError("needs pyarrow: pip install -e '.[data]'") from None
     try:
         # With `pre_buffer` it would hold all row groups in memory; without a buffer, a whole one.
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 18)

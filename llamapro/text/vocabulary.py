@@ -41,7 +41,7 @@ LLAMA_3_SPECIAL = [
 # If no file says which tokens begin and end a document, the first of these that exists does.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>")
-_INSTALL = "read with {}: pip install 'llamapro[tokenizers]'"
+_INSTALL = "read with {}: pip install -e '.[tokenizers]'"
 
 
 @dataclass(frozen=True)

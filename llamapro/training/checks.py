@@ -86,7 +86,7 @@ def check(settings: Settings, world_size: int) -> None:
             f"equal groups, expected one of {fitting}, or 0 for one group"
         )
     wrong += [
-        f"log_to: {name} is not installed: pip install 'llamapro[{name}]'"
+        f"log_to: {name} is not installed: pip install -e '.[{name}]'"
         for name in dict.fromkeys(s.log_to)
         if not is_installed(name)
     ]

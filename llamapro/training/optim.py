@@ -38,18 +38,19 @@ def build_adamw(
 def learning_rate(
     step: int, steps: int, peak: float, warmup_steps: int, final_ratio: float
 ) -> float:
-    """Linear warm-up, then cosine decay.
+    """Linear warm-up, then cosine decay. One step has the peak, and none the end of the decay.
 
     Args:
         step: optimizer steps already made, 0 to steps - 1.
         steps: number of steps of the whole run.
         peak: rate at the end of the warm-up.
         warmup_steps: number of steps in which the rate rises; the first is peak / warmup_steps.
-        final_ratio: the last rate, as a fraction of peak.
+        final_ratio: where the decay ends, one step after the last, as a fraction of peak.
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    top = max(1, warmup_steps)  # the step of the peak, counted from 1
+    if step < top:
+        return peak * (step + 1) / top
+    progress = (step + 1 - top) / (steps + 1 - top)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return peak * (final_ratio + (1 - final_ratio) * cosine)
 

@@ -155,7 +155,8 @@ class OptimSettings:
     lr: float = 2e-4
     """Peak learning rate. The paper's 2e-4 suits LLaMA-2; other bases may need a tenth."""
     final_lr_ratio: float = 0.0
-    """Last learning rate as a fraction of optim.lr."""
+    """Where the decay of the learning rate ends, one step after the last, as a fraction of
+    optim.lr."""
     warmup_ratio: float = 0.06
     """Fraction of the steps in which the learning rate rises from 0."""
     betas: tuple[float, float] = (0.9, 0.95)

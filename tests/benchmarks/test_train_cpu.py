@@ -183,7 +183,7 @@ def test_without_transformers_its_sides_are_refused_and_ours_runs(
     """The message names the extra; `--sides ours` does not need it."""
     monkeypatch.setattr(train_cpu, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["train_cpu.py", "--sides", "ddp"])
-    with pytest.raises(train_cpu.ConfigError, match=r"pip install 'llamapro\[hf\]'"):
+    with pytest.raises(train_cpu.ConfigError, match=r"pip install -e '\.\[hf\]'"):
         train_cpu.main()
     stand_in(True)
     words = ["--size", "tiny", "--sides", "ours", "--dtypes", "float32", "--rounds", "1"]

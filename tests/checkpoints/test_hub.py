@@ -185,7 +185,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     """Only for a name on the hub: a directory needs no library."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert hub.resolve("checkpoints/x") == Path("checkpoints/x")
-    with pytest.raises(ConfigError, match=r"pip install 'llamapro\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[hub\]'"):
         hub.resolve("hf://jo/tiny-llama")
 
 

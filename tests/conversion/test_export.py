@@ -28,7 +28,7 @@ from llamapro.expansion import insert_after
 from llamapro.inference.sampling import generate
 from llamapro.text.tokenizer import Tokenizer
 
-transformers = pytest.importorskip("transformers", reason="pip install 'llamapro[hf]'")
+transformers = pytest.importorskip("transformers", reason="pip install -e '.[hf]'")
 
 KINDS = {
     "llama": {},

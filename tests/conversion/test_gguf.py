@@ -449,8 +449,8 @@ def test_a_missing_library_is_named_with_its_extra(
 ) -> None:
     file = model()
     for name, message in (
-        ("gguf.constants", r"GGUF needs gguf: pip install 'llamapro\[gguf\]'"),
-        ("tokenizers", r"its tokenizer needs tokenizers: pip install 'llamapro\[gguf\]'"),
+        ("gguf.constants", r"GGUF needs gguf: pip install -e '\.\[gguf\]'"),
+        ("tokenizers", r"its tokenizer needs tokenizers: pip install -e '\.\[gguf\]'"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)

@@ -250,7 +250,7 @@ def test_a_missing_extra_is_named_with_its_pip_command(
     """PEFT only if LoRA is asked for."""
     found = options.find_spec
     monkeypatch.setattr(options, "find_spec", lambda name: None if name == missing else found(name))
-    message = re.escape(f"{missing} is not installed: pip install 'llamapro[study]'")
+    message = re.escape(f"{missing} is not installed: pip install -e '.[study]'")
     with pytest.raises(ConfigError, match=message):
         options.check(settings())
     if missing == "peft":

@@ -506,7 +506,7 @@ def test_missing_jinja_is_told_with_its_extra(
 ) -> None:
     """The message names the package to install."""
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(DataError, match=r"need jinja2: pip install 'llamapro\[tokenizers\]'"):
+    with pytest.raises(DataError, match=r"need jinja2: pip install -e '\.\[tokenizers\]'"):
         ChatTemplate.load("", tokenizer, "llama3")
 
 

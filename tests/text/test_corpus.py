@@ -469,7 +469,7 @@ def test_missing_pyarrow_is_told_with_the_command(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"a\.parquet:1: needs pyarrow: .*'llamapro\[data\]'"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: needs pyarrow: .*'\.\[data\]'"):
         make(tmp_path / "folder")
 
 

@@ -277,7 +277,7 @@ def test_missing_library_is_told_with_its_extra(
     """sentencepiece is enough for most; for the others the message says what to install."""
     path = request.getfixturevalue(fixture)
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(DataError, match=rf"{library}: pip install 'llamapro\[tokenizers\]'"):
+    with pytest.raises(DataError, match=rf"{library}: pip install -e '\.\[tokenizers\]'"):
         Tokenizer.load(path)
 
 

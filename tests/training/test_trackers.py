@@ -188,8 +188,8 @@ def test_missing_packages_are_refused_with_the_command(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError) as error:
         check(settings_with("tensorboard", "wandb", "trackio"), 1)
     assert str(error.value) == (
-        "log_to: tensorboard is not installed: pip install 'llamapro[tensorboard]'; "
-        "log_to: wandb is not installed: pip install 'llamapro[wandb]'"
+        "log_to: tensorboard is not installed: pip install -e '.[tensorboard]'; "
+        "log_to: wandb is not installed: pip install -e '.[wandb]'"
     )
 
 
