@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -380,7 +381,9 @@ def test_a_run_goes_on_with_other_steps_and_with_what_is_allowed(
         assert "changed          " in told and text in told
     (record,) = metrics(run_dir, "resume", "changed")
     assert "train.batch_size 4 -> 2" in record and len(record) == 5
-    assert metrics(run_dir, "train", "learning_rate")[-1] == pytest.approx(0.5 * 5e-3)
+    assert metrics(run_dir, "train", "learning_rate")[-1] == pytest.approx(
+        5e-3 * (0.75 + 0.25 * math.cos(math.pi * 4 / 5))
+    )
     # Step 4 reads on where step 3 ended, whatever the batch was then: no sample twice.
     state = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
     assert state["samples"] == 3 * 4 + 2 * 2
