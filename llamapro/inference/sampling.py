@@ -41,7 +41,8 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
             )
         ends.update(listed)
     for name, fields in raw.items():
-        if (bos := fields.get("bos_token_id")) not in (None, tokenizer.bos_id or bos):
+        bos = fields.get("bos_token_id")
+        if None not in (bos, tokenizer.bos_id) and bos != tokenizer.bos_id:
             warn(
                 f"{config.directory}: bos_token_id is {bos!r:.80} in {name}, but the tokenizer's "
                 f"BOS is token {tokenizer.bos_id}, which counts"

@@ -139,7 +139,7 @@ def test_a_program_is_what_stands_before_the_next_definition(
         return [[0], [1], [2]]
 
     class Decoder:
-        eos_id = None
+        bos_id = eos_id = None
 
         def encode_prompt(self, text: str) -> list[int]:
             assert not text.endswith("\n")
