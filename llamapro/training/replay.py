@@ -62,13 +62,14 @@ class _Row:
     def __init__(self, number: int, opening: Opening) -> None:
         self.number, self.document = number, list[int]()
         self._given, self._then = list(opening.ids), list(opening.then)
-        self.is_ended = False
+        self.is_ended = self.has_written = False
 
     def take(self, sampled: int, end_ids: Collection[int]) -> int:
         """Appends the next token, given or sampled, and returns it."""
         is_end = not self._given and sampled in end_ids
         if is_end and self._then:
             self._given, self._then, is_end = self._then, [], False
+        self.has_written |= not self._given
         token = self._given.pop(0) if self._given else sampled
         self.document.append(token)
         self.is_ended = is_end
@@ -97,7 +98,7 @@ def write_documents(
         length: the most tokens of a document; one that reaches it has no end token.
         settings: temperature, seed, and number of documents that are written at a time.
         tokens: stop when all documents have this many together; the last ones are as far as they
-            have come.
+            have come, and left out if the base has written nothing in them yet.
     """
     generator, draw = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
     weight, size, capacity = base.lm_head.weight, settings.batch_size, 2 * length
@@ -105,7 +106,7 @@ def write_documents(
     rows = [_Row(number, draw.choice(openings)) for number in range(size)]
     numbers = torch.zeros(size, capacity, dtype=torch.int64, device=weight.device)
     complete: dict[int, list[int]] = {}
-    started, yielded, written = size, 0, 0
+    started, yielded, finished = size, 0, 0
     sampled = [-1] * size  # every document begins with tokens that are given
     while True:
         for index, row in enumerate(rows):
@@ -114,26 +115,26 @@ def write_documents(
                 # Where EOS begins documents, the next one's ends this one.
                 if len(document) > 1 and row.is_ended and document[-1] == document[0]:
                     document.pop()
-                    written -= 1
+                finished += len(document)
                 rows[index] = _Row(started, draw.choice(openings))
                 started += 1
         while yielded in complete:
             yield complete.pop(yielded)
             yielded += 1
-        if written >= tokens:
+        begun = [row for row in rows if row.has_written]
+        if finished + sum(len(row.document) for row in begun) >= tokens:
             break
         if cache.length == capacity:  # no document reaches back further than `length`
             for buffer in (*cache.keys, *cache.values, numbers):
                 buffer[:, :length] = buffer[:, length:].clone()
             cache.length = length
         ids = [row.take(token, end_ids) for row, token in zip(rows, sampled, strict=True)]
-        written += size
         numbers[:, cache.length] = torch.tensor([r.number for r in rows], device=weight.device)
         inputs = torch.tensor(ids, device=weight.device)[:, None]  # (B, 1)
         x = base.model(inputs, cache, numbers[:, : cache.length + 1])
         logits = base.lm_head(x[:, -1])  # (B, V)
         sampled = sample(logits, settings.temperature, 1.0, generator)[:, 0].tolist()
-    complete |= {row.number: row.document for row in rows if row.document}
+    complete |= {row.number: row.document for row in begun}
     yield from (complete[number] for number in sorted(complete))
 
 
@@ -268,8 +269,8 @@ def written_by_base(
         left = settings.tokens
         documents = write_documents(base, openings, ends, length, settings, left)
         with tqdm(total=left, desc="write replay", unit="tok", disable=None) as bar:
-            for document in documents:
-                ids = document[:left]
+            while left > 0:
+                ids = next(documents)[:left]
                 left -= len(ids)
                 counts["documents"] += 1
                 counts["bytes"] += sum(len(tokenizer.bytes_of(i)) for i in ids)

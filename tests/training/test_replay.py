@@ -1,7 +1,6 @@
 """Replay: what the base inside writes, how much of an epoch it is, and resuming with it."""
 
 import json
-import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -222,10 +221,10 @@ def test_writing_stops_when_all_documents_together_are_enough(home: Path) -> Non
     base.model.register_forward_pre_hook(lambda *_: steps.append(1))
     ends = set(range(100, 120))
     some = list(write_documents(base, [Opening([1])], ends, LENGTH, SETTINGS, TOKENS))
-    assert len(steps) == math.ceil(TOKENS / SETTINGS.batch_size)
-    assert sum(map(len, some)) == len(steps) * SETTINGS.batch_size
+    assert TOKENS <= sum(map(len, some)) < TOKENS + SETTINGS.batch_size
+    assert len(steps) * SETTINGS.batch_size - sum(map(len, some)) <= SETTINGS.batch_size
     unfinished = [ids for ids in some if len(ids) < LENGTH and ids[-1] not in ends]
-    assert 0 < len(unfinished) <= SETTINGS.batch_size
+    assert 0 < len(unfinished) <= SETTINGS.batch_size and min(map(len, some)) > 1
     whole = write_documents(base, [Opening([1])], ends, LENGTH, SETTINGS)
     assert all(ids == next(whole)[: len(ids)] for ids in some)
 
