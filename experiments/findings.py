@@ -12,7 +12,6 @@ from summary import AIM, Row, Share, Spread, front, retention, summarize
 HOLDS, FAILS, EQUAL = "holds", "does not hold", "no clear difference"
 ERRORS = 2  # standard errors that make a clear difference
 MEASURES = {"domain": ("domain loss", ".3f"), "general": ("general change", "+z.3f")}
-ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
 
 
 class Claim(NamedTuple):
@@ -95,7 +94,7 @@ def findings(results: dict[str, Any]) -> str:
         if any(counts.values()):
             listed = ", ".join(f"*{word}* {n}" for word, n in counts.items())
             sentences.insert(0, f"Number of verdicts: {listed}.")
-        sentences += [*_gradients(study), *_retention(study, rows), *_front(rows), *_rates(rows)]
+        sentences += [*_retention(study, rows), *_front(rows), *_rates(rows)]
         lines = "\n".join(f"- {sentence}" for sentence in sentences)
         parts.append(f"### {study['name']}\n\n{lines}")
     return "\n\n".join(parts) + "\n"
@@ -138,21 +137,6 @@ def _compare(lower: Row, higher: Row, measure: str) -> str:
     low, high = lower[measure], higher[measure]
     numbers = f"{low.text(form)} of `{lower['label']}`, {high.text(form)} of `{higher['label']}`"
     return f"**{verdict(low, high)}** ({name}: {numbers})"
-
-
-def _gradients(study: dict[str, Any]) -> list[str]:
-    """Compares the measured gradients of zero norms with Appendix A."""
-    norms = (study["gradients"] or {}).get("zero-norms", [])
-    if not norms or any(not {ATTENTION_NORM, FFN_NORM} <= step.keys() for step in norms):
-        return []
-    ffn = "exactly 0" if all(step[FFN_NORM] == 0 for step in norms) else "not always 0"
-    first = norms[0][ATTENTION_NORM]
-    attention = "also 0" if first == 0 else f"{first:.2e}"
-    return [
-        "With zero norms, Appendix A derives that the gradient of the FFN's norm is 0. In the "
-        f"{len(norms)} steps measured it is {ffn}. The gradient of the attention's norm, which "
-        f"flows through the values, is {attention} at step 1."
-    ]
 
 
 def _retention(study: dict[str, Any], rows: dict[str, Row]) -> list[str]:

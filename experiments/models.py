@@ -123,33 +123,3 @@ def build(about: dict[str, Any]) -> LlamaForCausalLM:
     if kind == "originals":
         return train_layers(base_model(base), about["layers"])
     return moe(base) if kind == "moe" else expanded(base, about["layers"], kind)
-
-
-def first_gradients(
-    base: Path, layers: Sequence[int], start: str, ids: Tensor
-) -> list[dict[str, float]]:
-    """Returns the gradient norms of new blocks at the first two steps of AdamW without decay.
-
-    Args:
-        ids: (B, T + 1) tokens, the same at both steps.
-
-    Returns:
-        For each step, the norm over all new blocks by a tensor's name inside its block. Everything
-        is computed in fp64, so a norm of 0 is exact.
-    """
-    model = expanded(base, layers, start).double()
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=1e-3, weight_decay=0.0)
-    norms = []
-    for _ in range(2):
-        logits = model(ids[:, :-1]).flatten(0, 1)  # (B * T, V)
-        nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
-        squares: dict[str, float] = {}
-        for name, parameter in named.items():
-            inside = name.split(".", 3)[3].removesuffix(".weight")
-            assert parameter.grad is not None
-            squares[inside] = squares.get(inside, 0.0) + parameter.grad.square().sum().item()
-        norms.append({name: square**0.5 for name, square in squares.items()})
-        optimizer.step()
-        optimizer.zero_grad()
-    return norms

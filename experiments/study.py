@@ -120,7 +120,7 @@ def run_all(s: StudySettings, studies: Sequence[Study], runner: Runner) -> list[
     the best of them. If a search has a length of its own, the first seed trains again at full
     length.
     """
-    around = {study.name: tasks.base_tasks(study) for study in studies}
+    bases = {study.name: tasks.base_task(study) for study in studies}
     costs = {study.name: tasks.cost_tasks(study) for study in studies}
     # A base writes once for all domains.
     writing = {study.base: tasks.writing_tasks(study) for study in reversed(studies)}
@@ -134,13 +134,12 @@ def run_all(s: StudySettings, studies: Sequence[Study], runner: Runner) -> list[
     }
     timed = [task for by_base in writing.values() for task in by_base.values()]
     timed += [task for by_base in costs.values() for task in by_base.values()]
-    beside = [task for found in around.values() for task in found]
     first = [task for grid in grids.values() for task in grid.values()]
-    waiting = [task for task in (*timed, *beside) if task.result() is None]
+    waiting = [task for task in (*timed, *bases.values()) if task.result() is None]
     left = sum(sum(tasks.trials_left(study, v)) for study in studies for v in study.variants)
     runner.expect(left + len(waiting))
     runner.run(timed, workers=1)  # with the machine to itself
-    runner.run([*beside, *first])
+    runner.run([*bases.values(), *first])
 
     rows: dict[str, list[dict[str, Any]]] = {study.name: [] for study in studies}
     for study in studies:
@@ -158,7 +157,7 @@ def run_all(s: StudySettings, studies: Sequence[Study], runner: Runner) -> list[
             ]
     runner.run([row["task"] for study in studies for row in rows[study.name]])
     return [
-        collect(study, around[study.name], costs[study.name], rows[study.name]) for study in studies
+        collect(study, bases[study.name], costs[study.name], rows[study.name]) for study in studies
     ]
 
 
@@ -173,16 +172,16 @@ def best_rate(study: Study, grid: dict[float, Task]) -> float:
 
 
 def collect(
-    study: Study, around: Sequence[Task], costs: dict[str, Task], rows: Sequence[dict[str, Any]]
+    study: Study, base_task: Task, costs: dict[str, Task], rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns a study's results, JSON-able, with all trials: chosen, not chosen and failed.
 
-    `around` measured the base, `costs` the steps by variant. A row has variant, lr, seed, chosen,
-    task, and writing (the task that wrote its replay, or None).
+    `costs` measured the steps by variant. A row has variant, lr, seed, chosen, task, and writing
+    (the task that wrote its replay, or None).
     """
-    beside, trials = {task.function: task.result() or {} for task in around}, []
+    base, trials = base_task.result() or {}, []
     if study.s.abilities:  # what a base wrote is its general text: a change is KL(base || model)
-        beside["base"]["losses"] |= dict.fromkeys(beside["base"]["kl"], 0.0)
+        base["losses"] |= dict.fromkeys(base["kl"], 0.0)
     for row in rows:
         result, wrote = row["task"].result() or {}, row["writing"] and row["writing"].result()
         kept = {key: row[key] for key in ("variant", "lr", "seed")} | {"failed": None} | result
@@ -198,11 +197,10 @@ def collect(
         "domain": study.domain,
         "layers": study.num_layers,
         "compared": f"new-{study.compared}",
-        "general": list(beside["base"].get("kl", study.general)),
+        "general": list(base.get("kl", study.general)),
         "domain_set": study.domain,
-        "base_result": beside["base"],
+        "base_result": base,
         "variants": [{key: getattr(v, key) for key in names} for v in study.variants],
-        "gradients": beside.get("gradients"),
         "trials": trials,
         "step_ratios": {name: (task.result() or {})["step"] for name, task in costs.items()},
     }

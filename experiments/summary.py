@@ -242,9 +242,6 @@ def tables(results: dict[str, Any]) -> str:
                 "its text for replay once, for any number of domains, so *writing* is not part of "
                 "the training cost."
             )
-        if study["gradients"]:
-            parts += ["### Gradients of a new block's tensors", _gradients(study["gradients"])]
-            parts.append("Norms are over all new blocks, in fp64; 0 means exactly 0.")
     for study in results["studies"]:
         parts += [f"## All trials: {study['name']}", _trials(study)]
     about = results["about"]
@@ -315,20 +312,6 @@ def _retention_table(study: dict[str, Any], options: Sequence[Row]) -> str:
         writing = f"{option['replay_s']:.1f} s ({option['written']:.2f} of a run)"
         cells.append(writing if option["replay_s"] else MISSING)
         lines.append([*cells, "yes" if option["meets"] else "no"])
-    return table(lines)
-
-
-def _gradients(gradients: dict[str, list[dict[str, float]]]) -> str:
-    """Gradient norms by tensor, with a column for each kind of block and step."""
-    columns = {
-        f"{kind}, step {number}": norms
-        for kind, steps in gradients.items()
-        for number, norms in enumerate(steps, 1)
-    }
-    lines = [["tensor", *columns]]
-    for name in dict.fromkeys(name for norms in columns.values() for name in norms):
-        values = [norms.get(name) for norms in columns.values()]
-        lines.append([name, *(show(n, lambda n: "0" if n == 0 else f"{n:.2e}") for n in values)])
     return table(lines)
 
 

@@ -14,7 +14,6 @@ from trial import HELD_OUT_FILE, RESULT_FILE
 from variants import Variant
 
 from llamapro.errors import ConfigError
-from llamapro.expansion import interleave
 from llamapro.formatting import format_duration
 from llamapro.training.preset import parse as parse_train
 
@@ -124,20 +123,12 @@ def start_tasks(studies: Sequence[Study]) -> list[Task]:
     return list(tasks.values())
 
 
-def base_tasks(study: Study) -> list[Task]:
-    """Returns the tasks that measure the base itself."""
+def base_task(study: Study) -> Task:
+    """Returns the task that measures the base itself."""
     argv = [*train_options(study, 1), "--eval.every", "1", "--model.path", str(study.checkpoint)]
     argv += ["--train.trainable", "all"]
-    out, about = study.s.dir / study.name, measured(study) | {"argv": argv}
-    about["text_sha256"] = study.text_sha256
-    tasks = [Task(f"{study.name} · base", "base", about, out / "base")]
-    if study.is_whole:
-        layout = interleave(study.num_layers, study.compared)
-        about = {"base": str(study.checkpoint), "val": list(study.val)}
-        about |= {"layers": [layout.sources[i] for i in layout.new_layers]}
-        label = f"{study.name} · first gradients"
-        tasks.append(Task(label, "gradients", about, out / "gradients"))
-    return tasks
+    about = measured(study) | {"argv": argv, "text_sha256": study.text_sha256}
+    return Task(f"{study.name} · base", "base", about, study.s.dir / study.name / "base")
 
 
 def cost_tasks(study: Study) -> dict[str, Task]:

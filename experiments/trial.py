@@ -12,7 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
@@ -282,14 +281,6 @@ def keep(about: dict[str, Any], out: Path) -> dict[str, Any]:
     return {name: len(documents) for name, documents in sets.items()}
 
 
-def gradients(about: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Returns `models.first_gradients` for each kind of new block, on the domain's text."""
-    base, layers = Path(about["base"]), about["layers"]
-    ids = torch.tensor([*chain(*documents(about, Tokenizer.load(base)))][: 2 * 65]).view(2, -1)
-    kinds = ("zero-outputs", "copies", "zero-norms")
-    return {kind: models.first_gradients(base, layers, kind, ids) for kind in kinds}
-
-
 def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Returns the seconds of a training step of plain expansion, with random weights, as `step_s`.
 
@@ -319,5 +310,5 @@ def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
 
 FUNCTIONS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     function.__name__: function
-    for function in (train, expand, base, cost, replay, write, keep, gradients, calibrate)
+    for function in (train, expand, base, cost, replay, write, keep, calibrate)
 }

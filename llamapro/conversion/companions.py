@@ -25,6 +25,17 @@ from llamapro.text.vocabulary import (
 )
 
 CONFIG_NAME = "tokenizer_config.json"
+# What the config.json of every LLaMA says; sizes and the like are added to it.
+PLAIN_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
 # Changed by every normalisation that sentencepiece has: runs of spaces, NFKC, case.
 _PROBE = "  A  ﬁ e\u0301 "
 _LONGEST = 256  # characters of a piece; sentencepiece's own limit is 16

@@ -18,7 +18,7 @@ from llamapro import ops
 from llamapro.checkpoints.tensors import DTYPE_CODES, DTYPES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
-from llamapro.conversion.companions import write_companions
+from llamapro.conversion.companions import PLAIN_LLAMA, write_companions
 from llamapro.conversion.gguf_file import GGUFTensor, open_gguf
 from llamapro.conversion.gguf_tokenizer import read_tokenizer
 from llamapro.errors import CheckpointError, ConfigError, Problems, warn
@@ -153,9 +153,7 @@ def describe(
     # Before anything is made for each layer: the file can say 10^9.
     if type(layers) is not int or not 0 < layers <= len(tensors):
         wrong.add(f"llama.block_count is {layers!r}, but the file has {len(tensors)} tensors")
-    raw = {
-        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
-        "model_type": "mistral" if window else "llama",
+    raw = PLAIN_LLAMA | {
         "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length"),
@@ -163,19 +161,16 @@ def describe(
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_theta": get("rope.freq_base", 10000.0),
-        "initializer_range": 0.02,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "use_cache": True,
     }
     wrong.check(ConfigError, str(file))
-    return raw | ({"sliding_window": window} if window else {})
+    if window:
+        raw |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        raw |= {"sliding_window": window}
+    return raw
 
 
 def _tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:

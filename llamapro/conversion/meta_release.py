@@ -19,6 +19,7 @@ from llamapro.checkpoints.directory import MISTRAL_LAYOUT
 from llamapro.checkpoints.matching import refuse_wrapped
 from llamapro.checkpoints.tensors import DTYPE_CODES
 from llamapro.config import ModelConfig
+from llamapro.conversion.companions import PLAIN_LLAMA
 from llamapro.conversion.pth_file import load_pth
 from llamapro.errors import CheckpointError, ConfigError, Problems, warn
 from llamapro.files import read_json
@@ -263,9 +264,7 @@ def describe(
             "--max-position-embeddings says otherwise (Llama 2: 4096)",
             file=sys.stderr,
         )
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    raw = PLAIN_LLAMA | {
         "vocab_size": vocab,
         "hidden_size": dim,
         "intermediate_size": ffn,
@@ -273,18 +272,11 @@ def describe(
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
         "head_dim": dim // params["n_heads"],
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
         "max_position_embeddings": positions or 2048,
         "rms_norm_eps": params["norm_eps"],
         "rope_theta": params.get("rope_theta") or 10000.0,
         **({"rope_scaling": rope_scaling(is_tied)} if is_scaled else {}),
-        "initializer_range": 0.02,
-        "pretraining_tp": 1,
         "tie_word_embeddings": is_tied,
-        "use_cache": True,
     }
     return raw, "rows" if n > 1 and first["tok_embeddings.weight"].shape[-1] == dim else "columns"
 

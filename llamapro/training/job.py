@@ -35,7 +35,7 @@ from llamapro.training.plan import make_plan, render
 from llamapro.training.preset import find_preset
 from llamapro.training.progress import say
 from llamapro.training.replay import read_openings, written_by_base
-from llamapro.training.resume import changes, find_resume_point
+from llamapro.training.resume import changes
 from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
 from llamapro.training.weights import first_new_row
@@ -230,7 +230,12 @@ def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
         CheckpointError: there are training checkpoints and none is intact.
         ConfigError: a setting was changed that decides the result.
     """
-    resume_from, saved, damaged = find_resume_point(job.run_dir, ranks)
+
+    def find() -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+        path, damaged = newest_intact(job.run_dir)
+        return path, load_state(path) if path else None, damaged
+
+    resume_from, saved, damaged = ranks.on_main(find)  # which alone reads and hashes
     plan = job.plan | {"resume_from": str(resume_from) if resume_from else None}
     job = replace(job, resume_from=resume_from, plan=plan)
     say(ranks, render(plan, job.settings))

@@ -301,22 +301,13 @@ def read_run(path: Path, name: str) -> Run:
     """
     if not (path / RUN_FILE).exists():
         raise DataError(f"{path}: no {RUN_FILE}; is this a run directory?")
-    info = read_json(path / RUN_FILE, error=DataError)
-    train: dict[int, dict[str, Any]] = {}
-    evals: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in read_metrics(path):
-        # A resumed run may evaluate its first step again; the later record counts.
+    run = Run(name, path, read_json(path / RUN_FILE, error=DataError), [], {})
+    for record in read_metrics(path):  # in order, and each step once: see `MetricsLog`
         if record["kind"] == "train":
-            train[record["step"]] = record
+            run.train.append(record)
         elif record["kind"] == "eval":
-            evals.setdefault(str(record.get("set", "")), {})[record["step"]] = record
-    return Run(
-        name,
-        path,
-        info,
-        [record for _, record in sorted(train.items())],
-        {key: [r for _, r in sorted(records.items())] for key, records in evals.items()},
-    )
+            run.evals.setdefault(str(record.get("set", "")), []).append(record)
+    return run
 
 
 def summarize(run: Run, sets: Sequence[str]) -> dict[str, Any]:

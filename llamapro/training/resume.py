@@ -17,39 +17,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_blocks, read_blocks
-from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE, load_state, newest_intact
+from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors, read_header
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, warn
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.store import TokenStore
 from llamapro.training.checkpoint import MOMENTS, Parameters
-from llamapro.training.distributed import Ranks
 from llamapro.training.settings import Settings, flatten
 from llamapro.training.weights import stored_name, stored_shape
-
-# ---- Where to resume ---------------------------------------------------------------------------
-
-
-def find_resume_point(
-    run_dir: Path, ranks: Ranks
-) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
-    """Finds where to resume; the main rank reads and hashes, every rank must call it.
-
-    Returns:
-        The newest intact training checkpoint and its state, None and None in a fresh run, and one
-        message for each newer one that is damaged.
-
-    Raises:
-        CheckpointError: on every rank, if there are training checkpoints and none is intact.
-    """
-
-    def find() -> tuple[Path | None, dict[str, Any] | None, list[str]]:
-        path, damaged = newest_intact(run_dir)
-        return path, load_state(path) if path else None, damaged
-
-    return ranks.on_main(find)
-
 
 # ---- Identity: what must be the same for a run to go on -----------------------------------------
 

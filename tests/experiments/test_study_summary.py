@@ -10,7 +10,6 @@ import pytest
 import summary
 
 Study = dict[str, Any]
-TENSORS = ("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
 
 
 def trial(variant: str, seed: int, domain: float, general: float, **more: Any) -> dict[str, Any]:
@@ -45,7 +44,6 @@ def make(*variants: tuple[str, str, int | None], trials: list[dict[str, Any]]) -
             | {"varies": "new-4" if group == "retention" else ""}
             for name, group, blocks in variants
         ],
-        "gradients": None,
         "step_ratios": {name: 1.0 for name, group, _ in variants if group == "retention"},
         "trials": trials,
     }
@@ -147,16 +145,6 @@ def test_the_page_begins_with_the_base_and_keeps_the_order() -> None:
         assert part in text.split("## Settings")[1]
 
 
-def test_gradients_that_are_zero_are_shown_as_zero() -> None:
-    """Exactly 0 as 0; a tiny one is not."""
-    study = make(("new-4", "number", 4), trials=[trial("new-4", 1, -0.1, 0.2)])
-    step = dict.fromkeys(TENSORS, 0.0) | {"input_layernorm": 1e-30}
-    study["gradients"] = {"zero-norms": [step, step]}
-    text = summary.tables(results(study))
-    assert line(text, "input_layernorm").replace(" ", "") == "|input_layernorm|1.00e-30|1.00e-30|"
-    assert line(text, "mlp.down_proj").replace(" ", "") == "|mlp.down_proj|0|0|"
-
-
 # ---- Verdicts -----------------------------------------------------------------------------------
 
 
@@ -245,16 +233,6 @@ def test_what_is_missing_is_left_out_and_what_failed_is_said() -> None:
     empty = make(trials=[]) | {"compared": "new-4", "base_result": study["base_result"]}
     assert "small-code" in summary.tables(results(empty))
     assert "small-code" in findings.findings(results(empty))
-
-
-@pytest.mark.parametrize(("ffn", "said"), [(0.0, "it is exactly 0"), (0.1, "it is not always 0")])
-def test_the_zero_norms_are_said_as_they_were_measured(ffn: float, said: str) -> None:
-    """Appendix A is compared with the gradients, not repeated."""
-    study = make(("new-4", "number", 4), trials=[trial("new-4", 1, -0.1, 0.2)])
-    step = dict.fromkeys(TENSORS, 0.0) | {"input_layernorm": 0.25, "post_attention_layernorm": ffn}
-    study["gradients"] = {"zero-norms": [step, step]}
-    text = findings.findings(results(study))
-    assert said in line(text, "With zero norms") and "2.50e-01" in line(text, "With zero norms")
 
 
 # ---- Retention ----------------------------------------------------------------------------------

@@ -220,17 +220,6 @@ def test_without_step_0_there_is_no_base(tmp_path: Path) -> None:
     assert run.losses("general") == (None, 2.0)
 
 
-def test_the_later_of_two_records_of_a_step_counts(tmp_path: Path) -> None:
-    """A resumed run that evaluates its first step again is not shown twice."""
-    again = [
-        {"kind": "eval", "step": 4, "set": "general", "loss": loss, "tokens_seen": 4}
-        for loss in (3.0, 2.0)
-    ]
-    run = read_run(write_run(tmp_path, [*again, train(5), train(5, loss=1.0)]), "pro")
-    assert [record["loss"] for record in run.evals["general"]] == [2.0]
-    assert [record["loss"] for record in run.train] == [1.0]
-
-
 def test_run_json_must_be_a_readable_object(tmp_path: Path) -> None:
     """A missing, damaged or odd run.json is named."""
     write_run(tmp_path, [], ["not", "an", "object"])
