@@ -14,7 +14,7 @@ import torch
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import NEW_ROWS
-from llamapro.checkpoints.tensors import StoredTensor, combine_hashes
+from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
 from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, warn
 from llamapro.expansion import Layout
@@ -119,8 +119,19 @@ def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
     if found != recorded:
         raise CheckpointError(
             f"{expanded.path}: the base inside hashes to {found[:16]}..., its record says "
-            f"{recorded[:16]}...: base weights were changed"
+            f"{recorded[:16]}...: base weights were changed; put back what 'expand' wrote, "
+            "or expand the changed base"
         )
+
+
+def check_stored_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
+    """Does what `check_base` does; `hashes` are of whole stored tensors, the new blocks' left out.
+
+    Where tokens were added, the base's rows of embedding and head are read and hashed here.
+    """
+    stored = expanded.tensors.values()
+    grown = [rows for t in stored for rows, new in [split_rows(t, expanded.config)] if new]
+    check_base(expanded, hashes | hash_tensors(grown, "hash base"))
 
 
 def check_contained(expanded: Checkpoint, special: bool = False) -> None:

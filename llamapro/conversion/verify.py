@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamapro import ops
-from llamapro.checkpoints.base import base_vocab_size, check_base, layout_of, split_rows
+from llamapro.checkpoints.base import base_vocab_size, check_stored_base, layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_bytes
 from llamapro.checkpoints.run import find_damage, load_state, training_checkpoints
@@ -162,9 +162,7 @@ def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, A
         if base_path is not None:
             raise CheckpointError(f"{path}: config.json has no 'llamapro' record: not expanded")
         return result
-    grown = [t for t in checkpoint.tensors.values() if split_rows(t, checkpoint.config)[1]]
-    base_rows = [split_rows(t, checkpoint.config)[0] for t in grown]
-    check_base(checkpoint, hashes | hash_tensors(base_rows, "hash base"))
+    check_stored_base(checkpoint, hashes)
     identity = all(
         not checkpoint.layer(index)[part].map().any()
         for index in record.new_layers

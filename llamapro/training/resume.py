@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llamapro.checkpoints.base import check_stored_base
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_blocks, read_blocks
 from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE
@@ -39,6 +40,8 @@ def make_identity(
 ) -> dict[str, Any]:
     """Hashes base, tokenizer and data of a run; reads all of the frozen weights.
 
+    Raises CheckpointError if the base inside is not the one that its expansion record names.
+
     Args:
         checkpoint: the weights to start from; None for random ones.
         trainable: names of its tensors that train; the others are frozen.
@@ -52,6 +55,8 @@ def make_identity(
     tensors = checkpoint.tensors.values() if checkpoint else ()
     frozen = [tensor for tensor in tensors if tensor.name not in names]
     hashes = hash_tensors(frozen, "hash frozen weights") if frozen else {}
+    if checkpoint and frozen and config.expansion:
+        check_stored_base(checkpoint, hashes)
     return {
         "base": combine_hashes((tensor, hashes[tensor.name]) for tensor in frozen),
         "computation": config.computation,

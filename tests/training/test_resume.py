@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,8 +48,31 @@ def identity(parts: Path) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def change_tensor(parts: Path, name: str) -> None:
-    tensor = Checkpoint.open(parts / "base").tensors[name]
+@pytest.mark.parametrize(
+    ("name", "is_base"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", True),
+        ("model.layers.2.mlp.up_proj.weight", False),  # new, it may hold anything
+        ("lm_head.weight", True),
+    ],
+)
+def test_a_base_that_is_not_the_recorded_one_does_not_train(
+    expand: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str, is_base: bool
+) -> None:
+    """One bit, in a model with added tokens: found when a run starts, not when it is merged."""
+    expand()
+    change_tensor(tmp_path, name, "grown")
+    checkpoint = Checkpoint.open(tmp_path / "grown")
+    trainable = [name for name in checkpoint.tensors if name.startswith("model.layers.2.")]
+    refused = pytest.raises(
+        CheckpointError, match=r"grown: the base inside .* weights were changed"
+    )
+    with refused if is_base else nullcontext():
+        make_identity(checkpoint, trainable, "", {}, checkpoint.config)
+
+
+def change_tensor(parts: Path, name: str, model: str = "base") -> None:
+    tensor = Checkpoint.open(parts / model).tensors[name]
     with open(tensor.file, "r+b") as file:
         file.seek(tensor.offset)
         first = file.read(1)[0]
