@@ -40,6 +40,7 @@ from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
 from llamapro.training.weights import first_new_row
 
+FORGOT = 0.01  # nats per token; a smaller rise of a validation loss is not spoken of
 MOST_WRITTEN = 1_000_000  # tokens that the base writes, unless the user asks for more
 
 
@@ -195,11 +196,24 @@ class Job:
         result: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "loss": state.loss}
         result |= {"eval": state.eval, "elapsed_s": state.elapsed_s}
         result |= {"run_dir": str(self.run_dir), "stopped": state.stopped}
-        text = f"{self.run_dir}: {state.step} steps done"
         if state.stopped:
-            text += ", stopped by a signal: the same command continues"
-        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in state.eval.items())
-        return result, f"{text}; {losses}" if losses else text
+            text = f"{state.step} steps done, stopped by a signal: the same command continues"
+            return result, f"{self.run_dir}: {text}"
+        losses, lines = [], []
+        for name, loss in state.eval.items():
+            change = loss - state.base_eval.get(name, loss)
+            losses.append(f"{name} {loss:.4f}" + (f" ({change:+.4f})" if change else ""))
+            if change > FORGOT and self.settings.train.trainable == "new_blocks":
+                held = self.settings.replay.hold
+                fix = f"a smaller replay.hold than {held}" if held else "--replay.hold 3%"
+                lines.append(
+                    f"{name} is worse by {change:.3f} nats per token; what holds it: {fix}"
+                )
+        done = f"{self.run_dir}: {state.step} steps done"
+        lines.insert(0, f"{done}; {', '.join(losses)}" if losses else done)
+        model = self.settings.model.path or self.settings.model.config
+        lines.append(f"next: llamapro merge {model} {self.run_dir} OUT_DIR")
+        return result, "\n".join(lines)
 
 
 def _with_date(settings: Settings, resume_from: Path | None) -> Settings:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from llamapro.training.job import Job
 from llamapro.training.metrics import MetricsLog
 from llamapro.training.preset import parse
 from llamapro.training.progress import Progress
+from llamapro.training.state import RunState
 
 STEPS, SAVE_EVERY = 6, 3
 LAYOUT, NEW = expansion.interleave(2, 2), [1, 3]
@@ -818,3 +820,26 @@ def test_a_clock_that_is_set_back_changes_nothing(
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     elapsed = metrics(run(train__steps=2, data__val=None), "train", "elapsed_s")
     assert elapsed == sorted(elapsed) and 0 < elapsed[-1] < 600
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        ([], "what holds it: --replay.hold 3%"),
+        (["--replay.hold", "5%"], "what holds it: a smaller replay.hold than 5%"),
+        (["--train.trainable", "all"], None),
+    ],
+)
+def test_a_run_ends_with_what_it_forgot_and_the_next_command(
+    options: list[str], fix: str | None
+) -> None:
+    """The change of each set; what would hold one that is worse; where the new blocks go."""
+    settings = parse(["--model.path", "pro", *options])
+    job: Any = SimpleNamespace(settings=settings, run_dir=Path("run"))
+    state = RunState(step=6, eval={"code": 4.5, "wiki": 3.1, "new": 2.0, "same": 1.009})
+    state.base_eval = {"code": 5.0, "wiki": 3.0, "same": 1.0}
+    _, text = Job.result(job, state)
+    told = "code 4.5000 (-0.5000), wiki 3.1000 (+0.1000), new 2.0000, same 1.0090 (+0.0090)"
+    worse = [f"wiki is worse by 0.100 nats per token; {fix}"] if fix else []
+    next_command = "next: llamapro merge pro run OUT_DIR"
+    assert text.splitlines() == [f"run: 6 steps done; {told}", *worse, next_command]
