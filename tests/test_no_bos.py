@@ -1,6 +1,7 @@
-"""A model whose tokenizer names a BOS but adds none, end to end: the numbers of transformers.
+"""What stands before a text, end to end: the numbers of transformers.
 
-Like SmolLM2's, the tokenizer names one token as BOS and EOS and puts nothing before a text.
+Like SmolLM2's, the tokenizer of most tests names one token as BOS and EOS and puts nothing before a
+text. `VARIANTS` puts other things there.
 """
 
 import json
@@ -25,6 +26,7 @@ from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
 from llamapro.inference.multiple_choice import read_choices
+from llamapro.text.corpus import tokenize
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.replay import written_by_base
 from llamapro.training.settings import ReplaySettings
@@ -71,38 +73,83 @@ def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("prompt", ["document number", ""])
-def test_generate_writes_what_transformers_writes(
-    checkpoint: Path, theirs: Any, run_command: Run, prompt: str
-) -> None:
-    """No BOS before a prompt; an empty one starts from the BOS that is named."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    ids = torch.tensor([tokenizer(prompt).input_ids or [END]])
-    out = theirs.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
-    options = ("--prompt", prompt, "--max-new-tokens", 16, "--device", "cpu", "--json")
-    result = json.loads(run_command(generate.main, checkpoint, *options)[1])
-    assert result["text"] == tokenizer.decode(out, skip_special_tokens=True)
-    assert result["tokens"] == len(out)
-    assert llamapro.generate(llamapro.load(checkpoint), prompt, 16) == result["text"]
+def _first(*names: str, last: str = "") -> dict[str, Any]:
+    """A post-processor that puts these tokens before a text, and one behind it."""
+    ids = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    before, after = ([{"SpecialToken": {"id": n, "type_id": 0}} for n in part if n]
+                     for part in (names, [last]))  # fmt: skip
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before, texts[0], *after],
+        "pair": [*before, *texts, *after],
+        "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in ids.items()},
+    }
 
 
-def test_evaluate_measures_the_loss_of_transformers(
-    checkpoint: Path, theirs: Any, docs: Path, run_command: Run
+# name: (changes to tokenizer.json, changes to tokenizer_config.json)
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nothing": ({}, {}),
+    "add_bos_token is not read": ({}, {"add_bos_token": True}),
+    "BOS that is EOS": ({"post_processor": _first("<|endoftext|>")}, {"add_bos_token": False}),
+    "BOS and EOS": (
+        {"post_processor": _first("<|im_start|>", last="<|im_end|>")},
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_eos_token": True},
+    ),
+    "two tokens": ({"post_processor": _first("<|im_start|>", "<|im_end|>")}, {"bos_token": None}),
+    "a space": ({"pre_tokenizer": {"add_prefix_space": True}}, {"add_prefix_space": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generate_evaluate_and_training_begin_texts_as_transformers_does(
+    checkpoint: Path, docs: Path, run_command: Run, theirs: Any, tmp_path: Path, variant: str
 ) -> None:
-    """The first token of a document is predicted from nothing: neither it nor its bytes count."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    loss_sum, count = 0.0, 0
+    """The same ids before a prompt, a document that is measured, and one that is trained on.
+
+    An empty prompt starts from the BOS that is named. The EOS that some tokenizers put behind a
+    text is no part of a prompt, and ends each document once. The first token of a document is
+    predicted from nothing: neither it nor its bytes count.
+    """
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    for name, changes in zip(("tokenizer", "tokenizer_config"), VARIANTS[variant], strict=True):
+        raw = json.loads((model / f"{name}.json").read_text())
+        for key, value in changes.items():
+            raw[key] = raw[key] | value if isinstance(raw.get(key), dict) else value
+        (model / f"{name}.json").write_text(json.dumps(raw))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ours = Tokenizer.load(model)
+
+    def ids_of(text: str) -> list[int]:
+        ids = tokenizer(text).input_ids
+        return ids[:-1] if variant == "BOS and EOS" else ids
+
+    for prompt in ("document number", ""):
+        ids = torch.tensor([ids_of(prompt) or [END]])
+        ends = {*ours.suffix, END, 257}
+        out = theirs.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=[*ends])
+        written = out[0, ids.shape[1] :]
+        options = ("--prompt", prompt, "--max-new-tokens", 16, "--device", "cpu", "--json")
+        result = json.loads(run_command(generate.main, model, *options)[1])
+        assert result["text"] == tokenizer.decode(written, skip_special_tokens=True)
+        assert result["tokens"] == len(written)
+    assert llamapro.generate(llamapro.load(model), "", 16) == result["text"]
+    loss_sum, count, size = 0.0, 0, 0
     for text in TEXTS:
-        ids = torch.tensor([tokenizer(text).input_ids])
+        ids = torch.tensor([ids_of(text)])
         with torch.inference_mode():
             loss_sum += theirs(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    shown = run_command(evaluate.main, checkpoint, "--data", docs, "--device", "cpu", "--json")[1]
+        size += len(text) - (not ours.prefix and not ours.adds_space)  # a token for each byte
+    shown = run_command(evaluate.main, model, "--data", docs, "--device", "cpu", "--json")[1]
     found = json.loads(shown)["files"][str(docs)]
-    size = sum(len(text) - 1 for text in TEXTS)  # a token for each byte
-    assert found["tokens"] == count == size
+    assert found["tokens"] == count
     assert found["loss"] == pytest.approx(loss_sum / count, rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(loss_sum / math.log(2) / size, rel=1e-6)
+    store = tokenize([str(docs)], ours, tmp_path / "cache")
+    expected = [i for text in TEXTS for i in (*ids_of(text), *ours.suffix)]
+    assert store.read(0, store.tokens).tolist() == expected
+    assert ours.suffix == ([] if variant == "BOS that is EOS" else [tokenizer.eos_token_id])
 
 
 def test_questions_have_no_bos(checkpoint: Path, tmp_path: Path) -> None:
