@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from llamapro.errors import ConfigError, LostProcessError, UserError
+from llamapro.errors import ConfigError, LostProcessError, UserError, shorten
 
 
 def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
@@ -34,7 +34,7 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         main()
         sys.stdout.flush()
     except UserError as error:
-        message = f"{type(error).__name__}: {error}"
+        message = shorten(f"{type(error).__name__}: {error}")
         if not isinstance(error, LostProcessError):  # the other one is the first that failed
             _tell_launcher(message)
         status = _fail(message, 2)
@@ -47,7 +47,7 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
     except OSError as error:
         if error.filename is None:
             raise
-        message = f"{error.filename}: {error.strerror}"
+        message = shorten(f"{error.filename}: {error.strerror}")
         _tell_launcher(message)
         status = _fail(message, 2)
     sys.stderr.flush()

@@ -31,6 +31,15 @@ class DataError(UserError):
     """A corpus or tokenizer file is missing, empty or unreadable, or has another vocabulary."""
 
 
+def shorten(text: str) -> str:
+    """Returns a message whose lines have at most 2,000 characters: values of strangers may be long.
+
+    Both ends stay: the file's name, and the fix.
+    """
+    lines = (s if len(s) <= 2000 else f"{s[:1200]} ... {s[-700:]}" for s in text.split("\n"))
+    return "\n".join(lines)
+
+
 @functools.cache
 def warn(text: str) -> None:
     """Says on standard error, once, what a user should know of an input that is taken all the same.
@@ -38,7 +47,7 @@ def warn(text: str) -> None:
     Under torchrun the first rank of a machine speaks for all.
     """
     if (os.environ.get("LOCAL_RANK") or "0") == "0":
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {shorten(text)}", file=sys.stderr, flush=True)
 
 
 def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from llamapro.errors import DataError, warn
 from llamapro.files import user_path
 from llamapro.text.messages import RESERVED, Message, check_messages
-from llamapro.text.sandbox import END, MARK, START, environment, try_template
+from llamapro.text.sandbox import END, MARK, START, TemplateError, compiled, compiled_apart
 from llamapro.text.token_files import read_object
 from llamapro.text.tokenizer import Tokenizer
 
@@ -43,14 +43,14 @@ class ChatTemplate:
         prints_date: whether the template asks for it.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, origin: str) -> None:
-        """Compiles a template; raises DataError for a wrong one, or without jinja2."""
-        try:
-            import jinja2
-        except ImportError:
-            raise DataError(
-                f"{origin}: chat templates need jinja2: pip install -e '.[tokenizers]'"
-            ) from None
+    def __init__(
+        self, source: str, tokenizer: Tokenizer, origin: str, is_trusted: bool = True
+    ) -> None:
+        """Compiles a template; a stranger's is rendered in a process of its own.
+
+        Raises:
+            DataError: it is wrong, or jinja2 is missing.
+        """
         self.source, self.origin = source, origin
         self.date: datetime.datetime | None = None
         self.prints_date = "strftime_now" in source
@@ -63,9 +63,13 @@ class ChatTemplate:
         # Control tokens, and those that the template writes itself, flagged special or not.
         self._control = {t.id for n, t in tokenizer.added.items() if t.special or n in source}
         try:
-            self._template = environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"{origin}: line {error.lineno}: {error.message}") from None
+            self._template = compiled(source) if is_trusted else compiled_apart(source)
+        except TemplateError as error:
+            raise DataError(f"{origin}: {error}") from None
+        except ImportError:
+            raise DataError(
+                f"{origin}: chat templates need jinja2: pip install -e '.[tokenizers]'"
+            ) from None
         # Finds the first character of each name; names may overlap.
         control = [name for name, token in tokenizer.added.items() if token.id in self._control]
         every_name = "|".join(re.escape(name[1:]) for name in control)
@@ -107,20 +111,14 @@ class ChatTemplate:
                 ) from None
             if not template and (_stored(directory) or source) != source:
                 warn(f"{file}: taken, as in transformers; tokenizer_config.json has another one")
-            return cls._tried(source, tokenizer, str(file))
+            return cls(source, tokenizer, str(file), is_trusted=False)
         stored, file = _stored(directory), Path(directory, "tokenizer_config.json")
         if not isinstance(stored, str):
             raise DataError(
                 f"{directory}: the model has no chat template (chat_template.jinja, or "
                 f"chat_template in tokenizer_config.json); give a .jinja file or one of {known}"
             )
-        return cls._tried(stored, tokenizer, str(file))
-
-    @classmethod
-    def _tried(cls, source: str, tokenizer: Tokenizer, origin: str) -> "ChatTemplate":
-        """Returns the template of a stranger, tried out first."""
-        try_template(source, origin)  # first: Jinja computes constants when it compiles
-        return cls(source, tokenizer, origin)
+        return cls(stored, tokenizer, str(file), is_trusted=False)
 
     @staticmethod
     def is_in(directory: str | Path) -> bool:
@@ -211,14 +209,12 @@ class ChatTemplate:
         """Returns the text with marks in it."""
         frame: dict[str, Any] = {"tools": None, "documents": None} | self._token_names
         try:
-            return self._template.render(
-                **frame | self._marked(dict(variables or {})),
-                messages=[self._marked(dict(message)) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=(self.date or datetime.datetime.now()).strftime,
-            )
-        except Exception as error:  # a template is a program: any error is one of its own
-            raise DataError(f"{self.origin}: {type(error).__name__}: {error}") from None
+            frame |= self._marked(dict(variables or {}))
+            frame["messages"] = [self._marked(dict(message)) for message in messages]
+            frame["add_generation_prompt"] = add_generation_prompt
+            return self._template(frame, self.date)
+        except (TemplateError, ValueError, RecursionError) as error:
+            raise DataError(f"{self.origin}: {error}") from None
 
     def _marked(self, value: Any) -> Any:
         """Returns a value in whose texts the names of tokens are broken by marks."""

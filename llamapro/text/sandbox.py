@@ -1,22 +1,28 @@
 """Jinja for chat templates, which are programs of strangers.
 
-The sandbox of jinja2 lets a template reach nothing. What it does not limit, time and memory, is
-tried out in a process of its own, before this one renders anything.
+The sandbox of jinja2 lets a template reach nothing. It limits neither time nor memory, so a
+stranger's template is compiled and rendered in a process of its own that has limits.
 """
 
+import datetime
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from llamapro.errors import DataError
-
 # Unicode's noncharacters: MARK breaks the name of a token, START and END enclose {% generation %}.
 MARK, START, END = "\ufdd0", "\ufdd1", "\ufdd2"
-CPU_S, MEMORY = 5, 1 << 30  # for one conversation of two turns
-TRIAL = "from llamapro.text.sandbox import render_alone; render_alone()"
+CPU_S, MEMORY = 5, 1 << 30  # of a conversation; of the process
+PROGRAM = "from llamapro.text.sandbox import serve; serve()"
+Render = Callable[[dict[str, Any], datetime.datetime | None], str]
+
+
+class TemplateError(Exception):
+    """A template fails, or refuses what it gets; the message is its own."""
 
 
 def environment() -> Any:
@@ -51,48 +57,93 @@ def environment() -> Any:
     return environment
 
 
+def compiled(source: str) -> Render:
+    """Returns a template as a function of its variables and of what it takes for now."""
+    import jinja2
+
+    try:
+        template = environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"line {error.lineno}: {error.message}") from None
+
+    def render(variables: dict[str, Any], now: datetime.datetime | None) -> str:
+        strftime = (now or datetime.datetime.now()).strftime
+        try:
+            return template.render(**variables, strftime_now=strftime)
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program: any error is one of its own
+            raise TemplateError(f"{type(error).__name__}: {error}") from None
+
+    return render
+
+
 @lru_cache
-def try_template(source: str, origin: str) -> None:
-    """Renders a short conversation in another process, whose time and memory are limited.
+def compiled_apart(source: str) -> Render:
+    """Returns a stranger's template, which is compiled and rendered in a process with limits.
 
     Raises:
-        DataError: the template needs more. What else is wrong shows where it is used.
+        TemplateError: it is wrong, or takes too much; then it is not started again.
     """
     paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-c", TRIAL],
-        input=source.encode(),
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
         env=os.environ | {"PYTHONPATH": paths},
-        stdout=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
-    if done.returncode < 0 or done.returncode == _TOO_MUCH:
-        raise DataError(
-            f"{origin}: the chat template takes over {CPU_S} s or {MEMORY >> 20} MiB for one "
-            "short conversation; give another with --data.chat-template or --chat-template"
-        )
+    assert process.stdin and process.stdout
+    requests, replies = process.stdin, process.stdout
+
+    def ask(request: Any) -> str:
+        try:
+            pickle.dump(request, requests)
+            requests.flush()
+            kind, size = replies.read(1), int.from_bytes(replies.read(8), "big")
+            text = replies.read(size).decode(errors="surrogatepass")
+        except OSError:
+            kind = b""
+        if not kind:
+            raise TemplateError(
+                f"the chat template takes over {CPU_S} s or {MEMORY >> 20} MiB for one "
+                "conversation; give another with --data.chat-template or --chat-template"
+            )
+        if kind == b"-":
+            raise TemplateError(text)
+        return text
+
+    ask(source)
+    return lambda variables, now: ask((variables, now))
 
 
-_TOO_MUCH = 3  # exit status
-
-
-def render_alone() -> None:
-    """Renders the template on standard input, within limits; exits with `_TOO_MUCH` beyond them."""
+def serve() -> None:
+    """Renders what comes on standard input, within limits; beyond them the process ends."""
     import resource
 
-    source = sys.stdin.buffer.read().decode()
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    for messages in (turns[:1], turns):
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    render: Render | None = None
+    while True:
         try:
-            template = environment().from_string(source)
-            for part in template.generate(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None,
-                bos_token="<s>", eos_token="</s>", strftime_now=lambda form: form,
-            ):  # fmt: skip
-                del part
+            request = pickle.load(sys.stdin.buffer)  # from the process that started this one
+        except EOFError:
+            return
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = int(used.ru_utime + used.ru_stime) + CPU_S
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        text, kind = "", b"+"
+        try:
+            if render is None:
+                render = compiled(request)
+            else:
+                text = render(*request)
         except MemoryError:
-            os._exit(_TOO_MUCH)
-        except Exception:  # its own refusal, or a mistake
-            continue
+            os._exit(1)
+        except TemplateError as error:
+            text, kind = str(error), b"-"
+        except Exception as error:  # the compiler's own, such as RecursionError
+            text, kind = f"{type(error).__name__}: {error}", b"-"
+        data = text.encode(errors="surrogatepass")
+        sys.stdout.buffer.write(kind + len(data).to_bytes(8, "big") + data)
+        sys.stdout.buffer.flush()

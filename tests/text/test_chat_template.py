@@ -470,21 +470,32 @@ def test_templates_have_the_named_tokens(spaced: Path, tmp_path: Path) -> None:
     [
         "{{ '%0999999999d' % 1 }}",
         "{% set x = 10 ** (10 ** 8) %}",
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
-        "{% endfor %}",
+        "{% if messages | length > 2 %}{% for a in range(99999) %}{% for b in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endif %}",
+        "{% if messages | length > 2 %}{% set ns = namespace(x='ab') %}{% for i in range(60) %}"
+        "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{% endif %}",
     ],
-    ids=["format", "power", "loops", "doubling"],
+    ids=["format", "power", "loops in a later turn", "doubling in a later turn"],
 )
 def test_a_template_without_end_is_refused(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
-    """In one message, and within a second here; this process renders nothing of it."""
-    monkeypatch.setattr(sandbox, "TRIAL", "import llamapro.text.sandbox as s; s.CPU_S = 1; "
-                        "s.MEMORY = 1 << 28; s.render_alone()")  # fmt: skip
+    """In one message, and within a second here; this process renders nothing of it.
+
+    It is not started again for the conversations that follow.
+    """
+    monkeypatch.setattr(sandbox, "PROGRAM", "import llamapro.text.sandbox as s; s.CPU_S = 1; "
+                        "s.MEMORY = 1 << 28; s.serve()")  # fmt: skip
     (tmp_path / "bomb.jinja").write_text(bomb)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}] * 2
     with pytest.raises(DataError, match=r"bomb\.jinja: the chat template takes over 5 s or 1024"):
-        ChatTemplate.load("", tokenizer, str(tmp_path / "bomb.jinja"))
+        template = ChatTemplate.load("", tokenizer, str(tmp_path / "bomb.jinja"))
+        if "> 2" in bomb:
+            assert template.render(turns[:2]) == ""
+        template.render(turns)
+    for _ in range(2 if "> 2" in bomb else 0):
+        with pytest.raises(DataError, match="takes over 5 s"):
+            template.render(turns[:2])
 
 
 def test_of_two_templates_the_file_is_taken(
