@@ -22,7 +22,7 @@ from llamapro.conversion.companions import PLAIN_LLAMA, write_companions
 from llamapro.conversion.gguf_file import GGUFTensor, open_gguf
 from llamapro.conversion.gguf_tokenizer import read_tokenizer
 from llamapro.errors import CheckpointError, ConfigError, Problems, warn
-from llamapro.fields import Fields, read_rope
+from llamapro.fields import RopeScaling
 from llamapro.files import output_directory, refuse_source
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -254,20 +254,48 @@ def _rope_scaling(
     values = factors.read(0, 1)[0]
     if (values == 1).all():
         return {}
-    # Llama 3.1's own parameters; only the factor differs between its models.
     context = metadata.get("llama.rope.scaling.original_context_length", 8192)
-    scaling = {"rope_type": "llama3", "factor": float(str(values.max().numpy()))}
-    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"original_max_position_embeddings": context}
-    wrong = Fields({})
-    _, parsed = read_rope({"rope_scaling": scaling}, wrong)
-    plain, slowed = (
-        ops.rope_frequencies(config.head_dim, config.rope_theta, s) for s in (None, parsed)
-    )
-    # Both were computed in fp32, in slightly different orders.
-    if wrong.wrong or not torch.allclose(plain / slowed, values, rtol=1e-5, atol=0):
+    scaling = _llama3_scaling(values, config, context) if type(context) is int else None
+    if scaling is None:
         raise ConfigError(
-            f"{file}: the factors in {ROPE_FACTORS!r} are not Llama 3.1's; another way of scaling "
-            "RoPE is not supported"
+            f"{file}: the factors in {ROPE_FACTORS!r} are not Llama 3.1's for any parameters; "
+            "another way of scaling RoPE is not supported"
         )
-    return {"rope_scaling": scaling}
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    }
+
+
+def _llama3_scaling(factors: Tensor, config: ModelConfig, context: int) -> RopeScaling | None:
+    """Returns the parameters with which "llama3" slows each frequency by its factor, or None.
+
+    Between the low and the high frequencies, 1 / factor rises linearly with the number of waves
+    that fit into the original context. Context, low and high factor can be multiplied by one number
+    without changing anything, so the context is given and the others follow.
+    """
+    D, factor = config.head_dim, float(str(factors.max().numpy()))
+    plain = ops.rope_frequencies(D, config.rope_theta)
+    # Llama 3.1's own parameters first: they are exact, and all there is if one pair is blended.
+    found = [RopeScaling("llama3", factor, 1.0, 4.0, context)]
+    is_blended = (factors > 1) & (factors < factor)
+    if factor > 1 and is_blended.sum() >= 2:
+        share = ((1 / factors.double() - 1 / factor) / (1 - 1 / factor))[is_blended]
+        waves = (context / (2 * math.pi) * plain.double())[is_blended]
+        slope = (share[0] - share[-1]) / (waves[0] - waves[-1])
+        low_edge = waves[-1] - share[-1] / slope
+        low, high = (float(f"{edge.item():.4g}") for edge in (low_edge, low_edge + 1 / slope))
+        if 0 < low < high:
+            found.append(RopeScaling("llama3", factor, low, high, context))
+    for scaling in found:
+        slowed = plain / ops.rope_frequencies(D, config.rope_theta, scaling)
+        # Both were computed in fp32, in slightly different orders.
+        if torch.allclose(slowed, factors, rtol=1e-5, atol=0):
+            return scaling
+    return None

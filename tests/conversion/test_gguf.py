@@ -189,6 +189,8 @@ def llama3_factors(head_dim: int, theta: float, scaling: dict[str, Any]) -> Tens
         (128, 5e5, {"factor": 8.0, **LLAMA_3}),  # Llama 3.1 and 3.3
         (64, 5e5, {"factor": 32.0, **LLAMA_3}),  # Llama 3.2
         (16, 1e4, {"factor": 8.0, **LLAMA_3}),  # one frequency between low and high
+        (128, 1e6, {"factor": 4.0, **LLAMA_3, "low_freq_factor": 2.0, "high_freq_factor": 6.5}),
+        (128, 5e5, {"factor": 16.0, **LLAMA_3, "original_max_position_embeddings": 4096}),
     ],
 )
 def test_llama_3_rope_factors_become_the_parameters_they_were_made_of(
@@ -198,13 +200,14 @@ def test_llama_3_rope_factors_become_the_parameters_they_were_made_of(
     theta: float,
     scaling: dict[str, Any],
 ) -> None:
-    """The frequencies are those of the source, and so is each parameter."""
+    """The frequencies are those of the source; for Llama's own context so is each parameter."""
     config = {"head_dim": head_dim, "rope_theta": theta}
     extra = {"rope_freqs.weight": llama3_factors(head_dim, theta, scaling)}
     from_gguf(model(config, extra=extra), tmp_path / "out")
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = {"rope_type": "llama3", **scaling}
-    assert raw["rope_scaling"] == expected
+    if scaling["original_max_position_embeddings"] == 8192:
+        assert raw["rope_scaling"] == expected
     frequencies = [
         ops.rope_frequencies(head_dim, theta, ModelConfig.from_dict(r).rope_scaling)
         for r in (raw, raw | {"rope_scaling": expected})
@@ -292,7 +295,7 @@ def test_rope_factors_that_no_llama_3_has_are_refused(
     model: Callable[..., Path], tmp_path: Path
 ) -> None:
     factors = torch.linspace(1, 8, 8)
-    with pytest.raises(UserError, match=r"'rope_freqs.weight' are not Llama 3.1's;"):
+    with pytest.raises(UserError, match=r"'rope_freqs.weight' are not Llama 3.1's for any"):
         from_gguf(model(extra={"rope_freqs.weight": factors}), tmp_path / "out")
     with pytest.raises(UserError, match=r"'rope_freqs.weight' is \[4\], expected \[8\]"):
         from_gguf(model(extra={"rope_freqs.weight": factors[:4]}), tmp_path / "out")
