@@ -54,6 +54,12 @@ def adopt(
             f"{checkpoint.path}: {len(new)} of {config.num_hidden_layers} layers are the identity "
             "(o_proj and down_proj zero); name the new blocks with --new-layers 4,9,14"
         )
+    if missing := sorted(set(identity) - set(new)):
+        raise ConfigError(
+            f"--new-layers {new_layers}: layers {missing} of {checkpoint.path} are the identity "
+            "(o_proj and down_proj zero), as new blocks are, and are not among them; name these "
+            "too, or leave the option out if all new blocks are untrained"
+        )
     sources = tuple(_source(checkpoint, new, layer) for layer in new)
     found = ExpansionRecord(tuple(new), sources, "", (), None, config.computation)
     expanded = replace(checkpoint, config=replace(config, expansion=found))

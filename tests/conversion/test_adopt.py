@@ -74,6 +74,24 @@ def test_trained_blocks_are_named_by_the_user(
     assert Checkpoint.open(tmp_path / "stripped").sha256() == base.sha256()
 
 
+def test_every_identity_block_must_be_among_the_named(
+    tmp_path: Path, write_random_checkpoint: Any, tiny_config: Any, convert: Convert
+) -> None:
+    """LLaMA-Pro-8B has a new block after every 4 of 32: off by one is refused."""
+    config = tiny_config(hidden_size=16, intermediate_size=16, num_hidden_layers=32)
+    base = Checkpoint.open(write_random_checkpoint(tmp_path / "base", config))
+    expand_checkpoint(base, tmp_path / "pro", interleave(32, 8))
+    path, right = forget_record(tmp_path / "pro"), list(range(4, 40, 5))
+    wrong = ",".join(str(layer - 1) for layer in right)
+    status, _, error = convert("adopt", path, tmp_path / "out", "--new-layers", wrong)
+    assert status == 2 and f"layers {right} of " in error and not (tmp_path / "out").exists()
+    words = ("--new-layers", ",".join(map(str, right)), "--json")
+    status, printed, _ = convert("adopt", path, tmp_path / "out", *words)
+    result = json.loads(printed)
+    assert status == 0 and result["base_sha256"] == base.sha256()
+    assert result["source_layers"] == list(range(3, 32, 4))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
