@@ -30,8 +30,8 @@ _FORMS = (
 )
 # What may stand beside it and decides what is learned.
 _BESIDE = ("system", "system_prompt", "input", "context", "history", "weight")
-_VARIABLES = ("tools", "documents", "chat_template_kwargs")
-_FOREIGN = ("functions", "images", "audios", "videos")  # these would be lost
+_VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
+_FOREIGN = ("images", "audios", "videos")  # these would be lost
 _KEYS = {*_BESIDE, *_VARIABLES, *_FOREIGN}.union(*_FORMS)
 # Keys of a turn that say whether it is trained.
 _SWITCHES = ("weight", "train", "training", "loss", "masked")
@@ -117,8 +117,7 @@ def to_conversation(row: dict[str, Any]) -> Conversation:
         raise ValueError(f"no conversation (found keys: {quote_names(row)}); {_EXPECTED}")
     for key in _FOREIGN:
         if row.get(key):
-            fix = "name them 'tools'" if key == "functions" else "only text is trained on"
-            raise ValueError(f"{key!r} are not read: {fix}")
+            raise ValueError(f"{key!r} are not read: only text is trained on")
     if row.get("weight", 1) != 1:
         raise ValueError(f"'weight' is {row['weight']!r}: only turns have one, 0 or 1")
     if len(form) == 1:
@@ -167,9 +166,15 @@ def _history(row: dict[str, Any]) -> list[Any]:
 
 
 def _variables(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the variables of the template that a row has; tools may be a text of JSON."""
+    """Returns the variables of the template that a row has; tools may be a text of JSON.
+
+    OpenAI's older `functions` are tools without the object around each.
+    """
     variables: dict[str, Any] = {}
-    for key, kind in (("chat_template_kwargs", dict), ("tools", list), ("documents", list)):
+    if row.get("functions") and row.get("tools"):
+        raise ValueError("has 'functions' and 'tools': keep one")
+    for key in _VARIABLES[::-1]:
+        kind = dict if key == "chat_template_kwargs" else list
         value = row.get(key)
         if isinstance(value, str) and value:
             try:
@@ -178,6 +183,8 @@ def _variables(row: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
         if value and not isinstance(value, kind):
             raise ValueError(f"{key!r} is {type(value).__name__}, expected a {kind.__name__}")
+        if value and key == "functions":
+            key, value = "tools", [{"type": "function", "function": f} for f in value]
         if value:
             variables |= value if isinstance(value, dict) else {key: value}
     return variables
@@ -216,9 +223,13 @@ def _to_message(turn: Any, place: str) -> Message:
         if len(texts) < len(parts):
             raise ValueError(f"{place}: the content has a part of type text without a text")
         content = "".join(texts)
+    if call := turn.get("function_call"):  # OpenAI's older form of one call
+        if turn.get("tool_calls"):
+            raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
+        turn = turn | {"tool_calls": [{"type": "function", "function": call}]}
     if content is None and turn.get("tool_calls"):
         content = ""
-    known = ("role", "content", "from", "value", "text", *_SWITCHES)
+    known = ("role", "content", "from", "value", "text", "function_call", *_SWITCHES)
     others = {key: v for key, v in turn.items() if key not in known and v is not None}
     return {"role": role, "content": content} | others | _weight(turn, role, place)
 

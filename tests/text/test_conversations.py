@@ -139,7 +139,7 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ({**ROW, "chat_template_kwargs": 5}, "'chat_template_kwargs' is int, expected a dict"),
         ({"instruction": "x", "output": "y", "history": 5}, "'history' is not a list of pairs"),
         ({"messages": [{**ASKED[0], "masked": False}, ASKED[1]]}, "turn 1: only turns of the assi"),
-        ({**ROW, "functions": [{"name": "f"}]}, "'functions' are not read: name them 'tools'"),
+        ({**ROW, "functions": [1], "tools": [1]}, "has 'functions' and 'tools': keep one"),
         ({**ROW, "images": ["a.png"]}, "'images' are not read: only text"),
         ({**ROW, "weight": 0.5}, "'weight' is 0.5: only turns have one, 0 or 1"),
         ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, "turn 2: 'weight' is 0.5; only 0"),
@@ -180,6 +180,19 @@ def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
     assert all(conversation == (ASKED, {}) for _, conversation in found)
     assert counts.other_files == 1
     assert "1 files that are not" in counts.describe()
+
+
+def test_functions_are_tools(tmp_path: Path) -> None:
+    """OpenAI's older keys say the same without the object around each, in rows and turns."""
+    call = {"name": "f", "arguments": "{}"}
+    turn = {"role": "assistant", "content": None, "function_call": call}
+    row = {"functions": [{"name": "f"}], "messages": [ASKED[0], turn]}
+    messages, variables = to_conversation(row)
+    assert variables == {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    calls = [{"type": "function", "function": call}]
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": calls}
+    with pytest.raises(ValueError, match="turn 2: has 'function_call' and 'tool_calls'"):
+        to_conversation({"messages": [ASKED[0], turn | {"tool_calls": calls}]})
 
 
 def test_parquet_is_read_and_its_mistakes_are_named(
