@@ -20,9 +20,10 @@ def architecture(device: torch.device) -> int:
     """Returns the generation whose block sizes fit the device: 80 (Ampere, Ada) or 90 (Hopper).
 
     The interpreter takes the sizes of 80. So do later generations, whose own are not measured: they
-    have the shared memory and the instructions that 80 asks for.
+    have the shared memory and the instructions that 80 asks for. An AMD GPU calls itself "cuda" too
+    and numbers its generations anew: an MI200 is 9.0, as Hopper is, but has none of its copies.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip:
         return 80
     gpu = torch.cuda.get_device_properties(device)
     return 90 if (gpu.major, gpu.minor) == (9, 0) else 80
@@ -38,6 +39,8 @@ def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else f"device {device.type} under TRITON_INTERPRET=1"
     if device.type != "cuda":
         return f"device is {device.type}, not cuda"
+    if torch.version.hip:
+        return None  # its numbers are not compute capabilities
     # Not get_device_capability: torch.compile takes this one for a constant.
     gpu = torch.cuda.get_device_properties(device)
     return None if gpu.major >= 8 else f"compute capability {gpu.major}.{gpu.minor} is below 8.0"

@@ -4,7 +4,8 @@
     cpu      `kernels/cpu.py`: plain PyTorch that keeps less for backward, on any device
     triton   the Triton kernels, on a GPU
 
-`auto`, the default, takes Triton on a GPU wherever the kernel can run, and `cpu` everywhere else.
+`auto`, the default, takes Triton on an NVIDIA GPU wherever the kernel can run, and `cpu` everywhere
+else. On AMD GPUs the kernels compile but spill registers, and nobody has timed them yet.
 
     with backends.use("triton,attention=torch"): ...
 """
@@ -81,6 +82,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tupl
         return "cpu", "no Triton kernel"
     if asked == "auto" and device.type != "cuda":
         return "cpu", f"device is {device.type}"
+    if asked == "auto" and torch.version.hip:
+        return "cpu", "not measured on AMD GPUs"
     reason = _cannot_run(op, device, dtype, size)
     if asked == "auto":
         return ("cpu", reason) if reason else ("triton", f"device is {device.type}")

@@ -103,6 +103,35 @@ def test_old_gpus_and_the_cpu_are_not_for_kernels(monkeypatch: pytest.MonkeyPatc
                 backends.choose(op, where, torch.float16, 64)
 
 
+@pytest.mark.parametrize("major, minor", [(9, 0), (9, 4), (11, 0), (6, 0)])  # MI200: 9.0, as Hopper
+def test_amd_gpus_take_kernels_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch, major: int, minor: int
+) -> None:
+    """ROCm calls its devices cuda. `auto` takes PyTorch; `triton` runs, with no tile of Hopper."""
+    monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu(major, minor))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert kernel_device.architecture(CUDA) == 80
+    for op in backends.TRITON_OPS:
+        with backends.use("auto"):
+            found = backends.choose(op, CUDA, torch.bfloat16, 64)
+            assert found == ("cpu", "not measured on AMD GPUs")
+        with backends.use("triton"):
+            assert backends.choose(op, CUDA, torch.bfloat16, 64) == ("triton", "asked for")
+
+
+def test_tiles_of_hopper_are_for_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GH200 is one; Ada, Blackwell, a device that is no GPU of NVIDIA and a CPU are not."""
+    for major, minor in ((9, 0), (8, 0), (8, 9), (10, 0), (10, 3), (12, 0)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, m=major, n=minor: gpu(m, n)
+        )
+        expected = 90 if major == 9 else 80
+        assert kernel_device.architecture(CUDA) == expected
+        assert kernel_device.architecture(torch.device("xpu")) == 80
+        assert kernel_device.architecture(CPU) == 80
+
+
 def test_without_triton_everything_is_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton exists for Linux only. `auto` does without it, `triton` says what is missing."""
     for name in [name for name in sys.modules if name.startswith("llamapro.kernels.")]:
