@@ -1,17 +1,21 @@
 """Compiles every kernel with Triton and checks the result on a machine that needs no GPU.
 
-    python benchmarks/compile_kernels.py [--quick] [--jobs 2] [--out RESULT.json]
+    python benchmarks/compile_kernels.py [--quick] [--architectures 80 90 100 120] [--out FILE]
 
 The kernels' public functions, forward and backward, run on CPU tensors of real sizes. Nothing is
 computed: a stand-in for Triton's driver says which GPU there is, and a hook takes each launch with
-the specialisation that Triton itself derived from the arguments. Each distinct one is then compiled
-for sm_80 or sm_90. What is checked is therefore what the public functions launch, and no list of
-signatures beside it. Do not set TRITON_INTERPRET: it makes kernels that cannot be compiled.
+the specialisation that Triton itself derived from the arguments. Each distinct one is then
+compiled, for sm_80 and sm_90 by default. What is checked is therefore what the public functions
+launch, and no list of signatures beside it. Do not set TRITON_INTERPRET: it makes kernels that
+cannot be compiled.
 
 Checked, and status 1 if one fails:
-- no registers spilled: cuobjdump's STACK and LOCAL bytes are 0;
-- shared memory: 227 KiB on sm_90; 99 KiB on sm_80, so that the same code runs on sm_86 and sm_89;
-- `tl.dot` of 16-bit types became tensor-core instructions: wgmma on sm_90, mma.sync on sm_80;
+- no registers spilled: cuobjdump's STACK and LOCAL bytes are 0. On sm_100 and sm_120, which take
+  the tiles of sm_80, spilled bytes are reported only;
+- shared memory: 227 KiB on sm_90 and sm_100; 99 KiB on sm_80, so that the same code runs on sm_86
+  and sm_89, and on sm_120;
+- `tl.dot` of 16-bit types became tensor-core instructions: wgmma on sm_90, mma.sync on sm_80 and
+  sm_120, either mma.sync or tcgen05 on sm_100;
 - 64-bit offsets: from the recorded grid and integer arguments, some of them of tensors with more
   than 2^31 elements, an interval is computed for every integer in the kernel (`overflows`), and
   no addition, subtraction, product or shift in 32 bits, and no narrowing to them, can overflow;
@@ -43,11 +47,13 @@ from triton.runtime.cache import triton_key
 from llamapro.kernels import device as kernel_device
 from llamapro.kernels import tiles
 
-SHARED_LIMIT = {80: 101376, 90: 232448}  # bytes per block: of sm_86 and sm_89, of sm_90
+# Bytes of shared memory per block; those of sm_80 are the limit of sm_86 and sm_89.
+SHARED_LIMIT = {80: 101376, 90: 232448, 100: 232448, 120: 101376}
 MAX_GRID_YZ = 65535  # programs along the second and third axis; 2^31 - 1 along the first
 _COUNTED = {
     "wgmma": r"wgmma\.mma_async",
     "mma_sync": r"mma\.sync",
+    "tcgen05": r"tcgen05\.mma",
     "tma_loads": r"cp\.async\.bulk\.tensor\S*\.shared::(?:cta|cluster)\.global",
     "tma_stores": r"cp\.async\.bulk\.tensor\S*\.global\.shared::cta",
     "loads": r"\b(?:ld\.global|cp\.async\.c[ag])\.",
@@ -86,14 +92,14 @@ def compiled(launch: Launch) -> dict[str, Any]:
 def problems(row: dict[str, Any]) -> list[str]:
     """Names each rule of the module docstring that a compiled launch breaks."""
     found = []
-    if row["spilled_bytes"]:
+    if row["spilled_bytes"] and row["architecture"] in (80, 90):
         found.append(f"spills {row['spilled_bytes']} B")
     limit = SHARED_LIMIT[row["architecture"]]
     if row["shared_bytes"] > limit:
         found.append(f"shared memory {row['shared_bytes']} B, above {limit} B")
-    instruction = "wgmma" if row["architecture"] == 90 else "mma_sync"
-    if row["has_16_bit_dot"] and not row[instruction]:
-        found.append(f"a 16-bit product without {instruction}")
+    fitting = {90: ("wgmma",), 100: ("tcgen05", "mma_sync")}.get(row["architecture"], ("mma_sync",))
+    if row["has_16_bit_dot"] and not any(row[instruction] for instruction in fitting):
+        found.append(f"a 16-bit product without {' or '.join(fitting)}")
     return found
 
 
@@ -171,7 +177,9 @@ def _row(result: Path, errors: Path, launches: list[Launch]) -> dict[str, Any]:
 
 def render(rows: list[dict[str, Any]]) -> str:
     """Returns the table for people, with a line for each distinct launch."""
-    heads = "kernel,sm,case,blocks,warps,stages,regs,spill,smem KiB,wgmma,mma,TMA,16 B loads"
+    heads = (
+        "kernel,sm,case,blocks,warps,stages,regs,spill,smem KiB,wgmma,tcgen05,mma,TMA,16 B loads"
+    )
     lines = []
     for row in rows:
         blocks = [str(v) for k, v in row["constants"].items() if type(v) is int and v > 1]
@@ -179,7 +187,8 @@ def render(rows: list[dict[str, Any]]) -> str:
         line = [row["kernel"], row["architecture"], row["cases"][0] + others, "x".join(blocks)]
         if "registers" in row:
             line += [row["num_warps"], row["num_stages"], row["registers"], row["spilled_bytes"]]
-            line += [f"{row['shared_bytes'] / 1024:.0f}", row["wgmma"], row["mma_sync"]]
+            line += [f"{row['shared_bytes'] / 1024:.0f}", row["wgmma"]]
+            line += [row["tcgen05"], row["mma_sync"]]
             line += [row["tma_loads"] + row["tma_stores"]]
             line += [f"{row['loads_of_16_bytes']}/{row['loads']}"]
         lines.append(line)
@@ -192,15 +201,21 @@ def main() -> None:
         "--quick", action="store_true", help="compile one size and dtype per function"
     )
     parser.add_argument("--jobs", type=int, default=2, help="compilations that run at a time")
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", default=(80, 90), choices=SHARED_LIMIT,
+        help="compute capabilities without the point (default: 80 90)",
+    )  # fmt: skip
     args = parser.parse_args()
     if kernel_device.is_interpreted():
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     started = time.perf_counter()
-    launches, taken = record([case for case in cases() if case.is_quick or not args.quick])
+    launches, taken = record(
+        [case for case in cases() if case.is_quick or not args.quick], args.architectures
+    )
     rows = compile_all(launches, args.jobs)
     bad = [f"{row['kernel']} sm_{row['architecture']} ({row['cases'][0]}): {problem}"
            for row in rows for problem in row["problems"]]  # fmt: skip
-    if not args.quick:
+    if not args.quick and {80, 90} <= set(args.architectures):
         bad += [f"no case takes the tile of {key}" for key in sorted(tiles.TILES.keys() - taken)]
     seconds = round(time.perf_counter() - started)
     print(render(rows))

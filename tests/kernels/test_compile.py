@@ -101,6 +101,19 @@ def test_attention_multiplies_on_the_tensor_cores(
     assert len({row["kernel"] for row in rows}) == 3  # forward, dq, dk and dv
 
 
+@pytest.mark.slow
+def test_kernels_compile_for_blackwell(compiled: Callable[..., dict[str, Any]]) -> None:
+    """With the tiles of sm_80, in its shared memory, on tensor cores; tcgen05 on sm_100."""
+    report = compiled("--quick", "--architectures", "100", "120")
+    assert report["problems"] == [] and report["status"] == 0
+    assert {row["architecture"] for row in report["rows"]} == {100, 120}
+    products = [row for row in of(report, "attention") if row["has_16_bit_dot"]]
+    assert {row["kernel"] for row in products if row["tcgen05"]} == {
+        row["kernel"] for row in products if row["architecture"] == 100
+    }
+    assert all(row["mma_sync"] for row in products if row["architecture"] == 120)
+
+
 def test_hopper_reads_attention_tiles_by_tma(report: dict[str, Any]) -> None:
     """Tiles in 16 bits are; nothing compiled for the other architecture is."""
     for row in of(report, "attention"):
