@@ -153,7 +153,7 @@ def compile_all(launches: list[Launch], jobs: int) -> list[dict[str, Any]]:
         running: list[Any] = []
         bar = tqdm(groups.values(), desc="compiling", unit="launch", disable=None)
         for (result, errors), group in zip(files, bar, strict=True):
-            if len(running) == jobs:
+            while len(running) >= jobs:  # one that ended may still seem alive for a moment
                 wait([process.sentinel for process in running])
                 running = [process for process in running if process.is_alive()]
             process = context.Process(target=_compile_into, args=(result, errors, group))
