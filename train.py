@@ -31,7 +31,7 @@ from llamapro.training.preemption import Stopped, StopRequest
 from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings, flatten
 from llamapro.training.state import Losses, RunState
-from llamapro.training.validation import evaluate, forward
+from llamapro.training.validation import evaluate, forward, to_device
 from llamapro.training.weights import freeze, init_random, mask_gradients
 
 
@@ -103,7 +103,8 @@ def shard_objective(
     if job.resume_from is not None:
         resume.load_trained(job.resume_from, model, job.first_new_row)
         objective.resume(state.control)
-    shard(objective, ranks, job.compute_dtype, t.frozen, t.offload, t.recompute, t.compile)
+    place = t.placement(ranks.world_size)
+    shard(objective, ranks, job.compute_dtype, place, t.offload, t.recompute, t.compile)
     parameters = {name: model.get_parameter(name) for name in trainable}
     if job.first_new_row:
         mask_gradients(parameters, job.first_new_row)
@@ -141,7 +142,8 @@ def train_step(
     # FSDP averages gradients over the ranks, hence the factor world_size.
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
-    micro_batches = list(zip(*(column.split(rows) for column in columns), strict=True))
+    on_device = to_device(columns, ranks.device)
+    micro_batches = list(zip(*(column.split(rows) for column in on_device), strict=True))
     replayed = replay.split_replayed(
         first_replayed, len(micro_batches), rows, ranks.rank, ranks.world_size
     )

@@ -86,7 +86,9 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
         for kind, (replayed, times) in enumerate(kinds.items()):
             model = build()
             objective = make_objective(model, settings.replay)
-            shard(objective, ranks, dtype, t.frozen)  # offload moves nothing between ranks
+            shard(
+                objective, ranks, dtype, t.placement(world)
+            )  # offload moves nothing between ranks
             units = _units(model, t.shard_size or world)
             size = (t.micro_batch_size, settings.data.seq_len)
             for each in record_micro_batch(objective, *size, settings.optim.clip, replayed):
@@ -113,7 +115,7 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
         "ranks": world,
         "nodes": -(-world // options.ranks_per_node),
         "shard_size": t.shard_size or world,
-        "frozen": t.frozen,
+        "frozen": t.placement(world),
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": {"total": total, "trainable": trainable, "frozen": total - trainable},
         "tokens_per_step": t.batch_size * settings.data.seq_len,

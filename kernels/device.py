@@ -39,8 +39,9 @@ def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else f"device {device.type} under TRITON_INTERPRET=1"
     if device.type != "cuda":
         return f"device is {device.type}, not cuda"
-    if torch.version.hip:
-        return None  # its numbers are not compute capabilities
+    if torch.version.hip or not torch.cuda.is_available():
+        # AMD's numbers are no compute capabilities. Without a GPU, one elsewhere is planned for.
+        return None
     # Not get_device_capability: torch.compile takes this one for a constant.
     gpu = torch.cuda.get_device_properties(device)
     return None if gpu.major >= 8 else f"compute capability {gpu.major}.{gpu.minor} is below 8.0"

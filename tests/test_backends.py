@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from llamapro import backends, expansion, ops
 from llamapro.config import ModelConfig
@@ -33,6 +34,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def has_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every device can run kernels of the three dtypes."""
     monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu(9, 0))
 
 
@@ -93,6 +95,7 @@ def test_what_a_kernel_cannot_do_falls_back_under_auto_only(
 def test_old_gpus_and_the_cpu_are_not_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` takes PyTorch there, `triton` says what is missing."""
     monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu(7, 5))
     for where, reason in ((CPU, "device is cpu"), (CUDA, "compute capability 7.5")):
         for op in backends.TRITON_OPS:
@@ -109,6 +112,7 @@ def test_amd_gpus_take_kernels_only_when_asked(
 ) -> None:
     """ROCm calls its devices cuda. `auto` takes PyTorch; `triton` runs, with no tile of Hopper."""
     monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu(major, minor))
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert kernel_device.architecture(CUDA) == 80
@@ -132,6 +136,15 @@ def test_tiles_of_hopper_are_for_hopper_alone(monkeypatch: pytest.MonkeyPatch) -
         assert kernel_device.architecture(CPU) == 80
 
 
+def test_a_gpu_of_another_machine_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU get the choice of the GPU; after the block their own."""
+    monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
+    for op in backends.TRITON_OPS:
+        with backends.planning_for(CUDA):
+            assert backends.choose(op, CPU, torch.bfloat16, 64) == ("triton", "device is cuda")
+        assert backends.choose(op, CPU, torch.bfloat16, 64) == ("cpu", "device is cpu")
+
+
 def test_without_triton_everything_is_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton exists for Linux only. `auto` does without it, `triton` says what is missing."""
     for name in [name for name in sys.modules if name.startswith("llamapro.kernels.")]:
@@ -144,6 +157,21 @@ def test_without_triton_everything_is_the_cpu_backend(monkeypatch: pytest.Monkey
     said = "the package triton is not installed"
     with backends.use("triton"), pytest.raises(backends.BackendError, match=said):
         ops.rms_norm(torch.ones(2, 16), torch.ones(16), 1e-5)
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_pytorchs_attention_on_a_gpu_tries_cudnn_first(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then FlashAttention, the memory-efficient one and the formula; afterwards as it was."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    with backends.use():
+        found = _cur_sdpa_kernel_backends(with_priority=True)
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+    names = [backend.name.split("_")[0] for backend in found]
+    assert (names == ["CUDNN", "FLASH", "EFFICIENT", "MATH"]) == has_gpu
+    assert (found == before) != has_gpu
 
 
 def test_the_summary_groups_ops_by_backend_and_reason(

@@ -6,6 +6,7 @@ from datetime import date
 
 from llamapro import backends
 from llamapro.errors import ConfigError, suggest
+from llamapro.training import proposal
 from llamapro.training.metrics import is_installed
 from llamapro.training.settings import ReplaySettings, Settings, flatten
 
@@ -75,6 +76,8 @@ def check(settings: Settings, world_size: int) -> None:
     ]
     if not all(0 <= beta < 1 for beta in s.optim.betas):
         wrong.append(f"optim.betas is {s.optim.betas}, expected two numbers from 0 to below 1")
+    if s.device:
+        wrong += _check_device(s)
     try:
         backends.parse(s.train.ops)
     except ValueError as error:
@@ -101,6 +104,18 @@ def check(settings: Settings, world_size: int) -> None:
         )
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _check_device(s: Settings) -> list[str]:
+    """Returns the mistakes in `device`, the GPU of a plan."""
+    wrong = [] if s.dry_run else [f"device {s.device} is for --dry-run: leave it out to train"]
+    if s.train.device == "cpu":
+        wrong.append(f"device {s.device} is a GPU and train.device is 'cpu': leave one of them out")
+    try:
+        proposal.usable_bytes(s.device)
+    except ConfigError as error:
+        wrong.append(str(error))
+    return wrong
 
 
 def _check_replay(s: Settings) -> list[str]:

@@ -31,9 +31,10 @@ from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import agreement
 from llamapro.training.distributed import Ranks
-from llamapro.training.plan import make_plan, render
+from llamapro.training.plan import device_type, make_plan, render
 from llamapro.training.preset import find_preset
 from llamapro.training.progress import say
+from llamapro.training.proposal import propose, render_proposal
 from llamapro.training.replay import read_openings, written_by_base
 from llamapro.training.resume import changes
 from llamapro.training.settings import Settings
@@ -118,13 +119,12 @@ class Job:
     def facts(self) -> dict[str, str]:
         """Returns what must be the same in every process, before anything is computed."""
         template = self.template and hashlib.sha256(self.template.source.encode()).hexdigest()
-        has_gpu = torch.cuda.is_available() and self.settings.train.device != "cpu"
         return agreement.facts(
             self.settings,
             config_json=self.config,
             the_tokenizer=self.tokenizer.fingerprint,
             the_chat_template=template,
-            the_device="cuda" if has_gpu else "cpu",
+            the_device=device_type(self.settings),
         )
 
     def tokenize(self) -> dict[str, TokenStore]:
@@ -174,6 +174,8 @@ class Job:
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """Makes the checks that a run would make; returns the plan, JSON-able and as text.
 
+        With a GPU the plan has the fastest settings that fit it.
+
         Raises:
             ConfigError: the run directory holds a run with other settings.
             DataError: a conversation cannot be used.
@@ -189,7 +191,12 @@ class Job:
                 raise ConfigError(f"{name} {directory}: not usable: {reason(error)}") from None
         if self.settings.data.format == "chat":
             self.tokenize()
-        return self.plan, render(self.plan, self.settings)
+        text = render(self.plan, self.settings)
+        found = propose(self.settings, self.config, self.compute_dtype, self.plan["world_size"])
+        if not found:
+            return self.plan, text
+        text += "\n" + render_proposal(found, self.settings.device)
+        return self.plan | {"proposal": found}, text
 
     def result(self, state: RunState) -> tuple[dict[str, Any], str]:
         """Returns the result of the run, JSON-able and as text."""
@@ -229,8 +236,7 @@ def _with_date(settings: Settings, resume_from: Path | None) -> Settings:
 def _compute_dtype(settings: Settings) -> torch.dtype:
     if settings.train.dtype != "auto":
         return getattr(torch, settings.train.dtype)
-    on_gpu = torch.cuda.is_available() and settings.train.device != "cpu"
-    return torch.bfloat16 if on_gpu else torch.float32
+    return torch.bfloat16 if device_type(settings) == "cuda" else torch.float32
 
 
 def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:

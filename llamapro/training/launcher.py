@@ -41,7 +41,7 @@ def open_job(script: str, argv: Sequence[str], prog: str) -> Job:
     def open_here() -> Job:
         settings = preset.parse(argv, prog)
         checks.check(settings, started or max(1, settings.processes))
-        if settings.processes > 1 and not started:
+        if settings.processes > 1 and not started and not settings.dry_run:
             sys.exit(launch(script, argv, settings.processes))
         return Job.open(settings)
 

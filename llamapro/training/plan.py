@@ -13,7 +13,7 @@ from llamapro.errors import ConfigError
 from llamapro.formatting import format_bytes
 from llamapro.kernels import cpu
 from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta
-from llamapro.training.distributed import world_size
+from llamapro.training.distributed import is_rank, world_size
 from llamapro.training.settings import ReplaySettings, Settings
 from llamapro.training.weights import freeze, is_trained
 
@@ -30,15 +30,14 @@ def make_plan(
     Raises:
         ConfigError: `train.ops` names a Triton kernel that cannot run here.
     """
-    t = settings.train
-    has_gpu = torch.cuda.is_available() and t.device != "cpu"
-    device = torch.device("cuda" if has_gpu else "cpu")
+    t, ranks = settings.train, planned_ranks(settings)
+    device = torch.device(device_type(settings))
     model = build_on_meta(config)
     freeze(model, t.trainable, t.new_tokens)
     try:
         with backends.use(t.ops):
             summary = backends.summary(config, device, compute_dtype)
-            memory = estimate_memory(settings, model, compute_dtype, device, world_size())
+            memory = estimate_memory(settings, model, compute_dtype, device, ranks)
     except backends.BackendError as error:
         raise ConfigError(f"train.ops {t.ops!r}: {error}; use auto, or torch for this op") from None
     record = config.expansion
@@ -48,15 +47,26 @@ def make_plan(
         "layers": config.num_hidden_layers,
         "new_layers": list(record.new_layers) if record else None,
         "tokens_per_step": t.batch_size * settings.data.seq_len,
-        "micro_batches": t.batch_size // (world_size() * t.micro_batch_size),
+        "micro_batches": t.batch_size // (ranks * t.micro_batch_size),
         "steps": t.steps or f"{t.epochs:g} epoch(s)",
-        "world_size": world_size(),
+        "world_size": ranks,
         "dtype": str(compute_dtype).removeprefix("torch."),
         "ops": summary,
         "memory_bytes": memory,
         "run_dir": str(run_dir),
         "resume_from": str(resume_from) if resume_from else None,
     }
+
+
+def device_type(settings: Settings) -> str:
+    """Returns "cuda" or "cpu": where the run computes, or the GPU that a dry run plans for."""
+    has_gpu = bool(settings.device) or torch.cuda.is_available()
+    return "cuda" if has_gpu and settings.train.device != "cpu" else "cpu"
+
+
+def planned_ranks(settings: Settings) -> int:
+    """Returns how many processes train; a dry run starts none of those that it plans for."""
+    return world_size() if is_rank() else max(1, settings.processes)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -98,13 +108,14 @@ def estimate_memory(
     first = 0 if root_trained else first
 
     parts = t.shard_size or world_size
-    is_whole = t.frozen == "replicate"
+    frozen_lie = t.placement(world_size)
+    is_whole = frozen_lie == "replicate"
     # FSDP keeps a gathered copy beside the shards, even with one process. Two blocks are gathered:
     # the one that computes and, if there are peers, the next. The root stays gathered.
     managed = [numel for trains, numel in blocks if trains or not is_whole]
     gathered = max(managed, default=0) * (2 if parts > 1 else 1)
     gathered += root_trained if is_whole else root
-    if t.frozen == "gather":
+    if frozen_lie == "gather":
         gathered += sum(numel for trains, numel in blocks[first:] if not trains)
     # The unit in backward has gradients in the compute dtype and, for the reduction, in fp32.
     reduced = max([n for trains, n in blocks if trains] + [root_trained])
@@ -149,7 +160,8 @@ def activation_bytes(
     has_graph = is_trained(model.model.embed_tokens)  # below the first that trains nothing is kept
     counted: dict[tuple[bool, bool], int] = {}
     kept: list[int] = []
-    with FakeTensorMode(), torch.device(device):
+    # Fake tensors of a GPU need one; those of the CPU stand in for them.
+    with FakeTensorMode(), torch.device("cpu"), backends.planning_for(device):
         rotary = ops.rotary_table(config, torch.arange(shape[1]), compute_dtype)
         for block_trains in trains:
             kind = (block_trains, has_graph)

@@ -127,7 +127,7 @@ def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
 # settings decide the result.
 FREE_TO_CHANGE = {
     "config", "run_dir", "processes", "resume.allow", "log_every", "log_seconds", "log_to",
-    "log_spikes", "dry_run", "json",
+    "log_spikes", "dry_run", "device", "json",
     "data.cache_dir", "data.workers", "data.date",  # the hashes of the data decide
     "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
     "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
@@ -135,7 +135,11 @@ FREE_TO_CHANGE = {
     "save.every", "save.keep", "save.keep_every", "save.background",
 }  # fmt: skip
 # Differences in these are not reported.
-UNREPORTED = {"config", "run_dir", "processes", "resume.allow", "log_seconds"} | {"dry_run", "json"}
+UNREPORTED = {"config", "run_dir", "processes", "resume.allow", "log_seconds"} | {
+    "dry_run",
+    "json",
+    "device",
+}
 
 
 def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]:

@@ -136,9 +136,10 @@ class TrainSettings:
     follow, for example auto,attention=torch."""
     recompute: bool = False
     """Activation checkpointing: compute blocks again in backward to save memory."""
-    frozen: Literal["shard", "gather", "replicate"] = "shard"
+    frozen: Literal["auto", "shard", "gather", "replicate"] = "auto"
     """Place of frozen weights. shard: in parts on all processes. gather: in parts, but whole from
-    forward to backward. replicate: whole on every process, without communication."""
+    forward to backward. replicate: whole on every process, without communication. auto: replicate
+    where each process holds all of them anyway, else shard."""
     shard_size: int = 0
     """Processes that share one copy of sharded weights (HSDP), such as those of a machine; 0 means
     all."""
@@ -146,6 +147,14 @@ class TrainSettings:
     """Keep shards and optimizer state in CPU memory (only with GPUs)."""
     compile: bool = False
     """Compile every block with torch.compile."""
+
+    def placement(self, world_size: int) -> Literal["shard", "gather", "replicate"]:
+        """Returns where frozen weights lie: `frozen`, or what auto stands for."""
+        if self.frozen != "auto":
+            return self.frozen
+        # In one part, FSDP would copy every weight before each use.
+        is_whole = (self.shard_size or world_size) == 1 and not self.offload
+        return "replicate" if is_whole else "shard"
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,10 @@ class Settings:
     """Processes to start on this machine, usually one per GPU; 0 means this process alone, or those
     that torchrun started."""
     dry_run: bool = False
-    """Check all input, print the plan, and stop."""
+    """Check all input, print the plan, with a GPU the fastest settings that fit it, and stop."""
+    device: str = ""
+    """GPU that --dry-run plans for, where this machine has another one or none: a100, h100, h200,
+    rtx-4090 and others, or its memory, such as 48GB."""
     json: bool = False
     """Print the result as one JSON object."""
 

@@ -1,0 +1,110 @@
+"""The fastest settings that fit a GPU's memory by the plan's estimate; `--dry-run` prints them."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from llamapro import backends
+from llamapro.config import ModelConfig
+from llamapro.errors import ConfigError, suggest
+from llamapro.formatting import format_bytes
+from llamapro.model import build_on_meta
+from llamapro.training.distributed import Frozen
+from llamapro.training.plan import estimate_memory
+from llamapro.training.settings import Settings, TrainSettings
+from llamapro.training.weights import freeze
+
+# The gigabytes under which a GPU is sold. It has as many GiB: the 7 % between are left to CUDA,
+# NCCL and what the allocator cannot use.
+GPUS = {
+    "a10": 24, "a100": 80, "a100-40": 40, "a6000": 48, "b200": 180, "h100": 80, "h200": 141,
+    "l4": 24, "l40s": 48, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
+}  # fmt: skip
+# From here on more tokens in a forward pass make matrix products hardly faster.
+ENOUGH_TOKENS = 8192
+FIELDS = ("recompute", "micro_batch_size", "frozen")
+
+
+def usable_bytes(device: str) -> int | None:
+    """Returns the memory that a run may plan with on a GPU of `GPUS`, one of "48GB", or this one.
+
+    Args:
+        device: empty for this machine's GPU; None is returned without one.
+
+    Raises:
+        ConfigError: no such GPU is known.
+    """
+    if not device:
+        if not torch.cuda.is_available():
+            return None
+        return int(torch.cuda.get_device_properties(0).total_memory * 0.93)
+    name = device.lower().replace(" ", "-")
+    given = re.fullmatch(r"([1-9]\d*)-?gb", name)
+    if not given and name not in GPUS:
+        raise ConfigError(
+            f"device {device!r}: no such GPU in the table{suggest(name, list(GPUS))}; known are "
+            f"{', '.join(GPUS)}, or give its memory, such as 48GB"
+        )
+    return int(given[1] if given else GPUS[name]) * 10**9
+
+
+def propose(
+    settings: Settings, config: ModelConfig, compute_dtype: torch.dtype, world_size: int
+) -> dict[str, Any]:
+    """Finds the fastest settings of memory that fit the GPU that is planned for.
+
+    Returns:
+        JSON-able: usable_bytes, and settings, by name, with their memory_bytes, or None where
+        nothing fits. Empty without a GPU.
+    """
+    limit = usable_bytes(settings.device)
+    if limit is None or settings.train.device == "cpu":
+        return {}
+    model = build_on_meta(config)
+    freeze(model, settings.train.trainable, settings.train.new_tokens)
+    found = None
+    with backends.use(settings.train.ops):
+        for train in _fastest_first(settings, world_size):
+            planned = replace(settings, train=train)
+            device = torch.device("cuda")
+            total = estimate_memory(planned, model, compute_dtype, device, world_size)["total"]
+            if total <= limit:
+                found = {f"train.{name}": getattr(train, name) for name in FIELDS}
+                found["memory_bytes"] = total
+                break
+    return {"usable_bytes": limit, "settings": found}
+
+
+def _fastest_first(settings: Settings, world_size: int) -> Iterator[TrainSettings]:
+    """Yields settings of memory from the fastest to the one that needs least.
+
+    Recomputing costs a third of the step, so it comes last. Then few tokens at a time cost more
+    than gathering weights, which goes on beside the computation.
+    """
+    t, length = settings.train, settings.data.seq_len
+    share = t.batch_size // world_size  # sequences of a process
+    most = max(ENOUGH_TOKENS // length, t.micro_batch_size)
+    sizes = {n for n in (*(1 << i for i in range(20)), t.micro_batch_size) if n <= most}
+    fitting = sorted((n for n in sizes if share % n == 0), reverse=True)
+    whole = t.placement(world_size) == "replicate"
+    places: list[Frozen] = ["replicate", "shard"] if whole else ["replicate", "gather", "shard"]
+    for recompute in (False, True):
+        for rows in fitting:
+            for frozen in places:
+                yield replace(t, recompute=recompute, micro_batch_size=rows, frozen=frozen)
+
+
+def render_proposal(found: dict[str, Any], device: str) -> str:
+    """Returns the proposal as a line of the start-up block."""
+    name = f"{device or 'this GPU'}, {format_bytes(found['usable_bytes'])} usable"
+    if found["settings"] is None:
+        text = f"nothing fits {name}: take more processes, or train.offload"
+    else:
+        named = dict(found["settings"])
+        size = format_bytes(named.pop("memory_bytes"))
+        words = [f"{key} {str(value).lower()}" for key, value in named.items()]
+        text = f"{', '.join(words)}: {size} of {name}"
+    return f"{'fastest fit':<16} {text}"
