@@ -38,10 +38,14 @@ class Case(NamedTuple):
 
 
 class Cases:
-    """The cases for one device: sizes of real models in bf16 on a GPU, tiny in fp32 on a CPU."""
+    """The cases for one device: sizes of real models in bf16 on a GPU, tiny in fp32 on a CPU.
 
-    def __init__(self, device: torch.device):
+    `lengths` are those of attention.
+    """
+
+    def __init__(self, device: torch.device, lengths: list[int] | None = None):
         self.device = device
+        self.lengths = lengths or ([2048, 4096, 8192, 16384] if device.type == "cuda" else [64])
         self.is_gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.is_gpu else torch.float32
 
@@ -77,15 +81,16 @@ class Cases:
 
     def attention(self) -> Iterator[Case]:
         shapes = [(64, 8), (32, 8), (32, 32)] if self.is_gpu else [(4, 2)]
-        lengths = [2048, 4096, 8192, 16384] if self.is_gpu else [64]
         B, D = (2, 128) if self.is_gpu else (1, 32)
-        for (H, KV), S in ((shape, S) for shape in shapes for S in lengths):
+        for (H, KV), S in ((shape, S) for shape in shapes for S in self.lengths):
             functions: dict[str, Callable[[], Function]] = {
                 OURS: partial(self._ours, attention, D, attention.attention),
                 "cudnn": partial(self._on_gpu, partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
                 "flash": partial(self._on_gpu, partial(sdpa, SDPBackend.FLASH_ATTENTION)),
                 "cudnn, keys repeated": partial(self._on_gpu, cudnn_repeated),
                 "flex": partial(self._on_gpu, partial(flex, S, self.device)),
+                "flash 3": partial(self._on_gpu, partial(flash, "flash_attn_interface")),
+                "flash 4": partial(self._on_gpu, partial(flash, "flash_attn.cute")),
             }
             if not self.is_gpu:
                 functions["torch"] = partial(sdpa, SDPBackend.MATH)
@@ -246,6 +251,17 @@ def flex(S: int, device: torch.device) -> Function:
     mask = create_block_mask(is_causal, None, None, S, S, device=device)
     attend = compiled(flex_attention)
     return _heads_first(lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=True))
+
+
+def flash(package: str) -> Function:
+    """FlashAttention-3 or -4, from the package of its name; versions differ in what they return."""
+    attend = import_module(package).flash_attn_func
+
+    def first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return first
 
 
 def compiled(function: Function) -> Function:

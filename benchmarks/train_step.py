@@ -32,7 +32,6 @@ from typing import Any
 import measuring
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llamapro import backends, cli
 from llamapro.config import ModelConfig
@@ -43,10 +42,6 @@ from llamapro.training.distributed import Frozen, Ranks, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
 
-SDPA_ORDER = [
-    getattr(SDPBackend, name)
-    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-]
 SIDES = ("triton", "torch", "transformers")
 PARTS = ("forward", "backward", "optimizer")
 CLIP = 1.0
@@ -248,7 +243,7 @@ def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]
     """Builds one side, runs its steps, and returns its row."""
     size, device = SIZES[args.size], ranks.device
     dtype = compute_dtype(device)
-    model, loss_of = build(side, size, ranks, dtype)
+    model, loss_of = build(side, size, ranks, dtype, "replicate")  # as train.py in one process
     optimizer = build_optimizer(model)
     inputs, targets = random_batch(size, args.batch_size, device)
 
@@ -289,10 +284,7 @@ def measure_and_release(side: str, args: argparse.Namespace, ranks: Ranks) -> di
     """Measures a side and frees its memory; a side that does not fit has a row that says so."""
     print(f"measuring {side} ...", file=sys.stderr, flush=True)
     try:
-        with (
-            backends.use("triton" if side == "triton" else "cpu"),
-            sdpa_kernel(SDPA_ORDER, set_priority=True),
-        ):
+        with backends.use("triton" if side == "triton" else "cpu"):  # cuDNN's attention first
             row = measure(side, args, ranks)
     except torch.OutOfMemoryError:
         row = {"side": side, "failed": "out of memory"}
@@ -354,8 +346,10 @@ def main() -> None:
         args.dtype = str(compute_dtype(ranks.device)).removeprefix("torch.")
         sides = choose_sides(args.sides, SIZES[args.size], ranks.device)
         result = describe(args, "batch_size", "steps", "warmup", "dtype")
-        result["rows"] = [measure_and_release(side, args, ranks) for side in sides]
-    measuring.write(args.out, result)
+        result["rows"] = []
+        for side in sides:
+            result["rows"].append(measure_and_release(side, args, ranks))
+            measuring.write(args.out, result)
     print(render(result))
 
 

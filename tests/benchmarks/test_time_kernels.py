@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
+import gpu
 import time_kernels
 
 from llamapro.kernels import device as kernel_device
@@ -38,7 +39,7 @@ def test_what_cannot_run_is_a_row_with_the_reason(
             expected = "device is cpu" if "llamapro" in row["by"] else "measured on a GPU only"
             assert row["refused"].startswith(expected) and row["refused"] in printed
     others = {row["by"] for row in result["rows"] if row["op"] == "attention"}
-    assert {"llamapro", "cudnn", "flash", "flex"} <= others
+    assert {"llamapro", "cudnn", "flash", "flex", "flash 3", "flash 4"} <= others
     assert len(printed.splitlines()) == 1 + len(result["rows"])
     assert result["versions"]["torch"] == torch.__version__
 
@@ -76,7 +77,7 @@ def test_ratio_is_to_the_fastest_other(monkeypatch: pytest.MonkeyPatch) -> None:
     case = time_kernels.Case(
         "op", "shape", "forward", 8e9, "GB/s", lambda: [torch.ones(1)], functions
     )
-    monkeypatch.setattr(time_kernels, "seconds", lambda function, _: times[function()])
+    monkeypatch.setattr(time_kernels, "seconds", lambda function, _: (times[function()], "clock"))
     rows = {row["by"]: row for row in time_kernels.measure(case, torch.device("cpu"), 16.0)}
     assert {name: row["rate"] for name, row in rows.items() if "rate" in row} == {
         "llamapro": 4.0,
@@ -90,7 +91,7 @@ def test_ratio_is_to_the_fastest_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sweep_prints_sound_tiles_as_lines_of_the_table(root: Path, tmp_path: Path) -> None:
-    """A tile that spills is left out; without a GPU nothing claims to have been timed."""
+    """What a tile spills is told; without a GPU nothing claims to have been timed."""
     file = tmp_path / "sweep.json"
     command = [
         sys.executable, str(root / "benchmarks" / "sweep_attention.py"), "--kernel", "forward",
@@ -101,10 +102,62 @@ def test_sweep_prints_sound_tiles_as_lines_of_the_table(root: Path, tmp_path: Pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     head, *lines = done.stdout.splitlines()
-    assert head == "forward sm_80 BLOCK_D 64 bf16: 1 of 2 candidates are sound"
-    assert len(lines) == 1
+    assert head == "forward sm_80 BLOCK_D 64 bf16: 2 of 2 candidates are sound"
     assert lines[0].strip().startswith('("forward", 80, 64, 2): Tile(64, 32, 4, 2),  # ')
     assert ("not timed" in lines[0]) != torch.cuda.is_available()
-    best, worst = json.loads(file.read_text())["entries"][0]["candidates"]
-    assert best["tile"] == [64, 32, 4, 2] and not best["problems"]
-    assert any(problem.startswith("spills") for problem in worst["problems"])
+    rows = json.loads(file.read_text())["entries"][0]["candidates"]
+    spilled = {tuple(row["tile"]): row["spilled_bytes"] for row in rows}
+    assert spilled[64, 32, 4, 2] == 0 < spilled[128, 128, 4, 1]
+    assert [
+        f"spills {size} B" in line for size, line in zip(spilled.values(), lines, strict=True)
+    ] == [size > 0 for size in spilled.values()]
+
+
+def test_the_parts_of_a_gpu_run_follow_each_other_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part that takes too long is ended, the next ones run; its own file has what it timed."""
+
+    def run(words: list[str], timeout: float, **_: Any) -> Any:
+        if "time_kernels.py" not in words[1]:
+            raise subprocess.TimeoutExpired(words, timeout)
+        monkeypatch.setattr(sys, "argv", words[1:])
+        time_kernels.main()
+        return subprocess.CompletedProcess(words, 0)
+
+    words = ["gpu.py", "--out-dir", str(tmp_path), "--lengths", "32"]
+    monkeypatch.setattr(sys, "argv", [*words, "--only", "step", "attention", "sweep"])
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1 and sum(gpu.MINUTES.values()) <= 25
+    parts = json.loads((tmp_path / "parts.json").read_text())["parts"]
+    assert [(part["part"], part["ended"]) for part in parts] == [
+        ("sweep", "ended early"),
+        ("attention", "exit status 0"),
+        ("step", "ended early"),
+    ]
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert {row["op"] for row in rows} == {"attention"} and "S=32 " in rows[0]["shape"]
+    assert "attention  exit status 0" in capsys.readouterr().out
+
+
+def test_what_was_timed_before_a_failure_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of figures is written after every case."""
+    measure, calls = time_kernels.measure, []
+
+    def failing(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    file = tmp_path / "rows.json"
+    monkeypatch.setattr(time_kernels, "measure", failing)
+    monkeypatch.setattr(sys, "argv", ["time_kernels.py", "--op", "attention", "--out", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        time_kernels.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["direction"] for row in rows} == {"forward"}
