@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,12 +121,8 @@ def test_a_template_s_date_is_the_run_s(
     clock.write_text("{{ strftime_now('%d %b %Y %H:%M') }}" + BUILT_IN["llama2"])
     days = iter([datetime(2031, 5, 6, 7, 8), datetime(2031, 5, 9, 7, 8)])
 
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return next(days)
-
-    monkeypatch.setattr(job, "datetime", Clock)
+    clock_of_job = SimpleNamespace(now=lambda: next(days), fromisoformat=datetime.fromisoformat)
+    monkeypatch.setattr(job, "datetime", clock_of_job)
     changes = {"data__chat_template": clock, "data__cache_dir": tmp_path / "cache"}
     train.main(options(tmp_path / "run", train__steps=2, **changes))
     saved = load_state(training_checkpoints(tmp_path / "run")[-1])
