@@ -18,7 +18,7 @@ help:  ## list these targets
 demo: .venv/ready  ## train a base, expand it, train its new blocks: about 5 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
 
-smollm: .venv/ready  ## teach SmolLM2-135M German messages: 15 minutes on 2 cores, and a download
+smollm: .venv/ready  ## teach SmolLM2-135M German labels: 15 minutes on 2 cores, and a download
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/smollm.sh
 
 study: .venv/ready  ## run the paper's comparisons: about an hour on 2 cores
