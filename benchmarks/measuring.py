@@ -1,11 +1,13 @@
 """Code that the benchmarks share: options, machine, versions, table, and the file of figures."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -53,6 +55,29 @@ def versions(*packages: str) -> dict[str, str | None]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+class Stopwatch:
+    """Moments of the GPU's work, without waiting for it, or of the clock on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.is_gpu = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.is_gpu:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def laps(self) -> list[float]:
+        """Returns the seconds between the marks; waits for the last."""
+        pairs = itertools.pairwise(self.marks)
+        if not self.is_gpu:
+            return [end - start for start, end in pairs]
+        self.marks[-1].synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
 def write(file: Path | None, result: dict[str, Any]) -> None:

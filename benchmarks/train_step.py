@@ -19,11 +19,9 @@ with parameters, gradients and moments. On a CPU, `--size tiny` in fp32 shows th
 
 import argparse
 import gc
-import itertools
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -198,29 +196,6 @@ def build(
 # ---- Measuring ---------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """Moments of the GPU's work, without waiting for it, or of the clock on a CPU."""
-
-    def __init__(self, device: torch.device):
-        self.is_gpu = device.type == "cuda"
-        self.marks: list[Any] = []
-
-    def mark(self) -> None:
-        if self.is_gpu:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def laps(self) -> list[float]:
-        """Returns the seconds between the marks; waits for the last."""
-        pairs = itertools.pairwise(self.marks)
-        if not self.is_gpu:
-            return [end - start for start, end in pairs]
-        self.marks[-1].synchronize()
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
-
-
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Returns train.py's optimizer at a constant rate."""
     optimizer = build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
@@ -251,7 +226,7 @@ def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]
     for step in range(args.warmup + args.steps):
         if step == args.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        watch = Stopwatch(device)
+        watch = measuring.Stopwatch(device)
         watch.mark()
         loss = loss_of(inputs, targets)
         watch.mark()

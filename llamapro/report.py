@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from llamapro import cli
-from llamapro.errors import ConfigError, DataError
+from llamapro.errors import ConfigError
 from llamapro.files import user_path
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.training.metrics import LAST_RECORDS, Run, read_run, summarize
@@ -275,17 +275,6 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str,
     if not run_dirs:
         raise ConfigError("no run directory given; usage: llamapro report RUN_DIR...")
     names = _names(run_dirs)
-    try:
-        return _write_report(run_dirs, names, out)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A log may have been edited, or come from a stranger: values of any kind.
-        raise DataError(
-            f"{', '.join(map(str, run_dirs))}: metrics.jsonl or run.json has a value of another "
-            f"kind ({type(error).__name__}: {error}); restore the file"
-        ) from None
-
-
-def _write_report(run_dirs: Sequence[Path], names: list[str], out: Path | None) -> dict[str, Any]:
     runs = [read_run(path, name) for path, name in zip(run_dirs, names, strict=True)]
     sets = list(dict.fromkeys(name for run in runs for name in run.evals))
     summaries = [summarize(run, sets) for run in runs]
@@ -294,7 +283,8 @@ def _write_report(run_dirs: Sequence[Path], names: list[str], out: Path | None) 
     try:
         out.mkdir(parents=True, exist_ok=True)
         plot(runs, summaries, picture)
-        page.write_text(markdown(runs, summaries, picture.name) + "\n", encoding="utf-8")
+        text = markdown(runs, summaries, picture.name) + "\n"
+        page.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
     return {"runs": summaries, "files": [str(picture), str(page)]}

@@ -74,6 +74,15 @@ def test_success_exits_0_with_the_result_alone() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "result\n", "")
 
 
+def test_a_value_of_any_length_leaves_a_short_message() -> None:
+    """The file's name and the fix stay; what lies between is left out."""
+    done = run("raise DataError('x.json: ' + 'a' * 500_000 + '; remove it')")
+    assert done.returncode == 2 and len(done.stderr) < 2000
+    assert done.stderr.startswith("DataError: x.json: aaa") and done.stderr.endswith(
+        "; remove it\n"
+    )
+
+
 @pytest.mark.parametrize("kind", ["ConfigError", "CheckpointError", "DataError"])
 def test_users_mistake_is_one_line_and_exit_2(kind: str) -> None:
     """Kind and message on one line of standard error, no traceback, nothing on standard output."""

@@ -265,3 +265,38 @@ def test_command_exits_2_on_a_mistake_without_a_traceback(tmp_path: Path, root: 
     assert done.stdout == ""
     assert done.stderr.startswith("DataError: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", -1),
+        ("step", True),
+        ("loss", "low"),
+        ("tokens", [1]),
+        ("elapsed_s", 10**400),
+        ("tokens_per_s", False),
+        ("set", {}),
+    ],
+)
+def test_a_log_with_a_value_of_another_kind_is_refused(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    """The message names the line."""
+    run = make_run(tmp_path / "run", {"code": (2.0, 1.0)})
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | {key: value})
+    log.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:4: expected a JSON object with 'kind'"):
+        write_report([run])
+
+
+def test_a_count_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    """It stands in run.json."""
+    run = make_run(tmp_path / "run", {"code": (2.0, 1.0)})
+    info = json.loads((run / "run.json").read_text())
+    info["parameters"]["total"] = "many"
+    (run / "run.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"run\.json: parameters\.total is 'many', not a number"):
+        write_report([run])

@@ -28,6 +28,12 @@ OLD_LISTED = LISTED | {"rng.safetensors"}
 FORMAT_VERSION = 2  # of training checkpoints; the first one's manifests do not say it
 MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
 
+# Values of the log that are read again; null where they were not finite.
+_NUMBERS = (
+    *("loss", "learning_rate", "tokens", "tokens_seen", "tokens_per_s"),
+    *("elapsed_s", "memory_bytes"),
+)
+
 
 def training_checkpoints(run_dir: Path) -> list[Path]:
     """Lists a run's complete training checkpoints, oldest first.
@@ -204,16 +210,24 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:  # not JSON, or not even UTF-8
             record = None
-        if (
-            isinstance(record, dict)
-            and isinstance(record.get("step"), int)
-            and isinstance(record.get("kind"), str)
-        ):
+        if isinstance(record, dict) and _is_record(record):
             records.append(record)
         elif number < len(lines):  # only the line that no newline ends can be half-written
             shown = line[:60].decode("utf-8", errors="replace")
             raise DataError(
-                f"{path}:{number}: expected a JSON object with 'kind' and 'step', found {shown!r}; "
-                "remove this line"
+                f"{path}:{number}: expected a JSON object with 'kind', 'step' and numbers, found "
+                f"{shown!r}; remove this line"
             )
     return records
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether kind, step and the values that are read of a record are of their types."""
+    numbers = [record[key] for key in _NUMBERS if record.get(key) is not None]
+    return (
+        type(step := record.get("step")) is int
+        and 0 <= step < 1 << 63
+        and isinstance(record.get("kind"), str)
+        and isinstance(record.get("set", ""), str)
+        and all(type(value) in (int, float) and abs(value) < 1 << 63 for value in numbers)
+    )

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -78,13 +79,17 @@ def compiled(source: str) -> Render:
     return render
 
 
-@lru_cache
 def compiled_apart(source: str) -> Render:
     """Returns a stranger's template, which is compiled and rendered in a process with limits.
 
     Raises:
         TemplateError: it is wrong, or takes too much; then it is not started again.
     """
+    return _started(source, os.getpid())  # a fork must not talk to the process of another
+
+
+@lru_cache
+def _started(source: str, _owner: int) -> Render:
     paths = os.pathsep.join(path for path in sys.path if path)
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
@@ -94,14 +99,15 @@ def compiled_apart(source: str) -> Render:
         stderr=subprocess.DEVNULL,
     )
     assert process.stdin and process.stdout
-    requests, replies = process.stdin, process.stdout
+    requests, replies, one_at_a_time = process.stdin, process.stdout, threading.Lock()
 
     def ask(request: Any) -> str:
         try:
-            pickle.dump(request, requests)
-            requests.flush()
-            kind, size = replies.read(1), int.from_bytes(replies.read(8), "big")
-            text = replies.read(size).decode(errors="surrogatepass")
+            with one_at_a_time:
+                pickle.dump(request, requests)
+                requests.flush()
+                kind, size = replies.read(1), int.from_bytes(replies.read(8), "big")
+                text = replies.read(size).decode(errors="surrogatepass")
         except OSError:
             kind = b""
         if not kind:

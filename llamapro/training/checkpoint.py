@@ -13,11 +13,9 @@ whole, one by one, so the files do not depend on the number of processes.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,9 +29,6 @@ from llamapro.checkpoints.run import (
     OPTIMIZER_FILE,
     STATE_FILE,
     TRAINABLE_FILE,
-    newest_intact,
-    read_state,
-    training_checkpoints,
     write_manifest,
 )
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
@@ -42,6 +37,7 @@ from llamapro.errors import CheckpointError, UserError, warn
 from llamapro.files import output_directory
 from llamapro.training.distributed import Ranks
 from llamapro.training.lock import check_holder
+from llamapro.training.retention import make_way, remove_old
 from llamapro.training.settings import SaveSettings
 from llamapro.training.weights import stored_name, stored_part, stored_shape
 
@@ -224,7 +220,7 @@ class Saver:
     ) -> None:
         """Does the main rank's work, in either thread; its only collectives are in `tensors`."""
         check_holder(self._run_dir)
-        _make_way(target)
+        make_way(target)
         moments = [TensorSpec(f"{s.name}.{m}", s.dtype, s.shape) for s in specs for m in MOMENTS]
 
         def next_tensor(_: TensorSpec) -> Iterator[memoryview]:
@@ -299,68 +295,3 @@ def _vote(ranks: Ranks, failures: list[str]) -> None:
     for failure in found:
         if failure:
             raise CheckpointError(failure)
-
-
-def _make_way(target: Path) -> None:
-    """Deletes the remains of a killed process, and a damaged training checkpoint at the target."""
-    _remove_leftovers(target.parent)
-    if not target.exists():
-        return
-    try:
-        read_state(target)
-    except CheckpointError:
-        _remove(target)
-    else:
-        raise CheckpointError(f"{target}: exists and is intact; it is not replaced")
-
-
-def _remove_leftovers(directory: Path) -> None:
-    with suppress(OSError):  # the next save tries again
-        for stale in directory.glob(".step-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    """Hides, then deletes, so that a directory named step-* is complete even after a kill."""
-    hidden = path.with_name(f".{path.name}.removed")
-    try:
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)  # the next save tries again
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from None
-
-
-def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> list[str]:
-    """Deletes all but the latest training checkpoints and the newest intact one.
-
-    Before anything is deleted the newest is read back from the disk and checked.
-
-    Args:
-        run_dir: the run directory, locked.
-        keep: number of the latest checkpoints that stay.
-        keep_every: checkpoints whose step is a multiple of this stay too; 0 keeps none of them.
-
-    Returns:
-        A message for each one that cannot be removed, or if they cannot be listed.
-
-    Raises:
-        CheckpointError: none is intact.
-    """
-    _remove_leftovers(run_dir / "checkpoints")
-    failures: list[str] = []
-    try:
-        old = training_checkpoints(run_dir)[:-keep]
-    except CheckpointError as error:
-        return [str(error)]
-    if keep_every:
-        old = [path for path in old if int(path.name.removeprefix("step-")) % keep_every]
-    if not old:
-        return failures
-    newest, _ = newest_intact(run_dir)
-    for path in old:
-        if path != newest:
-            try:
-                _remove(path)
-            except CheckpointError as error:
-                failures.append(str(error))
-    return failures

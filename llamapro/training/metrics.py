@@ -302,11 +302,14 @@ def read_run(path: Path, name: str) -> Run:
     if not (path / RUN_FILE).exists():
         raise DataError(f"{path}: no {RUN_FILE}; is this a run directory?")
     run = Run(name, path, read_json(path / RUN_FILE, error=DataError), [], {})
+    for key in ("trainable", "total"):
+        if type(count := run.setting("parameters", key)) not in (int, type(None)):
+            raise DataError(f"{path / RUN_FILE}: parameters.{key} is {count!r:.80}, not a number")
     for record in read_metrics(path):  # in order, and each step once: see `MetricsLog`
         if record["kind"] == "train":
             run.train.append(record)
         elif record["kind"] == "eval":
-            run.evals.setdefault(str(record.get("set", "")), []).append(record)
+            run.evals.setdefault(record.get("set", ""), []).append(record)
     return run
 
 

@@ -135,11 +135,7 @@ FREE_TO_CHANGE = {
     "save.every", "save.keep", "save.keep_every", "save.background",
 }  # fmt: skip
 # Differences in these are not reported.
-UNREPORTED = {"config", "run_dir", "processes", "resume.allow", "log_seconds"} | {
-    "dry_run",
-    "json",
-    "device",
-}
+UNREPORTED = set("config run_dir processes resume.allow log_seconds dry_run json device".split())
 
 
 def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]:

@@ -21,18 +21,10 @@ from llamapro.text.mixture import PackedSequences
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 
+LAYERS = 4
 TOPS = [1, 3]
 IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))
 INPUTS = IDS[:, :-1]
-
-
-@pytest.fixture(scope="module")
-def base(
-    tmp_path_factory: pytest.TempPathFactory,
-    write_random_checkpoint: Callable[..., Path],
-    tiny_config: Callable,
-) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("study") / "base", tiny_config())
 
 
 def trained(model: torch.nn.Module) -> set[str]:

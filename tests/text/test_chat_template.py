@@ -1,10 +1,12 @@
 """Chat templates: ids as transformers', trained tokens exactly the assistant's, no injection."""
 
 import json
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -572,3 +574,17 @@ def test_a_token_that_the_template_writes_is_plain_in_messages(
     assert ids.count(size) == ids.count(size + 1) == 2
     with pytest.raises(DataError, match="no characters; remove them"):
         template.encode([CHAT[1], CHAT[4] | {"name": "\ufdd1"}])
+
+
+def test_threads_and_forks_get_their_own_renderings() -> None:
+    """One process renders for all threads of a process, and another one for its fork."""
+    source = "{{ x }} {{ x * 2 }}"
+    render = sandbox.compiled_apart(source)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x: render({"x": x}, None), range(200)))
+    assert found == [f"{x} {x * 2}" for x in range(200)]
+    if not (child := os.fork()):
+        own = sandbox.compiled_apart(source)
+        os._exit(own is render or own({"x": 3}, None) != "3 6")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sandbox.compiled_apart(source) is render and render({"x": 4}, None) == "4 8"

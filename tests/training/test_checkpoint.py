@@ -33,10 +33,11 @@ from llamapro.checkpoints.run import (
 )
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.training import checkpoint as train_state
-from llamapro.training.checkpoint import Saver, remove_old
+from llamapro.training.checkpoint import Saver
 from llamapro.training.distributed import Ranks, process_group
 from llamapro.training.lock import locked, run_lock
 from llamapro.training.resume import load_optimizer
+from llamapro.training.retention import remove_old
 from llamapro.training.settings import SaveSettings
 
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safetensors"]
@@ -311,13 +312,13 @@ def test_what_is_not_a_plain_file_is_not_opened(run_dir: Path, name: str) -> Non
 @pytest.fixture
 def let_go(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Whoever writes is held before the first change of a file until this is set."""
-    event, make_way = threading.Event(), train_state._make_way
+    event, make_way = threading.Event(), train_state.make_way
 
     def wait(target: Path) -> None:
         assert event.wait(60)
         make_way(target)
 
-    monkeypatch.setattr(train_state, "_make_way", wait)
+    monkeypatch.setattr(train_state, "make_way", wait)
     return event
 
 
