@@ -192,7 +192,8 @@ def _table_rows(
             for row in range(len(batch)):
                 values = {name: batch[name][row].as_py() for name in batch.schema.names}
                 yield {name: _without_nulls(value) for name, value in values.items()}
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+        # A KeyError is pyarrow's own: its parts name columns differently.
         raise UnreadableError(f"not a parquet file, or a damaged one ({error})") from None
     except (ValueError, OverflowError) as error:  # such as a time beyond Python's datetime
         raise UnreadableError(f"a column has values that cannot be read ({error})") from None

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -460,6 +461,22 @@ def test_damaged_table_is_refused_by_name(
         (tmp_path / "a.parquet").write_bytes(damaged)
         with pytest.raises(DataError, match=r"a\.parquet:1: not a parquet file, or a damaged one"):
             make(tmp_path / "a.parquet")
+
+
+def test_a_parquet_file_that_names_a_column_differently_is_refused(
+    tmp_path: Path, write_parquet: WriteParquet
+) -> None:
+    """The schema has the name, and so has each part; one changed letter is no traceback."""
+    write_parquet(tmp_path / "a.parquet", {"rows": [[{"zebra": "one"}], [{"zebra": "two"}]]})
+    data, said = (tmp_path / "a.parquet").read_bytes(), set()
+    for found in re.finditer(b"zebra", data):
+        changed = data[: found.start()] + b"zebrA" + data[found.end() :]
+        (tmp_path / "b.parquet").write_bytes(changed)
+        try:
+            said.add(len(list(read_rows(tmp_path / "b.parquet"))))
+        except DataError as error:
+            said.add(str(error))
+    assert any("not a parquet file, or a damaged one" in str(text) for text in said), said
 
 
 def test_missing_pyarrow_is_told_with_the_command(
