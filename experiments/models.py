@@ -39,7 +39,9 @@ class TwoDownProjections(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         weight = mlp.down_proj.weight
-        self.new_down_proj = type(mlp.down_proj)(weight.shape[1], weight.shape[0]).to(weight)
+        self.new_down_proj = type(mlp.down_proj)(weight.shape[1], weight.shape[0], bias=False).to(
+            weight
+        )
         nn.init.zeros_(self.new_down_proj.weight)
         self.scales = nn.Parameter(torch.tensor([1.0, 0.0]).to(weight))
 

@@ -33,15 +33,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 # ---- Matrix products ----------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T: (..., C), (F, C) -> (..., F).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T, plus the bias if there is one: (..., C), (F, C), (F,) -> (..., F).
 
     oneDNN takes half the time of MKL, which PyTorch uses, for fp32 on AMD processors. It is the
     operator that `torch.compile` puts in place of `nn.Linear`. Not every build has it.
     """
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _HAS_ONEDNN:
-        return _Linear.apply(x, weight)
-    return F.linear(x, weight)
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
@@ -49,28 +49,29 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 )
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T; with g = dL/dy: dL/dx = g W, dL/dW = g^T x."""
+    """y = x W^T + b; with g = dL/dy: dL/dx = g W, dL/dW = g^T x, dL/db = sum of g over rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        needs_x, needs_weight = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return _onednn(x, weight)
+        return _onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = _onednn(grad, weight.t()) if weight is not None else None
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[2] else None
         if x is None:
-            return grad_x, None
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        return grad_x, _onednn(grad_rows.t(), rows.t())
+            return grad_x, None, grad_bias
+        return grad_x, _onednn(grad_rows.t(), x.reshape(-1, x.shape[-1]).t()), grad_bias
 
 
 # ---- Norm, rotation, activation -----------------------------------------------------------------

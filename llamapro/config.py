@@ -1,7 +1,7 @@
 """The model's configuration: Hugging Face's `config.json`, read strictly, and the expansion record.
 
-LLaMA 1 to 3.2, Code Llama, TinyLlama and Mistral differ in these numbers only. Whatever
-`llamapro/model.py` cannot compute (biases, other activations, experts, ...) is refused by the
+LLaMA 1 to 3.2, Code Llama, TinyLlama, Mistral, Qwen2 and Qwen3 differ in these values only.
+Whatever `llamapro/model.py` cannot compute (other activations, experts, ...) is refused by the
 field's name, so no model is ever computed wrongly.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.errors import ConfigError, warn
-from llamapro.fields import Fields, RopeScaling, read_rope
+from llamapro.fields import LAYER_TYPES, Fields, RopeScaling, read_rope, read_window
 from llamapro.files import read_json
 
 
@@ -84,14 +84,29 @@ class ExpansionRecord:
         return {key: value for key, value in raw.items() if value is not None}
 
 
-# The value that transformers assumes for an absent field, where the two kinds differ.
+# The values that transformers assumes for absent fields, where the kinds differ.
+_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+_QWEN: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
+    "llama": _IDS | {"max_position_embeddings": 2048},
+    "mistral": _IDS
+    | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
+# The fields that say which biases there are. Qwen2 has those of q, k and v whatever it says.
+_BIASES: dict[str, tuple[str, ...]] = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "mistral": (),
+    "qwen2": ("attention_bias",),
+    "qwen3": ("attention_bias",),
 }
 # A field that is present must have one of these values: the model computes nothing else.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -99,8 +114,6 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
     "quantization_config": (None,),
 }
 _SIZES = (
@@ -118,9 +131,12 @@ class ModelConfig:
     """A LLaMA's hyper-parameters under Hugging Face's names.
 
     Attributes:
-        model_type: "llama" or "mistral".
+        model_type: "llama", "mistral", "qwen2" or "qwen3".
         sliding_window: the number of positions that a token sees, itself included (Mistral 7B
             v0.1); None means all before it.
+        attention_bias: whether q_proj, k_proj and v_proj have biases.
+        o_proj_bias, mlp_bias: whether o_proj has one, and whether all three of the MLP have.
+        qk_norm: whether queries and keys are normed, head by head, before they are rotated.
         raw: the whole `config.json`. Keys unknown to this class survive a rewrite.
         directory: where this, or the base that was expanded, was read from; None if made in memory.
         expansion: the `llamapro` record, or None for a model that was never expanded.
@@ -144,6 +160,10 @@ class ModelConfig:
     model_type: str = "llama"
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
+    attention_bias: bool = False
+    o_proj_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     directory: Path | None = field(default=None, compare=False, repr=False)
 
@@ -169,7 +189,7 @@ class ModelConfig:
         """
         model_type = raw.get("model_type", "llama")
         if model_type not in [*_DEFAULTS]:  # a list has no hash
-            supported = " and ".join(map(repr, _DEFAULTS))
+            supported = ", ".join(map(repr, _DEFAULTS))
             raise ConfigError(
                 f"{where}: model_type {model_type!r} is not supported (only {supported})"
             )
@@ -177,7 +197,7 @@ class ModelConfig:
         wrong = fields.wrong
         wrong += _typos(raw, [f.name for f in dataclasses.fields(cls)])
         sizes = {key: fields.number(key) for key in _SIZES}
-        sizes |= _heads(raw, sizes, fields)
+        sizes |= _heads(sizes, fields)
         for key, allowed in _ONLY_SUPPORTED.items():
             if key in raw and raw[key] not in allowed:
                 wrong.append(f"{key} {raw[key]!r} is not supported (only {allowed[0]!r})")
@@ -185,15 +205,12 @@ class ModelConfig:
         if (layers := sizes["num_hidden_layers"]) > MAX_LAYERS:
             wrong.append(f"num_hidden_layers is {layers:,}, over {MAX_LAYERS:,}")
         theta, scaling = read_rope(raw, fields)
-        has_window = model_type == "mistral" and fields.raw.get("sliding_window") is not None
-        expected = "sliding_attention" if has_window else "full_attention"
-        types = raw.get("layer_types") or [expected]
-        if not isinstance(types, list) or any(kind != expected for kind in types):
-            wrong.append(f"layer_types {types!r:.80} is not supported (only {expected!r} for all)")
-        tied = raw.get("tie_word_embeddings", False)
-        if not isinstance(tied, bool):
-            wrong.append(f"tie_word_embeddings is {tied!r}, expected true or false")
-        bos, eos = raw.get("bos_token_id", 1), raw.get("eos_token_id", 2)
+        window = read_window(model_type, min(layers, MAX_LAYERS), fields)
+        biases = {key: fields.flag(key) for key in ("attention_bias", "mlp_bias")}
+        for key, given in biases.items():
+            if given and key not in _BIASES[model_type]:
+                wrong.append(f"{key} True is not supported for {model_type!r} (only False)")
+        bos, eos = fields.raw["bos_token_id"], fields.raw["eos_token_id"]
         ends = eos if isinstance(eos, list) else [eos]
         if any(type(i) not in (int, type(None)) for i in (bos, *ends)):
             wrong.append(f"bos_token_id {bos!r:.80} or eos_token_id {eos!r:.80} is no token id")
@@ -202,13 +219,17 @@ class ModelConfig:
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6, float),
             rope_theta=theta,
             max_position_embeddings=fields.number("max_position_embeddings"),
-            tie_word_embeddings=tied,
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
             initializer_range=fields.number("initializer_range", 0.02, float),
             bos_token_id=bos,
             eos_token_ids=tuple(i for i in ends if i is not None),
             model_type=model_type,
             rope_scaling=scaling,
-            sliding_window=fields.number("sliding_window") if has_window else None,
+            sliding_window=window,
+            attention_bias=biases["attention_bias"] or model_type == "qwen2",
+            o_proj_bias=biases["attention_bias"] and model_type != "qwen2",
+            mlp_bias=biases["mlp_bias"],
+            qk_norm=model_type == "qwen3",
             raw=raw,
         )
         if wrong:
@@ -234,8 +255,9 @@ class ModelConfig:
         """Returns this configuration with other sizes and another `llamapro` record, or none."""
         sizes: dict[str, Any] = {"num_hidden_layers": num_hidden_layers, "vocab_size": vocab_size}
         raw = {key: value for key, value in self.raw.items() if key != "llamapro"} | sizes
-        if raw.get("layer_types"):  # the same for every layer
-            raw["layer_types"] = raw["layer_types"][:1] * num_hidden_layers
+        if raw.get("layer_types") or raw.get("use_sliding_window"):  # the same for every layer
+            kind = LAYER_TYPES[self.sliding_window is not None]
+            raw["layer_types"] = [kind] * num_hidden_layers
         if record is not None:
             raw["llamapro"] = record.to_dict()
         return dataclasses.replace(self, **sizes, expansion=record, raw=raw)
@@ -296,11 +318,11 @@ def _typos(raw: dict[str, Any], known: list[str]) -> Iterator[str]:
             yield f"unknown key {key!r} (did you mean {near[0]!r}?)"
 
 
-def _heads(raw: dict[str, Any], sizes: dict[str, int], fields: Fields) -> dict[str, int]:
+def _heads(sizes: dict[str, int], fields: Fields) -> dict[str, int]:
     """Reads num_key_value_heads and head_dim, and checks that the heads fit together."""
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     kv_heads = fields.number("num_key_value_heads", heads)
-    if raw.get("head_dim") is None and hidden % heads:
+    if fields.raw.get("head_dim") is None and hidden % heads:
         fields.wrong.append(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
         )

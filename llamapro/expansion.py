@@ -6,11 +6,11 @@ stacked on top of it, so L becomes L + N * P. Four blocks, with N = 2 and P = 1:
     base        0  1      2  3
     expanded    0  1  1'  2  3  3'
 
-In each copy `o_proj` (the paper's W_O) and `down_proj` (W_3) are zero. Both residual branches add
-exactly 0, so the expanded model computes what the base computes, to the bit. Everything else is
-copied, both norms included: a norm of 0 would give the identity too, but its gradient would stay 0
-forever (Appendix A). At the first step only the two zero matrices have a gradient; from the second
-all nine tensors do.
+In each copy `o_proj` (the paper's W_O) and `down_proj` (W_3) are zero, and so are their biases if
+there are any. Both residual branches add exactly 0, so the expanded model computes what the base
+computes, to the bit. Everything else is copied, both norms included: a norm of 0 would give the
+identity too, but its gradient would stay 0 forever (Appendix A). At the first step only what is
+zero has a gradient; from the second all of the block's tensors do.
 """
 
 import re
@@ -24,8 +24,9 @@ from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.model import LlamaForCausalLM
 
-# The last matrix of each residual branch. Where it is zero, the whole branch adds zero.
-ZERO_IN_NEW_BLOCKS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+# The last matrix of each residual branch, and its bias. Where both are zero, the branch adds zero.
+_LAST = ("self_attn.o_proj", "mlp.down_proj")
+ZERO_IN_NEW_BLOCKS = tuple(f"{last}.{part}" for last in _LAST for part in ("weight", "bias"))
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -84,7 +85,7 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
             f"{num_layers} layers into equal groups; choose one of "
             f"{', '.join(map(str, fitting)) or 'another P'}, or list base layers with --after"
         )
-    # A group has M blocks. The copies keep the order that their sources have.
+    # The copies keep the order that their sources have.
     M = num_layers * P // num_new_blocks
     tops = range(M - 1, num_layers, M)
     return place(num_layers, {top: range(top - P + 1, top + 1) for top in tops})
@@ -131,8 +132,7 @@ def expand_config(
         base_sha256: `Checkpoint.sha256()` of the base.
         new_tokens: the number of tokens that are added to the vocabulary.
     """
-    # An expanded model can be expanded again. Its earlier new blocks stay on record, at their new
-    # places, but belong to the base from now on.
+    # Earlier new blocks stay on record, at their new places, but belong to the base from now on.
     moved_to = layout.base_layers
     generations = []
     if (earlier := config.expansion) is not None:
@@ -158,9 +158,8 @@ def expand_names(base_names: Iterable[str], layout: Layout) -> dict[str, tuple[s
         Name in the expanded model -> (name in the base, is_zero). The tensor is the base's or, if
         is_zero, zeros of its shape.
     """
-    # Embedding, final norm and head are in no block and stay as they are.
     inside: dict[int, list[str]] = {}
-    outside = []
+    outside = []  # embedding, final norm and head are in no block and stay as they are
     for name in base_names:
         if match := _LAYER.fullmatch(name):
             inside.setdefault(int(match[1]), []).append(match[2])

@@ -1,4 +1,4 @@
-"""Fields of a `config.json`, read strictly: numbers, and the settings of RoPE.
+"""Fields of a `config.json`, read strictly: numbers, flags, the sliding window, RoPE's settings.
 
 transformers 4 writes `rope_theta` beside `rope_scaling`, 5 writes both into `rope_parameters`. A
 file that was edited, or written for both, may have all three; they must say the same.
@@ -29,6 +29,7 @@ class RopeScaling:
     original_max_position_embeddings: float = 0.0
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -61,6 +62,35 @@ class Fields:
             self.wrong.append(f"{key} is {value!r}, expected a whole number")
             return 1
         return kind(value)
+
+    def flag(self, key: str) -> bool:
+        """Returns a bool; False if the key is absent, null, or wrong."""
+        value = self.raw.get(key)
+        if not isinstance(value, bool | None):
+            self.wrong.append(f"{key} is {value!r:.80}, expected true or false")
+        return value is True
+
+
+def read_window(model_type: str, layers: int, fields: Fields) -> int | None:
+    """Reads the sliding window, which must be that of every layer or of none."""
+    raw, is_qwen = fields.raw, model_type.startswith("qwen")
+    is_on = model_type == "mistral" or (is_qwen and fields.flag("use_sliding_window"))
+    window, kinds = None, [LAYER_TYPES[0]]
+    if is_on and raw.get("sliding_window") is not None:
+        # Mistral has it in every layer. Qwen can leave it out of the lowest, or of all.
+        window = fields.number("sliding_window")
+        kinds = [*LAYER_TYPES] if is_qwen else [LAYER_TYPES[1]]
+    key, types = "layer_types", raw.get("layer_types")
+    if not types:
+        key, first = "max_window_layers", raw.get("max_window_layers") if is_qwen else 0
+        first = first if type(first) is int else 1  # lowest layer that has the window
+        types = [LAYER_TYPES[window is not None and i >= first] for i in range(layers)]
+    if types not in [[kind] * layers for kind in kinds]:
+        allowed = " or ".join(map(repr, kinds))
+        fields.wrong.append(
+            f"{key} {raw[key]!r:.80} is not supported (only {allowed} for all {layers} layers)"
+        )
+    return window if types == [LAYER_TYPES[1]] * layers else None
 
 
 def read_rope(raw: dict[str, Any], fields: Fields) -> tuple[float, RopeScaling | None]:

@@ -32,13 +32,10 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines of the positions: (B, T, D) 
 
 
 class Linear(nn.Linear):
-    """y = x W^T. LLaMA has no biases anywhere."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    """y = x W^T, and + b where the configuration says so. LLaMA's own models have no biases."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return ops.linear(x, self.weight)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -61,18 +58,21 @@ class Attention(nn.Module):
         C, D = config.hidden_size, config.head_dim
         H, KV = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.layer_index = D, layer_index
-        self.q_proj = Linear(C, H * D)
-        self.k_proj = Linear(C, KV * D)
-        self.v_proj = Linear(C, KV * D)
-        self.o_proj = Linear(H * D, C)
+        self.q_proj = Linear(C, H * D, config.attention_bias)
+        self.k_proj = Linear(C, KV * D, config.attention_bias)
+        self.v_proj = Linear(C, KV * D, config.attention_bias)
+        self.o_proj = Linear(H * D, C, config.o_proj_bias)
+        # Qwen3 norms each head's query and key; the heads share the D weights.
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(D, config.rms_norm_eps), norm(D, config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, rotary: Rotary, bounds: Bounds = None, cache: Past = None
     ) -> Tensor:
         # With KV < H, each group of H / KV query heads shares one key/value head.
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).view(heads)  # (B, T, H, D)
-        k = self.k_proj(x).view(heads)  # (B, T, KV, D)
+        q = self.q_norm(self.q_proj(x).view(heads))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(heads))  # (B, T, KV, D)
         v = self.v_proj(x).view(heads)  # (B, T, KV, D)
         # Positions enter here and nowhere else: the score of two tokens depends on their distance.
         q, k = ops.rope(q, *rotary), ops.rope(k, *rotary)
@@ -88,9 +88,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(C, F)
-        self.up_proj = Linear(C, F)
-        self.down_proj = Linear(F, C)
+        self.gate_proj = Linear(C, F, config.mlp_bias)
+        self.up_proj = Linear(C, F, config.mlp_bias)
+        self.down_proj = Linear(F, C, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         # The gate scales each of the F features before W_3 mixes them.

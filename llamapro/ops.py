@@ -26,9 +26,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @switched("linear")
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T: (..., C), (F, C) -> (..., F). LLaMA has no biases."""
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T, plus the bias if there is one: (..., C), (F, C), (F,) -> (..., F)."""
+    return F.linear(x, weight, bias)
 
 
 @switched("rms_norm")

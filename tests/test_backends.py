@@ -210,7 +210,8 @@ def model(
     # Small, because the interpreter needs about 50 ms for each launch.
     sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "head_dim": 24}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    config = tiny_config(num_hidden_layers=1, **sizes, **heads)
+    kind = {"model_type": "qwen3", "attention_bias": True}  # has all that a block can have
+    config = tiny_config(num_hidden_layers=1, **sizes, **heads, **kind)
     return expanded_model(config, random_tensors(config), device)
 
 
@@ -266,7 +267,7 @@ def test_the_whole_model_computes_and_trains_on_kernels(eager: Callable[[str], A
     (torch_loss, torch_gradients), (loss, gradients) = eager("torch"), eager("triton")
     # fp32 sums in another order, through 2 blocks.
     torch.testing.assert_close(loss, torch_loss, rtol=2e-6, atol=0)
-    assert set(gradients) == set(torch_gradients) and len(gradients) == 9
+    assert set(gradients) == set(torch_gradients) and len(gradients) == 9 + 4 + 2
     for name, gradient in gradients.items():
         expected = torch_gradients[name]
         assert (gradient - expected).norm() < 1e-5 * expected.norm(), name

@@ -189,13 +189,11 @@ def test_an_impossible_value_is_named(change: dict[str, Any], expected: str) -> 
         ("partial_rotary_factor", 0.5),
         ("layer_types", ["sliding_attention", "full_attention"]),
         ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("mlp_bias", True),
         ("quantization_config", {"bits": 4}),
     ],
 )
 def test_a_field_the_model_does_not_compute_is_refused_by_name(field: str, value: Any) -> None:
-    """Biases, other activations, quantized weights: never loaded and computed wrongly."""
+    """Other kinds and activations, quantized weights: never loaded and computed wrongly."""
     assert f"{field} {value!r} is not supported" in message(LLAMA_2_7B | {field: value})
 
 
@@ -222,10 +220,16 @@ def test_a_missing_size_is_named(key: str) -> None:
 
 def test_all_mistakes_are_in_one_message() -> None:
     """Five mistakes, one error."""
-    raw = LLAMA_2_7B | {"head_dim": 7, "mlp_bias": True, "rms_norm_eps": "x", "rope_theta": -1}
+    raw = LLAMA_2_7B | {"head_dim": 7, "mlp_bias": 1, "rms_norm_eps": "x", "rope_theta": -1}
     del raw["vocab_size"]
     found = message(raw)
-    for field in ("head_dim", "mlp_bias", "rms_norm_eps", "rope_theta", "vocab_size"):
+    for field in (
+        "head_dim",
+        "mlp_bias is 1, expected true or false",
+        "rms_norm_eps",
+        "rope_theta",
+        "vocab_size",
+    ):
         assert field in found
 
 
@@ -438,6 +442,62 @@ def test_llama_3_scaling_is_found_where_either_generation_writes_it(rope: dict[s
 def test_impossible_scaling_is_named(change: dict[str, Any], expected: str) -> None:
     """A number that is missing is not replaced by a default."""
     assert expected in message(LLAMA_2_7B | {"rope_scaling": LLAMA_3 | change})
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_qwen_has_its_own_defaults(kind: str) -> None:
+    """Those of transformers' own configurations, where a file does not say otherwise."""
+    theirs = getattr(transformers, f"{kind}Config")(**SIZES)
+    config = ModelConfig.from_dict(SIZES | {"model_type": kind.lower()})
+    same = ("num_key_value_heads", "max_position_embeddings", "sliding_window", "bos_token_id")
+    for name in (*same, "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert config.eos_token_ids == ()
+    assert config.head_dim == getattr(theirs, "head_dim", 4096 // 32)
+    biases = (config.attention_bias, config.o_proj_bias, config.mlp_bias, config.qk_norm)
+    assert biases == ((True, False, False, False) if kind == "Qwen2" else (False,) * 3 + (True,))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"use_sliding_window": False, "max_window_layers": 0}, None),
+        ({"sliding_window": None, "max_window_layers": 0}, None),
+        ({"max_window_layers": 0}, 4096),
+        ({"layer_types": ["sliding_attention"] * 32, "sliding_window": 64}, 64),
+        ({"layer_types": ["full_attention"] * 32, "max_window_layers": 0}, None),
+        ({"max_window_layers": 16}, "max_window_layers 16 is not supported (only 'full_att"),
+        ({"max_window_layers": "all"}, "max_window_layers 'all' is not supported"),
+        ({"layer_types": ["full_attention"] * 31}, "for all 32 layers"),
+        ({"layer_types": {"0": "full_attention"}}, "layer_types {'0'"),
+        ({"use_sliding_window": False, "layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ({"use_sliding_window": "yes"}, "use_sliding_window is 'yes', expected true or false"),
+    ],
+)
+def test_qwens_window_is_that_of_all_layers_or_of_none(
+    change: dict[str, Any], expected: int | str | None
+) -> None:
+    """It counts if it is turned on, in layers that the list or the lowest one names."""
+    raw = SIZES | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 32}
+    if isinstance(expected, str):
+        assert expected in message(raw | change)
+        return
+    config = ModelConfig.from_dict(raw | change)
+    assert config.sliding_window == expected
+    larger = transformers.Qwen2Config(**config.resized(40, 32000, None).raw)
+    kind = "full_attention" if expected is None else "sliding_attention"
+    assert larger.layer_types == [kind] * 40 and larger.num_hidden_layers == 40
+
+
+def test_biases_that_a_kind_does_not_have_are_refused() -> None:
+    """transformers would leave them out in silence; Qwen2's are there whatever the file says."""
+    for kind, field in [("mistral", "attention_bias"), ("qwen2", "mlp_bias")]:
+        assert f"{field} True is not supported for {kind!r}" in message(
+            SIZES | {"model_type": kind, field: True}
+        )
+    qwen = SIZES | {"model_type": "qwen2"}
+    assert ModelConfig.from_dict(qwen | {"attention_bias": False}).attention_bias
 
 
 def test_mistral_has_its_own_defaults() -> None:

@@ -14,9 +14,12 @@ import transformers
 from torch import Tensor
 
 from llamapro import expansion, ops
+from llamapro.__main__ import run_command
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.meta import to_meta
+from llamapro.errors import ConfigError
 from llamapro.inference.cache import KVCache
 from llamapro.model import LlamaForCausalLM
 from llamapro.testing import assert_matches_hf
@@ -75,7 +78,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "max_position_embeddings": 32768,
     },
+    "llama-biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+    "qwen2": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "sliding_window": 8,
+        "max_window_layers": 0,
+        "use_sliding_window": False,
+        "bos_token_id": 7,
+    },
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 1,
+        "sliding_window": 8,
+        "max_window_layers": 0,
+        "use_sliding_window": True,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_theta": 1000000,
+        "attention_bias": False,
+        "use_sliding_window": False,
+    },
+    "qwen3-biases": {
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,  # in no layer
+        "max_window_layers": 2,
+    },
 }
+WITH_BIASES_OR_NORMS = ("llama-biases", "qwen2", "qwen2-window", "qwen3", "qwen3-biases")
 LENGTH = 24  # beyond the window and the original context
 
 
@@ -87,8 +126,7 @@ def base(
 ) -> Path:
     """A random checkpoint of one family."""
     raw = {"model_type": "llama"} | SIZES | FAMILIES[request.param]
-    name = "Mistral" if raw["model_type"] == "mistral" else "Llama"
-    raw["architectures"] = [f"{name}ForCausalLM"]
+    raw["architectures"] = [f"{raw['model_type'].capitalize()}ForCausalLM"]
     path = tmp_path_factory.mktemp("families") / "base"
     return write_random_checkpoint(path, ModelConfig.from_dict(raw))
 
@@ -113,7 +151,7 @@ def test_logits_and_gradients_are_those_of_transformers(base: Path) -> None:
     assert_matches_hf(base, random_ids(), gradients=True)
 
 
-@families("llama-2", "llama-3.1", "llama-3.2", "linear", "mistral-v0.1")
+@families("llama-2", "llama-3.1", "llama-3.2", "linear", "mistral-v0.1", *WITH_BIASES_OR_NORMS)
 def test_an_expanded_export_is_the_base_in_transformers_too(base: Path, tmp_path: Path) -> None:
     """The same class reads it, and its logits are the base's to the bit; so are ours."""
     expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", expansion.interleave(2, 1))
@@ -128,7 +166,7 @@ def test_an_expanded_export_is_the_base_in_transformers_too(base: Path, tmp_path
     assert "rope_theta" in written or "rope_parameters" not in written
 
 
-@families("llama-3.1", "mistral-v0.1")
+@families("llama-3.1", "mistral-v0.1", "qwen2-window", "qwen3-biases")
 @torch.no_grad()
 def test_a_cache_gives_the_logits_of_the_whole_text(base: Path) -> None:
     """Token by token, past the window's end and past the original context."""
@@ -171,3 +209,40 @@ def test_a_document_starts_at_position_0(base: Path, monkeypatch: pytest.MonkeyP
     model = Checkpoint.open(base).load()
     model(random_ids((1, 6)), documents=torch.tensor([[0, 0, 1, 1, 1, 2]]))
     assert seen == [[[0, 1, 0, 1, 2, 0]]]
+
+
+@families("llama-biases", "qwen2", "qwen3-biases")
+def test_new_blocks_of_it_train_merge_and_load_in_transformers(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of a new block moves, nothing else does, and `verify --hf` passes the merged model."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 60)
+    pro, run, merged = (str(tmp_path / name) for name in ("pro", "run", "merged"))
+    run_command("expand", [str(base), pro, "--num-new-blocks", "1", "--force"])
+    options = {
+        "--model.path": pro, "--data.train": tmp_path / "text.txt", "--run-dir": run,
+        "--data.cache-dir": tmp_path / "cache", "--data.seq-len": 16, "--train.steps": 3,
+        "--train.batch-size": 2, "--optim.lr": 1e-2,
+    }  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair]
+    run_command("train", [*words, "--train.recompute"])
+    run_command("merge", [str(base), run, merged])
+    before, after = (Checkpoint.open(path).state_dict() for path in (pro, merged))
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in after if name.startswith("model.layers.2.")}
+    assert_matches_hf(merged, random_ids())
+    capsys.readouterr()
+    run_command("verify", [merged, "--base", str(base), "--hf"])
+    assert "PASS" in capsys.readouterr().out
+    run_command("generate", [merged, "--prompt", "The quick", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.startswith("The quick")
+    run_command("strip", [merged, str(tmp_path / "stripped")])
+    assert Checkpoint.open(tmp_path / "stripped").sha256() == Checkpoint.open(base).sha256()
+
+
+@families("llama-biases", "qwen2", "qwen3")
+def test_meta_s_layout_has_no_place_for_it(base: Path, tmp_path: Path) -> None:
+    """Biases and norms of queries would be lost: refused by name, and nothing is written."""
+    with pytest.raises(ConfigError, match=r"model_type '\w+' has (biases|norms of q)"):
+        to_meta(base, tmp_path / "release")
+    assert not (tmp_path / "release").exists()

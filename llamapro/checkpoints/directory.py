@@ -26,6 +26,7 @@ from llamapro.checkpoints.tensors import (
 )
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, warn
+from llamapro.expansion import ZERO_IN_NEW_BLOCKS
 from llamapro.files import read_json
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 
@@ -114,6 +115,11 @@ class Checkpoint:
             for name, tensor in self.tensors.items()
             if name.startswith(prefix)
         }
+
+    def is_identity(self, index: int) -> bool:
+        """Returns whether a block adds exactly 0, as a new block does before it is trained."""
+        last = [t for name, t in self.layer(index).items() if name in ZERO_IN_NEW_BLOCKS]
+        return not any(tensor.map().any() for tensor in last)
 
     def companions(self) -> list[Path]:
         """Returns the tokenizer, generation and licence files beside the weights."""

@@ -18,7 +18,6 @@ from llamapro.conversion.companions import write_companions
 from llamapro.conversion.rewrite import Target, hashed, rewritten
 from llamapro.conversion.verify import compare_logits
 from llamapro.errors import CheckpointError, ConfigError
-from llamapro.expansion import ZERO_IN_NEW_BLOCKS
 from llamapro.files import refuse_source
 
 
@@ -46,7 +45,8 @@ def adopt(
             f"{checkpoint.path}: has a 'llamapro' record already, of new layers "
             f"{list(record.new_layers)}; use it as it is"
         )
-    identity = _identity_layers(checkpoint)
+    layers = range(checkpoint.config.num_hidden_layers)
+    identity = [index for index in layers if checkpoint.is_identity(index)]
     new = _parse(new_layers, checkpoint) if new_layers is not None else identity
     config = checkpoint.config
     if not 0 < len(new) < config.num_hidden_layers:
@@ -110,14 +110,6 @@ def render(result: dict[str, Any]) -> str:
             f"verified: logits of {result['tokens_compared']} random tokens bit-equal to the base's"
         )
     return "\n".join(lines)
-
-
-def _identity_layers(checkpoint: Checkpoint) -> list[int]:
-    return [
-        index
-        for index in range(checkpoint.config.num_hidden_layers)
-        if not any(checkpoint.layer(index)[part].map().any() for part in ZERO_IN_NEW_BLOCKS)
-    ]
 
 
 def _parse(new_layers: str, checkpoint: Checkpoint) -> list[int]:

@@ -222,6 +222,12 @@ def _release_of(
 ) -> tuple[dict[str, Any], int, dict[str, tuple[str, int | None]]]:
     """Returns params, number of shards and names (`tensor_names`) of the release to write."""
     C, H = config.hidden_size, config.num_attention_heads
+    if config.attention_bias or config.o_proj_bias or config.mlp_bias or config.qk_norm:
+        what = "norms of queries and keys" if config.qk_norm else "biases"
+        raise ConfigError(
+            f"{file}: model_type {config.model_type!r} has {what}, which have no place in Meta's "
+            "layout"
+        )
     if config.head_dim * H != C:
         raise ConfigError(
             f"{file}: head_dim {config.head_dim} times num_attention_heads {H} is not hidden_size "

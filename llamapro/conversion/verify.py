@@ -18,7 +18,6 @@ from llamapro.checkpoints.run import find_damage, load_state, training_checkpoin
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors
 from llamapro.config import differences
 from llamapro.errors import CheckpointError
-from llamapro.expansion import ZERO_IN_NEW_BLOCKS
 from llamapro.model import DecoderLayer, RMSNorm
 
 PROBE_SHAPE = (2, 16)  # B, T of the random batch
@@ -163,11 +162,7 @@ def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, A
             raise CheckpointError(f"{path}: config.json has no 'llamapro' record: not expanded")
         return result
     check_stored_base(checkpoint, hashes)
-    identity = all(
-        not checkpoint.layer(index)[part].map().any()
-        for index in record.new_layers
-        for part in ZERO_IN_NEW_BLOCKS
-    )
+    identity = all(checkpoint.is_identity(index) for index in record.new_layers)
     result |= {
         "base_sha256": record.base_sha256,
         "base_intact": True,

@@ -20,8 +20,8 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """Builds fused AdamW over the parameters with `requires_grad`.
 
-    Decay applies to matrices (embeddings included) except the `undecayed` ones, and not to norms,
-    which it would pull to 0. The learning rate is to be set before every step.
+    Decay applies to matrices (embeddings included) except the `undecayed` ones, and not to norms
+    and biases, which it would pull to 0. The learning rate is to be set before every step.
     """
     trainable = [p for p in parameters if p.requires_grad]
     kept = {id(p) for p in undecayed}

@@ -171,7 +171,7 @@ class OptimSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moving averages."""
     weight_decay: float = 0.1
-    """Weight decay of matrices; norms have none."""
+    """Weight decay of matrices; norms and biases have none."""
     clip: float = 1.0
     """Largest gradient norm; a larger gradient is scaled down."""
     skip_bad_steps: int = 0

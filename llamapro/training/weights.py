@@ -20,7 +20,7 @@ from llamapro.model import LlamaForCausalLM, build_on_meta
 
 
 def init_random(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Draws fp32 weights as Hugging Face does: N(0, initializer_range) for matrices, 1 for norms.
+    """Draws fp32 weights as Hugging Face does: N(0, initializer_range), 1 in norms, 0 in biases.
 
     Returns:
         Name -> tensor for every parameter, a function of (config, seed).
@@ -28,7 +28,7 @@ def init_random(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, meta in build_on_meta(config).named_parameters():  # a tied weight appears once
-        tensors[name] = torch.ones(meta.shape)
+        tensors[name] = torch.full(meta.shape, 0.0 if name.endswith(".bias") else 1.0)
         if meta.ndim == 2:
             tensors[name].normal_(0.0, config.initializer_range, generator=generator)
     return tensors

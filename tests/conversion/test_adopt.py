@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
@@ -38,11 +39,25 @@ def forget_record(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("layout", [interleave(4, 2), interleave(4, 4, 2), insert_after(4, [0, 1])])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        (interleave(4, 2), {}),
+        (interleave(4, 4, 2), {"attention_bias": True, "mlp_bias": True}),
+        (insert_after(4, [0, 1]), {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}),
+    ],
+)
 def test_identity_blocks_are_found_by_their_zeros(
-    layout: Any, base: Checkpoint, tmp_path: Path, convert: Convert
+    layout: Any,
+    kind: dict[str, Any],
+    tmp_path: Path,
+    convert: Convert,
+    write_random_checkpoint: Any,
+    tiny_config: Any,
 ) -> None:
     """The record is the one that our own expand would have written."""
+    config: ModelConfig = tiny_config(hidden_size=16, intermediate_size=16, **kind)
+    base = Checkpoint.open(write_random_checkpoint(tmp_path / "base", config))
     expand_checkpoint(base, tmp_path / "ours", layout)
     expected = Checkpoint.open(tmp_path / "ours")
     path = forget_record(tmp_path / "ours")
@@ -158,3 +173,18 @@ def test_a_home_is_found_in_every_place(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert convert("expand", "~/base", "~/pro", "--num-new-blocks", "2")[0] == 0
     assert convert("verify", "~/pro", "--base=~/base")[0] == 0
+
+
+def test_a_block_whose_bias_is_left_is_no_identity(
+    tmp_path: Path, write_random_checkpoint: Any, tiny_config: Any, convert: Convert
+) -> None:
+    """A tool that zeroes both matrices and forgets the bias of o_proj changes what is computed."""
+    config = tiny_config(attention_bias=True, hidden_size=16, intermediate_size=16)
+    base = Checkpoint.open(write_random_checkpoint(tmp_path / "base", config))
+    expand_checkpoint(base, tmp_path / "pro", interleave(4, 1))
+    path = forget_record(tmp_path / "pro")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.4.self_attn.o_proj.bias"][3] = 1.0
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    status, _, error = convert("adopt", path, tmp_path / "out")
+    assert status == 2 and "0 of 5 layers are the identity" in error

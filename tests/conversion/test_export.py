@@ -38,8 +38,9 @@ KINDS = {
         "architectures": ["MistralForCausalLM"],
         "sliding_window": 16,
     },
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
 }
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 TEXTS = [
     "",
     "a",
@@ -113,7 +114,7 @@ def test_transformers_loads_all_weights_and_continues_as_we_do(
         path, output_loading_info=True, local_files_only=True
     )
     assert {name: list(found) for name, found in report.items() if found} == {}
-    assert type(theirs).__name__ == CLASSES.get(kind, "LlamaForCausalLM")
+    assert type(theirs).__name__ == KINDS[kind].get("architectures", ["LlamaForCausalLM"])[0]
     checkpoint = Checkpoint.open(path)
     assert theirs.config.num_hidden_layers == 6
     assert getattr(theirs.config, "sliding_window", None) == checkpoint.config.sliding_window

@@ -35,7 +35,7 @@ st = pytest.importorskip("hypothesis.strategies")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_3 |= {"original_max_position_embeddings": 8192}
-FIELDS = ("sliding_window", "head_dim", "RopeScaling", "rope_freqs.weight")
+FIELDS = ("sliding_window", "head_dim", "RopeScaling", "rope_freqs.weight", "model_type")
 FEW = hypothesis.settings(
     max_examples=25, deadline=None, database=None, derandomize=True,
     suppress_health_check=list(hypothesis.HealthCheck),
@@ -76,11 +76,17 @@ def configs(draw: Any) -> dict[str, Any]:
     if draw(st.integers(0, 3)) == 3:
         raw |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         raw |= {"sliding_window": draw(st.sampled_from([7, 16, None]))}
+    elif draw(st.integers(0, 3)) == 3:
+        kind = draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
+        raw |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"]}
+        raw |= {"attention_bias": draw(st.booleans()), "use_sliding_window": draw(st.booleans())}
+        raw |= {"max_window_layers": draw(st.sampled_from([0, 4])), "sliding_window": 7}
     spare = {"pretraining_tp": 2, "hidden_act": "swish", "attention_dropout": 0.1}
     raw |= draw(st.fixed_dictionaries({}, optional={k: st.just(v) for k, v in spare.items()}))
     is_known = raw["model_type"] == "llama" or raw["sliding_window"]  # to transformers
     if is_known and draw(st.booleans()):
-        kind = "sliding_attention" if raw.get("sliding_window") else "full_attention"
+        is_on = ModelConfig.from_dict(raw).sliding_window is not None
+        kind = "sliding_attention" if is_on else "full_attention"
         raw["layer_types"] = [kind] * raw["num_hidden_layers"]
     return raw
 
@@ -233,7 +239,7 @@ def check_conversions(raw: dict[str, Any], seed: int, tools: Tools) -> list[str]
             assert torch.equal(logits(back), expected), source
             theirs_, ours_ = (Checkpoint.open(p).config for p in (back, work / source))
             assert theirs_.computation == ours_.computation
-        if config.model_type == "llama":
+        if config.model_type == "llama" and not config.attention_bias:
             values: dict[str, Any] = {}
             extra: dict[str, Tensor] = {}
             if scaling := config.rope_scaling:

@@ -96,7 +96,7 @@ def build(in_new: float = 0.05) -> LlamaForCausalLM:
     expansion.select_trainable(model, "new_blocks")
     generator = torch.Generator().manual_seed(1)
     for index in NEW:
-        for name in expansion.ZERO_IN_NEW_BLOCKS:
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
             weight = model.model.layers[index].get_parameter(name)
             weight.data = in_new * torch.randn(weight.shape, generator=generator)
     return model

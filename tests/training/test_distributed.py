@@ -37,8 +37,10 @@ STEPS, BATCH, TOKENS = 2, 4, 12
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 CONFIG = ModelConfig.from_dict(
     {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",  # which has all that a block can have
+        "attention_bias": True,
+        "head_dim": 8,
         "hidden_act": "silu",
         "vocab_size": 60,
         "hidden_size": 32,
@@ -263,7 +265,7 @@ def test_frozen_keeps_its_bytes_and_has_no_gradient(spread: Spread) -> None:
         assert len({digest for seen in ranks for digest in seen["frozen"]}) == 1
         for seen in ranks:
             trains = {n for n in seen["dtypes"] if n.startswith(NEW_NAMES)}
-            assert len(trains) == 9 * len(NEW) and set(seen["with_gradient"]) == trains
+            assert len(trains) == (9 + 4 + 2) * len(NEW) and set(seen["with_gradient"]) == trains
             for name, kept in seen["dtypes"].items():
                 assert kept == ("torch.float32" if name in trains else f"torch.{dtype}")
 
