@@ -1,6 +1,7 @@
-"""lm-evaluation-harness: the README's command, and the example that stands in for its `hf` model.
+"""lm-evaluation-harness: the command in the docs, and the example in the place of its `hf` model.
 
-With `-m ecosystem`, where lm_eval is installed: pip install -e '.[lm-eval]'.
+With `-m ecosystem`, where lm_eval is installed: pip install -e '.[lm-eval]'. LLAMAPRO_SMOLLM names
+SmolLM2-135M-Instruct as a checkpoint directory, or a model that was merged from it.
 """
 
 import json
@@ -160,9 +161,9 @@ def run(root: Path, tasks: Path, tmp_path: Path) -> Callable[..., Results]:
 LOCAL = ["--tasks", ",".join(f"local_{name}" for name in TASKS)]
 
 
-def readme_command(root: Path, checkpoint: Path) -> list[str]:
-    """The first lm_eval command of the README, for this checkpoint and the local tasks."""
-    text = (root / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+def page_command(root: Path, checkpoint: Path) -> list[str]:
+    """The first lm_eval command of docs/using.md, for this checkpoint and the local tasks."""
+    text = (root / "docs" / "using.md").read_text(encoding="utf-8").replace("\\\n", " ")
     line = next(line for line in text.splitlines() if line.startswith("lm_eval "))
     words = shlex.split(line.replace("checkpoints/merged", str(checkpoint)), comments=True)
     at = words.index("--tasks")
@@ -170,25 +171,29 @@ def readme_command(root: Path, checkpoint: Path) -> list[str]:
     return ["-m", *words[:at], *LOCAL]
 
 
-def test_the_readmes_command_runs_without_a_gpu(
+def test_the_pages_command_runs_without_a_gpu(
     run: Callable[..., Results], root: Path, checkpoint: Path
 ) -> None:
-    """Each task has its numbers; only the checkpoint and the tasks differ from the README."""
-    results, samples = run(*readme_command(root, checkpoint))
+    """Each task has its numbers; only the checkpoint and the tasks differ from the page."""
+    results, samples = run(*page_command(root, checkpoint))
     assert results.keys() == {f"local_{name}" for name in TASKS}
     assert all(len(rows) == 14 for rows in samples.values())
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
-def test_every_number_of_the_example_is_that_of_the_readmes_command(
-    run: Callable[..., Results], root: Path, checkpoint: Path, tmp_path: Path, adds_bos: bool
+@pytest.mark.parametrize("model", ["with BOS", "without BOS", "smollm"])
+def test_every_number_of_the_example_is_that_of_the_pages_command(
+    run: Callable[..., Results], root: Path, checkpoint: Path, tmp_path: Path, model: str
 ) -> None:
     """Metrics, texts and log-probabilities agree in fp32, numbers up to rounding."""
-    if not adds_bos:
+    if model == "smollm":
+        if not (smollm := os.environ.get("LLAMAPRO_SMOLLM")):
+            pytest.skip("set LLAMAPRO_SMOLLM to SmolLM2-135M-Instruct as a checkpoint directory")
+        checkpoint = Path(smollm)
+    elif model == "without BOS":
         checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "no_bos"))
         file = checkpoint / "tokenizer_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": False}))
-    command = " ".join(readme_command(root, checkpoint)).replace("bfloat16", "float32").split()
+    command = " ".join(page_command(root, checkpoint)).replace("bfloat16", "float32").split()
     theirs = run(*command)
     example = ["examples/lm_eval_model.py", "--model", "llamapro"]
     ours = run(*example, "--model_args", f"path={checkpoint}", *LOCAL)

@@ -31,6 +31,7 @@ from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import agreement
 from llamapro.training.distributed import Ranks
+from llamapro.training.objective import allowed
 from llamapro.training.plan import device_type, make_plan, render
 from llamapro.training.preset import find_preset
 from llamapro.training.progress import say
@@ -42,6 +43,7 @@ from llamapro.training.state import RunState
 from llamapro.training.weights import first_new_row
 
 FORGOT = 0.01  # nats per token; a smaller rise of a validation loss is not spoken of
+MISSED = 1.5  # times what replay.hold allows; the KL is an average of a few steps
 MOST_WRITTEN = 1_000_000  # tokens that the base writes, unless the user asks for more
 
 
@@ -206,13 +208,21 @@ class Job:
         if state.stopped:
             text = f"{state.step} steps done, stopped by a signal: the same command continues"
             return result, f"{self.run_dir}: {text}"
-        losses, lines = [], []
+        losses, lines, replay = [], [], self.settings.replay
+        fix = f"a smaller replay.hold than {replay.hold}" if replay.hold else "--replay.hold 3%"
+        if replay.hold and state.control:
+            kl, bound = state.control["kl"] or 0.0, allowed(replay, state.control)
+            if kl > MISSED * bound:
+                # At a high weight the KL that is left is the noise of the steps themselves.
+                fix = "a lower optim.lr, or a higher replay.share"
+                lines.append(
+                    f"replay.hold {replay.hold} is not met: KL {kl:.3g} where {bound:.3g} is "
+                    f"allowed, at a weight of {state.control['weight']:.3g}; what lowers it: {fix}"
+                )
         for name, loss in state.eval.items():
             change = loss - state.base_eval.get(name, loss)
             losses.append(f"{name} {loss:.4f}" + (f" ({change:+.4f})" if change else ""))
             if change > FORGOT and self.settings.train.trainable == "new_blocks":
-                held = self.settings.replay.hold
-                fix = f"a smaller replay.hold than {held}" if held else "--replay.hold 3%"
                 lines.append(
                     f"{name} is worse by {change:.3f} nats per token; what holds it: {fix}"
                 )

@@ -208,16 +208,23 @@ class Hold(Replay):
         # A step without such tokens, or with a loss that is not finite, teaches nothing.
         kl = torch.where(new_kl.isfinite(), torch.lerp(new_kl, kl, self.MEMORY), kl)
         loss = torch.where(new_loss.isfinite(), torch.lerp(new_loss, loss, self.MEMORY), loss)
-        allowed: Tensor | float = self.hold
+        bound: Tensor | float = self.hold
         if self.is_relative:
-            allowed = (self.hold * (first - loss)).clamp(min=self.LEAST)
-        ratio = kl / allowed / (1 + self.EXCESS * relative_rate)
+            bound = (self.hold * (first - loss)).clamp(min=self.LEAST)
+        ratio = kl / bound / (1 + self.EXCESS * relative_rate)
         error = ratio.clamp(min=1e-300).log().clamp(self.DOWN, self.UP)
         lowest, highest = math.log(self.LOWEST), math.log(self.HIGHEST)
         integral = (integral + self.INTEGRAL * error).clamp(lowest, highest)
         log_weight = (integral + self.PROPORTIONAL * error).clamp(lowest, highest)
         at_bound = torch.where(log_weight >= highest, at_bound + 1, 0.0)
         self._numbers = torch.stack([integral, kl, loss, first, at_bound, log_weight.exp()])
+
+
+def allowed(replay: ReplaySettings, control: dict[str, float | None]) -> float:
+    """Returns the KL, in nats per token, that `replay.hold` allows where `control` stands."""
+    hold, is_relative = replay.held
+    learned = (control["first_loss"] or 0.0) - (control["loss"] or 0.0)
+    return max(Hold.LEAST, hold * learned) if is_relative else hold
 
 
 def make_objective(model: LlamaForCausalLM, replay: ReplaySettings) -> NextToken:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from llamapro.model import build_on_meta
 from llamapro.scripts import train
 from llamapro.training.checks import check
 from llamapro.training.distributed import Ranks, process_group
-from llamapro.training.objective import Hold, make_objective
+from llamapro.training.objective import Hold, allowed, make_objective
 from llamapro.training.preset import parse
 from llamapro.training.settings import DataSettings, ModelSettings, ReplaySettings, Settings
 from llamapro.training.settings import TrainSettings as Train
@@ -237,9 +238,28 @@ def test_a_bound_out_of_reach_is_told_once(
     monkeypatch.setattr(Hold, "HIGHEST", 3.0)
     monkeypatch.setattr("llamapro.training.progress.STEPS_AT_BOUND", 2)
     run("far", replay__hold="1e-9")
-    shown = capsys.readouterr().err
+    out, shown = capsys.readouterr()
     assert shown.count("replay.hold 1e-9 is out of reach") == 1
     assert "Raise replay.hold or replay.share, or lower optim.lr" in shown
+    assert re.search(r"replay.hold 1e-9 is not met: KL \S+ where 1e-09 is allowed", out)
+    assert "what lowers it: a lower optim.lr, or a higher replay.share" in out
+
+
+@pytest.mark.parametrize(
+    ("hold", "loss", "bound"),
+    [("0.02", 1.0, 0.02), ("5%", 1.0, 0.1), ("5%", 3.5, Hold.LEAST), ("5%", None, Hold.LEAST)],
+)
+def test_what_is_allowed_is_said_at_the_end(hold: str, loss: float | None, bound: float) -> None:
+    """Nats per token, or a share of the fall of the loss, and never less than the rule's least."""
+    control = {"first_loss": None if loss is None else 3.0, "loss": loss}
+    assert allowed(ReplaySettings(hold=hold), control) == pytest.approx(bound)
+
+
+def test_a_bound_that_is_met_is_not_spoken_of(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("wide", train__steps=3, replay__hold="50")
+    assert "is not met" not in capsys.readouterr().out
 
 
 def test_hold_says_it_all(tmp_path: Path) -> None:
