@@ -5,8 +5,8 @@ that has to be repaired. `messages.check_messages` checks roles and contents.
 """
 
 import json
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llamapro.errors import Problems
@@ -29,12 +29,18 @@ _FORMS = (
     ("question", "answer"),
 )
 # What may stand beside it and decides what is learned.
-_BESIDE = ("system", "system_prompt", "input", "context", "history", "weight")
+_BESIDE = ("system", "system_prompt", "input", "context", "history")
 _VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
-_FOREIGN = ("images", "audios", "videos")  # these would be lost
-_KEYS = {*_BESIDE, *_VARIABLES, *_FOREIGN}.union(*_FORMS)
-# Keys of a turn that say whether it is trained.
-_SWITCHES = ("weight", "train", "training", "loss", "masked")
+_FOREIGN = ("image", "images", "audio", "audios", "video", "videos")  # these would be lost
+# Keys of a turn that say whether it is trained: by 1, and by 0.
+_SWITCHES = ("weight", "loss_weight", "loss_mask", "train", "training", "trainable", "loss")
+_MASKS = ("masked", "is_masked")
+# Keys whose meaning differs between tools, or that choose parts of a turn.
+_UNSURE = ("mask", "ignore", "train_on_input", "train_on_inputs", "train_detail", "training_detail")
+# Keys of a row that would change what is learned from the whole of it.
+_OF_ROWS = ("weight", "sample_weight", "loss_weight", "loss_mask", "train", *_MASKS, *_UNSURE)
+_CHECKED = {*_VARIABLES, *_FOREIGN, *_OF_ROWS, "label"}
+_KEYS = {*_BESIDE, *_CHECKED}.union(*_FORMS)
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _EXPECTED = "expected messages, conversations, instruction and output, or prompt and response"
 
@@ -44,7 +50,7 @@ class ConversationCounts:
     """Counts of what was read.
 
     `documents` is the number of conversations, named as in `TokenStore`; `bytes` is the UTF-8
-    length of all contents.
+    length of all contents; `unread` are keys of rows that hold something and are not read.
     """
 
     documents: int = 0
@@ -54,6 +60,7 @@ class ConversationCounts:
     trained_tokens: int = 0
     untrained_conversations: int = 0
     other_files: int = 0
+    unread: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """Returns the counts as text."""
@@ -65,6 +72,7 @@ class ConversationCounts:
         return (
             f"{self.documents:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} of them trained ({share:.0%}){describe_unusual(unusual)}"
+            + (f", keys not read: {quote_names(self.unread)}" if self.unread else "")
         )
 
 
@@ -75,10 +83,12 @@ class Conversation(NamedTuple):
         messages: role, content and further keys, which the template may show. A `weight` of 0 says
             that a turn is seen, and not trained.
         variables: further variables of the template, such as `tools`.
+        unread: keys of the row that hold something else.
     """
 
     messages: list[Message]
     variables: dict[str, Any]
+    unread: set[str]
 
 
 def read_conversations(
@@ -91,16 +101,26 @@ def read_conversations(
     pairs, or `prompt` or `query` with `response` or `completion`; a `system` beside them becomes
     the first message. `problems` gets what cannot be read, by file and row.
     """
+
+    def choose(columns: list[str]) -> list[str]:
+        known = _known_columns(columns)
+        note(columns, known)
+        return known
+
+    def note(keys: Iterable[str], read: Container[str] = ()) -> None:
+        counts.unread += (k for k in sorted(keys) if k not in read and k not in counts.unread)
+
     for file in files:
         if file.left_out or not (file.is_named or has_rows(file.path)):
             counts.other_files += 1
             continue
-        for location, row in read_rows(file.path, problems.add, _known_columns, "conversation"):
+        for location, row in read_rows(file.path, problems.add, choose, "conversation"):
             try:
                 conversation = to_conversation(row)
             except ValueError as error:
                 problems.add(f"{location}: {error}")
             else:
+                note(conversation.unread)
                 yield location, conversation
 
 
@@ -108,37 +128,69 @@ def to_conversation(row: dict[str, Any]) -> Conversation:
     """Returns the conversation of a row; text parts of contents are joined.
 
     Raises:
-        ValueError: the row is no conversation, holds more than text, or has a key that would change
-            what is learned and is not understood.
+        ValueError: the row is no conversation, holds more than text, says two things, or has a key
+            that would change what is learned and is not understood.
     """
     row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
-    form = _form(row)
-    if form is None:
+    _check_row(row)
+    forms = [form for form in _FORMS if _is_filled(row, form)] or [_form(row)]
+    if forms[0] is None:
         raise ValueError(f"no conversation (found keys: {quote_names(row)}); {_EXPECTED}")
+    messages, read = _messages(row, forms[0])
+    for other in forms[1:]:
+        if len(other) != len(forms[0]):  # beside a list of turns, questions are notes
+            continue
+        if _messages(row, other)[0] != messages:
+            keys, others = " and ".join(map(repr, forms[0])), " and ".join(map(repr, other))
+            raise ValueError(f"{keys} say something else than {others}: keep one")
+        read |= {*other}
+    filled = {key for key, value in row.items() if value not in ("", [], {})}
+    return Conversation(messages, _variables(row), filled - read - _CHECKED)
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Raises ValueError for keys that would change what is learned from a whole row."""
     for key in _FOREIGN:
         if row.get(key):
-            raise ValueError(f"{key!r} are not read: only text is trained on")
-    if row.get("weight", 1) != 1:
-        raise ValueError(f"'weight' is {row['weight']!r}: only turns have one, 0 or 1")
+            raise ValueError(f"has {key!r}: only text is trained on")
+    for key in _OF_ROWS:
+        usual = 0 if key in (*_MASKS, *_UNSURE) else 1
+        if (value := row.get(key, usual)) != usual:
+            raise ValueError(f"{key!r} is {value!r:.80}: only turns have a weight, 0 or 1")
+    if row.get("label") is False:
+        raise ValueError("'label' is False: a completion to avoid, as for KTO; leave the row out")
+
+
+def _messages(row: dict[str, Any], form: tuple[str, ...]) -> tuple[list[Message], set[str]]:
+    """Returns the messages that one form of a row gives, and the keys that were read."""
+    read = {*form}
     if len(form) == 1:
-        turns = row[form[0]]
+        turns = _parsed(form[0], row[form[0]])
         if not isinstance(turns, list):
             raise ValueError(f"{form[0]!r} is {type(turns).__name__}, expected a list of turns")
     else:
         question, answer = (row[key] for key in form)
-        key = "input" if form[-1] == "output" else "context"
-        if form[0] == "instruction" and row.get(key):
+        given = [key for key in ("input", "context") if row.get(key)]
+        if given and form[0] != "instruction":
+            names = " and ".join(map(repr, form))
+            raise ValueError(f"{given[0]!r} is not read beside {names}: put it into {form[0]!r}")
+        for key in given:
             if not isinstance(question, str) or not isinstance(row[key], str):
                 raise ValueError(f"'instruction' and {key!r} are not both strings")
             question = f"{question}\n\n{row[key]}"
         # The loss is on the completion: the answers among the turns of a prompt are only seen.
         asked = [_seen(turn) for turn in _turns(question, "user")]
         turns = [*_history(row), *asked, *_turns(answer, "assistant")]
-    system = row.get("system") or (row.get("system_prompt") if len(form) > 1 else None)
-    if system:
-        turns = [{"role": "system", "content": system}, *turns]
+        read |= {*given, "history"}
     messages = [_to_message(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
-    return Conversation(messages, _variables(row))
+    if all(message["role"] != "system" for message in messages[:1]):
+        texts = [row[key] for key in ("system", "system_prompt") if row.get(key)]
+        read |= {"system", "system_prompt"}
+        if texts[1:] and texts[0] != texts[1]:
+            raise ValueError("'system' says something else than 'system_prompt': keep one")
+        head = [{"role": "system", "content": text} for text in texts[:1]]
+        messages = [*(_to_message(turn, "the system's text") for turn in head), *messages]
+    return messages, read
 
 
 def _turns(value: Any, role: str) -> list[Any]:
@@ -151,7 +203,9 @@ def _seen(turn: Any) -> Any:
     role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     if _ROLES.get(str(role).lower(), role) != "assistant":
         return turn
-    return {key: value for key, value in turn.items() if key not in _SWITCHES} | {"weight": 0}
+    return {key: value for key, value in turn.items() if key not in (*_SWITCHES, *_MASKS)} | {
+        "weight": 0
+    }
 
 
 def _history(row: dict[str, Any]) -> list[Any]:
@@ -175,12 +229,7 @@ def _variables(row: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("has 'functions' and 'tools': keep one")
     for key in _VARIABLES[::-1]:
         kind = dict if key == "chat_template_kwargs" else list
-        value = row.get(key)
-        if isinstance(value, str) and value:
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
+        value = _parsed(key, row.get(key))
         if value and not isinstance(value, kind):
             raise ValueError(f"{key!r} is {type(value).__name__}, expected a {kind.__name__}")
         if value and key == "functions":
@@ -188,6 +237,21 @@ def _variables(row: dict[str, Any]) -> dict[str, Any]:
         if value:
             variables |= value if isinstance(value, dict) else {key: value}
     return variables
+
+
+def _parsed(key: str, value: Any) -> Any:
+    """Returns what a text of JSON, as tables often hold, stands for; other values as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
+
+
+def _is_filled(row: dict[str, Any], form: tuple[str, ...]) -> bool:
+    """Whether a row has a conversation of this form: a list of turns, or two texts or lists."""
+    values = [row.get(key) for key in form]
+    is_list = isinstance(values[0], list) or str(values[0]).lstrip().startswith("[")
+    return all(v and isinstance(v, (str, list)) for v in values) and (len(form) == 2 or is_list)
 
 
 def _form(keys: Container[str]) -> tuple[str, ...] | None:
@@ -212,6 +276,9 @@ def _to_message(turn: Any, place: str) -> Message:
     if role is None:
         found = quote_names(turn)
         raise ValueError(f"{place}: no role and content, or from and value (found keys: {found})")
+    for key in _FOREIGN:
+        if turn.get(key):
+            raise ValueError(f"{place}: has {key!r}: only text is trained on")
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
         if kinds := {str(part.get("type")) for part in parts} - {"text"}:
@@ -227,9 +294,10 @@ def _to_message(turn: Any, place: str) -> Message:
         if turn.get("tool_calls"):
             raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
         turn = turn | {"tool_calls": [{"type": "function", "function": call}]}
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    known = ("role", "content", "from", "value", "text", "function_call", *_SWITCHES)
+    if turn.get("tool_calls"):
+        content = "" if content is None else content
+        turn = turn | {"tool_calls": _parsed("tool_calls", turn["tool_calls"])}
+    known = ("role", "content", "from", "value", "text", "function_call", *_SWITCHES, *_MASKS)
     others = {key: v for key, v in turn.items() if key not in known and v is not None}
     return {"role": role, "content": content} | others | _weight(turn, role, place)
 
@@ -239,13 +307,13 @@ def _weight(turn: dict[str, Any], role: str, place: str) -> dict[str, int]:
 
     OpenAI says it by `weight`, axolotl by `train`, ms-swift by `loss`, torchtune by `masked`.
     """
-    for key in ("train_on_input", "train_detail", "training_detail"):
+    for key in _UNSURE:
         if turn.get(key):
             raise ValueError(f"{place}: {key!r} is not read; cut the turn, or give it a weight")
-    said = {key: turn[key] for key in _SWITCHES if turn.get(key) is not None}
+    said = {key: turn[key] for key in (*_SWITCHES, *_MASKS) if turn.get(key) is not None}
     if wrong := [f"{key!r} is {value!r}" for key, value in said.items() if value not in (0, 1)]:
         raise ValueError(f"{place}: {wrong[0]}; only 0 and 1 are understood")
-    said = {key: bool(value) == (key != "masked") for key, value in said.items()}
+    said = {key: bool(value) == (key not in _MASKS) for key, value in said.items()}
     if len(set(said.values())) > 1:
         raise ValueError(f"{place}: {' and '.join(map(repr, said))} contradict each other")
     if role != "assistant" and any(said[key] for key in said if key != "weight"):

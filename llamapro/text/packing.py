@@ -24,7 +24,7 @@ from llamapro.text.conversations import Conversation, ConversationCounts, read_c
 from llamapro.text.source_files import find_files
 from llamapro.text.store import Int64s, TokenStore, cached
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TRAINED = 1 << 31  # set in a stored token of an assistant's turn; ids are far below it
 
 
@@ -91,7 +91,7 @@ def _encode_all(
     earlier = len(problems)
     lengths: list[int] = []
     for location, conversation in tqdm(conversations, label, unit=" conversations", disable=None):
-        messages, variables = conversation
+        messages, variables, _ = conversation
         try:
             ids, trained = template.encode(messages, variables)
         except DataError as error:

@@ -61,11 +61,16 @@ def write(path: Path, *rows: Any) -> Path:
         {"instruction": "Hi", "context": "", "response": "Hello"},
         {"conversation": [{"role": "human", "value": "Hi"}, {"role": "GPT", "text": "Hello"}]},
         {"messages": [{"role": "user", "content": IN_PARTS}, ASKED[1]]},
+        {"messages": json.dumps(ASKED), "question": "notes", "answer": "beside it", "context": "c"},
+        {"messages": [], "conversations": ASKED, "weight": 1, "mask": False, "train": True},
+        {"messages": ASKED, "conversations": ASKED, "prompt": "x", "label": True},
+        {"instruction": "Hi", "output": "Hello", "response": "Hello", "label": 0},
     ],
 )
 def test_every_form_of_a_row_gives_the_same_messages(row: dict[str, Any]) -> None:
     """messages, ShareGPT, Alpaca, prompt and answer, and contents in parts mean the same."""
-    assert to_conversation(row) == (ASKED, {})
+    messages, variables, _ = to_conversation(row)
+    assert (messages, variables) == (ASKED, {})
 
 
 def test_input_and_system_become_part_of_the_conversation() -> None:
@@ -76,6 +81,32 @@ def test_input_and_system_become_part_of_the_conversation() -> None:
         ("user", "Add\n\n1 2"),
         ("assistant", "3"),
     ]
+
+
+def test_one_text_of_the_system_counts() -> None:
+    """That of the turns, else that of the row, for each form; what does not count is listed."""
+    row = {"messages": ASKED, "system_prompt": "s", "id": 7, "tags": [], "note": ""}
+    messages, _, unread = to_conversation(row)
+    assert messages == [{"role": "system", "content": "s"}, *ASKED] and unread == {"id"}
+    messages, _, unread = to_conversation({"messages": messages, "system": "t"})
+    assert [m["content"] for m in messages] == ["s", "Hi", "Hello"] and unread == {"system"}
+
+
+def test_input_and_context_belong_to_an_instruction_whatever_its_answer_is_called() -> None:
+    """Nothing of the question is lost."""
+    for answer in ("output", "response"):
+        row = {"instruction": "a", "input": "b", "context": "c", answer: "d"}
+        assert to_conversation(row).messages[0]["content"] == "a\n\nb\n\nc"
+
+
+def test_keys_that_are_not_read_are_said(tmp_path: Path, write_parquet: Any) -> None:
+    """In the summary, so that a column with the reasoning is not lost in silence."""
+    rows = [{"question": "a", "answer": "b", "reasoning": "c", "id": None}]
+    for file in (write(tmp_path / "a.jsonl", *rows), write_parquet(tmp_path / "a.parquet", rows)):
+        counts = ConversationCounts()
+        assert len(list(read_conversations(find_files([str(file)]), Problems(), counts))) == 1
+        assert "reasoning" in counts.unread and "question" not in counts.unread
+        assert "keys not read: " in counts.describe() and "'reasoning'" in counts.describe()
 
 
 def test_history_comes_before_the_question() -> None:
@@ -102,7 +133,10 @@ def test_what_stands_beside_other_forms_is_kept() -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"masked": True}],
+    [
+        *({"weight": 0}, {"loss_weight": 0.0}, {"loss_mask": 0}, {"train": False}, {"loss": False}),
+        *({"training": False}, {"trainable": False}, {"masked": True}, {"is_masked": True}),
+    ],
 )
 def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]) -> None:
     """Whatever tool wrote it; what else a turn has is for the template."""
@@ -115,7 +149,7 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
     ]
     tools = [{"type": "function"}]
     row = {"messages": turns, "tools": json.dumps(tools), "chat_template_kwargs": {"deep": True}}
-    messages, variables = to_conversation(row)
+    messages, variables, _ = to_conversation(row)
     assert [m.get("weight", 1) for m in messages] == [1, 0, 1, 1, 1]
     assert messages[0]["name"] == "Ann" and messages[1]["reasoning_content"] == "r"
     assert messages[2]["content"] == "" and messages[2]["tool_calls"] == turns[2]["tool_calls"]
@@ -128,7 +162,8 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
     [
         ({"text": "x"}, "no conversation (found keys: 'text')"),
         ({"instruction": "x"}, "no conversation"),
-        ({"messages": "x"}, "'messages' is str"),
+        ({"messages": {"role": "user"}}, "'messages' is dict, expected a list of turns"),
+        ({"messages": "x"}, "'messages' is a text that is no JSON"),
         ({"messages": ["x"]}, "turn 1: expected role and content, found str"),
         ({"messages": [{"content": "x"}]}, "turn 1: no role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type image"),
@@ -140,8 +175,30 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ({"instruction": "x", "output": "y", "history": 5}, "'history' is not a list of pairs"),
         ({"messages": [{**ASKED[0], "masked": False}, ASKED[1]]}, "turn 1: only turns of the assi"),
         ({**ROW, "functions": [1], "tools": [1]}, "has 'functions' and 'tools': keep one"),
-        ({**ROW, "images": ["a.png"]}, "'images' are not read: only text"),
-        ({**ROW, "weight": 0.5}, "'weight' is 0.5: only turns have one, 0 or 1"),
+        ({**ROW, "images": ["a.png"]}, "has 'images': only text"),
+        (
+            {"messages": [{**ASKED[0], "image": "a.png"}, ASKED[1]]},
+            "turn 1: has 'image': only text",
+        ),
+        ({**ROW, "weight": 0.5}, "'weight' is 0.5: only turns have a weight, 0 or 1"),
+        ({**ROW, "train": False}, "'train' is False: only turns"),
+        ({**ROW, "mask": [0, 1]}, "'mask' is [0, 1]: only turns"),
+        ({"messages": [ASKED[0], {**ASKED[1], "mask": True}]}, "turn 2: 'mask' is not read"),
+        ({"prompt": "x", "completion": "y", "label": False}, "'label' is False: a completion to"),
+        (
+            {"question": "x", "answer": "y", "context": "z"},
+            "'context' is not read beside 'question'",
+        ),
+        ({"prompt": "x", "response": "y", "input": "z"}, "'input' is not read beside 'prompt' and"),
+        ({**ROW, "conversations": ASKED[:1]}, "'messages' say something else than 'conversations'"),
+        (
+            {"question": "x", "response": "y", "answer": "z"},
+            "'response' say something else than 'qu",
+        ),
+        (
+            {**ROW, "system": "s", "system_prompt": "t"},
+            "'system' says something else than 'system_p",
+        ),
         ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, "turn 2: 'weight' is 0.5; only 0"),
         ({"messages": [{**ASKED[0], "train": True}, ASKED[1]]}, "turn 1: only turns of the assi"),
         ({"messages": [{**ASKED[1], "train_detail": [{}]}]}, "turn 1: 'train_detail' is not read"),
@@ -177,7 +234,7 @@ def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
         "c.json:1",
         "c.json:2",
     ]
-    assert all(conversation == (ASKED, {}) for _, conversation in found)
+    assert all(conversation == (ASKED, {}, set()) for _, conversation in found)
     assert counts.other_files == 1
     assert "1 files that are not" in counts.describe()
 
@@ -187,7 +244,7 @@ def test_functions_are_tools(tmp_path: Path) -> None:
     call = {"name": "f", "arguments": "{}"}
     turn = {"role": "assistant", "content": None, "function_call": call}
     row = {"functions": [{"name": "f"}], "messages": [ASKED[0], turn]}
-    messages, variables = to_conversation(row)
+    messages, variables, _ = to_conversation(row)
     assert variables == {"tools": [{"type": "function", "function": {"name": "f"}}]}
     calls = [{"type": "function", "function": call}]
     assert messages[1] == {"role": "assistant", "content": "", "tool_calls": calls}
