@@ -30,6 +30,7 @@ class RopeScaling:
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+_CONTEXT = "original_max_position_embeddings"
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -37,7 +38,7 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
         "factor",
         "low_freq_factor",
         "high_freq_factor",
-        "original_max_position_embeddings",
+        _CONTEXT,
     ),
 }
 
@@ -100,6 +101,7 @@ def read_rope(raw: dict[str, Any], fields: Fields) -> tuple[float, RopeScaling |
     transformers and other tools do not agree on which of them counts.
     """
     thetas = {"rope_theta": raw.get("rope_theta")}
+    context = raw.get(_CONTEXT)  # transformers takes it before the one among the settings
     scalings: dict[str, RopeScaling | None] = {}
     for place in ("rope_parameters", "rope_scaling"):
         rope = raw.get(place) or {}
@@ -107,6 +109,12 @@ def read_rope(raw: dict[str, Any], fields: Fields) -> tuple[float, RopeScaling |
             fields.wrong.append(f"{place} is {rope!r:.80}, expected a JSON object")
         elif rope:
             thetas[f"{place}.rope_theta"] = rope.get("rope_theta")
+            if context is not None and "llama3" in (rope.get("rope_type"), rope.get("type")):
+                if (other := rope.get(_CONTEXT, context)) != context:
+                    fields.wrong.append(
+                        f"{_CONTEXT} is {context!r}, and {other!r} in {place}; keep one"
+                    )
+                rope = rope | {_CONTEXT: context}
             scalings[place] = _read_scaling(rope, place, fields.wrong)
         elif place in raw and any(scalings.values()):
             warn(f"config.json: {place} is empty; rope_parameters count, as in transformers 5")

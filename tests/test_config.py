@@ -45,6 +45,13 @@ SIZES = {
         "num_attention_heads",
     )
 }
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 RECORD = {"new_layers": [1, 3], "source_layers": [0, 1], "base_sha256": "ab", "generations": []}
 
 
@@ -297,6 +304,10 @@ def test_kinds_of_layers_are_compared_with_the_window() -> None:
             {"rope_scaling": {"rope_type": "llama3", "type": "linear", "factor": 2.0}},
             ["rope_type is 'llama3', type is 'linear'"],
         ),
+        (
+            {"rope_scaling": LLAMA_3, "original_max_position_embeddings": 4096},
+            ["original_max_position_embeddings is 4096, and 8192 in rope_scaling; keep one"],
+        ),
         ({"rope_scaling": {"factor": 2.0}}, ["has a factor 2.0, but no rope_type that uses it"]),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -407,13 +418,8 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
             ModelConfig.from_file(file)
 
 
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+CONTEXT = {"original_max_position_embeddings": 8192}
+SCALES = {key: value for key, value in LLAMA_3.items() if key not in CONTEXT}
 
 
 @pytest.mark.parametrize(
@@ -421,6 +427,8 @@ LLAMA_3 = {
     [
         {"rope_theta": 500000.0, "rope_scaling": LLAMA_3},
         {"rope_parameters": LLAMA_3 | {"rope_theta": 500000.0}},
+        {"rope_theta": 500000.0, "rope_scaling": SCALES, **CONTEXT},
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA_3, **CONTEXT},
     ],
 )
 def test_llama_3_scaling_is_found_where_either_generation_writes_it(rope: dict[str, Any]) -> None:

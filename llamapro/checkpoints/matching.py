@@ -26,7 +26,7 @@ _WRAPPERS = {
     r"_fsdp_wrapped_module\.": "FSDP",
     r"_checkpoint_wrapped_module\.": "activation checkpointing",
     r"_forward_module\.": "Lightning",
-    r"base_model\.model\.|\.base_layer\.|\.lora_[AB]\.": "PEFT",
+    r"base_model\.model\.|\.(base_layer|lora_\w+|modules_to_save|original_module)\.": "PEFT",
     r"^module\.": "DistributedDataParallel or DeepSpeed",
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")

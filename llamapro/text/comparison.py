@@ -15,8 +15,16 @@ from llamapro.text.vocabulary import JSON_NAME, AddedToken, Vocabulary, json_pie
 # Words, spaces, line ends, digits, other scripts, code: normalisers and cuts differ in these.
 _PROBES = (
     *("Hello world", " leading and  two   spaces ", "\n\n\ttabs\r\n", "1234567 3.14"),
-    *("naïve Ωμέγα 日本語 😀", "def f(x):\n    return x**2  # ok", "DON'T https://a.b/c?d=e"),
+    *(
+        "naïve Ωμέγα 日本語 😀",
+        "e\u0301 ﬁ",
+        "def f(x):\n    return x**2  # ok",
+        "DON'T https://a.b/c?d=e",
+    ),
 )
+# What transformers 5 reads a tokenizer.json with, or what is compared without importing it.
+_KINDS = ("PreTrainedTokenizer", "LlamaTokenizer", "GPT2Tokenizer")
+_READS_FILE = (None, "TokenizersBackend", *_KINDS, *(f"{kind}Fast" for kind in _KINDS))
 
 
 def what_is_missing(directory: Path) -> str:
@@ -92,7 +100,10 @@ def say_differences(
         beside: the tokenizer.json as its library reads it.
     """
     config = read_object(path.parent / COMPANIONS[0])
-    if (probe := _split_by_class(beside, raw, config)) is not None:
+    probe = _split_by_class(beside, raw, config)
+    if config.get("tokenizer_class") not in _READS_FILE:
+        probe = _split_by_transformers(encode, path.parent)
+    if probe is not None:
         warn(
             f"{path}: its rules count here; transformers 5 has others for tokenizer_class "
             f"{config['tokenizer_class']!r}, which split {probe!r} into different tokens; "
@@ -108,6 +119,18 @@ def say_differences(
         if encode(text, special=True) != _with_names(beside, text):
             warn(f"{path}: transformers splits {text!r} into other tokens than are read here")
             break
+
+
+def _split_by_transformers(encode: Callable[..., list[int]], directory: Path) -> str | None:
+    """Returns a text that the installed transformers splits otherwise, or None."""
+    try:
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception:  # it is not installed, or cannot load what is read here
+        return None
+    pairs = ((text, encode(text, bos=True)) for text in _PROBES)
+    return next((t for t, ids in pairs if theirs(t).input_ids[: len(ids)] != ids), None)
 
 
 def _with_names(vocabulary: Vocabulary, text: str) -> list[int]:

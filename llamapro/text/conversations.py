@@ -16,7 +16,7 @@ from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names,
 from llamapro.text.source_files import SourceFile
 
 # The keys under which a row may hold a conversation: a list of turns, or a question and its answer.
-_FORMS = (
+_FORMS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("conversations",),  # ShareGPT
     ("conversation",),
@@ -133,8 +133,9 @@ def to_conversation(row: dict[str, Any]) -> Conversation:
     """
     row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
     _check_row(row)
-    forms = [form for form in _FORMS if _is_filled(row, form)] or [_form(row)]
-    if forms[0] is None:
+    forms = [form for form in _FORMS if _is_filled(row, form)]
+    forms = forms or [form for form in _FORMS if all(key in row for key in form)][:1]
+    if not forms:
         raise ValueError(f"no conversation (found keys: {quote_names(row)}); {_EXPECTED}")
     messages, read = _messages(row, forms[0])
     for other in forms[1:]:
@@ -254,11 +255,6 @@ def _is_filled(row: dict[str, Any], form: tuple[str, ...]) -> bool:
     return all(v and isinstance(v, (str, list)) for v in values) and (len(form) == 2 or is_list)
 
 
-def _form(keys: Container[str]) -> tuple[str, ...] | None:
-    """Returns the first of the forms whose keys are all there."""
-    return next((form for form in _FORMS if all(key in keys for key in form)), None)
-
-
 def _to_message(turn: Any, place: str) -> Message:
     """Returns a turn with role, content, its other keys and, if it has one, its weight.
 
@@ -323,7 +319,7 @@ def _weight(turn: dict[str, Any], role: str, place: str) -> dict[str, int]:
 
 def _known_columns(columns: list[str]) -> list[str]:
     """Returns the columns to read; raises UnreadableError if they hold no conversation."""
-    if _form(columns) is None:
+    if not any(all(key in columns for key in form) for form in _FORMS):
         found = quote_names(columns)
         raise UnreadableError(f"no column of a conversation (found: {found}); {_EXPECTED}")
     return [column for column in columns if column in _KEYS]

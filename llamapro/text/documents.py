@@ -5,6 +5,7 @@ All are streamed in one order, so memory does not grow with the corpus.
 
 import codecs
 import io
+import json
 import lzma
 import os
 import re
@@ -27,7 +28,7 @@ from llamapro.text.rows import (
     refuse,
     suffixes,
 )
-from llamapro.text.source_files import SourceFile
+from llamapro.text.source_files import ARCHIVES, SourceFile
 
 # Length of the pieces of long documents and of batches of short ones. sentencepiece takes twice as
 # long for 4 million characters at once, and a file may be larger than the memory.
@@ -187,8 +188,8 @@ def _problem_at_start(file: SourceFile, text_key: str) -> str:
                 next(_read_texts(file.path, raw, text_key, Counts(), refuse), None)
             elif file.is_named:  # others are left out if they are not text
                 with _unpacked(file, raw) as text:
-                    if reason := _not_text(text, only_start=True):
-                        return f"{file.path}: {reason}; {_READABLE}"
+                    if reason := _not_text(file, text, text_key, only_start=True):
+                        return f"{file.path}: {reason}"
     except DataError as error:
         return str(error)
     return ""
@@ -201,9 +202,9 @@ def _read_file(
         yield from _read_texts(file.path, raw, text_key, counts, report)
         return
     with _unpacked(file, raw) as text:
-        reason = _not_text(text)
+        reason = _not_text(file, text, text_key)
         if reason and file.is_named:
-            raise DataError(f"{file.path}: {reason}; {_READABLE}")
+            raise DataError(f"{file.path}: {reason}")
         if reason:
             counts.leave_out(file, reason)
         else:
@@ -222,23 +223,33 @@ def _unpacked(file: SourceFile, raw: IO[bytes]) -> Iterator[IO[bytes]]:
         raise DataError(f"{file.path}: truncated or not {packed[1:]} ({error})") from None
 
 
-def _not_text(raw: IO[bytes], only_start: bool = False) -> str:
-    """Returns why a file, or its first MiB, is not UTF-8 text, or ""; rewinds the file."""
+def _not_text(file: SourceFile, raw: IO[bytes], text_key: str, only_start: bool = False) -> str:
+    """Returns why a file, or its first MiB, is not a text in UTF-8, or ""; rewinds the file."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    if (suffix := suffixes(file.path)[0]) in ARCHIVES:
+        return f"{suffix} is not read; unpack it"
     try:
         while chunk := raw.read(1 << 20):
             if position == 0 and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 return "UTF-16; convert it, for example with iconv -f UTF-16 -t UTF-8"
             if position == 0 and b"\0" in chunk[:8192]:
-                return "binary (it has zero bytes)"
+                return f"binary (it has zero bytes); {_READABLE}"
             decoder.decode(chunk)
             position += len(chunk)
             if only_start:
                 break
         decoder.decode(b"", final=not only_start or not raw.read(1))
     except UnicodeDecodeError as error:
-        return f"not UTF-8 ({error.reason} after about {position + error.start:,} bytes)"
+        after = f"{position + error.start:,} bytes"
+        return f"not UTF-8 ({error.reason} after about {after}); {_READABLE}"
     raw.seek(0)
+    try:
+        row = json.loads(raw.readline(PIECE_CHARACTERS))
+    except (ValueError, RecursionError):
+        row = None
+    raw.seek(0)
+    if isinstance(row, dict) and text_key in row:
+        return f"holds lines of JSON with {text_key!r}, under another name; rename it to *.jsonl"
     return ""
 
 

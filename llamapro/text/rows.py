@@ -157,7 +157,10 @@ def _separated(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
     """Yields the rows of a table in text; its first line has the names of the columns."""
     csv.field_size_limit(MAX_BYTES)
     text = (line.decode("utf-8-sig") for line in _lines(file))
-    for row in csv.DictReader(text, delimiter=delimiter, strict=True):
+    rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+    if len(names := rows.fieldnames or ()) > len(set(names)):
+        raise UnreadableError(f"two columns have the same name: {quote_names(names)}")
+    for row in rows:
         if None in row:
             raise UnreadableError("more fields than the first line has names")
         yield row

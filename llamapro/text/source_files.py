@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, warn
 from llamapro.text.rows import has_rows
 
 # Beside tables these describe them, and are no data: a data card, a licence, a loader.
@@ -17,7 +17,8 @@ _CARD = re.compile(
     r"dataset_dict\.json|state\.json|.*\.(md|rst|ya?ml|cff|sha256|md5)",
     re.IGNORECASE,
 )
-_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".lz4", ".arrow")
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".lz4", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,14 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
         for match in sorted(matches):
             if os.path.isdir(match):
                 matched += _without_cards(list(_walk(Path(match), set())))
+                _say_splits(match, matched)
             elif os.path.isfile(match):
                 matched.append(SourceFile(Path(match), True))
         if all(file.left_out for file in matched):
             problem = "the folder holds no files" if os.path.isdir(literal) else "no such file"
-            raise DataError(f"{pattern}: {problem}; give files, folders or globs like 'd/**/*.py'")
+            fix = "give files, folders or globs like 'd/**/*.py'"
+            fix = "data is read from the disk: download it first" if "://" in pattern else fix
+            raise DataError(f"{pattern}: {problem}; {fix}")
         for file in matched:
             if file.path.suffix.lower() == ".arrow":
                 raise DataError(
@@ -85,7 +89,7 @@ def _without_cards(files: list[SourceFile]) -> list[SourceFile]:
     """
     sizes = {file.path: file.path.stat().st_size for file in files if not file.left_out}
     cards = {path for path in sizes if _CARD.fullmatch(path.name)}
-    tables = {p for p in sizes if has_rows(p) or p.suffix.lower() in _ARCHIVES} - cards
+    tables = {p for p in sizes if has_rows(p) or p.suffix.lower() in ARCHIVES} - cards
     others = sizes.keys() - cards - tables
     scripts = {path for path in others if path.suffix == ".py"}
     is_mostly_tables = 2 * sum(map(sizes.__getitem__, tables)) > sum(sizes.values())
@@ -94,6 +98,20 @@ def _without_cards(files: list[SourceFile]) -> list[SourceFile]:
     described = cards | scripts if len(scripts) < 2 else cards
     reason = "describes the tables beside it"
     return [replace(f, left_out=reason) if f.path in described else f for f in files]
+
+
+def _say_splits(folder: str, files: list[SourceFile]) -> None:
+    """Warns if a folder holds the training split of a data set, and others, which are read too."""
+    splits: dict[str, Path] = {}
+    for path in (file.path for file in files if not file.left_out and has_rows(file.path)):
+        found = [_SPLIT.match(name) for name in path.relative_to(folder).parts[-2:]]
+        splits |= {match[1]: path for match in found if match}
+    if "train" in splits and len(splits) > 1:
+        other = next(path for name, path in splits.items() if name != "train")
+        warn(
+            f"{folder}: holds the splits {', '.join(sorted(splits))}, and all are read, {other} "
+            f"too; name one, such as '{folder}/**/train*'"
+        )
 
 
 def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:

@@ -26,8 +26,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def name_of(token: Any) -> str | None:
-    """Returns a token's name, which may be a string or an object with `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+    """Returns a token's name, which may be a string or an object with `content`; None if empty."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return None if name == "" else name
 
 
 def read_roles(directory: Path) -> dict[str, Any]:

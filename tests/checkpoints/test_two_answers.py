@@ -222,6 +222,7 @@ def test_a_key_twice_in_config_json_is_refused(make: Callable[..., Path]) -> Non
         (lambda n: f"_fsdp_wrapped_module.{n}", "carry '_fsdp_wrapped_module.' of FSDP"),
         (lambda n: n.replace("layers.0.", "layers.0._orig_mod."), "carry '_orig_mod.' of torch.co"),
         (lambda n: n.replace("q_proj.", "q_proj.base_layer."), "carry '.base_layer.' of PEFT"),
+        (lambda n: n.replace("lm_head", "lm_head.original_module"), "'.original_module.' of PEFT"),
         (lambda n: f"transformer.{n}", "', expected as '"),
         (lambda n: n.removeprefix("model."), "', expected as 'model."),
         (lambda n: n.replace("layers", "blocks"), "unexpected tensor 'model.blocks.0"),

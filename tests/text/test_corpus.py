@@ -76,6 +76,12 @@ def test_globs_are_sorted_and_no_file_comes_twice(tmp_path: Path) -> None:
     assert [f.path.name for f in find_files(patterns)] == ["b.py", "a.py", "c.py", "x[1].txt"]
 
 
+def test_an_address_is_no_file() -> None:
+    """Data is read from the disk."""
+    with pytest.raises(DataError, match="no such file; data is read from the disk: download it"):
+        find_files(["hf://datasets/owner/name"])
+
+
 @pytest.mark.parametrize("pattern", ["nothing.txt", "*.none", "empty"])
 def test_pattern_without_files_is_refused(tmp_path: Path, pattern: str) -> None:
     """A misspelt path is an error."""
@@ -140,6 +146,8 @@ def test_what_is_left_out_is_counted_and_told(
         ("a.jsonl", b'{"text": "x"}\n["text"]', r"a\.jsonl:2: expected a JSON object, found list"),
         ("a.json", b'{\n"text": "x"\n}', r"a\.json:1: expected a list of rows, or one per line"),
         ("a.csv", b"text,id\nx,1\ny,2,3\n", r"a\.csv:2: more fields than the first line has"),
+        ("a.csv", b"text,text\nx,y\n", r"a\.csv:1: two columns have the same name: 'text', 'text'"),
+        ("a.txt.zst", b"x", r"a\.txt\.zst: \.zst is not read; unpack it"),
         ("a.tsv", b"body\tid\nx\t1\n", r"a\.tsv:1: no 'text' column \(found: 'body', 'id'\)"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", r"run 'git lfs pull'"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", r"run 'git lfs pull'"),
@@ -309,7 +317,9 @@ def test_what_describes_tables_is_no_data(
     packed.mkdir()
     (packed / "README.md").write_text("a card")
     (packed / "c4.json.zst").write_bytes(b"\x28\xb5\x2f\xfd\0\0\0 data")
-    with pytest.raises(DataError, match=r"no text in it: .*2 files left out: .*c4\.json\.zst"):
+    with pytest.raises(
+        DataError, match=r"no text in it: .*2 files .*zst \(\.zst is not read; unpack"
+    ):
         make(packed)
     code = tmp_path / "code"
     code.mkdir()
@@ -318,6 +328,34 @@ def test_what_describes_tables_is_no_data(
         (code / name).write_text("print('hello')\n" * 9)
     json_lines(code / "few.jsonl", {"text": "x"})
     assert make(code).documents == 4
+
+
+def test_lines_of_json_under_another_name_are_no_text(tmp_path: Path, make: Tokenize) -> None:
+    """Spark's part-00000 and others: refused, in a folder left out, never read as syntax."""
+    row = json.dumps({"text": "words"}) + "\n"
+    folder = tmp_path / "spark"
+    folder.mkdir()
+    (folder / "part-00000").write_text(row * 3)
+    (folder / "a.txt").write_text('{"other": 1} is a text')
+    with gzip.open(tmp_path / "data.txt.gz", "wt") as file:
+        file.write(row)
+    for file in (folder / "part-00000", tmp_path / "data.txt.gz"):
+        with pytest.raises(DataError, match=f"{file.name}: holds lines of JSON with 'text', under"):
+            make(file)
+    assert make(folder).index["counts"]["files_left_out"] == 1
+
+
+def test_all_splits_of_a_folder_are_read_and_that_is_said(
+    tmp_path: Path, make: Tokenize, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody trains on the test split without knowing it; one split is no mistake."""
+    for name in ("one/train-0.jsonl", "one/trainer.jsonl", "two/train/a.jsonl", "two/test/a.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        json_lines(tmp_path / name, {"text": "words"})
+    make(tmp_path / "one")
+    assert "splits" not in capsys.readouterr().err
+    make(tmp_path / "two")
+    assert "holds the splits test, train, and all are read" in capsys.readouterr().err
 
 
 def test_all_wrong_rows_are_told_in_one_message(tmp_path: Path, make: Tokenize) -> None:
