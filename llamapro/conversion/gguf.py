@@ -258,8 +258,8 @@ def _rope_scaling(
     scaling = _llama3_scaling(values, config, context) if type(context) is int else None
     if scaling is None:
         raise ConfigError(
-            f"{file}: the factors in {ROPE_FACTORS!r} are not Llama 3.1's for any parameters; "
-            "another way of scaling RoPE is not supported"
+            f"{file}: no parameters of Llama 3.1's scaling were found that give the factors in "
+            f"{ROPE_FACTORS!r}; another way of scaling RoPE is not supported"
         )
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return {
@@ -282,8 +282,9 @@ def _llama3_scaling(factors: Tensor, config: ModelConfig, context: int) -> RopeS
     """
     D, factor = config.head_dim, float(str(factors.max().numpy()))
     plain = ops.rope_frequencies(D, config.rope_theta)
-    # Llama 3.1's own parameters first: they are exact, and all there is if one pair is blended.
-    found = [RopeScaling("llama3", factor, 1.0, 4.0, context)]
+    # Meta's own parameters first: they are exact, and all there is if one pair is blended, or none
+    # is slowed by the whole factor.
+    found = [RopeScaling("llama3", f, 1.0, 4.0, context) for f in (factor, 8.0, 32.0)]
     is_blended = (factors > 1) & (factors < factor)
     if factor > 1 and is_blended.sum() >= 2:
         share = ((1 / factors.double() - 1 / factor) / (1 - 1 / factor))[is_blended]

@@ -238,7 +238,9 @@ def _release_of(
             f"{file}: sliding_window {config.sliding_window} cannot be said in Meta's layout; the "
             "release would attend to all positions"
         )
-    if (scaling := config.rope_scaling) is not None:
+    if (scaling := config.rope_scaling) is not None and scaling.factor == 1:
+        config = dataclasses.replace(config, rope_scaling=None)
+    elif scaling is not None:
         scaled = rope_scaling(config.tie_word_embeddings)
         if dataclasses.astuple(scaling) != tuple(scaled.values()):
             raise ConfigError(

@@ -9,6 +9,7 @@ Noncharacters mark a rendered text: `MARK` breaks the names of tokens in message
 """
 
 import datetime
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from llamapro.text.token_files import read_object
 from llamapro.text.tokenizer import Tokenizer
 
 # Keys of a message, and variables, that a template has to show or they would be lost.
-_SHOWN = ("tool_calls", "reasoning_content", "thinking", "tools", "documents")
+_SHOWN = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tools", "documents")
 Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
 
 # From the public descriptions of the formats by Meta, Mistral and OpenAI.
@@ -172,7 +173,7 @@ class ChatTemplate:
         problems = check_messages(messages)
         given = {key for message in messages for key, value in message.items() if value}
         lost = (given | variables.keys()).intersection(_SHOWN)
-        lost -= {key for key in _SHOWN if key in self.source}
+        lost -= {key for key in _SHOWN if re.search(rf"\b{key}\b", self.source)}
         problems += [f"the chat template does not show {key!r}" for key in sorted(lost)]
         if problems:
             raise DataError("; ".join(problems))
@@ -248,10 +249,15 @@ class ChatTemplate:
                 for piece in pieces:
                     start, position = position, position + len(piece)
                     spans.append((places[max(start, 0)], places[max(position, 0)]))
+            elif (ends := self._tokenizer.ends_of(part, part_ids)) is not None:
+                widths = (len(character.encode()) for character in part)
+                places = list(itertools.accumulate(widths, initial=begin))
+                ends = list(itertools.accumulate(ends, max, initial=0))
+                spans += ((places[a], places[b]) for a, b in itertools.pairwise(ends))
             else:
                 raise DataError(
-                    f"{self._tokenizer.path}: changes the text {part[:40]!r}, so that nobody can "
-                    f"say which tokens are the assistant's; use a tokenizer that keeps text"
+                    f"{self._tokenizer.path}: changes the text {part[:40]!r}, and its library does "
+                    "not say which tokens are the assistant's; use a tokenizer that keeps text"
                 )
             begin = end
         return ids, spans

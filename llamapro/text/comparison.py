@@ -10,7 +10,14 @@ from typing import Any
 
 from llamapro.errors import DataError, warn
 from llamapro.text.token_files import COMPANIONS, name_of, read_object
-from llamapro.text.vocabulary import JSON_NAME, AddedToken, Vocabulary, json_pieces, parts_of
+from llamapro.text.vocabulary import (
+    JSON_NAME,
+    LLAMA_3_PATTERN,
+    AddedToken,
+    Vocabulary,
+    json_pieces,
+    parts_of,
+)
 
 # Words, spaces, line ends, digits, other scripts, code: normalisers and cuts differ in these.
 _PROBES = (
@@ -23,7 +30,7 @@ _PROBES = (
     ),
 )
 # What transformers 5 reads a tokenizer.json with, or what is compared without importing it.
-_KINDS = ("PreTrainedTokenizer", "LlamaTokenizer", "GPT2Tokenizer")
+_KINDS = ("PreTrainedTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
 _READS_FILE = (None, "TokenizersBackend", *_KINDS, *(f"{kind}Fast" for kind in _KINDS))
 
 
@@ -148,16 +155,21 @@ def _split_by_class(
 ) -> str | None:
     """Returns a text that transformers 5 splits otherwise than its tokenizer.json says, or None.
 
-    For two of its classes it replaces the file's normaliser and cuts by its own.
+    For these classes it replaces the file's normaliser and cuts by its own.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
     library, space = vocabulary.library, config.get("add_prefix_space")
     kind = str(config.get("tokenizer_class")).removesuffix("Fast")
     is_bytes = any(part.get("type") == "ByteLevel" for part in parts_of(raw["decoder"], "decoders"))
     cutter: pre_tokenizers.PreTokenizer
+    normalizer: normalizers.Normalizer | None = None
     if kind == "GPT2Tokenizer":
         cutter = pre_tokenizers.ByteLevel(add_prefix_space=space is True)
+    elif kind == "Qwen2Tokenizer":  # cuts numbers into digits
+        split = pre_tokenizers.Split(Regex(LLAMA_3_PATTERN.replace("{1,3}", "")), "isolated")
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=space is True, use_regex=False)
+        cutter, normalizer = pre_tokenizers.Sequence([split, bytes_only]), normalizers.NFC()
     elif kind == "LlamaTokenizer" and not is_bytes:
         scheme = "always" if config.get("legacy") is True else "first"
         scheme = "never" if space is False else scheme
@@ -167,7 +179,8 @@ def _split_by_class(
     name = next((name for name, token in vocabulary.added.items() if token.special), "")
     probes = [*_PROBES, f"a{name}b"]
     before, own = [_with_names(vocabulary, t) for t in probes], library.normalizer
-    own_cutter, library.normalizer, library.pre_tokenizer = library.pre_tokenizer, None, cutter
+    own_cutter = library.pre_tokenizer
+    library.normalizer, library.pre_tokenizer = normalizer, cutter
     after = [_with_names(vocabulary, text) for text in probes]
     library.normalizer, library.pre_tokenizer = own, own_cutter
     pairs = zip(probes, before, after, strict=True)

@@ -79,7 +79,7 @@ class Tokenizer:
         named = names | (extra if isinstance(extra, dict) else {})
         roles = {key: name_of(token) for key, token in named.items() if key.endswith("_token")}
         self.named_tokens = {key: name for key, name in roles.items() if isinstance(name, str)}
-        self._encode_text = vocabulary.encode
+        self._encode_text, self._ends = vocabulary.encode, vocabulary.ends
         self._pieces = vocabulary.pieces | {
             token.id: b"" if token.special else name.encode() for name, token in tokens.items()
         }
@@ -286,6 +286,17 @@ class Tokenizer:
                 plain = part.replace(mark, "") if mark else part
                 yield plain, self._encode_plain(plain, continues)
                 continues = True
+
+    def ends_of(self, text: str, ids: list[int]) -> list[int] | None:
+        """Returns where each token of a text from `encode_parts` ends, in characters of the text.
+
+        It is for texts that the tokenizer changes, such as by NFC or `<unk>`; None if unknown.
+        """
+        for before in ("", "\n") if self._ends else ():
+            found, ends = self._ends(before + text)
+            if found[len(found) - len(ids) :] == ids:
+                return [max(0, end - len(before)) for end in ends[len(ends) - len(ids) :]]
+        return None
 
     def _encode_plain(self, text: str, continues: bool) -> list[int]:
         """Returns the ids of text in which names of control tokens are plain characters."""

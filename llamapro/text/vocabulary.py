@@ -63,6 +63,8 @@ class Vocabulary:
         pieces: id to the bytes of text that it stands for, without control tokens.
         added: control tokens, and others that `encode` finds itself.
         bos_id, eos_id: BOS and EOS according to this file alone, or None.
+        ends: text to ids, and where each ends, in characters of the text before it is normalised;
+            None if the library does not say it.
         library: the tokenizer of the library tokenizers, for a tokenizer.json.
     """
 
@@ -71,6 +73,7 @@ class Vocabulary:
     added: dict[str, AddedToken]
     bos_id: int | None
     eos_id: int | None
+    ends: Callable[[str], tuple[list[int], list[int]]] | None = None
     library: Any = None
 
 
@@ -107,8 +110,14 @@ def _read_sentencepiece(path: Path, content: bytes) -> Vocabulary:
             added[piece] = AddedToken(i, special=True)
         else:
             pieces[i] = _piece_bytes(piece)
+
+    def ends(text: str) -> tuple[list[int], list[int]]:
+        found = model.encode_as_offset_mapping(text)
+        return found["ids"], [end for _, end in found["offsets"]]
+
     bos, eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
-    return Vocabulary(model.encode, pieces, added, bos, eos)
+    has_offsets = hasattr(model, "encode_as_offset_mapping")  # from version 0.2.1 on
+    return Vocabulary(model.encode, pieces, added, bos, eos, ends if has_offsets else None)
 
 
 def is_ranks(content: bytes) -> bool:
@@ -190,11 +199,15 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
     def encode(text: str) -> list[int]:
         return model.encode(text, add_special_tokens=False).ids
 
+    def ends(text: str) -> tuple[list[int], list[int]]:
+        found = model.encode(text, add_special_tokens=False)
+        return found.ids, [end for _, end in found.offsets]
+
     bos, eos = (
         next((added[name].id for name in names if name in added), None)
         for names in (_BOS_NAMES, _EOS_NAMES)
     )
-    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos, model)
+    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos, ends, model)
 
 
 def read_beside(path: Path, raw: dict[str, Any]) -> Vocabulary | None:

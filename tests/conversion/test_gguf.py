@@ -189,6 +189,7 @@ def llama3_factors(head_dim: int, theta: float, scaling: dict[str, Any]) -> Tens
         (128, 5e5, {"factor": 8.0, **LLAMA_3}),  # Llama 3.1 and 3.3
         (64, 5e5, {"factor": 32.0, **LLAMA_3}),  # Llama 3.2
         (16, 1e4, {"factor": 8.0, **LLAMA_3}),  # one frequency between low and high
+        (8, 1e4, {"factor": 32.0, **LLAMA_3}),  # and none that is low
         (128, 1e6, {"factor": 4.0, **LLAMA_3, "low_freq_factor": 2.0, "high_freq_factor": 6.5}),
         (128, 5e5, {"factor": 16.0, **LLAMA_3, "original_max_position_embeddings": 4096}),
     ],

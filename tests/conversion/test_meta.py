@@ -781,14 +781,14 @@ def test_a_scaling_that_meta_cannot_express_is_refused(
     """params.json has one bit for it: another kind or factor would be lost in silence."""
     llama = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama["original_max_position_embeddings"] = 8192
-    linear = {"rope_type": "linear", "factor": 4.0}
-    for number, rope in enumerate([linear, llama | {"factor": 32.0}, llama]):
+    linear, none = ({"rope_type": "linear", "factor": factor} for factor in (4.0, 1.0))
+    for number, rope in enumerate([linear, llama | {"factor": 32.0}, none, llama]):
         config = tiny_config(rope_scaling=rope)
         source = write_random_checkpoint(tmp_path / str(number), config)
-        if rope is llama:
-            to_meta(source, tmp_path / "release")
+        if rope in (llama, none):
+            to_meta(source, tmp_path / "release", force=True)
             params = json.loads((tmp_path / "release" / "params.json").read_text())
-            assert params["use_scaled_rope"] is True
+            assert params.get("use_scaled_rope", False) == (rope is llama)
         else:
             with pytest.raises(ConfigError, match="cannot be said in Meta's layout"):
                 to_meta(source, tmp_path / "release")

@@ -167,6 +167,7 @@ def test_rules_of_a_class_that_differ_from_the_file_are_said(
     files = {
         "GPT2Tokenizer": byte_level | {"pre_tokenizer": cut},
         "Qwen2Tokenizer": byte_level | {"pre_tokenizer": cut},
+        "GPTNeoXTokenizer": byte_level | {"pre_tokenizer": cut},
         "LlamaTokenizer": llama,
         "CodeLlamaTokenizer": llama,
     }
