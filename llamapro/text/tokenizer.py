@@ -292,9 +292,9 @@ class Tokenizer:
 
         It is for texts that the tokenizer changes, such as by NFC or `<unk>`; None if unknown.
         """
-        for before in ("", "\n") if self._ends else ():
-            found, ends = self._ends(before + text)
-            if found[len(found) - len(ids) :] == ids:
+        for before in ("", "\n"):
+            found, ends = self._ends(before + text) if self._ends else ([], [])
+            if self._ends and found[len(found) - len(ids) :] == ids:
                 return [max(0, end - len(before)) for end in ends[len(ends) - len(ids) :]]
         return None
 
