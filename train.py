@@ -196,6 +196,7 @@ def train(
         losses.read()
         info = BlocksInfo.of(job.config, s.train.trainable, state.step)
         kept = state.to_json() | {"settings": flatten(s)}
+        kept["chat_template"] = job.template and job.template.source  # merge hands it on
         progress.saved(saver.save(state.step, parameters, guard.optimizer, info, kept))
 
     with progress.writing(job.run_dir, job.plan, changed), saver:

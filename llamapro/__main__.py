@@ -37,6 +37,7 @@ COMMANDS = {
     "to-meta": Command(_CONVERT, "DIR OUT_DIR", "write a Meta release"),
     "inspect": Command(_CONVERT, "DIR", "show layers, new blocks, sizes and hashes"),
     "verify": Command(_CONVERT, "DIR", "check every byte, compare logits"),
+    "push": Command("llamapro.push", "DIR|BLOCKS OWNER/NAME", "upload a model or new blocks"),
     "generate": Command("llamapro.generate", "DIR --prompt TEXT", "continue a text"),
     "chat": Command("llamapro.generate", "DIR", "answer the turns of a conversation"),
     "evaluate": Command("llamapro.evaluate", "DIR --data FILE...", "measure loss and accuracy"),

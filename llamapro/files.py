@@ -58,7 +58,13 @@ def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
 
 
 def copy_companion(file: Path, target: Path) -> None:
-    """Copies a file that lies beside weights, unless it is a link to somewhere else.
+    """Copies a file that lies beside weights; raises CheckpointError as `refuse_link`."""
+    refuse_link(file)
+    shutil.copyfile(file, target)
+
+
+def refuse_link(file: Path) -> None:
+    """Refuses a file beside weights that is a link to somewhere else.
 
     A stranger's LICENSE could be a link to the user's own secrets, which would leave with the
     result. Hugging Face's cache is made of links, to `blobs` beside `snapshots`.
@@ -74,7 +80,6 @@ def copy_companion(file: Path, target: Path) -> None:
             f"{file}: a link that leaves its directory, to {found}; put the file itself there, or "
             "remove the link"
         )
-    shutil.copyfile(file, target)
 
 
 def make_directory(path: str | Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from llamapro.config import ModelConfig
 from llamapro.errors import DataError
-from llamapro.files import copy_companion
+from llamapro.files import copy_companion, read_json
+from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.vocabulary import (
     JSON_NAME,
     LLAMA_3_PATTERN,
@@ -262,3 +263,13 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
     if is_ranks(vocabulary.read_bytes()):
         (directory / RANKS_NAME).parent.mkdir()
         vocabulary.rename(directory / RANKS_NAME)
+
+
+def write_template(directory: Path, template: str) -> None:
+    """Writes the chat template that a model was trained with, in place of another."""
+    if ChatTemplate.own(directory) == template:
+        return
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    file = directory / CONFIG_NAME
+    if file.exists() and (config := read_json(file)).pop("chat_template", None) is not None:
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -26,10 +26,10 @@ from llamapro.checkpoints.stacking import NewBlocks, is_base_of, stack
 from llamapro.checkpoints.tensors import DTYPES
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES
 from llamapro.config import ModelConfig
-from llamapro.conversion.companions import write_companions
+from llamapro.conversion.companions import write_companions, write_template
 from llamapro.conversion.model_card import Training, write_card
 from llamapro.conversion.rewrite import Target, converted, hashed, rewritten
-from llamapro.errors import CheckpointError, DataError
+from llamapro.errors import CheckpointError, DataError, warn
 from llamapro.files import refuse_source
 from llamapro.model import build_on_meta
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
@@ -168,6 +168,11 @@ def _merged(
     with rewritten(out_dir, targets, "merge", force, max_shard_bytes) as aside:
         yield aside
         write_companions(aside, config, companions)
+        templates = {training.template for training in trainings if training.template}
+        if len(templates) == 1:
+            write_template(aside, templates.pop())
+        elif templates:
+            warn(f"{out_dir}: trained with different chat templates; the base's, if any, stays")
         write_card(aside, out_dir.resolve().name, config, trainings)
 
 

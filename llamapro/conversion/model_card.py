@@ -1,4 +1,4 @@
-"""The model card of a merged model: base, new blocks, data, settings, measured losses.
+"""The model card of a merged model, or of a new-block file: licence, base, use, data, losses.
 
 Its sources are the checkpoint's record and the `state.json` beside each new-block file. For a
 new-block file that came alone, the card only lists its blocks. Only the last part of a data path is
@@ -20,13 +20,37 @@ from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError
 from llamapro.files import copy_companion, read_json
 from llamapro.formatting import perplexity
+from llamapro.text.chat_template import ChatTemplate
 
 CARD_FILE = "README.md"
 SETTINGS = (
     "data.weights data.seq_len train.trainable train.batch_size train.dtype train.seed optim.lr "
     "optim.final_lr_ratio optim.warmup_ratio optim.betas optim.weight_decay optim.clip"
 ).split()
+NAME = "OWNER/NAME"  # stands for the repository until the card is published
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_LICENCE = re.compile(r"license(_name|_link)?: *[\w.:/+-]+")
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("OWNER/NAME")
+model = AutoModelForCausalLM.from_pretrained("OWNER/NAME")
+inputs = {inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```"""
+_TEXT = 'tokenizer("Once upon a time", return_tensors="pt")'
+_CHAT = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello!"}],
+    add_generation_prompt=True, return_tensors="pt", return_dict=True,
+)"""
+_STRIP = (
+    "- `llamapro verify` shows that they are inside, unchanged; `llamapro strip` takes the new "
+    "blocks out again"
+)
+_USE_BLOCKS = """```
+llamapro generate {base} --blocks hf://OWNER/NAME --prompt "Once upon a time"
+llamapro merge {base} hf://OWNER/NAME OUT_DIR
+```"""
 
 
 @dataclass(frozen=True)
@@ -46,12 +70,20 @@ class Training:
             except CheckpointError as error:
                 # The weights are checked elsewhere and are worth merging without their story.
                 print(f"{error}; left out of the model card", file=sys.stderr)
+        if "chat_template" not in state and (found := ChatTemplate.own(file.parent)):
+            state["chat_template"] = found  # of a published file, whose state stays at home
         return cls(info, state)
 
     def part(self, name: str) -> dict[str, Any]:
         """Returns a JSON object inside the state, empty if there is none."""
         found = self.state.get(name)
         return found if isinstance(found, dict) else {}
+
+    @property
+    def template(self) -> str | None:
+        """The source of the chat template it was trained with, if it was."""
+        found = self.state.get("chat_template")
+        return found if isinstance(found, str) else None
 
     @property
     def tokenizer(self) -> str | None:
@@ -67,7 +99,7 @@ def write_card(
 
     `trainings` has one entry for each new-block file, in the order they were given.
     """
-    text = render(title, config, trainings, (directory / BASE_CARD_FILE).exists())
+    text = render(title, config, trainings, directory)
     (directory / CARD_FILE).write_text(text, encoding="utf-8")
 
 
@@ -78,31 +110,50 @@ def keep_base_card(base: Path, directory: Path) -> None:
 
 
 def render(
-    title: str, config: ModelConfig, trainings: Sequence[Training], has_base_card: bool
+    title: str,
+    config: ModelConfig,
+    trainings: Sequence[Training],
+    beside: Path,
+    is_blocks: bool = False,
 ) -> str:
-    """Returns the card: Hugging Face's front matter, then a short page in Markdown."""
-    record = config.expansion
-    name = str(config.raw.get("_name_or_path", ""))
+    """Returns the card: Hugging Face's front matter, then a short page in Markdown.
+
+    Args:
+        config: of the whole model; its record has the new blocks.
+        beside: the directory of the model, whose licence and chat template are named.
+        is_blocks: whether the card is of a new-block file, and not of the whole model.
+    """
+    record, name = config.expansion, str(config.raw.get("_name_or_path", ""))
     # A local directory looks like a name on the hub, too.
     base = name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else None
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front = [f"library_name: {'llamapro' if is_blocks else 'transformers'}"]
+    front += ["pipeline_tag: text-generation", *licence(beside)]
     front += [f"base_model: {base}"] if base else []
     front += ["tags:", "- llamapro"]
     page = [f"# {_cell(title)}", ""]
+    template = trainings[0].template if is_blocks else ChatTemplate.own(beside)
+    use = _USE.replace("{inputs}", _CHAT if template else _TEXT)
     if record is None:
         page += ["All weights of this model were trained; none of a base is left as it was.", ""]
     else:
         count = len(record.new_layers)
+        frozen, held = config.num_hidden_layers - count, "between them and trained alone"
+        what = f"A base of {frozen} frozen blocks and {count} new ones, put {held}"
+        if is_blocks:
+            what = f"{count} new blocks for a base of {frozen} frozen ones, put {held}"
+            use = _USE_BLOCKS.replace("{base}", f"hf://{base}" if base else "BASE_DIR")
+        page += [f"{what} (LLaMA Pro, arXiv:2401.02415).", ""]
+    page += ["## Use", "", use, ""]
+    if template:
+        what = "The blocks were trained with" if is_blocks else "Conversations take"
+        page += [f"{what} the chat template that lies beside this page.", ""]
+    if record is not None:
         page += [
-            f"A base of {config.num_hidden_layers - count} frozen blocks and {count} new ones, put "
-            "between them and trained alone (LLaMA Pro, arXiv:2401.02415).",
-            "",
             "## Base",
             "",
             *([f"- model: {base}"] if base else []),
             f"- sha256 of its tensors: `{_cell(record.base_sha256)}`",
-            "- `convert.py verify` shows that they are inside, unchanged; `convert.py strip` takes "
-            "the new blocks out again",
+            *([] if is_blocks else [_STRIP]),
             "",
             "## New blocks",
             "",
@@ -112,7 +163,7 @@ def render(
             ),
             "",
         ]
-    if has_base_card:
+    if (beside / BASE_CARD_FILE).exists() and not is_blocks:
         page += [f"The base's own model card, with its licence, is `{BASE_CARD_FILE}`.", ""]
     for number, training in enumerate(trainings, 1):
         which = f" of new-block file {number}" if len(trainings) > 1 else ""
@@ -124,6 +175,18 @@ def render(
             "",
         ]
     return "\n".join(["---", *front, "---", "", *page])
+
+
+def licence(directory: Path) -> list[str]:
+    """Returns the lines of front matter that name a model's licence: its base's, or its file."""
+    for name in (CARD_FILE, BASE_CARD_FILE):
+        if (directory / name).is_file():
+            text = (directory / name).read_text("utf-8", "replace").replace("\r\n", "\n")
+            front = text[4:].partition("\n---")[0] if text.startswith("---\n") else ""
+            if found := [line for line in front.splitlines() if _LICENCE.fullmatch(line)]:
+                return found
+    files = sorted(file.name for file in directory.glob("LICENSE*"))
+    return ["license: other", f"license_link: {files[0]}"] if files else []
 
 
 def _training(training: Training) -> list[str]:

@@ -122,10 +122,10 @@ class ChatTemplate:
         return cls(stored, tokenizer, str(file), is_trusted=False)
 
     @staticmethod
-    def is_in(directory: str | Path) -> bool:
-        """Whether a model's directory holds a chat template of its own."""
-        config = read_object(Path(directory, "tokenizer_config.json"))
-        return Path(directory, "chat_template.jinja").exists() or bool(config.get("chat_template"))
+    def own(directory: str | Path) -> str | None:
+        """Returns the source of a model's own chat template, None if its directory has none."""
+        file = Path(directory, "chat_template.jinja")
+        return file.read_text("utf-8", "replace") if file.exists() else _stored(directory) or None
 
     def render(
         self,

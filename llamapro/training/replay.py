@@ -170,7 +170,7 @@ def read_openings(
             template cannot be used.
     """
     start = tokenizer.document_start()
-    template = ChatTemplate.load(model, tokenizer) if ChatTemplate.is_in(model) else None
+    template = ChatTemplate.load(model, tokenizer) if ChatTemplate.own(model) else None
     if template is not None:
         template.date = DATE
     if not file:

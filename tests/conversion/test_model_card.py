@@ -42,6 +42,7 @@ STATE = {
 }
 
 Write = Callable[..., Path]
+CARD = "---\nlicense: other\nlicense_name: tiny\nlanguage: en\n---\n# Tiny Llama\n"
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def pro(
     home = tmp_path_factory.mktemp("card")
     config = tiny_config(hidden_size=16, intermediate_size=16, _name_or_path="jo/tiny-llama")
     base = write_random_checkpoint(home / "base", config)
-    (base / "README.md").write_text("# Tiny Llama\nlicence: be kind\n")
+    (base / "README.md").write_text(CARD)
     expand_checkpoint(Checkpoint.open(base), home / "pro", expansion.interleave(4, 2))
     return Checkpoint.open(home / "pro")
 
@@ -87,6 +88,8 @@ def test_the_card_tells_base_blocks_data_settings_and_losses(
     assert front.splitlines() == [
         "library_name: transformers",
         "pipeline_tag: text-generation",
+        "license: other",
+        "license_name: tiny",
         "base_model: jo/tiny-llama",
         "tags:",
         "- llamapro",
@@ -108,9 +111,10 @@ def test_the_card_tells_base_blocks_data_settings_and_losses(
     ):
         assert row in rows(page)
     assert "home" not in card
+    assert 'from_pretrained("OWNER/NAME")' in page and "Once upon a time" in page
     # From expand on, the base's own card travels under another name.
     for path in (pro.path, tmp_path / "tiny-llama-code"):
-        assert (path / "BASE_README.md").read_text() == "# Tiny Llama\nlicence: be kind\n"
+        assert (path / "BASE_README.md").read_text() == CARD
     assert not (pro.path / "README.md").exists()
     assert "`BASE_README.md`" in card
 
@@ -132,14 +136,16 @@ def test_what_was_evaluated_before_training_only_is_no_result(pro: Checkpoint) -
     """A run that saved before its second evaluation has measured nothing yet."""
     info = BlocksInfo.of(pro.config, "new_blocks", 50)
     training = Training(info, STATE | {"evaluated": 0})
-    assert "validation set" not in render("x", pro.config, [training], False)
+    assert "validation set" not in render("x", pro.config, [training], Path("none"))
 
 
 def test_a_set_without_a_first_loss_shows_no_change(pro: Checkpoint) -> None:
     """An earlier version did not save it."""
     state = STATE | {"base_eval": {}}
     training = Training(BlocksInfo.of(pro.config, "new_blocks", 100), state)
-    assert ["general", "-", "2.250 (9.49)", "-"] in rows(render("x", pro.config, [training], False))
+    assert ["general", "-", "2.250 (9.49)", "-"] in rows(
+        render("x", pro.config, [training], Path("none"))
+    )
 
 
 def test_several_files_say_that_they_were_not_measured_together(
@@ -178,7 +184,7 @@ def test_a_stranger_s_state_of_any_shape_makes_a_card(
     """Entries of a wrong type are left out."""
     training = Training(BlocksInfo.of(pro.config, "new_blocks", 100), state)
     assert training.tokenizer is None
-    assert "100 optimizer steps." in render("x", pro.config, [training], False)
+    assert "100 optimizer steps." in render("x", pro.config, [training], Path("none"))
 
 
 def test_what_a_file_says_can_be_no_markdown_and_no_front_matter(pro: Checkpoint) -> None:
@@ -187,7 +193,7 @@ def test_what_a_file_says_can_be_no_markdown_and_no_front_matter(pro: Checkpoint
     config = ModelConfig.from_dict(raw)
     state = {"settings": {"optim.lr": "1|2\n## [x](y) <b>"}}
     training = Training(BlocksInfo.of(config, "new_blocks", 100), state)
-    card = render("x", config, [training], False)
+    card = render("x", config, [training], Path("none"))
     assert "license" not in card and "base_model" not in card
     assert r"| optim.lr | 1\|2 \#\# \[x\](y) \<b\> |" in card
 
@@ -196,6 +202,6 @@ def test_a_model_of_which_all_was_trained_claims_no_base(
     pro: Checkpoint, tiny_config: Callable[..., ModelConfig]
 ) -> None:
     """No record, no hash of a base."""
-    card = render("x", tiny_config(), [Training(BlocksInfo("all", "", (), 7), {})], False)
+    card = render("x", tiny_config(), [Training(BlocksInfo("all", "", (), 7), {})], Path("none"))
     assert "All weights of this model were trained" in card
     assert "## Base" not in card and "New blocks" not in card

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import load_state, read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.merge import merge
 from llamapro.errors import UserError
 from llamapro.scripts import train
 from llamapro.text.chat_template import BUILT_IN, ChatTemplate
@@ -136,6 +138,24 @@ def test_a_template_s_date_is_the_run_s(
     assert text.startswith("26 Jul 2024 00:00")
     with pytest.raises(UserError, match=r"data\.date is '1\.5\.31', expected a day such as"):
         check(parse(options(tmp_path / "new", data__date="1.5.31")), 1)
+
+
+def test_the_template_of_the_training_is_the_merged_model_s(
+    options: Callable[..., list[str]], home: Path, tmp_path: Path
+) -> None:
+    """It takes the place of one that the model had, so chat and transformers use it unasked."""
+    pro = shutil.copytree(home / "pro", tmp_path / "pro")
+    file = pro / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "another"}))
+    train.main(options(tmp_path / "run", model__path=pro, train__steps=1))
+    merge(pro, [tmp_path / "run"], tmp_path / "merged")
+    merged, messages = tmp_path / "merged", conversations(1)[0]
+    assert ChatTemplate.own(merged) == BUILT_IN["llama2"]
+    assert "chat_template" not in json.loads((merged / file.name).read_text())
+    theirs = transformers.AutoTokenizer.from_pretrained(merged, local_files_only=True)
+    ours = ChatTemplate.load(merged, Tokenizer.load(merged)).render(messages)
+    assert theirs.apply_chat_template(messages, tokenize=False) == ours
+    assert "apply_chat_template" in (merged / "README.md").read_text()
 
 
 def test_what_cannot_be_used_is_found_before_training(
