@@ -26,11 +26,18 @@ from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 class LlamaProLM(TemplateLM):
     """Scores and writes one request at a time."""
 
-    def __init__(self, path: str, skip_new_blocks: bool = False, **lm_eval_options: Any) -> None:
-        """Loads a checkpoint directory; batch size and device of lm_eval are not used."""
+    def __init__(
+        self, path: str, skip_new_blocks: bool = False, dtype: Any = "auto", **lm_eval_options: Any
+    ) -> None:
+        """Loads a checkpoint directory; batch size and device of lm_eval are not used.
+
+        Args:
+            skip_new_blocks: evaluate the base inside.
+            dtype: of `ComputeOptions`; "auto" is that of the checkpoint.
+        """
         super().__init__()
         checkpoint = Checkpoint.open(path)
-        self.model = ComputeOptions(skip_new_blocks=skip_new_blocks).load(checkpoint)
+        self.model = ComputeOptions(dtype=dtype, skip_new_blocks=skip_new_blocks).load(checkpoint)
         self.text_tokenizer = Tokenizer.load(path)
         self.context = self.model.config.max_position_embeddings
 

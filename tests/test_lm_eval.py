@@ -196,7 +196,7 @@ def test_every_number_of_the_example_is_that_of_the_pages_command(
     command = " ".join(page_command(root, checkpoint)).replace("bfloat16", "float32").split()
     theirs = run(*command)
     example = ["examples/lm_eval_model.py", "--model", "llamapro"]
-    ours = run(*example, "--model_args", f"path={checkpoint}", *LOCAL)
+    ours = run(*example, "--model_args", f"path={checkpoint},dtype=float32", *LOCAL)
     assert leaves(ours[0], float) == leaves(theirs[0], close)
     for name in TASKS:
         for mine, other in zip(ours[1][name], theirs[1][name], strict=True):
