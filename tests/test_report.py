@@ -292,6 +292,15 @@ def test_a_log_with_a_value_of_another_kind_is_refused(
         write_report([run])
 
 
+def test_a_log_with_a_line_that_nests_too_deep_is_refused(tmp_path: Path) -> None:
+    """It is no traceback; the message names the line."""
+    run = make_run(tmp_path / "run", {"code": (2.0, 1.0)})
+    log = run / "metrics.jsonl"
+    log.write_text("[" * 100_000 + "\n" + log.read_text())
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: expected a JSON object with 'kind'"):
+        write_report([run])
+
+
 def test_a_count_that_is_no_number_is_refused(tmp_path: Path) -> None:
     """It stands in run.json."""
     run = make_run(tmp_path / "run", {"code": (2.0, 1.0)})

@@ -208,7 +208,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:  # not JSON, or not even UTF-8
+        except (ValueError, RecursionError):  # not JSON, or not even UTF-8
             record = None
         if isinstance(record, dict) and _is_record(record):
             records.append(record)

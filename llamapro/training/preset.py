@@ -72,7 +72,7 @@ def read_toml(path: Path, kind: type[T] = Settings) -> T:  # type: ignore[assign
         near = difflib.get_close_matches(str(path), known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{path}: no such preset{hint}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     wrong: list[str] = []
     settings = _build(kind, raw, "", wrong)

@@ -150,9 +150,9 @@ def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     assert read_toml(file).log_every == 7
 
 
-@pytest.mark.parametrize("text", ["a = [", "\xff"])
+@pytest.mark.parametrize("text", ["a = [", "\xff", "a = " + "[" * 20_000])
 def test_what_is_not_toml_is_refused(tmp_path: Path, text: str) -> None:
-    """Broken syntax and bytes that are not UTF-8 name the file."""
+    """Broken syntax, bytes that are not UTF-8 and brackets without end name the file."""
     file = tmp_path / "preset.toml"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"preset\.toml: not readable as TOML"):
