@@ -39,17 +39,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     oneDNN takes half the time of MKL, which PyTorch uses, for fp32 on AMD processors. It is the
     operator that `torch.compile` puts in place of `nn.Linear`. Not every build has it.
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _HAS_ONEDNN:
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and HAS_ONEDNN:
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` by oneDNN, in whose own layout the weight may lie; without a gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -60,18 +59,18 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return _onednn(x, weight, bias)
+        return onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = _onednn(grad, weight.t()) if weight is not None else None
+        grad_x = onednn(grad, weight.t()) if weight is not None else None
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[2] else None
         if x is None:
             return grad_x, None, grad_bias
-        return grad_x, _onednn(grad_rows.t(), x.reshape(-1, x.shape[-1]).t()), grad_bias
+        return grad_x, onednn(grad_rows.t(), x.reshape(-1, x.shape[-1]).t()), grad_bias
 
 
 # ---- Norm, rotation, activation -----------------------------------------------------------------

@@ -81,6 +81,11 @@ def use(choice: str = "auto") -> Iterator[None]:
         _chosen.update(before)
 
 
+def takes_cpu() -> bool:
+    """Returns whether every op on a CPU takes the backend `cpu`: none was told to take another."""
+    return set(_chosen.values()) <= {"auto", "cpu"}
+
+
 @contextmanager
 def planning_for(device: torch.device) -> Iterator[None]:
     """Chooses inside the with-block as for tensors on this device, wherever they are.

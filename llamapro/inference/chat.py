@@ -10,6 +10,7 @@ import torch
 
 from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.inference.cache import KVCache
+from llamapro.inference.decoding import Decoder
 from llamapro.inference.options import SamplingOptions
 from llamapro.inference.sampling import end_ids, write_text
 from llamapro.model import LlamaForCausalLM
@@ -48,6 +49,7 @@ class Conversation:
         """Begins with the system's turn, if there is one."""
         self.tokens, self.elapsed_s = 0, 0.0
         self._model, self._tokenizer, self._template = model, tokenizer, template
+        self._decoder = Decoder(model)
         self._sampling, self._system = sampling, system
         self._stops = stop_ids(model, tokenizer)
         self._generator = torch.Generator().manual_seed(sampling.seed)
@@ -109,7 +111,7 @@ class Conversation:
         read = self._keep_shared(prompt, len(prompt) + limit)
         pieces = []
         for token_id, piece in write_text(
-            self._model,
+            self._decoder,
             # Without the prompt: it strips the space that sentencepiece puts before a text.
             StreamingDecoder(self._tokenizer),
             prompt[read:],

@@ -12,6 +12,7 @@ from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, warn
 from llamapro.files import read_json
 from llamapro.inference.cache import KVCache
+from llamapro.inference.decoding import Decoder
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
 
@@ -92,7 +93,7 @@ def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: LlamaForCausalLM,
+    model: LlamaForCausalLM | Decoder,
     prompt: Tensor,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -103,6 +104,7 @@ def generate(
     """Continues prompts of equal length, one token at a time.
 
     Args:
+        model: the model, or its decoder, which can be kept from one call to the next.
         prompt: (B, T) token ids, T >= 1; with a cache, the ids that follow those in it.
         max_new_tokens: number of steps; the caller may stop sooner.
         temperature, top_p: as for `sample`.
@@ -114,20 +116,19 @@ def generate(
         (B, 1): the token ids of each step.
     """
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
-    weight = model.lm_head.weight
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    config, weight = decoder.model.config, decoder.model.lm_head.weight
     if cache is None:
         capacity = prompt.shape[1] + max_new_tokens
-        cache = KVCache(model.config, prompt.shape[0], capacity, weight.dtype, weight.device)
+        cache = KVCache(config, prompt.shape[0], capacity, weight.dtype, weight.device)
     ids = prompt.to(weight.device)
     for _ in range(max_new_tokens):
-        x = model.model(ids, cache)  # (B, T, C)
-        logits = model.lm_head(x[:, -1:])  # (B, 1, V)
-        ids = sample(logits[:, 0], temperature, top_p, generator)
+        ids = sample(decoder.logits(ids, cache), temperature, top_p, generator)
         yield ids
 
 
 def write_text(
-    model: LlamaForCausalLM,
+    model: LlamaForCausalLM | Decoder,
     decoder: StreamingDecoder,
     prompt: list[int],
     max_new_tokens: int,

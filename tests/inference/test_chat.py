@@ -21,6 +21,7 @@ from llamapro.errors import ConfigError, DataError
 from llamapro.inference import sampling
 from llamapro.inference.cache import KVCache
 from llamapro.inference.chat import Conversation, stop_ids
+from llamapro.inference.decoding import Decoder
 from llamapro.inference.options import SamplingOptions
 from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM
@@ -84,22 +85,22 @@ def start(checkpoint: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> St
 class Reader:
     """Records the model's inputs: `ids` in its context, and the number read at a time."""
 
-    def __init__(self, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ids: list[int] = []
         self.reads: list[int] = []
-        forward = model.model.forward
+        logits = Decoder.logits
 
-        def reading(input_ids: Tensor, cache: KVCache) -> Any:
+        def reading(decoder: Decoder, input_ids: Tensor, cache: KVCache) -> Tensor:
             self.ids = self.ids[: cache.length] + input_ids[0].tolist()
             self.reads.append(input_ids.shape[1])
-            return forward(input_ids, cache)
+            return logits(decoder, input_ids, cache)
 
-        monkeypatch.setattr(model.model, "forward", reading)
+        monkeypatch.setattr(Decoder, "logits", reading)
 
 
 @pytest.fixture
-def reader(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Reader:
-    return Reader(model, monkeypatch)
+def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    return Reader(monkeypatch)
 
 
 @pytest.fixture

@@ -1,0 +1,122 @@
+"""The short way of a single token on a CPU computes what the model computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamapro import backends
+from llamapro.config import ModelConfig
+from llamapro.inference import decoding
+from llamapro.inference.cache import KVCache
+from llamapro.inference.decoding import Decoder
+from llamapro.inference.sampling import generate
+from llamapro.model import LlamaForCausalLM, load_tensors
+
+STEPS, PROMPT = 6, 5
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+Config = Callable[..., ModelConfig]
+Tensors = Callable[..., dict[str, Tensor]]
+Build = Callable[..., LlamaForCausalLM]
+
+
+@pytest.fixture
+def build(tiny_config: Config, random_tensors: Tensors) -> Build:
+    """`build(dtype, **config) -> model` with random weights."""
+
+    def make(dtype: torch.dtype, **config: Any) -> LlamaForCausalLM:
+        made = LlamaForCausalLM(tiny_config(**config)).to(dtype)
+        load_tensors(made, random_tensors(made.config, dtype))
+        return made.requires_grad_(False)
+
+    return make
+
+
+def steps_of(logits_of: Callable[[Tensor, KVCache], Tensor], model: Any, rows: int) -> Tensor:
+    """The logits (STEPS, B, V) of the tokens after a prompt."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(model.config.vocab_size, (rows, PROMPT + STEPS), generator=generator)
+    dtype = model.lm_head.weight.dtype
+    cache = KVCache(model.config, rows, PROMPT + STEPS, dtype)
+    with torch.inference_mode():
+        logits_of(ids[:, :PROMPT], cache)
+        found = [logits_of(ids[:, i : i + 1], cache) for i in range(PROMPT, PROMPT + STEPS)]
+    assert cache.length == PROMPT + STEPS
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("copy_after", [3, 99])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_key_value_heads": 4, "tie_word_embeddings": True},
+        {"sliding_window": 4, "model_type": "mistral"},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3", "attention_bias": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_scaling": LLAMA3, "head_dim": 24, "intermediate_size": 100},
+    ],
+    ids=["gqa", "tied", "window", "qwen2", "qwen3", "biases", "scaled"],
+)
+def test_logits_are_as_exact_as_the_models(
+    build: Build, config: dict[str, Any], copy_after: int, rows: int, monkeypatch: Any
+) -> None:
+    """With the model's own weights and with a copy, the error is at most twice the model's."""
+    monkeypatch.setattr(decoding, "COPY_AFTER", copy_after)
+    model = build(torch.float32, **config)
+    exact = build(torch.float64, **config)
+    exact.load_state_dict(model.state_dict())
+    ours = steps_of(Decoder(model).logits, model, rows)
+    plain, truth = (
+        steps_of(lambda ids, cache, m=m: m(ids, cache)[:, -1], m, rows) for m in (model, exact)
+    )
+    assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+def test_bf16_keeps_the_roundings_of_the_model(build: Build) -> None:
+    """In bf16 no copy is made, and every rounding stands where the model has it: the same bits."""
+    model = build(torch.bfloat16)
+    ours = steps_of(Decoder(model).logits, model, 2)
+    assert torch.equal(ours, steps_of(lambda ids, cache: model(ids, cache)[:, -1], model, 2))
+
+
+def test_a_large_model_is_not_copied(build: Build, monkeypatch: Any) -> None:
+    """A model over the limit keeps its own weights."""
+    monkeypatch.setattr(decoding, "COPY_AFTER", 1)
+    monkeypatch.setattr(decoding, "COPY_BYTES", 1000)
+    monkeypatch.setattr(decoding, "_copied", None)
+    model = build(torch.float32)
+    steps_of(Decoder(model).logits, model, 1)
+
+
+@pytest.mark.parametrize("ops", ["torch", "auto,attention=torch"])
+def test_a_backend_that_was_asked_for_computes(build: Build, ops: str, monkeypatch: Any) -> None:
+    """Where an op is told to take another backend, the model itself takes every step."""
+    monkeypatch.setattr(Decoder, "_step", None)
+    model = build(torch.float32)
+    with backends.use(ops):
+        ours = steps_of(Decoder(model).logits, model, 1)
+        assert torch.equal(ours, steps_of(lambda i, cache: model(i, cache)[:, -1], model, 1))
+
+
+def test_a_decoder_can_be_kept(build: Build, monkeypatch: Any) -> None:
+    """A second text by the same decoder, now with its copy, is that of the model; so are others."""
+    monkeypatch.setattr(decoding, "COPY_AFTER", 3)
+    model = build(torch.float32)
+    decoder = Decoder(model)
+    for rows in (1, 2, 1):
+        prompt = torch.arange(rows * 4).view(rows, 4)
+        ours = torch.cat(list(generate(decoder, prompt, 6)), dim=1)
+        with backends.use("torch"):
+            assert torch.equal(ours, torch.cat(list(generate(model, prompt, 6)), dim=1))
