@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.errors import ConfigError
+from llamapro.errors import ConfigError, DataError
 from llamapro.formatting import perplexity
 from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.inference.multiple_choice import (
@@ -55,7 +55,18 @@ class Text:
 
 
 def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
-    """Reads a file, folder or glob; prints on standard error what was left out."""
+    """Reads a file, folder or glob; prints on standard error what was left out.
+
+    Raises:
+        DataError: as `read_pieces`; the option for the key has a shorter name here.
+    """
+    try:
+        return _read_text(pattern, tokenizer, text_key)
+    except DataError as error:
+        raise DataError(str(error).replace("--data.text-key", "--text-key")) from None
+
+
+def _read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
     counts = Counts()
     documents: list[list[int]] = []
     pieces: list[Piece] = []
@@ -184,7 +195,10 @@ class Args(ComputeOptions):
         if self.shots < 0 or (self.shots and not self.choices):
             wrong.append(f"--shots {self.shots}: expected 0 or more, with --choices")
         if self.shift_prompts < 0 or self.shift_prompt_tokens < 1 or self.shift_new_tokens < 1:
-            wrong.append("--shift-...: expected 1 or more (--shift-prompts: 0 or more)")
+            wrong.append(
+                "--shift-prompt-tokens and --shift-new-tokens: expected 1 or more, "
+                "--shift-prompts: 0 or more"
+            )
         wanted = self.shift_prompt_tokens + self.shift_new_tokens
         if self.data and self.against and self.shift_prompts and wanted > limit:
             wrong.append(

@@ -38,9 +38,10 @@ def user_path(path: str | Path) -> Path:
     except RuntimeError:
         if Path(path).parts[0] != "~":  # a name, unless there is a user of that name
             return Path(path)
+        hint = " in --data.cache-dir" if ".cache" in Path(path).parts else ""
         raise ConfigError(
             f"{path}: there is no home directory (HOME is not set); set it, or give a path without "
-            "'~', such as --data.cache-dir DIR"
+            f"'~'{hint}"
         ) from None
 
 

@@ -44,7 +44,8 @@ def repository(path: str | Path) -> str | None:
 
 def suggest_hub(path: str | Path) -> str:
     """Returns " (did you mean hf://...?)" for a path that looks like a name or page of the hub."""
-    text = re.sub(r"^https?:/+huggingface\.co/", "", str(path)).removesuffix("/")
+    text, is_page = re.subn(r"^(https?:/+)?(huggingface\.co|hf\.co)/", "", str(path))
+    text = re.sub(r"/((tree|blob|resolve)/.*)?$", "", text) if is_page else text.removesuffix("/")
     return f" (did you mean hf://{text}?)" if _NAME.fullmatch(text) else ""
 
 

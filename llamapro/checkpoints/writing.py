@@ -116,11 +116,11 @@ def write_checkpoint(
         def counted(spec: TensorSpec) -> Iterator[memoryview | bytes]:
             for chunk in chunks_of(spec):
                 if not torch.frombuffer(chunk, dtype=DTYPES[spec.dtype]).isfinite().all():
+                    fix = "choose --dtype bfloat16, or fetch" if "from-" in label else "fetch"
                     raise CheckpointError(
                         f"{label}: {spec.name!r} would hold NaN or infinity in {spec.dtype}: the "
                         f"source does, or has numbers over {torch.finfo(DTYPES[spec.dtype]).max:g};"
-                        " nothing was written. If the command has it, choose --dtype bfloat16; "
-                        "else fetch, or train, the source again"
+                        f" nothing was written; {fix} or train the source again"
                     )
                 yield chunk
                 with lock:

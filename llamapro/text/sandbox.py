@@ -113,7 +113,7 @@ def _started(source: str, _owner: int) -> Render:
         if not kind:
             raise TemplateError(
                 f"the chat template takes over {CPU_S} s or {MEMORY >> 20} MiB for one "
-                "conversation; give another with --data.chat-template or --chat-template"
+                "conversation; give another one"
             )
         if kind == b"-":
             raise TemplateError(text)

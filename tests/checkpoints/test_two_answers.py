@@ -282,6 +282,8 @@ def test_a_directory_without_a_model_says_what_it_is(
     [
         ("meta-llama/Llama-2-7b-hf", "(did you mean hf://meta-llama/Llama-2-7b-hf?)"),
         ("https://huggingface.co/a/b", "(did you mean hf://a/b?)"),
+        ("https://huggingface.co/a/b/tree/main", "(did you mean hf://a/b?)"),
+        ("hf.co/a/b", "(did you mean hf://a/b?)"),
         ("no/such/place", "no such checkpoint directory"),
     ],
 )
