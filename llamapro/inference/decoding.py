@@ -118,7 +118,8 @@ def _copied(rows: int, *linears: nn.Linear) -> Product:
     layout.
     """
     weight = torch.cat([part.weight for part in linears])
-    biases = [part.bias for part in linears if part.bias is not None]  # of all of them or of none
+    # All of them have a bias, or none has.
+    biases: list[Tensor] = [part.bias for part in linears if part.bias is not None]
     bias = torch.cat(biases) if biases else None
     if rows > 1 and cpu.HAS_ONEDNN:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
