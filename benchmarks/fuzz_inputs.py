@@ -158,13 +158,15 @@ def forked(task: Callable[[], None]) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         # Whatever the parent has put in their place, these write where a command writes.
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        status = 71
         try:
             task()
-            os._exit(0)
+            status = 0
         except BaseException:
             traceback.print_exc()
-            os._exit(71)
+        finally:  # no exception may leave the fork, not even one of print_exc without memory
+            os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
