@@ -57,7 +57,8 @@ docs: .venv/ready  ## make a site of docs/ in build/site, check its links, run i
 	$(BIN)/python -m pytest -q tests/test_readme.py
 
 clean:  ## remove the environment and every cache, but no run and no checkpoint
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -245,7 +245,7 @@ def main() -> None:
     path = settings.model.path or settings.model.config
     # Which files are read does not matter here, so they need not be named.
     model = dataclasses.replace(settings.model, path=path, config="")
-    data = DataSettings(train=("-",), seq_len=settings.data.seq_len)
+    data = DataSettings(train=("-",), seq_len=settings.data.seq_len or 4096)
     settings = dataclasses.replace(settings, model=model, data=data)
     check(settings, options.ranks)
     config = read_config(path, options.num_new_blocks)

@@ -16,13 +16,13 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "more than 0",
         lambda x: x <= 0,
-        "data.seq_len train.batch_size train.micro_batch_size optim.lr optim.clip eval.every "
+        "train.batch_size train.micro_batch_size optim.lr optim.clip eval.every "
         "save.every save.keep log_every replay.temperature replay.weight",
     ),
     (
         "0 or more",
         lambda x: x < 0,
-        "train.steps eval.sequences data.workers replay.tokens replay.batch_size "
+        "data.seq_len train.steps eval.sequences data.workers replay.tokens replay.batch_size "
         "optim.weight_decay optim.skip_bad_steps train.shard_size save.keep_every log_seconds "
         "log_spikes processes",
     ),

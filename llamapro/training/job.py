@@ -77,11 +77,13 @@ class Job:
             config = checkpoint.config
         else:
             config = ModelConfig.from_file(find_preset(settings.model.config, ".json"))
-        if settings.data.seq_len > config.max_position_embeddings:
+        length, most = settings.data.seq_len, config.max_position_embeddings
+        if length > most:
             raise ConfigError(
-                f"data.seq_len {settings.data.seq_len} is over max_position_embeddings "
-                f"{config.max_position_embeddings} of {source_name}"
+                f"data.seq_len {length} is over max_position_embeddings {most} of {source_name}"
             )
+        data = replace(settings.data, seq_len=length or min(4096, most))
+        settings = replace(settings, data=data)
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
         tokenizer.check_fits(config.vocab_size, source_name)
@@ -95,8 +97,8 @@ class Job:
         for patterns in [settings.data.train, *val.values(), *replay]:
             find_files(patterns)  # raises DataError for a pattern that matches nothing
         if settings.replay.share and not settings.replay.data and checkpoint:  # raises if it cannot
-            length = settings.data.seq_len
-            read_openings(settings.replay.prompts, checkpoint.path, tokenizer, ends, length)
+            opened = (checkpoint.path, tokenizer, ends, data.seq_len)
+            read_openings(settings.replay.prompts, *opened)
         preset = Path(settings.config).stem or "run"
         run_dir = user_path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)

@@ -39,7 +39,7 @@ from llamapro.files import make_directory, read_json, write_file
 
 LAST_RECORDS = 10  # the final training loss is a mean of this many records: one batch is noise
 MEANWHILE = "while the run was writing it"
-PROJECT = "llamapro"  # at W&B and trackio
+PROJECT = "llamapro"  # at W&B and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT is set
 
 
 class MetricsLog:
@@ -240,16 +240,17 @@ def _start_online(name: str, run_dir: Path, config: dict[str, Any]) -> Any:
     """Starts the run at W&B or trackio, or continues the one of this directory."""
     place = os.path.abspath(run_dir)
     shown, key = os.path.basename(place), hashlib.sha256(place.encode()).hexdigest()[:16]
+    project = os.environ.get(f"{name.upper()}_PROJECT") or PROJECT
     if name == "trackio":
         import trackio
 
         # It knows runs by their names alone, and two directories may have the same name.
         name = f"{shown}-{key[:6]}"
-        return trackio.init(project=PROJECT, name=name, config=config, resume="allow")
+        return trackio.init(project=project, name=name, config=config, resume="allow")
     import wandb
 
     return wandb.init(
-        project=PROJECT,
+        project=project,
         name=shown,
         id=key,
         resume="allow",

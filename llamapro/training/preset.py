@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from llamapro.errors import ConfigError, suggest
 from llamapro.files import user_path
 from llamapro.scripts import CONFIGS
-from llamapro.training.settings import Settings
+from llamapro.training.settings import Settings, flatten
 
 T = TypeVar("T")
 EXAMPLES = """Trains the new blocks of an expanded LLaMA, or all weights, on text or conversations.
@@ -33,8 +33,9 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
     """Reads preset and command line.
 
     Raises:
-        ConfigError: the preset is missing, not TOML, or has unknown keys or values of a wrong type.
-        SystemExit: status 2 on an unknown option, 0 after --help.
+        ConfigError: an option is unknown; or the preset is missing, not TOML, or has unknown keys
+            or values of a wrong type.
+        SystemExit: status 2 on an impossible value, 0 after --help.
     """
     import tyro
 
@@ -45,14 +46,33 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
         elif word.startswith("--config="):
             preset = word.removeprefix("--config=")
     default = read_toml(find_preset(preset)) if preset else Settings()
-    return tyro.cli(
+    settings, unknown = tyro.cli(
         Settings,
         prog=prog,
         description=EXAMPLES,
         default=default,
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
+        return_unknown_args=True,
     )
+    if unknown:
+        raise ConfigError(_hint(unknown[0]))
+    return settings
+
+
+def _hint(word: str) -> str:
+    """Returns what a word that belongs to no option was meant to be."""
+    names = {f"--{name.replace('_', '-')}" for name in flatten(Settings())}
+    option, last = word.partition("=")[0], word.partition("=")[0].rpartition(".")[2].lstrip("-")
+    if f"--{option.replace('_', '-')}" in names:
+        return f"{word}: options begin with two dashes: --{option}"
+    if not word.startswith("-"):
+        if word.endswith(".toml") or find_preset(word).is_file():
+            return f"{word}: a preset is named by --config: --config {word}"
+        return f"{word}: belongs to no option; 'llamapro train --help' lists them"
+    same = sorted(name for name in names if name.rpartition(".")[2].lstrip("-") == last)
+    near = same or difflib.get_close_matches(option.replace("_", "-"), names, n=1)
+    return f"{option}: no such option" + (f" (did you mean {' or '.join(near)}?)" if near else "")
 
 
 def find_preset(name: str, suffix: str = ".toml") -> Path:

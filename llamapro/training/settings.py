@@ -47,8 +47,9 @@ class DataSettings:
     """Day that chat templates print as today's, YYYY-MM-DD; empty takes the day the run began."""
     too_long: Literal["drop", "truncate", "split"] = "drop"
     """Treatment of a conversation that is longer than a sequence."""
-    seq_len: int = 4096
-    """Tokens per sequence. Documents, or whole conversations, are packed to fill it."""
+    seq_len: int = 0
+    """Tokens per sequence. Documents, or whole conversations, are packed to fill it. 0 takes 4096,
+    or what the model allows if that is less."""
     cache_dir: str = "~/.cache/llamapro"
     """Directory that keeps tokenised corpora."""
     workers: int = 0
@@ -238,7 +239,8 @@ class Settings:
     log_seconds: float = 10.0
     """Seconds between progress lines; the steps 1, 2, 5, 10 and the last one always have a line."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers to log to besides metrics.jsonl."""
+    """Trackers to log to besides metrics.jsonl. WANDB_PROJECT and TRACKIO_PROJECT name a project;
+    llamapro without them."""
     log_spikes: float = 6.0
     """Log a step with its documents if its loss exceeds the median of the latest by this many
     standard deviations (estimated from quartiles); 0 logs none."""

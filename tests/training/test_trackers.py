@@ -101,13 +101,18 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(2, 0.25)]
 
 
-def test_an_online_tracker_gets_the_numbers_and_the_settings(tmp_path: Path, fake: Fake) -> None:
+def test_an_online_tracker_gets_the_numbers_and_the_settings(
+    tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Same names and steps as in TensorBoard, once though named twice; text and null stay out."""
     write(tmp_path / "pro", fake.__name__, fake.__name__, config={"seed": 3})
     (_, options), *others = fake.calls
     assert others == [*NUMBERS, ("finish",)]
     assert options["project"] == "llamapro" and options["config"] == {"seed": 3}
     assert options["name"].startswith("pro") and options["resume"] == "allow"
+    monkeypatch.setenv(f"{fake.__name__.upper()}_PROJECT", "mine")
+    write(tmp_path / "other", fake.__name__)
+    assert next(call for call in fake.calls[::-1] if call[0] == "init")[1]["project"] == "mine"
     assert read_metrics(tmp_path / "pro") == [EVAL, TRAIN]
 
 

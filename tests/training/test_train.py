@@ -493,6 +493,24 @@ def test_blocks_of_another_base_are_refused(
         shutil.move(saved, home / "pro")
 
 
+@pytest.mark.parametrize(("allowed", "expected"), [(512, 512), (131072, 4096)])
+def test_a_sequence_is_as_long_as_the_model_allows(
+    arguments: Callable[..., list[str]],
+    home: Path,
+    tmp_path: Path,
+    allowed: int,
+    expected: int,
+) -> None:
+    """Up to the paper's 4,096, unless data.seq_len says otherwise: presets fit every model."""
+    path = shutil.copytree(home / "pro", tmp_path / "pro")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"max_position_embeddings": allowed}
+    (path / "config.json").write_text(json.dumps(config))
+    job = Job.open(parse(arguments(tmp_path / "run", model__path=path, data__seq_len=None)))
+    assert job.settings.data.seq_len == expected
+    assert job.plan["tokens_per_step"] == 4 * expected
+
+
 MISTAKES: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"model__path": "nowhere"}, CheckpointError, "nowhere: no such checkpoint directory"),
     ({"model__path": "{home}/base"}, ConfigError, "no 'llamapro' record; run 'llamapro expand'"),
