@@ -74,7 +74,7 @@ def refuse_link(file: Path) -> None:
         CheckpointError: the link leaves the directory.
     """
     home, found = file.parent.resolve(), file.resolve()
-    home = home.parent if home.name == "original" else home
+    home = home.parent if home.name in ("original", "additional_chat_templates") else home
     blobs = [folder.with_name("blobs") for folder in home.parents if folder.name == "snapshots"]
     if not found.is_relative_to(home) and found.parent not in blobs:
         raise CheckpointError(

@@ -155,6 +155,11 @@ def _weight_files(path: Path) -> list[Path]:
     index, single = path / INDEX_FILE, path / SINGLE_FILE
     others = [f.name for pattern in OTHER_WEIGHTS for f in path.glob(pattern)]
     if index.exists() or single.exists():
+        if (adapter := path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{adapter}: a PEFT adapter beside whole weights, which transformers adds to them: "
+                "merge it (merge_and_unload), or remove it if it is merged already"
+            )
         for name in sorted(others):
             warn(f"{path / name}: not read; the model is in safetensors, as for transformers")
     if single.exists():

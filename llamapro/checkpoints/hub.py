@@ -24,6 +24,7 @@ COMPANION_FILES = (
     "added_tokens.json",
     "generation_config.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "LICENSE*",
     "USE_POLICY*",
     BASE_CARD_FILE,

@@ -252,7 +252,10 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
     (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
     for file in files:
         if file.is_file():
-            copy_companion(file, directory / file.name)
+            is_extra = file.parent.name == "additional_chat_templates"
+            folder = directory / file.parent.name if is_extra else directory
+            folder.mkdir(exist_ok=True)
+            copy_companion(file, folder / file.name)
     vocabulary = directory / "tokenizer.model"
     if not vocabulary.exists():
         return

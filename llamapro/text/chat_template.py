@@ -24,6 +24,7 @@ from llamapro.text.tokenizer import Tokenizer
 
 # Keys of a message, and variables, that a template has to show or they would be lost.
 _SHOWN = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tools", "documents")
+_FOR_TOOLS, _OTHERS = "tool_use", "additional_chat_templates"  # transformers' names
 Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
 
 # From the public descriptions of the formats by Meta, Mistral and OpenAI.
@@ -42,6 +43,7 @@ class ChatTemplate:
         origin: the file it came from, or the name of a built-in one.
         date: what `strftime_now` formats in the template; None means now.
         prints_date: whether the template asks for it.
+        has_other: whether the model has another template for conversations with tools.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class ChatTemplate:
         """
         self.source, self.origin = source, origin
         self.date: datetime.datetime | None = None
-        self.prints_date = "strftime_now" in source
+        self.prints_date, self.has_other = "strftime_now" in source, False
         self._tokenizer = tokenizer
         names = {token.id: name for name, token in tokenizer.added.items()}
         # A token that is missing is not defined, instead of "": some templates test for it.
@@ -112,14 +114,20 @@ class ChatTemplate:
                 ) from None
             if not template and (_stored(directory) or source) != source:
                 warn(f"{file}: taken, as in transformers; tokenizer_config.json has another one")
-            return cls(source, tokenizer, str(file), is_trusted=False)
+            made = cls(source, tokenizer, str(file), is_trusted=False)
+            made.has_other = (
+                not template and Path(directory, _OTHERS, f"{_FOR_TOOLS}.jinja").exists()
+            )
+            return made
         stored, file = _stored(directory), Path(directory, "tokenizer_config.json")
         if not isinstance(stored, str):
             raise DataError(
                 f"{directory}: the model has no chat template (chat_template.jinja, or "
                 f"chat_template in tokenizer_config.json); give a .jinja file or one of {known}"
             )
-        return cls(stored, tokenizer, str(file), is_trusted=False)
+        made = cls(stored, tokenizer, str(file), is_trusted=False)
+        made.has_other = _stored(directory, _FOR_TOOLS) not in (None, stored)
+        return made
 
     @staticmethod
     def own(directory: str | Path) -> str | None:
@@ -174,6 +182,9 @@ class ChatTemplate:
         given = {key for message in messages for key, value in message.items() if value}
         lost = (given | variables.keys()).intersection(_SHOWN)
         lost -= {key for key in _SHOWN if re.search(rf"\b{key}\b", self.source)}
+        if self.has_other and variables.get("tools"):
+            fix = "save it as a file, and give that with --data.chat-template"
+            problems.append(f"the model has another chat template for tools, {_FOR_TOOLS!r}: {fix}")
         problems += [f"the chat template does not show {key!r}" for key in sorted(lost)]
         if problems:
             raise DataError("; ".join(problems))
@@ -310,12 +321,12 @@ class ChatTemplate:
         return span
 
 
-def _stored(directory: str | Path) -> Any:
-    """Returns the template in tokenizer_config.json, the one named "default" of several."""
+def _stored(directory: str | Path, name: str = "default") -> Any:
+    """Returns the template in tokenizer_config.json, the one of this name of several."""
     stored = read_object(Path(directory, "tokenizer_config.json")).get("chat_template")
     if isinstance(stored, list):
         named = (entry for entry in stored if isinstance(entry, dict))
-        stored = next((e.get("template") for e in named if e.get("name") == "default"), None)
+        stored = next((e.get("template") for e in named if e.get("name") == name), None)
     return stored
 
 

@@ -97,6 +97,13 @@ def test_weights_in_another_layout_are_said_not_to_be_read(
     assert f"{path / name}: not read; the model is in safetensors" in capsys.readouterr().err
 
 
+def test_an_adapter_beside_the_weights_is_refused(make: Callable[..., Path]) -> None:
+    """transformers adds it to them, if peft is installed."""
+    path = make("c")
+    (path / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json: a PEFT adapter beside whole weights, which transf" in refusal(path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_beside_a_tied_embedding_must_be_the_embedding(
     dtype: torch.dtype, make: Callable[..., Path]

@@ -340,11 +340,16 @@ def test_shards_stay_below_the_limit_and_the_index_lists_all(tmp_path: Path) -> 
 def test_companions_are_copied_beside_the_configuration(
     tmp_path: Path, tiny_config: Callable[..., ModelConfig]
 ) -> None:
-    """Files keep their bytes; a directory that matched a pattern is passed over."""
+    """Files keep their bytes and folder; a directory that matched a pattern is passed over."""
     (tmp_path / "tokenizer.model").write_bytes(b"\0tok")
+    other = Path("additional_chat_templates", "tool_use.jinja")
+    (tmp_path / other).parent.mkdir()
+    (tmp_path / other).write_text("x")
     (tmp_path / "tokenizer_cache").mkdir()
     (tmp_path / "out").mkdir()
-    write_companions(tmp_path / "out", tiny_config(), sorted(tmp_path.glob("tokenizer*")))
+    files = [*tmp_path.glob("tokenizer*"), tmp_path / other]
+    write_companions(tmp_path / "out", tiny_config(), files)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"\0tok"
     assert ModelConfig.from_file(tmp_path / "out" / "config.json") == tiny_config()
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert (tmp_path / "out" / other).read_text() == "x"
+    assert len(list((tmp_path / "out").iterdir())) == 3

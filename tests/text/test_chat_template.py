@@ -514,6 +514,30 @@ def test_of_two_templates_the_file_is_taken(
         assert told in err and bool(err) == bool(told)
 
 
+def test_another_template_for_tools_is_not_passed_over(
+    directory: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """transformers takes it for rows with tools, wherever it is stored."""
+    path = Path(shutil.copytree(directory, tmp_path / "model"))
+    plain = BUILT_IN["mistral"] + "{# tools #}"
+    named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": "x"}]
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    listed = ChatTemplate.load(path, tokenizer)
+    (path / "chat_template.jinja").write_text(plain)
+    alone = ChatTemplate.load(path, tokenizer)
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    beside = ChatTemplate.load(path, tokenizer)
+    for template in (listed, beside, alone):
+        template.encode(CHAT[1:])
+        if template is not alone:
+            with pytest.raises(
+                DataError, match="another chat template for tools, 'tool_use': save"
+            ):
+                template.encode(CHAT[1:], {"tools": [{"name": "f"}]})
+    alone.encode(CHAT[1:], {"tools": [{"name": "f"}]})
+
+
 def test_missing_jinja_is_told_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
