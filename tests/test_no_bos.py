@@ -6,7 +6,10 @@ text. `VARIANTS` puts other things there.
 
 import json
 import math
+import runpy
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
 from llamapro.inference.multiple_choice import read_choices
+from llamapro.text.chat_template import BUILT_IN, ChatTemplate
 from llamapro.text.corpus import tokenize
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.replay import written_by_base
@@ -73,6 +77,24 @@ def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture
+def lm_eval_adapter(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The example's class for lm_eval, without that library, whose names it only inherits."""
+    names: dict[str, dict[str, Any]] = {
+        "lm_eval": {},
+        "lm_eval.__main__": {"cli_evaluate": None},
+        "lm_eval.api": {},
+        "lm_eval.api.model": {"TemplateLM": object},
+        "lm_eval.api.registry": {"register_model": lambda _: lambda kind: kind},
+        "lm_eval.utils": {"get_rolling_token_windows": None, "make_disjoint_window": None},
+    }
+    for name, content in names.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return runpy.run_path(str(root / "examples" / "lm_eval_model.py"))["LlamaProLM"]
+
+
 def _first(*names: str, last: str = "") -> dict[str, Any]:
     """A post-processor that puts these tokens before a text, and one behind it."""
     ids = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
@@ -103,7 +125,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generate_evaluate_and_training_begin_texts_as_transformers_does(
-    checkpoint: Path, docs: Path, run_command: Run, theirs: Any, tmp_path: Path, variant: str
+    checkpoint: Path,
+    docs: Path,
+    run_command: Run,
+    theirs: Any,
+    lm_eval_adapter: Callable[[str], Any],
+    tmp_path: Path,
+    variant: str,
 ) -> None:
     """The same ids before a prompt, a document that is measured, and one that is trained on.
 
@@ -150,6 +178,14 @@ def test_generate_evaluate_and_training_begin_texts_as_transformers_does(
     expected = [i for text in TEXTS for i in (*ids_of(text), *ours.suffix)]
     assert store.read(0, store.tokens).tolist() == expected
     assert ours.suffix == ([] if variant == "BOS that is EOS" else [tokenizer.eos_token_id])
+    adapter = lm_eval_adapter(str(model))
+    assert [adapter.tok_encode(text) for text in TEXTS] == [ids_of(text) for text in TEXTS]
+    assert adapter.prefix_token_id == (tokenizer.bos_token_id or tokenizer.eos_token_id)
+    if variant != "a space":  # said: transformers puts one behind control tokens, too
+        turns, source = [{"role": "user", "content": "Hi"}], BUILT_IN["chatml"]
+        how = {"chat_template": source, "add_generation_prompt": True}
+        expected = tokenizer.apply_chat_template(turns, **how)["input_ids"]
+        assert ChatTemplate(source, ours, "chatml").encode_prompt(turns) == expected
 
 
 def test_questions_have_no_bos(checkpoint: Path, tmp_path: Path) -> None:
