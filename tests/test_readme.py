@@ -25,7 +25,9 @@ PAGES = {
     if path.name != "CHANGELOG.md"  # which names what has gone
 }
 OTHERS = {  # options of programs that are not ours
-    "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--max-restarts"},
+    "torchrun": {"--nproc-per-node", "--nnodes", "--max-restarts", "--config", "--run-dir"}
+    | {"--rdzv-endpoint", "--rdzv-backend", "--rdzv-id", "--data.train", "--data.cache-dir"},
+    "sbatch": {"--nodes", "--dependency", "--config", "--data.train"},
     "lm_eval": {"--model", "--model_args", "--batch_size", "--device", "--tasks", "--num_fewshot"}
     | {"--confirm_run_unsafe_code"},
 }
