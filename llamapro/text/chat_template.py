@@ -282,6 +282,8 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             after = self.render(messages[: index + 1], False, variables)
+            if not full.startswith(after):  # some templates put EOS behind the last turn only
+                after = after.removesuffix(self._token_names.get("eos_token") or "")
             if index == 0:  # nothing to render before it: its header ends where the content begins
                 shown = self.render([{**message, "content": _CONTENT}], False, variables)
                 header, _, tail = shown.partition(_CONTENT)

@@ -388,6 +388,17 @@ SPEAKS_FIRST = {
 }
 
 
+def test_eos_behind_the_last_turn_only_is_no_part_of_earlier_turns(tokenizer: Tokenizer) -> None:
+    """Such a template renders a turn otherwise while it is the last; its text is the same."""
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:{% else %}{{ eos_token }}{% endif %}"
+    )
+    ids, trained = ChatTemplate(source, tokenizer, "phi.jinja").encode(CHAT)
+    answers = ["Hello é😀\n\n  done<|im_end|>", "No.<|im_end|>\n</s>"]
+    assert answers_of(tokenizer, ids, trained) == answers
+
+
 @pytest.mark.parametrize("source", SPEAKS_FIRST.values(), ids=SPEAKS_FIRST)
 def test_the_assistant_may_speak_first(tokenizer: Tokenizer, source: str) -> None:
     """Its first turn is trained without the header, like the others."""
