@@ -88,7 +88,8 @@ class Tokenizer:
         self.special_tokens = {name: token.id for name, token in control.items()}
         # Words to split off; the library finds those of the vocabulary itself.
         words = {n: t for n, t in own.items() if not t.special and vocabulary.added.get(n) != t}
-        self._patterns = {False: _pattern(words), True: _pattern(words | control)}
+        self._split_off = words | control
+        self._patterns = {False: _pattern(words), True: _pattern(self._split_off)}
         # Control tokens that the library would find in plain text too: their names are broken.
         found = [n for n in control if not vocabulary.added.get(n, control[n]).special]
         found += [n for n in control if control[n].id in vocabulary.pieces]
@@ -189,9 +190,9 @@ class Tokenizer:
     def check_fits(self, vocab_size: int, model: str) -> None:
         """Raises DataError if a model of this `vocab_size`, named `model`, lacks tokens it needs.
 
-        Control tokens without a row, often one for padding, are only named, and refused in a text.
+        Added tokens without a row, often one for padding, are only named, and refused in a text.
         """
-        rowless = {name: i for name, i in self.special_tokens.items() if i >= vocab_size}
+        rowless = {name: t.id for name, t in self._split_off.items() if t.id >= vocab_size}
         named = [i for i in (self.bos_id, self.eos_id) if i is not None]
         used = (self._pieces.keys() - rowless.values()) | {*self.prefix, *self.suffix, *named}
         if rowless and max(used) < vocab_size:
@@ -201,7 +202,8 @@ class Tokenizer:
         elif self.vocab_size > vocab_size:
             raise DataError(
                 f"{self.path}: {self.vocab_size:,} tokens, but {model} has a vocabulary of "
-                f"{vocab_size:,}: a tokenizer of another vocabulary; use the model's own"
+                f"{vocab_size:,}: a tokenizer of another vocabulary, or with added tokens that "
+                "have no row; use the model's own, or add rows"
             )
 
     def token_id(self, name: str) -> int:

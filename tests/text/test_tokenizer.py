@@ -316,8 +316,17 @@ def test_a_pad_token_without_a_row_is_named_and_refused_only_where_it_is_used(
         tokenizer.encode("a <pad>", special=True)
     with pytest.raises(ConfigError, match=rf"token {rows} without a row"):
         check_tokens(tmp_path, ["<new>"], rows)
+    (tmp_path / "tokenizer_config.json").unlink()  # now it is an ordinary word
+    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer.check_fits(rows, "the model")
+    with pytest.raises(
+        DataError, match=rf"names '<pad>', token {rows}, for which the model has no"
+    ):
+        tokenizer.encode("a <pad>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<pad>"}))
-    with pytest.raises(DataError, match="another vocabulary"):
+    with pytest.raises(
+        DataError, match="another vocabulary, or with added tokens that have no row"
+    ):
         Tokenizer.load(tmp_path).check_fits(rows, "the model")
 
 
