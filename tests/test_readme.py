@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from llamapro.__main__ import COMMANDS, run_command
+from llamapro.checkpoints.directory import Checkpoint
 from llamapro.conversion.meta import to_meta
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ PAGES = {
 OTHERS = {  # options of programs that are not ours
     "torchrun": {"--nproc-per-node", "--nnodes", "--max-restarts", "--config", "--run-dir"}
     | {"--rdzv-endpoint", "--rdzv-backend", "--rdzv-id", "--data.train", "--data.cache-dir"},
+    "llama.cpp/convert_hf_to_gguf.py": {"--outfile", "--outtype"},
     "sbatch": {"--nodes", "--dependency", "--config", "--data.train"},
     "lm_eval": {"--model", "--model_args", "--batch_size", "--device", "--tasks", "--num_fewshot"}
     | {"--confirm_run_unsafe_code"},
@@ -40,11 +42,13 @@ def blocks(language: str = "", text: str | None = None) -> list[str]:
     return [text for name, text in found if name == language]
 
 
-def commands() -> list[list[str]]:
+def commands(page: str | None = None, name: str = "") -> list[list[str]]:
     """The words of every command line in the fenced blocks; continued lines are one."""
-    text = "".join(block for block in blocks() if not block.startswith(("@", "--")))
+    found = blocks(text=page)
+    text = "".join(block for block in found if not block.startswith(("@", "--")))
     lines = re.sub(r"^[A-Z_]+=\S+ ", "", text.replace("\\\n", " "), flags=re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines.splitlines()]
+    return [line for line in words if not name or line[0] == name]
 
 
 def help_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> set[str]:
@@ -184,27 +188,51 @@ def test_the_paper_is_shown_as_the_example_has_it() -> None:
     assert example in blocks("python")
 
 
+def run_lines(lines: list[list[str]], **names: str) -> str:
+    """Runs lines of `llamapro`, with other words for some of theirs; returns standard output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        for _, command, *rest in lines:
+            run_command(command, [names.get(word, word) for word in rest])
+    return output.getvalue()
+
+
 def test_the_way_of_a_model_of_yours_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tiny_config: Callable[..., Any],
     write_random_checkpoint: Callable[..., Path],
 ) -> None:
-    """The commands as they are printed, up to a dry run of the training, on a small model."""
-    base = write_random_checkpoint(tmp_path / "hf", tiny_config(num_hidden_layers=8))
+    """The README's commands, and those of shared blocks, as they are printed, on a small model.
+
+    Training alone is cut short: one process, two steps.
+    """
+    small = {"hidden_size": 16, "intermediate_size": 16}
+    base = write_random_checkpoint(tmp_path / "hf", tiny_config(num_hidden_layers=8, **small))
     to_meta(base, tmp_path / "llama-2-7b")
     monkeypatch.chdir(tmp_path)
     for name in ("corpus/math/a.txt", "corpus/code/a.txt", "held-out/general.txt"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("Once upon a time there was a number. " * 200)
     Path("held-out/code.jsonl").write_text('{"text": "def f(x): return x"}\n' * 50)
-    ours = [words[1:] for words in commands() if words[0] == "llamapro"]
-    from_meta, expand, train = ours[:3]
-    assert [words[0] for words in ours[:3]] == ["from-meta", "expand", "train"]
+    from_meta, expand, train, *rest = commands(README, "llamapro")
+    assert [words[1] for words in (from_meta, expand, train)] == ["from-meta", "expand", "train"]
     at = train.index("--processes")
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        for name, *rest in (from_meta, expand, [*train[:at], *train[at + 2 :], "--dry-run"]):
-            run_command(name, rest)
-    assert "bit-equal to the base's" in output.getvalue()
-    assert "15900" in output.getvalue() or "15,900" in output.getvalue()
+    train = [*train[:at], *train[at + 2 :]]
+    said = run_lines([from_meta, expand, [*train, "--dry-run"]])
+    assert "bit-equal to the base's" in said
+    assert "15900" in said or "15,900" in said
+    short = "--train.steps 2 --train.batch-size 2 --train.micro-batch-size 1 --data.seq-len 32 "
+    short += "--eval.sequences 2"
+    assert [words[1] for words in rest] == ["merge", "evaluate", "report"]
+    said = run_lines([[*train, *short.split(), "--data.cache-dir", "cache"], *rest])
+    assert "2 steps done" in said and "base tensors intact" in said and "learned" in said
+    (file,) = Path("runs").rglob("trainable.safetensors")
+    names = {"BASE": "checkpoints/llama2-7b", "trainable.safetensors": str(file), "OUT": "again"}
+    names |= {"runs/code": "runs/llama2-7b-pro", "OWNER/NAME": "jo/llama-pro"}
+    shared = commands(PAGES[DOCS / "using.md"], "llamapro")
+    assert [words[1] for words in shared] == ["generate", "merge", "push", "push"]
+    shared[3].append("--dry-run")
+    said = run_lines(shared, **names)
+    assert "def square(" in said and "--blocks hf://jo/llama-pro" in said
+    assert Checkpoint.open("again").sha256() == Checkpoint.open("checkpoints/merged").sha256()
