@@ -4,12 +4,12 @@
                                       [--prompt 32] [--tokens 48] [--rounds 3] [--threads 1]
                                       [--out RESULT.json]
 
-Both load the same checkpoint and continue the same random prompts in one process, in turn, so the
-load of the machine slows both alike and the ratios hold where the seconds do not. `step_ms` is the
-median over rounds of the median of the steps in the second half of a call; `speed` is the median of
-the ratios of neighbouring calls. `call` compares whole calls, with the prompt and, in ours, the
-copy of the weights. transformers
-runs its own `generate` with its default attention and cache.
+Both load the same checkpoint and continue the same random prompts in one process, in turn. Times
+are the CPU time of the process, summed over its threads: with one thread, what the clock shows on a
+quiet machine. `step_ms` is the median over rounds of the median of the steps in the second half of
+a call; `speed` is the median of the ratios of neighbouring calls. `call` compares whole calls, with
+the prompt and, in ours, the copy of the weights. transformers runs its own `generate` with its
+default attention and cache.
 """
 
 import itertools
@@ -36,9 +36,9 @@ def ours(path: Path, dtype: torch.dtype) -> Run:
     model = Checkpoint.open(path).load(dtype)
 
     def run(prompt: Tensor, tokens: int) -> tuple[list[float], Tensor]:
-        times, ids = [time.perf_counter()], []
+        times, ids = [time.process_time()], []
         for step in generate(model, prompt, tokens):
-            times.append(time.perf_counter())
+            times.append(time.process_time())
             ids.append(step)
         return [end - start for start, end in itertools.pairwise(times)], torch.cat(ids, 1)
 
@@ -50,10 +50,10 @@ def theirs(path: Path, dtype: torch.dtype) -> Run:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
     def run(prompt: Tensor, tokens: int) -> tuple[list[float], Tensor]:
-        times = [time.perf_counter()]
+        times = [time.process_time()]
 
         def after_step(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            times.append(time.perf_counter())
+            times.append(time.process_time())
             return torch.zeros(len(ids), dtype=torch.bool)
 
         found = model.generate(

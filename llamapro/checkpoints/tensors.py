@@ -169,6 +169,25 @@ def hash_tensors(tensors: Iterable[StoredTensor], label: str) -> dict[str, str]:
     return hashes
 
 
+def all_finite(numbers: Tensor) -> bool:
+    """Says whether no number is NaN or infinite, in one pass over a tensor that is not empty.
+
+    `isfinite` makes several: in bf16 on a CPU it takes 20 times as long, more than hashing.
+    """
+    low, high = numbers.aminmax()  # a NaN is both
+    return bool(low.isfinite() & high.isfinite())
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Says whether two tensors have the same dtype, shape and bytes: -0.0 is not 0.0 here."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    a, b = (x.contiguous().view(-1).view(torch.uint8).numpy() for x in (one, other))
+    even = a.size // 8 * 8  # by words of 8 bytes, six times as fast as by single ones
+    words_agree = np.array_equal(a[:even].view(np.int64), b[:even].view(np.int64))
+    return words_agree and np.array_equal(a[even:], b[even:])
+
+
 def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yields a tensor's bytes in row-major order, without a second copy if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().view(-1)

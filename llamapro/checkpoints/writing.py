@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llamapro import filesystem
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
-from llamapro.checkpoints.tensors import DTYPES, ChunksOf, TensorSpec
+from llamapro.checkpoints.tensors import DTYPES, ChunksOf, TensorSpec, all_finite
 from llamapro.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -115,7 +115,7 @@ def write_checkpoint(
 
         def counted(spec: TensorSpec) -> Iterator[memoryview | bytes]:
             for chunk in chunks_of(spec):
-                if not torch.frombuffer(chunk, dtype=DTYPES[spec.dtype]).isfinite().all():
+                if not all_finite(torch.frombuffer(chunk, dtype=DTYPES[spec.dtype])):
                     fix = "choose --dtype bfloat16, or fetch" if "from-" in label else "fetch"
                     raise CheckpointError(
                         f"{label}: {spec.name!r} would hold NaN or infinity in {spec.dtype}: the "

@@ -18,7 +18,14 @@ from tqdm import tqdm
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPE_CODES, DTYPES, TensorSpec, tensor_chunks
+from llamapro.checkpoints.tensors import (
+    CHUNK_BYTES,
+    DTYPE_CODES,
+    DTYPES,
+    TensorSpec,
+    all_finite,
+    tensor_chunks,
+)
 from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
@@ -143,7 +150,7 @@ def to_meta(
         is_tied = config.tie_word_embeddings and name == "output.weight"
         hf, _ = names["tok_embeddings.weight" if is_tied else name]
         tensor, heads = checkpoint.tensors[hf].read(), _rope_heads(name, config)
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise CheckpointError(f"{checkpoint.path}: {hf!r} holds NaN or infinity")
         return ops.halves_to_interleaved(tensor, heads) if heads else tensor
 

@@ -17,7 +17,14 @@ from safetensors import safe_open
 
 from llamapro import filesystem
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
+from llamapro.checkpoints.tensors import (
+    DTYPE_CODES,
+    TensorSpec,
+    all_finite,
+    read_header,
+    same_bytes,
+    tensor_chunks,
+)
 from llamapro.checkpoints.writing import write_checkpoint, write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
@@ -353,3 +360,28 @@ def test_companions_are_copied_beside_the_configuration(
     assert ModelConfig.from_file(tmp_path / "out" / "config.json") == tiny_config()
     assert (tmp_path / "out" / other).read_text() == "x"
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_any_nan_or_infinity_is_found(dtype: torch.dtype) -> None:
+    """Wherever it stands, also beside the largest finite numbers."""
+    for count in (1, 7, 1000):
+        numbers = torch.full((count,), torch.finfo(dtype).max, dtype=dtype)
+        numbers[::2] = torch.finfo(dtype).min
+        assert all_finite(numbers)
+        for place in {0, count // 2, count - 1}:
+            for value in (float("nan"), float("inf"), -float("inf")):
+                numbers[place] = value
+                assert not all_finite(numbers)
+            numbers[place] = 0
+
+
+def test_equal_bytes_are_not_equal_numbers() -> None:
+    """-0.0 is not 0.0, a NaN equals itself, and the last odd bytes count."""
+    numbers = torch.tensor([0.0, 1.0, float("nan"), 2.0, 3.0], dtype=torch.bfloat16)
+    assert same_bytes(numbers, numbers.clone())
+    for place, value in ((0, -0.0), (4, 4.0)):
+        changed = numbers.clone()
+        changed[place] = value
+        assert not same_bytes(numbers, changed)
+    assert not same_bytes(numbers, numbers[:4]) and not same_bytes(numbers, numbers.half())

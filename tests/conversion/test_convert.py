@@ -21,6 +21,7 @@ from llamapro.checkpoints.run import (
     training_checkpoints,
 )
 from llamapro.checkpoints.tensors import StoredTensor
+from llamapro.conversion import verify
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
 
@@ -216,6 +217,30 @@ def test_verify_beside_transformers_answers_in_words(
     assert "bfloat16, 128 random tokens" in out and " nats per token; training's loss" in out
     assert "\n  this implementation and transformers in fp32: logits differ by up to " in out
     assert "_difference" not in out
+
+
+def test_a_block_of_both_models_runs_once_if_its_bytes_agree(
+    base: Path, pro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed byte makes the base's block run beside it, and shows in the logits."""
+    ran: list[Path] = []
+    output = verify._layer_output
+
+    def counting(checkpoint: Checkpoint, *arguments: Any) -> Any:
+        ran.append(checkpoint.path)
+        return output(checkpoint, *arguments)
+
+    monkeypatch.setattr(verify, "_layer_output", counting)
+    assert verify.compare_logits(Checkpoint.open(base), Checkpoint.open(pro)).bit_equal
+    assert ran == [pro] * 6
+    stored = Checkpoint.open(pro).tensors["model.layers.3.mlp.up_proj.weight"]  # the base's 2
+    with open(stored.file, "r+b") as file:
+        file.seek(stored.offset + 2)
+        file.write(b"\xc0\x3f")  # the first number is about 1.5
+    ran.clear()
+    compared = verify.compare_logits(Checkpoint.open(base), Checkpoint.open(pro))
+    assert ran == [pro] * 4 + [base, pro, base, pro]
+    assert not compared.bit_equal and compared.max_difference > 0
 
 
 def test_verify_finds_nan(convert: Convert, base: Path, tmp_path: Path) -> None:
