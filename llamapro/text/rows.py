@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamapro.errors import DataError
+from llamapro.files import refuse_stand_in
 
 _JSON, _DELIMITERS = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*_JSON, *_DELIMITERS, ".parquet")
@@ -77,6 +78,11 @@ def read_rows(
         on_blank_line: called for each blank line.
     """
     row = 0
+    try:
+        refuse_stand_in(path, DataError)
+    except DataError as error:
+        report(str(error))
+        return
     try:
         with raw if raw is not None else open(path, "rb") as file:
             for row, value in enumerate(_values(path, file, choose, noun), 1):

@@ -99,6 +99,23 @@ def test_input_and_context_belong_to_an_instruction_whatever_its_answer_is_calle
         assert to_conversation(row).messages[0]["content"] == "a\n\nb\n\nc"
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer, not the file: run"),
+        ("<!DOCTYPE html><p>Entry not found", "a web page, not the file: the download failed"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.json.gz"])
+def test_what_stands_in_a_table_s_place_is_named(
+    name: str, content: str, expected: str, tmp_path: Path
+) -> None:
+    """One problem with the next step, whatever the file should hold."""
+    (tmp_path / name).write_text(content)
+    (line,) = lines_of(read(tmp_path / name)[1])
+    assert f"{name}: {expected}" in line
+
+
 def test_keys_that_are_not_read_are_said(tmp_path: Path, write_parquet: Any) -> None:
     """In the summary, so that a column with the reasoning is not lost in silence."""
     rows = [{"question": "a", "answer": "b", "reasoning": "c", "id": None}]
