@@ -2,14 +2,14 @@
 
 A step of a small model reads every weight once and spends as long on some thousand small calls. The
 short way computes what `model.py` computes, with the same roundings but for the order in which a
-product sums, and makes a third of the calls. Where matrix products in fp32 leave memory waiting, it
-reads a copy of the weights: q, k, v and gate, up put together, in the layout that is read fastest.
+product sums, and makes a third of the calls. For several sequences in fp32 it reads a copy of the
+weights, with q, k, v and gate, up put together, in oneDNN's own layout. For one sequence a copy in
+another layout was measured to bring nothing.
 
 Shapes: B batch, T length, S key length, C hidden size, H query heads, KV key/value heads, D head
 dim, F FFN size, V vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,10 +47,10 @@ class Decoder:
             x = self.model.model(ids, cache)  # (B, T, C)
             return self.model.lm_head(x[:, -1:])[:, 0]
         self._steps += 1
-        nbytes = sum(p.nbytes for p in self.model.parameters())
-        if self._steps == COPY_AFTER and weight.dtype == torch.float32 and nbytes <= COPY_BYTES:
-            rows = len(ids)
-            self._products = _products(self.model, partial(_copied, rows))
+        if self._steps == COPY_AFTER and len(ids) > 1 and weight.dtype == torch.float32:
+            nbytes = sum(p.nbytes for p in self.model.parameters())
+            if cpu.HAS_ONEDNN and nbytes <= COPY_BYTES:
+                self._products = _products(self.model, partial(_packed, len(ids)))
         return self._step(ids[:, 0], cache)
 
     def _step(self, ids: Tensor, cache: KVCache) -> Tensor:
@@ -111,23 +111,11 @@ def _own(*linears: nn.Linear) -> Product:
     return lambda x: torch.cat([F.linear(x, part.weight, part.bias) for part in linears], dim=-1)
 
 
-def _copied(rows: int, *linears: nn.Linear) -> Product:
-    """The same with a copy, in fp32, for this number of rows of x.
-
-    With one row MKL reads a wide matrix faster if it lies transposed, with more oneDNN its own
-    layout.
-    """
+def _packed(rows: int, *linears: nn.Linear) -> Product:
+    """The same with a copy, in fp32, in the layout that oneDNN likes for this number of rows."""
     weight = torch.cat([part.weight for part in linears])
     # All of them have a bias, or none has.
     biases: list[Tensor] = [part.bias for part in linears if part.bias is not None]
     bias = torch.cat(biases) if biases else None
-    if rows > 1 and cpu.HAS_ONEDNN:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        return lambda x: cpu.onednn(x, packed, bias)
-    outs, ins = weight.shape
-    if outs <= ins:
-        return _own(*linears)
-    tile = math.gcd(16, outs, ins)  # tile by tile, in a quarter of the time
-    tiles = weight.view(outs // tile, tile, ins // tile, tile)
-    transposed = tiles.permute(2, 3, 0, 1).reshape(ins, outs)
-    return lambda x: x @ transposed if bias is None else torch.addmm(bias, x, transposed)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: cpu.onednn(x, packed, bias)

@@ -95,9 +95,9 @@ def test_a_large_model_is_not_copied(build: Build, monkeypatch: Any) -> None:
     """A model over the limit keeps its own weights."""
     monkeypatch.setattr(decoding, "COPY_AFTER", 1)
     monkeypatch.setattr(decoding, "COPY_BYTES", 1000)
-    monkeypatch.setattr(decoding, "_copied", None)
+    monkeypatch.setattr(decoding, "_packed", None)
     model = build(torch.float32)
-    steps_of(Decoder(model).logits, model, 1)
+    steps_of(Decoder(model).logits, model, 2)
 
 
 @pytest.mark.parametrize("ops", ["torch", "auto,attention=torch"])
