@@ -234,7 +234,8 @@ def train(
         except Stopped:
             state.stopped = True
         progress.saved(saver.finish())
-        for _ in range(2):  # again, if the run directory was removed meanwhile
+        for _ in range(3):  # again, if the run directory was removed meanwhile
+            stop.settle()
             if state.step and not saver.has(state.step):
                 save()
                 progress.saved(saver.finish())

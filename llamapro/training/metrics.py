@@ -136,8 +136,10 @@ class MetricsLog:
             make_directory(self._path.parent)
             whole = Path(f"/proc/self/fd/{self._fd}").read_bytes()[: self._end]
             write_file(self._path, whole)
+            # It may be removed again by now. Only then is the old file no longer needed.
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
             os.close(self._fd)
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            self._fd = fd
             return True
         raise OSError(errno.ESTALE, f"was replaced {MEANWHILE}", str(self._path))
 

@@ -23,6 +23,7 @@ KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # torchrun passes on a signal that the terminal has already sent to its workers. Two signals within
 # this time count as one.
 SAME_SIGNAL_S = 2.0
+SETTLE_S = 1.0  # after a failure, before what was saved is looked at again
 POLL_S = 0.5  # between two looks for a signal that came to another process
 
 
@@ -53,6 +54,11 @@ class StopRequest:
         if not self.failure:
             self.failure = reason
             print(f"{reason}; saving and stopping", file=sys.stderr, flush=True)
+
+    def settle(self) -> None:
+        """Waits after a failure: whoever removes a run directory may still be removing files."""
+        if self.failure:
+            time.sleep(SETTLE_S)
 
     def raise_failure(self, step: int) -> None:
         """Raises DataError with the reason if the run had to end early, at this step."""

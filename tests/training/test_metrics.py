@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from llamapro.checkpoints.run import read_metrics
 from llamapro.errors import DataError
+from llamapro.files import write_file
 from llamapro.training.metrics import MetricsLog, read_run, summarize
 
 
@@ -93,6 +95,30 @@ def test_a_half_written_last_line_is_left_out_and_removed_on_resume(tmp_path: Pa
     with MetricsLog(tmp_path, 3) as log:
         log.log(train(4))
     assert steps_of(tmp_path) == [1, 2, 4]
+
+
+def test_a_log_that_is_removed_while_it_is_put_back_stays_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other file takes the place of the old one, whose bytes are the only ones left."""
+    home = tmp_path / "run"
+
+    def removed_again(path: Path, content: bytes) -> None:
+        write_file(path, content)
+        shutil.rmtree(home)
+
+    with MetricsLog(home, 0) as log:
+        log.log(train(1))
+        shutil.rmtree(home)
+        with monkeypatch.context() as patch:
+            patch.setattr("llamapro.training.metrics.write_file", removed_again)
+            with pytest.raises(FileNotFoundError):
+                log.log(train(2))
+        with open(tmp_path / "other", "wb", buffering=0) as other:  # takes a free descriptor
+            other.write(b"another file\n" * 100)
+            with pytest.raises(OSError, match="was removed"):
+                log.log(train(3))
+    assert steps_of(home) == [1, 2, 3]
 
 
 def test_an_interrupted_rewrite_leaves_the_old_log(

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -680,18 +681,26 @@ def test_epochs_are_counted_in_samples_when_the_batch_size_changes(
 def test_a_run_directory_that_is_removed_ends_the_run_and_loses_nothing(
     run: Callable[..., Path], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is in memory is put back and saved, and the same command goes on."""
-    saved = Progress.saved
+    """What is in memory is put back and saved, and the same command goes on.
+
+    The first time it is removed again a moment after it was put back, as by `rm -r` on a slow disk.
+    """
+    saved, removals = Progress.saved, []
 
     def removed_last(self: Progress, report: Any) -> None:
-        if report and report["step"] == STEPS:
-            monkeypatch.undo()
-            shutil.rmtree(tmp_path / "run")
+        if report and report["step"] == STEPS and len(removals) < 2:
+            removals.append(threading.Timer(0.1, shutil.rmtree, [tmp_path / "run"]))
+            removals[-1].start()
+            if len(removals) == 1:
+                removals[-1].join()
         saved(self, report)
 
+    monkeypatch.setattr("llamapro.training.preemption.SETTLE_S", 0.5)
     monkeypatch.setattr(Progress, "saved", removed_last)
     with pytest.raises(DataError, match=rf"was removed while .* saved .* step {STEPS}"):
         run()
+    monkeypatch.undo()
+    removals[-1].join()
     assert [path.name for path in training_checkpoints(tmp_path / "run")] == ["step-00000006"]
     shutil.rmtree(tmp_path / "run")
     batch, calls = Data.batch, []
