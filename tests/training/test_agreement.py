@@ -88,8 +88,14 @@ def test_another_command_line_ends_both(
 
 
 def test_an_unknown_option_on_one_machine_ends_both(start: Callable[..., Any]) -> None:
+    """Both say what was meant."""
+    named = "--optim.rate: no such option (did you mean --optim.lr?)"
+    assert_refused(start({"--optim.lr": "--optim.rate"}), named)
+
+
+def test_a_value_of_another_type_on_one_machine_ends_both(start: Callable[..., Any]) -> None:
     """The one with the mistake prints its usage; the other says where to look."""
-    done = start({"--optim.lr": "--optim.rate"})
+    done = start({"0.01": "much"})
     assert done.statuses[0] == 2 and done.statuses[1]
     assert "ConfigError: rank 1 on " in done.stderr
     assert "its command line cannot be used" in done.stderr

@@ -38,6 +38,8 @@ def test_the_preset_of_7b_is_what_fits_an_80_gb_gpu(
     """Without recomputing, two sequences at a time: on 8 of them, and on one."""
     monkeypatch.setattr(kernel_device, "is_interpreted", lambda: False)
     preset = dataclasses.replace(read_toml(CONFIGS / "llama2-7b.toml"), device="h100")
+    assert preset.data.seq_len == 0  # what the model allows, which a job puts in
+    preset = dataclasses.replace(preset, data=dataclasses.replace(preset.data, seq_len=4096))
     found = {n: proposal.propose(preset, seven, torch.bfloat16, n) for n in (1, 8)}
     expected = {"train.recompute": False, "train.micro_batch_size": 2, "train.frozen": "replicate"}
     for processes, size in ((1, 71.4), (8, 49.2)):
