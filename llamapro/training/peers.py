@@ -60,6 +60,7 @@ def watched(store: Any, rank: int, size: int, phase: str) -> Iterator[None]:
     with loss_is_said():
         # A connection of its own: in the other one somebody may wait for minutes.
         store = dist.PrefixStore(f"alive-{phase}", store.clone())  # type: ignore[attr-defined]
+        store.set(str(rank), "begun")  # now: one that has given no sign has half an hour
     is_over = Event()
     watcher = Thread(target=_watch, args=(store, rank, size, phase, is_over), daemon=True)
     watcher.start()
