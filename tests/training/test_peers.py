@@ -44,7 +44,7 @@ def be_machine(place: str, rank: str, words: list[str]) -> None:
             daemon=daemon,
         )
 
-    peers.Thread = silent  # type: ignore[attr-defined]
+    vars(peers)["Thread"] = silent
     setattr(owner, place, killed)
     train.main(words)
 
