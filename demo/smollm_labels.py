@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import llamapro
 from llamapro.inference.sampling import write_text
-from llamapro.text.tokenizer import StreamingDecoder
+from llamapro.text.streaming import StreamingDecoder
 
 SHOWN = 10  # rows of the table
 TOKENS = 16  # of the longest translation

@@ -19,7 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.inference.options import ComputeOptions
 from llamapro.inference.sampling import end_ids, write_text
-from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.streaming import StreamingDecoder
+from llamapro.text.tokenizer import Tokenizer
 
 
 @register_model("llamapro")

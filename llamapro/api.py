@@ -21,7 +21,8 @@ from llamapro.expansion import expand_config, expand_state_dict, interleave, sel
 from llamapro.files import output_directory
 from llamapro.inference.sampling import end_ids, write_text
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.streaming import StreamingDecoder
+from llamapro.text.tokenizer import Tokenizer
 
 
 def load(

@@ -23,7 +23,8 @@ from llamapro.inference.chat import Conversation, converse
 from llamapro.inference.options import ComputeOptions, SamplingOptions
 from llamapro.inference.sampling import end_ids, write_text
 from llamapro.text.chat_template import ChatTemplate
-from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.streaming import StreamingDecoder
+from llamapro.text.tokenizer import Tokenizer
 
 
 @dataclass

@@ -23,7 +23,7 @@ from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.expansion import expand_config, expand_state_dict, interleave
-from llamapro.text.chat_template import BUILT_IN
+from llamapro.text.template_files import BUILT_IN
 
 pytestmark = pytest.mark.ecosystem
 

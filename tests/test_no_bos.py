@@ -29,8 +29,9 @@ from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
 from llamapro.inference.multiple_choice import read_choices
-from llamapro.text.chat_template import BUILT_IN, ChatTemplate
+from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import tokenize
+from llamapro.text.template_files import BUILT_IN
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.replay import written_by_base
 from llamapro.training.settings import ReplaySettings

@@ -14,7 +14,7 @@ from typing import Any
 from llamapro.config import ModelConfig
 from llamapro.errors import DataError
 from llamapro.files import copy_companion, read_json
-from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.template_files import own_template
 from llamapro.text.vocabulary import (
     JSON_NAME,
     LLAMA_3_PATTERN,
@@ -270,7 +270,7 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
 
 def write_template(directory: Path, template: str) -> None:
     """Writes the chat template that a model was trained with, in place of another."""
-    if ChatTemplate.own(directory) == template:
+    if own_template(directory) == template:
         return
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     file = directory / CONFIG_NAME

@@ -20,7 +20,7 @@ from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError
 from llamapro.files import copy_companion, read_json
 from llamapro.formatting import perplexity
-from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.template_files import own_template
 
 CARD_FILE = "README.md"
 SETTINGS = (
@@ -70,7 +70,7 @@ class Training:
             except CheckpointError as error:
                 # The weights are checked elsewhere and are worth merging without their story.
                 print(f"{error}; left out of the model card", file=sys.stderr)
-        if "chat_template" not in state and (found := ChatTemplate.own(file.parent)):
+        if "chat_template" not in state and (found := own_template(file.parent)):
             state["chat_template"] = found  # of a published file, whose state stays at home
         return cls(info, state)
 
@@ -131,7 +131,7 @@ def render(
     front += [f"base_model: {base}"] if base else []
     front += ["tags:", "- llamapro"]
     page = [f"# {_cell(title)}", ""]
-    template = trainings[0].template if is_blocks else ChatTemplate.own(beside)
+    template = trainings[0].template if is_blocks else own_template(beside)
     use = _USE.replace("{inputs}", _CHAT if template else _TEXT)
     if record is None:
         page += ["All weights of this model were trained; none of a base is left as it was.", ""]

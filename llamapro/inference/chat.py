@@ -16,7 +16,8 @@ from llamapro.inference.sampling import end_ids, write_text
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.messages import check_messages
-from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.streaming import StreamingDecoder
+from llamapro.text.tokenizer import Tokenizer
 
 # Control tokens that end a turn in common formats. The model's files may not list them.
 ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")

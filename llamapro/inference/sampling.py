@@ -14,7 +14,8 @@ from llamapro.files import read_json
 from llamapro.inference.cache import KVCache
 from llamapro.inference.decoding import Decoder
 from llamapro.model import LlamaForCausalLM
-from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.streaming import StreamingDecoder
+from llamapro.text.tokenizer import Tokenizer
 
 
 def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:

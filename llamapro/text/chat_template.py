@@ -1,8 +1,7 @@
 """Chat templates: conversations to text and token ids, with the assistant's tokens marked.
 
-A template is the model's own (`chat_template` of its Hugging Face files), a .jinja file, or one of
-`BUILT_IN`. It is rendered as in transformers, and its text is tokenised as a whole. Unlike there,
-names of control tokens in messages ("<|eot_id|>") stay plain characters.
+`template_files` finds the template. It is rendered as in transformers, and its text is tokenised as
+a whole. Unlike there, names of control tokens in messages ("<|eot_id|>") stay plain characters.
 
 Noncharacters mark a rendered text: `MARK` breaks the names of tokens in messages, `START` and
 `END` enclose {% generation %}, transformers' tag for what the assistant wrote.
@@ -15,23 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, warn
-from llamapro.files import user_path
+from llamapro.errors import DataError
 from llamapro.text.messages import RESERVED, Message, check_messages
 from llamapro.text.sandbox import END, MARK, START, TemplateError, compiled, compiled_apart
-from llamapro.text.token_files import read_object
+from llamapro.text.template_files import FOR_TOOLS, find_template
 from llamapro.text.tokenizer import Tokenizer
 
 # Keys of a message, and variables, that a template has to show or they would be lost.
 _SHOWN = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tools", "documents")
-_FOR_TOOLS, _OTHERS = "tool_use", "additional_chat_templates"  # transformers' names
 Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
 
-# From the public descriptions of the formats by Meta, Mistral and OpenAI.
-BUILT_IN = {
-    name: (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    for name in ("llama2", "llama3", "mistral", "chatml")
-}
 _SPACE, _CONTENT = "\u2581", "\ue000"  # sentencepiece's space; a private character
 _BORDER = re.compile(f"([{START}{END}])")
 
@@ -86,54 +78,22 @@ class ChatTemplate:
         """Loads the chat template of a model, or the one that the user named.
 
         Args:
-            directory: holds `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`;
-                the one named "default" is taken from a list.
-            template: a name in `BUILT_IN` or a .jinja file to use instead.
+            directory, template: as for `find_template`.
 
         Raises:
             DataError: there is no template, it is wrong, or it needs tokens of another model.
         """
-        known = ", ".join(BUILT_IN)
-        if template in BUILT_IN:
-            source = BUILT_IN[template]
-            used = set(re.findall(r"<\|\w+\|>", source))
+        found = find_template(directory, template)
+        if found.is_built_in:
+            used = set(re.findall(r"<\|\w+\|>", found.source))
             if missing := sorted(used - tokenizer.added.keys()):
                 raise DataError(
                     f"{tokenizer.path}: has no {', '.join(missing)}, which the chat template "
                     f"{template!r} needs: use the template of this model"
                 )
-            return cls(source, tokenizer, template)
-        file = user_path(template) if template else Path(directory, "chat_template.jinja")
-        if template or file.exists():
-            try:
-                source = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-                raise DataError(
-                    f"{file}: the chat template cannot be read: {reason}; built-in: {known}"
-                ) from None
-            if not template and (_stored(directory) or source) != source:
-                warn(f"{file}: taken, as in transformers; tokenizer_config.json has another one")
-            made = cls(source, tokenizer, str(file), is_trusted=False)
-            made.has_other = (
-                not template and Path(directory, _OTHERS, f"{_FOR_TOOLS}.jinja").exists()
-            )
-            return made
-        stored, file = _stored(directory), Path(directory, "tokenizer_config.json")
-        if not isinstance(stored, str):
-            raise DataError(
-                f"{directory}: the model has no chat template (chat_template.jinja, or "
-                f"chat_template in tokenizer_config.json); give a .jinja file or one of {known}"
-            )
-        made = cls(stored, tokenizer, str(file), is_trusted=False)
-        made.has_other = _stored(directory, _FOR_TOOLS) not in (None, stored)
+        made = cls(found.source, tokenizer, found.origin, is_trusted=found.is_built_in)
+        made.has_other = found.has_other
         return made
-
-    @staticmethod
-    def own(directory: str | Path) -> str | None:
-        """Returns the source of a model's own chat template, None if its directory has none."""
-        file = Path(directory, "chat_template.jinja")
-        return file.read_text("utf-8", "replace") if file.exists() else _stored(directory) or None
 
     def render(
         self,
@@ -184,7 +144,7 @@ class ChatTemplate:
         lost -= {key for key in _SHOWN if re.search(rf"\b{key}\b", self.source)}
         if self.has_other and variables.get("tools"):
             fix = "save it as a file, and give that with --data.chat-template"
-            problems.append(f"the model has another chat template for tools, {_FOR_TOOLS!r}: {fix}")
+            problems.append(f"the model has another chat template for tools, {FOR_TOOLS!r}: {fix}")
         problems += [f"the chat template does not show {key!r}" for key in sorted(lost)]
         if problems:
             raise DataError("; ".join(problems))
@@ -321,15 +281,6 @@ class ChatTemplate:
                 return first, extents[n][1]
             tail = self._tokenizer.bytes_of(ids[n]) + tail
         return span
-
-
-def _stored(directory: str | Path, name: str = "default") -> Any:
-    """Returns the template in tokenizer_config.json, the one of this name of several."""
-    stored = read_object(Path(directory, "tokenizer_config.json")).get("chat_template")
-    if isinstance(stored, list):
-        named = (entry for entry in stored if isinstance(entry, dict))
-        stored = next((e.get("template") for e in named if e.get("name") == name), None)
-    return stored
 
 
 def _places(text: str, begin: int) -> list[int]:

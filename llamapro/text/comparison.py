@@ -22,12 +22,8 @@ from llamapro.text.vocabulary import (
 # Words, spaces, line ends, digits, other scripts, code: normalisers and cuts differ in these.
 _PROBES = (
     *("Hello world", " leading and  two   spaces ", "\n\n\ttabs\r\n", "1234567 3.14"),
-    *(
-        "naïve Ωμέγα 日本語 😀",
-        "e\u0301 ﬁ",
-        "def f(x):\n    return x**2  # ok",
-        "DON'T https://a.b/c?d=e",
-    ),
+    *("naïve Ωμέγα 日本語 😀", "e\u0301 ﬁ", "def f(x):\n    return x**2  # ok"),
+    "DON'T https://a.b/c?d=e",
 )
 # What transformers 5 reads a tokenizer.json with, or what is compared without importing it.
 _KINDS = ("PreTrainedTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
@@ -107,8 +103,9 @@ def say_differences(
         beside: the tokenizer.json as its library reads it.
     """
     config = read_object(path.parent / COMPANIONS[0])
-    probe = _split_by_class(beside, raw, config)
-    if config.get("tokenizer_class") not in _READS_FILE:
+    if config.get("tokenizer_class") in _READS_FILE:
+        probe = _split_by_class(beside, raw, config)
+    else:
         probe = _split_by_transformers(encode, path.parent)
     if probe is not None:
         warn(

@@ -35,6 +35,7 @@ from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore, cached
+from llamapro.text.template_files import own_template
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.settings import ReplaySettings
 
@@ -170,7 +171,7 @@ def read_openings(
             template cannot be used.
     """
     start = tokenizer.document_start()
-    template = ChatTemplate.load(model, tokenizer) if ChatTemplate.own(model) else None
+    template = ChatTemplate.load(model, tokenizer) if own_template(model) else None
     if template is not None:
         template.date = DATE
     if not file:

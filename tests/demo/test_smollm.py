@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from llamapro.inference import sampling
-from llamapro.text import tokenizer
+from llamapro.text import streaming
 from llamapro.training.checks import check
 from llamapro.training.preset import parse
 
@@ -92,7 +92,7 @@ def test_the_table_counts_what_is_right_word_for_word(
 
     monkeypatch.setattr("llamapro.load", lambda directory: directory.name)
     monkeypatch.setattr(sampling, "write_text", write)
-    monkeypatch.setattr(tokenizer, "StreamingDecoder", lambda *_: None)
+    monkeypatch.setattr(streaming, "StreamingDecoder", lambda *_: None)
     loaded = SimpleNamespace(encode_prompt=str)
     monkeypatch.setattr("llamapro.Tokenizer", SimpleNamespace(load=lambda _: loaded))
     script = str(root / "demo" / "smollm_labels.py")

@@ -25,7 +25,8 @@ from llamapro.inference.decoding import Decoder
 from llamapro.inference.options import SamplingOptions
 from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM
-from llamapro.text.chat_template import BUILT_IN, ChatTemplate
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.template_files import BUILT_IN
 from llamapro.text.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
 from llamapro.text import sandbox
-from llamapro.text.chat_template import BUILT_IN, ChatTemplate
+from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.messages import check_messages
+from llamapro.text.template_files import BUILT_IN
 from llamapro.text.tokenizer import Tokenizer
 
 NAMES = [

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from llamapro.conversion.add_tokens import check_tokens
 from llamapro.errors import ConfigError, DataError
-from llamapro.text.tokenizer import StreamingDecoder, Tokenizer
+from llamapro.text.streaming import StreamingDecoder
+from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_PATTERN, LLAMA_3_RANKS
 
 TEXTS = [

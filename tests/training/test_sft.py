@@ -23,7 +23,8 @@ from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge
 from llamapro.errors import UserError
 from llamapro.scripts import train
-from llamapro.text.chat_template import BUILT_IN, ChatTemplate
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.template_files import BUILT_IN, own_template
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import job
 from llamapro.training.checks import check
@@ -150,7 +151,7 @@ def test_the_template_of_the_training_is_the_merged_model_s(
     train.main(options(tmp_path / "run", model__path=pro, train__steps=1))
     merge(pro, [tmp_path / "run"], tmp_path / "merged")
     merged, messages = tmp_path / "merged", conversations(1)[0]
-    assert ChatTemplate.own(merged) == BUILT_IN["llama2"]
+    assert own_template(merged) == BUILT_IN["llama2"]
     assert "chat_template" not in json.loads((merged / file.name).read_text())
     theirs = transformers.AutoTokenizer.from_pretrained(merged, local_files_only=True)
     ours = ChatTemplate.load(merged, Tokenizer.load(merged)).render(messages)
