@@ -236,9 +236,10 @@ def train(
         progress.saved(saver.finish())
         for _ in range(3):  # again, if the run directory was removed meanwhile
             stop.settle()
-            if state.step and not saver.has(state.step):
-                save()
-                progress.saved(saver.finish())
+            if not state.step or saver.has(state.step):
+                break
+            save()
+            progress.saved(saver.finish())
 
 
 if __name__ == "__main__":
