@@ -245,10 +245,12 @@ def main() -> None:
     path = settings.model.path or settings.model.config
     # Which files are read does not matter here, so they need not be named.
     model = dataclasses.replace(settings.model, path=path, config="")
-    data = DataSettings(train=("-",), seq_len=settings.data.seq_len or 4096)
+    data = DataSettings(train=("-",), seq_len=settings.data.seq_len)
     settings = dataclasses.replace(settings, model=model, data=data)
     check(settings, options.ranks)
     config = read_config(path, options.num_new_blocks)
+    length = settings.data.length(config.max_position_embeddings)
+    settings = dataclasses.replace(settings, data=dataclasses.replace(data, seq_len=length))
     if settings.train.trainable == "new_blocks" and config.expansion is None:
         raise ConfigError(
             f"{path}: not an expanded model; add --num-new-blocks N, or set train.trainable to all"

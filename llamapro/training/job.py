@@ -82,7 +82,7 @@ class Job:
             raise ConfigError(
                 f"data.seq_len {length} is over max_position_embeddings {most} of {source_name}"
             )
-        data = replace(settings.data, seq_len=length or min(4096, most))
+        data = replace(settings.data, seq_len=settings.data.length(most))
         settings = replace(settings, data=data)
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)

@@ -55,6 +55,10 @@ class DataSettings:
     workers: int = 0
     """Threads that tokenise; 0 means one per core."""
 
+    def length(self, positions: int) -> int:
+        """Returns the tokens per sequence for a model of so many positions."""
+        return self.seq_len or min(4096, positions)
+
 
 @dataclass(frozen=True)
 class ReplaySettings:
