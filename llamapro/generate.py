@@ -18,7 +18,10 @@ from llamapro import cli
 from llamapro.api import generate
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.errors import ConfigError, DataError
+from llamapro.checkpoints.new_blocks import read_blocks
+from llamapro.checkpoints.stacking import find_file
+from llamapro.conversion.model_card import Training
+from llamapro.errors import ConfigError, DataError, warn
 from llamapro.inference.chat import Conversation, converse
 from llamapro.inference.options import ComputeOptions, SamplingOptions
 from llamapro.inference.sampling import end_ids, write_text
@@ -91,6 +94,22 @@ def _run(args: ChatArgs) -> None:
         cli.print_result(result, True, "")
 
 
+def _template(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> ChatTemplate:
+    """Returns the template that the new blocks were trained with, as `merge` writes it, or another.
+
+    Raises:
+        DataError: as `ChatTemplate.load`.
+    """
+    if not (args.chat_template or args.skip_new_blocks):
+        files = [find_file(path) for path in args.blocks]
+        found = {Training.of(file, read_blocks(file)[1]).template for file in files} - {None}
+        if len(found) > 1:
+            warn("the new blocks were trained with different chat templates; the base's is taken")
+        elif source := next(iter(found), None):
+            return ChatTemplate(source, tokenizer, f"template of {files[0]}", is_trusted=False)
+    return ChatTemplate.load(checkpoint.path, tokenizer, args.chat_template)
+
+
 def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> dict[str, Any]:
     """Loads the model and answers turns; with --json the answers go to standard error.
 
@@ -101,7 +120,7 @@ def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> dict[s
     if args.skip_new_blocks:
         check_contained(checkpoint, special=True)
     try:
-        template = ChatTemplate.load(checkpoint.path, tokenizer, args.chat_template)
+        template = _template(checkpoint, tokenizer, args)
     except DataError as error:
         raise DataError(f"--chat-template: {error}") from None
     conversation = Conversation(args.load(checkpoint), tokenizer, template, args, args.system)

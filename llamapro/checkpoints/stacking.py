@@ -50,7 +50,7 @@ def is_base_of(checkpoint: Checkpoint, path: str | Path) -> bool:
     """Says whether new blocks have to be put on this checkpoint, which has none, not into it."""
     if checkpoint.config.expansion is not None:
         return False
-    return bool(read_blocks(_find(path))[1].base_sha256)
+    return bool(read_blocks(find_file(path))[1].base_sha256)
 
 
 def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
@@ -95,7 +95,7 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     return Stacked(checkpoint, files, dtypes)
 
 
-def _find(path: str | Path) -> Path:
+def find_file(path: str | Path) -> Path:
     """Returns a local new-block file, as `find_blocks`, or the one of a repository on the hub."""
     if repository(path) is None:
         return find_blocks(resolve(path))
@@ -107,7 +107,7 @@ def _find(path: str | Path) -> Path:
 
 def _open(path: str | Path, base: Checkpoint, record: ExpansionRecord) -> NewBlocks:
     """Opens a new-block file; raises CheckpointError unless it fits the base."""
-    file = _find(path)
+    file = find_file(path)
     tensors, info = read_blocks(file)
     if info.trainable == "all" or not info.base_sha256:
         raise CheckpointError(

@@ -15,13 +15,14 @@ import pytest
 import torch
 import transformers
 
-from llamapro import expansion
+from llamapro import expansion, generate
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import load_state, read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge
 from llamapro.errors import UserError
+from llamapro.inference.chat import Conversation
 from llamapro.scripts import train
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.template_files import BUILT_IN, own_template
@@ -142,9 +143,15 @@ def test_a_template_s_date_is_the_run_s(
 
 
 def test_the_template_of_the_training_is_the_merged_model_s(
-    options: Callable[..., list[str]], home: Path, tmp_path: Path
+    options: Callable[..., list[str]],
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It takes the place of one that the model had, so chat and transformers use it unasked."""
+    """It takes the place of one that the model had, so chat and transformers use it unasked.
+
+    `chat` with the run's blocks takes it, too.
+    """
     pro = shutil.copytree(home / "pro", tmp_path / "pro")
     file = pro / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "another"}))
@@ -157,6 +164,17 @@ def test_the_template_of_the_training_is_the_merged_model_s(
     ours = ChatTemplate.load(merged, Tokenizer.load(merged)).render(messages)
     assert theirs.apply_chat_template(messages, tokenize=False) == ours
     assert "apply_chat_template" in (merged / "README.md").read_text()
+    used: list[str] = []
+
+    def converse(conversation: Conversation, *_: Any) -> dict[str, Any]:
+        used.append(conversation._template.source)
+        return {}
+
+    monkeypatch.setattr(generate, "converse", converse)
+    for words in ([], ["--skip-new-blocks"], ["--chat-template", "mistral"]):
+        blocks = ["--blocks", str(tmp_path / "run"), *words]
+        generate.main_chat([str(pro), *blocks], "chat")
+    assert used == [BUILT_IN["llama2"], "another", BUILT_IN["mistral"]]
 
 
 def test_what_cannot_be_used_is_found_before_training(
