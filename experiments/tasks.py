@@ -28,7 +28,7 @@ def train_options(study: Study, steps: int) -> list[str]:
     shared = {
         "data.seq-len": s.seq_len, "data.cache-dir": s.dir / "cache", "train.steps": steps,
         "train.batch-size": s.batch_size, "train.micro-batch-size": s.micro_batch_size,
-        "train.device": s.device, "eval.every": steps // s.evaluations,
+        "train.device": s.device, "train.dtype": s.dtype, "eval.every": steps // s.evaluations,
         "eval.sequences": s.eval_sequences, "log-spikes": 0,
         "save.every": max(1, steps // s.evaluations), "save.keep": 1,
         "log-every": max(1, steps // 8),
@@ -167,6 +167,7 @@ def calibrate(s: StudySettings, studies: Sequence[Study], runner: Runner) -> dic
     """
     argv = ["--data.seq-len", str(s.seq_len), "--train.batch-size", str(s.batch_size)]
     argv += ["--train.micro-batch-size", str(s.micro_batch_size), "--train.device", s.device]
+    argv += ["--train.dtype", s.dtype]
     out, step_s = s.dir / "calibration", {}
     shutil.rmtree(out, ignore_errors=True)  # of an earlier start
     for study in {study.base: study for study in studies}.values():

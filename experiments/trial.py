@@ -40,7 +40,7 @@ from llamapro.scripts import train as script
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.checks import check
-from llamapro.training.job import Job
+from llamapro.training.job import Job, compute_dtype
 from llamapro.training.metrics import Run, read_run, summarize
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
@@ -289,6 +289,7 @@ def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
     config, settings = ModelConfig.from_file(Path(about["config"])), parse(about["argv"])
     config = expand_config(config, interleave(config.num_hidden_layers, about["new_blocks"]), "")
     device, model = device_of(settings.train.device), build_on_meta(config)
+    dtype = compute_dtype(settings)
     select_trainable(model, "new_blocks")
     load_tensors(model, init_random(config, 0))
     optimizer = build_adamw(model.to(device).parameters(), (0.9, 0.95), 0.1)
@@ -297,7 +298,7 @@ def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
     for _ in range(CALIBRATION_STEPS):
         started = time.perf_counter()
         for rows in ids.split(settings.train.micro_batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(rows).flatten(0, 1)
             loss = cross_entropy(logits.float(), rows.flatten())
             loss.backward()

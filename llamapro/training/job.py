@@ -106,7 +106,7 @@ class Job:
         if template is not None and template.prints_date:
             settings = _with_date(settings, resume_from)
             template.date = datetime.fromisoformat(settings.data.date)
-        plan = make_plan(settings, config, _compute_dtype(settings), run_dir, resume_from)
+        plan = make_plan(settings, config, compute_dtype(settings), run_dir, resume_from)
         return cls(
             settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from, plan
         )
@@ -118,7 +118,7 @@ class Job:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return _compute_dtype(self.settings)
+        return compute_dtype(self.settings)
 
     def facts(self) -> dict[str, str]:
         """Returns what must be the same in every process, before anything is computed."""
@@ -245,7 +245,8 @@ def _with_date(settings: Settings, resume_from: Path | None) -> Settings:
     return replace(settings, data=replace(settings.data, date=day))
 
 
-def _compute_dtype(settings: Settings) -> torch.dtype:
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """Returns the dtype of computation and frozen weights."""
     if settings.train.dtype != "auto":
         return getattr(torch, settings.train.dtype)
     return torch.bfloat16 if device_type(settings) == "cuda" else torch.float32
