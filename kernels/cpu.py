@@ -15,6 +15,7 @@ Shapes: B batch, T query length, S key length, H query heads, KV key/value heads
 C hidden size, F FFN size, V vocabulary, N tokens, n tokens of one chunk.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -204,11 +205,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
 
 
 def logits_at_once(device: torch.device, vocab_size: int) -> int:
-    """Logits of one chunk: what fits a CPU's cache, or 256 MiB of a GPU's memory in fp32.
+    """Logits of one product: 256 MiB of a GPU's memory in fp32, or what a CPU multiplies well.
 
-    A chunk has at least 128 tokens, because matrix products with few rows take twice as long.
+    A product has at least 256 tokens, because each reads the whole head: half as many rows take
+    three quarters of the time.
     """
-    return max(1 << 20 if device.type == "cpu" else 1 << 26, 128 * vocab_size)
+    return max(1 << 20 if device.type == "cpu" else 1 << 26, 256 * vocab_size)
+
+
+def wide_at_once(device: torch.device) -> int:
+    """Logits of a product that are in fp32 at a time: what stays in a CPU's cache, or all."""
+    return 1 << (18 if device.type == "cpu" else 62)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,26 +268,27 @@ class _Loss(torch.autograd.Function):
         dtype = _wide(x.dtype)
         grad_x = torch.empty_like(x) if needs[0] else None  # (N, C)
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None  # (V, C)
-        loss_sum = torch.zeros((), dtype=dtype, device=x.device)
-        for start in range(0, x.shape[0], tokens):
-            part = slice(start, start + tokens)
-            counts = (targets[part] != IGNORE_INDEX)[:, None]  # (n, 1)
-            if teacher_x is None:
-                index = targets[part, None].where(counts, 0)
-                losses, grad = _cross_entropy(x[part], weight, index, counts, any(needs))
-            else:
-                teacher_part = teacher_x[part]
-                losses, grad = _kl(x[part], teacher_part, weight, teacher_rows, counts, any(needs))
-            loss_sum = loss_sum + losses.where(counts, 0).sum()
-            if grad is not None:
-                grad = grad.to(x.dtype)
-                if grad_x is not None:
-                    torch.mm(grad, weight, out=grad_x[part])
-                if grad_weight is not None:
-                    grad_weight += grad.t() @ x[part]
+        losses = torch.zeros(len(x), 1, dtype=dtype, device=x.device)
+        counts = (targets != IGNORE_INDEX)[:, None]  # (N, 1)
+        index = targets[:, None].where(counts, 0)
+        for chunk in _slices(len(x), tokens):
+            logits = linear(x[chunk], weight)  # (n, V); their gradient takes their place
+            teacher = None
+            if teacher_x is not None:
+                teacher = linear(teacher_x[chunk], weight[:teacher_rows])
+            for rows in _slices(len(logits), max(1, wide_at_once(x.device) // len(weight))):
+                here, row = logits[rows], (losses[chunk][rows], counts[chunk][rows])
+                if teacher is None:
+                    _cross_entropy(here, index[chunk][rows], *row, any(needs))
+                else:
+                    _kl(here, teacher[rows], *row, any(needs))
+            if grad_x is not None:
+                torch.mm(logits, weight, out=grad_x[chunk])
+            if grad_weight is not None:
+                grad_weight += logits.t() @ x[chunk]
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.dtype = weight.dtype
-        return loss_sum
+        return losses.where(counts, 0).sum()
 
     @staticmethod
     @once_differentiable
@@ -293,44 +301,44 @@ class _Loss(torch.autograd.Function):
         return grad_x, None, grad_weight, None, None, None, None
 
 
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
 def _cross_entropy(
-    x: Tensor, weight: Tensor, index: Tensor, counts: Tensor, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Returns the losses (n, 1) and the gradient of the logits (n, V), which is 0 without a target.
+    logits: Tensor, index: Tensor, losses: Tensor, counts: Tensor, needs_grad: bool
+) -> None:
+    """Writes the losses (n, 1), and over the logits (n, V) their gradient: 0 without a target.
 
     For target t, m = max_v l_v and s = sum_v exp(l_v - m):
 
         loss = m + log(s) - l_t,    dloss / dl_v = exp(l_v - m) / s - [v = t]
     """
-    logits = linear(x, weight).to(_wide(x.dtype))  # (n, V)
-    of_target = logits.gather(1, index)
-    largest = logits.amax(1, keepdim=True)
-    exps = logits.sub_(largest).exp_()  # in the place of the logits
+    wide = logits.to(losses.dtype)  # the logits themselves if they are
+    of_target = wide.gather(1, index)
+    largest = wide.amax(1, keepdim=True)
+    exps = wide.sub_(largest).exp_()
     total = exps.sum(1, keepdim=True)
-    losses = largest + total.log() - of_target
-    if not needs_grad:
-        return losses, None
-    grad = exps.mul_(counts / total)
-    return losses, grad.scatter_add_(1, index, -counts.to(grad.dtype))
+    torch.sub(largest + total.log(), of_target, out=losses)
+    if needs_grad:
+        grad = exps.mul_(counts / total)
+        logits.copy_(grad.scatter_add_(1, index, -counts.to(grad.dtype)))
 
 
-def _kl(
-    x: Tensor, teacher_x: Tensor, weight: Tensor, rows: int, counts: Tensor, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Returns KL(q || p) of p = softmax(x W^T) from the teacher's q, as `_cross_entropy` does.
+def _kl(logits: Tensor, teacher: Tensor, losses: Tensor, counts: Tensor, needs_grad: bool) -> None:
+    """Writes KL(q || p) of p = softmax(l) from the teacher's q, and over the logits its gradient.
 
-    The teacher, a constant, goes through the first rows of the same W, and gives the other tokens
-    no probability:
+    The teacher, a constant, has the logits of the first tokens, and gives the others no
+    probability:
 
         KL = sum_v q_v (log q_v - log p_v),    dKL / dl_v = p_v - q_v
     """
-    dtype = _wide(x.dtype)
-    log_p = linear(x, weight).log_softmax(1, dtype)  # (n, V)
-    log_q = linear(teacher_x, weight[:rows]).log_softmax(1, dtype)
+    known = teacher.shape[1]
+    log_p = logits.log_softmax(1, losses.dtype)  # (n, V)
+    log_q = teacher.log_softmax(1, losses.dtype)
     q = log_q.exp()  # (n, V of the teacher)
-    losses = log_q.sub_(log_p[:, :rows]).mul_(q).sum(1, keepdim=True)
-    if not needs_grad:
-        return losses, None
-    p = log_p.exp_()
-    p[:, :rows] -= q
-    return losses, p.mul_(counts)
+    losses.copy_(log_q.sub_(log_p[:, :known]).mul_(q).sum(1, keepdim=True))
+    if needs_grad:
+        p = log_p.exp_()
+        p[:, :known] -= q
+        logits.copy_(p.mul_(counts))

@@ -92,15 +92,16 @@ def test_ignored_targets_count_nothing() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Knows the most elements that a tensor made inside it has."""
+    """Knows the most elements that a tensor of a dtype made inside it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.elements = 0
+        self.dtype, self.elements = dtype, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        sizes = [x.numel() for x in tensors if x.dtype == self.dtype]
         self.elements = max([self.elements, *sizes])
         return out
 
@@ -114,3 +115,15 @@ def test_the_logits_of_a_chunk_live_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     with Largest() as largest:
         ops.linear_kl(x, teacher_x, weight, torch.zeros(len(x), dtype=torch.int64))
     assert largest.elements == at_once // 2
+
+
+@pytest.mark.parametrize("op", [ops.linear_kl, ops.linear_cross_entropy])
+def test_a_cpu_widens_what_its_cache_holds(op: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Statistics are in fp32, but never those of a whole product; its gradient is in its place."""
+    x, teacher_x, weight, _ = draw(torch.bfloat16)
+    x, teacher_x = x.detach().repeat(600, 1).requires_grad_(), teacher_x.repeat(600, 1)
+    targets = torch.zeros(len(x), dtype=torch.int64)
+    inputs = (x, teacher_x, weight) if op is ops.linear_kl else (x, weight)
+    with Largest() as wide, Largest(torch.bfloat16) as rounded:
+        op(*inputs, targets)
+    assert 0 < wide.elements <= 1 << 18 < rounded.elements

@@ -231,7 +231,8 @@ def _logit_bytes(
         logits = min(logits, cpu.logits_at_once(device, config.vocab_size))
     else:
         logits *= 2
-    return logits * (4 + dtype.itemsize) + gradients
+    wide = min(logits, cpu.wide_at_once(device)) if backend == "cpu" else logits
+    return logits * dtype.itemsize + wide * 4 + gradients
 
 
 def _teacher_bytes(
@@ -240,7 +241,8 @@ def _teacher_bytes(
     """Returns the bytes of its hidden states and of a chunk's logits: 3 x fp32 and 1 x rounded."""
     vocab_size = config.vocab_size
     logits = min(tokens * vocab_size, cpu.logits_at_once(device, vocab_size) // 2)
-    return tokens * config.hidden_size * dtype.itemsize + logits * (3 * 4 + dtype.itemsize)
+    wide = min(logits, cpu.wide_at_once(device))
+    return (tokens * config.hidden_size + logits) * dtype.itemsize + wide * 3 * 4
 
 
 def _describe_replay(replay: ReplaySettings) -> str:
