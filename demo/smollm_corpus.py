@@ -1,9 +1,9 @@
 """Makes the domain of `make smollm`: English interface messages and their German translations.
 
-    python demo/smollm_corpus.py OUT_DIR WHEEL...
+    python demo/smollm_corpus.py OUT_DIR WHEEL... [--language Finnish]
 
-Programs carry their translations along as gettext catalogues (`.mo`). Every German one in the
-wheels is read. Training and validation documents hold a few pairs each; no message is in both.
+Programs carry their translations along as gettext catalogues (`.mo`). Every one of the language in
+the wheels is read. Training and validation documents hold a few pairs each; no message is in both.
 
     English: Delete this order?
     German: Diese Bestellung löschen?
@@ -23,15 +23,15 @@ PAIRS = 8  # in a document: about 250 tokens
 VALIDATION = 25  # every so many documents one is held out
 LABEL = 30  # characters of the longest short message
 COMMON = 10  # a common word is in that many short messages
-CATALOGUE = "/locale/de/LC_MESSAGES/"
+LOCALES = {"German": "de", "Finnish": "fi"}
 
 
-def read_pairs(wheel: Path) -> list[tuple[str, str]]:
+def read_pairs(wheel: Path, language: str) -> list[tuple[str, str]]:
     """Returns the messages of a wheel and their translations, those that are translated at all."""
-    pairs = []
+    pairs, folder = [], f"/locale/{LOCALES[language]}/LC_MESSAGES/"
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if CATALOGUE not in name or not name.endswith(".mo"):
+            if folder not in name or not name.endswith(".mo"):
                 continue
             # The class keeps the messages in `_catalog`; by its interface they are only looked up.
             catalogue = gettext.GNUTranslations(io.BytesIO(archive.read(name)))._catalog  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def words(message: str) -> list[str]:
     return re.findall(r"[a-z]+", message.lower())
 
 
-def write_corpus(out: Path, pairs: Iterable[tuple[str, str]]) -> None:
+def write_corpus(out: Path, pairs: Iterable[tuple[str, str]], language: str) -> None:
     """Writes out/train and out/val, a folder of documents each; no message is in both."""
     shuffled = sorted(pairs)
     random.Random(0).shuffle(shuffled)
@@ -64,7 +64,7 @@ def write_corpus(out: Path, pairs: Iterable[tuple[str, str]]) -> None:
     for number, part in enumerate(documents):
         is_val = number % VALIDATION == 0
         kept = [p for p in part if is_val or p[0].casefold() not in held_out]
-        text = "\n\n".join(f"English: {message}\nGerman: {german}" for message, german in kept)
+        text = "\n\n".join(f"English: {message}\n{language}: {its}" for message, its in kept)
         texts["val" if is_val else "train"].append(text + "\n")
     for name, documents_of in texts.items():
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -78,10 +78,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the domain of make smollm.")
     parser.add_argument("out", type=Path)
     parser.add_argument("wheels", type=Path, nargs="+")
+    parser.add_argument("--language", choices=LOCALES, default="German")
     args = parser.parse_args()
-    pairs = {pair for wheel in args.wheels for pair in read_pairs(wheel)}
-    write_corpus(args.out / "corpus", pairs)
-    write_corpus(args.out / "labels", select_labels(pairs))
+    pairs = {pair for wheel in args.wheels for pair in read_pairs(wheel, args.language)}
+    write_corpus(args.out / "corpus", pairs, args.language)
+    write_corpus(args.out / "labels", select_labels(pairs), args.language)
 
 
 if __name__ == "__main__":

@@ -29,18 +29,27 @@ def catalogue(messages: dict[str, str]) -> bytes:
     return header + tables[0] + tables[1] + strings
 
 
+@pytest.mark.parametrize(("language", "other"), [("German", "fi"), ("Finnish", "de")])
 def test_pairs_become_training_and_held_out_text(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    language: str,
+    other: str,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """German alone, each message once; plurals and what both languages share are left out."""
+    """One language, each message once; plurals and what both languages share are left out."""
     messages = {f"Delete item {i}": f"Element {i} löschen" for i in range(400)}
     messages |= {"": "Content-Type: text/plain; charset=UTF-8\n", "OK": "OK"}
     messages |= {"verb\x04Open": "Öffnen", "%d file\0%d files": "%d Datei\0%d Dateien"}
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
-        wheel.writestr("a/locale/de/LC_MESSAGES/django.mo", catalogue(messages))
-        wheel.writestr("a/locale/fr/LC_MESSAGES/django.mo", catalogue({"": "", "No": "Non"}))
+        for locale in ("de", "fi"):
+            known = catalogue(messages if locale != other else {"": "", "No": "Non"})
+            wheel.writestr(f"a/locale/{locale}/LC_MESSAGES/django.mo", known)
     script = str(root / "demo" / "smollm_corpus.py")
-    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "out"), str(tmp_path / "a.whl")])
+    argv = [script, str(tmp_path / "out"), str(tmp_path / "a.whl")]
+    argv += ["--language", language] if language != "German" else []
+    monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(script, run_name="__main__")
     assert "401 pairs" in capsys.readouterr().out
     corpus = tmp_path / "out" / "corpus"
@@ -48,7 +57,8 @@ def test_pairs_become_training_and_held_out_text(
         name: "\n".join(file.read_text() for file in sorted((corpus / name).iterdir()))
         for name in ("train", "val")
     }
-    pairs = {name: re.findall(r"English: (.+)\nGerman: (.+)", part) for name, part in text.items()}
+    pair = rf"English: (.+)\n{language}: (.+)"
+    pairs = {name: re.findall(pair, part) for name, part in text.items()}
     assert len(pairs["train"]) + len(pairs["val"]) == 401 and 10 < len(pairs["val"]) < 30
     assert not {m for m, _ in pairs["train"]} & {m for m, _ in pairs["val"]}
     assert ("Open", "Öffnen") in pairs["train"] + pairs["val"] and "Non" not in text["train"]
