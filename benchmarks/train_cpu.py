@@ -253,7 +253,7 @@ def render(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = measuring.parser(__doc__)
-    sizes = ("tiny", "small")
+    sizes = ("tiny", "small", "smollm")
     parser.add_argument("--size", choices=sizes, default="small", help="size of the model")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="sides")

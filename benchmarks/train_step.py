@@ -64,12 +64,18 @@ _SMALL = _TINY | {
     "initializer_range": 0.02, "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688,
     "num_hidden_layers": 8, "num_attention_heads": 4, "max_position_embeddings": 1024,
 }  # fmt: skip
+_SMOLLM = _SMALL | {  # SmolLM2-135M
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+    "rope_theta": 1e5, "tie_word_embeddings": True,
+}  # fmt: skip
 _7B = _SMALL | {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 4096,
 }  # fmt: skip
 SIZES = {
     "7b": Size(_7B, new_blocks=8, seq_len=4096),
+    "smollm": Size(_SMOLLM, new_blocks=6, seq_len=512),
     "small": Size(_SMALL, new_blocks=4, seq_len=1024),
     "tiny": Size(_TINY, new_blocks=2, seq_len=24),
 }
