@@ -111,6 +111,32 @@ class ToMeta(Output):
 
 
 @dataclass(kw_only=True)
+class Export(Output):
+    """Write a model as GGUF for llama.cpp, by its own converter, and compare what it wrote."""
+
+    dir: Annotated[Positional[Path], arg(metavar="DIR")]
+    """A checkpoint directory, such as a merged one, or hf://owner/name."""
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """The .gguf file to create."""
+    q8: bool = False
+    """Round to 8 bits: half the size. Default: the checkpoint's own dtype, which loses nothing."""
+    force: bool = False
+    """Replace FILE, once the new one is complete."""
+
+    def run(self) -> tuple[dict[str, Any], str]:
+        from llamapro.conversion.export import export_gguf
+
+        result = export_gguf(open_checkpoint(self.dir), self.file, self.q8, self.force)
+        compared = result["compared"]
+        said = f"verified: {compared} tensors equal to the checkpoint's" if compared else "rounded"
+        said = said if compared or self.q8 else "not compared: its architecture cannot be read"
+        return result, (
+            f"{self.file}: {result['bytes'] / 1e9:.3f} GB in {result['outtype']}; {said}\n"
+            f"next: llama-cli -m {self.file}"
+        )
+
+
+@dataclass(kw_only=True)
 class Expand(Output):
     """Insert identity blocks (LLaMA Pro, section 3.2); the result's logits are the base's."""
 
@@ -285,7 +311,7 @@ class Verify(Input):
         return result, text
 
 
-Command = FromMeta | FromGguf | Expand | Adopt | Merge | Strip | ToMeta | Inspect | Verify
+Command = FromMeta | FromGguf | Expand | Adopt | Merge | Strip | ToMeta | Export | Inspect | Verify
 
 
 def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:

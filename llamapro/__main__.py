@@ -35,6 +35,7 @@ COMMANDS = {
     "from-meta": Command(_CONVERT, "META_DIR OUT_DIR", "convert a Meta release"),
     "from-gguf": Command(_CONVERT, "FILE OUT_DIR", "convert llama.cpp's GGUF, quantised or not"),
     "to-meta": Command(_CONVERT, "DIR OUT_DIR", "write a Meta release"),
+    "export": Command(_CONVERT, "DIR FILE.gguf", "write GGUF for llama.cpp"),
     "inspect": Command(_CONVERT, "DIR", "show layers, new blocks, sizes and hashes"),
     "verify": Command(_CONVERT, "DIR", "check every byte, compare logits"),
     "push": Command("llamapro.push", "DIR|BLOCKS OWNER/NAME", "upload a model or new blocks"),

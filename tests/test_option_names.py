@@ -118,6 +118,7 @@ def test_an_option_that_the_sources_name_exists(call: Call, root: Path) -> None:
     known = {o for name in COMMANDS for o in options_of(call(name, "--help"))} | {
         "--help",
         "--version",
+        *("--outfile", "--outtype"),  # of llama.cpp's converter
     }
     for file in [*root.glob("llamapro/**/*.py"), root / "convert.py", root / "train.py"]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

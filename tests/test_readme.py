@@ -230,7 +230,8 @@ def test_the_way_of_a_model_of_yours_runs(
     (file,) = Path("runs").rglob("trainable.safetensors")
     names = {"BASE": "checkpoints/llama2-7b", "trainable.safetensors": str(file), "OUT": "again"}
     names |= {"runs/code": "runs/llama2-7b-pro", "OWNER/NAME": "jo/llama-pro"}
-    shared = commands(PAGES[DOCS / "using.md"], "llamapro")
+    export, *shared = commands(PAGES[DOCS / "using.md"], "llamapro")
+    assert export[1] == "export"  # which needs llama.cpp's converter
     assert [words[1] for words in shared] == ["generate", "merge", "push", "push"]
     shared[3].append("--dry-run")
     said = run_lines(shared, **names)

@@ -70,11 +70,8 @@ def from_gguf(
     """
     refuse_source(out_dir, file)
     metadata, tensors, files = open_gguf(file)
-    raw = describe(metadata, tensors, file)
-    config = ModelConfig.from_dict(raw, str(file))
-    names = _tensor_names(config)
-    _check_tensors(names, tensors, file)
-    raw |= _rope_scaling(metadata, tensors.get(ROPE_FACTORS), config, file)
+    config, names = open_llama(metadata, tensors, file)
+    raw = config.raw
     tokenizer = read_tokenizer(metadata, config.vocab_size, file)
     raw |= tokenizer.ids
     dtype = dtype or _default_dtype(tensors)
@@ -84,11 +81,7 @@ def from_gguf(
     gguf_name = {hf: name for name, (hf, _) in names.items()}
 
     def chunks_of(spec: TensorSpec) -> Iterator[memoryview]:
-        tensor = tensors[gguf_name[spec.name]]
-        is_rotated = spec.name.endswith(("q_proj.weight", "k_proj.weight"))
-        for values in _row_blocks(tensor, config.head_dim if is_rotated else 1):
-            if is_rotated:
-                values = ops.interleaved_to_halves(values, len(values) // config.head_dim)
+        for values in rows_of(tensors[gguf_name[spec.name]], spec.name, config):
             yield from tensor_chunks(values.to(DTYPES[spec.dtype]))
 
     with output_directory(out_dir, force) as aside:
@@ -105,6 +98,25 @@ def from_gguf(
         "quantizations": dict(Counter(tensors[name].kind.name for name in names).most_common()),
         "dtype": raw["torch_dtype"],
     }
+
+
+Names = dict[str, tuple[str, tuple[int, ...]]]  # GGUF's name -> Hugging Face's, shape
+
+
+def open_llama(
+    metadata: dict[str, Any], tensors: dict[str, GGUFTensor], file: Path
+) -> tuple[ModelConfig, Names]:
+    """Returns the configuration, without token ids, and the names of all tensors of a file.
+
+    Raises:
+        ConfigError, CheckpointError: as `from_gguf`.
+    """
+    raw = describe(metadata, tensors, file)
+    config = ModelConfig.from_dict(raw, str(file))
+    names = _tensor_names(config)
+    _check_tensors(names, tensors, file)
+    raw |= _rope_scaling(metadata, tensors.get(ROPE_FACTORS), config, file)
+    return ModelConfig.from_dict(raw, str(file)), names
 
 
 def describe(
@@ -173,13 +185,11 @@ def describe(
     return raw
 
 
-def _tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns GGUF name -> (Hugging Face name, shape) of every tensor of the model."""
+def _tensor_names(config: ModelConfig) -> Names:
+    """Returns the names and shapes of every tensor of the model."""
     C, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     Q, K = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    names: dict[str, tuple[str, tuple[int, ...]]] = {
-        "token_embd.weight": ("model.embed_tokens.weight", (V, C))
-    }
+    names: Names = {"token_embd.weight": ("model.embed_tokens.weight", (V, C))}
     for i in range(config.num_hidden_layers):
         for gguf, hf, shape in (
             ("attn_norm", "input_layernorm", (C,)),
@@ -199,9 +209,7 @@ def _tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]
     return names
 
 
-def _check_tensors(
-    names: dict[str, tuple[str, tuple[int, ...]]], tensors: dict[str, GGUFTensor], file: Path
-) -> None:
+def _check_tensors(names: Names, tensors: dict[str, GGUFTensor], file: Path) -> None:
     """Raises CheckpointError naming every tensor that is missing, unexpected or of wrong shape."""
     wrong = Problems()
     wrong.add(*(f"missing tensor {name!r}" for name in names if name not in tensors))
@@ -220,12 +228,14 @@ def _default_dtype(tensors: dict[str, GGUFTensor]) -> torch.dtype:
     return torch.float16 if kinds <= {"F16", "F32"} else torch.bfloat16  # norms are always F32
 
 
-def _row_blocks(tensor: GGUFTensor, multiple: int) -> Iterator[Tensor]:
-    """Yields the tensor's rows in fp32, about 4 MiB at a time and a multiple of rows at a time."""
-    total = math.prod(tensor.shape[:-1])
+def rows_of(tensor: GGUFTensor, name: str, config: ModelConfig) -> Iterator[Tensor]:
+    """Yields the rows of the tensor with this name in Hugging Face's layout, in fp32: some MiB."""
+    is_rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
+    multiple, total = config.head_dim if is_rotated else 1, math.prod(tensor.shape[:-1])
     count = max(1, _BLOCK_BYTES // (4 * tensor.shape[-1]) // multiple) * multiple
     for start in range(0, total, count):
-        yield tensor.read(start, min(count, total - start))
+        rows = tensor.read(start, min(count, total - start))
+        yield ops.interleaved_to_halves(rows, len(rows) // multiple) if is_rotated else rows
 
 
 # ---- RoPE for longer contexts ------------------------------------------------------------------

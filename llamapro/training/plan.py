@@ -256,7 +256,8 @@ def _describe_replay(replay: ReplaySettings) -> str:
 
 def _faster_dtype(dtype: str, device: str) -> str:
     """Names the dtype for which this CPU has matrix units (AMX): half the time, measured."""
-    has_units = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    has_units = capabilities is not None and capabilities().get("amx_bf16")
     is_slow = has_units and device == "cpu" and dtype == "float32"
     return "; --train.dtype bfloat16 is faster on this CPU" if is_slow else ""
 
