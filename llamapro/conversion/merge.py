@@ -23,7 +23,7 @@ from llamapro.checkpoints.new_blocks import (
 )
 from llamapro.checkpoints.run import STATE_FILE, look_again
 from llamapro.checkpoints.stacking import NewBlocks, is_base_of, stack
-from llamapro.checkpoints.tensors import DTYPES
+from llamapro.checkpoints.tensors import DTYPES, StoredTensor
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions, write_template
@@ -89,8 +89,9 @@ def merge_checkpoint(
     file = find_blocks(blocks_path)
     refuse_source(out_dir, expanded.path, file)
     blocks, info = read_blocks(file)
-    check_blocks(file, blocks, info, expanded.config, _expected_shapes(expanded, blocks, info))
-    training = Training.of(file, info)
+    training, expected = Training.of(file, info), _expected_shapes(expanded, blocks, info)
+    _check_whole_model(expanded.path, blocks_path, blocks, training, expected)
+    check_blocks(file, blocks, info, expanded.config, expected)
     _warn_of_another_tokenizer(expanded, file, training)
     targets: list[Target] = []
     hashes: dict[str, str] = {}
@@ -127,8 +128,9 @@ def assemble_checkpoint(
     refuse_source(out_dir, config_file, file)
     blocks, info = read_blocks(file)
     expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
-    check_blocks(file, blocks, info, config, expected)
     training = Training.of(file, info)
+    _check_whole_model(config_file, blocks_path, blocks, training, expected)
+    check_blocks(file, blocks, info, config, expected)
     # The run knows which tokenizer it was trained with; its file may have any name.
     tokenizer = training.part("settings").get("model.tokenizer")
     if not isinstance(tokenizer, str):
@@ -188,6 +190,36 @@ def _expected_shapes(
         if has_new_rows and (new_rows := split_rows(stored, expanded.config)[1]) is not None:
             expected[NEW_ROWS[name]] = new_rows.shape
     return expected
+
+
+def _check_whole_model(
+    given: Path,
+    blocks_path: str | Path,
+    blocks: dict[str, StoredTensor],
+    training: Training,
+    expected: dict[str, tuple[int, ...]],
+) -> None:
+    """Refuses a run that trained all weights of a model of other shapes than the one given."""
+    found = {name: tensor.shape for name, tensor in blocks.items()}
+    if training.info.trainable != "all" or found == expected:
+        return
+    settings = training.part("settings")
+    model = settings.get("model.path") or settings.get("model.config")
+    fix = f": llamapro merge {model} {blocks_path} OUT_DIR" if model else " (model.path of the run)"
+    theirs, ours = _describe(found, expected), _describe(expected, found)
+    raise CheckpointError(
+        f"{blocks_path}: the run trained all weights of a model of {theirs}; {given} has {ours}. "
+        f"Merge it into the model that it started from{fix}"
+    )
+
+
+def _describe(shapes: dict[str, tuple[int, ...]], others: dict[str, tuple[int, ...]]) -> str:
+    """Returns a model's number of layers; where others have as many, a shape that differs."""
+    layers, same = (len({n.split(".")[2] for n in m if ".layers." in n}) for m in (shapes, others))
+    if layers != same:
+        return f"{layers} layers"
+    name = next(name for name in others | shapes if shapes.get(name) != others.get(name))
+    return f"{name} {list(shapes[name])}" if name in shapes else f"no {name}"
 
 
 def _warn_of_another_tokenizer(expanded: Checkpoint, file: Path, training: Training) -> None:

@@ -349,6 +349,37 @@ def test_a_second_generation_is_merged_and_stripped_on_top_of_the_first(
     )
 
 
+def test_all_weights_of_another_model_are_refused_and_the_right_command_is_named(
+    base: Checkpoint,
+    pro: Checkpoint,
+    tmp_path: Path,
+    tiny_config: Callable[..., ModelConfig],
+    write_random_checkpoint: Callable[..., Path],
+    write_step: Write,
+) -> None:
+    """Of an expanded model, of an unexpanded one, of another vocabulary; and a file alone."""
+    small = tiny_config(hidden_size=16, intermediate_size=16, vocab_size=300)
+    other = Checkpoint.open(write_random_checkpoint(tmp_path / "other", small))
+    cases = [
+        (base.path, pro, r"trained all weights of a model of 6 layers; \S+/base has 4 layers"),
+        (pro.path, base, r"trained all weights of a model of 4 layers; \S+/pro has 6 layers"),
+        (pro.path / "config.json", base, r"model of 4 layers; \S+/config\.json has 6 layers"),
+        (base.path, other, r"model\.embed_tokens\.weight \[300, 16\]; .*weight \[400, 16\]"),
+    ]
+    for number, (given, trained, message) in enumerate(cases):
+        run = tmp_path / f"run{number}"
+        state = {"settings": {"model.path": str(trained.path)}}
+        file = write_step(run, trained, 1, state, trainable="all")
+        fix = rf": llamapro merge {trained.path} {run} OUT_DIR$"
+        with pytest.raises(CheckpointError, match=f"^{run}: .*{message}.*{fix}"):
+            merge(given, [run], tmp_path / "out")
+        alone = shutil.copyfile(file, tmp_path / "alone.safetensors")
+        with pytest.raises(CheckpointError, match=rf"^{alone}: .*\(model\.path of the run\)$"):
+            merge(given, [alone], tmp_path / "out")
+    merge(other.path, [run], tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out").sha256() == other.sha256()
+
+
 def test_impossible_generations_are_refused(copy: Checkpoint) -> None:
     """A stranger's record may name layers that are not there, or hold no list."""
     file = copy.path / "config.json"
