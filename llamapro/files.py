@@ -276,17 +276,22 @@ def refuse_stand_in(file: Path, error: type[UserError] = CheckpointError) -> Non
         raise error(f"{file}: a web page, not the file: the download failed; fetch it again")
 
 
+class RepeatedKeyError(ValueError):
+    """A JSON object has a key twice: which of the two counts depends on the reader."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its keys and values, for `json`; raises RepeatedKeyError."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise RepeatedKeyError(f"{name[:80]!r} comes twice")
+    return found
+
+
 def parse_json(text: bytes) -> dict[str, Any]:
     """Parses a JSON object; raises ValueError, or RecursionError if it nests too deep."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):  # which of the two counts depends on the reader
-            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"{name[:80]!r} comes twice")
-        return found
-
-    found = json.loads(text, object_pairs_hook=unique)
+    found = json.loads(text, object_pairs_hook=unique_keys)
     if not isinstance(found, dict):
         raise ValueError("holds no JSON object")
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llamapro.errors import Problems
+from llamapro.files import unique_keys
 from llamapro.text.documents import describe_unusual
 from llamapro.text.messages import Message
 from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names, read_rows
@@ -243,7 +244,8 @@ def _variables(row: dict[str, Any]) -> dict[str, Any]:
 def _parsed(key: str, value: Any) -> Any:
     """Returns what a text of JSON, as tables often hold, stands for; other values as they are."""
     try:
-        return json.loads(value) if isinstance(value, str) and value else value
+        is_text = isinstance(value, str) and value
+        return json.loads(value, object_pairs_hook=unique_keys) if is_text else value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
 

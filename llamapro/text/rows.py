@@ -10,13 +10,14 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from llamapro.errors import DataError
-from llamapro.files import refuse_stand_in
+from llamapro.files import RepeatedKeyError, refuse_stand_in, unique_keys
 
 _JSON, _DELIMITERS = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*_JSON, *_DELIMITERS, ".parquet")
@@ -28,6 +29,8 @@ MAX_BYTES = 1 << 28
 _MAX_RATIO = 500  # of a column's bytes to those in the file, above which it has to be small
 _FIRST_BYTES = 1 << 16  # that tell a list from rows
 _BATCH_ROWS = 256  # rows of a parquet file that are read at once
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # made once: that takes time
+_ROW_START = re.compile(r"[^\s,]")
 
 
 def suffixes(path: Path) -> tuple[str, str]:
@@ -92,12 +95,16 @@ def read_rows(
                         continue
                     text = value.decode("utf-8-sig")
                     try:
-                        value = json.loads(text)
+                        value = _JSON_DECODER.decode(text)
+                    except RepeatedKeyError as error:
+                        value = error
                     except (ValueError, RecursionError) as error:
                         report(f"{path}:{row}: not a line of JSON ({error})")
                         continue
                 if isinstance(value, dict):
                     yield f"{path}:{row}", value
+                elif isinstance(value, RepeatedKeyError):
+                    report(f"{path}:{row}: the key {value} in an object: leave one of them")
                 else:
                     kind = type(value).__name__
                     report(f"{path}:{row}: expected a JSON object, found {kind}")
@@ -140,7 +147,23 @@ def _values(
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UnreadableError(f"a list of over {MAX_BYTES >> 20} MiB: save one {noun} per line")
-    return json.loads(content.decode("utf-8-sig"))
+    text = content.decode("utf-8-sig")
+    try:
+        return _JSON_DECODER.decode(text)
+    except RepeatedKeyError:
+        return _list_rows(text)
+
+
+def _list_rows(text: str) -> Iterator[Any]:
+    """Yields the rows of a JSON list, and in place of each that has a key twice the error."""
+    position = text.index("[") + 1
+    while (start := _ROW_START.search(text, position)) and start[0] != "]":
+        value, position = json.JSONDecoder().raw_decode(text, start.start())
+        try:
+            _JSON_DECODER.raw_decode(text, start.start())
+        except RepeatedKeyError as error:
+            value = error
+        yield value
 
 
 def _is_json(line: bytes) -> bool:

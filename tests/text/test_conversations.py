@@ -344,6 +344,31 @@ def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None
     assert "truncated or not gz" in lines_of(read(cut)[1])[-1]
 
 
+def test_a_key_twice_is_a_problem_of_its_row_and_the_others_are_read(tmp_path: Path) -> None:
+    """In lines and in a list, in a row and in a turn; a text of JSON is one, too."""
+    row, turn = json.dumps(ROW), '{"role": "user", "content": "a", "content": "b"}'
+    twice = [f'{{"messages": [{turn}]}}', row[:-1] + ', "id": 1, "id": 2}']
+    tools = json.dumps({**ROW, "tools": '[{"type": "function", "type": "x"}]'})
+    (lines := tmp_path / "a.jsonl").write_text("\n".join([row, *twice, row, tools]))
+    (listed := tmp_path / "b.json").write_text(f"[{row}, {twice[0]} ,\n\n{twice[1]},{row}\n]")
+    (broken := tmp_path / "c.json").write_text(f"[{twice[0]}, {row}, nothing]")
+    found, problems = read(lines, listed, broken)
+    assert [where for where, _ in found] == [
+        *(f"{lines}:1", f"{lines}:4", f"{listed}:1", f"{listed}:4", f"{broken}:2")
+    ]
+    end = "comes twice in an object: leave one of them"
+    column = broken.read_text().index("nothing") + 1
+    assert [line.strip() for line in lines_of(problems)] == [
+        f"{lines}:2: the key 'content' {end}",
+        f"{lines}:3: the key 'id' {end}",
+        f"{lines}:5: 'tools' is a text that is no JSON ('type' comes twice)",
+        f"{listed}:2: the key 'content' {end}",
+        f"{listed}:3: the key 'id' {end}",
+        f"{broken}:1: the key 'content' {end}",
+        f"{broken}:1: not JSON (Expecting value: line 1 column {column} (char {column - 1}))",
+    ]
+
+
 def test_encoding_error_ends_its_file_with_its_line(tmp_path: Path) -> None:
     """A file of another encoding is one problem, not one for each of its lines."""
     path = tmp_path / "a.json"

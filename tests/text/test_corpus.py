@@ -143,6 +143,21 @@ def test_what_is_left_out_is_counted_and_told(
         ("a.jsonl", b'{"text": "x"}\n{"id": "7", "content": "long text"}', None),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: not a line of JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 5}', r"a\.jsonl:2: 'text' is int"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "a", "text": "b"}',
+            r"a\.jsonl:2: the key 'text' comes twice in an object: leave one of them",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x", "meta": {"id": 1, "id": 1}}',
+            r"a\.jsonl:1: the key 'id' comes twice",
+        ),
+        (
+            "a.json",
+            b'[{"text": "x"},\n {"text": "a", "te\\u0078t": "b"}]',
+            r"a\.json:2: the key 'text' comes twice",
+        ),
         ("a.jsonl", b'{"text": "x"}\n["text"]', r"a\.jsonl:2: expected a JSON object, found list"),
         ("a.json", b'{\n"text": "x"\n}', r"a\.json:1: expected a list of rows, or one per line"),
         ("a.csv", b"text,id\nx,1\ny,2,3\n", r"a\.csv:2: more fields than the first line has"),
