@@ -115,6 +115,7 @@ def generate(
         text: the text to continue; an empty one starts a new document.
         max_new_tokens: largest number of tokens; a full context ends the text, too.
         temperature: 0 takes the most likely token, 1.0 samples from the model's own distribution.
+            Of `generation_config.json` only the ends of text are read here.
         top_p: sample only from the most likely tokens that together have this probability.
         seed: the same seed writes the same text.
         tokenizer: None takes the one in the directory that the model, or its base, was loaded from.

@@ -24,7 +24,7 @@ from llamapro.conversion.model_card import Training
 from llamapro.errors import ConfigError, DataError, warn
 from llamapro.inference.chat import Conversation, converse
 from llamapro.inference.options import ComputeOptions, SamplingOptions
-from llamapro.inference.sampling import end_ids, write_text
+from llamapro.inference.sampling import choose_sampling, end_ids, write_text
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.streaming import StreamingDecoder
 from llamapro.text.tokenizer import Tokenizer
@@ -146,6 +146,7 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
             f"--prompt has {len(prompt)} tokens; the context of {args.dir} is {context}: shorten it"
         )
     ends = end_ids(checkpoint.config, tokenizer)
+    temperature, top_p = choose_sampling(checkpoint.config, args.temperature, args.top_p)
     model = args.load(checkpoint)
 
     def show(text: str) -> None:
@@ -159,8 +160,8 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
         StreamingDecoder(tokenizer, prompt),
         prompt,
         min(args.max_new_tokens, room),
-        args.temperature,
-        args.top_p,
+        temperature,
+        top_p,
         args.seed,
         ends,
     ):

@@ -1,7 +1,9 @@
 """Generation: what is drawn, how it is shown, and when it stops."""
 
+import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import llamapro
@@ -19,7 +22,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError
 from llamapro.inference.cache import KVCache
-from llamapro.inference.sampling import generate, sample
+from llamapro.inference.sampling import choose_sampling, generate, sample
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.tokenizer import Tokenizer
 
@@ -273,6 +276,117 @@ def test_a_damaged_generation_config_is_one_message(
     status, shown, note = run(broken, "--prompt", "def")
     assert (status, shown, note.count("\n")) == (2, "", 1)
     assert "generation_config.json" in note
+
+
+# ---- What generation_config.json says of sampling -------------------------------------------
+
+LINE = " from generation_config.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected", "said"),
+    [
+        # Without a file, or one that says so, the most likely token is taken, and nothing is said.
+        (None, {}, (0.0, 1.0), ""),
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 20}, {}, (0.0, 1.0), ""),
+        ({"do_sample": False, "temperature": 0.6}, {}, (0.0, 1.0), ""),
+        # With do_sample its values count, and 1.0 for a temperature that it does not name.
+        ({"do_sample": True, "temperature": 0.6}, {}, (0.6, 1.0), f"temperature 0.6{LINE}"),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+            {},
+            (0.6, 0.9),
+            f"temperature 0.6, top_p 0.9{LINE}",
+        ),
+        ({"do_sample": True, "temperature": None}, {}, (1.0, 1.0), f"temperature 1.0{LINE}"),
+        # An option counts more; the file's top_p counts wherever tokens are drawn.
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0}, (0, 1), ""),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+            {"top_p": 1.0},
+            (0.6, 1.0),
+            f"temperature 0.6{LINE}",
+        ),
+        ({"top_p": 0.9}, {"temperature": 0.7}, (0.7, 0.9), f"top_p 0.9{LINE}"),
+        ({"do_sample": True, "top_p": 7}, {"temperature": 0.7, "top_p": 0.5}, (0.7, 0.5), ""),
+        # What is not applied is named where it would change the text.
+        (
+            {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05},
+            {},
+            (0.7, 1.0),
+            f"temperature 0.7{LINE}; repetition_penalty 1.05, top_k 20 of generation_config.json "
+            "not applied",
+        ),
+        ({"do_sample": True, "temperature": 1.0, "top_k": 0, "num_beams": 1}, {}, (1, 1), None),
+        (
+            {"repetition_penalty": 1.05, "top_k": 20},
+            {},
+            (0.0, 1.0),
+            "repetition_penalty 1.05 of generation_config.json not applied",
+        ),
+    ],
+)
+def test_sampling_is_that_of_generation_config_unless_options_say_otherwise(
+    model: LlamaForCausalLM,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: dict[str, Any] | None,
+    options: dict[str, float],
+    expected: tuple[float, float],
+    said: str | None,
+) -> None:
+    """One line says what comes from the file; transformers reads the same from it."""
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    config = dataclasses.replace(model.config, directory=tmp_path)
+    assert choose_sampling(config, **options) == expected
+    said = f"temperature 1.0{LINE}" if said is None else said
+    assert capsys.readouterr().err == said + "\n" * bool(said)
+    if content is not None and not options:
+        theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+        drawn = (theirs.temperature or 1.0, theirs.top_p or 1.0)
+        assert expected == (drawn if theirs.do_sample else (0.0, 1.0))
+
+
+def test_generate_draws_as_the_model_says(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    """The text is that of the same options; --temperature 0 and `llamapro.generate` are greedy."""
+    own = change_config(checkpoint, tmp_path / "own")
+    (own / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 1.5, "top_p": 0.95}'
+    )
+    line = f"temperature 1.5, top_p 0.95{LINE}\n"
+    common = ["--prompt", "de", "--max-new-tokens", 8]
+    greedy, drawn = run(checkpoint, *common), run(own, *common)
+    options = ("--temperature", 1.5, "--top-p", 0.95)
+    assert drawn[0] == 0 and drawn[1] == run(checkpoint, *common, *options)[1] != greedy[1]
+    assert drawn[2].count(line) == 1 and line not in greedy[2]
+    assert run(own, *common, "--temperature", 0)[1] == greedy[1]
+    assert "de" + llamapro.generate(llamapro.load(own), "de", 8) + "\n" == greedy[1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"do_sample": "yes"},
+        {"do_sample": True, "temperature": -1},
+        {"do_sample": True, "temperature": "0.6"},
+        {"do_sample": True, "temperature": True},
+        {"do_sample": True, "temperature": 10**400},
+        {"do_sample": True, "top_p": 0},
+        {"do_sample": True, "top_p": math.nan},
+    ],
+    ids=str,
+)
+def test_impossible_sampling_settings_of_a_model_are_one_message(
+    checkpoint: Path, run: Run, tmp_path: Path, content: dict[str, Any]
+) -> None:
+    """It names the file, the field, the value and what is expected."""
+    broken = change_config(checkpoint, tmp_path / "broken")
+    (broken / "generation_config.json").write_text(json.dumps(content))
+    status, shown, note = run(broken, "--prompt", "def")
+    assert (status, shown, note.count("\n")) == (2, "", 1)
+    name = list(content)[-1]
+    assert re.search(rf"generation_config\.json: {name} is .*, expected ", note)
 
 
 def test_json_is_one_object_with_the_same_text(checkpoint: Path, run: Run) -> None:

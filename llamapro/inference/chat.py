@@ -12,7 +12,7 @@ from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.inference.cache import KVCache
 from llamapro.inference.decoding import Decoder
 from llamapro.inference.options import SamplingOptions
-from llamapro.inference.sampling import end_ids, write_text
+from llamapro.inference.sampling import choose_sampling, end_ids, write_text
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.messages import check_messages
@@ -52,6 +52,8 @@ class Conversation:
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._decoder = Decoder(model)
         self._sampling, self._system = sampling, system
+        chosen = choose_sampling(model.config, sampling.temperature, sampling.top_p)
+        self._temperature, self._top_p = chosen
         self._stops = stop_ids(model, tokenizer)
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._cache = self._new_cache(0)
@@ -117,8 +119,8 @@ class Conversation:
             StreamingDecoder(self._tokenizer),
             prompt[read:],
             limit,
-            self._sampling.temperature,
-            self._sampling.top_p,
+            self._temperature,
+            self._top_p,
             self._generator,
             self._stops,
             self._cache,

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from tyro.conf import arg
 
 from llamapro import backends
 from llamapro.checkpoints.base import check_contained, load_contained
@@ -96,12 +97,13 @@ class SamplingOptions:
     max_new_tokens: int = 256
     """Stop after this many tokens. A text also ends at the end of its document, an answer at the
     end of its turn, and both when the context is full."""
-    temperature: float = 0.0
+    temperature: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Sampling temperature. 0 always takes the most likely token; 1.0 samples from the model's own
-    distribution; higher values write more varied text."""
-    top_p: float = 1.0
+    distribution; higher values write more varied text. By default that of the model's
+    generation_config.json if do_sample is true there, and 0 if not."""
+    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Sample only from the most likely tokens that together have this probability; 1.0 keeps all
-    tokens."""
+    tokens. By default that of the model's generation_config.json, and 1.0 if it has none."""
     seed: int = 0
     """Seed of the sampling. The same seed writes the same text."""
 
@@ -110,9 +112,9 @@ class SamplingOptions:
         wrong = []
         if self.max_new_tokens < 1:
             wrong.append(f"--max-new-tokens {self.max_new_tokens}: expected 1 or more")
-        if not 0 <= self.temperature < math.inf:
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
             wrong.append(f"--temperature {self.temperature}: expected 0 or more")
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             wrong.append(f"--top-p {self.top_p}: expected more than 0, at most 1")
         if not 0 <= self.seed < 1 << 64:
             wrong.append(f"--seed {self.seed}: expected 0 or more, below 2^64")

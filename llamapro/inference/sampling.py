@@ -3,7 +3,10 @@
 Shapes: B batch, T length, C hidden size, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,11 @@ from llamapro.inference.decoding import Decoder
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.streaming import StreamingDecoder
 from llamapro.text.tokenizer import Tokenizer
+
+_GENERATION_FILE = "generation_config.json"
+# Other settings of that file that would change which token is chosen: name -> value that does not.
+_OF_DRAWING = {"top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+_OF_LOGITS = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1}
 
 
 def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
@@ -31,18 +39,15 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
     ends = set(config.eos_token_ids)
     if tokenizer.eos_id is not None:
         ends.add(tokenizer.eos_id)
-    raw = {"config.json": config.raw}
-    file = config.directory / "generation_config.json" if config.directory else None
-    if file is not None and file.exists():
-        raw[file.name] = read_json(file)
-        eos = raw[file.name].get("eos_token_id")
-        listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if any(type(token_id) is not int for token_id in listed):
-            raise CheckpointError(
-                f"{file}: eos_token_id is {eos!r:.80}, expected a token id or a list of them"
-            )
-        ends.update(listed)
-    for name, fields in raw.items():
+    file, raw = _generation_config(config)
+    eos = raw.get("eos_token_id")
+    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token_id) is not int for token_id in listed):
+        raise CheckpointError(
+            f"{file}: eos_token_id is {eos!r:.80}, expected a token id or a list of them"
+        )
+    ends.update(listed)
+    for name, fields in {"config.json": config.raw, _GENERATION_FILE: raw}.items():
         bos = fields.get("bos_token_id")
         if None not in (bos, tokenizer.bos_id) and bos != tokenizer.bos_id:
             warn(
@@ -50,6 +55,54 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
                 f"BOS is token {tokenizer.bos_id}, which counts"
             )
     return ends
+
+
+def _generation_config(config: ModelConfig) -> tuple[Path | None, dict[str, Any]]:
+    """Reads `generation_config.json` beside a model's `config.json`, if it is there."""
+    file = config.directory / _GENERATION_FILE if config.directory else None
+    return file, read_json(file) if file is not None and file.exists() else {}
+
+
+def choose_sampling(
+    config: ModelConfig, temperature: float | None = None, top_p: float | None = None
+) -> tuple[float, float]:
+    """Returns temperature and top_p: those given, or where they are None the model's own.
+
+    As in transformers, the temperature of `generation_config.json` counts if `do_sample` is true
+    there (1.0 if it names none), and its top_p wherever tokens are drawn. Without them the most
+    likely token is taken. Standard error gets one line with what comes from the file, and with what
+    of it would change the text and is not applied.
+
+    Raises:
+        CheckpointError: `generation_config.json` is damaged, or a value that counts is impossible.
+    """
+    file, raw = _generation_config(config)
+    taken: list[str] = []
+
+    def own(name: str, is_possible: Callable[[Any], bool], expected: str) -> float:
+        value = 1.0 if raw.get(name) is None else raw[name]
+        if type(value) not in (int, float) or not is_possible(value):
+            raise CheckpointError(
+                f"{file}: {name} is {value!r:.80}, expected {expected}; correct it, or give "
+                f"--{name.replace('_', '-')}"
+            )
+        taken.append(f"{name} {value}")
+        return float(value)
+
+    draws = raw.get("do_sample") or False
+    if type(draws) is not bool:
+        raise CheckpointError(f"{file}: do_sample is {draws!r:.80}, expected true or false")
+    if temperature is None:
+        temperature = own("temperature", lambda v: 0 <= v < 1e9, "0 or more") if draws else 0.0
+    if top_p is None and temperature and raw.get("top_p") is not None:
+        top_p = own("top_p", lambda v: 0 < v <= 1, "more than 0, at most 1")
+    ignored = _OF_LOGITS | (_OF_DRAWING if temperature else {})
+    left = [f"{n} {raw[n]!r:.40}" for n, none in ignored.items() if raw.get(n) not in (None, none)]
+    said = [f"{', '.join(taken)} from {_GENERATION_FILE}"] if taken else []
+    said += [f"{', '.join(left)} of {_GENERATION_FILE} not applied"] if left else []
+    if said:
+        print("; ".join(said), file=sys.stderr)
+    return temperature, 1.0 if top_p is None else top_p
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -188,6 +188,16 @@ def test_cached_answers_are_those_of_prompts_read_anew(
         assert conversation.messages[-1]["content"] == tokenizer.decode(ids[: (stops or [8])[0]])
 
 
+def test_answers_are_drawn_as_the_model_says(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    """With the settings of generation_config.json, which are said; options count more."""
+    own = shutil.copytree(checkpoint, tmp_path / "own")
+    (own / "generation_config.json").write_text('{"do_sample": true, "temperature": 1.5}')
+    greedy, drawn = run("Hi"), run("Hi", path=own)
+    assert drawn[1] == run("Hi", "--temperature", 1.5)[1] != greedy[1]
+    assert "temperature 1.5 from generation_config.json\n" in drawn[2]
+    assert run("Hi", "--temperature", 0, path=own)[1] == greedy[1]
+
+
 def test_only_what_is_new_is_read(start: Start, reader: Reader, tokenizer: Tokenizer) -> None:
     """The start that a prompt shares with the last one and its answer is not read again."""
     conversation = start(system="Be brief, and always say what you know and what you guess.")
