@@ -103,8 +103,8 @@ def shard_objective(
     if job.resume_from is not None:
         resume.load_trained(job.resume_from, model, job.first_new_row)
         objective.resume(state.control)
-    place = t.placement(ranks.world_size)
-    shard(objective, ranks, job.compute_dtype, place, t.offload, t.recompute, t.compile)
+    dtype, place = job.compute_dtype, t.placement(ranks.world_size)
+    shard(objective, ranks, dtype, place, t.offload, t.recompute, t.compile, t.frozen_dtype)
     parameters = {name: model.get_parameter(name) for name in trainable}
     if job.first_new_row:
         mask_gradients(parameters, job.first_new_row)

@@ -8,7 +8,7 @@ from llamapro import backends
 from llamapro.errors import ConfigError, suggest
 from llamapro.training import proposal
 from llamapro.training.metrics import is_installed
-from llamapro.training.settings import ReplaySettings, Settings, flatten
+from llamapro.training.settings import ReplaySettings, Settings, TrainSettings, flatten
 
 # The expected values, the test for other ones (false for nan, which `check` reports by itself), and
 # the settings that it is for.
@@ -68,7 +68,7 @@ def check(settings: Settings, world_size: int) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             wrong.append(f"{key} is {value}, expected finite numbers")
-    wrong += _check_replay(s)
+    wrong += _check_replay(s) + _check_frozen_dtype(s.train)
     wrong += [
         f"resume.allow: no setting {key!r}{suggest(key, list(flat), cutoff=0.5)}"
         for key in s.resume.allow
@@ -115,6 +115,19 @@ def _check_device(s: Settings) -> list[str]:
         proposal.usable_bytes(s.device)
     except ConfigError as error:
         wrong.append(str(error))
+    return wrong
+
+
+def _check_frozen_dtype(t: TrainSettings) -> list[str]:
+    """Returns the settings of training that contradict `train.frozen_dtype`."""
+    wrong, name = [], f"train.frozen_dtype is {t.frozen_dtype}"
+    if t.frozen_dtype != "auto" and t.trainable == "all":
+        wrong.append(f"{name} and train.trainable 'all' freezes nothing: set it to 'auto'")
+    if t.frozen_dtype != "auto" and t.frozen in ("shard", "gather"):
+        wrong.append(
+            f"{name} and train.frozen is {t.frozen}: rounded weights are whole on every process; "
+            "set train.frozen to 'replicate' or 'auto'"
+        )
     return wrong
 
 

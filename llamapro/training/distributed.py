@@ -29,6 +29,7 @@ from llamapro.files import reason
 from llamapro.training import peers
 from llamapro.training.objective import NextToken
 from llamapro.training.preemption import Stopped, StopRequest, default_signals
+from llamapro.training.quantized import FrozenDtype, quantize
 from llamapro.training.weights import is_trained
 
 Frozen = Literal["shard", "gather", "replicate"]  # where frozen weights lie: see `shard`
@@ -243,6 +244,7 @@ def shard(
     offload: bool = False,
     recompute: bool = False,
     compile: bool = False,
+    frozen_dtype: FrozenDtype = "auto",
 ) -> None:
     """Spreads the model over the ranks, block by block (FSDP2), and moves it to the device.
 
@@ -263,6 +265,9 @@ def shard(
             (activation checkpointing, Chen et al. 2016).
         compile: compile each block with `torch.compile` at the first steps; parameters keep their
             names. FSDP's hooks run between the blocks, uncompiled.
+        frozen_dtype: the matrices of frozen blocks: "auto" (in the compute dtype), "float8" or
+            "int8" (see `quantized.py`). Their other weights stay in the compute dtype. Rounded
+            matrices lie whole on every rank, so `frozen` has to be "replicate".
 
     Raises:
         ConfigError: `offload` without a GPU.
@@ -301,6 +306,8 @@ def shard(
             layer.compile()
         if recompute and index >= first:  # below nothing is kept for backward anyway
             checkpoint(layer)
+        if not trains[index]:
+            quantize(layer, frozen_dtype, compute_dtype, ranks.device, index >= first)
         if cast(layer):
             is_kept = frozen == "gather" and index >= first and not trains[index]
             unit = sharded(layer, reshard_after_forward=not is_kept)

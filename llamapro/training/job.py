@@ -35,7 +35,7 @@ from llamapro.training.objective import allowed
 from llamapro.training.plan import device_type, make_plan, render
 from llamapro.training.preset import find_preset
 from llamapro.training.progress import say
-from llamapro.training.proposal import propose, render_proposal
+from llamapro.training.proposal import check_float8, propose, render_proposal
 from llamapro.training.replay import read_openings, written_by_base
 from llamapro.training.resume import changes
 from llamapro.training.settings import Settings
@@ -106,6 +106,7 @@ class Job:
         if template is not None and template.prints_date:
             settings = _with_date(settings, resume_from)
             template.date = datetime.fromisoformat(settings.data.date)
+        check_float8(settings, config, compute_dtype(settings))
         plan = make_plan(settings, config, compute_dtype(settings), run_dir, resume_from)
         return cls(
             settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from, plan

@@ -14,6 +14,7 @@ from llamapro.formatting import format_bytes
 from llamapro.kernels import cpu
 from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_meta
 from llamapro.training.distributed import is_rank, world_size
+from llamapro.training.quantized import stored_bytes
 from llamapro.training.settings import ReplaySettings, Settings
 from llamapro.training.weights import freeze, is_trained
 
@@ -51,6 +52,7 @@ def make_plan(
         "steps": t.steps or f"{t.epochs:g} epoch(s)",
         "world_size": ranks,
         "dtype": str(compute_dtype).removeprefix("torch."),
+        "frozen_dtype": t.frozen_dtype,
         "ops": summary,
         "memory_bytes": memory,
         "run_dir": str(run_dir),
@@ -117,11 +119,19 @@ def estimate_memory(
     gathered += root_trained if is_whole else root
     if frozen_lie == "gather":
         gathered += sum(numel for trains, numel in blocks[first:] if not trains)
+    # With `frozen_dtype`, what `shard` rounds: all blocks of a kind are alike.
+    rounded = {
+        is_above: stored_bytes(model.model.layers[0], t.frozen_dtype, compute_dtype, is_above)
+        for is_above in (False, True)
+    }
+    in_blocks = [i for i, (trains, _) in enumerate(blocks) if not trains]
+    kept = (frozen - sum(blocks[i][1] for i in in_blocks)) * size
+    kept += sum(rounded[i >= first] for i in in_blocks)
     # The unit in backward has gradients in the compute dtype and, for the reduction, in fp32.
     reduced = max([n for trains, n in blocks if trains] + [root_trained])
     state = 0 if t.offload else 1
     estimate = {
-        "frozen weights": frozen * size if is_whole else state * frozen * size // parts,
+        "frozen weights": kept if is_whole else state * kept // parts,
         "fp32 masters": state * trainable * 4 // parts,
         "gradients": state * trainable * 4 // parts,
         "AdamW moments": state * trainable * 8 // parts,
@@ -130,6 +140,8 @@ def estimate_memory(
         "activations": activation_bytes(model, (rows, length), compute_dtype, device, t.recompute),
         "logits": _logit_bytes(model.config, rows * length, compute_dtype, device, model.lm_head),
     }
+    if t.frozen_dtype != "auto":
+        estimate["rounding"] = _rounding_bytes(model.config, t.frozen_dtype, rows * length, size)
     if settings.replay.share and settings.replay.distill:
         estimate["teacher"] = _teacher_bytes(model.config, rows * length, compute_dtype, device)
     return estimate | {"total": sum(estimate.values())}
@@ -245,6 +257,14 @@ def _teacher_bytes(
     return (tokens * config.hidden_size + logits) * dtype.itemsize + wide * 3 * 4
 
 
+def _rounding_bytes(config: ModelConfig, kind: str, tokens: int, size: int) -> int:
+    """Returns the bytes of the matrix that int8 widens, or the input that float8 rounds."""
+    widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim)
+    if kind == "int8":
+        return widest * config.hidden_size * size
+    return tokens * max(widest, config.hidden_size) * (4 + 1)  # scaled in fp32, then rounded
+
+
 def _describe_replay(replay: ReplaySettings) -> str:
     if not replay.share:
         return ""
@@ -260,6 +280,19 @@ def _faster_dtype(dtype: str, device: str) -> str:
     has_units = capabilities is not None and capabilities().get("amx_bf16")
     is_slow = has_units and device == "cpu" and dtype == "float32"
     return "; --train.dtype bfloat16 is faster on this CPU" if is_slow else ""
+
+
+def _describe_frozen(s: Settings) -> str:
+    """Returns what rounding the frozen blocks means; nothing if they are not rounded."""
+    kind = s.train.frozen_dtype
+    if kind == "auto":
+        return ""
+    slow = " (emulated, slowly)" if kind == "float8" and device_type(s) == "cpu" else ""
+    teacher = ", also as the teacher of replay" if s.replay.share and s.replay.distill else ""
+    return (
+        f"{kind}{slow}: training and evaluation, from step 0, use the base rounded{teacher}; "
+        "merged files keep its bytes, because only new blocks are saved"
+    )
 
 
 def render(plan: dict[str, Any], settings: Settings) -> str:
@@ -279,6 +312,7 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
         "length": plan["steps"] if isinstance(plan["steps"], str) else f"{plan['steps']} steps",
         "precision": f"{plan['dtype']}; fp32 masters and gradient reduction"
         + _faster_dtype(plan["dtype"], device_type(s)),
+        "frozen blocks": _describe_frozen(s),
         "ops": plan["ops"],
         "memory estimate": ", ".join(f"{name} {format_bytes(n)}" for name, n in memory.items())
         + " per process",
@@ -287,4 +321,4 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
         "run dir": plan["run_dir"],
         "resume from": plan["resume_from"] or "new run",
     }
-    return "\n".join(f"{name:<16} {value}" for name, value in lines.items())
+    return "\n".join(f"{name:<16} {value}" for name, value in lines.items() if value)

@@ -11,9 +11,9 @@ from llamapro import backends
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, suggest
 from llamapro.formatting import format_bytes
-from llamapro.model import build_on_meta
+from llamapro.model import Linear, build_on_meta
 from llamapro.training.distributed import Frozen
-from llamapro.training.plan import estimate_memory
+from llamapro.training.plan import device_type, estimate_memory
 from llamapro.training.settings import Settings, TrainSettings
 from llamapro.training.weights import freeze
 
@@ -23,6 +23,9 @@ GPUS = {
     "a10": 24, "a100": 80, "a100-40": 40, "a6000": 48, "b200": 180, "h100": 80, "h200": 141,
     "l4": 24, "l40s": 48, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
 }  # fmt: skip
+# Those of them before compute capability 8.9, which cannot multiply float8.
+WITHOUT_FLOAT8 = ("a10", "a100", "a100-40", "a6000", "rtx-3090")
+MULTIPLE = 16  # of both sizes of a float8 matrix, as PyTorch asks on a GPU
 # From here on more tokens in a forward pass make matrix products hardly faster.
 ENOUGH_TOKENS = 8192
 FIELDS = ("recompute", "micro_batch_size", "frozen")
@@ -41,7 +44,7 @@ def usable_bytes(device: str) -> int | None:
         if not torch.cuda.is_available():
             return None
         return int(torch.cuda.get_device_properties(0).total_memory * 0.93)
-    name = device.lower().replace(" ", "-")
+    name = _name(device)
     given = re.fullmatch(r"([1-9]\d*)-?gb", name)
     if not given and name not in GPUS:
         raise ConfigError(
@@ -49,6 +52,38 @@ def usable_bytes(device: str) -> int | None:
             f"{', '.join(GPUS)}, or give its memory, such as 48GB"
         )
     return int(given[1] if given else GPUS[name]) * 10**9
+
+
+def _name(device: str) -> str:
+    return device.lower().replace(" ", "-")
+
+
+def check_float8(settings: Settings, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+    """Refuses `train.frozen_dtype` float8 where a GPU cannot compute it; a CPU computes it slowly.
+
+    Raises:
+        ConfigError: it names the reason, and a value that works.
+    """
+    device, planned = torch.device(device_type(settings)), _name(settings.device)
+    if settings.train.frozen_dtype != "float8" or device.type != "cuda":
+        return
+    linears = [module for module in build_on_meta(config).modules() if isinstance(module, Linear)]
+    odd = {size for linear in linears for size in linear.weight.shape if size % MULTIPLE}
+    why = ""
+    if compute_dtype != torch.bfloat16:
+        why = f"on a GPU it needs train.dtype bfloat16, not {settings.train.dtype}"
+    elif odd:
+        why = f"a matrix has the size {min(odd)}, which is not a multiple of {MULTIPLE}"
+    elif planned in WITHOUT_FLOAT8:
+        why = f"{planned} is a GPU without float8"
+    elif not planned and torch.version.hip:
+        why = "it is written for NVIDIA GPUs"
+    elif not planned:
+        gpu = torch.cuda.get_device_properties(device)
+        if (gpu.major, gpu.minor) < (8, 9):
+            why = f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, below 8.9"
+    if why:
+        raise ConfigError(f"train.frozen_dtype 'float8': {why}; take 'int8' or 'auto'")
 
 
 def propose(
@@ -91,6 +126,8 @@ def _fastest_first(settings: Settings, world_size: int) -> Iterator[TrainSetting
     fitting = sorted((n for n in sizes if share % n == 0), reverse=True)
     whole = t.placement(world_size) == "replicate"
     places: list[Frozen] = ["replicate", "shard"] if whole else ["replicate", "gather", "shard"]
+    if t.frozen_dtype != "auto":
+        places = ["replicate"]  # rounded weights are never in parts
     for recompute in (False, True):
         for rows in fitting:
             for frozen in places:

@@ -136,6 +136,10 @@ class TrainSettings:
     """Device to compute on; auto takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of computation and frozen weights; auto is bfloat16 on a GPU, float32 on a CPU."""
+    frozen_dtype: Literal["auto", "float8", "int8"] = "auto"
+    """Dtype of the frozen blocks' matrices; auto is that of train.dtype. float8: for speed, on GPUs
+    from Hopper and Ada on; a CPU emulates it. int8: half the memory, on any device. Both keep
+    frozen weights whole on every process, and round the base for training only."""
     ops: str = "auto"
     """Backend: auto (Triton on a GPU wherever its kernel can run), cpu, torch or triton. Single ops
     follow, for example auto,attention=torch."""
@@ -144,7 +148,7 @@ class TrainSettings:
     frozen: Literal["auto", "shard", "gather", "replicate"] = "auto"
     """Place of frozen weights. shard: in parts on all processes. gather: in parts, but whole from
     forward to backward. replicate: whole on every process, without communication. auto: replicate
-    where each process holds all of them anyway, else shard."""
+    where each process holds all of them anyway or train.frozen_dtype is set, else shard."""
     shard_size: int = 0
     """Processes that share one copy of sharded weights (HSDP), such as those of a machine; 0 means
     all."""
@@ -157,6 +161,8 @@ class TrainSettings:
         """Returns where frozen weights lie: `frozen`, or what auto stands for."""
         if self.frozen != "auto":
             return self.frozen
+        if self.frozen_dtype != "auto":
+            return "replicate"
         # In one part, FSDP would copy every weight before each use.
         is_whole = (self.shard_size or world_size) == 1 and not self.offload
         return "replicate" if is_whole else "shard"
