@@ -17,7 +17,7 @@ ORDER = [
     ["errors", "formatting", "scripts", "kernels"],
     ["filesystem"],
     ["files", "fields", "cli"],
-    ["config"],
+    ["config", "known_hashes"],
     ["backends"],
     ["ops"],
     ["model"],

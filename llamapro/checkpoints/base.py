@@ -124,14 +124,17 @@ def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
         )
 
 
-def check_stored_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
+def check_stored_base(
+    expanded: Checkpoint, hashes: dict[str, str], cache_dir: str | Path | None = None
+) -> None:
     """Does what `check_base` does; `hashes` are of whole stored tensors, the new blocks' left out.
 
-    Where tokens were added, the base's rows of embedding and head are read and hashed here.
+    Where tokens were added, the base's rows of embedding and head are hashed here, as by
+    `hash_tensors`.
     """
     stored = expanded.tensors.values()
     grown = [rows for t in stored for rows, new in [split_rows(t, expanded.config)] if new]
-    check_base(expanded, hashes | hash_tensors(grown, "hash base"))
+    check_base(expanded, hashes | hash_tensors(grown, "hash base", cache_dir))
 
 
 def check_contained(expanded: Checkpoint, special: bool = False) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from llamapro.errors import CheckpointError
 from llamapro.files import MAX_JSON_BYTES, parse_json, refuse_stand_in
+from llamapro.known_hashes import known_hashes
 
 DTYPES = {
     "F64": torch.float64,
@@ -60,6 +62,11 @@ class StoredTensor(TensorSpec):
 
     file: Path
     offset: int
+
+    @property
+    def part(self) -> str:
+        """The place of the bytes in the file, as a name."""
+        return f"{self.offset}+{self.nbytes}"
 
     def chunks(self) -> Iterator[memoryview]:
         """Yields the bytes in pieces of at most 1 MiB; each is overwritten by the next."""
@@ -154,19 +161,26 @@ def combine_hashes(hashes: Iterable[tuple[TensorSpec, str]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def hash_tensors(tensors: Iterable[StoredTensor], label: str) -> dict[str, str]:
-    """Returns name -> SHA-256 of the bytes; shows a progress bar with this label."""
+def hash_tensors(
+    tensors: Iterable[StoredTensor], label: str, cache_dir: str | Path | None = None
+) -> dict[str, str]:
+    """Returns name -> SHA-256 of the bytes; shows a progress bar with this label.
+
+    With `cache_dir`, tensors of files that have not changed since they were hashed are not read.
+    """
     tensors = list(tensors)
-    total = sum(t.nbytes for t in tensors)
-    with (
-        ThreadPoolExecutor(2) as pool,
-        tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        hashes = {}
-        for tensor, digest in zip(tensors, pool.map(StoredTensor.sha256, tensors), strict=True):
-            hashes[tensor.name] = digest
-            bar.update(tensor.nbytes)
-    return hashes
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        known = {
+            file: stack.enter_context(known_hashes(file, cache_dir))
+            for file in dict.fromkeys(tensor.file for tensor in tensors)
+        }
+        wanted = [t for t in tensors if t.part not in known[t.file]]
+        total = sum(t.nbytes for t in wanted)
+        with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+            for tensor, digest in zip(wanted, pool.map(StoredTensor.sha256, wanted), strict=True):
+                known[tensor.file][tensor.part] = digest
+                bar.update(tensor.nbytes)
+        return {tensor.name: known[tensor.file][tensor.part] for tensor in tensors}
 
 
 def all_finite(numbers: Tensor) -> bool:

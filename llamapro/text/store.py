@@ -1,5 +1,7 @@
 """Token stores: the token stream of a corpus on disk, memory-mapped, and the cache of them."""
 
+import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -7,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from tqdm import tqdm
 
 from llamapro.errors import DataError
 from llamapro.files import directory_aside, parse_json, reason, refuse_large, user_path
+from llamapro.known_hashes import WHOLE, known_hashes
 
 INDEX_FILE = "index.json"
 MAX_INDEX_BYTES = 1 << 28  # enough to name two million files of a corpus
 SHARD_TOKENS = 1 << 28
+MAPPED_SHARDS = 128  # at a time, because each has an open file, and a process may have 1,024
 Int64s = NDArray[np.int64]
 
 
@@ -29,12 +32,14 @@ class TokenStore:
 
     A directory of `shard-00000.bin`, ... (uint16, or uint32 for vocabularies over 65,536) and
     `index.json`, which says what the tokens were made of, and each shard's SHA-256. Opening
-    compares only sizes, because every rank does it; `check` compares the bytes.
+    compares only sizes, because every rank does it; `check` compares the bytes. A shard is mapped
+    when it is first read.
 
     Attributes:
         tokens: length of the stream, with what stands before and after documents.
         fingerprint: SHA-256 of the tokenizer.
         sha256: hash of the tokens as they were written.
+        hashes: shard -> SHA-256 of its bytes as they were written.
         index: all of `index.json`.
     """
 
@@ -66,52 +71,66 @@ class TokenStore:
                 f"{fingerprint[:16]}...); {fix}"
             )
         for shard, tokens, _ in shards:
-            size = shard.stat().st_size if shard.exists() else 0
+            size = _size(shard)
             if not size or size != tokens * dtype.itemsize:
                 actual = f"{size:,} bytes" if size else "missing or empty"
                 raise DataError(f"{shard}: {actual}, {INDEX_FILE} says {tokens:,} tokens; {fix}")
-        self._shards = [
-            np.asarray(np.memmap(shard, dtype=dtype, mode="r")) for shard, _, _ in shards
-        ]
+        self.dtype = dtype
+        self._map = functools.lru_cache(MAPPED_SHARDS)(self._map_shard)
         self._ends = list(itertools.accumulate(tokens for _, tokens, _ in shards))
-        self._hashes = {shard: sha256 for shard, _, sha256 in shards}
-        text = " ".join([dtype.name, *self._hashes.values()])
+        self.hashes = {shard: sha256 for shard, _, sha256 in shards}
+        self._files = [shard for shard, _, _ in shards]
+        text = " ".join([dtype.name, *self.hashes.values()])
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        if self._ends[-1:] != [self.tokens]:
+        if [0, *self._ends][-1] != self.tokens:
             raise DataError(f"{file}: {self.tokens:,} tokens, but its shards differ; {fix}")
 
-    def check(self, label: str) -> None:
-        """Reads all shards, with a progress bar; raises DataError for one that was changed."""
-        total = sum(tokens.nbytes for tokens in self._shards)
+    def check(self, label: str, cache_dir: str | Path | None = None) -> None:
+        """Reads the shards, with a progress bar; raises DataError for one that was changed.
+
+        With `cache_dir`, shards that have not changed since they were hashed are not read.
+        """
+        total = self.tokens * self.dtype.itemsize
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
-            for shard, sha256 in self._hashes.items():
-                with open(shard, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            for shard, sha256 in self.hashes.items():
+                with known_hashes(shard, cache_dir) as known:
+                    if WHOLE not in known:
+                        with open(shard, "rb") as file:
+                            known[WHOLE] = hashlib.file_digest(file, "sha256").hexdigest()
+                    if known[WHOLE] != sha256:
                         raise DataError(
                             f"{shard}: damaged: other bytes than were written; "
                             f"remove {self.path} and run again"
                         )
                 bar.update(shard.stat().st_size)
 
+    def _map_shard(self, number: int) -> NDArray[Any]:
+        return np.asarray(np.memmap(self._files[number], dtype=self.dtype, mode="r"))
+
     def read(self, start: int, stop: int) -> Int64s:
         """Returns the tokens [start, stop), a copy; raises IndexError outside the stream."""
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.tokens}")
-        parts = [
-            tokens[max(0, start - end + tokens.size) : max(0, stop - end + tokens.size)]
-            for tokens, end in zip(self._shards, self._ends, strict=True)
-        ]
+        parts = [np.empty(0, self.dtype)]
+        for number in range(bisect.bisect_right(self._ends, start), len(self._ends)):
+            tokens = self._map(number)
+            first = self._ends[number] - tokens.size
+            if first >= stop:
+                break
+            parts.append(tokens[max(0, start - first) : stop - first])
         return np.concatenate(parts, dtype=np.int64)
 
-    @cached_property
+    @functools.cached_property
     def _starts(self) -> Int64s | None:
         """The positions where documents start, or None if no token marks them."""
         bos, eos = self.index.get("bos_id"), self.index.get("eos_id")
         mark = eos if bos is None else bos
         if mark is None:
             return None
-        shards = zip(self._shards, self._ends, strict=True)
-        places = [np.flatnonzero(tokens == mark) + end - tokens.size for tokens, end in shards]
+        places = []
+        for number, end in enumerate(self._ends):
+            tokens = self._map(number)
+            places.append(np.flatnonzero(tokens == mark) + end - tokens.size)
         starts = np.concatenate(places)
         return starts if bos is not None else np.concatenate(([0], starts[:-1] + 1))
 
@@ -135,8 +154,8 @@ def cached(
 ) -> TokenStore:
     """Returns a store from the cache, where it is first written if it is not there.
 
-    A store in the cache is compared with the hashes it was written with, because a byte that
-    changed on the disk would silently change the run. That takes a second per GB or two.
+    A store in the cache is compared with the hashes it was written with, because a byte that was
+    changed would silently change the run. Shards that have not changed since are not read again.
 
     Args:
         key: everything that decides the tokens, as JSON; its hash is the store's name, and the
@@ -156,10 +175,21 @@ def cached(
         write_store(directory, index | {"made_of": key}, arrays)
     store = TokenStore(directory, index["tokenizer_sha256"])
     if is_cached:
-        store.check(f"check {label}")
+        store.check(f"check {label}", cache_dir)
+    for shard, sha256 in store.hashes.items() if not is_cached else ():
+        with known_hashes(shard, cache_dir) as known:
+            known[WHOLE] = sha256
     origin = f", from the cache {directory}" if is_cached else ""
     print(f"{label}: {summarize(store)}{origin}", file=sys.stderr)
     return store
+
+
+def _size(file: Path) -> int:
+    """Returns the bytes of a file, 0 if there is none."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def write_store(directory: Path, index: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> None:

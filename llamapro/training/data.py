@@ -68,7 +68,8 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
     tensors = job.checkpoint.tensors if job.checkpoint is not None else {}
     is_compared = on_several_machines() and local_rank() == 0
     pool = ThreadPoolExecutor(1)  # every machine hashes while the main process tokenises
-    hashes = pool.submit(hash_tensors, tensors.values() if is_compared else (), "hash weights")
+    compared = tensors.values() if is_compared else ()
+    hashes = pool.submit(hash_tensors, compared, "hash weights", s.data.cache_dir)
 
     def make() -> tuple[agreement.Seen, dict[str, Any]]:
         with stop.interrupting():
@@ -80,7 +81,9 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
             trainable = freeze(model, s.train.trainable, s.train.new_tokens)
             names = [stored_name(name, job.first_new_row) for name in trainable]
             fingerprint = job.tokenizer.fingerprint
-            identity = make_identity(job.checkpoint, names, fingerprint, stores, job.config)
+            identity = make_identity(
+                job.checkpoint, names, fingerprint, stores, job.config, s.data.cache_dir
+            )
         return agreement.Seen.of(job.run_dir, job.resume_from, stores, hashes.result()), identity
 
     def compare() -> None:

@@ -243,7 +243,7 @@ def written_by_base(
     ends = end_ids(checkpoint.config, tokenizer)
     openings = read_openings(settings.prompts, checkpoint.path, tokenizer, ends, length)
     inside = contained_base(checkpoint)
-    hashes = hash_tensors(inside.values(), "hash base")
+    hashes = hash_tensors(inside.values(), "hash base", cache_dir)
     made_of = {
         "base_sha256": contained_base_sha256(
             checkpoint, {name: hashes[base.name] for name, base in inside.items()}

@@ -37,8 +37,9 @@ def make_identity(
     tokenizer_sha256: str,
     stores: dict[str, TokenStore],
     config: ModelConfig,
+    cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Hashes base, tokenizer and data of a run; reads all of the frozen weights.
+    """Hashes base, tokenizer and data of a run; reads the frozen weights that `cache_dir` lacks.
 
     Raises CheckpointError if the base inside is not the one that its expansion record names.
 
@@ -47,6 +48,7 @@ def make_identity(
         trainable: names of its tensors that train; the others are frozen.
         stores: label -> tokens of each corpus, such as "train data/code" or "replay". Their hashes
             were checked when they were opened.
+        cache_dir: as for `hash_tensors`.
 
     Returns:
         JSON-able, for `state["identity"]`: base, computation, tokenizer, data.
@@ -54,9 +56,9 @@ def make_identity(
     names = set(trainable)
     tensors = checkpoint.tensors.values() if checkpoint else ()
     frozen = [tensor for tensor in tensors if tensor.name not in names]
-    hashes = hash_tensors(frozen, "hash frozen weights") if frozen else {}
+    hashes = hash_tensors(frozen, "hash frozen weights", cache_dir) if frozen else {}
     if checkpoint and frozen and config.expansion:
-        check_stored_base(checkpoint, hashes)
+        check_stored_base(checkpoint, hashes, cache_dir)
     return {
         "base": combine_hashes((tensor, hashes[tensor.name]) for tensor in frozen),
         "computation": config.computation,

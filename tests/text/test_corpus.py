@@ -707,9 +707,9 @@ def test_a_changed_byte_in_the_cache_is_found_before_training(
     checked: list[str] = []
     check = TokenStore.check
 
-    def noted(self: TokenStore, label: str) -> None:
+    def noted(self: TokenStore, label: str, cache_dir: Path) -> None:
         checked.append(label)
-        check(self, label)
+        check(self, label, cache_dir)
 
     monkeypatch.setattr(TokenStore, "check", noted)
     (tmp_path / "a.txt").write_text("the first document\n")
