@@ -277,7 +277,8 @@ class Inspect(Input):
 
 @dataclass(kw_only=True)
 class Verify(Input):
-    """Check every byte of a checkpoint and the base inside it, or of all that a run saved."""
+    """Check every byte of a checkpoint and the base inside it, of all that a run saved, or of
+    tokens in the cache."""
 
     base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
     """The base it was expanded from; its hash and its logits are compared too."""
@@ -293,7 +294,8 @@ class Verify(Input):
 
         from llamapro.checkpoints.new_blocks import is_training_output
         from llamapro.conversion import hf_parity
-        from llamapro.conversion.verify import render, verify, verify_run
+        from llamapro.conversion.verify import render, verify, verify_run, verify_tokens
+        from llamapro.text.store import INDEX_FILE
 
         if self.tolerance is not None and not (self.hf and self.tolerance >= 0):
             raise ConfigError(f"--tolerance {self.tolerance}: at least 0, and with --hf only")
@@ -302,6 +304,11 @@ class Verify(Input):
                 raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
             result = verify_run(self.dir)
             return result, "\n".join(f"{path}: intact" for path in result["intact"])
+        if (self.dir / INDEX_FILE).is_file():
+            if self.base or self.hf:
+                raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
+            result = verify_tokens(self.dir)
+            return result, f"{self.dir}: {result['tokens']:,} tokens intact"
         result = verify(self.dir, self.base)
         text = render(result)
         if self.hf:

@@ -27,6 +27,9 @@ _CONVERT = "llamapro.scripts.convert"
 COMMANDS = {
     "expand": Command(_CONVERT, "BASE_DIR OUT_DIR", "insert identity blocks into a checkpoint"),
     "train": Command("llamapro.scripts.train", "--config PRESET", "train the new blocks"),
+    "prepare": Command(
+        "llamapro.prepare", "--config PRESET [--shard I/N]", "tokenise ahead of training, in parts"
+    ),
     "merge": Command(
         _CONVERT, "EXPANDED_DIR BLOCKS... OUT_DIR", "put trained blocks into their base"
     ),

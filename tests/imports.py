@@ -26,7 +26,7 @@ ORDER = [
     ["inference"],
     ["conversion", "training"],
     ["api"],
-    ["generate", "evaluate", "report", "push", "testing"],
+    ["generate", "evaluate", "prepare", "report", "push", "testing"],
     ["train", "convert"],
     ["__main__"],
 ]

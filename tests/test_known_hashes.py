@@ -12,6 +12,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import StoredTensor, hash_tensors
 from llamapro.errors import DataError
 from llamapro.known_hashes import known_hashes
+from llamapro.scripts import convert
 from llamapro.text.corpus import tokenize
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
@@ -141,7 +142,11 @@ def test_weights_are_hashed_once_and_again_after_a_change(
 
 
 def test_tokens_are_not_read_at_the_next_start(
-    settled: None, tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+    settled: None,
+    tmp_path: Path,
+    tokenizer_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., tuple[int, str, str]],
 ) -> None:
     """The store that was written is known; a full check reads it, and so does a start after a
     change, which finds it."""
@@ -158,7 +163,13 @@ def test_tokens_are_not_read_at_the_next_start(
         assert start().sha256 == store.sha256
         with pytest.raises(TypeError):
             store.check("everything")
+    assert run_command(convert.main, "verify", store.path)[:2] == (
+        0,
+        f"{store.path}: {store.tokens} tokens intact\n",
+    )
     flip(shard, 4)
+    status, _, err = run_command(convert.main, "verify", store.path)
+    assert status == 2 and f"{shard}: damaged" in err
     for _ in range(2):  # what is damaged is never known to be good
         with pytest.raises(DataError, match=r"shard-00000\.bin: damaged"):
             start()

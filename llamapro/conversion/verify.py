@@ -25,6 +25,7 @@ from llamapro.checkpoints.tensors import (
 from llamapro.config import differences
 from llamapro.errors import CheckpointError
 from llamapro.model import DecoderLayer, RMSNorm
+from llamapro.text.store import TokenStore
 
 PROBE_SHAPE = (2, 16)  # B, T of the random batch
 
@@ -143,6 +144,20 @@ def verify_run(path: str | Path) -> dict[str, Any]:
     if damaged:
         raise CheckpointError(f"{'; '.join(damaged)}; intact: {', '.join(intact) or 'none'}")
     return {"path": str(path), "intact": intact}
+
+
+def verify_tokens(path: str | Path) -> dict[str, Any]:
+    """Reads every byte of a corpus in the cache of tokens, also if it has not changed.
+
+    Returns:
+        JSON-able: path, tokens, and sha256 of the tokens.
+
+    Raises:
+        DataError: naming the shard that is damaged.
+    """
+    store = TokenStore(path, None)
+    store.check("check")
+    return {"path": str(path), "tokens": store.tokens, "sha256": store.sha256}
 
 
 def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from llamapro.errors import DataError
 from llamapro.text import documents
 from llamapro.text.documents import Counts, Piece, read_pieces, split_at
-from llamapro.text.source_files import find_files
-from llamapro.text.store import TokenStore, cached
+from llamapro.text.parts import Part, find_parts, join, remove_parts
+from llamapro.text.source_files import SourceFile, find_files
+from llamapro.text.store import TokenStore, cached, place_of
 from llamapro.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 5
@@ -64,8 +65,11 @@ def tokenize(
     workers: int = 0,
     label: str = "train",
     marker: str = "",
+    part: Part | None = None,
 ) -> TokenStore:
     """Returns the tokens of a corpus, from the cache if files and tokenizer are the same.
+
+    If they were prepared in parts, these are put together. The store is the same, to the byte.
 
     Each document is the tokenizer's prefix (BOS or nothing), its tokens, and EOS. A line on
     standard error says what was read and what was left out.
@@ -77,9 +81,10 @@ def tokenize(
         workers: number of threads, 0 for one per core; the tokens do not depend on it.
         label: names the corpus in progress and messages.
         marker: text at which documents are split; "" splits none.
+        part: tokenise only this one, unless the whole is in the cache; it may hold no text.
 
     Raises:
-        DataError: a file cannot be used, there is no text, or as `cached`.
+        DataError: a file cannot be used, there is no text, or as `cached` and `find_parts`.
     """
     files = find_files(patterns)
     counts = Counts()
@@ -94,10 +99,16 @@ def tokenize(
                     counts.markers[name] = counts.markers.get(name, 0) + found
             yield piece
 
-    def encode() -> Iterator[NDArray[Any]]:
+    def encode(files: Sequence[SourceFile]) -> Iterator[NDArray[Any]]:
         pieces = read_pieces(files, text_key, counts, label)
         pieces = split_at(pieces, marker, counts) if marker else count_markers(pieces)
         yield from _encode_all(pieces, tokenizer, dtype, workers or os.cpu_count() or 1)
+
+    def encode_whole() -> Iterator[NDArray[Any]]:
+        if parts := find_parts(directory, key, label):
+            yield from join(parts, tokenizer.fingerprint, counts, label)
+        else:
+            yield from encode(files)
         if not counts.bytes:
             raise DataError(f"{', '.join(patterns)}: no text in it: {counts.describe()}")
 
@@ -113,4 +124,11 @@ def tokenize(
         "eos_id": next(iter(tokenizer.suffix), None),
         "counts": counts,
     }
-    return cached(cache_dir, key, index, encode(), label, summarize)
+    directory = place_of(cache_dir, key)
+    if part is not None and not directory.exists():
+        label = f"{label}, part {part}"
+        arrays = encode(part.select(files))
+        return cached(cache_dir, key, index, arrays, label, summarize, part.suffix)
+    store = cached(cache_dir, key, index, encode_whole(), label, summarize)
+    remove_parts(directory)
+    return store

@@ -60,6 +60,15 @@ class Counts:
     left_out: list[str] = field(default_factory=list)
     markers: dict[str, int] = field(default_factory=dict)
 
+    def add(self, other: "Counts") -> None:
+        """Adds what was read after this, from other files."""
+        for name, value in vars(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        self.left_out = (self.left_out + other.left_out)[:_SHOWN]
+        for name, count in other.markers.items():
+            self.markers[name] = self.markers.get(name, 0) + count
+
     def leave_out(self, file: SourceFile, reason: str) -> None:
         """Counts a file that is not read."""
         self.files_left_out += 1

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from llamapro.known_hashes import WHOLE, known_hashes
 INDEX_FILE = "index.json"
 MAX_INDEX_BYTES = 1 << 28  # enough to name two million files of a corpus
 SHARD_TOKENS = 1 << 28
+_COPIED_BYTES = 1 << 24
 MAPPED_SHARDS = 128  # at a time, because each has an open file, and a process may have 1,024
 Int64s = NDArray[np.int64]
 
@@ -43,8 +44,8 @@ class TokenStore:
         index: all of `index.json`.
     """
 
-    def __init__(self, path: str | Path, fingerprint: str) -> None:
-        """Opens a store made with the tokenizer of this fingerprint.
+    def __init__(self, path: str | Path, fingerprint: str | None) -> None:
+        """Opens a store made with the tokenizer of this fingerprint, or with any if it is None.
 
         Raises:
             DataError: a file is missing, damaged or of another tokenizer.
@@ -65,10 +66,10 @@ class TokenStore:
             ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file}: not an index of tokens ({error!r}); {fix}") from None
-        if self.fingerprint != fingerprint:
+        if fingerprint not in (None, self.fingerprint):
             raise DataError(
                 f"{file}: tokens of another tokenizer ({self.fingerprint[:16]}..., this one is "
-                f"{fingerprint[:16]}...); {fix}"
+                f"{str(fingerprint)[:16]}...); {fix}"
             )
         for shard, tokens, _ in shards:
             size = _size(shard)
@@ -92,17 +93,29 @@ class TokenStore:
         """
         total = self.tokens * self.dtype.itemsize
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
-            for shard, sha256 in self.hashes.items():
+            for shard in self.hashes:
                 with known_hashes(shard, cache_dir) as known:
                     if WHOLE not in known:
                         with open(shard, "rb") as file:
                             known[WHOLE] = hashlib.file_digest(file, "sha256").hexdigest()
-                    if known[WHOLE] != sha256:
-                        raise DataError(
-                            f"{shard}: damaged: other bytes than were written; "
-                            f"remove {self.path} and run again"
-                        )
+                    self._compare(shard, known[WHOLE])
                 bar.update(shard.stat().st_size)
+
+    def arrays(self) -> Iterator[NDArray[Any]]:
+        """Yields all tokens, (n,) each; raises DataError at the end of a shard that was changed."""
+        for shard in self.hashes:
+            digest = hashlib.sha256()
+            with open(shard, "rb") as file:
+                while chunk := file.read(_COPIED_BYTES):
+                    digest.update(chunk)
+                    yield np.frombuffer(chunk, self.dtype)
+            self._compare(shard, digest.hexdigest())
+
+    def _compare(self, shard: Path, sha256: str) -> None:
+        if self.hashes[shard] != sha256:
+            raise DataError(
+                f"{shard}: damaged: other bytes than were written; remove {self.path} and run again"
+            )
 
     def _map_shard(self, number: int) -> NDArray[Any]:
         return np.asarray(np.memmap(self._files[number], dtype=self.dtype, mode="r"))
@@ -144,6 +157,12 @@ class TokenStore:
         return int(np.searchsorted(self._starts, position, side="right")) - 1
 
 
+def place_of(cache_dir: str | Path, key: list[Any], suffix: str = "") -> Path:
+    """Returns the directory of the store that `cached` finds under this key."""
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    return user_path(cache_dir) / (name + suffix)
+
+
 def cached(
     cache_dir: str | Path,
     key: list[Any],
@@ -151,6 +170,7 @@ def cached(
     arrays: Iterable[NDArray[Any]],
     label: str,
     summarize: Callable[[TokenStore], str],
+    suffix: str = "",
 ) -> TokenStore:
     """Returns a store from the cache, where it is first written if it is not there.
 
@@ -164,15 +184,19 @@ def cached(
         arrays: as for `write_store`; consumed only if the store is not in the cache.
         label: names the store in the progress bar and in a line on standard error.
         summarize: returns the rest of that line.
+        suffix: ends the store's name.
 
     Raises:
         DataError: the store in the cache is damaged, or a new one cannot be written.
     """
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    directory = user_path(cache_dir) / name
+    directory = place_of(cache_dir, key, suffix)
     is_cached = directory.exists()
     if not is_cached:
-        write_store(directory, index | {"made_of": key}, arrays)
+        try:
+            write_store(directory, index | {"made_of": key}, arrays)
+        except DataError:
+            if not directory.exists():  # or else another process was first
+                raise
     store = TokenStore(directory, index["tokenizer_sha256"])
     if is_cached:
         store.check(f"check {label}", cache_dir)

@@ -26,6 +26,7 @@ from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import tokenize
 from llamapro.text.mixture import parse_named
 from llamapro.text.packing import tokenize_conversations
+from llamapro.text.parts import Part
 from llamapro.text.source_files import find_files
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
@@ -132,8 +133,11 @@ class Job:
             the_device=device_type(self.settings),
         )
 
-    def tokenize(self) -> dict[str, TokenStore]:
+    def tokenize(self, part: Part | None = None) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
+
+        Args:
+            part: as for `corpus.tokenize`; conversations have no parts.
 
         Raises:
             DataError: a file cannot be used; for conversations it names every mistake.
@@ -146,9 +150,15 @@ class Job:
             return tokenize_conversations(corpora, self.template, fingerprint, s.data.cache_dir)
         how = (s.data.cache_dir, s.data.text_key, s.data.workers)
         return {
-            label: tokenize(paths, self.tokenizer, *how, label, s.data.split_at)
+            label: tokenize(paths, self.tokenizer, *how, label, s.data.split_at, part)
             for label, paths in corpora.items()
         }
+
+    def tokenize_replay(self, part: Part | None = None) -> TokenStore:
+        """Returns the tokens of `replay.data`; part and errors as for `tokenize`."""
+        s = self.settings
+        how = (s.data.cache_dir, s.data.text_key, s.data.workers, "replay")
+        return tokenize(s.replay.data, self.tokenizer, *how, part=part)
 
     def replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
         """Returns the replayed text: the user's, or the one that the base writes on this device.
@@ -162,8 +172,7 @@ class Job:
         """
         s = self.settings
         if s.replay.data:
-            how = (s.data.cache_dir, s.data.text_key, s.data.workers, "replay")
-            return tokenize(s.replay.data, self.tokenizer, *how)
+            return self.tokenize_replay()
         assert self.checkpoint is not None  # else all weights train, which `check` refuses
         tokens = s.replay.tokens
         if not tokens and self.resume_from is not None:

@@ -29,8 +29,13 @@ The same command run again resumes.
 """
 
 
-def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
-    """Reads preset and command line.
+def parse(
+    argv: Sequence[str],
+    prog: str = "train.py",
+    kind: type[Settings] = Settings,
+    description: str = EXAMPLES,
+) -> Settings:
+    """Reads preset and command line into settings of this kind; `description` heads its help.
 
     Raises:
         ConfigError: an option is unknown; or the preset is missing, not TOML, or has unknown keys
@@ -45,24 +50,24 @@ def parse(argv: Sequence[str], prog: str = "train.py") -> Settings:
             preset = argv[at + 1]
         elif word.startswith("--config="):
             preset = word.removeprefix("--config=")
-    default = read_toml(find_preset(preset)) if preset else Settings()
+    default = read_toml(find_preset(preset), kind) if preset else kind()
     settings, unknown = tyro.cli(
-        Settings,
+        kind,
         prog=prog,
-        description=EXAMPLES,
+        description=description,
         default=default,
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
         return_unknown_args=True,
     )
     if unknown:
-        raise ConfigError(_hint(unknown[0]))
+        raise ConfigError(_hint(unknown[0], kind()))
     return settings
 
 
-def _hint(word: str) -> str:
+def _hint(word: str, settings: Settings) -> str:
     """Returns what a word that belongs to no option was meant to be."""
-    names = {f"--{name.replace('_', '-')}" for name in flatten(Settings())}
+    names = {f"--{name.replace('_', '-')}" for name in flatten(settings)}
     option, last = word.partition("=")[0], word.partition("=")[0].rpartition(".")[2].lstrip("-")
     if f"--{option.replace('_', '-')}" in names:
         return f"{word}: options begin with two dashes: --{option}"
