@@ -1,0 +1,23 @@
+"""benchmarks/startup.py: later starts read neither tokens nor weights."""
+
+import json
+from pathlib import Path
+
+import startup
+
+
+def test_starts_and_rates_are_measured(tmp_path: Path) -> None:
+    """The first start reads the base; the next ones read little, though the tokens are more."""
+    out = tmp_path / "out.json"
+    words = ["--shards", "1", "3", "--megabytes", "1", "--rounds", "1", "--seconds", "0.1"]
+    startup.main([*words, "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert [(row["axis"], row["corpus_shards"]) for row in found["starts"]] == [
+        ("corpus", 1), ("corpus", 3), ("base", 1), ("size", 1),
+    ]  # fmt: skip
+    for row in found["starts"]:
+        assert row["first_read_mb"] > row["base_mb"] * 0.9
+        assert row["again_read_mb"] < 1 and row["resume_read_mb"] < 0.1 * row["base_mb"]
+    assert found["starts"][2]["base_shards"] == 4
+    for rate in found["tokenising"]:
+        assert rate["same_number"] and rate["ours_tokens_per_s"] > 0 < rate["ratio"]
