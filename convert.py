@@ -127,9 +127,9 @@ class Export(Output):
         from llamapro.conversion.export import export_gguf
 
         result = export_gguf(open_checkpoint(self.dir), self.file, self.q8, self.force)
-        compared = result["compared"]
-        said = f"verified: {compared} tensors equal to the checkpoint's" if compared else "rounded"
-        said = said if compared or self.q8 else "not compared: its architecture cannot be read"
+        said = "rounded" if self.q8 else "not compared: its architecture cannot be read"
+        if compared := result["compared"]:
+            said = f"verified: {compared} tensors equal to the checkpoint's"
         return result, (
             f"{self.file}: {result['bytes'] / 1e9:.3f} GB in {result['outtype']}; {said}\n"
             f"next: llama-cli -m {self.file}"
@@ -299,14 +299,13 @@ class Verify(Input):
 
         if self.tolerance is not None and not (self.hf and self.tolerance >= 0):
             raise ConfigError(f"--tolerance {self.tolerance}: at least 0, and with --hf only")
-        if is_training_output(self.dir):
-            if self.base or self.hf:
-                raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
+        is_run, is_store = is_training_output(self.dir), (self.dir / INDEX_FILE).is_file()
+        if (is_run or is_store) and (self.base or self.hf):
+            raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
+        if is_run:
             result = verify_run(self.dir)
             return result, "\n".join(f"{path}: intact" for path in result["intact"])
-        if (self.dir / INDEX_FILE).is_file():
-            if self.base or self.hf:
-                raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
+        if is_store:
             result = verify_tokens(self.dir)
             return result, f"{self.dir}: {result['tokens']:,} tokens intact"
         result = verify(self.dir, self.base)
