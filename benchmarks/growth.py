@@ -17,12 +17,12 @@ logarithms. For processes nothing runs: the plan says what each process of 7B + 
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import measuring
@@ -87,10 +87,14 @@ def plan_bytes(size: Size, dtype: torch.dtype, device: torch.device, processes: 
 
 
 def held_bytes(device: torch.device) -> int:
-    """Returns the most memory that this process has held so far."""
+    """Returns the most memory that this process has held so far.
+
+    getrusage would not do: it starts with what the parent held.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def work(axis: str, value: int, steps: int, dtype: torch.dtype) -> dict[str, float]:
