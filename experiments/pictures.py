@@ -152,12 +152,9 @@ def _plane(axes: "Axes", study: dict[str, Any]) -> None:
     for row in rows:
         style, x, y = styles[row["name"]], row["domain_change"], row["general"]
         sides = [paths(study, row["name"], s) for s in ([study["domain_set"]], study["general"])]
-        axes.plot(
-            *(runs[..., 1].mean(0) for runs in sides),
-            color=style["color"],
-            linewidth=0.7,
-            alpha=0.6,
-        )
+        way = [runs[..., 1].mean(0) for runs in sides]
+        if len(way[0]) == len(way[1]):  # what the base wrote is measured at the end alone
+            axes.plot(*way, color=style["color"], linewidth=0.7, alpha=0.6)
         axes.errorbar(x.mean, y.mean, y.sd, x.sd, ecolor=style["color"], elinewidth=1, fmt="none")
         look = {"linestyle": "", "markersize": SIZES[style["marker"]], "markeredgecolor": "white"}
         axes.plot(x.mean, y.mean, **style | look, zorder=3, label=plain(row["label"]))
