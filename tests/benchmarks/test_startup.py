@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 import startup
 
 
+@pytest.mark.slow
 def test_starts_and_rates_are_measured(tmp_path: Path) -> None:
     """The first start reads the base; the next ones read little, though the tokens are more."""
     out = tmp_path / "out.json"
