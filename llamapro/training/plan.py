@@ -275,7 +275,7 @@ def _describe_replay(replay: ReplaySettings) -> str:
 
 
 def _faster_dtype(dtype: str, device: str) -> str:
-    """Names the dtype for which this CPU has matrix units (AMX): half the time, measured."""
+    """Names the dtype for which this CPU has matrix units (AMX), if the run takes another."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     has_units = capabilities is not None and capabilities().get("amx_bf16")
     is_slow = has_units and device == "cpu" and dtype == "float32"
