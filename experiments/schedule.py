@@ -124,7 +124,7 @@ class Runner:
                 except UserError as error:
                     pool.shutdown(cancel_futures=True)
                     raise DataError(f"{task.label}: {error}") from None
-                except Exception as error:
+                except Exception as error:  # a task is any work, and its log has the trace
                     pool.shutdown(cancel_futures=True)
                     raise DataError(
                         f"{task.label}: failed ({type(error).__name__}): see {task.out / LOG_FILE}"
