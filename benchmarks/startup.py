@@ -22,6 +22,8 @@ import inspect
 import io
 import json
 import os
+import runpy
+import shutil
 import statistics
 import sys
 import tempfile
@@ -43,8 +45,9 @@ from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
+from llamapro.conversion.expand import expand_checkpoint
 from llamapro.errors import ConfigError
-from llamapro.expansion import expand_config, expand_state_dict, interleave
+from llamapro.expansion import interleave
 from llamapro.scripts import train
 from llamapro.text import corpus, store
 from llamapro.text.tokenizer import Tokenizer
@@ -56,6 +59,7 @@ from llamapro.training.job import Job, find_state
 from llamapro.training.preemption import StopRequest
 from llamapro.training.weights import init_random
 
+ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE, LAYERS, SEQ_LEN = 2000, 112, 256
 SIZES = (64, 256)  # hidden sizes of the axis `size`
 NAMES = ("first", "again", "resume")
@@ -123,20 +127,9 @@ def sources() -> list[str]:
 
 
 def make_sentencepiece(folder: Path) -> Path:
-    """Trains a small tokenizer.model; returns its path."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(sources()).splitlines()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCAB_SIZE,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    (file := folder / "tokenizer.model").write_bytes(model.getvalue())
+    """Trains a small tokenizer.model as the demo does; returns its path."""
+    train_tokenizer = runpy.run_path(str(ROOT / "demo" / "train_tokenizer.py"))["train"]
+    (file := folder / "tokenizer.model").write_bytes(train_tokenizer(sources(), VOCAB_SIZE))
     return file
 
 
@@ -150,20 +143,14 @@ def make_model(folder: Path, hidden_size: int, tokenizer: Path, max_shard_bytes:
             "num_attention_heads": 4, "max_position_embeddings": SEQ_LEN,
         }
     )  # fmt: skip
-    layout, tensors = interleave(LAYERS, 1), init_random(config, 0)
-
-    def write(path: Path, config: ModelConfig, tensors: dict[str, Any], most: int) -> None:
-        specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-        path.mkdir(parents=True)
-        write_checkpoint(path, specs, lambda spec: tensor_chunks(tensors[spec.name]), most)
-        write_companions(path, config, [])
-
-    with tempfile.TemporaryDirectory() as base:
-        write(Path(base) / "base", config, tensors, MAX_SHARD_BYTES)
-        sha256 = Checkpoint.open(Path(base) / "base").sha256()
-    grown = expand_state_dict(tensors, layout)
-    write(folder, expand_config(config, layout, sha256), grown, max_shard_bytes)
-    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    tensors = init_random(config, 0)
+    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
+    with tempfile.TemporaryDirectory() as base, quiet():
+        write_checkpoint(Path(base), specs, lambda spec: tensor_chunks(tensors[spec.name]))
+        write_companions(Path(base), config, [])
+        shutil.copyfile(tokenizer, Path(base) / "tokenizer.model")
+        layout, opened = interleave(LAYERS, 1), Checkpoint.open(Path(base))
+        expand_checkpoint(opened, folder, layout, max_shard_bytes=max_shard_bytes)
     return len(list(folder.glob("*.safetensors")))
 
 
