@@ -35,24 +35,9 @@ OPTIONS: tuple[Frozen, ...] = ("shard", "gather", "replicate")
 DTYPES = ("float32", "bfloat16")
 STEPS, BATCH, TOKENS = 2, 4, 12
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-CONFIG = ModelConfig.from_dict(
-    {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",  # which has all that a block can have
-        "attention_bias": True,
-        "head_dim": 8,
-        "hidden_act": "silu",
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,  # at this width, so that every block matters
-    }
-)
+# Qwen3 with biases, which has all that a block can have; wide initial weights, so that at this
+# width every block matters.
+CONFIG = ModelConfig.from_file(Path(__file__).with_name("every_part.json"))
 
 
 def build(tied: bool = False) -> LlamaForCausalLM:

@@ -33,24 +33,9 @@ from llamapro.training.weights import init_random
 
 LAYERS, NEW = 5, (1, 3)  # frozen below the lowest new block: 0; frozen above: 2, 4
 KINDS: tuple[FrozenDtype, ...] = ("int8", "float8")
-CONFIG = ModelConfig.from_dict(
-    {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",  # which has all that a block can have
-        "attention_bias": True,
-        "head_dim": 8,
-        "hidden_act": "silu",
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,  # at this width, so that every block matters
-    }
-)
+# Qwen3 with biases, which has all that a block can have; wide initial weights, so that at this
+# width every block matters.
+CONFIG = ModelConfig.from_file(Path(__file__).with_name("every_part.json"))
 CPU = torch.device("cpu")
 
 
