@@ -1,4 +1,4 @@
-"""Fixtures of the tests of text: real and small tokenizers, and parquet files."""
+"""Fixtures of the tests of text: real and small tokenizers, corpora, and parquet files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from llamapro.text.corpus import tokenize
+from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import LLAMA_3_PATTERN
 
@@ -24,6 +26,23 @@ def write_parquet() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_file: Path) -> Tokenizer:
+    """The small tokenizer."""
+    return Tokenizer.load(tokenizer_file)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., TokenStore]:
+    """`make(*patterns, **options)`: tokenize with a cache in tmp_path."""
+
+    def tokenized(*patterns: Path, **options: object) -> TokenStore:
+        names = [str(pattern) for pattern in patterns]
+        return tokenize(names, tokenizer, tmp_path / "cache", **options)  # type: ignore[arg-type]
+
+    return tokenized
 
 
 @pytest.fixture(scope="session")
