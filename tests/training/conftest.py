@@ -1,4 +1,4 @@
-"""What the tests of training share: train.py in this process, and ranks that start fast."""
+"""What the tests of training share: train.py in this process, one rank, ranks that start fast."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
+from llamapro.training import distributed
 
 
 def _words(options: dict[str, Any], **changes: Any) -> list[str]:
@@ -32,6 +33,13 @@ def words() -> Callable[..., list[str]]:
     None leaves an option out, and "" is a flag without a value.
     """
     return _words
+
+
+@pytest.fixture
+def alone() -> Iterator[distributed.Ranks]:
+    """A group of one process, this one."""
+    with distributed.process_group("cpu") as ranks:
+        yield ranks
 
 
 class Ranks(NamedTuple):
