@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,13 +97,6 @@ def take_steps(
         if p.grad is not None
     }
     return losses, gradients, model
-
-
-@pytest.fixture
-def alone() -> Iterator[Ranks]:
-    """This process, which trains by itself."""
-    with process_group("cpu") as ranks:
-        yield ranks
 
 
 def worker(out: str) -> None:
