@@ -1,6 +1,7 @@
-"""New-block files, training checkpoints and GGUF files for the tests of conversions."""
+"""New-block files, training checkpoints, Meta's releases and GGUF files for the tests here."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,130 @@ def write_step(write_trained: Callable[..., Path]) -> Callable[..., Path]:
         return file
 
     return write
+
+
+# ---- Releases in Meta's layout -------------------------------------------------------------------
+
+PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": 1e-5}
+COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
+
+
+def _rope_freqs(head_dim: int, theta: float) -> Tensor:
+    return 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+
+
+def _make_tensors(
+    params: dict[str, Any], vocab: int = 400, dtype: torch.dtype = torch.float32, rope: bool = True
+) -> dict[str, Tensor]:
+    """A whole release's tensors, before they are split, in the order of Meta's own files."""
+    C, D = params["dim"], params["dim"] // params["n_heads"]
+    kv = (params.get("n_kv_heads") or params["n_heads"]) * D
+    hidden = int(2 * (4 * C) / 3)
+    hidden = int((params.get("ffn_dim_multiplier") or 1) * hidden)
+    hidden = -(-hidden // params["multiple_of"]) * params["multiple_of"]
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / math.sqrt(C)).to(dtype)
+
+    def norm() -> Tensor:
+        return (1 + 0.2 * torch.randn(C, generator=generator)).to(dtype)
+
+    tensors = {
+        "tok_embeddings.weight": matrix(vocab, C),
+        "norm.weight": norm(),
+        "output.weight": matrix(vocab, C),
+    }
+    for i in range(params["n_layers"]):
+        tensors |= {
+            f"layers.{i}.attention.wq.weight": matrix(C, C),
+            f"layers.{i}.attention.wk.weight": matrix(kv, C),
+            f"layers.{i}.attention.wv.weight": matrix(kv, C),
+            f"layers.{i}.attention.wo.weight": matrix(C, C),
+            f"layers.{i}.feed_forward.w1.weight": matrix(hidden, C),
+            f"layers.{i}.feed_forward.w2.weight": matrix(C, hidden),
+            f"layers.{i}.feed_forward.w3.weight": matrix(hidden, C),
+            f"layers.{i}.attention_norm.weight": norm(),
+            f"layers.{i}.ffn_norm.weight": norm(),
+        }
+    if rope:
+        tensors["rope.freqs"] = _rope_freqs(D, params.get("rope_theta", 10000.0)).to(dtype)
+    return tensors
+
+
+def _write_release(
+    path: Path,
+    params: dict[str, Any],
+    tensors: dict[str, Tensor],
+    shards: int = 1,
+    rows: bool = False,
+) -> Path:
+    """Writes the layout as Meta's model parallelism saves it."""
+    path.mkdir(parents=True)
+    (path / "params.json").write_text(json.dumps(params))
+    for index in range(shards):
+        part = {}
+        for name, tensor in tensors.items():
+            columns = name.endswith(COLUMNS) or (name.startswith("tok_") and not rows)
+            if tensor.ndim == 2:
+                tensor = tensor.chunk(shards, dim=int(columns))[index]
+            part[name] = tensor.clone(memory_format=torch.contiguous_format)
+        torch.save(part, path / f"consolidated.{index:02d}.pth")
+    return path
+
+
+def _release(path: Path, shards: int = 1, **overrides: Any) -> Path:
+    params = PARAMS | overrides
+    return _write_release(path, params, _make_tensors(params), shards)
+
+
+def _load_shards(path: Path) -> list[dict[str, Tensor]]:
+    return [torch.load(f, weights_only=True) for f in sorted(path.glob("consolidated.*.pth"))]
+
+
+def _assert_same_release(found: Path, expected: Path) -> None:
+    """Same shards, names, dtypes, shapes, bytes and params; Meta's code computes rope.freqs."""
+    one, other = _load_shards(found), _load_shards(expected)
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        theirs.pop("rope.freqs", None)
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert mine[name].dtype == tensor.dtype, name
+            assert mine[name].shape == tensor.shape, name
+            assert torch.equal(mine[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    read = [json.loads((p / "params.json").read_text()) for p in (found, expected)]
+    assert read[0] == read[1]
+
+
+@pytest.fixture(scope="session")
+def make_tensors() -> Callable[..., dict[str, Tensor]]:
+    """`make_tensors(params, vocab=400, dtype=torch.float32, rope=True)`: all of a release."""
+    return _make_tensors
+
+
+@pytest.fixture(scope="session")
+def write_release() -> Callable[..., Path]:
+    """`write_release(path, params, tensors, shards=1, rows=False)`: split as Meta splits it."""
+    return _write_release
+
+
+@pytest.fixture(scope="session")
+def release() -> Callable[..., Path]:
+    """`release(path, shards=1, **overrides) -> path`: small; overrides are keys of params.json."""
+    return _release
+
+
+@pytest.fixture(scope="session")
+def load_shards() -> Callable[[Path], list[dict[str, Tensor]]]:
+    """`load_shards(path)`: the tensors of each shard."""
+    return _load_shards
+
+
+@pytest.fixture(scope="session")
+def assert_same_release() -> Callable[[Path, Path], None]:
+    """`f(found, expected)`: the same shards, names, dtypes, shapes, bytes and params."""
+    return _assert_same_release
 
 
 # ---- GGUF files, as llama.cpp's converter writes them -------------------------------------------
