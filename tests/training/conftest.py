@@ -1,5 +1,6 @@
 """What the tests of training share: train.py in this process, one rank, ranks that start fast."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.run import training_checkpoints
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.expansion import interleave
+from llamapro.scripts import train
 from llamapro.training import distributed
 
 
@@ -116,3 +121,127 @@ def pro(
     base = write_random_checkpoint(home / "base", tiny_config(num_hidden_layers=2))
     expand_checkpoint(Checkpoint.open(base), home / "pro", interleave(2, 1))
     return home / "pro"
+
+
+# ---- Small runs ----------------------------------------------------------------------------------
+
+STEPS, SAVE_EVERY = 6, 3
+
+
+def _argparse_source() -> str:
+    return Path(argparse.__file__).read_text(encoding="utf-8")[:20_000]
+
+
+def _os_source() -> str:
+    return Path(os.__file__).read_text(encoding="utf-8")[:8000]
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """A base, its expansion (2 new blocks), a bf16 pair of them, and a small corpus."""
+    home = tmp_path_factory.mktemp("train")
+    config = tiny_config(num_hidden_layers=2)
+    for suffix, dtype in (("", torch.float32), ("-bf16", torch.bfloat16)):
+        path = write_random_checkpoint(home / f"base{suffix}", config, dtype)
+        expand_checkpoint(Checkpoint.open(path), home / f"pro{suffix}", interleave(2, 2))
+    for name, module in (("train", _argparse_source()), ("val", _os_source())):
+        (home / f"{name}.py").write_text(module, encoding="utf-8")
+    return home
+
+
+@pytest.fixture(scope="module")
+def arguments(words: Callable[..., list[str]], home: Path) -> Callable[..., list[str]]:
+    """`arguments(run_dir, **changes)`: the options of a small run."""
+
+    def arguments(run_dir: Path, **changes: Any) -> list[str]:
+        options = {
+            "model.path": home / "pro",
+            "data.train": home / "train.py",
+            "data.val": f"code={home / 'val.py'}",
+            "data.seq_len": 32,
+            "data.cache_dir": home / "cache",
+            "train.steps": STEPS,
+            "train.batch_size": 4,
+            "train.micro_batch_size": 2,
+            "optim.lr": 1e-2,
+            "eval.every": SAVE_EVERY,
+            "eval.sequences": 3,
+            "save.every": SAVE_EVERY,
+            "log_every": 1,
+            "run_dir": run_dir,
+        }
+        return words(options, **changes)
+
+    return arguments
+
+
+@pytest.fixture
+def run(arguments: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Path]:
+    """Trains in this process; returns the run directory."""
+
+    def run(name: str = "run", **changes: Any) -> Path:
+        run_dir = tmp_path / name
+        train.main(arguments(run_dir, **changes))
+        return run_dir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(
+    arguments: Callable[..., list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The run directory of a run that nothing disturbs; not to be changed."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    train.main(arguments(run_dir))
+    return run_dir
+
+
+def _metrics(run_dir: Path, kind: str, key: str) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [r[key] for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def _trained(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(training_checkpoints(run_dir)[-1] / "trainable.safetensors")
+
+
+def _assert_same_losses(run_dir: Path, expected: Path, kind: str = "train") -> None:
+    """fp32 sums in another order: a few units in the last place of a loss near 6."""
+    found, losses = (torch.tensor(_metrics(path, kind, "loss")) for path in (run_dir, expected))
+    torch.testing.assert_close(found, losses, rtol=2e-6, atol=0)
+
+
+@pytest.fixture(scope="session")
+def argparse_source() -> Callable[[], str]:
+    """`argparse_source()`: a text to train on, the start of argparse.py."""
+    return _argparse_source
+
+
+@pytest.fixture(scope="session")
+def os_source() -> Callable[[], str]:
+    """`os_source()`: a text to validate on, the start of os.py."""
+    return _os_source
+
+
+@pytest.fixture(scope="session")
+def metrics() -> Callable[[Path, str, str], list[float]]:
+    """`metrics(run_dir, kind, key)`: a field of every line of that kind in metrics.jsonl."""
+    return _metrics
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """`trained(run_dir)`: the tensors of the last training checkpoint."""
+    return _trained
+
+
+@pytest.fixture(scope="session")
+def assert_same_losses() -> Callable[..., None]:
+    """`f(run_dir, expected, kind="train")`: the losses of two runs, up to rounding."""
+    return _assert_same_losses

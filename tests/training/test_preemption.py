@@ -128,7 +128,7 @@ def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bit
     assert found[-1:] == ([f"step-{saved:08d}"] if saved else [])
     assert not list(tmp_path.glob("cache/.partial*"))
     if place not in ("evaluate", "forward"):
-        return  # test_train.py continues all of them, in one process
+        return  # test_train_disturbed.py continues all of them, in one process
     assert evaluated(tmp_path) == [0]  # it was left in the middle, and is done again below
     done = train_on(2, words)
     assert "4 steps done" in done.stdout and "stopped" not in done.stdout

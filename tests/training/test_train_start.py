@@ -1,0 +1,305 @@
+"""How a run starts, or goes on: its plan, what is refused before it, and what may change."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llamapro import expansion
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.run import training_checkpoints, write_manifest
+from llamapro.conversion.expand import expand_checkpoint
+from llamapro.conversion.merge import merge_checkpoint
+from llamapro.errors import CheckpointError, ConfigError, DataError, UserError
+from llamapro.kernels import device
+from llamapro.training.job import Job
+from llamapro.training.preset import parse
+
+STEPS = 6
+LAYOUT, NEW = expansion.interleave(2, 2), [1, 3]
+
+
+def test_a_kernel_that_cannot_run_is_refused_before_anything_starts(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The message for `--train.ops triton` without a GPU has option, reason and way out."""
+    monkeypatch.setattr(device, "is_interpreted", lambda: False)
+    with pytest.raises(
+        ConfigError,
+        match=r"train\.ops 'torch,rope=triton': rope: .*device is cpu.*use auto, or torch",
+    ):
+        run(train__ops="torch,rope=triton", train__device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Parameters, memory and tokens per step are told; no run directory appears."""
+    run_dir = run(**{"dry_run": "", "json": ""})
+    plan = json.loads(capsys.readouterr().out)
+    assert not run_dir.exists()
+    assert plan["tokens_per_step"] == 4 * 32
+    assert plan["new_layers"] == NEW
+    block = plan["parameters"]["trainable"] // 2
+    assert block == 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 112 + 2 * 64
+    assert plan["memory_bytes"]["AdamW moments"] == 8 * 2 * block
+    assert plan["memory_bytes"]["total"] > plan["memory_bytes"]["fp32 masters"] == 4 * 2 * block
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has_units", [True, False])
+def test_the_plan_names_the_faster_dtype_of_a_cpu(
+    has_units: bool,
+    dtype: str,
+    run: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it has units for bf16 that the run would not use."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_units}, False)
+    run(dry_run="", train__device="cpu", train__dtype=dtype)
+    told = "--train.dtype bfloat16 is faster on this CPU" in capsys.readouterr().out
+    assert told == (has_units and dtype == "float32")
+
+
+def test_a_tilde_is_the_home_in_every_path_of_a_preset(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shell reads a preset; no directory named `~` is made."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    (home / "mine.toml").write_text(
+        'run_dir = "~/runs/first"\n[model]\npath = "~/pro"\n'
+        '[data]\ntrain = ["~/train.py"]\ncache_dir = "~/cache"\nseq_len = 32\n'
+    )
+    job = Job.open(parse(["--config", "~/mine.toml", "--train.steps", "1"]))
+    assert job.run_dir == home / "runs" / "first"
+    assert job.checkpoint is not None and job.checkpoint.path == home / "pro"
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_decide_the_result_cannot_change_on_resume(
+    run: Callable[..., Path],
+) -> None:
+    """The message names each, with both values; intervals may change."""
+    run(train__steps=3)
+    with pytest.raises(
+        ConfigError, match=r"optim\.lr 0\.01 -> 0\.5; .* --resume\.allow optim\.lr$"
+    ):
+        run(train__steps=3, optim__lr=0.5)
+    with pytest.raises(ConfigError, match=r"optim\.lr 0\.01 -> 0\.5"):
+        run(train__steps=3, optim__lr=0.5, dry_run="")
+    run(train__steps=3, eval__every=1, train__micro_batch_size=1)
+
+
+def test_a_run_goes_on_with_other_steps_and_with_what_is_allowed(
+    run: Callable[..., Path],
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    metrics: Callable[[Path, str, str], list[float]],
+) -> None:
+    """Steps, intervals and the last learning rate at once; other settings by name: all are told."""
+    run(train__steps=3, optim__warmup_ratio=0.0)
+    changed = {"train__steps": 5, "optim__final_lr_ratio": 0.5, "save__every": 1}
+    allowed = {"optim__lr": 5e-3, "optim__warmup_ratio": 0.0, "train__batch_size": 2}
+    run_dir = run(**changed, **allowed, resume__allow="optim.lr train.batch_size")
+    told = capsys.readouterr().err
+    for text in ("train.steps 3 -> 5", "final_lr_ratio 0.0 -> 0.5", "optim.lr 0.01 -> 0.005"):
+        assert "changed          " in told and text in told
+    (record,) = metrics(run_dir, "resume", "changed")
+    assert "train.batch_size 4 -> 2" in record and len(record) == 5
+    assert metrics(run_dir, "train", "learning_rate")[-1] == pytest.approx(
+        5e-3 * (0.75 + 0.25 * math.cos(math.pi * 4 / 5))
+    )
+    # Step 4 reads on where step 3 ended, whatever the batch was then: no sample twice.
+    state = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
+    assert state["samples"] == 3 * 4 + 2 * 2
+    with pytest.raises(ConfigError, match=r"no setting 'optim\.rl' \(did you mean 'optim\.lr'"):
+        run(resume__allow="optim.rl")
+
+
+def test_fewer_steps_than_are_done_end_the_run(
+    run: Callable[..., Path], metrics: Callable[[Path, str, str], list[float]]
+) -> None:
+    """It does not train on towards a number that lies behind it."""
+    run_dir = run(train__steps=4, save__every=2, eval__every=100)
+    before = [path.name for path in training_checkpoints(run_dir)]
+    run(train__steps=3, eval__every=3)
+    assert [path.name for path in training_checkpoints(run_dir)] == before
+    assert metrics(run_dir, "train", "step")[-1] == 4
+
+
+def test_other_data_is_read_on_only_when_allowed(
+    run: Callable[..., Path],
+    home: Path,
+    tmp_path: Path,
+    argparse_source: Callable[[], str],
+    os_source: Callable[[], str],
+    metrics: Callable[[Path, str, str], list[float]],
+) -> None:
+    """The same path with other text: found by its tokens, and allowed by the setting's name."""
+    text = tmp_path / "text.py"
+    text.write_text(argparse_source())
+    run(data__train=text, train__steps=3)
+    text.write_text(os_source())
+    with pytest.raises(ConfigError, match=r"made of other things: data 'train .*text.py' was"):
+        run(data__train=text)
+    assert metrics(run(data__train=text, resume__allow="data.train"), "train", "step")[-1] == STEPS
+
+
+def test_a_damaged_training_checkpoint_is_passed_over(
+    run: Callable[..., Path], straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on from the one before it, says so, and ends with the same bytes; with none
+    left it does not start anew."""
+    run_dir = Path(shutil.copytree(straight, tmp_path / "damaged"))
+    earlier, last = training_checkpoints(run_dir)
+    for path, other in ((last, earlier), (earlier, None)):
+        file = path / "optimizer.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        if other:
+            capsys.readouterr()
+            run("damaged")
+            told = capsys.readouterr().err
+            assert f"{file}: damaged" in told and f"resume from      {other}" in told
+            for name in ("trainable.safetensors", "optimizer.safetensors"):
+                again = training_checkpoints(straight)[-1] / name
+                assert again.read_bytes() == (last / name).read_bytes()
+            file.write_bytes(data)
+            (last / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no training checkpoint is intact"):
+        run("damaged")
+
+
+def test_a_training_checkpoint_with_random_generators_is_still_taken(
+    run: Callable[..., Path], straight: Path, home: Path, tmp_path: Path
+) -> None:
+    """Earlier versions saved rng.safetensors and no base_eval: such runs go on and merge."""
+    run_dir = Path(shutil.copytree(straight, tmp_path / "old"))
+    shutil.rmtree(training_checkpoints(run_dir)[-1])
+    path = training_checkpoints(run_dir)[-1]
+    state = json.loads((path / "state.json").read_text())
+    del state["base_eval"], state["settings"]["log_seconds"]
+    (path / "state.json").write_text(json.dumps(state))
+    (path / "rng.safetensors").write_bytes(b"states")
+    (path / "manifest.json").unlink()
+    write_manifest(path)
+    assert "rng.safetensors" in (path / "manifest.json").read_text()
+    merge_checkpoint(Checkpoint.open(home / "pro"), path, tmp_path / "merged")
+    run("old")
+    last = training_checkpoints(run_dir)[-1]
+    assert last.name == "step-00000006" and not (last / "rng.safetensors").exists()
+    for name in ("trainable.safetensors", "optimizer.safetensors"):
+        assert (last / name).read_bytes() == (
+            training_checkpoints(straight)[-1] / name
+        ).read_bytes()
+
+
+def test_blocks_of_another_base_are_refused(
+    run: Callable[..., Path],
+    straight: Path,
+    home: Path,
+    tmp_path: Path,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> None:
+    """Merging into, or resuming on, a model expanded from another base says so."""
+    run_dir = Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.rmtree(training_checkpoints(run_dir)[-1])
+    config = tiny_config(num_hidden_layers=2)
+    other = write_random_checkpoint(tmp_path / "other", config, seed=7)
+    expand_checkpoint(Checkpoint.open(other), tmp_path / "other-pro", LAYOUT)
+    with pytest.raises(CheckpointError, match="was trained on base sha256"):
+        merge_checkpoint(Checkpoint.open(tmp_path / "other-pro"), run_dir, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    saved = tmp_path / "saved"
+    shutil.move(home / "pro", saved)
+    shutil.copytree(tmp_path / "other-pro", home / "pro")
+    try:
+        with pytest.raises(ConfigError, match="the frozen base model was sha256"):
+            run()
+    finally:
+        shutil.rmtree(home / "pro")
+        shutil.move(saved, home / "pro")
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(512, 512), (131072, 4096)])
+def test_a_sequence_is_as_long_as_the_model_allows(
+    arguments: Callable[..., list[str]],
+    home: Path,
+    tmp_path: Path,
+    allowed: int,
+    expected: int,
+) -> None:
+    """Up to the paper's 4,096, unless data.seq_len says otherwise: presets fit every model."""
+    path = shutil.copytree(home / "pro", tmp_path / "pro")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"max_position_embeddings": allowed}
+    (path / "config.json").write_text(json.dumps(config))
+    job = Job.open(parse(arguments(tmp_path / "run", model__path=path, data__seq_len=None)))
+    assert job.settings.data.seq_len == expected
+    assert job.plan["tokens_per_step"] == 4 * expected
+
+
+MISTAKES: list[tuple[dict[str, Any], type[UserError], str]] = [
+    ({"model__path": "nowhere"}, CheckpointError, "nowhere: no such checkpoint directory"),
+    ({"model__path": "{home}/base"}, ConfigError, "no 'llamapro' record; run 'llamapro expand'"),
+    ({"data__train": "{home}/nothing*.py"}, DataError, r"nothing\*\.py"),
+    ({"data__val": "code={home}/gone.py"}, DataError, r"gone\.py"),
+    ({"data__val": "{home}/val.py"}, ConfigError, "NAME=PATH"),
+    ({"data__seq_len": 1024}, ConfigError, "data.seq_len 1024 is over max_position_embeddings 512"),
+    ({"train__batch_size": 5}, ConfigError, "nearest that are: 4 and 6"),
+    ({"data__weights": "1.0 2.0"}, ConfigError, "data.weights has 2 numbers for 1"),
+    ({"model__tokenizer": "{home}/gone"}, DataError, "gone"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), MISTAKES)
+def test_mistakes_are_named_before_anything_is_written(
+    run: Callable[..., Path],
+    home: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    kind: type[UserError],
+    message: str,
+) -> None:
+    """Each wrong setting stops the run with its name, and no run directory appears."""
+    filled = {k: v.format(home=home) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(kind, match=message):
+        run(**filled)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(
+    run: Callable[..., Path],
+    tmp_path: Path,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> None:
+    """More tokens than the model has rows would index past the embedding."""
+    small = write_random_checkpoint(tmp_path / "small", tiny_config(vocab_size=300))
+    with pytest.raises(DataError, match=r"400.*300|300.*400"):
+        run(model__path=small, train__trainable="all")
+
+
+def test_epochs_are_counted_in_samples_when_the_batch_size_changes(
+    run: Callable[..., Path], straight: Path, metrics: Callable[[Path, str, str], list[float]]
+) -> None:
+    """A run that goes on with twice the batch sees every sample of its epoch, and no more."""
+    options = {"train__steps": None, "eval__every": 999, "save__every": 999, "data__val": None}
+    run_dir = run(train__epochs=0.1, **options)
+    first = metrics(run_dir, "train", "step")[-1]
+    state = training_checkpoints(run_dir)[-1] / "state.json"
+    one = json.loads(state.read_text())["samples"]
+    allow = {"resume.allow": "train.batch_size", "train__batch_size": 8}
+    run(train__epochs=0.3, **options, **allow)
+    samples = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())["samples"]
+    assert first * 4 == one and abs(samples - 3 * one) <= 8
