@@ -1,5 +1,7 @@
 """Fixtures of the tests of text: real and small tokenizers, corpora, and parquet files."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,3 +82,46 @@ def train_byte_level() -> Callable[[Path, int, list[str]], tokenizers.Tokenizer]
         return made
 
     return train
+
+
+# ---- Tokenizers with the control tokens of chat templates ----------------------------------------
+
+NAMES = [
+    *("<s>", "</s>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>"),
+    *("<|end_header_id|>", "<|im_start|>", "<|im_end|>"),
+]
+
+
+@pytest.fixture(scope="module")
+def directory(
+    tmp_path_factory: pytest.TempPathFactory, train_byte_level: Callable[..., tokenizers.Tokenizer]
+) -> Path:
+    """A byte-level tokenizer with the control tokens of all formats, as Hugging Face's files."""
+    path = tmp_path_factory.mktemp("chat")
+    text = Path(__file__).with_name("test_chat_template.py")
+    train_byte_level(text, 500, NAMES).save(str(path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    """The byte-level tokenizer of `directory`."""
+    return Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory, shared: Path, tokenizer_file: Path) -> Path:
+    """A sentencepiece tokenizer, which puts spaces before texts, with the same control tokens."""
+    path = tmp_path_factory.mktemp("spaced")
+    file = shared / "tokenizers" / "llama-2" / "tokenizer.model"
+    shutil.copy(file if file.exists() else tokenizer_file, path)
+    size = Tokenizer.load(path).vocab_size
+    added = {str(size + i): {"content": n, "special": True} for i, n in enumerate(NAMES[2:])}
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"unk_token": "<unk>", "legacy": False}
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(config | {"added_tokens_decoder": added})
+    )
+    return path
