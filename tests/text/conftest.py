@@ -106,12 +106,6 @@ def directory(
 
 
 @pytest.fixture(scope="module")
-def tokenizer(directory: Path) -> Tokenizer:
-    """The byte-level tokenizer of `directory`."""
-    return Tokenizer.load(directory)
-
-
-@pytest.fixture(scope="module")
 def spaced(tmp_path_factory: pytest.TempPathFactory, shared: Path, tokenizer_file: Path) -> Path:
     """A sentencepiece tokenizer, which puts spaces before texts, with the same control tokens."""
     path = tmp_path_factory.mktemp("spaced")

@@ -47,6 +47,12 @@ assistant:
 """
 
 
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    """The byte-level tokenizer of `directory`."""
+    return Tokenizer.load(directory)
+
+
 @pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
 def any_tokenizer(request: pytest.FixtureRequest, directory: Path, spaced: Path) -> Tokenizer:
     """A tokenizer of each kind."""

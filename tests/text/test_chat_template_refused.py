@@ -28,6 +28,12 @@ CHAT = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> Tokenizer:
+    """The byte-level tokenizer of `directory`."""
+    return Tokenizer.load(directory)
+
+
 @pytest.mark.parametrize(
     ("text", "prompt"),
     [
