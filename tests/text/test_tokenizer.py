@@ -258,6 +258,11 @@ def test_runs_of_any_length_are_encoded(ranks_file: Path) -> None:
         ids = tokenizer.encode(run)
         assert tokenizer.decode(ids) == run
         assert tokenizer.encode(run * runs) == ids * runs
+    word = "return" * 4168  # 8 letters more; the cut is inside the word
+    for start in (0, 1, 12_499, 12_500, 12_501, 24_999):
+        before = "x\n" * start + word[:25_000]
+        whole = tokenizer.encode("x\n" * start + word + " y")
+        assert whole == tokenizer.encode(before) + tokenizer.encode(word[25_000:] + " y")
 
 
 def test_word_piece_is_refused(tmp_path: Path, byte_level: tokenizers.Tokenizer) -> None:
