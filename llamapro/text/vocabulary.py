@@ -207,7 +207,8 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
     }
 
     def encode(text: str) -> list[int]:
-        return model.encode(text, add_special_tokens=False).ids
+        # The same ids as `encode`, which also finds offsets, and holds the interpreter lock.
+        return model.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def ends(text: str) -> tuple[list[int], list[int]]:
         found = model.encode(text, add_special_tokens=False)
