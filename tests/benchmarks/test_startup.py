@@ -23,3 +23,15 @@ def test_starts_and_rates_are_measured(tmp_path: Path) -> None:
     assert found["starts"][2]["base_shards"] == 4
     for rate in found["tokenising"]:
         assert rate["same_number"] and rate["ours_tokens_per_s"] > 0 < rate["ratio"]
+
+
+def test_tokenising_alone_is_measured_also_as_json(tmp_path: Path) -> None:
+    """`--shards` without a number; a tokenizer.model is read by both of its libraries."""
+    out = tmp_path / "out.json"
+    startup.main(["--shards", "--rounds", "1", "--seconds", "0.1", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert not found["starts"] and all(rate["same_number"] for rate in found["tokenising"])
+    assert [(rate["tokenizer"], rate["library"]) for rate in found["tokenising"]] == [
+        ("sentencepiece", "sentencepiece"), ("sentencepiece", "tokenizers"),
+        ("byte-level", "tokenizers"),
+    ]  # fmt: skip
