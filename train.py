@@ -65,7 +65,7 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
     with (
         process_group(t.device, t.shard_size) as ranks,
         stop.listening(),
-        backends.use(t.ops),
+        backends.use(t.ops, t.deterministic_attention),
         lock.locked(job.run_dir, ranks),
     ):
         job, state, changed = find_state(job, ranks)

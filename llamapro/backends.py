@@ -7,6 +7,9 @@
 `auto`, the default, takes Triton on an NVIDIA GPU wherever the kernel can run, and `cpu` everywhere
 else. On AMD GPUs the kernels compile but spill registers, and nobody has timed them yet.
 
+PyTorch's fused attention may add its gradients in another order every time on a GPU. Where all bits
+must be the same, attention takes the Triton kernel or, where that cannot run, the formula.
+
     with backends.use("triton,attention=torch"): ...
 """
 
@@ -32,6 +35,7 @@ SDPA_ORDER = (
     SDPBackend.MATH,
 )
 _chosen: dict[str, str] = dict.fromkeys(OPS, "auto")
+_deterministic = [False]  # whether attention must be; the last one counts
 _planned: list[torch.device] = []  # what `planning_for` names; the last one counts
 
 Inputs = ParamSpec("Inputs")
@@ -39,7 +43,7 @@ Output = TypeVar("Output")
 
 
 class BackendError(ValueError):
-    """An op was told to use Triton where its kernel cannot run."""
+    """An op was told to use a backend that cannot run there, or is not deterministic."""
 
 
 def parse(choice: str) -> dict[str, str]:
@@ -66,19 +70,22 @@ def parse(choice: str) -> dict[str, str]:
 
 
 @contextmanager
-def use(choice: str = "auto") -> Iterator[None]:
+def use(choice: str = "auto", deterministic_attention: bool = False) -> Iterator[None]:
     """Computes with these backends inside the with-block; the choice is read by `parse`.
 
     On a GPU, attention that PyTorch computes there takes the first of `SDPA_ORDER` that can run.
+    With `deterministic_attention` it does so only for a single query, which nothing trains.
     """
     before = dict(_chosen)
     _chosen.update(parse(choice))
+    _deterministic.append(deterministic_attention)
     has_gpu = torch.cuda.is_available()
     try:
         with sdpa_kernel(list(SDPA_ORDER), set_priority=True) if has_gpu else nullcontext():
             yield
     finally:
         _chosen.update(before)
+        _deterministic.pop()
 
 
 def takes_cpu() -> bool:
@@ -106,9 +113,23 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tupl
         size: the length of the input's last axis: C, D (rope, attention) or F.
 
     Raises:
-        BackendError: "triton" was asked for, and the kernel cannot take such input.
+        BackendError: "triton" was asked for, and the kernel cannot take such input; or "cpu" for
+            attention on a GPU, and its gradients must be deterministic.
     """
-    asked, device = _chosen[op], _planned[-1] if _planned else device
+    device = _planned[-1] if _planned else device
+    backend, why = _choose(op, device, dtype, size)
+    if op != "attention" or device.type != "cuda" or not _deterministic[-1]:
+        return backend, why
+    if _chosen[op] == "cpu":
+        raise BackendError(
+            "attention: on a GPU the gradients of backend 'cpu' differ from run to run, and "
+            "train.deterministic_attention is true"
+        )
+    return ("torch" if backend == "cpu" else backend), f"{why}, deterministic"
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tuple[str, str]:
+    asked = _chosen[op]
     if asked in ("torch", "cpu"):
         return asked, "asked for"
     if op not in TRITON_OPS:

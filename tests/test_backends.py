@@ -174,6 +174,20 @@ def test_pytorchs_attention_on_a_gpu_tries_cudnn_first(
     assert (found == before) != has_gpu
 
 
+def test_deterministic_attention_on_a_gpu_is_the_kernel_or_the_formula(has_gpu: None) -> None:
+    """`auto` leaves PyTorch's fused attention out, `cpu` is refused there; a CPU has both."""
+
+    def chosen(choice: str, size: int, device: torch.device = CUDA) -> str:
+        with backends.use(choice, deterministic_attention=True):
+            return backends.choose("attention", device, torch.bfloat16, size)[0]
+
+    assert [chosen("auto", 64), chosen("auto", 264)] == ["triton", "torch"]
+    assert [chosen("triton", 64), chosen("torch", 64)] == ["triton", "torch"]
+    with pytest.raises(backends.BackendError, match=r"attention: .*deterministic_attention"):
+        chosen("auto,attention=cpu", 64)
+    assert [chosen("auto", 64, CPU), chosen("cpu", 64, CPU)] == ["cpu", "cpu"]
+
+
 def test_the_summary_groups_ops_by_backend_and_reason(
     tiny_config: Callable[..., ModelConfig], has_gpu: None
 ) -> None:

@@ -36,7 +36,7 @@ def make_plan(
     model = build_on_meta(config)
     freeze(model, t.trainable, t.new_tokens)
     try:
-        with backends.use(t.ops):
+        with backends.use(t.ops, t.deterministic_attention):
             summary = backends.summary(config, device, compute_dtype)
             memory = estimate_memory(settings, model, compute_dtype, device, ranks)
     except backends.BackendError as error:

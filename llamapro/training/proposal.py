@@ -101,7 +101,7 @@ def propose(
     model = build_on_meta(config)
     freeze(model, settings.train.trainable, settings.train.new_tokens)
     found = None
-    with backends.use(settings.train.ops):
+    with backends.use(settings.train.ops, settings.train.deterministic_attention):
         for train in _fastest_first(settings, world_size):
             planned = replace(settings, train=train)
             device = torch.device("cuda")

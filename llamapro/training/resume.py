@@ -132,7 +132,8 @@ FREE_TO_CHANGE = {
     "log_spikes", "dry_run", "device", "json",
     "data.cache_dir", "data.workers", "data.date",  # the hashes of the data decide
     "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
-    "train.recompute", "train.frozen", "train.shard_size", "train.offload", "train.compile",
+    "train.deterministic_attention", "train.recompute", "train.frozen", "train.shard_size",
+    "train.offload", "train.compile",
     "optim.final_lr_ratio", "optim.skip_bad_steps", "eval.every", "eval.sequences",
     "save.every", "save.keep", "save.keep_every", "save.background",
 }  # fmt: skip

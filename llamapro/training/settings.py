@@ -143,6 +143,10 @@ class TrainSettings:
     ops: str = "auto"
     """Backend: auto (Triton on a GPU wherever its kernel can run), cpu, torch or triton. Single ops
     follow, for example auto,attention=torch."""
+    deterministic_attention: bool = False
+    """Give attention's gradients the same bits every time on a GPU, as on a CPU: auto takes the
+    Triton kernel or, where it cannot run, the formula, which needs more memory; attention=cpu is
+    refused."""
     recompute: bool = False
     """Activation checkpointing: compute blocks again in backward to save memory."""
     frozen: Literal["auto", "shard", "gather", "replicate"] = "auto"

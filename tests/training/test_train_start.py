@@ -37,6 +37,18 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_deterministic_attention_is_in_the_plan_and_refuses_what_is_not(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The start-up block says it for a GPU; `attention=cpu` is refused there."""
+    monkeypatch.setattr(device, "is_interpreted", lambda: False)
+    words = {"dry_run": "", "device": "h100", "train__deterministic_attention": ""}
+    run(**words)
+    assert "attention: triton (device is cuda, deterministic)" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"attention=cpu': attention: .*; use auto, or torch"):
+        run(**words, train__ops="auto,attention=cpu")
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
