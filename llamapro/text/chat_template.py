@@ -65,11 +65,9 @@ class ChatTemplate:
             raise DataError(
                 f"{origin}: chat templates need jinja2: pip install -e '.[tokenizers]'"
             ) from None
-        # Finds the first character of each name; names may overlap.
         control = [name for name, token in tokenizer.added.items() if token.id in self._control]
-        every_name = "|".join(re.escape(name[1:]) for name in control)
-        firsts = "".join({re.escape(name[0]) for name in control})
-        self._names = re.compile(f"([{firsts}])(?={every_name})" if firsts else "(?!)")
+        self._names = _first_characters(control)
+        self._special_names = _first_characters([n for n in control if tokenizer.added[n].special])
 
     @classmethod
     def load(
@@ -178,25 +176,41 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Returns the text with marks in it."""
+        """Returns the text with marks in it.
+
+        A template may look for a name, such as "</think>", which it would not find with a mark in
+        it. Then names of tokens that are not flagged special get none.
+        """
         frame: dict[str, Any] = {"tools": None, "documents": None} | self._token_names
+        values = {**(variables or {}), "messages": [dict(message) for message in messages]}
+        values["add_generation_prompt"] = add_generation_prompt
         try:
-            frame |= self._marked(dict(variables or {}))
-            frame["messages"] = [self._marked(dict(message)) for message in messages]
-            frame["add_generation_prompt"] = add_generation_prompt
-            return self._template(frame, self.date)
+            marked = self._marked(values, self._names)
+            text = self._template(frame | marked, self.date)
+            if marked == values:
+                return text
+            plain = RESERVED.sub("", self._template(frame | values, self.date))
+            if RESERVED.sub("", text) != plain:
+                text = self._template(frame | self._marked(values, self._special_names), self.date)
+            if RESERVED.sub("", text) != plain:
+                names = [n for n in self._tokenizer.special_tokens if n in str(values)]
+                raise ValueError(
+                    f"renders a message otherwise because it holds {names or 'a token'!s:.80}, the "
+                    "name of a special token; remove it, or flag the token as not special"
+                )
+            return text
         except (TemplateError, ValueError, RecursionError) as error:
             raise DataError(f"{self.origin}: {error}") from None
 
-    def _marked(self, value: Any) -> Any:
-        """Returns a value in whose texts the names of tokens are broken by marks."""
+    def _marked(self, value: Any, names: re.Pattern[str]) -> Any:
+        """Returns a value in whose texts these names of tokens are broken by marks."""
         if isinstance(value, str):
             if RESERVED.search(value):
                 raise ValueError("U+FDD0, U+FDD1 and U+FDD2 are no characters; remove them")
-            return self._names.sub(rf"\1{MARK}", value)
+            return names.sub(rf"\1{MARK}", value)
         if isinstance(value, dict):
-            return {key: self._marked(item) for key, item in value.items()}
-        return [self._marked(item) for item in value] if isinstance(value, list) else value
+            return {key: self._marked(item, names) for key, item in value.items()}
+        return [self._marked(v, names) for v in value] if isinstance(value, list) else value
 
     def _tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Returns the ids of a text and the span of each."""
@@ -253,10 +267,12 @@ class ChatTemplate:
                 continue
             before = self.render(messages[:index], True, variables)
             if not (after.startswith(before) and full.startswith(after)):
+                why = "renders earlier turns differently once there are later ones"
+                if full.startswith(after):
+                    why = f"writes {before[-40:]!r} before an answer, and not before this one"
                 raise DataError(
-                    f"{self.origin}: turn {index + 1}: the template renders earlier turns "
-                    f"differently once there are later ones, so where this one begins is unknown; "
-                    f"{fix}"
+                    f"{self.origin}: turn {index + 1}: the template {why}, so where this one "
+                    f"begins is unknown; {fix}"
                 )
             added = after[len(before) :]
             header, _, tail = added.partition(message["content"].strip())
@@ -281,6 +297,13 @@ class ChatTemplate:
                 return first, extents[n][1]
             tail = self._tokenizer.bytes_of(ids[n]) + tail
         return span
+
+
+def _first_characters(names: Sequence[str]) -> re.Pattern[str]:
+    """Returns a pattern that finds the first character of each name; names may overlap."""
+    every_name = "|".join(re.escape(name[1:]) for name in names)
+    firsts = "".join({re.escape(name[0]) for name in names})
+    return re.compile(f"([{firsts}])(?={every_name})" if firsts else "(?!)")
 
 
 def _places(text: str, begin: int) -> list[int]:

@@ -45,7 +45,8 @@ def find_template(directory: str | Path, template: str = "") -> Found:
     file = user_path(template) if template else Path(directory, _FILE)
     if template or file.exists():
         try:
-            source = file.read_text(encoding="utf-8")
+            # A user's file may begin with a byte order mark; a model's is read as by transformers.
+            source = file.read_text(encoding="utf-8-sig" if template else "utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise DataError(

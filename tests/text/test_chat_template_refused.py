@@ -34,17 +34,24 @@ def tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
+LATER = "renders earlier turns differently once there are later ones, so where"
+
+
 @pytest.mark.parametrize(
-    ("text", "prompt"),
+    ("text", "prompt", "why"),
     [
-        ("{{ m.content if loop.last or m.role == 'user' else m.content[:1] }}", ""),
-        ("{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' }}", ""),
-        ("{{ m.content }}", "<think>"),
+        ("{{ m.content if loop.last or m.role == 'user' else m.content[:1] }}", "", LATER),
+        ("{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' }}", "", LATER),
+        (
+            "{{ m.content }}",
+            "<think>",
+            "writes '.*assistant: <think>' before an answer, and not be",
+        ),
     ],
     ids=["shortens", "marks the last", "prompts with more"],
 )
 def test_templates_that_rewrite_earlier_turns_are_refused(
-    tokenizer: Tokenizer, text: str, prompt: str
+    tokenizer: Tokenizer, text: str, prompt: str, why: str
 ) -> None:
     """Templates that drop earlier reasoning do; the message names the turn."""
     source = (
@@ -52,8 +59,51 @@ def test_templates_that_rewrite_earlier_turns_are_refused(
         "{% if add_generation_prompt %}assistant: " + prompt + "{% endif %}"
     )
     template = ChatTemplate(source, tokenizer, "their.jinja")
-    with pytest.raises(DataError, match=r"their\.jinja: turn 2: .*renders earlier turns differ"):
+    with pytest.raises(DataError, match=rf"their\.jinja: turn 2: the template {why}"):
         template.encode(CHAT[1:])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As of a preset."""
+    (tmp_path / "a.jinja").write_text("\ufeff{{ messages[0].content }}", encoding="utf-8")
+    template = ChatTemplate.load(tmp_path, tokenizer, str(tmp_path / "a.jinja"))
+    assert template.render(CHAT[1:2]) == CHAT[1]["content"]
+
+
+REASONS = """{% for m in messages %}{{ m.role }}: \
+{{ m.content if loop.last else m.content.split('</think>')[-1] }}</s>{% endfor %}\
+{% if add_generation_prompt %}assistant: {% endif %}"""
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_template_finds_the_end_of_reasoning_in_a_message(directory: Path, special: bool) -> None:
+    """Qwen3's and DeepSeek's look for "</think>", which it writes nowhere; as in transformers.
+
+    A token that is flagged special cannot stand in a message, so there it is refused by name.
+    """
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    new = {**raw["added_tokens"][0], "content": "</think>", "special": special}
+    raw["added_tokens"].append(new | {"id": max(t["id"] for t in raw["added_tokens"]) + 1})
+    path = directory / "reasons"
+    path.mkdir(exist_ok=True)
+    shutil.copy(directory / "tokenizer_config.json", path)
+    (path / "tokenizer.json").write_text(json.dumps(raw))
+    template = ChatTemplate(REASONS, Tokenizer.load(path), "their.jinja")
+    answer = {"role": "assistant", "content": "hm</think>Hello"}
+    asked, more = CHAT[1], CHAT[3]
+    if special:
+        with pytest.raises(
+            DataError, match=r"because it holds \['</think>'\], the name of a speci"
+        ):
+            template.render([asked, answer, more])
+        return
+    theirs = AutoTokenizer.from_pretrained(path)
+    for messages in ([asked, answer], [asked, answer, more]):
+        found = theirs.apply_chat_template(messages, chat_template=REASONS, tokenize=False)
+        assert template.render(messages) == found
+    assert template.encode([asked, answer])[0] == theirs.apply_chat_template(
+        [asked, answer], chat_template=REASONS, return_dict=False
+    )
 
 
 def test_template_is_found_in_the_model_s_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
