@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from llamapro.errors import Problems
 from llamapro.files import unique_keys
 from llamapro.text.documents import describe_unusual
-from llamapro.text.messages import Message
+from llamapro.text.messages import ROLES, Message
 from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names, read_rows
 from llamapro.text.source_files import SourceFile
 
@@ -40,7 +40,8 @@ _MASKS = ("masked", "is_masked")
 _UNSURE = ("mask", "ignore", "train_on_input", "train_on_inputs", "train_detail", "training_detail")
 # Keys of a row that would change what is learned from the whole of it.
 _OF_ROWS = ("weight", "sample_weight", "loss_weight", "loss_mask", "train", *_MASKS, *_UNSURE)
-_CHECKED = {*_VARIABLES, *_FOREIGN, *_OF_ROWS, "label"}
+_JUDGED = ("label", "kto_tag")
+_CHECKED = {*_VARIABLES, *_FOREIGN, *_OF_ROWS, *_JUDGED}
 _KEYS = {*_BESIDE, *_CHECKED}.union(*_FORMS)
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _EXPECTED = "expected messages, conversations, instruction and output, or prompt and response"
@@ -159,8 +160,9 @@ def _check_row(row: dict[str, Any]) -> None:
         usual = 0 if key in (*_MASKS, *_UNSURE) else 1
         if (value := row.get(key, usual)) != usual:
             raise ValueError(f"{key!r} is {value!r:.80}: only turns have a weight, 0 or 1")
-    if row.get("label") is False:
-        raise ValueError("'label' is False: a completion to avoid, as for KTO; leave the row out")
+    for key in _JUDGED:
+        if row.get(key) is False:
+            raise ValueError(f"{key!r} is False: a completion to avoid, as for KTO; leave it out")
 
 
 def _messages(row: dict[str, Any], form: tuple[str, ...]) -> tuple[list[Message], set[str]]:
@@ -179,7 +181,7 @@ def _messages(row: dict[str, Any], form: tuple[str, ...]) -> tuple[list[Message]
         for key in given:
             if not isinstance(question, str) or not isinstance(row[key], str):
                 raise ValueError(f"'instruction' and {key!r} are not both strings")
-            question = f"{question}\n\n{row[key]}"
+            question = f"{question}\n\n{row[key]}" if question else row[key]
         # The loss is on the completion: the answers among the turns of a prompt are only seen.
         asked = [_seen(turn) for turn in _turns(question, "user")]
         turns = [*_history(row), *asked, *_turns(answer, "assistant")]
@@ -213,7 +215,7 @@ def _seen(turn: Any) -> Any:
 def _history(row: dict[str, Any]) -> list[Any]:
     """Returns the turns before the question, which LLaMA-Factory keeps as pairs."""
     turns = []
-    history = row.get("history") or []
+    history = _parsed("history", row.get("history")) or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError("'history' is not a list of pairs, a question and its answer")
@@ -266,6 +268,10 @@ def _to_message(turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"{place}: expected role and content, found {type(turn).__name__}")
     role, content = turn.get("role"), turn.get("content")
+    for one, other in (("role", "from"), ("content", "value"), ("content", "text")):
+        a, b = (_ROLES.get(str(v).lower(), v) for v in map(turn.get, (one, other)))
+        if None not in (a, b) and a != b and (one == "content" or b in ROLES):
+            raise ValueError(f"{place}: {other!r} says something else than {one!r}: keep one")
     if role is None and "from" in turn:
         role, content = turn["from"], turn.get("value", content)
     if content is None:

@@ -65,6 +65,13 @@ def write(path: Path, *rows: Any) -> Path:
         {"messages": [], "conversations": ASKED, "weight": 1, "mask": False, "train": True},
         {"messages": ASKED, "conversations": ASKED, "prompt": "x", "label": True},
         {"instruction": "Hi", "output": "Hello", "response": "Hello", "label": 0},
+        {"instruction": "", "input": "Hi", "output": "Hello", "history": "[]", "kto_tag": True},
+        {
+            "messages": [
+                {**ASKED[0], "from": "a survey", "value": "Hi"},
+                {**ASKED[1], "from": "gpt"},
+            ]
+        },
     ],
 )
 def test_every_form_of_a_row_gives_the_same_messages(row: dict[str, Any]) -> None:
@@ -202,6 +209,15 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ({**ROW, "mask": [0, 1]}, "'mask' is [0, 1]: only turns"),
         ({"messages": [ASKED[0], {**ASKED[1], "mask": True}]}, "turn 2: 'mask' is not read"),
         ({"prompt": "x", "completion": "y", "label": False}, "'label' is False: a completion to"),
+        ({"instruction": "x", "output": "y", "kto_tag": False}, "'kto_tag' is False: a completion"),
+        (
+            {"messages": [{**ASKED[0], "value": "x"}, ASKED[1]]},
+            "turn 1: 'value' says something else than 'content': keep one",
+        ),
+        (
+            {"messages": [ASKED[0], {**ASKED[1], "from": "human"}]},
+            "turn 2: 'from' says something else than 'role': keep one",
+        ),
         (
             {"question": "x", "answer": "y", "context": "z"},
             "'context' is not read beside 'question'",
