@@ -10,12 +10,13 @@ from typing import Any
 
 from llamapro.errors import DataError, warn
 from llamapro.files import read_json
-from llamapro.text.vocabulary import JSON_NAME, AddedToken, Vocabulary
+from llamapro.text.vocabulary import JSON_NAME, AddedToken, Vocabulary, byte_characters
 
 # Optional files beside the vocabulary that name tokens.
 COMPANIONS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 _CONFIG, _ADDED, _ROLES = COMPANIONS
 MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 33 MB
+_FLAGS = ("lstrip", "rstrip", "single_word")
 # transformers makes the tokens of these roles control tokens.
 _CONTROL = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
@@ -85,10 +86,12 @@ def added_tokens(
     for source, tokens in sources.items():
         for raw in tokens:
             try:
-                name, flags = raw["content"], (raw.get(k, False) for k in ("lstrip", "rstrip"))
+                name, flags = raw["content"], (raw.get(key, False) for key in _FLAGS)
                 token = AddedToken(int(raw["id"]), bool(raw.get("special", False)), *flags)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{directory / source}: added token {raw!r}: {error!r}") from None
+            if name == "":  # it stands for nothing, and is not read, as in transformers
+                continue
             known, other = added.get(name), by_id.get(token.id, name)
             if (known or token).id != token.id:
                 raise DataError(
@@ -118,7 +121,7 @@ def added_tokens(
 
 def _flags(token: AddedToken | None) -> str:
     """Returns the flags of a token in words."""
-    flags = [key for key in ("special", "lstrip", "rstrip") if getattr(token, key)]
+    flags = [key for key in ("special", *_FLAGS) if getattr(token, key)]
     return " and ".join(flags) or "an ordinary word"
 
 
@@ -134,10 +137,10 @@ def join_tokens(
                 f"{directory}: {name!r} is token {token.id} in its files, but {given} in the "
                 f"vocabulary; remove the file that is not of the model"
             )
-        if token.id > following:
+        if token.id > following or not _may_be(name, vocabulary.pieces.get(token.id)):
             warn(
                 f"{directory}: {name!r} is token {token.id}, as its files say; transformers, which "
-                f"leaves no gap, makes it token {following}"
+                f"leaves no gap and renames nothing, makes it token {following}"
             )
         following = max(following, token.id + 1)
         # A reserved token may get a name here; two names for one id would be ambiguous.
@@ -157,6 +160,13 @@ def join_tokens(
         if tokens.get(role) != (control := replace(found, special=True)):
             tokens[role] = own[role] = control
     return tokens
+
+
+def _may_be(name: str, piece: bytes | None) -> bool:
+    """Whether a token's name, sentencepiece's or a byte-level one, is that of a piece, if any."""
+    if piece is None or name.replace("\u2581", " ").encode() == piece:
+        return True
+    return name == "".join(map(byte_characters().__getitem__, piece))
 
 
 def _piece(vocabulary: Vocabulary, name: str) -> AddedToken | None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +108,12 @@ class Tokenizer:
         ends = [] if self.eos_id is None else [self.eos_id]
         self.suffix = [] if ends and ends == self.prefix[:1] else ends
         self.adds_space = b"".join(map(self.bytes_of, self._encode_text("a"))) == b" a"
+        if self.adds_space and not raw_json and names.get("add_prefix_space") is False:
+            raise DataError(
+                f"{directory}: add_prefix_space is false, but {self.path.name} puts a space before "
+                "every text; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes a "
+                f"{JSON_NAME} that does not"
+            )
         self._newline = self._encode_text("\n")
         # Whether the space is also put after each control token: "legacy" in transformers.
         self._spaces_all = (
@@ -116,7 +121,7 @@ class Tokenizer:
         )
         digest = hashlib.sha256(content)
         changes: dict[str, Any] = {
-            "added": {n: asdict(t) for n, t in sorted(own.items()) if vocabulary.added.get(n) != t},
+            "added": {n: t.flags() for n, t in sorted(own.items()) if vocabulary.added.get(n) != t},
             "bos": None if self.bos_id == vocabulary.bos_id else [self.bos_id],
             "eos": None if self.eos_id == vocabulary.eos_id else [self.eos_id],
             "spaces_all": self.adds_space and self._spaces_all,
@@ -341,6 +346,11 @@ def _pattern(tokens: dict[str, AddedToken]) -> re.Pattern[str] | None:
         return None
     ordered = sorted(tokens.items(), key=lambda item: len(item[0]), reverse=True)
     parts = (
-        r"\s*" * token.lstrip + re.escape(name) + r"\s*" * token.rstrip for name, token in ordered
+        r"(?<!\w)" * token.single_word
+        + r"\s*" * token.lstrip
+        + re.escape(name)
+        + r"(?!\w)" * token.single_word
+        + r"\s*" * token.rstrip
+        for name, token in ordered
     )
     return re.compile(f"({'|'.join(parts)})")

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class AddedToken:
     special: bool  # a control token gives no text, and its name in a text is plain characters
     lstrip: bool = False  # includes the white space before it
     rstrip: bool = False
+    single_word: bool = False  # not found inside a longer word
+
+    def flags(self) -> dict[str, Any]:
+        """Returns the fields for a fingerprint, to which one that is not set adds nothing."""
+        return {k: v for k, v in asdict(self).items() if v or k != "single_word"}
 
 
 @dataclass(frozen=True)
@@ -198,11 +203,15 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         model = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain exceptions
         raise DataError(f"{path}: not a tokenizer of the tokenizers library ({error})") from None
+    if dropout := getattr(model.model, "dropout", None):
+        raise DataError(
+            f"{path}: model.dropout is {dropout}, so a text has other tokens each time; set it to 0"
+        )
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True  # as text, which is what their names are
     added = {
-        token.content: AddedToken(i, token.special, token.lstrip, token.rstrip)
+        token.content: AddedToken(i, token.special, token.lstrip, token.rstrip, token.single_word)
         for i, token in model.get_added_tokens_decoder().items()
     }
 

@@ -5,6 +5,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 from llamapro.conversion.companions import tokenizer_files
 from llamapro.errors import DataError
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.vocabulary import JSON_NAME
 
 TEXT = "a <x> b<w> <w>  <e> <y>c<z>"
 
@@ -60,6 +62,8 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, int]
     "no such padding": (BASE, {"pad_token": "<pad>"}, {}, {}, "pad_token '<pad>' is in no list"),
     "one more": (BASE, {"extra_special_tokens": ["<y>"]}, {}, {}, "'<y>' is in no list: token 260"),
     "added": (BASE, {}, {}, {"<y>": 260}, ""),
+    "no name": (BASE, table(*BASE, token(260, "")), {}, {}, ""),
+    "whole words": ([*BASE[:2], token(258, "<x>", single_word=True), BASE[3]], {}, {}, {}, ""),
     "added and not read": (BASE, table(*BASE), {}, {"<y>": 260}, "added_tokens.json: '<y>' is not"),
 }
 REFUSED = {
@@ -115,6 +119,60 @@ def test_tokens_are_those_of_transformers_and_differences_are_said(
     # Names of control tokens in a text of strangers are plain characters.
     found = set(ours.encode(TEXT)) & set(ours.special_tokens.values())
     assert found == ({ours.eos_id} if case == "EOS is a piece" else set())
+
+
+def test_a_token_in_place_of_a_piece_is_said(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers gives it the next id; the piece's own name, in either spelling, is no change."""
+    assert Tokenizer.load(write(BASE, table(*BASE, token(5, "<y>")))).added["<y>"].id == 5
+    said = "'<y>' is token 5, as its files say; transformers, which leaves no gap and renames"
+    assert said in capsys.readouterr().err
+    found = tokenizers.Tokenizer.from_file(str(write(BASE, {}) / JSON_NAME)).token_to_id("Ġ")
+    Tokenizer.load(write(BASE, table(*BASE, token(found, "Ġ"))))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_word_of_a_sentencepiece_model_is_not_found_inside_another(
+    spaced: Path, tmp_path: Path
+) -> None:
+    """As in transformers, which reads single_word; the library of the model knows no such token."""
+    spaced = Path(shutil.copytree(spaced, tmp_path, dirs_exist_ok=True))
+    config = json.loads((spaced / "tokenizer_config.json").read_text())
+    size = Tokenizer.load(spaced).vocab_size
+    word = {"content": "covid", "single_word": True, "special": False}
+    config["added_tokens_decoder"][str(size)] = word
+    (spaced / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Tokenizer.load(spaced), AutoTokenizer.from_pretrained(spaced)
+    for text, count in (("a covid test", 1), ("covidian anticovid covid_a", 0)):
+        assert ours.encode(text).count(size) == count
+        assert theirs(text).input_ids.count(size) == count
+
+
+def test_a_space_that_the_files_do_not_want_is_refused(spaced: Path, tmp_path: Path) -> None:
+    """The command in the message writes a tokenizer.json without it, which is then read."""
+    shutil.copytree(spaced, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"add_prefix_space": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"add_prefix_space is false, but tokenizer\.model puts"):
+        Tokenizer.load(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    ids = theirs.encode("Hello", add_special_tokens=False)
+    assert Tokenizer.load(tmp_path).encode("Hello") == ids != Tokenizer.load(spaced).encode("Hello")
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused(
+    tmp_path: Path, byte_level: dict[str, Any]
+) -> None:
+    """With dropout a text has other ids each time, in the cache and on other ranks too."""
+    byte_level["model"]["dropout"] = 0.5
+    (tmp_path / JSON_NAME).write_text(json.dumps(byte_level))
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json: model\.dropout is 0\.5, .*; set it to 0"
+    ):
+        Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("case", REFUSED)
