@@ -31,8 +31,11 @@ def user_path(path: str | Path) -> Path:
     """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes.
 
     Raises:
-        ConfigError: it begins in the home directory, and there is none, as in some containers.
+        ConfigError: it begins in the home directory, and there is none, as in some containers; or
+            it has a variable of the shell in it.
     """
+    if (meant := os.path.expandvars(path)) != str(path) and not os.path.exists(path):
+        raise ConfigError(f"{path}: variables are not replaced in a path; write {meant}")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -270,10 +273,19 @@ def refuse_stand_in(file: Path, error: type[UserError] = CheckpointError) -> Non
             start = handle.read(128).lstrip().lower()
     except OSError:
         return
-    if start.startswith(b"version https://git-lfs"):
-        raise error(f"{file}: a git-lfs pointer, not the file: run 'git lfs pull' beside it")
+    if fix := pointer_fix(start):
+        raise error(f"{file}: {fix}")
     if start.startswith((b"<!doctype html", b"<html")):
         raise error(f"{file}: a web page, not the file: the download failed; fetch it again")
+
+
+def pointer_fix(start: bytes) -> str:
+    """Returns what to do if a file begins as a pointer to its content; "" if it does not."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file: run 'git lfs pull' beside it"
+    if start.startswith(b"/annex/objects/"):
+        return "a git-annex pointer, not the file: run 'git annex get' beside it"
+    return ""
 
 
 class RepeatedKeyError(ValueError):

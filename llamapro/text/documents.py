@@ -19,6 +19,7 @@ from typing import IO, TextIO
 from tqdm import tqdm
 
 from llamapro.errors import DataError, Problems
+from llamapro.files import pointer_fix
 from llamapro.text.rows import (
     COMPRESSED,
     SUFFIXES,
@@ -38,6 +39,14 @@ PIECE_CHARACTERS = 1 << 18
 _LAST_SPACE = re.compile(r".*\w(?= \w)", re.DOTALL)
 _READABLE = f"only UTF-8 text and {', '.join(SUFFIXES)} are read"
 _UNSURE = (".json", ".csv", ".tsv")
+_MARKS = (  # the first bytes of what is no UTF-8 text, though it may have letters only
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+    (b"%PDF-", "PDF"),
+    (b"{\\rtf", "RTF"),
+    (b"%!PS", "PostScript"),
+)
 _SHOWN = 5  # files left out, in a summary
 
 
@@ -190,8 +199,8 @@ def _problem_at_start(file: SourceFile, text_key: str) -> str:
     """Returns why the first document of a file cannot be read, "" if it can."""
     try:
         with _open(file) as raw:
-            if raw.read(40).startswith(b"version https://git-lfs"):
-                return f"{file.path}: a git-lfs pointer, not the file: run 'git lfs pull' beside it"
+            if fix := pointer_fix(raw.read(40)):
+                return f"{file.path}: {fix}"
             raw.seek(0)
             if has_rows(file.path):
                 next(_read_texts(file.path, raw, text_key, Counts(), refuse), None)
@@ -239,8 +248,11 @@ def _not_text(file: SourceFile, raw: IO[bytes], text_key: str, only_start: bool 
         return f"{suffix} is not read; unpack it"
     try:
         while chunk := raw.read(1 << 20):
-            if position == 0 and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                return "UTF-16; convert it, for example with iconv -f UTF-16 -t UTF-8"
+            name = next((n for mark, n in _MARKS if chunk.startswith(mark) and not position), "")
+            if name:
+                return f"{name}; convert it" + (
+                    f", for example with iconv -f {name} -t UTF-8" if "UTF" in name else " to text"
+                )
             if position == 0 and b"\0" in chunk[:8192]:
                 return f"binary (it has zero bytes); {_READABLE}"
             decoder.decode(chunk)

@@ -139,6 +139,8 @@ def _values(
     if suffix in _DELIMITERS:
         return _separated(file, _DELIMITERS[suffix])
     start = file.readline(_FIRST_BYTES).removeprefix(codecs.BOM_UTF8).strip()
+    while not start and (line := file.readline(_FIRST_BYTES)):  # blank lines before the first
+        start = line.strip()
     file.seek(0)
     if not start.startswith(b"["):
         if suffix == ".json" and start.startswith(b"{") and not _is_json(start):
@@ -187,7 +189,9 @@ def _separated(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_BYTES)
     text = (line.decode("utf-8-sig") for line in _lines(file))
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
-    if len(names := rows.fieldnames or ()) > len(set(names)):
+    if len(names := rows.fieldnames or ()) == 1 and (other := re.search("[;\t|,]", names[0])):
+        raise UnreadableError(f"the first line has {other[0]!r} between names, not {delimiter!r}")
+    if len(names) > len(set(names)):
         raise UnreadableError(f"two columns have the same name: {quote_names(names)}")
     for row in rows:
         if None in row:

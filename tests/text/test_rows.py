@@ -49,7 +49,22 @@ WriteParquet = Callable[..., Path]
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", r"run 'git lfs pull'"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", r"run 'git lfs pull'"),
         ("a.txt.gz", b"abc", r"a\.txt\.gz: truncated or not gz"),
+        (
+            "a.txt",
+            b"/annex/objects/SHA256E-s9--0a.txt\n",
+            r"a\.txt: a git-annex pointer.*annex get",
+        ),
+        (
+            "a.csv",
+            b"/annex/objects/SHA256E-s9--0a.csv\n",
+            r"a\.csv: a git-annex pointer.*annex get",
+        ),
         ("a.txt", "é".encode("utf-16"), r"a\.txt: UTF-16; convert it"),
+        ("a.txt", "é".encode("utf-32"), r"a\.txt: UTF-32; convert it.* -f UTF-32 -t"),
+        ("a.txt", b"{\\rtf1\\ansi Hello}", r"a\.txt: RTF; convert it to text"),
+        ("a.pdf", b"%PDF-1.4\nHello", r"a\.pdf: PDF; convert it to text"),
+        ("a.csv", b"id;text\n1;x\n", r"a\.csv:1: the first line has ';' between names, not ','"),
+        ("a.tsv", b"id,text\n1,x\n", r"a\.tsv:1: the first line has ',' between names, not '\\t'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"a\.jsonl:2: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: 'text' is not valid Unicode"),
         (
@@ -76,6 +91,12 @@ def test_unusable_file_is_refused_by_file_and_line(
     with pytest.raises(DataError, match=message):
         make(tmp_path / name)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_blank_lines_before_a_list_do_not_make_it_rows(tmp_path: Path) -> None:
+    """What a .json holds is said by its first line that is not blank."""
+    (tmp_path / "a.json").write_text('\n  \n[\n {"text": "x"},\n {"text": "y"}\n]\n')
+    assert [row for _, row in read_rows(tmp_path / "a.json")] == [{"text": "x"}, {"text": "y"}]
 
 
 def test_a_file_of_few_bytes_takes_no_memory(
