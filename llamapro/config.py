@@ -114,6 +114,8 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
+    "is_causal": (True, None),  # false: transformers lets a token see those after it
+    "per_layer_config": (None,),
     "quantization_config": (None,),
 }
 _SIZES = (

@@ -197,6 +197,8 @@ def test_an_impossible_value_is_named(change: dict[str, Any], expected: str) -> 
         ("layer_types", ["sliding_attention", "full_attention"]),
         ("hidden_act", "gelu"),
         ("quantization_config", {"bits": 4}),
+        ("is_causal", False),
+        ("per_layer_config", {"1": {"rms_norm_eps": 1e-3}}),
     ],
 )
 def test_a_field_the_model_does_not_compute_is_refused_by_name(field: str, value: Any) -> None:
@@ -248,6 +250,7 @@ def test_all_mistakes_are_in_one_message() -> None:
         {"layer_types": ["full_attention"] * 32},
         {"attention_bias": None, "mlp_bias": None, "num_local_experts": 1},
         {"pad_token_id": 32000},
+        {"is_causal": True, "per_layer_config": None},
         {"rope_scaling": {"rope_type": "default", "factor": 1.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "rope_theta": 1e4},
     ],

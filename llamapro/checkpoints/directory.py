@@ -133,7 +133,11 @@ class Checkpoint:
                 mapped[file] = load_file(file)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: {error}") from None
-        found = {name: mapped[t.file][t.name] for name, t in self.tensors.items()}
+        # A tied embedding may be stored under the head's name.
+        found = {
+            name: mapped[t.file][t.name if t.name in mapped[t.file] else "lm_head.weight"]
+            for name, t in self.tensors.items()
+        }
         return {name: tensor.to(dtype or tensor.dtype) for name, tensor in found.items()}
 
     def load(

@@ -7,6 +7,7 @@ aloud and decided as transformers 5 decides it.
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,10 @@ def match(
     expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
     # Old versions of transformers wrote frequencies; a tied head may be stored once more.
     derived = [n for n in stored if n.endswith("rotary_emb.inv_freq")]
-    derived += [_HEAD] if config.tie_word_embeddings else []
+    if config.tie_word_embeddings:
+        derived.append(_HEAD)
+        if _HEAD in stored:  # safetensors' save_model keeps only the first name of the two
+            stored = {_EMBEDDING: replace(stored[_HEAD], name=_EMBEDDING)} | stored
     unexpected = [name for name in stored if name not in expected and name not in derived]
     refuse_wrapped(unexpected, path)
     wrong = Problems()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -123,6 +124,18 @@ def test_a_head_beside_a_tied_embedding_must_be_the_embedding(
     assert "config.json says tie_word_embeddings true: set it to false" in message
     raw = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": False}
     (path / "config.json").write_text(json.dumps(raw))
+    check_as_transformers(path)
+
+
+def test_a_tied_embedding_may_have_the_head_s_name(make: Callable[..., Path]) -> None:
+    """safetensors' save_model keeps one name of the two, and this is the first."""
+    path = make("c", tie_word_embeddings=True)
+    checkpoint = Checkpoint.open(path)
+    whole, logits = checkpoint.sha256(), checkpoint.load()(IDS)
+    safetensors.torch.save_model(checkpoint.load(), str(path / SINGLE_FILE))
+    assert "lm_head.weight" in load_file(path / SINGLE_FILE)
+    assert Checkpoint.open(path).sha256() == whole
+    assert torch.equal(Checkpoint.open(path).load()(IDS), logits)
     check_as_transformers(path)
 
 
