@@ -317,6 +317,12 @@ LINE = " from generation_config.json"
             f"temperature 0.7{LINE}; repetition_penalty 1.05, top_k 20 of generation_config.json "
             "not applied",
         ),
+        (
+            {"stop_strings": ["a"], "suppress_tokens": [3], "bad_words_ids": [], "min_length": 0},
+            {},
+            (0.0, 1.0),
+            "suppress_tokens [3], stop_strings ['a'] of generation_config.json not applied",
+        ),
         ({"do_sample": True, "temperature": 1.0, "top_k": 0, "num_beams": 1}, {}, (1, 1), None),
         (
             {"repetition_penalty": 1.05, "top_k": 20},

@@ -24,6 +24,9 @@ _GENERATION_FILE = "generation_config.json"
 # Other settings of that file that would change which token is chosen: name -> value that does not.
 _OF_DRAWING = {"top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 _OF_LOGITS = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1}
+_OF_LOGITS |= {"min_length": 0, "min_new_tokens": 0, "guidance_scale": 1}
+_LISTS = "bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias stop_strings"
+_FORCED = "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty"
 
 
 def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
@@ -96,7 +99,8 @@ def choose_sampling(
         temperature = own("temperature", lambda v: 0 <= v < 1e9, "0 or more") if draws else 0.0
     if top_p is None and temperature and raw.get("top_p") is not None:
         top_p = own("top_p", lambda v: 0 < v <= 1, "more than 0, at most 1")
-    ignored = _OF_LOGITS | (_OF_DRAWING if temperature else {})
+    ignored: dict[str, Any] = _OF_LOGITS | (_OF_DRAWING if temperature else {})
+    ignored |= {name: [] for name in f"{_LISTS} {_FORCED}".split()}
     left = [f"{n} {raw[n]!r:.40}" for n, none in ignored.items() if raw.get(n) not in (None, none)]
     said = [f"{', '.join(taken)} from {_GENERATION_FILE}"] if taken else []
     said += [f"{', '.join(left)} of {_GENERATION_FILE} not applied"] if left else []
