@@ -1,5 +1,6 @@
 """The frame of every command: an error is one message and exit status 2, a result is printed."""
 
+import errno
 import io
 import json
 import math
@@ -13,7 +14,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from llamapro.errors import ConfigError, LostProcessError, UserError, shorten
+from llamapro.errors import ConfigError, LostProcessError, UserError, shorten, speaks
 
 
 def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
@@ -26,6 +27,9 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
             threads sometimes abort a process whose work is done.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    for name in ("stdout", "stderr"):  # None if the caller closed it, as in '>&-'
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # text that a poor terminal cannot show
     status = 0
@@ -45,9 +49,11 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        message = shorten(f"{error.filename}: {error.strerror}")
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        message = shorten(f"{error.filename or 'standard output'}: {error.strerror}")
         _tell_launcher(message)
         status = _fail(message, 2)
     sys.stderr.flush()
@@ -83,7 +89,7 @@ def _fail(message: str, status: int) -> int:
     # Under torchrun every rank of a machine meets the same mistake, so the first one reports it.
     # Another machine may lack a file that this one has. `train.py --processes` sets the second
     # variable, and prints what its ranks write to their error files.
-    if (os.environ.get("LOCAL_RANK") or "0") == "0" and "LLAMAPRO_LAUNCHED" not in os.environ:
+    if speaks() and "LLAMAPRO_LAUNCHED" not in os.environ:
         rank = os.environ.get("RANK") or "0"
         where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
         print(f"{where}{message}", file=sys.stderr, flush=True)

@@ -40,13 +40,19 @@ def shorten(text: str) -> str:
     return "\n".join(lines)
 
 
+def speaks() -> bool:
+    """Returns whether this process speaks for its machine: the first rank there, or no rank."""
+    local = os.environ.get("LOCAL_RANK", "")
+    return "RANK" not in os.environ or not local.isdecimal() or int(local) == 0
+
+
 @functools.cache
 def warn(text: str) -> None:
     """Says on standard error, once, what a user should know of an input that is taken all the same.
 
     Under torchrun the first rank of a machine speaks for all.
     """
-    if (os.environ.get("LOCAL_RANK") or "0") == "0":
+    if speaks():
         print(f"warning: {shorten(text)}", file=sys.stderr, flush=True)
 
 

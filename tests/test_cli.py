@@ -108,6 +108,35 @@ def test_one_rank_tells_and_all_exit_2() -> None:
 
 
 @pytest.mark.parametrize(
+    "environment", [{"LOCAL_RANK": "3"}, {"RANK": "0", "LOCAL_RANK": "first"}], ids=["alone", "bad"]
+)
+def test_no_mistake_is_silent_because_of_a_variable(environment: dict[str, str]) -> None:
+    """Only a rank that another one of its machine speaks for says nothing."""
+    body = "from llamapro.errors import warn\nwarn('a')\nraise ConfigError('once')"
+    assert run(body, **environment).stderr == "warning: a\nConfigError: once\n"
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_a_closed_output_is_no_error(descriptor: int) -> None:
+    """As after '>&-'."""
+    command = [*script("print('ready')"), "closed"]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {descriptor}>&-', "sh", *command], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_a_full_disk_behind_standard_output_is_one_message() -> None:
+    """It has no name; nothing is kept for the interpreter's end."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            script("print('a', flush=True)"), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize(
     ("number", "status", "message"),
     [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")],
 )

@@ -151,12 +151,17 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Returns the number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _local("LOCAL_RANK", 0)
 
 
 def on_several_machines() -> bool:
     """Returns whether the processes that torchrun started are spread over machines."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < world_size()
+    return _local("LOCAL_WORLD_SIZE", 1) < world_size()
+
+
+def _local(name: str, alone: int) -> int:
+    """Returns a number that torchrun sets; a shell may hold it without the others."""
+    return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
 
 
 @cache
@@ -208,7 +213,7 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
     if device == "cuda" and not gpus:
         raise ConfigError("train.device 'cuda': no GPU is visible; use 'auto' or 'cpu'")
     # The same on every process, so that all of them end here, also rank 0, which prints the error.
-    local_world = max(local_rank() + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    local_world = max(local_rank() + 1, _local("LOCAL_WORLD_SIZE", 1))
     if gpus and local_world > gpus:
         raise ConfigError(
             f"{local_world} processes on this machine, but {gpus} GPU(s); start at most {gpus} "

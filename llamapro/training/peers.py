@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llamapro.errors import LostProcessError
+from llamapro.errors import LostProcessError, speaks
 
 BEAT_S = 2.0  # between two signs of life
 SILENT_S = 60.0  # a process that has given signs and then none for this long has ended
@@ -93,7 +93,7 @@ def _watch(store: Any, rank: int, size: int, phase: str, is_over: Event) -> None
             if is_over.wait(LEAVE_S):
                 return
         if lost:
-            if (os.environ.get("LOCAL_RANK") or "0") == "0":
+            if speaks():
                 print(
                     f"LostProcessError: {lost[0]} gave no sign of life while the processes were "
                     f"{phase}: look for its own message, or whether it was killed. Nothing was "

@@ -17,7 +17,7 @@ from threading import Thread, main_thread
 from types import FrameType
 from typing import Any
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, speaks
 
 KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # torchrun passes on a signal that the terminal has already sent to its workers. Two signals within
@@ -139,7 +139,7 @@ class StopRequest:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             if first_at is None:
                 first_at, self.signal = time.monotonic(), signal.Signals(number).name
-                if (os.environ.get("LOCAL_RANK") or "0") == "0":  # one message per machine
+                if speaks():  # one message per machine
                     text = f"{self.signal}: saving and stopping; a second signal ends at once"
                     print(text, file=sys.stderr, flush=True)
             elif time.monotonic() - first_at > SAME_SIGNAL_S:

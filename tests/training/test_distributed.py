@@ -366,11 +366,20 @@ def test_more_processes_than_gpus_are_refused_on_every_rank(
 ) -> None:
     """Also on the first, which has a GPU: it is the one that tells."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("RANK", str(local_rank))
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     message = r"2 processes on this machine, but 1 GPU\(s\); start at most 1 here"
     with pytest.raises(ConfigError, match=message), process_group("auto"):
         pass
+
+
+def test_a_number_on_this_machine_alone_makes_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell may keep torchrun's LOCAL_RANK; one GPU is enough for the process alone."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")
+    assert distributed.local_rank() == 0 and not distributed.on_several_machines()
 
 
 @pytest.mark.parametrize(
