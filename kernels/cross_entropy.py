@@ -44,7 +44,6 @@ CHUNK_LOGITS = 1 << 27
 # 16 logits per thread: two 16-byte loads of bf16 where V is a multiple of 16. That takes at most 40
 # registers, so 6 programs run at a time per multiprocessor and hide each other's reductions.
 BLOCK, NUM_WARPS = 4096, 8
-SCALE_BLOCK, SCALE_WARPS = 2048, 4
 
 
 # ---- One program per token: loss, and logits into their gradient -------------------------------
@@ -97,22 +96,7 @@ def _cross_entropy_kernel(
                 tl.store(logits_ptr + cols, grad.to(logits_ptr.dtype.element_ty), mask=cols < V)
 
 
-# ---- Backward: out = x * scale ------------------------------------------------------------------
-#
-# Grid: (size / BLOCK,). One program owns BLOCK elements. The scale stays on the device, so the host
-# does not wait for it. torch would round it to bf16 before the product; here the product is in fp32
-# and is rounded once.
-
-
-@triton.jit
-def _scale_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < size, other=0.0).to(tl.float32)
-    out = x * tl.load(scale_ptr)
-    tl.store(out_ptr + i, out.to(out_ptr.dtype.element_ty), mask=i < size)
-
-
-# ---- Both as operators -------------------------------------------------------------------------
+# ---- As an operator ----------------------------------------------------------------------------
 
 
 @torch.library.custom_op("llamapro::linear_cross_entropy", mutates_args=())
@@ -167,17 +151,10 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()  # the CPU has no mm with another output dtype
 
 
-@torch.library.custom_op("llamapro::scaled", mutates_args=())
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns x * scale, computed in fp32 and rounded to `dtype`; scale is () fp32."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
-    with torch.cuda.device_of(x):
-        _scale_kernel[grid](x, scale, out, x.numel(), BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS)
-    return out
-
-
-_scaled.register_fake(lambda x, scale, dtype: x.new_empty(x.shape, dtype=dtype))
+    # With an axis, scale is not rounded to x's dtype before the product, as a scalar would be.
+    return torch.mul(x, scale[None], out=torch.empty_like(x, dtype=dtype))
 
 
 # ---- What is called ----------------------------------------------------------------------------

@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llamapro.kernels.device import cannot_run
-from llamapro.kernels.tensors import as_rows, dense_like, needed, num_warps
+from llamapro.kernels.tensors import dense_like, needed, num_warps
 
 MAX_SIZE = 1 << 16  # elements of a row; up to 2^14 nothing spills from the registers
 # Up to this block, one launch computes dx and dw. For longer rows, both together would spill, so
@@ -58,20 +58,20 @@ def unsupported(device: torch.device, dtype: torch.dtype, size: int) -> str | No
 
 @triton.jit
 def rms_norm_forward_kernel(
-    x_ptr,  # (N, C), rows x_stride apart
-    residual_ptr,  # (N, C), rows residual_stride apart; None: nothing to add
+    x_ptr,  # (N, C)
+    residual_ptr,  # (N, C); None: nothing to add
     weight_ptr,  # (C,)
-    sum_ptr,  # (N, C), contiguous; None like the residual
-    y_ptr,  # (N, C), contiguous
+    sum_ptr,  # (N, C); None like the residual
+    y_ptr,  # (N, C)
     rstd_ptr,  # (N,) fp32
-    x_stride, residual_stride, C, eps, BLOCK: tl.constexpr,
+    C, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # row * stride can pass 2^31
+    row = tl.program_id(0).to(tl.int64)  # row * C can pass 2^31
     col = tl.arange(0, BLOCK)
     mask = col < C
-    s = tl.load(x_ptr + row * x_stride + col, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(x_ptr + row * C + col, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * residual_stride + col, mask=mask, other=0.0)
+        residual = tl.load(residual_ptr + row * C + col, mask=mask, other=0.0)
         rounded = (s + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * C + col, rounded, mask=mask)
         # The norm is that of the stored sum, as if it had been read again.
@@ -87,14 +87,14 @@ def rms_norm_forward_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    dy_ptr,  # (N, C), rows dy_stride apart
-    dsum_ptr,  # (N, C), rows dsum_stride apart; None: nothing to add
-    s_ptr,  # (N, C), rows s_stride apart
+    dy_ptr,  # (N, C)
+    dsum_ptr,  # (N, C); None: nothing to add
+    s_ptr,  # (N, C)
     weight_ptr,  # (C,)
     rstd_ptr,  # (N,)
-    dx_ptr,  # (N, C), contiguous; None: not needed
+    dx_ptr,  # (N, C); None: not needed
     dweight_ptr,  # (P, C) fp32; None: not needed
-    dy_stride, dsum_stride, s_stride, N, C, BLOCK: tl.constexpr,
+    N, C, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -103,8 +103,8 @@ def rms_norm_backward_kernel(
     if dweight_ptr is not None:
         dweight = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(program, N, tl.num_programs(0)):
-        dy = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(s_ptr + row * s_stride + col, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * C + col, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + row * C + col, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
         normed = s * rstd
         if dweight_ptr is not None:
@@ -116,7 +116,7 @@ def rms_norm_backward_kernel(
             # rstd depends on the whole row: the mean takes out the part of the gradient along it.
             dx = rstd * (dnormed - normed * (tl.sum(dnormed * normed, axis=0) / C))
             if dsum_ptr is not None:
-                dsum = tl.load(dsum_ptr + row * dsum_stride + col, mask=mask, other=0.0)
+                dsum = tl.load(dsum_ptr + row * C + col, mask=mask, other=0.0)
                 dx += dsum.to(tl.float32)
             tl.store(dx_ptr + row * C + col, dx, mask=mask)
     if dweight_ptr is not None:
@@ -131,14 +131,13 @@ def _forward(
     s, y, rstd = _forward_outputs(x, residual)
     if not x.numel():
         return s, y, rstd
-    x, residual = as_rows(x), None if residual is None else as_rows(residual)
-    N, C = x.shape
+    C = x.shape[-1]
     block = triton.next_power_of_2(C)
+    residual = None if residual is None else residual.contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever x is
-        rms_norm_forward_kernel[(N,)](
-            x, residual, weight.contiguous(), None if residual is None else s, y, rstd,
-            x.stride(0), 0 if residual is None else residual.stride(0), C, eps,
-            BLOCK=block, num_warps=num_warps(block),
+        rms_norm_forward_kernel[(x.numel() // C,)](
+            x.contiguous(), residual, weight.contiguous(), None if residual is None else s, y, rstd,
+            C, eps, BLOCK=block, num_warps=num_warps(block),
         )  # fmt: skip
     return s, y, rstd
 
@@ -168,15 +167,15 @@ def _backward(
     dx, dweight = dense_like(s, needs_dx), dense_like(weight, needs_dweight)
     if not s.numel():
         return dx, dweight.zero_()
-    dy, s, dsum = as_rows(dy), as_rows(s), None if dsum is None else as_rows(dsum)
-    N, C = s.shape
-    block = triton.next_power_of_2(C)
+    dy, s, weight = dy.contiguous(), s.contiguous(), weight.contiguous()
+    dsum = None if dsum is None else dsum.contiguous()
+    C = s.shape[-1]
+    N, block = s.numel() // C, triton.next_power_of_2(C)
 
     def launch(programs: int, dx: Tensor | None, partial: Tensor | None) -> None:
         with torch.cuda.device_of(s):
             rms_norm_backward_kernel[(programs,)](
-                dy, dsum, s, weight.contiguous(), rstd, dx, partial,
-                dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), N, C,
+                dy, dsum, s, weight, rstd, dx, partial, N, C,
                 BLOCK=block, num_warps=num_warps(block),
             )  # fmt: skip
 
@@ -228,8 +227,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Only the gradients that are needed are computed.
 
     Args:
-        x: (..., C), any strides; copied unless its last stride is 1 and one stride steps through
-            its rows.
+        x: (..., C); copied if it is not contiguous.
         weight: (C,), in x's dtype.
 
     Returns:
@@ -249,7 +247,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     its two gradients are not added in a pass of their own.
 
     Args:
-        x, residual: (..., C), of one shape and dtype; strides as in `rms_norm`.
+        x, residual: (..., C), of one shape and dtype; copied if they are not contiguous.
         weight: (C,), in x's dtype.
 
     Returns:

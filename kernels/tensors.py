@@ -1,15 +1,9 @@
-"""Views tensors as rows for the kernels, and leaves out the gradients that nobody needs."""
+"""Outputs of kernels, without the gradients that nobody needs, and the size of their programs."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """Returns x (..., C) as (N, C) with last stride 1 and any row stride; copies only if needed."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def dense_like(x: Tensor, is_needed: bool = True) -> Tensor:

@@ -131,8 +131,11 @@ def test_every_tile_of_the_table_was_compiled(full: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_every_op_was_compiled_for_large_tensors(full: dict[str, Any]) -> None:
-    """The script checks that no 32-bit offset overflows beyond 2^31 elements."""
-    for op in ("attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy"):
+    """The script checks that no 32-bit offset overflows beyond 2^31 elements.
+
+    Of the logits no more than a chunk exists.
+    """
+    for op in ("attention", "rms_norm", "rope", "swiglu"):
         assert {row["architecture"] for row in of(full, op, "large")} == {80, 90}, op
 
 
