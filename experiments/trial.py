@@ -248,7 +248,7 @@ def replay(about: dict[str, Any], out: Path) -> dict[str, Any]:
     """Lets the base write text for replay, within `replay_s` seconds."""
     settings = parse([*about["argv"], "--run-dir", str(out / "run")])
     started = time.perf_counter()
-    store = Job.open(settings).replay(device_of(settings.train.device), 0, {})
+    store = Job.open(settings).write_replay(device_of(settings.train.device), 0, {})
     return {"replay_s": time.perf_counter() - started, "tokens": store.tokens}
 
 

@@ -57,8 +57,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llamapro.prep
     checks.check(settings, 1)
     job = Job.open(settings)
     stores = job.tokenize(part)
-    if settings.replay.data:
-        stores["replay"] = job.tokenize_replay(part)
     found = {
         label: {"path": str(store.path), "tokens": store.tokens, "documents": store.documents}
         for label, store in stores.items()

@@ -241,8 +241,8 @@ def test_another_tool_s_ends_of_text_are_read(checkpoint: Path, tmp_path: Path) 
             )
         )
     assert stores[0].path != stores[1].path
-    assert 257 in stores[1].index["written_by"]["ends"]
-    assert "more_ends" not in stores[0].index["written_by"]
+    assert 257 in stores[1].index["made_of"][2]["ends"]
+    assert "more_ends" not in stores[0].index["made_of"][2]
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])

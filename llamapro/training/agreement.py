@@ -38,10 +38,7 @@ HEAR_S = 10.0  # for the others to read why the run ends, and for a shared direc
 
 
 def open_together(open_job: Callable[[], T], describe: Callable[[T], Facts]) -> T:
-    """Opens a run's inputs in every process that torchrun started, and compares them.
-
-    Args:
-        describe: returns what must be the same everywhere.
+    """Opens a run's inputs in every process that torchrun started, and compares their facts.
 
     Raises:
         UserError, SystemExit: what `open_job` raised here.
@@ -59,7 +56,7 @@ def _open_and_compare(
     store: Any, rank: int, size: int, open_job: Callable[[], T], describe: Callable[[T], Facts]
 ) -> T:
     """Does the work of `open_together` at the place where the processes met."""
-    mine: dict[str, Any] = {"where": _where(rank), "facts": {}}
+    mine: dict[str, Any] = {"where": f"rank {rank} on {socket.gethostname()}", "facts": {}}
     failure: UserError | SystemExit | None = None
     try:
         job = open_job()
@@ -89,16 +86,8 @@ def _poll(store: Any, key: str) -> bytes:
     return store.get(key)
 
 
-def _where(rank: int) -> str:
-    return f"rank {rank} on {socket.gethostname()}"
-
-
 def difference(found: list[dict[str, Any]]) -> str:
-    """Returns in words what is wrong with, or differs among, the processes; "" for nothing.
-
-    Args:
-        found: of each rank: where it is, its facts (name -> value) and, if it failed, its error.
-    """
+    """Returns in words what is wrong with, or differs among, the processes; "" for nothing."""
     for process in found:
         if "error" in process:
             return f"{process['where']}: {process['error']}"

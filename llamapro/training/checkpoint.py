@@ -20,20 +20,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.run import (
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    TRAINABLE_FILE,
-    write_manifest,
-)
+from llamapro.checkpoints.run import OPTIMIZER_FILE, STATE_FILE, TRAINABLE_FILE, write_manifest
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_safetensors
-from llamapro.errors import CheckpointError, UserError, warn
+from llamapro.errors import CheckpointError, UserError
 from llamapro.files import output_directory
 from llamapro.training.distributed import Ranks
 from llamapro.training.lock import check_holder
@@ -64,7 +58,7 @@ class Saver:
     def __init__(
         self, run_dir: Path, settings: SaveSettings, ranks: Ranks, first_row: int = 0, step: int = 0
     ) -> None:
-        """Sets up; writes nothing.
+        """Writes nothing yet.
 
         Args:
             run_dir: the run directory, locked as long as the saver is used.
@@ -80,7 +74,6 @@ class Saver:
         self._saved: dict[str, Any] | None = None  # not yet reported by `finish`
         self._started_s = self._ended_s = 0.0
         self._is_gone = False  # on the main rank: what a save wrote was removed meanwhile
-        self._told: set[str] = set()  # old checkpoints that could not be removed
 
     def __enter__(self) -> Self:
         return self
@@ -124,8 +117,7 @@ class Saver:
                 raise
             self._start(step, parameters, optimizer, info, text)  # all of it is still in memory
         blocked_s = time.perf_counter() - self._started_s
-        target = self._path(step)
-        self._saved = {"path": str(target), "step": step, "blocked_s": blocked_s}
+        self._saved = {"path": str(self._path(step)), "step": step, "blocked_s": blocked_s}
         return before if self._in_background else self.finish()
 
     def _start(
@@ -137,14 +129,13 @@ class Saver:
         state: str,
     ) -> None:
         """Gathers and writes, or starts to write in the background; every rank must call it."""
-        target = self._path(step)
+        target, row = self._path(step), self._first_row
         specs = [
-            TensorSpec(stored_name(name, self._first_row), DTYPE_CODES[p.dtype], shape)
-            for name, p in parameters.items()
-            for shape in [stored_shape(name, p, self._first_row)]
+            TensorSpec(stored_name(n, row), DTYPE_CODES[p.dtype], stored_shape(n, p, row))
+            for n, p in parameters.items()
         ]
         failures: list[str] = []
-        gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
+        gathered = _gather(parameters, optimizer, self._ranks, failures, row)
         if self._in_background:
             copies = _copy(gathered, self._ranks, failures)
 
@@ -231,10 +222,7 @@ class Saver:
             write_safetensors(aside / OPTIMIZER_FILE, moments, next_tensor)
             (aside / STATE_FILE).write_text(state, encoding="utf-8")
             write_manifest(aside)
-        for failure in remove_old(self._run_dir, self._settings.keep, self._settings.keep_every):
-            if failure not in self._told:  # it is tried again after every save
-                self._told.add(failure)
-                warn(f"{failure}; it stays, and training goes on")
+        remove_old(self._run_dir, self._settings.keep, self._settings.keep_every)
         self._ended_s = time.perf_counter()
 
 
@@ -290,8 +278,9 @@ def _make_room(tensor: Tensor) -> None:
 
 def _vote(ranks: Ranks, failures: list[str]) -> None:
     """Raises the lowest rank's failure as CheckpointError on every rank, if any has one."""
-    found: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(found, failures[0] if failures else None, group=ranks.patient)
-    for failure in found:
-        if failure:
-            raise CheckpointError(failure)
+
+    def tell() -> None:
+        if failures:
+            raise CheckpointError(failures[0])
+
+    ranks.on_all(tell)

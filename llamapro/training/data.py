@@ -54,9 +54,8 @@ class Data:
 def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Data:
     """Fills the cache on the main process; then every process maps the data.
 
-    Texts are tokenised, and the base writes the text to replay. The state gets the run's identity.
-    Prints how conversations were packed, with an example whose trained tokens are marked, and how
-    much is replayed.
+    The state gets the run's identity. Prints how conversations were packed, with an example whose
+    trained tokens are marked, and how much is replayed.
 
     Raises:
         ConfigError: the run resumes, and had another base, tokenizer or other data.
@@ -64,7 +63,6 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
         Stopped: on every rank, if a signal came to the main one meanwhile.
     """
     s = job.settings
-
     tensors = job.checkpoint.tensors if job.checkpoint is not None else {}
     is_compared = on_several_machines() and local_rank() == 0
     pool = ThreadPoolExecutor(1)  # every machine hashes while the main process tokenises
@@ -74,9 +72,9 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
     def make() -> tuple[agreement.Seen, dict[str, Any]]:
         with stop.interrupting():
             stores = job.tokenize()
-            if s.replay.share:
+            if s.replay.share and not s.replay.data:
                 trained = sum(stores[f"train {path}"].tokens for path in s.data.train)
-                stores["replay"] = job.replay(ranks.device, trained, state.identity)
+                stores["replay"] = job.write_replay(ranks.device, trained, state.identity)
             model = build_on_meta(job.config)
             trainable = freeze(model, s.train.trainable, s.train.new_tokens)
             names = [stored_name(name, job.first_new_row) for name in trainable]

@@ -125,13 +125,11 @@ def is_rank() -> bool:
     Raises:
         ConfigError: it set some of its variables and left others out, or empty.
     """
-    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    if not any(value is not None for value in found.values()):
+    if not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
         return False
-    found = {name: os.environ.get(name) for name in VARIABLES}
     numbers = [name for name in VARIABLES if name != "MASTER_ADDR"]
     numbers += [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ]
-    wrong = [name for name in VARIABLES if not found[name]]
+    wrong = [name for name in VARIABLES if not os.environ.get(name)]
     wrong += [n for n in numbers if n not in wrong and not os.environ[n].isdecimal()]
     if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
         wrong = ["RANK", "WORLD_SIZE"]
@@ -187,10 +185,7 @@ def meeting_place() -> tuple[Any, int, int]:
 
 
 def make_mesh(kind: str, world_size: int, shard_size: int = 0) -> DeviceMesh:
-    """Arranges all processes of the group on "cpu" or "cuda" as `Ranks.mesh` says.
-
-    `shard_size` is the number of processes that share one copy of the weights; 0 means all.
-    """
+    """Arranges all processes of the group on "cpu" or "cuda" as `Ranks.mesh` says."""
     shape = {"replicate": world_size // shard_size} if shard_size else {}
     shape["shard"] = shard_size or world_size
     return init_device_mesh(kind, tuple(shape.values()), mesh_dim_names=tuple(shape))
@@ -201,10 +196,10 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
     """Joins the processes torchrun started, or makes a group of one: NCCL on GPU, gloo on CPU.
 
     Args:
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        shard_size: the number of processes that share one copy of the weights (HSDP); it divides
-            the number of processes. Groups of neighbouring ranks each hold a copy and average their
-            gradients, so weights are gathered within a group, ideally a machine. 0 makes one group.
+        device: "auto", "cpu" or "cuda".
+        shard_size: divides the number of processes. Groups of neighbouring ranks each hold a copy
+            of the weights and average their gradients (HSDP), so weights are gathered within a
+            group, ideally a machine. 0 makes one group.
 
     Raises:
         ConfigError: "cuda" without a GPU, or more processes on this machine than it has GPUs.
@@ -257,22 +252,15 @@ def shard(
     compute dtype and have no gradient. Gradients are reduced in fp32. A block below the first one
     that trains is gathered at most once per step, for forward, because backward never reaches it.
 
+    The last five arguments are those of `TrainSettings`; rounded matrices need `frozen`
+    "replicate".
+
     Args:
         objective: holds the model, loaded on the CPU, with `requires_grad` set. It becomes the
             root, so call it and not the model. Only this rank's shards stay in memory.
         compute_dtype: the dtype of matrix products and activations.
-        frozen: where frozen weights lie. "shard": in parts, gathered for forward and again for
-            backward (least memory). "gather": in parts, but kept whole from forward to backward.
-            "replicate": whole on every rank, without any communication; embeddings and head too.
-        offload: keep the shards, with their gradients and optimizer state, in CPU memory and copy
-            them to the GPU when they are gathered. Replicated weights stay on the GPU.
-        recompute: keep only the input of each block and compute its activations again in backward
-            (activation checkpointing, Chen et al. 2016).
-        compile: compile each block with `torch.compile` at the first steps; parameters keep their
-            names. FSDP's hooks run between the blocks, uncompiled.
-        frozen_dtype: the matrices of frozen blocks: "auto" (in the compute dtype), "float8" or
-            "int8" (see `quantized.py`). Their other weights stay in the compute dtype. Rounded
-            matrices lie whole on every rank, so `frozen` has to be "replicate".
+        offload: replicated weights stay on the GPU all the same.
+        compile: FSDP's hooks run between the blocks, uncompiled.
 
     Raises:
         ConfigError: `offload` without a GPU.
@@ -304,8 +292,8 @@ def shard(
     layers = list(model.model.layers)
     trains = [is_trained(layer) for layer in layers]
     first = trains.index(True) if True in trains else len(layers)
-    if is_trained(model.model.embed_tokens):
-        first = 0  # backward goes through all blocks, down to the embedding
+    if is_trained(model.model.embed_tokens):  # backward goes through all blocks, down to it
+        first = 0
     for index, layer in enumerate(layers):  # cast just before sharding: one full block at a time
         if compile:
             layer.compile()

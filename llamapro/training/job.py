@@ -136,11 +136,9 @@ class Job:
     def tokenize(self, part: Part | None = None) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
 
-        Args:
-            part: as for `corpus.tokenize`; conversations have no parts.
-
         Raises:
-            DataError: a file cannot be used; for conversations it names every mistake.
+            DataError: a file cannot be used; for conversations, which have no parts, it names every
+                mistake.
         """
         s = self.settings
         corpora: dict[str, Sequence[str]] = {f"train {path}": [path] for path in s.data.train}
@@ -149,30 +147,25 @@ class Job:
             fingerprint = self.tokenizer.fingerprint
             return tokenize_conversations(corpora, self.template, fingerprint, s.data.cache_dir)
         how = (s.data.cache_dir, s.data.text_key, s.data.workers)
-        return {
+        stores = {
             label: tokenize(paths, self.tokenizer, *how, label, s.data.split_at, part)
             for label, paths in corpora.items()
         }
+        if s.replay.data:
+            stores["replay"] = tokenize(s.replay.data, self.tokenizer, *how, "replay", part=part)
+        return stores
 
-    def tokenize_replay(self, part: Part | None = None) -> TokenStore:
-        """Returns the tokens of `replay.data`; part and errors as for `tokenize`."""
-        s = self.settings
-        how = (s.data.cache_dir, s.data.text_key, s.data.workers, "replay")
-        return tokenize(s.replay.data, self.tokenizer, *how, part=part)
-
-    def replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
-        """Returns the replayed text: the user's, or the one that the base writes on this device.
+    def write_replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
+        """Returns the replayed text that the base writes on this device.
 
         Args:
             trained: tokens of an epoch, without replay.
             saved: the run's identity; a run that resumes keeps the text that it had.
 
         Raises:
-            ConfigError, DataError: as `written_by_base` and `tokenize`.
+            ConfigError, DataError: as `written_by_base`.
         """
         s = self.settings
-        if s.replay.data:
-            return self.tokenize_replay()
         assert self.checkpoint is not None  # else all weights train, which `check` refuses
         tokens = s.replay.tokens
         if not tokens and self.resume_from is not None:

@@ -42,8 +42,6 @@ def learning_rate(
 
     Args:
         step: optimizer steps already made, 0 to steps - 1.
-        steps: number of steps of the whole run.
-        peak: rate at the end of the warm-up.
         warmup_steps: number of steps in which the rate rises; the first is peak / warmup_steps.
         final_ratio: where the decay ends, one step after the last, as a fraction of peak.
     """

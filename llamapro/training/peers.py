@@ -49,13 +49,8 @@ def loss_is_said() -> Iterator[None]:
 def watched(store: Any, rank: int, size: int, phase: str) -> Iterator[None]:
     """Ends this process with one message if another one dies while the body runs in all of them.
 
-    The main process watches all others, and they watch it. Nothing may be lost in the body.
-
-    Args:
-        store: where the processes met.
-        rank: of this process.
-        size: number of processes.
-        phase: name of what the body does, the same everywhere.
+    The main process watches all others, and they watch it. Nothing may be lost in the body. The
+    phase names what it does, the same everywhere; the store is where the processes met.
     """
     with loss_is_said():
         # A connection of its own: in the other one somebody may wait for minutes.

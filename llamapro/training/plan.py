@@ -31,7 +31,9 @@ def make_plan(
     Raises:
         ConfigError: `train.ops` names a Triton kernel that cannot run here.
     """
-    t, ranks = settings.train, planned_ranks(settings)
+    t = settings.train
+    # A dry run starts none of the processes that it plans for.
+    ranks = world_size() if is_rank() else max(1, settings.processes)
     device = torch.device(device_type(settings))
     model = build_on_meta(config)
     freeze(model, t.trainable, t.new_tokens)
@@ -66,11 +68,6 @@ def device_type(settings: Settings) -> str:
     return "cuda" if has_gpu and settings.train.device != "cpu" else "cpu"
 
 
-def planned_ranks(settings: Settings) -> int:
-    """Returns how many processes train; a dry run starts none of those that it plans for."""
-    return world_size() if is_rank() else max(1, settings.processes)
-
-
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Returns how many parameters a model has, how many train and how many are frozen."""
     total = sum(p.numel() for p in model.parameters())
@@ -88,22 +85,19 @@ def estimate_memory(
     """Estimates the bytes one process needs at its peak, by part, on the device it computes on.
 
     The total is on the safe side, because the parts are not all largest at the same moment. The
-    estimate is for the backends that `backends.use` chooses around the call.
+    estimate is for the backends that `backends.use` chooses around the call. Nothing is allocated.
 
     Args:
         model: on the meta device, with `requires_grad` set.
-        compute_dtype: of matrix products, activations and frozen weights.
-        device: where the run will compute; nothing is allocated there.
 
     Returns:
         Part -> bytes, and "total".
     """
     t, size = settings.train, compute_dtype.itemsize
     rows, length = t.micro_batch_size, settings.data.seq_len
-    blocks = [(is_trained(layer), _numel(layer)) for layer in model.model.layers]
-    sizes = count_parameters(model)
-    trainable, frozen = sizes["trainable"], sizes["frozen"]
-    root = sizes["total"] - sum(numel for _, numel in blocks)  # embeddings, norm, head
+    blocks = [(is_trained(layer), count_parameters(layer)["total"]) for layer in model.model.layers]
+    total, trainable, frozen = count_parameters(model).values()
+    root = total - sum(numel for _, numel in blocks)  # embeddings, norm, head
     # With added tokens, embedding and head train.
     root_trained = trainable - sum(numel for trains, numel in blocks if trains)
     first = next((i for i, (trains, _) in enumerate(blocks) if trains), len(blocks))
@@ -163,8 +157,6 @@ def activation_bytes(
     Args:
         model: on the meta device, with `requires_grad` set.
         shape: (B, T) of a micro-batch.
-        compute_dtype: of activations.
-        device: where the run will compute.
         recompute: whether each block keeps only its input, and one block at a time has the rest.
     """
     config = model.config
@@ -196,10 +188,6 @@ def activation_bytes(
         inputs = max(len(kept) - 1, 0) * x.numel() * compute_dtype.itemsize
         return inputs + max(kept, default=0) + final
     return sum(kept) + final
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _assign_fake(module: nn.Module, dtype: torch.dtype, trains: bool) -> None:

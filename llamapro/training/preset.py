@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import tomllib
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +67,8 @@ def parse(
 def _hint(word: str, settings: Settings) -> str:
     """Returns what a word that belongs to no option was meant to be."""
     names = {f"--{name.replace('_', '-')}" for name in flatten(settings)}
-    option, last = word.partition("=")[0], word.partition("=")[0].rpartition(".")[2].lstrip("-")
+    option = word.partition("=")[0]
+    last = option.rpartition(".")[2].lstrip("-")
     if f"--{option.replace('_', '-')}" in names:
         return f"{word}: options begin with two dashes: --{option}"
     if not word.startswith("-"):
@@ -139,8 +139,6 @@ def _convert(value: Any, hint: Any) -> Any:
             of = " or ".join(map(repr, typing.get_args(args[0]))) or args[0].__name__
             raise TypeError(f"a list of {size or 'any number of'} {of}")
         return tuple(_convert(item, args[0]) for item in value)
-    if isinstance(hint, types.UnionType):
-        raise AssertionError(f"settings hold no unions: {hint}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:

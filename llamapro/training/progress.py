@@ -65,11 +65,7 @@ class Progress:
         ranks: Ranks,
         stop: StopRequest,
     ) -> None:
-        """Sets up; writes nothing.
-
-        `mixture` names the documents of odd steps, `steps` is the length of the whole run, and
-        `stop` is asked to stop it when the log cannot be written.
-        """
+        """Writes nothing yet; `stop` is asked to stop the run when the log cannot be written."""
         self._settings, self._mixture, self._steps = settings, mixture, steps
         self._state, self._ranks, self._stop = state, ranks, stop
         self._metrics: MetricsLog | None = None
@@ -174,10 +170,7 @@ class Progress:
         )
 
     def odd(self, kind: str, step: int, first_sample: int, numbers: dict[str, float]) -> None:
-        """Logs a step with the documents of its batch, and prints what is odd about it.
-
-        The arguments are those that `Losses` reports.
-        """
+        """Logs a step that `Losses` reports with the documents of its batch, and prints it."""
         text = "gradient not finite, not applied"
         if kind == "spike":
             text = f"the loss jumped to {numbers['loss']:.4f} from {numbers['median']:.4f}"

@@ -32,13 +32,10 @@ FIELDS = ("recompute", "micro_batch_size", "frozen")
 
 
 def usable_bytes(device: str) -> int | None:
-    """Returns the memory that a run may plan with on a GPU of `GPUS`, one of "48GB", or this one.
+    """Returns the memory that a run may plan with on a GPU of `GPUS`, or one of "48GB".
 
-    Args:
-        device: empty for this machine's GPU; None is returned without one.
-
-    Raises:
-        ConfigError: no such GPU is known.
+    Empty stands for this machine's GPU, and gives None without one. Raises ConfigError for a GPU
+    that is not known.
     """
     if not device:
         if not torch.cuda.is_available():
@@ -59,11 +56,7 @@ def _name(device: str) -> str:
 
 
 def check_float8(settings: Settings, config: ModelConfig, compute_dtype: torch.dtype) -> None:
-    """Refuses `train.frozen_dtype` float8 where a GPU cannot compute it; a CPU computes it slowly.
-
-    Raises:
-        ConfigError: it names the reason, and a value that works.
-    """
+    """Raises ConfigError for `train.frozen_dtype` float8 where a GPU cannot compute it."""
     device, planned = torch.device(device_type(settings)), _name(settings.device)
     if settings.train.frozen_dtype != "float8" or device.type != "cuda":
         return

@@ -149,10 +149,7 @@ def quantize(
 def stored_bytes(
     layer: nn.Module, kind: FrozenDtype, dtype: torch.dtype, has_backward: bool
 ) -> int:
-    """Returns the bytes of a frozen block, on the meta device, as `quantize` and `shard` store it.
-
-    The arguments are those of `quantize`.
-    """
+    """Returns the bytes of a frozen block, on the meta device, as `shard` stores it."""
     if kind != "auto":
         layer = copy.deepcopy(layer)
         quantize(layer, kind, dtype, torch.device("meta"), has_backward)

@@ -3,11 +3,7 @@
 The expanded model contains its base, which can write general text even if its own training data are
 unknown. It writes documents once before training, each sampled from the token that begins a
 document or from a short prompt (Sun et al., LAMOL, 2020). The user can name files instead. Either
-is one more source of the mixture with a given share of its samples.
-
-The base also knows how likely every other token was. With `distill` it is the teacher (Hinton et
-al., 2015), and a token's loss is KL(base || model). The base is the model without its new blocks,
-so this is Li & Hoiem's "Learning without Forgetting" (2016) with no second set of weights.
+is one more source of the mixture with a given share of its samples. `objective.py` has its losses.
 """
 
 import datetime
@@ -89,12 +85,11 @@ def write_documents(
     """Yields documents that a model writes, in the order in which they were begun.
 
     A row of the batch whose document is complete begins the next one at once: attention does not
-    look over the border between two documents of a row, as in packed training sequences.
-
-    A document leaves out its end if that is the token it began with: the next one begins with it.
+    look over the border between two documents of a row, as in packed training sequences. Where EOS
+    begins documents, the next one's ends this one.
 
     Args:
-        openings: what documents begin with; each is drawn as often as any other.
+        openings: each is drawn as often as any other.
         end_ids: a document ends with any of them.
         length: the most tokens of a document; one that reaches it has no end token.
         settings: temperature, seed, and number of documents that are written at a time.
@@ -113,7 +108,6 @@ def write_documents(
         for index, row in enumerate(rows):
             if row.is_ended or len(row.document) == length:
                 complete[row.number] = document = row.document
-                # Where EOS begins documents, the next one's ends this one.
                 if len(document) > 1 and row.is_ended and document[-1] == document[0]:
                     document.pop()
                 finished += len(document)
@@ -230,7 +224,6 @@ def written_by_base(
     with others a few draws differ, and the text is as good.
 
     Args:
-        checkpoint: an expanded one; its new blocks are not used.
         length: the most tokens of a document.
         dtype, device: of the base while it writes; the device holds it whole.
 
@@ -281,17 +274,14 @@ def written_by_base(
     def summarize(store: TokenStore) -> str:
         return f"{store.tokens:,} tokens of {store.documents:,} documents that the base wrote"
 
-    key = ["replay", FORMAT_VERSION, made_of]
     index = {
-        "format_version": FORMAT_VERSION,
         "tokenizer_sha256": tokenizer.fingerprint,
-        "vocab_size": vocab_size,
         "dtype": stored_dtype,
         "bos_id": next(iter(tokenizer.document_start()), None),
         "eos_id": tokenizer.eos_id,
         "counts": counts,
-        "written_by": made_of,
     }
+    key = ["replay", FORMAT_VERSION, made_of]
     return cached(cache_dir, key, index, write(), "replay", summarize)
 
 
@@ -318,7 +308,7 @@ def split_replayed(
 
 
 def describe_mix(mixture: Mixture) -> str:
-    """Returns the line of the start-up block about the last source of a mixture, the replay."""
+    """Returns the line of the start-up block about the replay, the last source of a mixture."""
     samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])
     return (
         f"replay           {samples:,} of the {mixture.samples_per_epoch:,} sequences of an epoch, "

@@ -46,12 +46,10 @@ def make_identity(
     Args:
         checkpoint: the weights to start from; None for random ones.
         trainable: names of its tensors that train; the others are frozen.
-        stores: label -> tokens of each corpus, such as "train data/code" or "replay". Their hashes
-            were checked when they were opened.
-        cache_dir: as for `hash_tensors`.
+        stores: label, such as "train data/code" or "replay" -> tokens, whose hashes were checked.
 
     Returns:
-        JSON-able, for `state["identity"]`: base, computation, tokenizer, data.
+        JSON-able, for `RunState.identity`: base, computation, tokenizer, data.
     """
     names = set(trainable)
     tensors = checkpoint.tensors.values() if checkpoint else ()
@@ -173,9 +171,7 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
 
 
 def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> None:
-    """Puts the trained tensors of a training checkpoint into a model, before it is sharded.
-
-    The model has its weights and `requires_grad` set; `first_row` is as for `Saver`.
+    """Puts the trained tensors of a training checkpoint into a loaded model, before it is sharded.
 
     Raises:
         CheckpointError: they were trained on another base, or are other tensors.
@@ -200,10 +196,6 @@ def load_optimizer(
     first_row: int = 0,
 ) -> None:
     """Loads the moments of a training checkpoint into the optimizer, each rank its own shards.
-
-    Args:
-        parameters: name -> sharded parameter, as for `Saver.save`.
-        first_row: as for `Saver`.
 
     Raises:
         CheckpointError: the file holds the moments of other parameters.

@@ -9,12 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from llamapro.checkpoints.run import newest_intact, read_state, training_checkpoints
-from llamapro.errors import CheckpointError
+from llamapro.errors import CheckpointError, warn
 
 
 def make_way(target: Path) -> None:
     """Deletes the remains of a killed process, and a damaged training checkpoint at the target."""
-    _remove_leftovers(target.parent)
+    with suppress(OSError):  # the next save tries again
+        for stale in target.parent.glob(".step-*"):
+            shutil.rmtree(stale, ignore_errors=True)
     if not target.exists():
         return
     try:
@@ -25,14 +27,8 @@ def make_way(target: Path) -> None:
         raise CheckpointError(f"{target}: exists and is intact; it is not replaced")
 
 
-def _remove_leftovers(directory: Path) -> None:
-    with suppress(OSError):  # the next save tries again
-        for stale in directory.glob(".step-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-
-
 def _remove(path: Path) -> None:
-    """Hides, then deletes, so that a directory named step-* is complete even after a kill."""
+    """Hides, then deletes."""
     hidden = path.with_name(f".{path.name}.removed")
     try:
         path.rename(hidden)
@@ -41,37 +37,33 @@ def _remove(path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from None
 
 
-def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> list[str]:
+def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
     """Deletes all but the latest training checkpoints and the newest intact one.
 
-    Before anything is deleted the newest is read back from the disk and checked.
+    Before anything is deleted the newest is read back from the disk and checked. What cannot be
+    removed is said once, and tried again after every save.
 
     Args:
         run_dir: the run directory, locked.
         keep: number of the latest checkpoints that stay.
         keep_every: checkpoints whose step is a multiple of this stay too; 0 keeps none of them.
 
-    Returns:
-        A message for each one that cannot be removed, or if they cannot be listed.
-
     Raises:
         CheckpointError: none is intact.
     """
-    _remove_leftovers(run_dir / "checkpoints")
-    failures: list[str] = []
+    old, failures = list[Path](), list[CheckpointError]()
     try:
         old = training_checkpoints(run_dir)[:-keep]
     except CheckpointError as error:
-        return [str(error)]
+        failures.append(error)
     if keep_every:
         old = [path for path in old if int(path.name.removeprefix("step-")) % keep_every]
-    if not old:
-        return failures
-    newest, _ = newest_intact(run_dir)
+    newest = newest_intact(run_dir)[0] if old else None
     for path in old:
         if path != newest:
             try:
                 _remove(path)
             except CheckpointError as error:
-                failures.append(str(error))
-    return failures
+                failures.append(error)
+    for failure in failures:
+        warn(f"{failure}; it stays, and training goes on")

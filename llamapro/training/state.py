@@ -61,11 +61,7 @@ class RunState:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any], path: Path) -> "RunState":
-        """Reads the content of `state.json` of the training checkpoint `path`.
-
-        Raises:
-            CheckpointError: a key is missing.
-        """
+        """Reads the content of `state.json` of a training checkpoint; raises CheckpointError."""
         # Earlier versions did not keep these.
         new: dict[str, Any] = {"base_eval": {}, "control": {}, "streak": 0}
         saved = new | saved
@@ -117,22 +113,17 @@ class Losses:
     ) -> None:
         """Starts without losses.
 
-        Args:
-            state: `read` updates its loss, skipped, recent_losses and elapsed_s.
-            report: called for a step that was not applied or has a loss far over the latest ones,
-                with kind, step, first sample and the numbers of its record.
-            objective: `read` copies its `control` into the state.
+        `report` is called for a step that was not applied or has a loss far over the latest ones,
+        with kind, step, first sample and the numbers of its record.
         """
-        self._objective = objective
-        self._state, self._guard, self._ranks = state, guard, ranks
+        self._objective, self._state, self._guard, self._ranks = objective, state, guard, ranks
         self._threshold, self._report = threshold, report
         self._unread: list[tuple[int, int, Tensor, Tensor]] = []
 
     def add(self, step: int, first_sample: int, loss: Tensor, norm: Tensor) -> None:
-        """Adds a step; 1 is the first.
+        """Adds a step, counted from 1, with the first sequence that it read.
 
         Args:
-            step, first_sample: numbers of the step and of the first sequence that it read.
             loss: this rank's part of the loss, (), in nats per token.
             norm: norm of the gradient before clipping, ().
         """
@@ -170,8 +161,9 @@ def find_spike(loss: float, recent: list[float], threshold: float) -> float | No
 
     The comparison is with median and quartiles, which a spike moves less than mean and variance.
 
+    A loss that is not finite is neither a spike nor added.
+
     Args:
-        loss: in nats per token; one that is not finite is neither a spike nor added.
         recent: up to `RECENT` losses before it.
         threshold: in standard deviations; 0 finds nothing.
 

@@ -16,12 +16,10 @@ from llamapro.training.state import RunState
 
 
 def to_device(columns: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Moves the columns of a batch to the device; to a GPU without waiting for its work.
-
-    A copy from pageable memory would wait until the GPU has done everything before it.
-    """
+    """Moves the columns of a batch to the device; to a GPU without waiting for its work."""
     if device.type != "cuda" or all(column.device == device for column in columns):
         return list(columns)
+    # A copy from pageable memory would wait until the GPU has done everything before it.
     return [column.pin_memory().to(device, non_blocking=True) for column in columns]
 
 

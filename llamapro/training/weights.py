@@ -77,8 +77,7 @@ def first_new_row(config: ModelConfig) -> int:
 def mask_gradients(parameters: Mapping[str, nn.Parameter], first_row: int) -> None:
     """Zeroes the gradient of embedding and head in the base's rows whenever one is computed.
 
-    Args:
-        parameters: name -> parameter, after sharding; the other parameters are left alone.
+    The parameters are given after sharding; all others are left alone.
     """
     for name in NEW_ROWS.keys() & parameters.keys():
         parameter = parameters[name]

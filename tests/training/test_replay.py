@@ -483,7 +483,7 @@ def test_a_spike_names_replayed_text(run: Callable[..., Path], home: Path, tmp_p
         for sequence in record["sequences"]
     }
     assert named == {"replay", str(home / "train.txt")}
-    assert not any("written_by" in f.read_text() for f in tmp_path.glob("cache/*/index.json"))
+    assert not any('"replay"' in f.read_text() for f in tmp_path.glob("cache/*/index.json"))
 
 
 # ---- Settings ------------------------------------------------------------------------------------
