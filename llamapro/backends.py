@@ -47,10 +47,7 @@ class BackendError(ValueError):
 
 
 def parse(choice: str) -> dict[str, str]:
-    """Reads a choice of backends such as "auto" or "triton,attention=torch".
-
-    Returns:
-        One of `BACKENDS` for each of `OPS`.
+    """Reads a choice such as "auto" or "triton,attention=torch" into a backend for each of `OPS`.
 
     Raises:
         ValueError: an op or backend is unknown, or the op has no Triton kernel.

@@ -193,49 +193,28 @@ def attention_bounds(
     return AttentionBounds(first[:, keys - queries :].int(), last.int())
 
 
-def causal_mask(
-    queries: int,
-    keys: int,
-    bounds: AttentionBounds | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """True where a query sees a key: (B or 1, 1, T, S), to be broadcast over heads."""
-    mask = torch.ones(1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    if bounds is not None:
-        mask = mask & (torch.arange(keys, device=device) >= bounds.first[:, :, None])
-    return mask[:, None]
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the keys that the mask shows (Vaswani et al., 2017).
-
-    Args:
-        q: (B, T, H, D).
-        k, v: (B, S, KV, D); head h of q reads key/value head h // (H / KV) (Ainslie et al., 2023).
-        mask: bool, broadcast to (B, H, T, S).
-
-    Returns:
-        (B, T, H, D).
-    """
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))  # (B, S, H, D)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
-    weights = _wide(scores.masked_fill(~mask, -math.inf)).softmax(-1).to(q.dtype)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
-
-
 @switched("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, bounds: AttentionBounds | None = None) -> Tensor:
-    """Causal attention. The queries are the last T of the S positions: t sees j <= S - T + t.
+    """softmax(q k^T / sqrt(D)) v (Vaswani et al., 2017): query t sees the keys j <= S - T + t.
 
     Args:
-        q: (B, T, H, D).
-        k, v: (B, S, KV, D).
+        q: (B, T, H, D), the last T of the S positions.
+        k, v: (B, S, KV, D); head h of q reads key/value head h // (H / KV) (Ainslie et al., 2023).
         bounds: from `attention_bounds`: the first key that each query sees.
 
     Returns:
         (B, T, H, D).
     """
-    return masked_attention(q, k, v, causal_mask(q.shape[1], k.shape[1], bounds, q.device))
+    (T, H, D), (S, KV) = q.shape[1:], k.shape[1:3]
+    sees = torch.ones(1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if bounds is not None:
+        sees = sees & (
+            torch.arange(S, device=q.device) >= bounds.first[:, :, None]
+        )  # (B or 1, T, S)
+    k, v = (x.repeat_interleave(H // KV, dim=2) for x in (k, v))  # (B, S, H, D)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(D)
+    scores = scores.masked_fill(~sees[:, None], -math.inf)  # the same for all heads
+    return torch.einsum("bhts,bshd->bthd", _wide(scores).softmax(-1).to(q.dtype), v)
 
 
 @switched("swiglu")
@@ -244,34 +223,24 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed token loss -log softmax(logits)[target], in fp32.
+@switched("linear_cross_entropy")
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed token loss -log softmax(x W^T)[target], in fp32.
+
+    The other backends never hold all the logits at once.
 
     Args:
-        logits: (N, V).
+        x: (N, C).
+        weight: (V, C), the output embedding.
         targets: (N,) token ids; `IGNORE_INDEX` (-100) adds neither loss nor count.
 
     Returns:
         loss_sum: () in nats.
         count: () int64, the number of targets that are not ignored.
     """
-    loss_sum = F.cross_entropy(_wide(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    logits = _wide(F.linear(x, weight))  # (N, V)
+    loss_sum = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return loss_sum, (targets != IGNORE_INDEX).sum()
-
-
-@switched("linear_cross_entropy")
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` of the logits x W^T. The other backends never hold all the logits at once.
-
-    Args:
-        x: (N, C).
-        weight: (V, C), the output embedding.
-        targets: (N,), as for `cross_entropy`.
-
-    Returns:
-        loss_sum and count, as `cross_entropy`.
-    """
-    return cross_entropy(F.linear(x, weight), targets)
 
 
 @switched("linear_kl")

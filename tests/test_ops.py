@@ -120,17 +120,6 @@ def test_gradients_are_those_of_the_formula(name: str) -> None:
     assert torch.autograd.gradcheck(function, given)
 
 
-@pytest.mark.parametrize("ignored", [(), (0, 5, 6, 7, 8, 9, 22)], ids=["none", "some"])
-def test_gradients_of_the_loss_are_those_of_its_chunks(
-    ignored: tuple[int, ...], small_chunks: None
-) -> None:
-    """By finite differences in fp64, of hidden states and head."""
-    x, weight, targets = loss_inputs()
-    targets[list(ignored)] = ops.IGNORE_INDEX
-    given = [t[..., :3].detach().double().requires_grad_() for t in (x, weight)]
-    assert torch.autograd.gradcheck(lambda *xw: ops.linear_cross_entropy(*xw, targets)[0], given)
-
-
 @only_cpu
 @pytest.mark.parametrize("name", KEPT)
 def test_nothing_but_inputs_and_tables_waits_for_backward(name: str) -> None:
@@ -265,20 +254,6 @@ def test_rope_is_a_complex_multiplication(theta: float) -> None:
         assert (rotated - expected).abs().max() < slack
 
 
-def test_rope_scores_depend_on_the_distance_alone() -> None:
-    """Shifting all positions by 1000 leaves every product q . k as it was, to fp32's angles."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 6, 1, 16, generator=generator, dtype=torch.float64)
-    scores = []
-    for start in (0, 1000):
-        table = ops.rope_table(
-            torch.arange(start, start + 6), ops.rope_frequencies(16, 1e4), torch.float64
-        )
-        rotated_q, rotated_k = ops.rope(q, *table), ops.rope(k, *table)
-        scores.append(torch.einsum("bthd,bshd->ts", rotated_q, rotated_k))
-    assert (scores[0] - scores[1]).abs().max() < 16 * 1000 * torch.finfo(torch.float32).eps
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rms_norm_is_hugging_faces_to_the_bit(dtype: torch.dtype) -> None:
     """Statistics in fp32, cast back, then times weight: the other order gives other bits."""
@@ -299,29 +274,6 @@ def test_swiglu_applies_silu_to_the_gate_only() -> None:
     gate, up = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
     expected = gate / (1 + torch.exp(-gate)) * up
     torch.testing.assert_close(ops.swiglu(gate, up), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_the_shape_of_a_cross_entropy_is_any_number_of_tokens() -> None:
-    """From logits: the same sum and count as from hidden states and head."""
-    x, weight, targets = loss_inputs()
-    loss_sum, count = ops.cross_entropy(x @ weight.T, targets)
-    expected, number = ops.linear_cross_entropy(x, weight, targets)
-    torch.testing.assert_close(loss_sum, expected, rtol=1e-6, atol=0)
-    assert count == number == TOKENS
-
-
-def test_masked_attention_takes_any_mask() -> None:
-    """With the causal mask it is `attention`; a key that no query sees changes nothing."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 5, 4, 8, generator=generator)
-    k, v = torch.randn(2, 2, 5, 2, 8, generator=generator)
-    mask = ops.causal_mask(5, 5)
-    torch.testing.assert_close(ops.masked_attention(q, k, v, mask), ops.attention(q, k, v))
-    mask[..., 1] = False
-    mask[..., 1, 0] = True  # query 1 still sees key 0
-    before = ops.masked_attention(q, k, v, mask)
-    v[:, 1] = 100.0
-    assert torch.equal(ops.masked_attention(q, k, v, mask), before)
 
 
 def test_metas_rows_reordered_rotate_as_meta_does() -> None:

@@ -61,8 +61,6 @@ class PackedSequences:
 class Source(Protocol):
     """Numbered sequences of T tokens, from which a mixture is made."""
 
-    seq_len: int
-
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Int64s, ...]:
@@ -85,7 +83,6 @@ class Mixture:
 
     Attributes:
         sources: as given; the replayed one is the last.
-        seq_len: T, the same for all sources.
         samples_per_epoch: number of sequences in one epoch, over all sources.
         samples_per_source: number of them from each source.
     """
@@ -98,18 +95,13 @@ class Mixture:
         replay: Source | None = None,
         share: float = 0.0,
     ) -> None:
-        """Makes the order.
+        """Makes the order of at least one source, each with a positive weight.
 
         Args:
-            sources: what is mixed; at least one.
-            weights: a positive number for each.
-            seed: 0 or more.
-            replay: the source that gives a share of all samples.
-            share: above 0 and below 1 with `replay`.
+            replay: the source that gives a share of all samples, above 0 and below 1.
         """
         self.sources = sources
         self._seed = seed
-        self.seq_len = sources[0].seq_len
         self.samples_per_source = [
             max(1, round(weight * len(source)))
             for source, weight in zip(sources, weights, strict=True)
@@ -123,11 +115,6 @@ class Mixture:
             self.samples_per_source.append(self.samples_per_epoch - self._ends[-1])
         self._epoch = -1
         self._orders: dict[tuple[int, ...], Int64s] = {}  # those of one epoch
-
-    def sample(self, index: int) -> tuple[Int64s, ...]:
-        """Returns a sample of the endless order, as its source gives it."""
-        number, sequence = self.locate(index)
-        return self.sources[number][sequence]
 
     def locate(self, index: int) -> tuple[int, int]:
         """Returns the numbers of the source, and of the sequence in it, of a sample."""
@@ -170,17 +157,13 @@ def batch(
     `last_source` are dealt out last, so that the ranks' numbers of them differ by at most one.
 
     Returns:
-        Inputs, targets and, where the sources have them, documents, each (n, T) int64, where n is
-        `size / world_size`, rounded up on the first ranks. Then the number of samples, over all
-        ranks, that are not from `last_source`.
+        Inputs, targets and, where the sources have them, documents, each (size / world_size, T)
+        int64. Then the number of samples, over all ranks, that are not from `last_source`.
     """
     places = [mixture.locate(index) for index in range(first, first + size)]
     places.sort(key=lambda place: place[0] == last_source)  # stable
     samples = [mixture.sources[number][sequence] for number, sequence in places[rank::world_size]]
-    leading = sum(number != last_source for number, _ in places)
-    if not samples:  # more ranks than samples
-        return tuple(column[:0] for column in stack([mixture.sample(first)])), leading
-    return stack(samples), leading
+    return stack(samples), sum(number != last_source for number, _ in places)
 
 
 def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:

@@ -41,9 +41,8 @@ def tokenize_conversations(
 
     Args:
         sources: label -> patterns as for `find_files`; each becomes a store.
-        template: checks, renders and tokenises; its source, and the date that it prints, are part
-            of the cache's key.
-        tokenizer_sha256: the tokenizer's fingerprint, part of the key as well.
+        template: its source, and the date that it prints, are part of the cache's key.
+        tokenizer_sha256: part of the key as well.
 
     Raises:
         DataError: names the problems of all sources with file and row, or the disk is full. No
@@ -253,7 +252,6 @@ def mark_trained(
 
     Args:
         sample: inputs, targets and documents of a window, (T,) each.
-        decode: token ids to text.
         is_terminal: marks with a colour.
         limit: tokens after which the text ends.
     """

@@ -63,12 +63,9 @@ class Part:
 
 
 def find_parts(directory: Path, key: list[Any], label: str) -> list[Path]:
-    """Returns the parts of a store, in order; [] if nothing was prepared for it.
+    """Returns the parts of the store at this place, in order; [] if nothing was prepared for it.
 
-    Args:
-        directory: the place of the store.
-        key: what decides its tokens; a part's `index.json` has it as `made_of`.
-        label: names the corpus in messages.
+    A part's `index.json` has the key, which decides the tokens, as `made_of`.
 
     Raises:
         DataError: parts are missing, or were made with another tokenizer or text; names each.

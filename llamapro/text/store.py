@@ -38,7 +38,6 @@ class TokenStore:
 
     Attributes:
         tokens: length of the stream, with what stands before and after documents.
-        fingerprint: SHA-256 of the tokenizer.
         sha256: hash of the tokens as they were written.
         hashes: shard -> SHA-256 of its bytes as they were written.
         index: all of `index.json`.
@@ -56,7 +55,7 @@ class TokenStore:
         refuse_large(file, MAX_INDEX_BYTES, DataError)
         try:
             self.index = parse_json(file.read_bytes())
-            self.fingerprint: str = self.index["tokenizer_sha256"]
+            own: str = self.index["tokenizer_sha256"]
             self.tokens: int = self.index["tokens"]
             self.documents: int = self.index["counts"]["documents"]
             dtype = np.dtype({"uint16": "uint16", "uint32": "uint32"}[self.index["dtype"]])
@@ -66,13 +65,13 @@ class TokenStore:
             ]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file}: not an index of tokens ({error!r}); {fix}") from None
-        if fingerprint not in (None, self.fingerprint):
+        if fingerprint not in (None, own):
             raise DataError(
-                f"{file}: tokens of another tokenizer ({self.fingerprint[:16]}..., this one is "
+                f"{file}: tokens of another tokenizer ({own[:16]}..., this one is "
                 f"{str(fingerprint)[:16]}...); {fix}"
             )
         for shard, tokens, _ in shards:
-            size = _size(shard)
+            size = shard.stat().st_size if shard.exists() else 0
             if not size or size != tokens * dtype.itemsize:
                 actual = f"{size:,} bytes" if size else "missing or empty"
                 raise DataError(f"{shard}: {actual}, {INDEX_FILE} says {tokens:,} tokens; {fix}")
@@ -184,7 +183,6 @@ def cached(
         arrays: as for `write_store`; consumed only if the store is not in the cache.
         label: names the store in the progress bar and in a line on standard error.
         summarize: returns the rest of that line.
-        suffix: ends the store's name.
 
     Raises:
         DataError: the store in the cache is damaged, or a new one cannot be written.
@@ -200,20 +198,13 @@ def cached(
     store = TokenStore(directory, index["tokenizer_sha256"])
     if is_cached:
         store.check(f"check {label}", cache_dir)
-    for shard, sha256 in store.hashes.items() if not is_cached else ():
-        with known_hashes(shard, cache_dir) as known:
-            known[WHOLE] = sha256
+    else:
+        for shard, sha256 in store.hashes.items():
+            with known_hashes(shard, cache_dir) as known:
+                known[WHOLE] = sha256
     origin = f", from the cache {directory}" if is_cached else ""
     print(f"{label}: {summarize(store)}{origin}", file=sys.stderr)
     return store
-
-
-def _size(file: Path) -> int:
-    """Returns the bytes of a file, 0 if there is none."""
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def write_store(directory: Path, index: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> None:

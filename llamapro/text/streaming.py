@@ -2,15 +2,10 @@
 
 import codecs
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-
-class Pieces(Protocol):
-    """What is needed of a `Tokenizer`."""
-
-    adds_space: bool
-
-    def bytes_of(self, token_id: int) -> bytes: ...
+if TYPE_CHECKING:  # which decodes with this
+    from llamapro.text.tokenizer import Tokenizer
 
 
 class StreamingDecoder:
@@ -20,7 +15,7 @@ class StreamingDecoder:
     although a token may end inside a character.
     """
 
-    def __init__(self, tokenizer: Pieces, prompt_ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: "Tokenizer", prompt_ids: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._strips_space = tokenizer.adds_space  # before the very first text
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -5,7 +5,6 @@ run in silence, or make some wait for ever in an operation that the others do no
 compare it before they start, and a mistake on one machine ends the run on all.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -105,18 +104,10 @@ def difference(found: list[dict[str, Any]]) -> str:
     return ""
 
 
-def facts(settings: Settings, **more: Any) -> Facts:
-    """Returns what must be the same in every process: settings, code, versions, and `more`."""
+def facts(settings: Settings) -> Facts:
+    """Returns settings, code and versions, which must be the same in every process."""
     found = {k: json.dumps(v) for k, v in flatten(settings).items() if k not in LOCAL}
-    found |= {"the code of llamapro": code_hash(), "PyTorch": torch.__version__}
-    for name, value in more.items():
-        shown = name.replace("_", " ")
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = dataclasses.asdict(value)
-            found |= {f"{shown}'s {key}": str(inner) for key, inner in fields.items()}
-        else:
-            found[shown] = str(value)
-    return found
+    return found | {"the code of llamapro": code_hash(), "PyTorch": torch.__version__}
 
 
 def code_hash() -> str:

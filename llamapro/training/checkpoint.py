@@ -44,12 +44,9 @@ class Saver:
     """Writes the training checkpoints of a run and removes old ones; every rank has one.
 
     In the foreground the main process holds one tensor at a time. In the background `save` returns
-    as soon as the main process has copied everything into its memory (12 bytes for each trained
-    parameter); a thread then writes, hashes and removes while training goes on. The files are the
-    same.
-
-    As a context it leaves no thread behind: even when the body raises, a running save is completed,
-    though no longer reported.
+    as soon as the main process has copied everything into its memory; a thread then writes, hashes
+    and removes while training goes on. The files are the same. As a context it leaves no thread
+    behind: even when the body raises, a running save is completed, though no longer reported.
 
     Attributes:
         step: step of the latest checkpoint that was started, or from which the run resumed.
@@ -96,7 +93,6 @@ class Saver:
 
         Args:
             parameters: name -> sharded parameter, of everything that trains.
-            info: describes the base and the run of the trained tensors.
             state: JSON-able content of `state.json`.
 
         Returns:
@@ -171,10 +167,7 @@ class Saver:
 
     @property
     def is_done(self) -> bool:
-        """Whether `finish` would return the report of a background save without waiting.
-
-        Only the main rank knows. The others say False, so the ranks have to agree.
-        """
+        """Whether a background save has ended; only the main rank knows, so ranks have to agree."""
         return self._writing is not None and self._writing.done()
 
     def finish(self) -> dict[str, Any] | None:
@@ -186,7 +179,7 @@ class Saver:
             nothing to finish.
 
         Raises:
-            UserError: on every rank, if the main one could not write or remove.
+            UserError: on every rank, if the main one could not write.
         """
         saved, self._saved = self._saved, None
         if saved is None:

@@ -26,13 +26,7 @@ from llamapro.training.weights import freeze, stored_name
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a run.
-
-    Attributes:
-        mixture: the training samples in their order; the replayed source is the last.
-        apart: the number of that source if it has a loss or weight of its own.
-        batch_size: samples per step, over all ranks.
-    """
+    """The data of a run; `apart` is the number of the source with a loss or weight of its own."""
 
     mixture: Mixture
     apart: int | None
@@ -41,12 +35,7 @@ class Data:
     batch_size: int
 
     def batch(self, start: int, ranks: Ranks) -> tuple[tuple[Tensor, ...], int]:
-        """Returns a rank's share of the global batch that begins with sample `start`.
-
-        Returns:
-            inputs, targets and, for conversations, documents, each (n, T) int64; and the number of
-            samples of the global batch that come before those with a loss of their own.
-        """
+        """Returns a rank's share of the batch from sample `start` on; see `mixture.batch`."""
         size, last = self.batch_size, self.apart
         return batch(self.mixture, start, size, ranks.rank, ranks.world_size, last)
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,8 @@ MOST_WRITTEN = 1_000_000  # tokens that the base writes, unless the user asks fo
 class Job:
     """The inputs of a run; all of them exist and fit together.
 
-    Attributes:
-        checkpoint: the weights to start from; None for random ones.
-        template: chat template of conversations; None for text.
-        val: name -> paths of each validation set.
-        resume_from: the newest training checkpoint of the run directory.
+    Without a checkpoint the weights are random; without a template the data are text. `val` has the
+    paths of each validation set, `resume_from` is the newest training checkpoint.
     """
 
     settings: Settings
@@ -125,13 +122,9 @@ class Job:
     def facts(self) -> dict[str, str]:
         """Returns what must be the same in every process, before anything is computed."""
         template = self.template and hashlib.sha256(self.template.source.encode()).hexdigest()
-        return agreement.facts(
-            self.settings,
-            config_json=self.config,
-            the_tokenizer=self.tokenizer.fingerprint,
-            the_chat_template=template,
-            the_device=device_type(self.settings),
-        )
+        found = {f"config.json's {key}": str(v) for key, v in asdict(self.config).items()}
+        found |= {"the tokenizer": self.tokenizer.fingerprint, "the chat template": str(template)}
+        return agreement.facts(self.settings) | found | {"the device": device_type(self.settings)}
 
     def tokenize(self, part: Part | None = None) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
@@ -180,8 +173,6 @@ class Job:
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """Makes the checks that a run would make; returns the plan, JSON-able and as text.
-
-        With a GPU the plan has the fastest settings that fit it.
 
         Raises:
             ConfigError: the run directory holds a run with other settings.

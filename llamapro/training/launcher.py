@@ -49,11 +49,7 @@ def open_job(script: str, argv: Sequence[str], prog: str) -> Job:
 
 
 def launch(script: str, argv: Sequence[str], processes: int) -> int:
-    """Runs a script in several processes that train together, and waits for them.
-
-    Returns:
-        The exit status: 0 if all succeeded, 2 for a user's mistake, whose message was printed.
-    """
+    """Runs a script in several processes that train together; returns the exit status of all."""
     # The ranks meet at this store. Its port is in use from now on, so nobody else can take it.
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False

@@ -1,9 +1,8 @@
 """The losses that training minimises. An objective holds the model and is the root of FSDP.
 
 `NextToken` is the ordinary loss. `Replay` gives the sequences of general text a loss of their own,
-so that the model does not forget. With distillation the base itself is the teacher there, because
-an expanded model without its new blocks *is* its base. `Hold` is told how much may be forgotten,
-and finds the weight of that loss by itself.
+so that the model does not forget. `Hold` is told how much may be forgotten, and finds the weight of
+that loss by itself.
 
 Shapes: B sequences of T tokens, C hidden size.
 """
@@ -72,8 +71,10 @@ class NextToken(nn.Module):
 class Replay(NextToken):
     """Gives replayed sequences a weight, or lets them teach the base's own predictions.
 
-    Without distillation their loss is cross-entropy. With it the loss is KL(base || model) per
-    token (Li & Hoiem, "Learning without Forgetting", 2016), with no second set of weights.
+    Without distillation their loss is cross-entropy. With it the base is the teacher (Hinton et
+    al., 2015), and the loss is KL(base || model) per token: Li & Hoiem's "Learning without
+    Forgetting" (2016) with no second set of weights, because an expanded model without its new
+    blocks *is* its base.
     """
 
     def __init__(self, model: LlamaForCausalLM, replay: ReplaySettings):
@@ -91,10 +92,7 @@ class Replay(NextToken):
         documents: Tensor | None = None,
         replayed: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Computes the loss of a micro-batch, as `NextToken.forward`.
-
-        Both results include the replayed sequences, which come last.
-        """
+        """As `NextToken.forward`; both results include the replayed sequences, which come last."""
         if replayed is None:
             return self.combine(super().forward(input_ids, targets, documents), None)
         split = len(input_ids) - replayed
@@ -123,12 +121,7 @@ class Replay(NextToken):
     def combine(
         self, losses: tuple[Tensor, Tensor], replayed: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Returns loss sum and number of targets of a micro-batch.
-
-        Args:
-            losses: those two of the domain's sequences.
-            replayed: and of the replayed ones; None if there are none on any rank.
-        """
+        """Joins loss sum and number of targets of the domain's sequences with those of replay."""
         if replayed is None:
             return losses
         return losses[0] + self.weight * replayed[0], losses[1] + replayed[1]

@@ -15,7 +15,6 @@ def build_adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.1,
     lr: float = 0.0,
-    eps: float = 1e-8,
     undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
     """Builds fused AdamW over the parameters with `requires_grad`.
@@ -32,7 +31,7 @@ def build_adamw(
         for is_decayed in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def learning_rate(

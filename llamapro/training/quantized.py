@@ -133,9 +133,7 @@ def quantize(
 ) -> None:
     """Replaces the matrices of a frozen block by rounded ones on the device; "auto" leaves them.
 
-    Args:
-        dtype: of activations, and of the scales of int8.
-        has_backward: whether gradients go through the block.
+    The dtype is that of activations. `has_backward` says whether gradients go through the block.
     """
     if kind == "auto":
         return

@@ -73,11 +73,8 @@ def check_identity(
 ) -> None:
     """Refuses to resume with other weights, another tokenizer or other tokens.
 
-    Args:
-        allowed: settings (`resume.allow`) whose contents may differ.
-
     Raises:
-        ConfigError: naming everything that differs.
+        ConfigError: naming everything that differs, unless `resume.allow` names its setting.
         CheckpointError: the training checkpoint does not hold an identity.
     """
     try:

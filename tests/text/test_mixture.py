@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,9 +40,15 @@ def make_mixture(
     return Mixture(sources, weights, seed), sources
 
 
+def sample(mixture: Mixture, index: int) -> Any:
+    """Returns a sample as its source gives it."""
+    number, sequence = mixture.locate(index)
+    return mixture.sources[number][sequence]
+
+
 def first_tokens(mixture: Mixture, start: int, stop: int) -> list[int]:
     """Returns the first token of each sequence, which identifies it."""
-    return [int(mixture.sample(i)[0][0]) for i in range(start, stop)]
+    return [int(sample(mixture, i)[0][0]) for i in range(start, stop)]
 
 
 @pytest.mark.parametrize("tokens", [2, 4, 5, 8, 9, 11])
@@ -190,8 +197,8 @@ def test_samples_do_not_depend_on_the_order_of_access(tmp_path: Path) -> None:
     mixture, sources = make_mixture(tmp_path, [7, 5], [1.0, 1.5])
     stop = 3 * mixture.samples_per_epoch
     forwards = first_tokens(mixture, 0, stop)
-    backwards = [int(mixture.sample(i)[0][0]) for i in reversed(range(stop))]
-    alone = [int(Mixture(sources, [1.0, 1.5], 0).sample(i)[0][0]) for i in range(stop)]
+    backwards = [int(sample(mixture, i)[0][0]) for i in reversed(range(stop))]
+    alone = [int(sample(Mixture(sources, [1.0, 1.5], 0), i)[0][0]) for i in range(stop)]
     assert forwards == backwards[::-1] == alone
     assert len(mixture._orders) <= 5  # one epoch's, or memory would grow with every pass
 
@@ -247,11 +254,11 @@ def test_seeds_and_sources_are_shuffled_differently(tmp_path: Path) -> None:
     assert orders[0] != orders[1]
 
 
-@pytest.mark.parametrize("count", [12, 10, 1])
+@pytest.mark.parametrize("count", [12, 4])
 def test_ranks_share_the_same_samples_for_any_world_size(tmp_path: Path, count: int) -> None:
     """1, 2 and 4 ranks together see the same samples of a step, each once."""
     mixture, _ = make_mixture(tmp_path, [7, 5], [1.0, 1.5])
-    expected = [mixture.sample(i)[1].tolist() for i in range(9, 9 + count)]
+    expected = [sample(mixture, i)[1].tolist() for i in range(9, 9 + count)]
     for world_size in (1, 2, 4):
         shares = [batch(mixture, 9, count, rank, world_size)[0] for rank in range(world_size)]
         for inputs, targets in shares:

@@ -117,14 +117,14 @@ def test_other_weights_or_files_on_one_machine_end_both(
     assert_refused(start(), f"model.path on {os.uname().nodename} is another model than")
     config = second / "pro" / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
-    assert_refused(start(), "config json's rms_norm_eps is 1e-05 on rank 0 on ")
+    assert_refused(start(), "config.json's rms_norm_eps is 1e-05 on rank 0 on ")
     shutil.rmtree(second / "pro")
     shutil.copytree(machines / "node-0" / "pro", second / "pro")
 
     (second / "cache").unlink()
     (second / "cache").mkdir()
     assert_refused(start(), "data.cache_dir cache: ")
-    (second / "cache").rmdir()
+    shutil.rmtree(second / "cache")
     (second / "cache").symlink_to(machines / "cache")
     (second / "run").unlink()
     (second / "run").mkdir()
