@@ -193,14 +193,11 @@ def rms_norm_case(dtype: str, C: int, *words: str, rows: int = 4096) -> Case:
 def rope_case(
     dtype: str, D: int, *words: str, shape: tuple[int, int, int, int] = (2, 2048, 32, 8)
 ) -> Case:
-    """shape: (B, T, H, KV). words: fused (parts of one tensor), batched (a table per batch)."""
+    """shape: (B, T, H, KV). words: batched (a table per batch)."""
 
     def call() -> None:
         B, T, H, KV = shape
-        if "fused" in words:
-            both = torch.empty(B, T, H + KV, D, dtype=DTYPES[dtype]).split((H, KV), dim=2)
-        else:
-            both = tuple(torch.empty(B, T, n, D, dtype=DTYPES[dtype]) for n in (H, KV))
+        both = tuple(torch.empty(B, T, n, D, dtype=DTYPES[dtype]) for n in (H, KV))
         table = (B, T, D) if "batched" in words else (T, D)
         cos, sin = (torch.empty(table, dtype=DTYPES[dtype]) for _ in range(2))
         for x in both:  # queries, then keys
@@ -249,7 +246,7 @@ def cases() -> list[Case]:
         for words in ((), ("frozen",), ("add",), ("add", "frozen")):
             found += [rms_norm_case(dtype, C, *words)]
     for dtype in DTYPES:
-        for words in ((), ("fused",), ("batched",)):
+        for words in ((), ("batched",)):
             found += [rope_case(dtype, D, *words) for D in (64, 128)]
         found += [swiglu_case(dtype, 11008), swiglu_case(dtype, 14336)]
         for V in (32000, 128256):

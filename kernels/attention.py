@@ -49,9 +49,8 @@ MAX_HEAD_DIM = 256
 
 @triton.jit
 def _attend(
-    acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
+    acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, KV, scale,
     start, end, a, skip,
-    k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -63,10 +62,7 @@ def _attend(
         n = i * COLUMNS
         if MASKED:
             n += tl.where(i < a, 0, skip) * COLUMNS
-        k = load_rows(
-            k_ptr, batch, n, kv_head, S, k_stride_b, k_stride_t, k_stride_h,
-            COLUMNS, D, BLOCK_D, MASKED, TMA,
-        )  # fmt: skip
+        k = load_rows(k_ptr, batch, n, kv_head, S, KV, COLUMNS, D, BLOCK_D, MASKED, TMA)
         # "ieee" keeps fp32 tensors from being rounded to TF32.
         s = tl.dot(q, k.T, input_precision="ieee")  # (ROWS, COLUMNS)
         if MASKED:
@@ -84,10 +80,7 @@ def _attend(
         # What was summed so far is relative to the old maximum.
         correction = tl.exp2(m - subtracted)
         acc = acc * correction[:, None]
-        v = load_rows(
-            v_ptr, batch, n, kv_head, S, v_stride_b, v_stride_t, v_stride_h,
-            COLUMNS, D, BLOCK_D, MASKED, TMA,
-        )  # fmt: skip
+        v = load_rows(v_ptr, batch, n, kv_head, S, KV, COLUMNS, D, BLOCK_D, MASKED, TMA)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
         total = total * correction + tl.sum(p, 1)
         m = m_new
@@ -96,9 +89,7 @@ def _attend(
 
 @triton.jit
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, T, S, GROUP, scale,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    v_stride_b, v_stride_t, v_stride_h, first_stride_b,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, T, S, GROUP, scale, first_stride_b,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -108,6 +99,7 @@ def _attention_forward_kernel(
     # Programs start in order of their number: the last tile of queries has number 0.
     row = (tl.num_programs(2) - 1 - tl.program_id(2)) * ROWS
     H = tl.num_programs(0)
+    KV = H // GROUP
     kv_head = head // GROUP
     rows = row + tl.arange(0, ROWS)
     pos = S - T + rows
@@ -122,22 +114,15 @@ def _attention_forward_kernel(
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
-    q = load_rows(
-        q_ptr, batch, row, head, T, q_stride_b, q_stride_t, q_stride_h,
-        ROWS, D, BLOCK_D, True, False,
-    )  # fmt: skip
+    q = load_rows(q_ptr, batch, row, head, T, H, ROWS, D, BLOCK_D, True, False)
     # Unmasked tiles first, then both edges. Softmax does not depend on the order.
     acc, total, m = _attend(
-        acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
-        a, b, a, 0,
-        k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-        COLUMNS, D, BLOCK_D, TMA, False, BOUNDED,
+        acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, KV, scale,
+        a, b, a, 0, COLUMNS, D, BLOCK_D, TMA, False, BOUNDED,
     )  # fmt: skip
     acc, total, m = _attend(
-        acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
-        start, end - (b - a), a, b - a,
-        k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-        COLUMNS, D, BLOCK_D, TMA, True, BOUNDED,
+        acc, total, m, q, pos, first, k_ptr, v_ptr, batch, kv_head, S, KV, scale,
+        start, end - (b - a), a, b - a, COLUMNS, D, BLOCK_D, TMA, True, BOUNDED,
     )  # fmt: skip
 
     # Divided by scale, lse has the units of q . k: backward subtracts it before it scales.
@@ -162,13 +147,12 @@ def attention_forward(
     tma = tiles.uses_tma(architecture, q.dtype)
     block_d = tiles.padded(D)
     tile = tiles.tile("forward", architecture, block_d, q.dtype)
-    q, k, v = (tiles.with_readable_rows(x, tma) for x in (q, k, v))
+    q, k, v = (tiles.dense(x) for x in (q, k, v))
     with torch.cuda.device_of(q):
         _attention_forward_kernel[(H, B, triton.cdiv(T, tile.rows))](
             q, tiles.described(k, tile.columns, tma), tiles.described(v, tile.columns, tma),
             tiles.described(out, tile.rows, tma), lse, first,
-            T, S, H // KV, math.log2(math.e) / math.sqrt(D),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], tiles.batch_stride(first),
+            T, S, H // KV, math.log2(math.e) / math.sqrt(D), tiles.batch_stride(first),
             ROWS=tile.rows, COLUMNS=tile.columns, D=D, BLOCK_D=block_d, TMA=tma,
             BOUNDED=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -208,9 +192,8 @@ def attention(
     keys first[t] <= n <= p. Gradients are the same bits every time.
 
     Args:
-        q: (B, T, H, D), fp32, fp16 or bf16, D a multiple of 8 up to 256. Any strides; q, k and v
-            are copied unless the last stride is 1 and the others and the address are multiples of
-            16 bytes.
+        q: (B, T, H, D), fp32, fp16 or bf16, D a multiple of 8 up to 256. q, k and v are copied
+            unless they are contiguous and aligned to 16 bytes.
         k, v: (B, S, KV, D), dtype of q; head h of q reads key/value head h // (H / KV).
         bounds: `first` (B or 1, T), the first key that a query sees, and `last` (B or 1, S), the
             position of the last query that sees a key; int32 and non-decreasing, two descriptions

@@ -41,7 +41,7 @@ DELTA_ROWS = 64
 
 @triton.jit
 def _delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, T, dout_stride_b, dout_stride_t, dout_stride_h,
+    out_ptr, dout_ptr, delta_ptr, T,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Computes delta = rowsum(out * dout) in fp32."""
@@ -49,14 +49,8 @@ def _delta_kernel(
     batch = tl.program_id(1)
     row = tl.program_id(2) * ROWS
     H = tl.num_programs(0)
-    out = load_rows(
-        out_ptr, batch, row, head, T, tl.cast(T, tl.int64) * H * D, H * D, D,
-        ROWS, D, BLOCK_D, True, False,
-    )  # fmt: skip
-    dout = load_rows(
-        dout_ptr, batch, row, head, T, dout_stride_b, dout_stride_t, dout_stride_h,
-        ROWS, D, BLOCK_D, True, False,
-    )  # fmt: skip
+    out = load_rows(out_ptr, batch, row, head, T, H, ROWS, D, BLOCK_D, True, False)
+    dout = load_rows(dout_ptr, batch, row, head, T, H, ROWS, D, BLOCK_D, True, False)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     rows = row + tl.arange(0, ROWS)
     base = (tl.cast(batch, tl.int64) * H + head) * T
@@ -67,7 +61,6 @@ def _delta_kernel(
 def _visit_queries(
     dk, dv, k, v, keys, last, q_ptr, dout_ptr, lse_ptr, delta_ptr,
     batch, kv_head, GROUP, H, T, S, scale, start, count, a, skip,
-    q_stride_b, q_stride_t, q_stride_h, dout_stride_b, dout_stride_t, dout_stride_h,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -84,14 +77,8 @@ def _visit_queries(
         if MASKED:
             row += tl.where(tile < a, 0, skip) * ROWS
         rows = row + tl.arange(0, ROWS)
-        q = load_rows(
-            q_ptr, batch, row, head, T, q_stride_b, q_stride_t, q_stride_h,
-            ROWS, D, BLOCK_D, MASKED, TMA,
-        )  # fmt: skip
-        dout = load_rows(
-            dout_ptr, batch, row, head, T, dout_stride_b, dout_stride_t, dout_stride_h,
-            ROWS, D, BLOCK_D, MASKED, TMA,
-        )  # fmt: skip
+        q = load_rows(q_ptr, batch, row, head, T, H, ROWS, D, BLOCK_D, MASKED, TMA)
+        dout = load_rows(dout_ptr, batch, row, head, T, H, ROWS, D, BLOCK_D, MASKED, TMA)
         # Rows past T are zeros in q, dout, lse and delta: there p is 1, and adds nothing.
         of_head = (tl.cast(batch, tl.int64) * H + head) * T
         lse = tl.load(lse_ptr + of_head + rows, mask=rows < T, other=0.0)
@@ -123,10 +110,7 @@ def _visit_queries(
 @triton.jit
 def _attention_key_value_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, last_ptr, dk_ptr, dv_ptr,
-    T, S, GROUP, scale,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    v_stride_b, v_stride_t, v_stride_h, dout_stride_b, dout_stride_t, dout_stride_h,
-    last_stride_b,
+    T, S, GROUP, scale, last_stride_b,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -156,24 +140,16 @@ def _attention_key_value_kernel(
     # dk and dv are those of the key/value head: the sums over its whole group of query heads.
     dk = tl.zeros((COLUMNS, BLOCK_D), tl.float32)
     dv = tl.zeros((COLUMNS, BLOCK_D), tl.float32)
-    k = load_rows(
-        k_ptr, batch, key, kv_head, S, k_stride_b, k_stride_t, k_stride_h,
-        COLUMNS, D, BLOCK_D, True, False,
-    )  # fmt: skip
-    v = load_rows(
-        v_ptr, batch, key, kv_head, S, v_stride_b, v_stride_t, v_stride_h,
-        COLUMNS, D, BLOCK_D, True, False,
-    )  # fmt: skip
+    k = load_rows(k_ptr, batch, key, kv_head, S, KV, COLUMNS, D, BLOCK_D, True, False)
+    v = load_rows(v_ptr, batch, key, kv_head, S, KV, COLUMNS, D, BLOCK_D, True, False)
     dk, dv = _visit_queries(
         dk, dv, k, v, keys, last, q_ptr, dout_ptr, lse_ptr, delta_ptr,
         batch, kv_head, GROUP, KV * GROUP, T, S, scale, start, end - start - (b - a), a, b - a,
-        q_stride_b, q_stride_t, q_stride_h, dout_stride_b, dout_stride_t, dout_stride_h,
         ROWS, COLUMNS, D, BLOCK_D, TMA, True, BOUNDED,
     )  # fmt: skip
     dk, dv = _visit_queries(
         dk, dv, k, v, keys, last, q_ptr, dout_ptr, lse_ptr, delta_ptr,
         batch, kv_head, GROUP, KV * GROUP, T, S, scale, a, b - a, a, 0,
-        q_stride_b, q_stride_t, q_stride_h, dout_stride_b, dout_stride_t, dout_stride_h,
         ROWS, COLUMNS, D, BLOCK_D, TMA, False, BOUNDED,
     )  # fmt: skip
 
@@ -185,9 +161,8 @@ def _attention_key_value_kernel(
 
 @triton.jit
 def _visit_keys(
-    dq, q, dout, lse, delta, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
+    dq, q, dout, lse, delta, pos, first, k_ptr, v_ptr, batch, kv_head, S, KV, scale,
     start, end, a, skip,
-    k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -196,14 +171,8 @@ def _visit_keys(
         n = i * COLUMNS
         if MASKED:
             n += tl.where(i < a, 0, skip) * COLUMNS
-        k = load_rows(
-            k_ptr, batch, n, kv_head, S, k_stride_b, k_stride_t, k_stride_h,
-            COLUMNS, D, BLOCK_D, MASKED, TMA,
-        )  # fmt: skip
-        v = load_rows(
-            v_ptr, batch, n, kv_head, S, v_stride_b, v_stride_t, v_stride_h,
-            COLUMNS, D, BLOCK_D, MASKED, TMA,
-        )  # fmt: skip
+        k = load_rows(k_ptr, batch, n, kv_head, S, KV, COLUMNS, D, BLOCK_D, MASKED, TMA)
+        v = load_rows(v_ptr, batch, n, kv_head, S, KV, COLUMNS, D, BLOCK_D, MASKED, TMA)
         dp = tl.zeros((ROWS, COLUMNS), tl.float32) - delta[:, None]
         dp = tl.dot(dout, v.T, dp, input_precision="ieee")  # dout . v - delta
         s = tl.zeros((ROWS, COLUMNS), tl.float32) - lse[:, None]
@@ -222,10 +191,7 @@ def _visit_keys(
 @triton.jit
 def _attention_query_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, first_ptr, dq_ptr,
-    T, S, GROUP, scale,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    v_stride_b, v_stride_t, v_stride_h, dout_stride_b, dout_stride_t, dout_stride_h,
-    first_stride_b,
+    T, S, GROUP, scale, first_stride_b,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TMA: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
@@ -234,6 +200,7 @@ def _attention_query_kernel(
     batch = tl.program_id(1)
     row = (tl.num_programs(2) - 1 - tl.program_id(2)) * ROWS
     H = tl.num_programs(0)
+    KV = H // GROUP
     kv_head = head // GROUP
     rows = row + tl.arange(0, ROWS)
     pos = S - T + rows
@@ -244,29 +211,20 @@ def _attention_query_kernel(
         first = tl.load(first_ptr + rows, mask=rows < T, other=0)
     start, a, b, end = key_tiles(first_ptr, row, T, S, ROWS, COLUMNS, BOUNDED)
 
-    q = load_rows(
-        q_ptr, batch, row, head, T, q_stride_b, q_stride_t, q_stride_h,
-        ROWS, D, BLOCK_D, True, False,
-    )  # fmt: skip
-    dout = load_rows(
-        dout_ptr, batch, row, head, T, dout_stride_b, dout_stride_t, dout_stride_h,
-        ROWS, D, BLOCK_D, True, False,
-    )  # fmt: skip
+    q = load_rows(q_ptr, batch, row, head, T, H, ROWS, D, BLOCK_D, True, False)
+    dout = load_rows(dout_ptr, batch, row, head, T, H, ROWS, D, BLOCK_D, True, False)
     base = (tl.cast(batch, tl.int64) * H + head) * T
     lse = tl.load(lse_ptr + base + rows, mask=rows < T, other=0.0)
     delta = tl.load(delta_ptr + base + rows, mask=rows < T, other=0.0)
     # Rows past T have q, dout, lse and delta of 0, and are not stored.
     dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
     dq = _visit_keys(
-        dq, q, dout, lse, delta, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale, a, b, a, 0,
-        k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-        ROWS, COLUMNS, D, BLOCK_D, TMA, False, BOUNDED,
+        dq, q, dout, lse, delta, pos, first, k_ptr, v_ptr, batch, kv_head, S, KV, scale,
+        a, b, a, 0, ROWS, COLUMNS, D, BLOCK_D, TMA, False, BOUNDED,
     )  # fmt: skip
     dq = _visit_keys(
-        dq, q, dout, lse, delta, pos, first, k_ptr, v_ptr, batch, kv_head, S, scale,
-        start, end - (b - a), a, b - a,
-        k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-        ROWS, COLUMNS, D, BLOCK_D, TMA, True, BOUNDED,
+        dq, q, dout, lse, delta, pos, first, k_ptr, v_ptr, batch, kv_head, S, KV, scale,
+        start, end - (b - a), a, b - a, ROWS, COLUMNS, D, BLOCK_D, TMA, True, BOUNDED,
     )  # fmt: skip
 
     dq *= scale * LN_2
@@ -281,7 +239,7 @@ def attention_backward(
     """Returns dq, dk, dv in the shapes and dtype of q, k, v; those not needed have no elements.
 
     Args:
-        dout: (B, T, H, D), any strides.
+        dout: (B, T, H, D); copied like q, k and v.
         out, lse: as forward returned them.
         first, last: the bounds of `attention`. dq reads `first`, dk and dv read `last`.
     """
@@ -293,14 +251,13 @@ def attention_backward(
     architecture = device.architecture(q.device)
     tma = tiles.uses_tma(architecture, q.dtype)
     block_d = tiles.padded(D)
-    q, k, v, dout = (tiles.with_readable_rows(x, tma) for x in (q, k, v, dout))
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    q, k, v, dout = (tiles.dense(x) for x in (q, k, v, dout))
     scale = math.log2(math.e) / math.sqrt(D)
     with torch.cuda.device_of(q):
         # Both other kernels need delta.
         delta = torch.empty_like(lse)
         _delta_kernel[(H, B, triton.cdiv(T, DELTA_ROWS))](
-            out, dout, delta, T, *dout.stride()[:3], ROWS=DELTA_ROWS, D=D, BLOCK_D=block_d
+            out, dout, delta, T, ROWS=DELTA_ROWS, D=D, BLOCK_D=block_d
         )
         if needs_dkv:
             last = None if last is None else last.contiguous()
@@ -309,7 +266,7 @@ def attention_backward(
                 tiles.described(q, tile.rows, tma), k, v, tiles.described(dout, tile.rows, tma),
                 lse, delta, last,
                 tiles.described(dk, tile.columns, tma), tiles.described(dv, tile.columns, tma),
-                T, S, H // KV, scale, *strides, tiles.batch_stride(last),
+                T, S, H // KV, scale, tiles.batch_stride(last),
                 ROWS=tile.rows, COLUMNS=tile.columns, D=D, BLOCK_D=block_d, TMA=tma,
                 BOUNDED=last is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
@@ -319,7 +276,7 @@ def attention_backward(
             _attention_query_kernel[(H, B, triton.cdiv(T, tile.rows))](
                 q, tiles.described(k, tile.columns, tma), tiles.described(v, tile.columns, tma),
                 dout, lse, delta, first, tiles.described(dq, tile.rows, tma),
-                T, S, H // KV, scale, *strides, tiles.batch_stride(first),
+                T, S, H // KV, scale, tiles.batch_stride(first),
                 ROWS=tile.rows, COLUMNS=tile.columns, D=D, BLOCK_D=block_d, TMA=tma,
                 BOUNDED=first is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip

@@ -38,15 +38,15 @@ def unsupported(device: torch.device, dtype: torch.dtype, size: int) -> str | No
 
 @triton.jit
 def rope_kernel(
-    x_ptr,  # (B, T, H, D), last stride 1
+    x_ptr,  # (B, T, H, D)
     cos_ptr,  # (T, D), batches table_stride apart (0: one table for all)
     sin_ptr,
-    y_ptr,  # (B, T, H, D), contiguous
-    batch_stride, token_stride, head_stride, table_stride, T, H,
+    y_ptr,  # (B, T, H, D)
+    table_stride, T, H,
     HALF: tl.constexpr,  # D / 2
     BLOCK_HALF: tl.constexpr, BLOCK_H: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)  # token * stride can pass 2^31
+    token = tl.program_id(0).to(tl.int64)  # token * H * D can pass 2^31
     b, t = token // T, token % T
 
     # One angle per pair. The second half of a row of the table repeats the first: it is not read.
@@ -60,25 +60,23 @@ def rope_kernel(
     # All heads of the token at once: they are rotated by the same angles.
     head = tl.arange(0, BLOCK_H)[:, None]
     mask = (head < H) & (i < HALF)
-    x = x_ptr + b * batch_stride + t * token_stride + head * head_stride + i
-    left = tl.load(x, mask=mask, other=0.0).to(tl.float32)
-    right = tl.load(x + HALF, mask=mask, other=0.0).to(tl.float32)
-    y = y_ptr + token * H * 2 * HALF + head * 2 * HALF + i
-    tl.store(y, left * cos - right * sin, mask=mask)
-    tl.store(y + HALF, right * cos + left * sin, mask=mask)
+    at = token * H * 2 * HALF + head * 2 * HALF + i
+    left = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    right = tl.load(x_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, left * cos - right * sin, mask=mask)
+    tl.store(y_ptr + at + HALF, right * cos + left * sin, mask=mask)
 
 
 @torch.library.custom_op("llamapro::rope", mutates_args=())
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     B, T, H, D = x.shape
     y = dense_like(x)
-    x = x if x.stride(-1) == 1 else x.contiguous()
     # A table (1, T, D), like (T, D), serves all batches: there is nothing to step over.
     table_stride = T * D if cos.ndim == 3 and cos.shape[0] == B else 0
     block_half, block_h = triton.next_power_of_2(D // 2), triton.next_power_of_2(H)
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever x is
         rope_kernel[(B * T,)](  # nothing is launched on an empty grid
-            x, cos.contiguous(), sin.contiguous(), y, *x.stride()[:3], table_stride, T, H,
+            x.contiguous(), cos.contiguous(), sin.contiguous(), y, table_stride, T, H,
             HALF=D // 2, BLOCK_HALF=block_half, BLOCK_H=block_h, INVERSE=inverse,
             num_warps=num_warps(block_h * block_half),
         )  # fmt: skip
@@ -105,7 +103,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The table is a constant: it gets no gradient.
 
     Args:
-        x: (B, T, H, D), any strides; copied unless the last is 1.
+        x: (B, T, H, D); copied if it is not contiguous.
         cos, sin: (T, D) or (B, T, D), in x's dtype. Both halves of the last axis must be equal, as
             `ops.rope_table` makes them: only the first is read.
 

@@ -99,18 +99,14 @@ def uses_tma(architecture: int, dtype: torch.dtype) -> bool:
     return architecture == 90 and dtype.itemsize == 2
 
 
-def with_readable_rows(x: Tensor, tma: bool) -> Tensor:
-    """Returns x (B, T, H, D), copied only if its layout cannot be read well where it lies.
+def dense(x: Tensor) -> Tensor:
+    """Returns x (B, T, H, D), copied only if it is not contiguous or not aligned to 16 bytes.
 
-    The last stride must be 1; the address and all other strides must be multiples of 16 bytes. TMA
-    demands it, and pointers would otherwise take one instruction per element. TMA does not take
-    stride 0 (an expanded tensor) either.
+    TMA demands that address, and pointers would otherwise take one instruction per element.
     """
-    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-    is_readable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-    is_readable &= all(step % 16 == 0 and (step > 0 or not tma) for step in steps)
+    is_dense = x.is_contiguous() and x.data_ptr() % 16 == 0
     # Not x.contiguous(), which returns x itself if it is only unaligned.
-    return x if is_readable else x.clone(memory_format=torch.contiguous_format)
+    return x if is_dense else x.clone(memory_format=torch.contiguous_format)
 
 
 def described(x: Tensor, block: int, tma: bool) -> Tensor | TensorDescriptor:
@@ -127,8 +123,25 @@ def batch_stride(bound: Tensor | None) -> int:
 
 
 @triton.jit
+def _rows_at(
+    x, batch, row, head, num_rows, num_heads,
+    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Returns pointers to a tile of x, contiguous, and where they are inside its rows and D."""
+    t = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    stride_t = num_heads * D
+    # The tile's start takes 64 bits, as B * T * H * D can pass 2^31. Inside, 32 are enough. Two
+    # sums: as one product, a tile of D = 32 spills registers on sm_80.
+    x += tl.cast(batch, tl.int64) * num_rows * stride_t
+    x += tl.cast(row, tl.int64) * stride_t + head * D
+    is_inside = (row + t < num_rows)[:, None] & (d < D)[None, :]
+    return x + t[:, None] * stride_t + d[None, :], is_inside
+
+
+@triton.jit
 def load_rows(
-    x, batch, row, head, num_rows, stride_b, stride_t, stride_h,
+    x, batch, row, head, num_rows, num_heads,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
@@ -139,19 +152,13 @@ def load_rows(
     if TMA:
         block = x.load([batch, row, head, 0]).reshape(BLOCK, BLOCK_D)
     else:
-        t = tl.arange(0, BLOCK)
-        d = tl.arange(0, BLOCK_D)
-        # The tile's start takes 64 bits, as B * T * H * D can pass 2^31. Inside, 32 are enough.
-        x += tl.cast(batch, tl.int64) * stride_b + tl.cast(row, tl.int64) * stride_t
-        x += tl.cast(head, tl.int64) * stride_h
-        x += t[:, None] * stride_t + d[None, :]
+        at, is_inside = _rows_at(x, batch, row, head, num_rows, num_heads, BLOCK, D, BLOCK_D)
         if EDGE:
-            is_inside = (row + t < num_rows)[:, None] & (d < D)[None, :]
-            block = tl.load(x, mask=is_inside, other=0.0)
+            block = tl.load(at, mask=is_inside, other=0.0)
         elif D < BLOCK_D:
-            block = tl.load(x, mask=(d < D)[None, :], other=0.0)
+            block = tl.load(at, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
         else:
-            block = tl.load(x)
+            block = tl.load(at)
     return block
 
 
@@ -160,20 +167,12 @@ def store_rows(
     x, block, batch, row, head, num_rows, num_heads,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile to x, contiguous, and leaves out what lies past num_rows and D."""
+    """Writes a tile to x and leaves out what lies past num_rows and D."""
     if TMA:
-        block = block.to(x.dtype).reshape(1, BLOCK, 1, BLOCK_D)
-        x.store([batch, row, head, 0], block)
+        x.store([batch, row, head, 0], block.to(x.dtype).reshape(1, BLOCK, 1, BLOCK_D))
     else:
-        t = tl.arange(0, BLOCK)
-        d = tl.arange(0, BLOCK_D)
-        stride_t = num_heads * D
-        # Two sums, as for reading: as one product, a tile of D = 32 spills registers on sm_80.
-        x += tl.cast(batch, tl.int64) * num_rows * stride_t
-        x += tl.cast(row, tl.int64) * stride_t + head * D
-        is_inside = (row + t < num_rows)[:, None] & (d < D)[None, :]
-        block = block.to(x.dtype.element_ty)
-        tl.store(x + t[:, None] * stride_t + d[None, :], block, mask=is_inside)
+        at, is_inside = _rows_at(x, batch, row, head, num_rows, num_heads, BLOCK, D, BLOCK_D)
+        tl.store(at, block.to(x.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit

@@ -230,19 +230,20 @@ def test_every_layout_is_read(
     assert all(map(torch.equal, arguments, before))
 
 
-def test_key_cache_and_fused_projection_are_read_in_place(
-    device: str, half: torch.dtype, tma: bool
-) -> None:
-    """Slices of a cache along S, and heads of one qkv tensor; unaligned rows are copied."""
-    cache = torch.zeros(2, 100, 2, 64, dtype=half, device=device)
-    fused = torch.zeros(2, 100, 6, 64, dtype=half, device=device)
-    for x in (cache[:, :37], fused[:, :, :4], fused[:, :, 5:], cache.transpose(1, 2)):
-        assert tiles.with_readable_rows(x, tma) is x
-    odd = torch.zeros(2, 100, 2, 65, dtype=half, device=device)
-    for x in (cache[..., 1:33], odd[..., :64], cache.transpose(2, 3)):
-        assert tiles.with_readable_rows(x, tma).is_contiguous()
-    expanded = cache[:1].expand(2, -1, -1, -1)  # TMA has no stride 0
-    assert (tiles.with_readable_rows(expanded, tma) is expanded) != tma
+def test_only_what_is_not_dense_is_copied(device: str, half: torch.dtype) -> None:
+    """A whole tensor is read in place; slices of one, or an odd address, are copied."""
+    whole = torch.zeros(2, 100, 2, 64, dtype=half, device=device)
+    assert tiles.dense(whole) is whole and tiles.dense(whole[1:]).data_ptr() == whole[1:].data_ptr()
+    odd = torch.zeros(whole.numel() + 1, dtype=half, device=device)[1:].view(whole.shape)
+    for x in (
+        whole[:, :37],
+        whole[..., 1:33],
+        whole.transpose(1, 2),
+        whole[:1].expand(2, -1, -1, -1),
+        odd,
+    ):
+        copied = tiles.dense(x)
+        assert copied.is_contiguous() and copied.data_ptr() % 16 == 0 and torch.equal(copied, x)
 
 
 @pytest.mark.usefixtures("guarded")

@@ -26,7 +26,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import attention, cross_entropy, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.gpu
-INT32 = 1 << 31
 
 
 @pytest.fixture
@@ -75,26 +74,6 @@ def test_attention_gives_the_same_bits_50_times(gpu: torch.device) -> None:
 
 
 # ---- More than 2^31 elements --------------------------------------------------------------------
-
-
-def check_far_apart_rows(device: torch.device, dtype: torch.dtype, T: int, stride: int) -> None:
-    """q, k and v are parts of rows of one wide tensor, `stride` elements from row to row."""
-    D, H, KV = 64, 4, 2
-    wide = torch.empty(T * stride, device=device, dtype=dtype)
-
-    def part(heads: int, offset: int) -> Tensor:
-        x = wide.as_strided((1, T, heads, D), (T * stride, stride, D, 1), offset)
-        return x.copy_(random(1, T, heads, D, device=device, dtype=dtype))
-
-    q, k, v, dout = part(H, 0), part(KV, H * D), part(KV, 1024), part(H, 2048)
-    dense = gradients(q.contiguous(), k.contiguous(), v.contiguous(), dout.contiguous())
-    assert all(map(torch.equal, gradients(q, k, v, dout), dense))
-
-
-def test_attention_reads_rows_beyond_2_31_elements(gpu: torch.device) -> None:
-    """The last row begins more than 2^31 elements after the first, by its stride."""
-    needs_free(12)
-    check_far_apart_rows(gpu, torch.bfloat16, T=1025, stride=INT32 // 1024)
 
 
 def check_attention_of_many(device: torch.device, dtype: torch.dtype, shape: Any) -> None:
