@@ -128,6 +128,25 @@ def pro(
 STEPS, SAVE_EVERY = 6, 3
 
 
+@pytest.fixture(scope="session")
+def replay_home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: Callable[..., Any],
+    write_random_checkpoint: Callable[..., Path],
+) -> Path:
+    """Two bases, their expansions, the first also with an added token; a corpus."""
+    home = tmp_path_factory.mktemp("replay")
+    config = tiny_config(num_hidden_layers=2, max_position_embeddings=64)
+    layout = interleave(2, 1)
+    for number in range(2):
+        base = write_random_checkpoint(home / f"base{number}", config, seed=number)
+        expand_checkpoint(Checkpoint.open(base), home / f"pro{number}", layout)
+    expand_checkpoint(Checkpoint.open(home / "base0"), home / "grown", layout, new_tokens=["<|x|>"])
+    (home / "train.txt").write_text("def usage(parser): print(parser.usage)\n" * 60)
+    (home / "general.txt").write_text("It was the best of times, it was the worst of times.\n" * 20)
+    return home
+
+
 def _argparse_source() -> str:
     return Path(argparse.__file__).read_text(encoding="utf-8")[:20_000]
 
