@@ -2,10 +2,8 @@
 
 import codecs
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # which decodes with this
-    from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.tokenizer import Tokenizer
 
 
 class StreamingDecoder:
@@ -15,7 +13,7 @@ class StreamingDecoder:
     although a token may end inside a character.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", prompt_ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._strips_space = tokenizer.adds_space  # before the very first text
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

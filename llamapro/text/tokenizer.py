@@ -18,7 +18,6 @@ from llamapro.text.comparison import (
     takes_json,
     what_is_missing,
 )
-from llamapro.text.streaming import StreamingDecoder
 from llamapro.text.token_files import (
     COMPANIONS,
     added_tokens,
@@ -327,8 +326,8 @@ class Tokenizer:
 
         Control tokens and ids past the vocabulary, the rows of a padded model, give no text.
         """
-        decoder = StreamingDecoder(self)
-        return "".join([*map(decoder.feed, ids), decoder.flush()])
+        text = b"".join(self.bytes_of(int(i)) for i in ids)
+        return text.removeprefix(b" " if self.adds_space else b"").decode(errors="replace")
 
     def bytes_of(self, token_id: int) -> bytes:
         """Returns the bytes of text that a token stands for, b"" for a control token."""
