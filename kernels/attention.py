@@ -186,21 +186,11 @@ class _Attention(torch.autograd.Function):
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Causal softmax(q k^T / sqrt(D)) v with grouped heads, a window, packed documents.
+    """As `ops.attention`: (B, T, H, D), (B, S, KV, D) twice -> (B, T, H, D), contiguous.
 
-    The queries are the last T of the S positions: query t is at position p = S - T + t and sees the
-    keys first[t] <= n <= p. Gradients are the same bits every time.
-
-    Args:
-        q: (B, T, H, D), fp32, fp16 or bf16, D a multiple of 8 up to 256. q, k and v are copied
-            unless they are contiguous and aligned to 16 bytes.
-        k, v: (B, S, KV, D), dtype of q; head h of q reads key/value head h // (H / KV).
-        bounds: `first` (B or 1, T), the first key that a query sees, and `last` (B or 1, S), the
-            position of the last query that sees a key; int32 and non-decreasing, two descriptions
-            of the same pairs. None: each query sees all keys up to p.
-
-    Returns:
-        (B, T, H, D) in the dtype of q, contiguous.
+    Gradients are the same bits every time. q, k and v are fp32, fp16 or bf16 with D a multiple of 8
+    up to 256, and copied unless they are contiguous and aligned to 16 bytes. `bounds` are an
+    `ops.AttentionBounds`.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other.

@@ -180,21 +180,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the token losses of `softmax(x @ weight.T)`, without holding all logits at once.
+    """As `ops.linear_cross_entropy`: (N, C), (V, C), (N,) -> (), (); any strides.
 
     Logits are rounded to x's dtype, as `F.linear` does; softmax, losses and their sum are in fp32.
-    Forward computes the gradients that are needed, and backward scales them. The gradient of x is
-    rounded to its dtype before and after; that of the weight is summed in fp32 and rounded once.
-
-    Args:
-        x: (N, C), any strides.
-        weight: (V, C), the output embedding, any strides, in x's dtype.
-        targets: (N,) int64 token ids, any strides; `IGNORE_INDEX` (-100) adds neither loss nor
-            count.
-
-    Returns:
-        loss_sum: () fp32, in nats.
-        count: () int64, the number of targets that are not ignored.
+    The gradient of x is rounded to its dtype before and after it is scaled; that of the weight is
+    summed in fp32 and rounded once.
 
     Raises:
         RuntimeError: a target is not below V (on a GPU: a device-side assertion, later).

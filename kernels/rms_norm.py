@@ -222,16 +222,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm `x / sqrt(mean(x^2) + eps) * weight` (Zhang & Sennrich, 2019).
-
-    Only the gradients that are needed are computed.
-
-    Args:
-        x: (..., C); copied if it is not contiguous.
-        weight: (C,), in x's dtype.
-
-    Returns:
-        (..., C) in x's dtype, contiguous.
+    """As `ops.rms_norm`: (..., C), copied if it is not contiguous, and (C,) -> (..., C).
 
     Raises:
         ValueError: the weight's shape or dtype does not fit x.
@@ -241,17 +232,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Adds to the residual stream and normalises the sum: `s = x + residual`, `rms_norm(s)`.
+    """As `ops.add_rms_norm`: the sum and its norm, both (..., C).
 
     This is one kernel instead of two: the sum is not read again to be normalised, and in backward
     its two gradients are not added in a pass of their own.
-
-    Args:
-        x, residual: (..., C), of one shape and dtype; copied if they are not contiguous.
-        weight: (C,), in x's dtype.
-
-    Returns:
-        The sum and the normalised sum, both (..., C) in x's dtype, contiguous.
 
     Raises:
         ValueError: the shapes or dtypes do not fit.

@@ -98,17 +98,9 @@ class _RoPE(torch.autograd.Function):
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + D/2) of queries or keys by their position's angle.
+    """As `ops.rope`: (B, T, H, D), copied if it is not contiguous -> (B, T, H, D).
 
-    The table is a constant: it gets no gradient.
-
-    Args:
-        x: (B, T, H, D); copied if it is not contiguous.
-        cos, sin: (T, D) or (B, T, D), in x's dtype. Both halves of the last axis must be equal, as
-            `ops.rope_table` makes them: only the first is read.
-
-    Returns:
-        (B, T, H, D) in x's dtype, contiguous.
+    The table is a constant: it gets no gradient. Only the first half of its last axis is read.
 
     Raises:
         ValueError: the shapes or dtypes do not fit, or D is odd.

@@ -114,15 +114,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) * up (Shazeer, 2020).
+    """As `ops.swiglu`: (..., F) twice, copied if they are not contiguous -> (..., F).
 
-    Only the two inputs are kept for backward, and only the gradients asked for are computed.
-
-    Args:
-        gate, up: (..., F), of one shape and dtype; copied if they are not contiguous.
-
-    Returns:
-        (..., F) in their dtype, contiguous.
+    Only the two inputs are kept for backward.
 
     Raises:
         ValueError: the shapes or dtypes are not the same.
