@@ -31,7 +31,7 @@ from llamapro.training.preemption import Stopped, StopRequest
 from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings, flatten
 from llamapro.training.state import Losses, RunState
-from llamapro.training.validation import evaluate, forward, to_device
+from llamapro.training.validation import evaluate, to_device
 from llamapro.training.weights import freeze, init_random, mask_gradients
 
 
@@ -152,7 +152,7 @@ def train_step(
             ranks.raise_stopped(stop)
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
         objective.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
-        loss, _ = forward(objective, micro_batch, ranks.device, replayed[number - 1])
+        loss, _ = objective(*micro_batch, replayed=replayed[number - 1])
         (loss * scale).backward()
         loss_sum += loss.detach()
     norm = clip_gradients(objective.parameters(), settings.optim.clip)

@@ -25,19 +25,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Tile(NamedTuple):
-    """The block of one program, and the resources it runs with.
+    """The block of one program, and the resources it runs with."""
 
-    Attributes:
-        rows: queries per tile.
-        columns: keys per tile.
-        num_warps: warps of 32 threads per program.
-        num_stages: how many loop iterations' loads are in flight at once.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
+    rows: int  # queries per tile
+    columns: int  # keys per tile
+    num_warps: int  # warps of 32 threads per program
+    num_stages: int  # how many loop iterations' loads are in flight at once
 
 
 # Keys: (kernel, architecture, BLOCK_D, bytes per element). Smaller head dims take the entry of 64.

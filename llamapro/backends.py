@@ -106,12 +106,9 @@ def planning_for(device: torch.device) -> Iterator[None]:
 def choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tuple[str, str]:
     """Returns the backend that computes an op, "torch", "cpu" or "triton", and the reason.
 
-    Args:
-        size: the length of the input's last axis: C, D (rope, attention) or F.
-
-    Raises:
-        BackendError: "triton" was asked for, and the kernel cannot take such input; or "cpu" for
-            attention on a GPU, and its gradients must be deterministic.
+    `size` is the length of the input's last axis. Raises BackendError if "triton" was asked for,
+    and the kernel cannot take such input; or "cpu" for attention on a GPU, and its gradients must
+    be deterministic.
     """
     device = _planned[-1] if _planned else device
     backend, why = _choose(op, device, dtype, size)
@@ -144,11 +141,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, size: int) -> tup
 
 
 def summary(config: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns one line that names the backend of each op with a Triton kernel, and the reason.
-
-    Raises:
-        BackendError: as `choose`.
-    """
+    """Returns one line that names the backend of each op with a Triton kernel, as `choose`."""
     sizes = dict.fromkeys(TRITON_OPS, config.hidden_size)
     sizes |= {"swiglu": config.intermediate_size}
     sizes |= {"rope": config.head_dim, "attention": config.head_dim}

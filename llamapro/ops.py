@@ -44,14 +44,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @switched("rms_norm")
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Adds x to the residual stream and norms the sum. A kernel needs one pass over memory for it.
+    """Adds x to the residual stream and norms the sum: (..., C) twice, (C,) -> sum, norm (..., C).
 
-    Args:
-        x, residual: (..., C).
-        weight: (C,).
-
-    Returns:
-        The sum, rounded to x's dtype, and its norm; both (..., C).
+    A kernel needs one pass over memory for both. The sum is rounded to x's dtype.
     """
     total = residual + x
     return total, rms_norm(total, weight, eps)
@@ -66,12 +61,10 @@ def rope_frequencies(
     """Angle per position of each pair of a head, theta^(-2i/D), in fp32 (Su et al., 2021).
 
     Args:
-        head_dim: D.
         theta: the base of the exponential; the slowest pair turns by about 1 / theta per position.
         scaling: for contexts longer than the model was first trained with. "linear" slows all
             pairs down. "llama3" (Llama 3.1) slows down the pairs whose wavelength is long against
             the original context, keeps those whose wavelength is short, and blends in between.
-        device: where the result lies.
 
     Returns:
         (D / 2,).
@@ -95,13 +88,8 @@ def rope_frequencies(
 def rope_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, computed in fp32 and then cast.
 
-    Args:
-        positions: (B, T) or (T,) integers.
-        frequencies: (D / 2,), from `rope_frequencies`.
-        dtype: that of queries and keys.
-
-    Returns:
-        cos, sin: (B, T, D) or (T, D). Both halves of the last axis are equal.
+    Positions (B, T) or (T,) and frequencies (D / 2,) give (B, T, D) or (T, D) each. Both halves of
+    the last axis are equal.
     """
     angle = positions.float()[..., None] * frequencies  # (..., T, D / 2)
     angle = torch.cat((angle, angle), dim=-1)  # (..., T, D)
@@ -119,14 +107,9 @@ def rotary_table(
 
 @switched("rope")
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (i, i + D/2) of every head by the angle of its position.
+    """Rotates each pair (i, i + D/2) of every head of queries or keys by its position's angle.
 
-    Args:
-        x: (B, T, heads, D), queries or keys.
-        cos, sin: (B, T, D) or (T, D), from `rope_table`.
-
-    Returns:
-        (B, T, heads, D).
+    x is (B, T, heads, D); cos and sin are those of `rope_table`, (B, T, D) or (T, D).
     """
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)  # every pair by 90 degrees
@@ -137,11 +120,8 @@ def interleaved_to_halves(weight: Tensor, heads: int) -> Tensor:
     """Reorders the rows of Meta's wq or wk for `rope`.
 
     In a head's D rows Meta's RoPE rotates neighbours (2i, 2i + 1), this one and Hugging Face's
-    (i, i + D/2). The product of q and k does not depend on a common order of their rows.
-
-    Args:
-        weight: (heads * D, ...).
-        heads: H of wq, KV of wk.
+    (i, i + D/2). The product of q and k does not depend on a common order of their rows. The weight
+    is (heads * D, ...), with H heads for wq and KV for wk.
     """
     pairs = weight.unflatten(0, (heads, -1, 2))  # (heads, D / 2, 2, ...)
     return pairs.transpose(1, 2).flatten(0, 2)

@@ -39,10 +39,7 @@ def tokenize_conversations(
     A store holds, as uint32, the tokens of all conversations, with `TRAINED` added to the trained
     ones, and then the conversations' lengths. A line on standard error says what was read.
 
-    Args:
-        sources: label -> patterns as for `find_files`; each becomes a store.
-        template: its source, and the date that it prints, are part of the cache's key.
-        tokenizer_sha256: part of the key as well.
+    Each source, label -> patterns as for `find_files`, becomes a store.
 
     Raises:
         DataError: names the problems of all sources with file and row, or the disk is full. No

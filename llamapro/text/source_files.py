@@ -23,16 +23,11 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".lz4", ".arrow")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus.
-
-    Attributes:
-        is_named: whether the user or a glob named it, not only its folder.
-        left_out: the reason why it is not read, or "".
-    """
+    """A file of a corpus."""
 
     path: Path
-    is_named: bool
-    left_out: str = ""
+    is_named: bool  # by the user or a glob, not only by its folder
+    left_out: str = ""  # the reason why it is not read
 
     def state(self) -> list[Any]:
         """Returns what caches compare: path, how it is read, size, time of change in ns."""

@@ -179,8 +179,7 @@ def cached(
     Args:
         key: everything that decides the tokens, as JSON; its hash is the store's name, and the
             index holds it as `made_of`.
-        index: as for `write_store`.
-        arrays: as for `write_store`; consumed only if the store is not in the cache.
+        index, arrays: as for `write_store`; consumed only if the store is not in the cache.
         label: names the store in the progress bar and in a line on standard error.
         summarize: returns the rest of that line.
 

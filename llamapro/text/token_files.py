@@ -62,12 +62,8 @@ def added_tokens(
 ) -> dict[str, AddedToken]:
     """Returns the tokens that the files of a directory add to its vocabulary, or rename.
 
-    Args:
-        names: as from `read_roles`.
-        raw_json: `tokenizer.json`, or {}.
-
-    Raises:
-        DataError: an entry is not a token, or two files disagree about its id.
+    `names` are those of `read_roles`. Raises DataError for an entry that is not a token, or if two
+    files disagree about its id.
     """
     roles = {name_of(token) for key, token in names.items() if key.endswith("_token")}
     roles |= {name_of(token) for token in _lists(names)}

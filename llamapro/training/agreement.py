@@ -46,36 +46,29 @@ def open_together(open_job: Callable[[], T], describe: Callable[[T], Facts]) -> 
     """
     if distributed.world_size() == 1:
         return open_job()
-    place = distributed.meeting_place()
-    with peers.loss_is_said(), peers.watched(*place, "opening their files"):
-        return _open_and_compare(*place, open_job, describe)
-
-
-def _open_and_compare(
-    store: Any, rank: int, size: int, open_job: Callable[[], T], describe: Callable[[T], Facts]
-) -> T:
-    """Does the work of `open_together` at the place where the processes met."""
+    store, rank, size = distributed.meeting_place()
     mine: dict[str, Any] = {"where": f"rank {rank} on {socket.gethostname()}", "facts": {}}
     failure: UserError | SystemExit | None = None
-    try:
-        job = open_job()
-        mine["facts"] = describe(job)
-    except UserError as error:
-        failure, mine["error"] = error, f"{type(error).__name__}: {error}"
-    except SystemExit as error:
-        failure, mine["error"] = error, "its command line cannot be used"
-    store.set(f"opened-{rank}", json.dumps(mine))
-    if rank == 0:
-        found = [json.loads(_poll(store, f"opened-{other}")) for other in range(size)]
-        store.set("verdict", json.dumps(difference(found)))
-    verdict = json.loads(_poll(store, "verdict"))
-    if failure or verdict:
-        store.add("heard", 1)  # the store goes with the first process that ends
-        until = time.monotonic() + HEAR_S
-        while store.add("heard", 0) < size and time.monotonic() < until:
-            time.sleep(0.05)
-        raise failure or ConfigError(verdict)
-    return job
+    with peers.loss_is_said(), peers.watched(store, rank, size, "opening their files"):
+        try:
+            job = open_job()
+            mine["facts"] = describe(job)
+        except UserError as error:
+            failure, mine["error"] = error, f"{type(error).__name__}: {error}"
+        except SystemExit as error:
+            failure, mine["error"] = error, "its command line cannot be used"
+        store.set(f"opened-{rank}", json.dumps(mine))
+        if rank == 0:
+            found = [json.loads(_poll(store, f"opened-{other}")) for other in range(size)]
+            store.set("verdict", json.dumps(difference(found)))
+        verdict = json.loads(_poll(store, "verdict"))
+        if failure or verdict:
+            store.add("heard", 1)  # the store goes with the first process that ends
+            until = time.monotonic() + HEAR_S
+            while store.add("heard", 0) < size and time.monotonic() < until:
+                time.sleep(0.05)
+            raise failure or ConfigError(verdict)
+        return job
 
 
 def _poll(store: Any, key: str) -> bytes:
@@ -124,19 +117,11 @@ def code_hash() -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the main process has, for a process of every other machine to compare.
+    """What the main process has, for a process of every other machine to compare."""
 
-    Attributes:
-        lock: text of the run directory's lock.
-        manifest: text of the manifest of the training checkpoint to resume from, or "".
-        stores: label -> path and hash of each corpus.
-        tensors: name -> SHA-256 of each tensor of `model.path`.
-    """
-
-    lock: str
-    manifest: str
-    stores: dict[str, tuple[Path, str]]
-    tensors: dict[str, str]
+    files: dict[Path, str]  # text of the run directory's lock, and of the manifest to resume from
+    stores: dict[str, tuple[Path, str]]  # label -> path and hash of each corpus
+    tensors: dict[str, str]  # name -> SHA-256 of each tensor of `model.path`
 
     @classmethod
     def of(
@@ -147,21 +132,20 @@ class Seen:
         tensors: dict[str, str],
     ) -> "Seen":
         """Reads it, on the main process."""
-        manifest = (resume_from / MANIFEST_FILE).read_text("utf-8") if resume_from else ""
-        lock = (run_dir / LOCK_FILE).read_text("utf-8")
+        files = [run_dir / LOCK_FILE] + ([resume_from / MANIFEST_FILE] if resume_from else [])
         paths = {label: (store.path, store.sha256) for label, store in stores.items()}
-        return cls(lock, manifest, paths, tensors)
+        return cls({file: file.read_text("utf-8") for file in files}, paths, tensors)
 
     def check(
         self, run_dir: Path, resume_from: Path | None, fingerprint: str, tensors: dict[str, str]
     ) -> None:
         """Raises ConfigError if this machine has something else; names it, and what to share."""
         here = socket.gethostname()
-        _check_shared(run_dir / LOCK_FILE, self.lock, f"run_dir {run_dir}")
-        if resume_from is not None:
-            _check_shared(resume_from / MANIFEST_FILE, self.manifest, f"run_dir {run_dir}")
-            for problem in find_damage(resume_from):
-                raise ConfigError(f"{problem}, as {here} sees it")
+        for file, text in self.files.items():
+            if not _is_visible(file) or file.read_text("utf-8") != text:
+                raise ConfigError(_not_shared(f"run_dir {run_dir}", file))
+        for problem in find_damage(resume_from) if resume_from else ():
+            raise ConfigError(f"{problem}, as {here} sees it")
         for label, (path, sha256) in self.stores.items():
             if not _is_visible(path / INDEX_FILE):
                 raise ConfigError(_not_shared(f"data.cache_dir {path.parent}", path))
@@ -173,11 +157,6 @@ class Seen:
                     f"model.path on {here} is another model than on the main process's machine: "
                     f"{name!r} has sha256 {found[:16]}..., not {sha256[:16]}...; {FIX}"
                 )
-
-
-def _check_shared(file: Path, text: str, name: str) -> None:
-    if not _is_visible(file) or file.read_text(encoding="utf-8") != text:
-        raise ConfigError(_not_shared(name, file))
 
 
 def _not_shared(name: str, file: Path) -> str:

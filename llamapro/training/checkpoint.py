@@ -13,9 +13,11 @@ whole, one by one, so the files do not depend on the number of processes.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,14 +26,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.run import OPTIMIZER_FILE, STATE_FILE, TRAINABLE_FILE, write_manifest
+from llamapro.checkpoints.run import (
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    TRAINABLE_FILE,
+    newest_intact,
+    read_state,
+    training_checkpoints,
+    write_manifest,
+)
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_safetensors
-from llamapro.errors import CheckpointError, UserError
+from llamapro.errors import CheckpointError, UserError, warn
 from llamapro.files import output_directory
 from llamapro.training.distributed import Ranks
 from llamapro.training.lock import check_holder
-from llamapro.training.retention import make_way, remove_old
 from llamapro.training.settings import SaveSettings
 from llamapro.training.weights import stored_name, stored_part, stored_shape
 
@@ -55,13 +64,9 @@ class Saver:
     def __init__(
         self, run_dir: Path, settings: SaveSettings, ranks: Ranks, first_row: int = 0, step: int = 0
     ) -> None:
-        """Writes nothing yet.
+        """Writes nothing yet; `first_row` is as for `weights.stored_part`.
 
-        Args:
-            run_dir: the run directory, locked as long as the saver is used.
-            first_row: the row from which embedding and head are saved if they train for the sake of
-                added tokens (`weights.stored_part`); 0 saves them whole.
-            step: step from which the run resumed.
+        The run directory is locked as long as the saver is used.
         """
         self.step, self._first_row = step, first_row
         self._run_dir, self._settings, self._ranks = run_dir, settings, ranks
@@ -88,12 +93,8 @@ class Saver:
     ) -> dict[str, Any] | None:
         """Finishes the save before and starts this one; every rank must call it.
 
-        Everything is saved as it is now. A damaged training checkpoint of the same step is
-        replaced.
-
-        Args:
-            parameters: name -> sharded parameter, of everything that trains.
-            state: JSON-able content of `state.json`.
+        Everything that trains is saved as it is now, with the content of `state.json`. A damaged
+        training checkpoint of the same step is replaced.
 
         Returns:
             The report of the save that ended (see `finish`): this one in the foreground, the one
@@ -277,3 +278,59 @@ def _vote(ranks: Ranks, failures: list[str]) -> None:
             raise CheckpointError(failures[0])
 
     ranks.on_all(tell)
+
+
+# ---- Which of them stay --------------------------------------------------------------------------
+
+
+def make_way(target: Path) -> None:
+    """Deletes the remains of a killed process, and a damaged training checkpoint at the target."""
+    with suppress(OSError):  # the next save tries again
+        for stale in target.parent.glob(".step-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+    if not target.exists():
+        return
+    try:
+        read_state(target)
+    except CheckpointError:
+        _remove(target)
+    else:
+        raise CheckpointError(f"{target}: exists and is intact; it is not replaced")
+
+
+def _remove(path: Path) -> None:
+    """Hides, then deletes."""
+    hidden = path.with_name(f".{path.name}.removed")
+    try:
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)  # the next save tries again
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from None
+
+
+def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
+    """Deletes all but the latest training checkpoints and the newest intact one.
+
+    Before anything is deleted the newest is read back from the disk and checked. What cannot be
+    removed is said once, and tried again after every save. `keep` and `keep_every` are those of
+    `SaveSettings`; the run directory is locked.
+
+    Raises:
+        CheckpointError: none is intact.
+    """
+    old, failures = list[Path](), list[CheckpointError]()
+    try:
+        old = training_checkpoints(run_dir)[:-keep]
+    except CheckpointError as error:
+        failures.append(error)
+    if keep_every:
+        old = [path for path in old if int(path.name.removeprefix("step-")) % keep_every]
+    newest = newest_intact(run_dir)[0] if old else None
+    for path in old:
+        if path != newest:
+            try:
+                _remove(path)
+            except CheckpointError as error:
+                failures.append(error)
+    for failure in failures:
+        warn(f"{failure}; it stays, and training goes on")

@@ -38,19 +38,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers.
-
-    Attributes:
-        rank: the number of this process, 0 to world_size - 1.
-        mesh: all processes in one dimension "shard" or, for HSDP, in two: "replicate", "shard".
-        patient: a group of all processes with a timeout of a week instead of minutes, for waiting
-            while the main one tokenises a corpus or writes a file.
-    """
+    """This process among its peers."""
 
     rank: int
     world_size: int
     device: torch.device
-    mesh: DeviceMesh
+    mesh: DeviceMesh  # all processes in one dimension "shard", or in two: "replicate", "shard"
+    # A group of all processes with a timeout of a week instead of minutes, for waiting while the
+    # main one tokenises a corpus or writes a file.
     patient: dist.ProcessGroup
     store: Any = None
 
@@ -74,10 +69,7 @@ class Ranks:
             raise Stopped
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Does work on the main rank alone; every rank must call it.
-
-        Returns:
-            The result, on every rank.
+        """Does work on the main rank alone, and returns its result on all; every rank must call it.
 
         Raises:
             UserError, Stopped: on every rank, if the work raised it, or an OSError.

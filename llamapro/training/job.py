@@ -149,14 +149,11 @@ class Job:
         return stores
 
     def write_replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
-        """Returns the replayed text that the base writes on this device.
+        """Returns the replayed text that the base writes on this device, as `written_by_base`.
 
         Args:
             trained: tokens of an epoch, without replay.
             saved: the run's identity; a run that resumes keeps the text that it had.
-
-        Raises:
-            ConfigError, DataError: as `written_by_base`.
         """
         s = self.settings
         assert self.checkpoint is not None  # else all weights train, which `check` refuses
@@ -249,9 +246,8 @@ def compute_dtype(settings: Settings) -> torch.dtype:
 def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
     """Finds where the run stands, and prints its plan; every rank must call it.
 
-    Returns:
-        The job with the newest intact training checkpoint to resume from; the state; and the
-        settings that were changed, as text.
+    Returns the job with the newest intact training checkpoint to resume from; the state; and the
+    settings that were changed, as text.
 
     Raises:
         CheckpointError: there are training checkpoints and none is intact.

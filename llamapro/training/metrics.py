@@ -31,6 +31,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout, sup
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
+from types import SimpleNamespace
 from typing import Any, Self
 
 from llamapro.checkpoints.run import METRICS_FILE, RUN_FILE, read_metrics
@@ -183,7 +184,7 @@ class _Tracker:
         self._run: Any = None  # has `log` and `finish`; None after a failure
         with self, self._output():
             if name == "tensorboard":
-                self._run = _Board(run_dir / "tensorboard", resume_step)
+                self._run = _start_board(run_dir / "tensorboard", resume_step)
             else:
                 self._run = _start_online(name, run_dir, config)
 
@@ -220,22 +221,18 @@ class _Tracker:
         return True
 
 
-class _Board:
-    """TensorBoard, with the methods of the other trackers' runs."""
+def _start_board(directory: Path, resume_step: int) -> Any:
+    """Starts TensorBoard, with the methods of the other trackers' runs."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, directory: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    # Hides the old numbers of the steps that are done again.
+    writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step > 0 else 0)
 
-        # Hides the old numbers of the steps that are done again.
-        purge_step = resume_step + 1 if resume_step > 0 else 0
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
+    def log(numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def finish(self) -> None:
-        self._writer.close()
+    return SimpleNamespace(log=log, finish=writer.close)
 
 
 def _start_online(name: str, run_dir: Path, config: dict[str, Any]) -> Any:
@@ -267,19 +264,13 @@ def _start_online(name: str, run_dir: Path, config: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory, read.
+    """One run directory, read; records are in order, one per step."""
 
-    Attributes:
-        name: of the run; unique among those that are compared.
-        train: `train` records, one per step, in order.
-        evals: `eval` records of each validation set, one per step, in order.
-    """
-
-    name: str
+    name: str  # unique among the runs that are compared
     path: Path
-    info: dict[str, Any]
+    info: dict[str, Any]  # `run.json`
     train: list[dict[str, Any]]
-    evals: dict[str, list[dict[str, Any]]]
+    evals: dict[str, list[dict[str, Any]]]  # by validation set
 
     def setting(self, *keys: str) -> Any:
         """Returns the value of `run.json` under these nested keys, or None."""

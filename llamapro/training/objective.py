@@ -26,15 +26,11 @@ class NextToken(nn.Module):
         self.model = model
 
     def adapt(self, relative_rate: float) -> None:
-        """Ends an optimizer step; every rank must call it. This objective has nothing to adapt.
-
-        Args:
-            relative_rate: the step's learning rate, relative to the highest of the run.
-        """
+        """Ends an optimizer step on every rank; the rate is relative to the highest of the run."""
 
     @property
     def control(self) -> dict[str, float | None]:
-        """Numbers that a resumed run needs besides weights and moments; this one needs none."""
+        """Numbers that a resumed run needs besides weights and moments."""
         return {}
 
     def resume(self, control: dict[str, float | None]) -> None:

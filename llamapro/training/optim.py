@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,14 @@ def build_adamw(
     Decay applies to matrices (embeddings included) except the `undecayed` ones, and not to norms
     and biases, which it would pull to 0. The learning rate is to be set before every step.
     """
-    trainable = [p for p in parameters if p.requires_grad]
     kept = {id(p) for p in undecayed}
-    decays = [p.ndim >= 2 and id(p) not in kept for p in trainable]
-    groups = [
-        {"params": [p for p, d in zip(trainable, decays, strict=True) if d == is_decayed]}
-        | {"weight_decay": weight_decay if is_decayed else 0.0}
-        for is_decayed in (True, False)
+    decayed, others = list[nn.Parameter](), list[nn.Parameter]()
+    for p in parameters:
+        if p.requires_grad:
+            (decayed if p.ndim >= 2 and id(p) not in kept else others).append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)

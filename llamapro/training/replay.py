@@ -41,15 +41,11 @@ DATE = datetime.datetime(2024, 7, 26)
 
 
 class Opening(NamedTuple):
-    """What a document begins with.
-
-    Attributes:
-        ids: its first tokens.
-        then: tokens that follow the first end, once: in a chat they end the user's message, which
-            the base wrote, and open the answer. Without them the first end is the document's.
-    """
+    """What a document begins with."""
 
     ids: Sequence[int]
+    # These follow the first end, once: in a chat they end the user's message, which the base wrote,
+    # and open the answer. Without them the first end is the document's.
     then: Sequence[int] = ()
 
 
@@ -228,8 +224,7 @@ def written_by_base(
         dtype, device: of the base while it writes; the device holds it whole.
 
     Raises:
-        ConfigError, DataError: as `read_openings`; or the disk is full, or the store in the
-            cache is damaged.
+        ConfigError, DataError: as `read_openings` and `cached`.
     """
     rows = settings.batch_size or rows_at_a_time(checkpoint.config, length, settings.tokens)
     settings = replace(settings, batch_size=rows)
@@ -290,14 +285,9 @@ def split_replayed(
 ) -> list[int | None]:
     """Returns the number of replayed rows of each micro-batch of a rank; they come last.
 
-    Args:
-        first_replayed: the number of samples before the replayed ones in the global batch that
-            `mixture.batch` deals out.
-
-    Returns:
-        A number for each micro-batch, as `objective.Replay` takes it. It is None on all ranks if no
-        rank has any. The base inside runs on all ranks or on none, because they gather sharded
-        weights together.
+    It is None on all ranks if no rank has any: the base inside runs on all ranks or on none,
+    because they gather sharded weights together. `first_replayed` samples of the global batch that
+    `mixture.batch` deals out come before the replayed ones.
     """
     # The samples before the replayed ones on this rank, and on the last, which has the fewest.
     here, least = len(range(rank, first_replayed, world_size)), first_replayed // world_size

@@ -47,9 +47,6 @@ def make_identity(
         checkpoint: the weights to start from; None for random ones.
         trainable: names of its tensors that train; the others are frozen.
         stores: label, such as "train data/code" or "replay" -> tokens, whose hashes were checked.
-
-    Returns:
-        JSON-able, for `RunState.identity`: base, computation, tokenizer, data.
     """
     names = set(trainable)
     tensors = checkpoint.tensors.values() if checkpoint else ()
@@ -139,11 +136,8 @@ UNREPORTED = set("config run_dir processes resume.allow log_seconds dry_run json
 def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]:
     """Compares the flattened settings of the run named `where` with those to resume it with.
 
-    Returns:
-        The allowed differences, for example "train.steps 100 -> 200".
-
-    Raises:
-        ConfigError: naming everything that differs and may not.
+    Returns the allowed differences, for example "train.steps 100 -> 200"; raises ConfigError, which
+    names everything that differs and may not.
     """
     flat = json.loads(json.dumps(flatten(settings)))
     # A setting that an earlier version did not know had what is now its default.

@@ -27,37 +27,22 @@ _QUARTILE = 0.6745  # upper quartile of a normal distribution, in standard devia
 
 @dataclass
 class RunState:
-    """Where a run stands.
-
-    Attributes:
-        samples: sequences read; the next step starts with the sequence of this number.
-        elapsed_s: time spent on training steps, over all starts of the run.
-        loss: nats per token of the latest step whose loss was read.
-        eval: latest loss of each validation set, in nats per token.
-        evaluated: step of the latest complete evaluation; -1 before the first.
-        skipped: steps that were not applied because their gradient was not finite.
-        streak: the latest of them, in a row up to now.
-        recent_losses: the latest losses, for finding spikes.
-        identity: hashes of base, tokenizer and data (`resume.make_identity`).
-        base_eval: loss of each validation set at step 0, when the model is still the base.
-        control: numbers of an objective that adapts (`objective.Hold`).
-        stopped: whether a signal ended the run; not saved.
-    """
+    """Where a run stands; losses are in nats per token."""
 
     step: int = 0
     tokens: int = 0
-    samples: int = 0
-    elapsed_s: float = 0.0
-    loss: float | None = None
-    eval: dict[str, float] = field(default_factory=dict)
-    evaluated: int = -1
-    skipped: int = 0
-    streak: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    identity: dict[str, Any] = field(default_factory=dict)
-    base_eval: dict[str, float] = field(default_factory=dict)
-    control: dict[str, float | None] = field(default_factory=dict)
-    stopped: bool = False
+    samples: int = 0  # sequences read; the next step starts with the sequence of this number
+    elapsed_s: float = 0.0  # time spent on training steps, over all starts of the run
+    loss: float | None = None  # of the latest step whose loss was read
+    eval: dict[str, float] = field(default_factory=dict)  # latest of each validation set
+    evaluated: int = -1  # step of the latest complete evaluation
+    skipped: int = 0  # steps that were not applied because their gradient was not finite
+    streak: int = 0  # the latest of them, in a row up to now
+    recent_losses: list[float] = field(default_factory=list)  # for finding spikes
+    identity: dict[str, Any] = field(default_factory=dict)  # `resume.make_identity`
+    base_eval: dict[str, float] = field(default_factory=dict)  # at step 0, of the base itself
+    control: dict[str, float | None] = field(default_factory=dict)  # `objective.Hold`
+    stopped: bool = False  # by a signal; not saved
 
     @classmethod
     def from_json(cls, saved: dict[str, Any], path: Path) -> "RunState":

@@ -17,21 +17,10 @@ from llamapro.training.state import RunState
 
 def to_device(columns: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Moves the columns of a batch to the device; to a GPU without waiting for its work."""
-    if device.type != "cuda" or all(column.device == device for column in columns):
+    if device.type != "cuda":
         return list(columns)
     # A copy from pageable memory would wait until the GPU has done everything before it.
     return [column.pin_memory().to(device, non_blocking=True) for column in columns]
-
-
-def forward(
-    objective: NextToken,
-    columns: Sequence[torch.Tensor],
-    device: torch.device,
-    replayed: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns loss sum (nats), (), and number of targets, (), for inputs, targets [, documents]."""
-    inputs, targets, *documents = to_device(columns, device)
-    return objective(inputs, targets, documents[0] if documents else None, replayed)
 
 
 def evaluate(
@@ -80,7 +69,7 @@ def mean_loss(
         ids, targets, *more = sequences[0]
         padding = (ids, np.full_like(targets, ops.IGNORE_INDEX), *more)
         columns = stack(mine + [padding] * (rows - len(mine)))
-        part_sum, part_count = forward(objective, columns, ranks.device)
+        part_sum, part_count = objective(*to_device(columns, ranks.device))
         loss_sum += part_sum
         tokens += part_count
     total, valid = ranks.sum(loss_sum, tokens)

@@ -15,9 +15,8 @@ import pytest
 from llamapro.checkpoints.run import MAX_STATE_BYTES, file_sha256, newest_intact, read_state
 from llamapro.errors import CheckpointError
 from llamapro.training import checkpoint as train_state
-from llamapro.training.checkpoint import Saver
+from llamapro.training.checkpoint import Saver, remove_old
 from llamapro.training.distributed import Ranks
-from llamapro.training.retention import remove_old
 
 SAVES = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("saves.py"))))
 FILES = SAVES.FILES
