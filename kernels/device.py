@@ -29,8 +29,8 @@ def architecture(device: torch.device) -> int:
     return 90 if (gpu.major, gpu.minor) == (9, 0) else 80
 
 
-def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why no Triton kernel can take tensors of this device and dtype, or None."""
+def cannot_run(device: torch.device, dtype: torch.dtype, size: int = 0) -> str | None:
+    """Returns why no Triton kernel, of any size, can take this device and dtype, or None."""
     if dtype not in FLOATS:
         return f"dtype {str(dtype).removeprefix('torch.')} is not one of float32, float16, bfloat16"
     if is_interpreted():

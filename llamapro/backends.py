@@ -165,17 +165,10 @@ def _cannot_run(op: str, device: torch.device, dtype: torch.dtype, size: int) ->
 
 def _triton_module(op: str) -> Any:
     # Written out, because `torch.compile` follows import statements but not `import_module`.
-    if op == "rms_norm":
-        from llamapro.kernels import rms_norm as module
-    elif op == "rope":
-        from llamapro.kernels import rope as module
-    elif op == "attention":
-        from llamapro.kernels import attention as module
-    elif op == "swiglu":
-        from llamapro.kernels import swiglu as module
-    else:
-        from llamapro.kernels import cross_entropy as module
-    return module
+    from llamapro.kernels import attention, cross_entropy, rms_norm, rope, swiglu
+
+    modules = {"rms_norm": rms_norm, "rope": rope, "attention": attention, "swiglu": swiglu}
+    return modules.get(op, cross_entropy)
 
 
 def switched(op: str) -> Callable[[Callable[Inputs, Output]], Callable[Inputs, Output]]:

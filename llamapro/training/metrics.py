@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 from llamapro.checkpoints.run import METRICS_FILE, RUN_FILE, read_metrics
 from llamapro.errors import DataError
@@ -151,12 +151,6 @@ class MetricsLog:
         os.close(self._fd)
         for tracker in self._trackers:
             tracker.finish()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def is_installed(tracker: str) -> bool:

@@ -93,17 +93,15 @@ def propose(
         return {}
     model = build_on_meta(config)
     freeze(model, settings.train.trainable, settings.train.new_tokens)
-    found = None
+    device = torch.device("cuda")
     with backends.use(settings.train.ops, settings.train.deterministic_attention):
         for train in _fastest_first(settings, world_size):
             planned = replace(settings, train=train)
-            device = torch.device("cuda")
             total = estimate_memory(planned, model, compute_dtype, device, world_size)["total"]
             if total <= limit:
                 found = {f"train.{name}": getattr(train, name) for name in FIELDS}
-                found["memory_bytes"] = total
-                break
-    return {"usable_bytes": limit, "settings": found}
+                return {"usable_bytes": limit, "settings": found | {"memory_bytes": total}}
+    return {"usable_bytes": limit, "settings": None}
 
 
 def _fastest_first(settings: Settings, world_size: int) -> Iterator[TrainSettings]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def train(step: int, **more: Any) -> dict[str, Any]:
 
 
 def write_steps(run_dir: Path, steps: range) -> None:
-    with MetricsLog(run_dir, 0) as log:
+    with closing(MetricsLog(run_dir, 0)) as log:
         for step in steps:
             log.log(train(step))
 
@@ -38,7 +39,7 @@ def test_records_come_back_as_logged(tmp_path: Path) -> None:
         {"kind": "eval", "step": 0, "set": "größe", "loss": 1.2, "tokens_seen": 0},
         train(10, learning_rate=2e-4, tokens=40960),
     ]
-    with MetricsLog(tmp_path / "a" / "run", 0) as log:
+    with closing(MetricsLog(tmp_path / "a" / "run", 0)) as log:
         for record in records:
             log.log(record)
     assert read_metrics(tmp_path / "a" / "run") == records
@@ -54,7 +55,7 @@ def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_strict_json(tmp_path: Path) -> None:
     """NaN and infinity become null, which every JSON reader takes."""
-    with MetricsLog(tmp_path, 0) as log:
+    with closing(MetricsLog(tmp_path, 0)) as log:
         log.log({"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf})
     line = (tmp_path / "metrics.jsonl").read_text()
     record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in the log"))
@@ -64,7 +65,7 @@ def test_what_is_not_finite_is_strict_json(tmp_path: Path) -> None:
 def test_resuming_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:
     """After a resume at step 4, steps 5 and 6 of the killed process are gone."""
     write_steps(tmp_path, range(1, 7))
-    with MetricsLog(tmp_path, 4) as log:
+    with closing(MetricsLog(tmp_path, 4)) as log:
         assert steps_of(tmp_path) == [1, 2, 3, 4]
         log.log(train(5, loss=1.0))
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
@@ -74,14 +75,14 @@ def test_resuming_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:
 def test_starting_again_at_step_0_starts_a_new_log(tmp_path: Path) -> None:
     """A run killed before its first checkpoint does not keep a second evaluation of the base."""
     write_steps(tmp_path, range(3))
-    with MetricsLog(tmp_path, 0) as log:
+    with closing(MetricsLog(tmp_path, 0)) as log:
         log.log(train(0))
     assert steps_of(tmp_path) == [0]
 
 
 def test_resuming_without_a_log_starts_one(tmp_path: Path) -> None:
     """A checkpoint copied without its metrics can be resumed."""
-    with MetricsLog(tmp_path, 4) as log:
+    with closing(MetricsLog(tmp_path, 4)) as log:
         log.log(train(5))
     assert steps_of(tmp_path) == [5]
 
@@ -92,7 +93,7 @@ def test_a_half_written_last_line_is_left_out_and_removed_on_resume(tmp_path: Pa
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write('{"kind": "train", "step": 3, "note": "ü'.encode()[:-1])
     assert steps_of(tmp_path) == [1, 2]
-    with MetricsLog(tmp_path, 3) as log:
+    with closing(MetricsLog(tmp_path, 3)) as log:
         log.log(train(4))
     assert steps_of(tmp_path) == [1, 2, 4]
 
@@ -107,7 +108,7 @@ def test_a_log_that_is_removed_while_it_is_put_back_stays_its_own(
         write_file(path, content)
         shutil.rmtree(home)
 
-    with MetricsLog(home, 0) as log:
+    with closing(MetricsLog(home, 0)) as log:
         log.log(train(1))
         shutil.rmtree(home)
         with monkeypatch.context() as patch:
@@ -184,7 +185,7 @@ log.close()
 def test_an_evaluation_that_is_done_again_stands_once(tmp_path: Path) -> None:
     """A run stopped inside an evaluation, after it was resumed and killed there once more."""
     write_steps(tmp_path, range(1, 4))
-    with MetricsLog(tmp_path, 3) as log:
+    with closing(MetricsLog(tmp_path, 3)) as log:
         log.log({"kind": "eval", "step": 3, "set": "code", "loss": 2.0})
     for is_evaluated, kinds in ((True, ["train"] * 3 + ["eval"]), (False, ["train"] * 3)):
         MetricsLog(tmp_path, 3, is_evaluated).close()
@@ -273,7 +274,7 @@ def test_a_record_that_could_not_be_written_is_written_with_the_next(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(fd, data)
 
-    with MetricsLog(tmp_path, 0) as log:
+    with closing(MetricsLog(tmp_path, 0)) as log:
         monkeypatch.setattr(os, "write", full)
         log.log({"kind": "train", "step": 1})
         with pytest.raises(OSError, match="No space left"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def write(run_dir: Path, *log_to: str, step: int = 0, config: Any = None) -> None:
-    with MetricsLog(run_dir, step, log_to=log_to, config=config) as log:
+    with closing(MetricsLog(run_dir, step, log_to=log_to, config=config)) as log:
         log.log(EVAL)
         log.log(TRAIN)
 
@@ -76,9 +77,10 @@ def test_only_the_log_is_written_if_nothing_else_is_asked_for(tmp_path: Path) ->
     """TensorBoard is installed here and not even imported."""
     program = f"""
 import sys
+from contextlib import closing
 from pathlib import Path
 from llamapro.training.metrics import MetricsLog
-with MetricsLog(Path({str(tmp_path)!r}), 0) as log:
+with closing(MetricsLog(Path({str(tmp_path)!r}), 0)) as log:
     log.log({TRAIN})
 print([name for name in ("tensorboard", "wandb", "trackio") if name in sys.modules])
 """
@@ -91,7 +93,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     """Scalars are named kind/key and kind/set/key; what a resume repeats replaces the old."""
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     write(tmp_path, "tensorboard")
-    with MetricsLog(tmp_path, 1, log_to=["tensorboard"]) as log:
+    with closing(MetricsLog(tmp_path, 1, log_to=["tensorboard"])) as log:
         log.log(TRAIN | {"loss": 0.25})
     board = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
