@@ -68,7 +68,7 @@ TILES: dict[tuple[str, int, int, int], Tile] = {
     ("forward", 80, 256, 4): Tile(16, 16, 4, 1),
     ("key_value", 80, 64, 4): Tile(32, 32, 4, 1),
     ("key_value", 80, 128, 4): Tile(16, 32, 8, 1),
-    ("key_value", 80, 256, 4): Tile(16, 16, 4, 1),
+    ("key_value", 80, 256, 4): Tile(16, 16, 8, 1),
     ("query", 80, 64, 4): Tile(32, 32, 4, 1),
     ("query", 80, 128, 4): Tile(32, 16, 8, 1),
     ("query", 80, 256, 4): Tile(16, 16, 8, 1),
