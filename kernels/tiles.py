@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 
 # Keys: (kernel, architecture, BLOCK_D, bytes per element). Smaller head dims take the entry of 64.
-# All entries compile without spilled registers on Triton 3.6 to 3.9, with and without bounds. They
+# All entries compile without spilled registers on Triton 3.9, with and without bounds. They
 # start from published sizes, shrunk where those spill, and have not been timed here.
 TILES: dict[tuple[str, int, int, int], Tile] = {
     # Hopper, forward: what PyTorch's Inductor found for FlexAttention on H100, with 8 warps.

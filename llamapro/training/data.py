@@ -51,7 +51,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
         UserError: on every rank, if the main one cannot use a file or the cache.
         Stopped: on every rank, if a signal came to the main one meanwhile.
     """
-    s = job.settings
+    s, fingerprint = job.settings, job.tokenizer.fingerprint
     tensors = job.checkpoint.tensors if job.checkpoint is not None else {}
     is_compared = on_several_machines() and local_rank() == 0
     pool = ThreadPoolExecutor(1)  # every machine hashes while the main process tokenises
@@ -67,7 +67,6 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
             model = build_on_meta(job.config)
             trainable = freeze(model, s.train.trainable, s.train.new_tokens)
             names = [stored_name(name, job.first_new_row) for name in trainable]
-            fingerprint = job.tokenizer.fingerprint
             identity = make_identity(
                 job.checkpoint, names, fingerprint, stores, job.config, s.data.cache_dir
             )
@@ -75,7 +74,6 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
 
     def compare() -> None:
         if is_compared and not ranks.is_main:
-            fingerprint = job.tokenizer.fingerprint
             seen.check(job.run_dir, job.resume_from, fingerprint, hashes.result())
 
     with stop.shared(ranks.store):
@@ -88,7 +86,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
     about: list[str] = []
 
     def packed(label: str) -> Source:
-        store = TokenStore(seen.stores[label][0], job.tokenizer.fingerprint)
+        store = TokenStore(seen.stores[label][0], fingerprint)
         if job.template is None:
             return PackedSequences(store, s.data.seq_len)
         conversations = PackedConversations(store, s.data.seq_len, s.data.too_long)

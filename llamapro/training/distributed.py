@@ -114,8 +114,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def is_rank() -> bool:
     """Returns whether torchrun, or another launcher, started this process as one of several.
 
-    Raises:
-        ConfigError: it set some of its variables and left others out, or empty.
+    Raises ConfigError if it set some of its variables and left others out, or empty.
     """
     if not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
         return False
@@ -158,8 +157,7 @@ def _local(name: str, alone: int) -> int:
 def meeting_place() -> tuple[Any, int, int]:
     """Returns torchrun's store, this process's rank and the number of processes.
 
-    Raises:
-        ConfigError: nobody answers at the address that torchrun gave.
+    Raises ConfigError if nobody answers at the address that torchrun gave.
     """
     # After a restart torchrun's store still holds the addresses of the earlier processes. The
     # prefix keeps them from being taken for those of this start.

@@ -108,11 +108,7 @@ def _holder(file: Path) -> str:
 
 @contextmanager
 def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Holds the run directory's lock on the main rank while the body runs; every rank must enter.
-
-    Raises:
-        ConfigError: on every rank, as `run_lock`.
-    """
+    """`run_lock` on the main rank while the body runs; every rank must enter, and raises alike."""
     with ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(run_lock(run_dir)))
         yield

@@ -28,11 +28,7 @@ _DONE = b"done"
 
 @contextmanager
 def loss_is_said() -> Iterator[None]:
-    """Makes one message of the error in an operation whose other side has gone.
-
-    Raises:
-        LostProcessError: another process has ended, or cannot be reached.
-    """
+    """Makes a LostProcessError of the error in an operation whose other side has gone."""
     try:
         yield
     except RuntimeError as error:

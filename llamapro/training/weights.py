@@ -42,12 +42,8 @@ def freeze(model: LlamaForCausalLM, trainable: str, new_tokens: bool = False) ->
         new_tokens: also train embedding and head, for the rows of the tokens that this expansion
             added. `mask_gradients` keeps the other rows as they are.
 
-    Returns:
-        The names of the parameters that train.
-
-    Raises:
-        ConfigError: "new_blocks" without a record, or `new_tokens` with "all" or without added
-            tokens.
+    Returns the names of the parameters that train. Raises ConfigError for "new_blocks" without a
+    record, and `new_tokens` with "all" or without added tokens.
     """
     names = expansion.select_trainable(model, trainable)
     if not new_tokens:

@@ -1,7 +1,6 @@
 """Machines that do not hold the same end together, with one message that says what differs."""
 
 import argparse
-import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -134,12 +133,14 @@ def test_other_weights_or_files_on_one_machine_end_both(
 
     done = start()  # now they hold the same
     assert done.statuses == [0, 0], done.stderr
-    lock, seen = machines / "run" / "one" / "lock", agreement.Seen("me\n", "{}\n", {}, {})
+    lock = machines / "run" / "one" / "lock"
     lock.write_text("me\n")
     newest = training_checkpoints(lock.parent)[-1]  # as a second machine might see it
+    manifest = newest / "manifest.json"
+    seen = agreement.Seen({lock: "me\n", manifest: "{}\n"}, {}, {})
     with pytest.raises(ConfigError, match=r"does not see manifest\.json as the main process wrote"):
         seen.check(lock.parent, newest, "", {})
-    seen = dataclasses.replace(seen, manifest=(newest / "manifest.json").read_text())
+    seen.files[manifest] = manifest.read_text()
     seen.check(lock.parent, newest, "", {})
     (newest / "trainable.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"trainable\.safetensors: damaged: 0 bytes"):
