@@ -7,6 +7,7 @@ leaves what was there before. `output_directory` reports to the user; `directory
 
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
@@ -251,11 +252,11 @@ def read_json(
 
 
 def refuse_large(
-    file: Path, max_bytes: int = MAX_JSON_BYTES, error: type[UserError] = CheckpointError
+    file: Path, max_bytes: float = math.inf, error: type[UserError] = CheckpointError
 ) -> None:
     """Raises `error` if a file is missing, too large, not a plain file or a git-lfs pointer."""
     if not file.exists():
-        raise error(f"{file}: missing")
+        raise error(f"{file}: missing") from FileNotFoundError(file)
     if not file.is_file():
         raise error(f"{file}: not a plain file")  # opening a pipe would wait for ever
     if (size := file.stat().st_size) > max_bytes:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llamapro.errors import CheckpointError
-from llamapro.files import MAX_JSON_BYTES, parse_json, refuse_stand_in
+from llamapro.files import MAX_JSON_BYTES, parse_json, refuse_large
 from llamapro.known_hashes import known_hashes
 
 DTYPES = {
@@ -114,11 +114,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Returns the tensors of a safetensors file and its metadata; raises CheckpointError."""
-    if not file.exists():
-        raise CheckpointError(f"{file}: no such file") from FileNotFoundError(file)
-    if not file.is_file():
-        raise CheckpointError(f"{file}: not a plain file")
-    refuse_stand_in(file)
+    refuse_large(file)
     size = file.stat().st_size
     try:
         with open(file, "rb") as handle:

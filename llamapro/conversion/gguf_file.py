@@ -5,6 +5,7 @@ quantisations. Its own reader trusts every size in a header and takes seconds fo
 the header is read here, where a damaged or hostile one is refused before it takes memory.
 """
 
+import math
 import mmap
 import re
 import struct
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llamapro.errors import CheckpointError, ConfigError
-from llamapro.files import refuse_stand_in
+from llamapro.files import refuse_large
 
 # struct's codes of the format's number types; 8 is a text and 9 an array.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
@@ -100,9 +101,7 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Reads one file's header; see `open_gguf`."""
     if not file.exists():
         raise ConfigError(f"{file}: no such file; give a model's .gguf file")
-    if not file.is_file():
-        raise ConfigError(f"{file}: not a plain file; give a model's .gguf file")
-    refuse_stand_in(file)
+    refuse_large(file)
     size = file.stat().st_size
     try:
         with open(file, "rb") as handle:
@@ -204,9 +203,7 @@ def _parse(file: Path, header: _Header, size: int) -> tuple[dict[str, Any], dict
     tensors = {}
     for name, shape, code, offset in infos:
         kind, block, block_bytes = _quantisation(file, name, code)
-        elements = 1
-        for length in shape:
-            elements *= length
+        elements = math.prod(shape)
         if not elements or shape[-1] % block:
             raise ValueError(f"tensor {name[:80]!r} is {kind.name} of shape {list(shape)}")
         end = start + offset + elements // block * block_bytes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llamapro.errors import CheckpointError
-from llamapro.files import refuse_stand_in
+from llamapro.files import refuse_large
 
 # A dictionary of tensors asks for these. torch.load allows more, even a bytearray of any size.
 _ALLOWED = re.compile(
@@ -30,9 +30,7 @@ def load_pth(file: Path) -> dict[str, Tensor]:
         CheckpointError: it is missing, damaged, holds more than plain tensors, or would take more
             memory than it has bytes.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: not a plain file")  # opening a pipe would wait for ever
-    refuse_stand_in(file)
+    refuse_large(file)
     size = file.stat().st_size
     refused = f"{file}: refused; nothing was executed:"
     try:

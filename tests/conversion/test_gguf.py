@@ -411,7 +411,7 @@ def test_every_damaged_byte_of_a_header_is_survived(
     ("arguments", "message"),
     [
         (["{tmp}/none.gguf", "{tmp}/out"], "none.gguf: no such file; give a model's .gguf file"),
-        (["{tmp}", "{tmp}/out"], "not a plain file; give a model's .gguf file"),
+        (["{tmp}", "{tmp}/out"], "not a plain file"),
         (["{tmp}/m.gguf", "{tmp}"], "contains the source"),
         (["{tmp}/m.gguf", "{tmp}/out", "--dtype", "bfloat61"], "bfloat61"),
     ],
