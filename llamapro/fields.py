@@ -4,7 +4,7 @@ transformers 4 writes `rope_theta` beside `rope_scaling`, 5 writes both into `ro
 file that was edited, or written for both, may have all three; they must say the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from llamapro.errors import warn
@@ -28,18 +28,18 @@ class RopeScaling:
     high_freq_factor: float = 0.0
     original_max_position_embeddings: float = 0.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the `rope_scaling` entry of a `config.json`."""
+        found = asdict(self)
+        return {"rope_type": found.pop("kind"), **{key: n for key, n in found.items() if n}}
+
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _CONTEXT = "original_max_position_embeddings"
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        _CONTEXT,
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _CONTEXT),
 }
 
 

@@ -24,8 +24,23 @@ from llamapro.conversion.gguf_tokenizer import read_tokenizer
 from llamapro.errors import CheckpointError, ConfigError, Problems, warn
 from llamapro.fields import RopeScaling
 from llamapro.files import output_directory, refuse_source
+from llamapro.model import build_on_meta
 
 ROPE_FACTORS = "rope_freqs.weight"
+_MODULES = {  # Hugging Face's name of a module -> GGUF's
+    "embed_tokens": "token_embd",
+    "input_layernorm": "attn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
 _BLOCK_BYTES = 1 << 22  # of fp32 values that exist at a time
 # Metadata that changes what is computed, and the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -72,8 +87,8 @@ def from_gguf(
     metadata, tensors, files = open_gguf(file)
     config, names = open_llama(metadata, tensors, file)
     raw = config.raw
-    tokenizer = read_tokenizer(metadata, config.vocab_size, file)
-    raw |= tokenizer.ids
+    ids, companions = read_tokenizer(metadata, config.vocab_size, file)
+    raw |= ids
     dtype = dtype or _default_dtype(tensors)
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     config = ModelConfig.from_dict(raw, str(file))
@@ -87,8 +102,8 @@ def from_gguf(
     with output_directory(out_dir, force) as aside:
         write_checkpoint(aside, specs, chunks_of, label="from-gguf")
         write_companions(aside, config, [])
-        generation = json.dumps(tokenizer.ids, indent=2) + "\n"
-        for name, content in {"generation_config.json": generation, **tokenizer.files}.items():
+        generation = json.dumps(ids, indent=2) + "\n"
+        for name, content in {"generation_config.json": generation, **companions}.items():
             data = content if isinstance(content, bytes) else content.encode()
             (aside / name).write_bytes(data)
     return {
@@ -115,7 +130,8 @@ def open_llama(
     config = ModelConfig.from_dict(raw, str(file))
     names = _tensor_names(config)
     _check_tensors(names, tensors, file)
-    raw |= _rope_scaling(metadata, tensors.get(ROPE_FACTORS), config, file)
+    if scaling := _rope_scaling(metadata, tensors.get(ROPE_FACTORS), config, file):
+        raw["rope_scaling"] = scaling.to_dict()
     return ModelConfig.from_dict(raw, str(file)), names
 
 
@@ -187,25 +203,11 @@ def describe(
 
 def _tensor_names(config: ModelConfig) -> Names:
     """Returns the names and shapes of every tensor of the model."""
-    C, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    Q, K = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    names: Names = {"token_embd.weight": ("model.embed_tokens.weight", (V, C))}
-    for i in range(config.num_hidden_layers):
-        for gguf, hf, shape in (
-            ("attn_norm", "input_layernorm", (C,)),
-            ("attn_q", "self_attn.q_proj", (Q, C)),
-            ("attn_k", "self_attn.k_proj", (K, C)),
-            ("attn_v", "self_attn.v_proj", (K, C)),
-            ("attn_output", "self_attn.o_proj", (C, Q)),
-            ("ffn_norm", "post_attention_layernorm", (C,)),
-            ("ffn_gate", "mlp.gate_proj", (F, C)),
-            ("ffn_up", "mlp.up_proj", (F, C)),
-            ("ffn_down", "mlp.down_proj", (C, F)),
-        ):
-            names[f"blk.{i}.{gguf}.weight"] = (f"model.layers.{i}.{hf}.weight", shape)
-    names["output_norm.weight"] = ("model.norm.weight", (C,))
-    if not config.tie_word_embeddings:
-        names["output.weight"] = ("lm_head.weight", (V, C))
+    names: Names = {}
+    for hf, parameter in build_on_meta(config).named_parameters():
+        *folders, module, _ = hf.split(".")
+        block = f"blk.{folders[2]}." if "layers" in folders else ""
+        names[f"{block}{_MODULES[module]}.weight"] = (hf, tuple(parameter.shape))
     return names
 
 
@@ -243,8 +245,8 @@ def rows_of(tensor: GGUFTensor, name: str, config: ModelConfig) -> Iterator[Tens
 
 def _rope_scaling(
     metadata: dict[str, Any], factors: GGUFTensor | None, config: ModelConfig, file: Path
-) -> dict[str, Any]:
-    """Returns the `rope_scaling` entry of `config.json`, or nothing if there is none."""
+) -> RopeScaling | None:
+    """Returns the scaling that the metadata name, or that the factors follow from."""
     kind = metadata.get("llama.rope.scaling.type", "none")
     factor = metadata.get("llama.rope.scaling.factor", 1.0)
     if "llama.rope.scale_linear" in metadata:  # how files of 2023 say it
@@ -252,9 +254,7 @@ def _rope_scaling(
     if kind not in ("none", "linear"):
         raise ConfigError(f"{file}: llama.rope.scaling.type is {kind!r}, not supported ('linear')")
     if factors is None:
-        if kind == "none" or factor == 1:
-            return {}
-        return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+        return None if kind == "none" or factor == 1 else RopeScaling("linear", factor)
     if kind == "linear" and factor != 1:
         raise ConfigError(f"{file}: both {ROPE_FACTORS!r} and linear scaling; not supported")
     if factors.shape != (config.head_dim // 2,):
@@ -263,7 +263,7 @@ def _rope_scaling(
         )
     values = factors.read(0, 1)[0]
     if (values == 1).all():
-        return {}
+        return None
     context = metadata.get("llama.rope.scaling.original_context_length", 8192)
     scaling = _llama3_scaling(values, config, context) if type(context) is int else None
     if scaling is None:
@@ -271,16 +271,7 @@ def _rope_scaling(
             f"{file}: no parameters of Llama 3.1's scaling were found that give the factors in "
             f"{ROPE_FACTORS!r}; another way of scaling RoPE is not supported"
         )
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    return {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
-    }
+    return scaling
 
 
 def _llama3_scaling(factors: Tensor, config: ModelConfig, context: int) -> RopeScaling | None:

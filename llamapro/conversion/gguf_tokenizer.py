@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +59,10 @@ PATTERNS = {name: patterns for names, patterns in _CUTS.items() for name in name
 _LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "tekken")
 
 
-@dataclass(frozen=True)
-class GGUFTokenizer:
-    """A tokenizer in files: `files` maps names to contents, `ids` are for generation_config."""
-
-    ids: dict[str, Any]
-    files: dict[str, str | bytes]
-
-
-def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGUFTokenizer:
-    """Returns the tokenizer that a GGUF file's metadata hold.
+def read_tokenizer(
+    metadata: dict[str, Any], vocab_size: int, file: Path
+) -> tuple[dict[str, Any], dict[str, str | bytes]]:
+    """Returns the tokenizer that a GGUF file's metadata hold: ids of control tokens, and files.
 
     Raises:
         ConfigError: the library `tokenizers` is not installed.
@@ -82,7 +75,7 @@ def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGU
     kind = get("model", "none")
     if kind in ("none", "no_vocab"):
         print(f"{file}: holds no tokenizer; copy the model's into the result", file=sys.stderr)
-        return GGUFTokenizer({"bos_token_id": get("bos_token_id")}, {})
+        return {"bos_token_id": get("bos_token_id")}, {}
     if kind not in ("gpt2", "llama"):
         raise DataError(
             f"{file}: tokenizer.ggml.model is {kind!r}, not supported (only 'gpt2' and 'llama')"
@@ -159,7 +152,7 @@ def read_tokenizer(metadata: dict[str, Any], vocab_size: int, file: Path) -> GGU
     }
     if "padding" in ids:
         named["pad_token_id"] = ids["padding"]
-    return GGUFTokenizer(named, files)
+    return named, files
 
 
 def _tokens(tokens: Any, types: Any, vocab_size: int, file: Path) -> tuple[list[str], list[int]]:

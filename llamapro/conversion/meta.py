@@ -247,13 +247,11 @@ def _release_of(
         )
     if (scaling := config.rope_scaling) is not None and scaling.factor == 1:
         config = dataclasses.replace(config, rope_scaling=None)
-    elif scaling is not None:
-        scaled = rope_scaling(config.tie_word_embeddings)
-        if dataclasses.astuple(scaling) != tuple(scaled.values()):
-            raise ConfigError(
-                f"{file}: {scaling} cannot be said in Meta's layout, whose use_scaled_rope "
-                f"stands for {scaled}"
-            )
+    elif scaling not in (None, scaled := rope_scaling(config.tie_word_embeddings)):
+        raise ConfigError(
+            f"{file}: {scaling} cannot be said in Meta's layout, whose use_scaled_rope stands for "
+            f"{scaled}"
+        )
     release = config.raw.get("meta_release") or {}
     try:
         params, shards = _params_for(config, release), int(release.get("shards", 1))

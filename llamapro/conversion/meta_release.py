@@ -17,11 +17,12 @@ from torch import Tensor
 
 from llamapro.checkpoints.directory import MISTRAL_LAYOUT
 from llamapro.checkpoints.matching import refuse_wrapped
-from llamapro.checkpoints.tensors import DTYPE_CODES
+from llamapro.checkpoints.tensors import DTYPE_CODES, same_bytes
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import PLAIN_LLAMA
 from llamapro.conversion.pth_file import load_pth
 from llamapro.errors import CheckpointError, ConfigError, Problems, warn
+from llamapro.fields import RopeScaling
 from llamapro.files import read_json
 from llamapro.text.vocabulary import LLAMA_3_RANKS, LLAMA_3_SPECIAL
 
@@ -148,7 +149,7 @@ class Shards:
                     wrong.add(f"{at} {list(part.shape)}, expected {list(share)}{total}")
                 elif part.dtype not in _FLOATS or part.dtype != parts[0].dtype:
                     wrong.add(f"{at} {part.dtype}, expected one float dtype in all shards")
-                elif dim is None and not _has_same_bytes(part, parts[0]):
+                elif dim is None and not same_bytes(part, parts[0]):
                     wrong.add(f"{at} not the copy of {self.files[0].name}'s it must be")
         wrong.check(CheckpointError, str(self.directory))
         rope = self.tensors[0].get(ROPE)
@@ -163,9 +164,7 @@ class Shards:
         """Says whether output.weight repeats the embedding, row after row until one differs."""
         pairs = zip(*map(self.parts, ("tok_embeddings.weight", "output.weight")), strict=True)
         return all(
-            one.shape == other.shape
-            and all(_has_same_bytes(a, b) for a, b in zip(one, other, strict=True))
-            for one, other in pairs
+            one.shape == other.shape and all(map(same_bytes, one, other)) for one, other in pairs
         )
 
 
@@ -207,19 +206,13 @@ def ffn_size(params: dict[str, Any]) -> int:
     return multiple * ((hidden + multiple - 1) // multiple)
 
 
-def rope_scaling(is_tied: bool) -> dict[str, Any]:
-    """Returns the `rope_scaling` of config.json that `use_scaled_rope` stands for.
+def rope_scaling(is_tied: bool) -> RopeScaling:
+    """Returns the scaling that `use_scaled_rope` stands for.
 
     The factor is no field of `params.json`: 8, and 32 in Llama 3.2's small models (Meta's Hugging
     Face repositories), which are those with tied embeddings.
     """
-    return {
-        "rope_type": "llama3",
-        "factor": 32.0 if is_tied else 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    return RopeScaling("llama3", 32.0 if is_tied else 8.0, 1.0, 4.0, 8192)
 
 
 def describe(
@@ -275,7 +268,7 @@ def describe(
         "max_position_embeddings": positions or 2048,
         "rms_norm_eps": params["norm_eps"],
         "rope_theta": params.get("rope_theta") or 10000.0,
-        **({"rope_scaling": rope_scaling(is_tied)} if is_scaled else {}),
+        **({"rope_scaling": rope_scaling(is_tied).to_dict()} if is_scaled else {}),
         "tie_word_embeddings": is_tied,
     }
     return raw, "rows" if n > 1 and first["tok_embeddings.weight"].shape[-1] == dim else "columns"
@@ -289,9 +282,3 @@ def _is_rope(freqs: Tensor, config: ModelConfig) -> bool:
     return freqs.shape == exact.shape and torch.allclose(
         freqs.double(), exact, rtol=8 * info.eps, atol=8 * info.tiny * info.eps
     )
-
-
-def _has_same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Says whether two tensors of one shape have the same bytes; -0.0 is not 0.0 here."""
-    bits = [t.contiguous().view(torch.uint8) for t in (one, other)]
-    return one.dtype == other.dtype and torch.equal(*bits)
