@@ -9,14 +9,13 @@ The tokenizer's files change; their former content is kept beside them, under `B
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor
+from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor, tensor_chunks
 from llamapro.errors import ConfigError
 from llamapro.text.token_files import COMPANIONS, read_object
 from llamapro.text.tokenizer import Tokenizer
@@ -30,13 +29,13 @@ _CONFIG_NAME, _ADDED_NAME = COMPANIONS[:2]
 # ---- Rows --------------------------------------------------------------------------------------
 
 
-def mean_row(stored: StoredTensor) -> Tensor:
-    """Returns the mean of a matrix' rows, (C,), summed in fp64 and rounded once to its dtype."""
+def mean_rows(stored: StoredTensor, count: int) -> Iterator[memoryview]:
+    """Yields rows that are the mean of a matrix', summed in fp64 and rounded once to its dtype."""
     rows, size = stored.shape
     total = torch.zeros(size, dtype=torch.float64)
     for part in stored.map().split(max(1, CHUNK_BYTES * rows // stored.nbytes)):
         total += part.double().sum(0)
-    return (total / rows).to(DTYPES[stored.dtype])
+    return tensor_chunks((total / rows).to(DTYPES[stored.dtype]).expand(count, -1))
 
 
 # ---- Names -------------------------------------------------------------------------------------

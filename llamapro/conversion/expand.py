@@ -1,6 +1,6 @@
 """Expands checkpoint directories: the file side of `llamapro.expansion`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,17 +8,18 @@ from typing import Any
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.hub import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import NEW_ROWS
-from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, tensor_chunks
+from llamapro.checkpoints.tensors import combine_hashes
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES
-from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_row
+from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_rows
 from llamapro.conversion.companions import write_companions
-from llamapro.conversion.model_card import keep_base_card
+from llamapro.conversion.model_card import CARD_FILE
 from llamapro.conversion.rewrite import Part, Target, hashed, rewritten, zeros
 from llamapro.conversion.verify import compare_logits
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout
-from llamapro.files import refuse_source
+from llamapro.files import copy_companion, refuse_source
 
 
 def choose_layout(
@@ -82,12 +83,12 @@ def expand_checkpoint(
         base_sha256 = combine_hashes((t, hashes[t.name]) for t in base.tensors.values())
         config = expansion.expand_config(base.config, layout, base_sha256, len(new_tokens))
         if base.repository:  # what the model card will call the base
-            raw = config.raw | {"_name_or_path": base.repository}
-            config = replace(config, raw=raw)
+            config = replace(config, raw=config.raw | {"_name_or_path": base.repository})
         write_companions(aside, config, base.companions())
         if new_tokens:
             add_tokens(aside, new_tokens, base.config.vocab_size)
-        keep_base_card(base.path, aside)
+        if (card := base.path / CARD_FILE).is_file():  # leaves room for that of the new model
+            copy_companion(card, aside / BASE_CARD_FILE)
         logits = compare_logits(base, Checkpoint.open(aside))
         if not logits.bit_equal:
             raise CheckpointError(
@@ -124,11 +125,7 @@ def _targets(
         elif expansion.is_in_layers(name, layout.new_layers):
             parts = [stored.chunks]
         elif name in NEW_ROWS and new_rows:
-            parts.append(partial(_mean_rows, stored, new_rows))
+            parts.append(partial(mean_rows, stored, new_rows))
             rows += new_rows
         targets.append(Target(name, stored.dtype, (rows, *rest), parts))
     return targets, hashes
-
-
-def _mean_rows(stored: StoredTensor, count: int) -> Iterator[memoryview]:
-    return tensor_chunks(mean_row(stored).expand(count, -1))

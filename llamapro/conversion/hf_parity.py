@@ -23,7 +23,7 @@ PAIRS = {
 }
 
 
-def random_ids(vocab_size: int, seed: int) -> Tensor:
+def random_ids(vocab_size: int, seed: int = 0) -> Tensor:
     """Returns a batch of random token ids, `PROBE_SHAPE`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, PROBE_SHAPE, generator=generator)
@@ -70,10 +70,7 @@ def mean_loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare_with_hf(
-    path: str | Path,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    tolerance: float | None = None,
+    path: str | Path, dtype: torch.dtype | None = None, tolerance: float | None = None
 ) -> dict[str, Any]:
     """Runs both implementations on one random batch, on the CPU, and compares logits and loss.
 
@@ -95,7 +92,7 @@ def compare_with_hf(
     checkpoint = Checkpoint.open(path)
     path = checkpoint.path
     dtype = dtype or checkpoint.dtype
-    ids = random_ids(checkpoint.config.vocab_size, seed)
+    ids = random_ids(checkpoint.config.vocab_size)
 
     theirs = load_hf(path, dtype)(ids).logits
     from transformers import __version__ as version  # `load_hf` says if it is missing
@@ -118,10 +115,8 @@ def compare_with_hf(
     }
     pairs = ((ours, theirs), (theirs, exact), (ours, exact))
     for prefix, (one, other) in zip(PAIRS, pairs, strict=True):
-        difference = (one.float() - other.float()).abs().max()
-        found[f"{prefix}max_logit_difference"] = difference.item()
-        difference = abs(mean_loss(one, ids) - mean_loss(other, ids))
-        found[f"{prefix}loss_difference"] = difference.item()
+        found[f"{prefix}max_logit_difference"] = (one.float() - other.float()).abs().max().item()
+        found[f"{prefix}loss_difference"] = abs(mean_loss(one, ids) - mean_loss(other, ids)).item()
     if tolerance is None:
         noise = found["hf_vs_hf_fp32_max_logit_difference"]
         tolerance = 2 * noise + 1e-4 * exact.abs().max().item()

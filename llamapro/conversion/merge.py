@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
-from llamapro.checkpoints.base import (
-    check_base,
-    split_rows,
-)
+from llamapro.checkpoints.base import check_base, split_rows
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import (
     NEW_ROWS,
@@ -24,10 +21,10 @@ from llamapro.checkpoints.new_blocks import (
 from llamapro.checkpoints.run import STATE_FILE, look_again
 from llamapro.checkpoints.stacking import NewBlocks, is_base_of, stack
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor
-from llamapro.checkpoints.writing import MAX_SHARD_BYTES
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions, write_template
-from llamapro.conversion.model_card import Training, write_card
+from llamapro.conversion.model_card import CARD_FILE, Training
+from llamapro.conversion.model_card import render as render_card
 from llamapro.conversion.rewrite import Target, converted, hashed, rewritten
 from llamapro.errors import CheckpointError, DataError, warn
 from llamapro.files import refuse_source
@@ -72,24 +69,19 @@ def render(out_dir: Path, result: dict[str, Any]) -> str:
 
 
 def merge_checkpoint(
-    expanded: Checkpoint,
-    blocks_path: str | Path,
-    out_dir: Path,
-    force: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    expanded: Checkpoint, blocks_path: str | Path, out_dir: Path, force: bool = False
 ) -> dict[str, Any]:
     """Writes the expanded model with its trained blocks, in its own dtype, and a model card.
 
-    `blocks_path` is a run directory, a training checkpoint or a new-block file; the other arguments
-    are those of `expand_checkpoint`.
+    `blocks_path` is a run directory, a training checkpoint or a new-block file.
 
     Returns:
         JSON-able: path, blocks (the file used), step, tensors_replaced, bytes, base_intact.
     """
     file = find_blocks(blocks_path)
-    refuse_source(out_dir, expanded.path, file)
     blocks, info = read_blocks(file)
     training, expected = Training.of(file, info), _expected_shapes(expanded, blocks, info)
+    refuse_source(out_dir, expanded.path, file)
     _check_whole_model(expanded.path, blocks_path, blocks, training, expected)
     check_blocks(file, blocks, info, expanded.config, expected)
     _warn_of_another_tokenizer(expanded, file, training)
@@ -108,7 +100,7 @@ def merge_checkpoint(
         # The base is no longer inside, so the record that says where it is would be false.
         config = config.resized(config.num_hidden_layers, config.vocab_size, None)
     companions = expanded.companions()
-    with _merged(out_dir, targets, config, companions, [training], force, max_shard_bytes):
+    with _merged(out_dir, targets, config, companions, [training], force):
         if config.expansion is not None:
             check_base(expanded, hashes)
     about = {"blocks": str(file), "step": info.step, "tensors_replaced": len(blocks)}
@@ -164,10 +156,9 @@ def _merged(
     companions: Iterable[Path],
     trainings: Sequence[Training],
     force: bool,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Iterator[Path]:
     """Writes a merged checkpoint with its model card; the body checks the weights' sources."""
-    with rewritten(out_dir, targets, "merge", force, max_shard_bytes) as aside:
+    with rewritten(out_dir, targets, "merge", force) as aside:
         yield aside
         write_companions(aside, config, companions)
         templates = {training.template for training in trainings if training.template}
@@ -175,7 +166,8 @@ def _merged(
             write_template(aside, templates.pop())
         elif templates:
             warn(f"{out_dir}: trained with different chat templates; the base's, if any, stays")
-        write_card(aside, out_dir.resolve().name, config, trainings)
+        card = render_card(out_dir.resolve().name, config, trainings, aside)
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _expected_shapes(

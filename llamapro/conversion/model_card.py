@@ -18,7 +18,7 @@ from llamapro.checkpoints.new_blocks import BlocksInfo
 from llamapro.checkpoints.run import MAX_STATE_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError
-from llamapro.files import copy_companion, read_json
+from llamapro.files import read_json
 from llamapro.formatting import perplexity
 from llamapro.text.template_files import own_template
 
@@ -92,23 +92,6 @@ class Training:
         return found if isinstance(found, str) else None
 
 
-def write_card(
-    directory: Path, title: str, config: ModelConfig, trainings: Sequence[Training]
-) -> None:
-    """Writes the model card of a merged checkpoint, whose companions are in the directory.
-
-    `trainings` has one entry for each new-block file, in the order they were given.
-    """
-    text = render(title, config, trainings, directory)
-    (directory / CARD_FILE).write_text(text, encoding="utf-8")
-
-
-def keep_base_card(base: Path, directory: Path) -> None:
-    """Copies the base's model card under a name that leaves room for the expanded model's."""
-    if (base / CARD_FILE).is_file():
-        copy_companion(base / CARD_FILE, directory / BASE_CARD_FILE)
-
-
 def render(
     title: str,
     config: ModelConfig,
@@ -120,6 +103,7 @@ def render(
 
     Args:
         config: of the whole model; its record has the new blocks.
+        trainings: one for each new-block file, in the order they were given.
         beside: the directory of the model, whose licence and chat template are named.
         is_blocks: whether the card is of a new-block file, and not of the whole model.
     """

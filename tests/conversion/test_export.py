@@ -12,6 +12,7 @@ import struct
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint
+from llamapro.conversion.rewrite import rewritten
 from llamapro.errors import DataError
 from llamapro.expansion import insert_after
 from llamapro.inference.sampling import generate
@@ -95,7 +97,9 @@ def export(
         expand_checkpoint(Checkpoint.open(base), work / "pro", insert_after(4, [1, 3]))
         pro = Checkpoint.open(work / "pro")
         blocks = write_trained(work / "blocks.safetensors", pro, 0.05)
-        merge_checkpoint(pro, blocks, out, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llamapro.conversion.merge.rewritten", partial(rewritten, **options))
+            merge_checkpoint(pro, blocks, out)
         return out
 
     return make
