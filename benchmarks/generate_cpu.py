@@ -8,8 +8,7 @@ Both load the same checkpoint and continue the same random prompts in one proces
 are the CPU time of the process, summed over its threads: with one thread, what the clock shows on a
 quiet machine. `step_ms` is the median over rounds of the median of the steps in the second half of
 a call; `speed` is the median of the ratios of neighbouring calls. `call` compares whole calls, with
-the prompt and, in ours, the copy of the weights. transformers runs its own `generate` with its
-default attention and cache.
+the prompt. transformers runs its own `generate` with its default attention and cache.
 """
 
 import itertools

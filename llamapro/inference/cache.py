@@ -30,11 +30,7 @@ class KVCache:
         self.capacity = capacity
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new k, v (B, T, KV, D) and returns all positions (B, S, KV, D).
-
-        Raises:
-            ValueError: the positions do not fit.
-        """
+        """Stores one layer's new k, v (B, T, KV, D) and returns all positions (B, S, KV, D)."""
         end = self.length + k.shape[1]
         if end > self.capacity:
             raise ValueError(f"KV cache holds {self.capacity} positions, asked for {end}")

@@ -10,7 +10,6 @@ import torch
 
 from llamapro.errors import ConfigError, DataError, UserError
 from llamapro.inference.cache import KVCache
-from llamapro.inference.decoding import Decoder
 from llamapro.inference.options import SamplingOptions
 from llamapro.inference.sampling import choose_sampling, end_ids, write_text
 from llamapro.model import LlamaForCausalLM
@@ -47,10 +46,8 @@ class Conversation:
         sampling: SamplingOptions,
         system: str = "",
     ) -> None:
-        """Begins with the system's turn, if there is one."""
         self.tokens, self.elapsed_s = 0, 0.0
         self._model, self._tokenizer, self._template = model, tokenizer, template
-        self._decoder = Decoder(model)
         self._sampling, self._system = sampling, system
         chosen = choose_sampling(model.config, sampling.temperature, sampling.top_p)
         self._temperature, self._top_p = chosen
@@ -65,10 +62,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def answer(self, text: str, show: Callable[[str], None]) -> str:
-        """Adds a turn of the user and the assistant's answer to the conversation.
-
-        Args:
-            show: receives the answer in pieces, as they are written.
+        """Adds a turn of the user and the assistant's answer; `show` gets the answer's pieces.
 
         Returns:
             A line about the answer: the reason if it is incomplete, tokens, speed, context.
@@ -114,7 +108,7 @@ class Conversation:
         read = self._keep_shared(prompt, len(prompt) + limit)
         pieces = []
         for token_id, piece in write_text(
-            self._decoder,
+            self._model,
             # Without the prompt: it strips the space that sentencepiece puts before a text.
             StreamingDecoder(self._tokenizer),
             prompt[read:],
@@ -132,10 +126,7 @@ class Conversation:
         return "".join(pieces)
 
     def _keep_shared(self, prompt: list[int], capacity: int) -> int:
-        """Cuts the cache to the ids that it shares with a prompt, and returns their number.
-
-        The cache grows to this capacity if it is smaller.
-        """
+        """Cuts the cache to the ids it shares with a prompt, and returns how many; may grow it."""
         cached = self._ids[: self._cache.length]
         # The last id of a prompt is always read: its logits are needed.
         pairs = zip(cached, prompt[:-1], strict=False)
@@ -155,10 +146,7 @@ class Conversation:
 
 
 def converse(conversation: Conversation, prompt: str, out: TextIO) -> dict[str, Any]:
-    """Answers `prompt`, if there is one, and the lines of standard input.
-
-    Args:
-        out: receives the answers as they are written; notes go to standard error.
+    """Answers `prompt`, if there is one, and the lines of standard input, on `out`.
 
     Returns:
         messages, tokens (of all answers), tokens_per_s.

@@ -25,11 +25,7 @@ def write_greedily(
     prompt_tokens: int,
     new_tokens: int,
 ) -> ShiftSamples | None:
-    """Cuts prompts evenly from documents (token ids) and continues them.
-
-    Returns:
-        The prompts and continuations, or None if no document is long enough.
-    """
+    """Cuts prompts evenly from documents (token ids) and continues them; None if all are short."""
     places = [
         (document, start)
         for document, ids in enumerate(documents)
@@ -46,10 +42,7 @@ def write_greedily(
 
 @torch.inference_mode()
 def shift(base: LlamaForCausalLM, samples: ShiftSamples, ends: Collection[int]) -> dict[str, float]:
-    """Ranks each token that the tuned model chose by the base's probabilities (Appendix G).
-
-    Args:
-        ends: ids that end a text; the positions after the first of them do not count.
+    """Ranks each token that the tuned model chose, up to the first of `ends`, by the base.
 
     Returns:
         The shares of unshifted (rank 1), marginal (2 or 3) and shifted (over 3) positions, and the

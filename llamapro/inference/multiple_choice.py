@@ -33,8 +33,6 @@ class Question:
 
     Attributes:
         prompt: ids, the tokenizer's prefix (BOS or nothing) first.
-        choices: ids of each choice.
-        right: which choices are right.
         is_cut: whether the prompt was too long and lost its beginning.
     """
 
@@ -123,12 +121,9 @@ def _named(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:
 def _tokenize(
     tokenizer: Tokenizer, prompt: str, choices: list[str], right: frozenset[int], context: int
 ) -> Question:
-    """Returns a question whose choices have the ids that follow the prompt in the joined text.
-
-    Where a token of that text spans the border, the choice is encoded by itself.
-    """
+    """Returns a question whose choices have the ids that follow the prompt in the joined text."""
     ids, tokens = tokenizer.encode(prompt, bos=True), []
-    for choice in choices:
+    for choice in choices:  # encoded by itself where a token would span the border
         joined = tokenizer.encode(prompt + choice, bos=True)
         agrees = joined[: len(ids)] == ids
         tokens.append(joined[len(ids) :] if agrees else tokenizer.encode(choice, continues=True))
@@ -192,13 +187,10 @@ def measure_choices(
 
 
 def baselines(questions: Sequence[Question]) -> dict[str, float]:
-    """Returns the numbers that need no model.
+    """Returns the numbers that need no model: of questions, and of prompts that were cut.
 
-    Returns:
-        questions: their number.
-        cut: the number of prompts that were too long.
-        chance: the accuracy of choosing at random.
-        majority: the accuracy of always choosing the position that is right most often.
+    `chance` is the accuracy of choosing at random, `majority` that of always choosing the position
+    that is right most often.
     """
     count = len(questions)
     most = Counter(i for q in questions for i in q.right).most_common(1)[0][1]

@@ -38,11 +38,7 @@ class ComputeOptions:
     checkpoints, run directories or hf://owner/name."""
 
     def open(self, path: Path) -> Checkpoint:
-        """Opens a checkpoint and puts the new blocks on it; their files say where they belong.
-
-        Raises:
-            ConfigError, CheckpointError: as `Checkpoint.open` and `stack`.
-        """
+        """Opens a checkpoint and puts the new blocks on it; their files say where they belong."""
         checkpoint = Checkpoint.open(path)
         return stack(checkpoint, self.blocks).checkpoint if self.blocks else checkpoint
 
@@ -67,9 +63,7 @@ class ComputeOptions:
         """Loads a model, inside `backends`, and prints its device and backends on standard error.
 
         Raises:
-            ConfigError: there is no GPU, no kernel for what --ops asks for, or no new block to
-                skip.
-            CheckpointError: as `Checkpoint.load`.
+            ConfigError: there is no GPU, no kernel for --ops, or no new block to skip.
         """
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         if self.skip_new_blocks:

@@ -15,7 +15,7 @@ from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, warn
 from llamapro.files import read_json
 from llamapro.inference.cache import KVCache
-from llamapro.inference.decoding import Decoder
+from llamapro.inference.decoding import next_logits
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.streaming import StreamingDecoder
 from llamapro.text.tokenizer import Tokenizer
@@ -73,8 +73,7 @@ def choose_sampling(
 
     As in transformers, the temperature of `generation_config.json` counts if `do_sample` is true
     there (1.0 if it names none), and its top_p wherever tokens are drawn. Without them the most
-    likely token is taken. Standard error gets one line with what comes from the file, and with what
-    of it would change the text and is not applied.
+    likely token is taken. Standard error says what comes from the file, and what is not applied.
 
     Raises:
         CheckpointError: `generation_config.json` is damaged, or a value that counts is impossible.
@@ -136,11 +135,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws an index of each row, with probabilities that are proportional to the weights.
-
-    It takes one random number per row. `torch.multinomial` takes one per token, which is a sixth of
-    the time of a small model with a large vocabulary.
-    """
+    """Draws an index of each row, with probabilities that are proportional to the weights."""
+    # One random number per row: `torch.multinomial` takes one per token, which is a sixth of the
+    # time of a small model with a large vocabulary.
     sums = weights.cumsum(-1)  # (B, V), fp64
     total = sums[:, -1:]
     if not total.isfinite().all():
@@ -151,7 +148,7 @@ def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: LlamaForCausalLM | Decoder,
+    model: LlamaForCausalLM,
     prompt: Tensor,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -162,9 +159,7 @@ def generate(
     """Continues prompts of equal length, one token at a time.
 
     Args:
-        model: the model, or its decoder, which can be kept from one call to the next.
         prompt: (B, T) token ids, T >= 1; with a cache, the ids that follow those in it.
-        max_new_tokens: number of steps; the caller may stop sooner.
         temperature, top_p: as for `sample`.
         seed: an integer, or a generator that continues earlier draws.
         cache: holds the tokens before the prompt, with room for T + max_new_tokens - 1 more. At the
@@ -174,19 +169,18 @@ def generate(
         (B, 1): the token ids of each step.
     """
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
-    config, weight = decoder.model.config, decoder.model.lm_head.weight
+    weight = model.lm_head.weight
     if cache is None:
         capacity = prompt.shape[1] + max_new_tokens
-        cache = KVCache(config, prompt.shape[0], capacity, weight.dtype, weight.device)
+        cache = KVCache(model.config, prompt.shape[0], capacity, weight.dtype, weight.device)
     ids = prompt.to(weight.device)
     for _ in range(max_new_tokens):
-        ids = sample(decoder.logits(ids, cache), temperature, top_p, generator)
+        ids = sample(next_logits(model, ids, cache), temperature, top_p, generator)
         yield ids
 
 
 def write_text(
-    model: LlamaForCausalLM | Decoder,
+    model: LlamaForCausalLM,
     decoder: StreamingDecoder,
     prompt: list[int],
     max_new_tokens: int,

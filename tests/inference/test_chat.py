@@ -21,7 +21,7 @@ from llamapro.errors import ConfigError, DataError
 from llamapro.inference import sampling
 from llamapro.inference.cache import KVCache
 from llamapro.inference.chat import Conversation, stop_ids
-from llamapro.inference.decoding import Decoder
+from llamapro.inference.decoding import next_logits
 from llamapro.inference.options import SamplingOptions
 from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM
@@ -89,14 +89,13 @@ class Reader:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ids: list[int] = []
         self.reads: list[int] = []
-        logits = Decoder.logits
 
-        def reading(decoder: Decoder, input_ids: Tensor, cache: KVCache) -> Tensor:
+        def reading(model: LlamaForCausalLM, input_ids: Tensor, cache: KVCache) -> Tensor:
             self.ids = self.ids[: cache.length] + input_ids[0].tolist()
             self.reads.append(input_ids.shape[1])
-            return logits(decoder, input_ids, cache)
+            return next_logits(model, input_ids, cache)
 
-        monkeypatch.setattr(Decoder, "logits", reading)
+        monkeypatch.setattr(sampling, "next_logits", reading)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The short way of a single token on a CPU computes what the model computes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,7 @@ from llamapro import backends
 from llamapro.config import ModelConfig
 from llamapro.inference import decoding
 from llamapro.inference.cache import KVCache
-from llamapro.inference.decoding import Decoder
-from llamapro.inference.sampling import generate
+from llamapro.inference.decoding import next_logits
 from llamapro.model import LlamaForCausalLM, load_tensors
 
 STEPS, PROMPT = 6, 5
@@ -55,7 +55,6 @@ def steps_of(logits_of: Callable[[Tensor, KVCache], Tensor], model: Any, rows: i
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("copy_after", [3, 99])
 @pytest.mark.parametrize(
     "config",
     [
@@ -69,15 +68,12 @@ def steps_of(logits_of: Callable[[Tensor, KVCache], Tensor], model: Any, rows: i
     ],
     ids=["gqa", "tied", "window", "qwen2", "qwen3", "biases", "scaled"],
 )
-def test_logits_are_as_exact_as_the_models(
-    build: Build, config: dict[str, Any], copy_after: int, rows: int, monkeypatch: Any
-) -> None:
-    """With the model's own weights and with a copy, the error is at most twice the model's."""
-    monkeypatch.setattr(decoding, "COPY_AFTER", copy_after)
+def test_logits_are_as_exact_as_the_models(build: Build, config: dict[str, Any], rows: int) -> None:
+    """The error against fp64 is at most twice the model's own."""
     model = build(torch.float32, **config)
     exact = build(torch.float64, **config)
     exact.load_state_dict(model.state_dict())
-    ours = steps_of(Decoder(model).logits, model, rows)
+    ours = steps_of(partial(next_logits, model), model, rows)
     plain, truth = (
         steps_of(lambda ids, cache, m=m: m(ids, cache)[:, -1], m, rows) for m in (model, exact)
     )
@@ -85,38 +81,17 @@ def test_logits_are_as_exact_as_the_models(
 
 
 def test_bf16_keeps_the_roundings_of_the_model(build: Build) -> None:
-    """In bf16 no copy is made, and every rounding stands where the model has it: the same bits."""
+    """In bf16 every rounding stands where the model has it: the same bits."""
     model = build(torch.bfloat16)
-    ours = steps_of(Decoder(model).logits, model, 2)
+    ours = steps_of(partial(next_logits, model), model, 2)
     assert torch.equal(ours, steps_of(lambda ids, cache: model(ids, cache)[:, -1], model, 2))
-
-
-def test_a_large_model_is_not_copied(build: Build, monkeypatch: Any) -> None:
-    """A model over the limit keeps its own weights."""
-    monkeypatch.setattr(decoding, "COPY_AFTER", 1)
-    monkeypatch.setattr(decoding, "COPY_BYTES", 1000)
-    monkeypatch.setattr(decoding, "_packed", None)
-    model = build(torch.float32)
-    steps_of(Decoder(model).logits, model, 2)
 
 
 @pytest.mark.parametrize("ops", ["torch", "auto,attention=torch"])
 def test_a_backend_that_was_asked_for_computes(build: Build, ops: str, monkeypatch: Any) -> None:
     """Where an op is told to take another backend, the model itself takes every step."""
-    monkeypatch.setattr(Decoder, "_step", None)
+    monkeypatch.setattr(decoding, "_step", None)
     model = build(torch.float32)
     with backends.use(ops):
-        ours = steps_of(Decoder(model).logits, model, 1)
+        ours = steps_of(partial(next_logits, model), model, 1)
         assert torch.equal(ours, steps_of(lambda i, cache: model(i, cache)[:, -1], model, 1))
-
-
-def test_a_decoder_can_be_kept(build: Build, monkeypatch: Any) -> None:
-    """A second text by the same decoder, now with its copy, is that of the model; so are others."""
-    monkeypatch.setattr(decoding, "COPY_AFTER", 3)
-    model = build(torch.float32)
-    decoder = Decoder(model)
-    for rows in (1, 2, 1):
-        prompt = torch.arange(rows * 4).view(rows, 4)
-        ours = torch.cat(list(generate(decoder, prompt, 6)), dim=1)
-        with backends.use("torch"):
-            assert torch.equal(ours, torch.cat(list(generate(model, prompt, 6)), dim=1))
