@@ -18,8 +18,7 @@ from llamapro import cli
 from llamapro.api import generate
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import read_blocks
-from llamapro.checkpoints.stacking import find_file
+from llamapro.checkpoints.new_blocks import find_blocks, read_blocks
 from llamapro.conversion.model_card import Training
 from llamapro.errors import ConfigError, DataError, warn
 from llamapro.inference.chat import Conversation, converse
@@ -95,13 +94,9 @@ def _run(args: ChatArgs) -> None:
 
 
 def _template(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> ChatTemplate:
-    """Returns the template that the new blocks were trained with, as `merge` writes it, or another.
-
-    Raises:
-        DataError: as `ChatTemplate.load`.
-    """
+    """Returns the template of the new blocks, as `merge` writes it, or else that of the files."""
     if not (args.chat_template or args.skip_new_blocks):
-        files = [find_file(path) for path in args.blocks]
+        files = [find_blocks(path) for path in args.blocks]
         found = {Training.of(file, read_blocks(file)[1]).template for file in files} - {None}
         if len(found) > 1:
             warn("the new blocks were trained with different chat templates; the base's is taken")
@@ -111,12 +106,7 @@ def _template(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> C
 
 
 def chat(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> dict[str, Any]:
-    """Loads the model and answers turns; with --json the answers go to standard error.
-
-    Raises:
-        ConfigError: --skip-new-blocks cannot be used; or as `converse`.
-        DataError: the chat template is missing or does not fit; or as `converse`.
-    """
+    """Loads the model and answers turns, as `converse`; with --json, on standard error."""
     if args.skip_new_blocks:
         check_contained(checkpoint, special=True)
     try:
@@ -132,11 +122,6 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
 
     Returns:
         prompt, text, tokens (their number), tokens_per_s.
-
-    Raises:
-        ConfigError: the prompt is too long.
-        CheckpointError: `generation_config.json` is damaged.
-        DataError: the prompt is empty, and the tokenizer names no token to start from.
     """
     prompt = tokenizer.encode_prompt(args.prompt)
     context = checkpoint.config.max_position_embeddings

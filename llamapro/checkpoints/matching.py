@@ -145,13 +145,16 @@ def _compare_params(file: Path, config: ModelConfig) -> None:
     """Says so if a params.json beside config.json describes another model; config.json counts."""
     if not file.exists():
         return
-    keys = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
-    keys |= {
+    keys = {
+        "dim": "hidden_size",
+        "hidden_dim": "intermediate_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
         "n_kv_heads": "num_key_value_heads",
         "head_dim": "head_dim",
         "rope_theta": "rope_theta",
+        "norm_eps": "rms_norm_eps",
     }
-    keys |= {"norm_eps": "rms_norm_eps", "hidden_dim": "intermediate_size"}
     params: dict[str, Any] = read_json(file)
     said = {f"{key} ({hf})": params[key] for key, hf in keys.items() if params.get(key) is not None}
     ours = {name: getattr(config, keys[name.split(" ", 1)[0]]) for name in said}

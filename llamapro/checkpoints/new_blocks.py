@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import filesystem
+from llamapro.checkpoints.hub import repository, resolve
 from llamapro.checkpoints.run import MANIFEST_FILE, TRAINABLE_FILE, find_damage, newest_intact
 from llamapro.checkpoints.tensors import (
     CHUNK_BYTES,
@@ -77,7 +78,7 @@ def is_training_output(path: Path) -> bool:
 
 
 def find_blocks(path: str | Path) -> Path:
-    """Returns the new-block file of a run directory or training checkpoint, or the file itself.
+    """Returns the new-block file of a run, a training checkpoint or `hf://owner/name`, or itself.
 
     From a run it takes the newest intact training checkpoint; standard error names newer ones that
     are damaged, and why. Every byte is read, also of the other files of a training checkpoint.
@@ -85,7 +86,11 @@ def find_blocks(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = Path(path)
+    given, path = path, resolve(path)
+    if repository(given) is not None:
+        path /= TRAINABLE_FILE
+        if not path.exists():
+            raise CheckpointError(f"{given}: has no {TRAINABLE_FILE}, so it shares no new blocks")
     if path.is_file():
         check_bytes(path)
         return path

@@ -14,9 +14,7 @@ from typing import NamedTuple
 from llamapro import expansion
 from llamapro.checkpoints.base import base_config, base_vocab_size, contained_base
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.hub import repository, resolve
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
-from llamapro.checkpoints.run import TRAINABLE_FILE
 from llamapro.checkpoints.tensors import StoredTensor
 from llamapro.config import ExpansionRecord
 from llamapro.errors import CheckpointError, ConfigError
@@ -50,7 +48,7 @@ def is_base_of(checkpoint: Checkpoint, path: str | Path) -> bool:
     """Says whether new blocks have to be put on this checkpoint, which has none, not into it."""
     if checkpoint.config.expansion is not None:
         return False
-    return bool(read_blocks(find_file(path))[1].base_sha256)
+    return bool(read_blocks(find_blocks(path))[1].base_sha256)
 
 
 def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
@@ -95,19 +93,9 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     return Stacked(checkpoint, files, dtypes)
 
 
-def find_file(path: str | Path) -> Path:
-    """Returns a local new-block file, as `find_blocks`, or the one of a repository on the hub."""
-    if repository(path) is None:
-        return find_blocks(resolve(path))
-    file = resolve(path) / TRAINABLE_FILE
-    if not file.exists():
-        raise CheckpointError(f"{path}: has no {TRAINABLE_FILE}, so it shares no new blocks")
-    return find_blocks(file)
-
-
 def _open(path: str | Path, base: Checkpoint, record: ExpansionRecord) -> NewBlocks:
     """Opens a new-block file; raises CheckpointError unless it fits the base."""
-    file = find_file(path)
+    file = find_blocks(path)
     tensors, info = read_blocks(file)
     if info.trainable == "all" or not info.base_sha256:
         raise CheckpointError(
