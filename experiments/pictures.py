@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from summary import done, final_changes, front, general_change, summarize
 
-from llamapro.report import COLOURS, GREY, TOKEN_UNITS, plain
+from llamapro.report import COLOURS, GREY, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,22 +110,23 @@ def _curves(
     axes: "Axes", study: dict[str, Any], group: str, sets: Sequence[str], label: str
 ) -> None:
     """Draws the mean change over these sets, a line per variant of the group."""
+    from matplotlib.ticker import EngFormatter
+
     axes.set_visible(True)
-    most = max((trial["curves"][sets[0]][-1][0] for trial in done(study)), default=0)
-    unit, unit_name = next((pair for pair in TOKEN_UNITS if most >= pair[0]), TOKEN_UNITS[-1])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     styles = _styles(study)
     for variant in study["variants"]:
         runs, style = paths(study, variant["name"], sets), styles[variant["name"]]
         if not len(runs) or not (variant["group"] == group or _is_compared(study, variant)):
             continue
-        x, y = runs.mean(0).T / [[unit], [1]]
+        x, y = runs.mean(0).T
         axes.plot(x, y, **style, markersize=4, linewidth=1.5, label=plain(variant["label"]))
         if len(runs) > 1:
             sd = runs[..., 1].std(0, ddof=1)
             axes.fill_between(x, y - sd, y + sd, color=style["color"], alpha=0.2, linewidth=0)
     axes.axhline(0, color=GREY, linestyle="--", linewidth=1)
     title = f"{study['name']}: {GROUPS[group]}\n{label.split()[0]} ({', '.join(sets)})"
-    _prepare(axes, title, f"tokens trained on{unit_name}", label)
+    _prepare(axes, title, "tokens trained on", label)
 
 
 # ---- Learning and forgetting --------------------------------------------------------------------

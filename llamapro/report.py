@@ -36,7 +36,6 @@ STYLES: list[dict[str, Any]] = [
 NOT_EVALUATED = (
     "has no evaluation both before and after training: what it learned or forgot is not known"
 )
-TOKEN_UNITS = ((1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"), (1, ""))
 
 
 def show(value: Any, form: Callable[[Any], str] = str) -> str:
@@ -143,11 +142,7 @@ def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: 
 
 
 def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draws validation losses above, and training loss, learning rate and throughput below.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Draws validation losses above, and training loss, learning rate and throughput below."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -157,8 +152,6 @@ def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -
             "the report's picture needs matplotlib: pip install -e '.[report]'"
         ) from None
     sets = list(summaries[0]["sets"])
-    most = max((s["tokens"] or 0 for s in summaries), default=0)
-    unit, unit_name = next((pair for pair in TOKEN_UNITS if most >= pair[0]), TOKEN_UNITS[-1])
     across = 2 if len(sets) == 4 else min(3, max(1, len(sets)))
     rows = -(-len(sets) // across)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.02)  # pads in inches
@@ -172,7 +165,8 @@ def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -
     def panel(row: int, column: int, width: int, title: str, label: str) -> "Axes":
         axes = figure.add_subplot(grid[row, column * width : (column + 1) * width])
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel(f"tokens trained on{unit_name}")
+        axes.set_xlabel("tokens trained on")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel(label)
         axes.grid(True, color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -181,16 +175,16 @@ def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -
 
     for i, name in enumerate(sets):
         axes = panel(i // across, i % across, 6 // across, plain(name), "loss (nats per token)")
-        _draw_losses(axes, name, runs, summaries, unit)
+        _draw_losses(axes, name, runs, summaries)
     loss = panel(rows, 0, 2, "training", "loss (nats per token)")
     rate = panel(rows, 1, 2, "learning rate", "learning rate")
     speed = panel(rows, 2, 2, "throughput", "tokens per second")
     for run, style in zip(runs, cycle(STYLES), strict=False):
-        x, y = _series(run.train, "tokens", "loss", unit)
+        x, y = _series(run.train, "tokens", "loss")
         loss.plot(x, y, **style, alpha=0.2, linewidth=0.8)
         loss.plot(x, _smooth(y), **style, linewidth=1.8, label=plain(run.name))
-        rate.plot(*_series(run.train, "tokens", "learning_rate", unit), **style, linewidth=1.8)
-        speed.plot(*_series(run.train, "tokens", "tokens_per_s", unit), **style, linewidth=1.2)
+        rate.plot(*_series(run.train, "tokens", "learning_rate"), **style, linewidth=1.8)
+        speed.plot(*_series(run.train, "tokens", "tokens_per_s"), **style, linewidth=1.2)
     if any(run.train for run in runs):
         loss.legend(fontsize=9, frameon=False)
     rate.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.1e}" if y else "0"))
@@ -201,11 +195,7 @@ def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -
 
 
 def _draw_losses(
-    axes: "Axes",
-    name: str,
-    runs: Sequence[Run],
-    summaries: Sequence[dict[str, Any]],
-    unit: float,
+    axes: "Axes", name: str, runs: Sequence[Run], summaries: Sequence[dict[str, Any]]
 ) -> None:
     """Draws one validation set: a line for each run, and a dashed one for each base."""
     bases: list[float] = []
@@ -213,7 +203,7 @@ def _draw_losses(
         if name not in run.evals:
             continue
         result = summary["sets"][name]
-        x, y = _series(run.evals[name], "tokens_seen", "loss", unit)
+        x, y = _series(run.evals[name], "tokens_seen", "loss")
         change = "" if result["change"] is None else f" ({result['change']:+z.3f})"
         label = f"{plain(run.name)}: {show(result['final_loss'], LOSS)}{change}"
         marker = "o" if len(x) <= 40 else None
@@ -233,13 +223,10 @@ def _draw_losses(
     axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def _series(
-    records: Sequence[dict[str, Any]], x: str, y: str, unit: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _series(records: Sequence[dict[str, Any]], x: str, y: str) -> np.ndarray:
     """Returns the points of a line; a loss that was not finite (null) leaves a gap."""
     kept = [(record[x], record.get(y)) for record in records if record.get(x) is not None]
-    points = np.array(kept, dtype=float).reshape(-1, 2)  # None becomes NaN
-    return points[:, 0] / unit, points[:, 1]
+    return np.array(kept, dtype=float).reshape(-1, 2).T  # None becomes NaN
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -261,12 +248,10 @@ def plain(text: str) -> str:
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
     """Writes `report.png` and `report.md` for one run or several, side by side.
 
-    Args:
-        out: the directory to write to; the first run's if None.
+    `out` is the directory to write to, the first run's if None.
 
     Returns:
-        runs: their numbers, as `summarize` gives them.
-        files: the files that were written.
+        runs, their numbers, as `summarize` gives them; files, the paths that were written.
 
     Raises:
         ConfigError: no run, the same run twice, no matplotlib, or `out` cannot be written.
