@@ -29,6 +29,13 @@ def open_checkpoint(path: Path) -> Any:
     return Checkpoint.open(path)
 
 
+def torch_dtype(name: DType | None) -> Any:
+    """Returns torch's dtype of this name."""
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
 @dataclass(kw_only=True)
 class Output:
     """Options of the commands that write a directory."""
@@ -53,12 +60,9 @@ class FromMeta(Output):
     """Context length in tokens (4096 for Llama 2). Default: params.json's, else the family's."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        import torch
-
         from llamapro.conversion.meta import from_meta
 
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        positions = self.max_position_embeddings
+        dtype, positions = torch_dtype(self.dtype), self.max_position_embeddings
         result = from_meta(self.meta_dir, self.out_dir, dtype, self.force, positions)
         return result, (
             f"{self.out_dir}: {result['parameters']:,} parameters in {result['dtype']}, "
@@ -78,12 +82,9 @@ class FromGguf(Output):
     """Dtype of the result. Default: the file's float32 or float16, else bfloat16."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        import torch
-
         from llamapro.conversion.gguf import from_gguf
 
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        result = from_gguf(self.file, self.out_dir, dtype, self.force)
+        result = from_gguf(self.file, self.out_dir, torch_dtype(self.dtype), self.force)
         return result, (
             f"{self.out_dir}: {result['parameters']:,} parameters in {result['dtype']}, from "
             f"{', '.join(result['quantizations'])} in {result['files']} file(s)"
@@ -164,10 +165,10 @@ class Expand(Output):
         base = open_checkpoint(self.base_dir)
         layout = choose_layout(
             base.config.num_hidden_layers,
-            num_new_blocks=self.num_new_blocks,
-            blocks_per_group=self.blocks_per_group,
-            after=self.after,
-            placement=self.placement,
+            self.num_new_blocks,
+            self.blocks_per_group,
+            self.after,
+            self.placement,
         )
         if not 0 < self.max_shard_gb < float("inf"):
             raise ConfigError(f"--max-shard-gb {self.max_shard_gb}: expected more than 0")
@@ -290,8 +291,6 @@ class Verify(Input):
     """Largest difference of a logit that --hf passes. Default: a bound from rounding, printed."""
 
     def run(self) -> tuple[dict[str, Any], str]:
-        import torch
-
         from llamapro.checkpoints.new_blocks import is_training_output
         from llamapro.conversion import hf_parity
         from llamapro.conversion.verify import render, verify, verify_run, verify_tokens
@@ -311,8 +310,8 @@ class Verify(Input):
         result = verify(self.dir, self.base)
         text = render(result)
         if self.hf:
-            dtype = getattr(torch, self.dtype) if self.dtype else None
-            result["hf"] = hf_parity.compare_with_hf(self.dir, dtype, tolerance=self.tolerance)
+            dtype = torch_dtype(self.dtype)
+            result["hf"] = hf_parity.compare_with_hf(self.dir, dtype, self.tolerance)
             text += "\n" + hf_parity.render(result["hf"])
         return result, text
 

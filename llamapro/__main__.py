@@ -81,11 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_command(name: str, argv: list[str]) -> None:
-    """Imports a command's module and runs its `main`.
-
-    Raises:
-        ConfigError: there is no such command.
-    """
+    """Imports a command's module and runs its `main`; ConfigError if there is no such command."""
     if name not in COMMANDS:
         raise ConfigError(
             f"llamapro {name}: no such command{suggest(name, list(COMMANDS))}; "
@@ -102,11 +98,7 @@ def run_command(name: str, argv: list[str]) -> None:
 
 
 def presets(argv: list[str]) -> None:
-    """Lists the presets of `llamapro train`, or copies one to a file to be edited.
-
-    Raises:
-        ConfigError: there is no preset of this name, or the file exists or cannot be written.
-    """
+    """Lists the presets of `llamapro train`, or copies one to a file to be edited."""
     purpose = "List the presets of 'llamapro train', or copy one to a file."
     parser = argparse.ArgumentParser(prog="llamapro presets", description=purpose)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

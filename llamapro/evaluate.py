@@ -55,27 +55,19 @@ class Text:
 
 
 def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
-    """Reads a file, folder or glob; prints on standard error what was left out.
-
-    Raises:
-        DataError: as `read_pieces`; the option for the key has a shorter name here.
-    """
-    try:
-        return _read_text(pattern, tokenizer, text_key)
-    except DataError as error:
-        raise DataError(str(error).replace("--data.text-key", "--text-key")) from None
-
-
-def _read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
+    """Reads a file, folder or glob; prints on standard error what was left out."""
     counts = Counts()
     documents: list[list[int]] = []
     pieces: list[Piece] = []
-    for piece in read_pieces(find_files([pattern]), text_key, counts, pattern):
-        pieces.append(piece)
-        if piece.is_last:
-            ids = encode_pieces(pieces, tokenizer)
-            documents.append(ids[: len(ids) - len(tokenizer.suffix)])
-            pieces = []
+    try:
+        for piece in read_pieces(find_files([pattern]), text_key, counts, pattern):
+            pieces.append(piece)
+            if piece.is_last:
+                ids = encode_pieces(pieces, tokenizer)
+                documents.append(ids[: len(ids) - len(tokenizer.suffix)])
+                pieces = []
+    except DataError as error:  # the option has another name in training
+        raise DataError(str(error).replace("--data.text-key", "--text-key")) from None
     print(f"{pattern}: {counts.describe()}", file=sys.stderr)
     unpredicted = 0
     if not tokenizer.prefix:  # a space that the tokenizer put first is none of the text's bytes
@@ -87,9 +79,8 @@ def _read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Cuts a document into windows in which every token but the first is predicted exactly once.
 
-    Args:
-        stride: tokens by which each window moves. All windows but the first predict `stride`
-            tokens, each with at least context - stride tokens before it.
+    Each window moves by `stride` tokens. All but the first predict so many, each with at least
+    context - stride tokens before it.
 
     Yields:
         (start, end, first): the inputs are tokens[start:end]; the tokens from index `first` to
@@ -109,11 +100,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 def measure(
     model: LlamaForCausalLM, text: Text, context: int, stride: int, batch_size: int
 ) -> dict[str, float]:
-    """Returns loss (nats per token), perplexity, bits_per_byte and tokens of a text.
-
-    Raises:
-        ConfigError: the text has no token to predict.
-    """
+    """Returns loss (nats per token), perplexity, bits_per_byte and tokens of a text."""
     device = model.lm_head.weight.device
     cut = [
         (ids[start:end], [IGNORE_INDEX] * (first - 1 - start) + ids[first : end + 1])
@@ -217,10 +204,6 @@ def evaluate(args: Args) -> dict[str, Any]:
         model, against, context, stride, and by name of a --data or --choices argument:
         files: as `measure`; with a base also `base`, the same of the base, and `shift`.
         choices: as `measure_choices` and `baselines`; with a base also `base`, `gained`, `lost`.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: impossible options, a damaged checkpoint, files
-            that cannot be used, or models with different tokenizers.
     """
     if not args.data and not args.choices:
         raise ConfigError("--data: name at least one file, folder or glob; or questions: --choices")

@@ -107,9 +107,7 @@ def lock(fd: int) -> bool:
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
+    except OSError as error:  # of which BlockingIOError is one
         if error.errno not in UNSUPPORTED:
             raise
         return False

@@ -78,15 +78,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m llamapro.push") -
 
 
 def model_files(path: Path) -> tuple[Files, str, list[str]]:
-    """Returns the files of a checkpoint directory to upload, the card, and the files left out.
-
-    Every byte is read: a damaged model is not published.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the base inside was changed.
-        ConfigError: there is no card, and no record to make one from.
-    """
-    verify(path)
+    """Returns the files of a checkpoint directory to upload, the card, and the files left out."""
+    verify(path)  # reads every byte: a damaged model is not published
     config = Checkpoint.open(path).config
     names = [f.relative_to(path).as_posix() for f in sorted(path.rglob("*")) if f.is_file()]
     files: Files = {name: path / name for name in names if _travels(name)}
@@ -102,12 +95,7 @@ def model_files(path: Path) -> tuple[Files, str, list[str]]:
 
 
 def blocks_files(path: Path, base: str) -> tuple[Files, str]:
-    """Returns a new-block file and the configuration of its whole model, to upload, and the card.
-
-    Raises:
-        CheckpointError: the file is damaged, or belongs to another base.
-        ConfigError: all weights were trained, or nobody says on which model.
-    """
+    """Returns a new-block file and the configuration of its whole model, to upload, and the card."""
     file = find_blocks(path)
     _, info = read_blocks(file)
     training = Training.of(file, info)
