@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llamapro.checkpoints.tensors import (
     TensorSpec,
     combine_hashes,
     hash_tensors,
+    hashing,
     read_safetensors,
 )
 from llamapro.checkpoints.writing import write_safetensors
@@ -113,14 +115,10 @@ def write_blocks(
     file: Path, specs: list[TensorSpec], chunks_of: ChunksOf, info: BlocksInfo
 ) -> None:
     """Writes a new-block file."""
-    hashes: list[tuple[TensorSpec, str]] = []
+    hashes: dict[TensorSpec, str] = {}
 
     def hashed(spec: TensorSpec) -> Iterator[memoryview | bytes]:
-        digest = hashlib.sha256()
-        for chunk in chunks_of(spec):
-            digest.update(chunk)
-            yield chunk
-        hashes.append((spec, digest.hexdigest()))
+        return hashing(chunks_of(spec), partial(hashes.__setitem__, spec))
 
     # The header comes before the tensors, so their hash takes the place of one as long.
     unknown = "0" * hashlib.sha256().digest_size * 2
@@ -130,7 +128,7 @@ def write_blocks(
         handle.seek(0)
         header = handle.read(size)
         mark = f'"{_HASH_KEY}":"'
-        known = f"{mark}{combine_hashes(hashes)}".encode()
+        known = f"{mark}{combine_hashes(hashes.items())}".encode()
         header = header.replace(f"{mark}{unknown}".encode(), known)
         if filesystem.RANDOM_WRITES in filesystem.lacks(file.parent):
             with open(again := file.with_suffix(".again"), "xb") as out:

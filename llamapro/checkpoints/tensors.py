@@ -151,6 +151,17 @@ def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     }, metadata
 
 
+def hashing(
+    chunks: Iterable[memoryview | bytes], done: Callable[[str], object]
+) -> Iterator[memoryview | bytes]:
+    """Yields chunks, and calls `done` with their SHA-256 after the last."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    done(digest.hexdigest())
+
+
 def combine_hashes(hashes: Iterable[tuple[TensorSpec, str]]) -> str:
     """Returns one SHA-256 for a set of tensors, whatever their order and files."""
     lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {digest}\n" for t, digest in hashes)

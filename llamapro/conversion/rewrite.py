@@ -4,10 +4,10 @@ A plan is a list of targets. The bytes stream from file to file, so memory holds
 two threads that write, whatever the model's size, and a tensor is hashed while it is copied.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llamapro.checkpoints.tensors import (
     DTYPES,
     StoredTensor,
     TensorSpec,
+    hashing,
     tensor_chunks,
 )
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
@@ -33,15 +34,7 @@ class Target(TensorSpec):
 
 def hashed(stored: StoredTensor, name: str, hashes: dict[str, str]) -> Part:
     """Returns a part that copies a tensor and notes the SHA-256 of its bytes as `hashes[name]`."""
-
-    def chunks() -> Iterator[memoryview | bytes]:
-        digest = hashlib.sha256()
-        for chunk in stored.chunks():
-            digest.update(chunk)
-            yield chunk
-        hashes[name] = digest.hexdigest()
-
-    return chunks
+    return lambda: hashing(stored.chunks(), partial(hashes.__setitem__, name))
 
 
 def converted(stored: StoredTensor, dtype: str) -> Part:
