@@ -95,7 +95,7 @@ def save(model: LlamaForCausalLM, path: str | Path, force: bool = False) -> None
     source = model.config.directory
     companions = [f for pattern in COMPANION_FILES for f in source.glob(pattern)] if source else []
     with output_directory(path, force) as aside:
-        write_checkpoint(aside, _specs(tensors), lambda s: tensor_chunks(tensors[s.name].cpu()))
+        write_checkpoint(aside, _specs(tensors), lambda s: tensor_chunks(tensors[s.name]))
         write_companions(aside, model.config, sorted(companions))
 
 
@@ -128,7 +128,7 @@ def generate(
     if tokenizer is None:
         if model.config.directory is None:
             raise ConfigError("this model was not loaded from a directory: give a tokenizer")
-        tokenizer = _load_tokenizer(model.config.directory)
+        tokenizer = _tokenizer_of(model.config.directory)
     prompt = tokenizer.encode_prompt(text)
     context = model.config.max_position_embeddings
     if len(prompt) >= context:
@@ -146,9 +146,7 @@ def generate(
     return "".join(piece for _, piece in pieces)
 
 
-@lru_cache(maxsize=4)
-def _load_tokenizer(directory: Path) -> Tokenizer:
-    return Tokenizer.load(directory)
+_tokenizer_of = lru_cache(maxsize=4)(Tokenizer.load)
 
 
 def _specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
@@ -157,10 +155,7 @@ def _specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
 
 def _sha256(tensors: dict[str, torch.Tensor]) -> str:
     """Returns the `Checkpoint.sha256` of a checkpoint with these tensors."""
-    hashes = []
-    for spec in _specs(tensors):
-        digest = hashlib.sha256()
-        for chunk in tensor_chunks(tensors[spec.name].cpu()):
-            digest.update(chunk)
-        hashes.append((spec, digest.hexdigest()))
-    return combine_hashes(hashes)
+    return combine_hashes(
+        (spec, hashlib.sha256(b"".join(tensor_chunks(tensors[spec.name]))).hexdigest())
+        for spec in _specs(tensors)
+    )

@@ -34,7 +34,11 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         sys.stdout.reconfigure(errors="replace")  # text that a poor terminal cannot show
     status = 0
     try:
-        _check_words(sys.argv)
+        for word in sys.argv:
+            if word.encode(errors="replace").decode() != word:
+                raise ConfigError(
+                    f"{word!a} on the command line is not UTF-8; rename the file or folder"
+                )
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -58,16 +62,6 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         status = _fail(message, 2)
     sys.stderr.flush()
     leave(status)
-
-
-def _check_words(words: list[str]) -> None:
-    for word in words:
-        try:
-            word.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(
-                f"{word!a} on the command line is not UTF-8; rename the file or folder"
-            ) from None
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -82,9 +82,12 @@ def model_files(path: Path) -> tuple[Files, str, list[str]]:
     verify(path)  # reads every byte: a damaged model is not published
     config = Checkpoint.open(path).config
     names = [f.relative_to(path).as_posix() for f in sorted(path.rglob("*")) if f.is_file()]
-    files: Files = {name: path / name for name in names if _travels(name)}
-    for name in files:
-        refuse_link(path / name)
+    files: Files = {}
+    for name in names:  # those that others load
+        is_allowed = any(fnmatch(name, kind) for kind in ALLOWED)
+        if is_allowed and not any(fnmatch(name, kind) for kind in NEVER):
+            refuse_link(path / name)
+            files[name] = path / name
     if CARD_FILE in files:  # made by merge, and perhaps edited
         card = (path / CARD_FILE).read_text("utf-8", "replace")
     elif config.expansion is not None:
@@ -95,7 +98,7 @@ def model_files(path: Path) -> tuple[Files, str, list[str]]:
 
 
 def blocks_files(path: Path, base: str) -> tuple[Files, str]:
-    """Returns a new-block file and the configuration of its whole model, to upload, and the card."""
+    """Returns a new-block file, the `config.json` of its whole model, and the card."""
     file = find_blocks(path)
     _, info = read_blocks(file)
     training = Training.of(file, info)
@@ -117,12 +120,6 @@ def blocks_files(path: Path, base: str) -> tuple[Files, str]:
     if training.template:
         files["chat_template.jinja"] = training.template.encode()
     return files, render(NAME, config, [training], model.path, is_blocks=True)
-
-
-def _travels(name: str) -> bool:
-    """Whether a file of a checkpoint directory is one that others load."""
-    allowed = any(fnmatch(name, kind) for kind in ALLOWED)
-    return allowed and not any(fnmatch(name, kind) for kind in NEVER)
 
 
 def _with_licence(card: str, name: str) -> str:

@@ -127,11 +127,8 @@ def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
 def check_stored_base(
     expanded: Checkpoint, hashes: dict[str, str], cache_dir: str | Path | None = None
 ) -> None:
-    """Does what `check_base` does; `hashes` are of whole stored tensors, the new blocks' left out.
-
-    Where tokens were added, the base's rows of embedding and head are hashed here, as by
-    `hash_tensors`.
-    """
+    """Does what `check_base` does, with `hashes` of whole tensors, the new blocks' left out."""
+    # Where tokens were added, the base's rows of embedding and head are hashed here.
     stored = expanded.tensors.values()
     grown = [rows for t in stored for rows, new in [split_rows(t, expanded.config)] if new]
     check_base(expanded, hashes | hash_tensors(grown, "hash base", cache_dir))

@@ -99,7 +99,6 @@ def upload(
     """Uploads files in one commit to a repository, which is created if there is none.
 
     Args:
-        repo: `owner/name`.
         files: name in the repository -> a file, or its content.
         private: whether a repository that is created is private.
         force: replace files that the repository holds; weights of another model go.

@@ -80,10 +80,14 @@ def match(
     wrong.add(*(_unexpected(stored[name]) for name in unexpected[1:]))
     wrong.check(CheckpointError, str(path))
     for name in derived:
-        if name == _HEAD and name in stored:
-            _check_tied_head(stored)
-        elif name != _HEAD:
+        if name != _HEAD:
             _compare_frequencies(stored[name], config)
+        elif name in stored and not have_same_values(stored[_HEAD], stored[_EMBEDDING]):
+            raise CheckpointError(
+                f"{stored[_HEAD].file}: {_HEAD!r} differs from {_EMBEDDING!r}, but config.json "
+                "says tie_word_embeddings true: set it to false to use the stored head, as "
+                "transformers 5 does, or remove the tensor to tie it, as transformers 4 does"
+            )
     _compare_params(path / "params.json", config)
     return {name: stored[name] for name in expected}
 
@@ -114,16 +118,6 @@ def have_same_values(one: StoredTensor, other: StoredTensor) -> bool:
     rows = max(1, CHUNK_BYTES * one.shape[0] // one.nbytes)
     pairs = zip(one.map().split(rows), other.map().split(rows), strict=True)
     return all(torch.equal(a.double(), b.double()) for a, b in pairs)
-
-
-def _check_tied_head(stored: dict[str, StoredTensor]) -> None:
-    head = stored[_HEAD]
-    if not have_same_values(head, stored[_EMBEDDING]):
-        raise CheckpointError(
-            f"{head.file}: {_HEAD!r} differs from {_EMBEDDING!r}, but config.json says "
-            "tie_word_embeddings true: set it to false to use the stored head, as transformers 5 "
-            "does, or remove the tensor to tie it, as transformers 4 does"
-        )
 
 
 def _compare_frequencies(tensor: StoredTensor, config: ModelConfig) -> None:

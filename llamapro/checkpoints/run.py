@@ -96,9 +96,6 @@ def look_again(call: Callable[[], T]) -> T:
     """Returns what `call` does; calls again where a file that it found is gone when it is read.
 
     A run that saves meanwhile removes its older training checkpoints.
-
-    Raises:
-        CheckpointError: `call` does, or files vanish again and again.
     """
     for _ in range(10):
         try:
@@ -164,11 +161,7 @@ def _compare(file: Path, size: int, sha256: str) -> str | None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Reads `state.json` of a training checkpoint whose files were checked.
-
-    Raises:
-        CheckpointError: naming the file and the entry that is missing or of a wrong type.
-    """
+    """Reads `state.json` of a training checkpoint whose files were checked."""
     file = path / STATE_FILE
     state = read_json(file, MAX_STATE_BYTES)
     kinds: dict[str, tuple[type, ...]] = {"step": (int,), "tokens": (int,), "eval": (dict,)}

@@ -44,17 +44,8 @@ class Stacked(NamedTuple):
     trained: dict[str, str]
 
 
-def is_base_of(checkpoint: Checkpoint, path: str | Path) -> bool:
-    """Says whether new blocks have to be put on this checkpoint, which has none, not into it."""
-    if checkpoint.config.expansion is not None:
-        return False
-    return bool(read_blocks(find_blocks(path))[1].base_sha256)
-
-
 def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
-    """Puts new blocks on their base.
-
-    The files may have been trained in any layouts, as long as they have the same base.
+    """Puts new blocks on their base; the files may have been trained in any layouts.
 
     Args:
         base: the base, whose every byte is then read for its hash; or an expanded model with the

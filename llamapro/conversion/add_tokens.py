@@ -42,12 +42,7 @@ def mean_rows(stored: StoredTensor, count: int) -> Iterator[memoryview]:
 
 
 def check_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
-    """Checks that tokens can be added to the tokenizer of a checkpoint.
-
-    Raises:
-        ConfigError: a name is empty, comes twice, or is in the vocabulary already.
-        DataError: there is no tokenizer, or it has more tokens than the `vocab_size` rows.
-    """
+    """Raises ConfigError or DataError unless tokens can be added to a checkpoint's tokenizer."""
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(vocab_size, str(directory))
     if tokenizer.vocab_size > vocab_size:

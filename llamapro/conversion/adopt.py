@@ -29,7 +29,6 @@ def adopt(
     Args:
         checkpoint: expanded elsewhere; all bytes are copied as they are.
         new_layers: the new blocks, such as "4,9,14"; None for those that are the identity.
-        force: replace an existing checkpoint, once the new one is complete.
 
     Returns:
         JSON-able: path, layers, new_layers, source_layers, new_blocks ("identity" or "trained"),

@@ -29,11 +29,7 @@ def choose_layout(
     after: str | None,
     placement: str,
 ) -> Layout:
-    """Returns where the options of the command `expand` put new blocks in a base of `num_layers`.
-
-    Raises:
-        ConfigError: the options contradict each other, or no such layout fits the base.
-    """
+    """Returns where the options of `expand` put new blocks in a base of `num_layers`."""
     if blocks_per_group != 1 and (after is not None or placement != "interleave"):
         raise ConfigError("--blocks-per-group is for interleaved groups; leave it out")
     if after is not None and placement != "interleave":
@@ -61,10 +57,7 @@ def expand_checkpoint(
 ) -> dict[str, Any]:
     """Writes the expanded checkpoint and verifies it before it appears under its name.
 
-    Args:
-        layout: where the new blocks go (`llamapro.expansion`).
-        force: replace an existing checkpoint, once the new one is complete.
-        new_tokens: control tokens to add; their ids follow the base's `vocab_size` rows.
+    The ids of `new_tokens` follow the base's `vocab_size` rows.
 
     Returns:
         JSON-able: layers, new_layers, source_layers, new_tokens (name -> id) and bytes of the

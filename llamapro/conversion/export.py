@@ -26,11 +26,7 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Writes a model as one GGUF file in its own dtype, or in 8 bits.
 
-    Args:
-        checkpoint: the model, with its tokenizer beside it.
-        file: the file to create; it appears once it is complete and compared.
-        quantized: write Q8_0, which has half the size and rounds.
-        force: replace an existing file.
+    The file appears once it is complete and compared. With `quantized` it is Q8_0, which rounds.
 
     Returns:
         JSON-able: file, outtype, bytes, and `compared`, the number of tensors that were read back

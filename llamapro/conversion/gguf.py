@@ -71,9 +71,7 @@ def from_gguf(
 
     Args:
         file: the model; of one in several parts, any part, with the others beside it.
-        out_dir: the directory to create; it appears only once it is complete.
         dtype: of the result; None keeps fp32 and fp16 and makes bf16 of every other type.
-        force: replace an existing checkpoint, once the new one is complete.
 
     Returns:
         JSON-able: parameters and bytes of the result, files read, tensors per quantisation, dtype.
@@ -89,7 +87,10 @@ def from_gguf(
     raw = config.raw
     ids, companions = read_tokenizer(metadata, config.vocab_size, file)
     raw |= ids
-    dtype = dtype or _default_dtype(tensors)
+    if dtype is None:
+        kinds = {tensor.kind.name for tensor in tensors.values()}  # norms are always F32
+        exact = torch.float32 if kinds == {"F32"} else torch.float16
+        dtype = exact if kinds <= {"F16", "F32"} else torch.bfloat16
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     config = ModelConfig.from_dict(raw, str(file))
     specs = [TensorSpec(hf, DTYPE_CODES[dtype], shape) for hf, shape in names.values()]
@@ -121,15 +122,18 @@ Names = dict[str, tuple[str, tuple[int, ...]]]  # GGUF's name -> Hugging Face's,
 def open_llama(
     metadata: dict[str, Any], tensors: dict[str, GGUFTensor], file: Path
 ) -> tuple[ModelConfig, Names]:
-    """Returns the configuration, without token ids, and the names of all tensors of a file.
-
-    Raises:
-        ConfigError, CheckpointError: as `from_gguf`.
-    """
+    """Returns the configuration, without token ids, and the names of all tensors of a file."""
     raw = describe(metadata, tensors, file)
     config = ModelConfig.from_dict(raw, str(file))
     names = _tensor_names(config)
-    _check_tensors(names, tensors, file)
+    wrong = Problems()
+    wrong.add(*(f"missing tensor {name!r}" for name in names if name not in tensors))
+    for name, tensor in tensors.items():
+        if name not in names and name != ROPE_FACTORS:
+            wrong.add(f"unexpected tensor {name[:80]!r}, which no LLaMA has")
+        elif name in names and tensor.shape != (shape := names[name][1]):
+            wrong.add(f"{name!r} is {list(tensor.shape)}, its metadata say {list(shape)}")
+    wrong.check(CheckpointError, f"{file}: its tensors are not those of a LLaMA")
     if scaling := _rope_scaling(metadata, tensors.get(ROPE_FACTORS), config, file):
         raw["rope_scaling"] = scaling.to_dict()
     return ModelConfig.from_dict(raw, str(file)), names
@@ -138,12 +142,7 @@ def open_llama(
 def describe(
     metadata: dict[str, Any], tensors: dict[str, GGUFTensor], file: Path
 ) -> dict[str, Any]:
-    """Returns the `config.json` that the metadata say, without `rope_scaling` and token ids.
-
-    Raises:
-        ConfigError: the architecture is another, or metadata are missing or not supported.
-        CheckpointError: there is no embedding.
-    """
+    """Returns the `config.json` that the metadata say, without `rope_scaling` and token ids."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(
@@ -211,25 +210,6 @@ def _tensor_names(config: ModelConfig) -> Names:
     return names
 
 
-def _check_tensors(names: Names, tensors: dict[str, GGUFTensor], file: Path) -> None:
-    """Raises CheckpointError naming every tensor that is missing, unexpected or of wrong shape."""
-    wrong = Problems()
-    wrong.add(*(f"missing tensor {name!r}" for name in names if name not in tensors))
-    for name, tensor in tensors.items():
-        if name not in names and name != ROPE_FACTORS:
-            wrong.add(f"unexpected tensor {name[:80]!r}, which no LLaMA has")
-        elif name in names and tensor.shape != (shape := names[name][1]):
-            wrong.add(f"{name!r} is {list(tensor.shape)}, its metadata say {list(shape)}")
-    wrong.check(CheckpointError, f"{file}: its tensors are not those of a LLaMA")
-
-
-def _default_dtype(tensors: dict[str, GGUFTensor]) -> torch.dtype:
-    kinds = {tensor.kind.name for tensor in tensors.values()}
-    if kinds <= {"F32"}:
-        return torch.float32
-    return torch.float16 if kinds <= {"F16", "F32"} else torch.bfloat16  # norms are always F32
-
-
 def rows_of(tensor: GGUFTensor, name: str, config: ModelConfig) -> Iterator[Tensor]:
     """Yields the rows of the tensor with this name in Hugging Face's layout, in fp32: some MiB."""
     is_rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
@@ -275,12 +255,10 @@ def _rope_scaling(
 
 
 def _llama3_scaling(factors: Tensor, config: ModelConfig, context: int) -> RopeScaling | None:
-    """Returns the parameters with which "llama3" slows each frequency by its factor, or None.
-
-    Between the low and the high frequencies, 1 / factor rises linearly with the number of waves
-    that fit into the original context. Context, low and high factor can be multiplied by one number
-    without changing anything, so the context is given and the others follow.
-    """
+    """Returns the parameters with which "llama3" slows each frequency by its factor, or None."""
+    # Between the low and the high frequencies, 1 / factor rises linearly with the number of waves
+    # that fit into the original context. Context, low and high factor can be multiplied by one
+    # number without changing anything, so the context is given and the others follow.
     D, factor = config.head_dim, float(str(factors.max().numpy()))
     plain = ops.rope_frequencies(D, config.rope_theta)
     # Meta's own parameters first: they are exact, and all there is if one pair is blended, or none

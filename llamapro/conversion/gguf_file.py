@@ -58,10 +58,6 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], list[P
 
     Returns:
         The metadata, the tensors by name, and the files.
-
-    Raises:
-        ConfigError: there is no such file, a part is missing, or the library is not installed.
-        CheckpointError: a file is truncated, damaged, or of a version that cannot be read.
     """
     metadata, tensors = _read_file(file)
     count = metadata.get("split.count", 0)
@@ -98,7 +94,7 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], list[P
 
 
 def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """Reads one file's header; see `open_gguf`."""
+    """Reads one file's header: metadata, and tensors by name."""
     if not file.exists():
         raise ConfigError(f"{file}: no such file; give a model's .gguf file")
     refuse_large(file)

@@ -62,12 +62,7 @@ _LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-
 def read_tokenizer(
     metadata: dict[str, Any], vocab_size: int, file: Path
 ) -> tuple[dict[str, Any], dict[str, str | bytes]]:
-    """Returns the tokenizer that a GGUF file's metadata hold: ids of control tokens, and files.
-
-    Raises:
-        ConfigError: the library `tokenizers` is not installed.
-        DataError: the tokenizer is damaged, or of a kind that is not supported.
-    """
+    """Returns the tokenizer that a GGUF file's metadata hold: ids of control tokens, and files."""
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}", default)

@@ -47,10 +47,7 @@ def load_hf(path: str | Path, dtype: torch.dtype) -> Any:
 
 
 def logits_and_gradients(model: nn.Module, ids: Tensor, gradients: bool) -> dict[str, Tensor]:
-    """Returns "logits" and, by parameter name, gradients of the mean next-token loss, if asked for.
-
-    `model` is this implementation's or transformers', and `ids` are (B, T).
-    """
+    """Returns "logits" and, if asked for, by name the gradients of the mean next-token loss."""
     model.requires_grad_(gradients)
     output = model(ids)
     logits = output if isinstance(output, Tensor) else output.logits
@@ -85,9 +82,6 @@ def compare_with_hf(
         JSON-able: path, transformers (its version), dtype, tokens, loss (mean, nats per token),
         training_loss_difference (of the loss that training computes in chunks), and for each of
         `PAIRS` max_logit_difference and loss_difference; tolerance, and passed.
-
-    Raises:
-        ConfigError: `transformers` is not installed.
     """
     checkpoint = Checkpoint.open(path)
     path = checkpoint.path

@@ -19,7 +19,7 @@ from llamapro.checkpoints.new_blocks import (
     read_blocks,
 )
 from llamapro.checkpoints.run import STATE_FILE, look_again
-from llamapro.checkpoints.stacking import NewBlocks, is_base_of, stack
+from llamapro.checkpoints.stacking import stack
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions, write_template
@@ -38,17 +38,15 @@ from llamapro.text.vocabulary import JSON_NAME
 def merge(
     source: Path, blocks: Sequence[Path], out_dir: Path, force: bool = False
 ) -> dict[str, Any]:
-    """Merges into the checkpoint or `config.json` at `source`, as what is given demands.
-
-    All else is as for `merge_checkpoint`; `merge_many` if there are several `blocks` or `source` is
-    a base without new blocks; or `assemble_checkpoint` if `source` is a file.
-    """
+    """Merges into the checkpoint or `config.json` at `source`, as what is given demands."""
 
     def once() -> dict[str, Any]:
         if source.is_file() and len(blocks) == 1:
             return assemble_checkpoint(source, blocks[0], out_dir, force)
         checkpoint = Checkpoint.open(source)
-        if len(blocks) > 1 or is_base_of(checkpoint, blocks[0]):
+        is_base = checkpoint.config.expansion is None
+        # New blocks go on a base that has none; all weights of a model take the place of its own.
+        if len(blocks) > 1 or (is_base and read_blocks(find_blocks(blocks[0]))[1].base_sha256):
             return merge_many(checkpoint, blocks, out_dir, force)
         return merge_checkpoint(checkpoint, blocks[0], out_dir, force)
 
@@ -112,8 +110,8 @@ def assemble_checkpoint(
 ) -> dict[str, Any]:
     """Writes the checkpoint of a run that started from a `config.json` alone: all it trained.
 
-    The result has the dtype in which the run kept the weights. Arguments, result and errors are
-    those of `merge_checkpoint`, with the run's `config.json` in place of a checkpoint.
+    The result has the dtype in which the run kept the weights. It is returned as by
+    `merge_checkpoint`.
     """
     config = ModelConfig.from_file(config_file)
     file = find_blocks(blocks_path)
@@ -246,7 +244,10 @@ def merge_many(
     whole, files, trained = stack(base, blocks_paths)
     refuse_source(out_dir, base.path, *(blocks.file for blocks in files))
     trainings = [Training.of(blocks.file, blocks.info) for blocks in files]
-    _check_tokenizers(files, trainings)
+    known = {t.tokenizer: str(b.file) for b, t in zip(files, trainings, strict=True) if t.tokenizer}
+    if len(known) > 1:
+        which = "; ".join(f"{file} with {sha256[:16]}..." for sha256, file in known.items())
+        raise CheckpointError(f"trained with different tokenizers (sha256): {which}")
     targets: list[Target] = []
     hashes: dict[str, str] = {}
     for name, stored in whole.tensors.items():
@@ -268,11 +269,3 @@ def merge_many(
         "tensors_replaced": len(trained),
     }
     return _result(out_dir, targets, True, about)
-
-
-def _check_tokenizers(files: Sequence[NewBlocks], trainings: Sequence[Training]) -> None:
-    """Refuses files that were trained with different tokenizers."""
-    known = {t.tokenizer: str(b.file) for b, t in zip(files, trainings, strict=True) if t.tokenizer}
-    if len(known) > 1:
-        which = "; ".join(f"{file} with {sha256[:16]}..." for sha256, file in known.items())
-        raise CheckpointError(f"trained with different tokenizers (sha256): {which}")

@@ -55,9 +55,7 @@ def from_meta(
 
     Args:
         meta_dir: `params.json`, `consolidated.NN.pth`; there or one level up, `tokenizer.model`.
-        out_dir: the directory to create; it appears only once it is complete.
         dtype: of the result; None keeps each tensor's own.
-        force: replace an existing checkpoint, once the new one is complete.
         max_position_embeddings: the context length; None for `max_seq_len` of `params.json`, else
             8192 for Llama 3, 131072 from 3.1 on, and 2048 for others.
 

@@ -71,9 +71,6 @@ class Shards:
     """The `.pth` files of a release, mapped: names and shapes are there, data is read on use.
 
     `tensors[k]` maps names to the tensors of shard k, each a slice or a copy.
-
-    Raises:
-        CheckpointError: a shard is missing, damaged, or holds more than plain tensors.
     """
 
     def __init__(self, directory: Path):
@@ -132,9 +129,6 @@ class Shards:
 
         `expected` is name -> (full shape, dimension it is split along, or None for copies). Any
         other tensor must be the same in all shards; `rope.freqs` must follow from `config`.
-
-        Raises:
-            CheckpointError: naming the file and tensor of everything that does not fit.
         """
         wrong, n = Problems(), len(self.files)
         for name in self.tensors[0]:
@@ -218,12 +212,7 @@ def rope_scaling(is_tied: bool) -> RopeScaling:
 def describe(
     params: dict[str, Any], shards: Shards, max_position_embeddings: int | None
 ) -> tuple[dict[str, Any], str]:
-    """Returns the `config.json` of a release and how its embedding is split over shards.
-
-    Raises:
-        ConfigError: `max_position_embeddings` is below 1.
-        CheckpointError: a tensor is missing or unexpected, or `params` is another model's.
-    """
+    """Returns the `config.json` of a release and how its embedding is split over shards."""
     if max_position_embeddings is not None and max_position_embeddings < 1:
         raise ConfigError(
             f"--max-position-embeddings {max_position_embeddings}: expected a whole number above 0"

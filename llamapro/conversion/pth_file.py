@@ -24,12 +24,7 @@ MAX_PICKLE_BYTES = 1 << 22  # a shard's names and shapes; LLaMA-65B's take 0.2 M
 
 
 def load_pth(file: Path) -> dict[str, Tensor]:
-    """Maps the tensors of a `.pth` file.
-
-    Raises:
-        CheckpointError: it is missing, damaged, holds more than plain tensors, or would take more
-            memory than it has bytes.
-    """
+    """Maps the tensors of a `.pth` file; refuses more than plain tensors of the file's own size."""
     refuse_large(file)
     size = file.stat().st_size
     refused = f"{file}: refused; nothing was executed:"
@@ -72,11 +67,9 @@ def load_pth(file: Path) -> dict[str, Tensor]:
 
 
 def _asked_for(file: Path, size: int) -> list[str]:
-    """Returns the classes and functions that the pickle names; refuses a file that would expand.
-
-    PyTorch stores what it saves as it is; a few compressed bytes could stand for gigabytes.
-    """
+    """Returns the classes and functions that the pickle names; refuses a file that would expand."""
     asked = []
+    # PyTorch stores what it saves as it is; a few compressed bytes could stand for gigabytes.
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             name, nbytes = entry.filename[:80], entry.file_size

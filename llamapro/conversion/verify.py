@@ -16,7 +16,6 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_bytes
 from llamapro.checkpoints.run import find_damage, load_state, training_checkpoints
 from llamapro.checkpoints.tensors import (
-    StoredTensor,
     all_finite,
     combine_hashes,
     hash_tensors,
@@ -52,12 +51,6 @@ def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
     layer.load_state_dict({name: t.map().to(x.dtype) for name, t in stored.items()}, assign=True)
     positions = torch.arange(x.shape[1])
     return layer(x, ops.rotary_table(checkpoint.config, positions, x.dtype))
-
-
-def _same(ours: dict[str, StoredTensor], theirs: dict[str, StoredTensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        same_bytes(tensor.map(), theirs[name].map()) for name, tensor in ours.items()
-    )
 
 
 @torch.no_grad()
@@ -97,7 +90,11 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint) -> LogitComparison:
     alike = not differences(base.config.computation, expanded.config.computation)
     for index, source in enumerate(tqdm(layout.sources, desc="compare blocks", disable=None)):
         is_shared = index not in new and alike and same_bytes(ours, theirs)
-        is_shared = is_shared and _same(expanded.layer(index), base.layer(source))
+        if is_shared:
+            copy, layer = expanded.layer(index), base.layer(source)
+            is_shared = copy.keys() == layer.keys() and all(
+                same_bytes(copy[name].map(), layer[name].map()) for name in layer
+            )
         ours = _layer_output(expanded, index, ours)
         if index not in new:
             theirs = ours if is_shared else _layer_output(base, source, theirs)
@@ -114,9 +111,6 @@ def verify_run(path: str | Path) -> dict[str, Any]:
 
     Returns:
         JSON-able: path, and intact, the paths of what was checked.
-
-    Raises:
-        CheckpointError: naming everything that is damaged, and what is intact.
     """
     directory = Path(path)
     if directory.is_file():
@@ -144,14 +138,7 @@ def verify_run(path: str | Path) -> dict[str, Any]:
 
 
 def verify_tokens(path: str | Path) -> dict[str, Any]:
-    """Reads every byte of a corpus in the cache of tokens, also if it has not changed.
-
-    Returns:
-        JSON-able: path, tokens, and sha256 of the tokens.
-
-    Raises:
-        DataError: naming the shard that is damaged.
-    """
+    """Reads every byte of a corpus in the cache of tokens, also if it has not changed."""
     store = TokenStore(path, None)
     store.check("check")
     return {"path": str(path), "tokens": store.tokens, "sha256": store.sha256}

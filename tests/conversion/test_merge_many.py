@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llamapro import expansion, generate
-from llamapro.checkpoints import stacking
+from llamapro.checkpoints import new_blocks
 from llamapro.checkpoints.base import base_config
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks, write_blocks
@@ -129,7 +129,7 @@ def test_commands_take_the_base_with_new_blocks(
     merge(pro.path, files, tmp_path / "out")
     fetched = shutil.copytree(files[1].parent, tmp_path / "hub", ignore=lambda *_: ["pro", "base"])
     (fetched / "2.safetensors").rename(fetched / TRAINABLE_FILE)
-    monkeypatch.setattr(stacking, "resolve", lambda path: fetched if "hf:" in str(path) else path)
+    monkeypatch.setattr(new_blocks, "resolve", lambda path: fetched if "hf:" in str(path) else path)
 
     def written(*words: str | Path) -> str:
         generate.main([*map(str, words), "--prompt", "usage", "--max-new-tokens", "20", "--json"])
