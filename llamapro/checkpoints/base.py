@@ -18,7 +18,7 @@ from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tens
 from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, warn
 from llamapro.expansion import Layout
-from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
+from llamapro.model import LlamaForCausalLM
 
 
 def layout_of(config: ModelConfig, path: str | Path = "checkpoint") -> Layout:
@@ -98,6 +98,12 @@ def contained_base(expanded: Checkpoint) -> dict[str, StoredTensor]:
     }
 
 
+def contained_checkpoint(expanded: Checkpoint) -> Checkpoint:
+    """Returns the base inside as a checkpoint, whose tensors stay in the expanded one's files."""
+    tensors = {tensor.name: tensor for tensor in contained_base(expanded).values()}
+    return replace(expanded, config=base_config(expanded), tensors=tensors)
+
+
 def contained_base_sha256(expanded: Checkpoint, hashes: dict[str, str]) -> str:
     """Returns the base's `sha256()`; `hashes` are of its parts, by name in the expanded model."""
     return combine_hashes((t, hashes[name]) for name, t in contained_base(expanded).items())
@@ -159,14 +165,7 @@ def load_contained(
 ) -> LlamaForCausalLM:
     """Loads the base inside a checkpoint: bit for bit what `Checkpoint.load` gives for the base.
 
-    New blocks are mapped with the rest of their file but never read: they cost no memory, no time
-    and no room in a KV cache. There are logits for the base's `vocab_size` tokens.
+    New blocks are not read: they cost no memory, no time and no room in a KV cache. There are
+    logits for the base's `vocab_size` tokens.
     """
-    mapped, dtype = expanded.state_dict(), dtype or expanded.dtype
-    tensors = {
-        base.name: mapped[name][: base.shape[0]].to(dtype)
-        for name, base in contained_base(expanded).items()
-    }
-    model = build_on_meta(base_config(expanded))
-    load_tensors(model, tensors)
-    return model.to(device).requires_grad_(False).eval()
+    return contained_checkpoint(expanded).load(dtype or expanded.dtype, device)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llamapro.checkpoints.hub import COMPANION_FILES, repository, resolve, suggest_hub
@@ -22,7 +20,7 @@ from llamapro.checkpoints.tensors import (
     StoredTensor,
     combine_hashes,
     hash_tensors,
-    read_header,
+    read_safetensors,
 )
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, warn
@@ -72,7 +70,7 @@ class Checkpoint:
         config = ModelConfig.from_file(path / "config.json")
         stored: dict[str, StoredTensor] = {}
         for file in files:
-            tensors = read_header(file)
+            tensors = read_safetensors(file)[0]
             for twice in tensors.keys() & stored.keys():
                 if not have_same_values(tensors[twice], stored[twice]):
                     other = stored[twice].file.name
@@ -127,18 +125,7 @@ class Checkpoint:
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Returns name -> mapped tensor, converted if `dtype` is another one than the file's."""
-        mapped = {}
-        for file in sorted({t.file for t in self.tensors.values()}):
-            try:
-                mapped[file] = load_file(file)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: {error}") from None
-        # A tied embedding may be stored under the head's name.
-        found = {
-            name: mapped[t.file][t.name if t.name in mapped[t.file] else "lm_head.weight"]
-            for name, t in self.tensors.items()
-        }
-        return {name: tensor.to(dtype or tensor.dtype) for name, tensor in found.items()}
+        return {n: t.map().to(dtype or DTYPES[t.dtype]) for n, t in self.tensors.items()}
 
     def load(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

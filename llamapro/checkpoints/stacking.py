@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llamapro import expansion
-from llamapro.checkpoints.base import base_config, base_vocab_size, contained_base
+from llamapro.checkpoints.base import base_vocab_size, contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
 from llamapro.checkpoints.tensors import StoredTensor
@@ -33,8 +33,7 @@ class Stacked(NamedTuple):
     """A base with the new blocks of files on it.
 
     Attributes:
-        checkpoint: of the base's directory, with the configuration of the whole. Names of tensors
-            are those in the whole model; each tensor keeps its name in its own file.
+        checkpoint: of the base's directory, with configuration and names of the whole model.
         files: in the order of their blocks.
         trained: name of each tensor that comes from a file -> the dtype that the base has there.
     """
@@ -63,23 +62,21 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
             "own for them; merge one file, or expand without --add-tokens"
         )
     if record is None:
-        record, config = ExpansionRecord((), (), base.sha256()), base.config
-        stored_as = dict(base.tensors)
+        record, inside = ExpansionRecord((), (), base.sha256()), base
     else:
-        config = base_config(base)
-        stored_as = {t.name: base.tensors[name] for name, t in contained_base(base).items()}
+        inside = contained_checkpoint(base)
     files = [_open(path, base, record) for path in paths]
     resolved = [blocks.file.resolve() for blocks in files]
     for file in resolved:
         if resolved.count(file) > 1:
             raise ConfigError(f"{file}: given twice; its blocks would be added twice")
-    layout, trained = _combine(files, config.num_hidden_layers)
+    layout, trained = _combine(files, inside.config.num_hidden_layers)
     tensors, dtypes = {}, {}
-    for name, (source, _) in expansion.expand_names(stored_as, layout).items():
-        tensors[name] = trained.get(name, stored_as[source])
+    for name, (source, _) in expansion.expand_names(inside.tensors, layout).items():
+        tensors[name] = trained.get(name, inside.tensors[source])
         if name in trained:
-            dtypes[name] = stored_as[source].dtype
-    whole = expansion.expand_config(config, layout, record.base_sha256)
+            dtypes[name] = inside.tensors[source].dtype
+    whole = expansion.expand_config(inside.config, layout, record.base_sha256)
     checkpoint = dataclasses.replace(base, config=whole, tensors=tensors)
     return Stacked(checkpoint, files, dtypes)
 

@@ -107,13 +107,8 @@ class StoredTensor(TensorSpec):
         return digest.hexdigest()
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a safetensors file, name -> where it is stored."""
-    return read_safetensors(file)[0]
-
-
 def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Returns the tensors of a safetensors file and its metadata; raises CheckpointError."""
+    """Returns name -> where it is stored, and the metadata; raises CheckpointError."""
     refuse_large(file)
     size = file.stat().st_size
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llamapro.checkpoints.base import base_config, contained_base, contained_base_sha256
+from llamapro.checkpoints.base import contained_base_sha256, contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ExpansionRecord
 from llamapro.conversion.companions import write_companions
@@ -80,11 +80,7 @@ def adopt(
         config = config.resized(config.num_hidden_layers, config.vocab_size, found)
         write_companions(aside, config, checkpoint.companions())
         if is_identity:
-            base = Checkpoint(
-                checkpoint.path,
-                base_config(expanded),
-                {base.name: base for base in contained_base(expanded).values()},
-            )
+            base = contained_checkpoint(expanded)
             logits = compare_logits(base, Checkpoint.open(aside))
             if not logits.bit_equal:
                 raise CheckpointError(
