@@ -4,7 +4,6 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -68,11 +67,10 @@ class Problems:
     Its length is the number of problems; `listed`, and the error, has the first `limit` of them.
     """
 
-    def __init__(self, problems: Iterable[str] = (), limit: int = 8) -> None:
+    def __init__(self, limit: int = 8) -> None:
         self._limit = limit
         self._count = 0
         self.listed: list[str] = []
-        self.add(*problems)
 
     def __len__(self) -> int:
         return self._count

@@ -1,8 +1,5 @@
 """Tokenises the data of a run ahead of it, on one machine or in parts on several.
 
-    llamapro prepare --config llama2-7b --data.train corpus/ --shard 3/8    # on the third of 8
-    llamapro prepare --config llama2-7b --data.train corpus/                # when all are done
-
 The options are those of `train`, so that the run finds what it needs in `--data.cache-dir`.
 """
 

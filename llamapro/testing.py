@@ -33,13 +33,8 @@ def assert_matches_hf(
 
     Args:
         model: a model, a checkpoint directory, or `hf://owner/name`.
-        input_ids: (B, T) token ids; None draws 2 x 64 random ones.
+        input_ids: (B, T) token ids; None draws 2 x 64 random ones, with `seed`.
         gradients: compare every parameter's gradient of the mean next-token loss as well.
-        seed: seed of the random token ids.
-
-    Raises:
-        AssertionError: a tensor differs too much; the message names it.
-        ConfigError: transformers is not installed.
     """
     with tempfile.TemporaryDirectory() as directory:
         if isinstance(model, LlamaForCausalLM):

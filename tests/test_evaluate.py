@@ -22,7 +22,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, DataError
 from llamapro.evaluate import Args, evaluate, measure, read_text, windows
-from llamapro.inference.distribution_shift import ShiftSamples, shift, write_greedily
+from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.text.tokenizer import Tokenizer
 
@@ -297,7 +297,7 @@ def ranked(
 ) -> dict[str, float]:
     # After token t, the likeliest is t, then t + 1, and so on around the five tokens.
     logits = torch.stack([-((torch.arange(5) - t) % 5).float() for t in range(5)])
-    samples = ShiftSamples(torch.tensor(prompts), torch.tensor(chosen))
+    samples = (torch.tensor(prompts), torch.tensor(chosen))
     return shift(Table(logits), samples, ends)  # type: ignore[arg-type]
 
 
@@ -316,7 +316,7 @@ def test_shift_leaves_out_what_follows_the_end_of_a_document() -> None:
 
 def test_equal_logits_share_the_best_rank() -> None:
     """A token as likely as the likeliest is not shifted."""
-    samples = ShiftSamples(torch.tensor([[0]]), torch.tensor([[4, 2]]))
+    samples = (torch.tensor([[0]]), torch.tensor([[4, 2]]))
     found = shift(Table(torch.zeros(5, 5)), samples, ())  # type: ignore[arg-type]
     assert found["unshifted"] == 1.0
 
@@ -328,14 +328,15 @@ def test_prompts_are_cut_evenly_and_continued_greedily(
     text = read_text(str(text_file), Tokenizer.load(args.dir), "text")
     samples = write_greedily(model, text.documents, 4, 8, 6)
     assert samples is not None
+    prompts, continuations = samples
     places = len(ids) // 8
     starts = [i * places // 4 * 8 for i in range(4)]
-    assert samples.prompts.tolist() == [ids[start : start + 8] for start in starts]
-    whole = torch.cat((samples.prompts, samples.continuations), dim=1)
+    assert prompts.tolist() == [ids[start : start + 8] for start in starts]
+    whole = torch.cat((prompts, continuations), dim=1)
     with torch.no_grad():
         logits = model(whole[:, :-1])
     assert isinstance(logits, Tensor)
-    assert torch.equal(samples.continuations, logits[:, 7:].argmax(-1))
+    assert torch.equal(continuations, logits[:, 7:].argmax(-1))
     assert write_greedily(model, text.documents, 4, len(ids) + 1, 6) is None
 
 

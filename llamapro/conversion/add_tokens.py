@@ -26,9 +26,6 @@ BASE_PREFIX = "tokenizer_base."
 _CONFIG_NAME, _ADDED_NAME = COMPANIONS[:2]
 
 
-# ---- Rows --------------------------------------------------------------------------------------
-
-
 def mean_rows(stored: StoredTensor, count: int) -> Iterator[memoryview]:
     """Yields rows that are the mean of a matrix', summed in fp64 and rounded once to its dtype."""
     rows, size = stored.shape
@@ -36,9 +33,6 @@ def mean_rows(stored: StoredTensor, count: int) -> Iterator[memoryview]:
     for part in stored.map().split(max(1, CHUNK_BYTES * rows // stored.nbytes)):
         total += part.double().sum(0)
     return tensor_chunks((total / rows).to(DTYPES[stored.dtype]).expand(count, -1))
-
-
-# ---- Names -------------------------------------------------------------------------------------
 
 
 def check_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:

@@ -122,12 +122,8 @@ def _tokenizer_json(model: Any) -> dict[str, Any]:
         if piece[:at] in usable and piece[at:] in usable
     ]
     bos = model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else None
-    metaspace: dict[str, Any] = {
-        "type": "Metaspace",
-        "replacement": SPACE,
-        "prepend_scheme": "never",
-    }
-    metaspace |= {"split": False}
+    metaspace: dict[str, Any] = {"type": "Metaspace", "replacement": SPACE, "split": False}
+    metaspace["prepend_scheme"] = "never"
     return {
         **_head(control),
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},

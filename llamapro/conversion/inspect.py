@@ -38,7 +38,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _describe_blocks(path: str | Path) -> dict[str, Any]:
     file = find_blocks(path)
     tensors, info = read_blocks(file)
-    return _summary(file, "trained blocks", tensors) | {"record": dataclasses.asdict(info)}
+    return _summary(file, "trained blocks", tensors, {}) | {"record": dataclasses.asdict(info)}
 
 
 def _origins(checkpoint: Checkpoint) -> dict[str, str]:
@@ -67,10 +67,7 @@ def _origins(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _summary(
-    path: Path,
-    kind: str,
-    tensors: dict[str, StoredTensor],
-    origins: dict[str, str] | None = None,
+    path: Path, kind: str, tensors: dict[str, StoredTensor], origins: dict[str, str]
 ) -> dict[str, Any]:
     hashes = hash_tensors(tensors.values(), "hash")
     parts: dict[str, list[StoredTensor]] = {}
@@ -81,7 +78,7 @@ def _summary(
     rows = [
         {
             "part": part,
-            "origin": (origins or {}).get(part, ""),
+            "origin": origins.get(part, ""),
             "parameters": sum(math.prod(t.shape) for t in members),
             "dtype": ", ".join(sorted({t.dtype for t in members})),
             "bytes": sum(t.nbytes for t in members),

@@ -32,8 +32,6 @@ from llamapro.model import build_on_meta
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
 from llamapro.text.vocabulary import JSON_NAME
 
-# ---- One file ----------------------------------------------------------------------------------
-
 
 def merge(
     source: Path, blocks: Sequence[Path], out_dir: Path, force: bool = False
@@ -225,9 +223,6 @@ def _warn_of_another_tokenizer(expanded: Checkpoint, file: Path, training: Train
             "(model.tokenizer) there",
             file=sys.stderr,
         )
-
-
-# ---- Several files, or a base that is not expanded ------------------------------------------
 
 
 def merge_many(

@@ -114,11 +114,11 @@ def render(
     front += ["pipeline_tag: text-generation", *licence(beside)]
     front += [f"base_model: {base}"] if base else []
     front += ["tags:", "- llamapro"]
-    page = [f"# {_cell(title)}", ""]
+    page = [f"# {_cell(title)}"]  # paragraphs
     template = trainings[0].template if is_blocks else own_template(beside)
     use = _USE.replace("{inputs}", _CHAT if template else _TEXT)
     if record is None:
-        page += ["All weights of this model were trained; none of a base is left as it was.", ""]
+        page.append("All weights of this model were trained; none of a base is left as it was.")
     else:
         count = len(record.new_layers)
         frozen, held = config.num_hidden_layers - count, "between them and trained alone"
@@ -126,39 +126,29 @@ def render(
         if is_blocks:
             what = f"{count} new blocks for a base of {frozen} frozen ones, put {held}"
             use = _USE_BLOCKS.replace("{base}", f"hf://{base}" if base else "BASE_DIR")
-        page += [f"{what} (LLaMA Pro, arXiv:2401.02415).", ""]
-    page += ["## Use", "", use, ""]
+        page.append(f"{what} (LLaMA Pro, arXiv:2401.02415).")
+    page += ["## Use", use]
     if template:
         what = "The blocks were trained with" if is_blocks else "Conversations take"
-        page += [f"{what} the chat template that lies beside this page.", ""]
+        page.append(f"{what} the chat template that lies beside this page.")
     if record is not None:
-        page += [
-            "## Base",
-            "",
-            *([f"- model: {base}"] if base else []),
-            f"- sha256 of its tensors: `{_cell(record.base_sha256)}`",
-            *([] if is_blocks else [_STRIP]),
-            "",
-            "## New blocks",
-            "",
-            *_table(
-                ("layer", "copied from layer of the base"),
-                zip(record.new_layers, record.source_layers, strict=True),
-            ),
-            "",
-        ]
+        facts = [f"- model: {base}"] if base else []
+        facts.append(f"- sha256 of its tensors: `{_cell(record.base_sha256)}`")
+        facts += [] if is_blocks else [_STRIP]
+        copies = zip(record.new_layers, record.source_layers, strict=True)
+        layers = _table(("layer", "copied from layer of the base"), copies)
+        page += ["## Base", "\n".join(facts), "## New blocks", layers]
     if (beside / BASE_CARD_FILE).exists() and not is_blocks:
-        page += [f"The base's own model card, with its licence, is `{BASE_CARD_FILE}`.", ""]
+        page.append(f"The base's own model card, with its licence, is `{BASE_CARD_FILE}`.")
     for number, training in enumerate(trainings, 1):
         which = f" of new-block file {number}" if len(trainings) > 1 else ""
-        page += [f"## Training{which}", "", *_training(training)]
+        page += [f"## Training{which}", *_training(training)]
     if len(trainings) > 1:
-        page += [
+        page.append(
             "Each file was trained and measured on the base alone. What the blocks do together was "
-            "not measured here; measure it with `llamapro evaluate`.",
-            "",
-        ]
-    return "\n".join(["---", *front, "---", "", *page])
+            "not measured here; measure it with `llamapro evaluate`."
+        )
+    return "\n".join(["---", *front, "---", "", "\n\n".join(page), ""])
 
 
 def licence(directory: Path) -> list[str]:
@@ -174,11 +164,11 @@ def licence(directory: Path) -> list[str]:
 
 
 def _training(training: Training) -> list[str]:
-    """Returns the steps, data, settings and losses of one new-block file, as lines."""
+    """Returns the steps, data, settings and losses of one new-block file, as paragraphs."""
     state, settings = training.state, training.part("settings")
     steps = f"{training.info.step:,} optimizer steps"
     tokens = state.get("tokens")
-    lines = [steps + (f" on {tokens:,} tokens." if type(tokens) is int else "."), ""]
+    page = [steps + (f" on {tokens:,} tokens." if type(tokens) is int else ".")]
     rows: list[tuple[Any, ...]] = []
     data = training.part("identity").get("data")
     for label, found in data.items() if isinstance(data, dict) else ():
@@ -188,9 +178,9 @@ def _training(training: Training) -> list[str]:
         source = path.rstrip("/").rpartition("/")[2]
         rows.append((kind, source, about.get("tokens"), str(about.get("sha256"))[:16]))
     if rows:
-        lines += [*_table(("data", "source", "tokens", "sha256"), rows), ""]
+        page.append(_table(("data", "source", "tokens", "sha256"), rows))
     if rows := [(key, settings[key]) for key in SETTINGS if key in settings]:
-        lines += [*_table(("setting", "value"), rows), ""]
+        page.append(_table(("setting", "value"), rows))
     # `eval` holds the latest evaluation, which may have been before the training checkpoint.
     if evaluated := state.get("evaluated"):
         rows, initial = [], _numbers(training.part("base_eval"))
@@ -200,8 +190,8 @@ def _training(training: Training) -> list[str]:
             rows.append((name, _loss(before), _loss(after), change))
         head = ("validation set", "before training", f"after step {_cell(evaluated)}", "change")
         if rows:
-            lines += ["Loss in nats per token (perplexity):", "", *_table(head, rows), ""]
-    return lines
+            page += ["Loss in nats per token (perplexity):", _table(head, rows)]
+    return page
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, float]:
@@ -218,6 +208,6 @@ def _cell(value: Any) -> str:
     return re.sub(r"([\\`*<>|\[\]#])", r"\\\1", " ".join(shown.split()))[:200]
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     cells = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
-    return [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

@@ -1,7 +1,6 @@
 """The paper's token-distribution shift (Appendix G): how a base ranks what a tuned model writes."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,22 +9,17 @@ from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM
 
 
-@dataclass(frozen=True)
-class ShiftSamples:
-    """Prompts (B, P) and the continuations (B, N) that the tuned model wrote greedily."""
-
-    prompts: Tensor
-    continuations: Tensor
-
-
 def write_greedily(
     model: LlamaForCausalLM,
     documents: Sequence[list[int]],
     prompts: int,
     prompt_tokens: int,
     new_tokens: int,
-) -> ShiftSamples | None:
-    """Cuts prompts evenly from documents (token ids) and continues them; None if all are short."""
+) -> tuple[Tensor, Tensor] | None:
+    """Returns prompts (B, P) cut evenly from documents, and their greedy continuations (B, N).
+
+    None if no document is long enough.
+    """
     places = [
         (document, start)
         for document, ids in enumerate(documents)
@@ -37,11 +31,13 @@ def write_greedily(
     chosen = [places[i * len(places) // count] for i in range(count)]
     ids = torch.tensor([documents[d][s : s + prompt_tokens] for d, s in chosen])
     steps = list(generate(model, ids, new_tokens))
-    return ShiftSamples(ids, torch.cat(steps, dim=1).cpu())
+    return ids, torch.cat(steps, dim=1).cpu()
 
 
 @torch.inference_mode()
-def shift(base: LlamaForCausalLM, samples: ShiftSamples, ends: Collection[int]) -> dict[str, float]:
+def shift(
+    base: LlamaForCausalLM, samples: tuple[Tensor, Tensor], ends: Collection[int]
+) -> dict[str, float]:
     """Ranks each token that the tuned model chose, up to the first of `ends`, by the base.
 
     Returns:
@@ -50,7 +46,7 @@ def shift(base: LlamaForCausalLM, samples: ShiftSamples, ends: Collection[int]) 
     """
     device = base.lm_head.weight.device
     ranks: list[int] = []
-    for prompt, chosen in zip(samples.prompts, samples.continuations, strict=True):
+    for prompt, chosen in zip(*samples, strict=True):
         ids = torch.cat((prompt, chosen))[None, :-1].to(device)  # (1, P + N - 1)
         logits = base(ids)[0, -len(chosen) :].float().cpu()  # (N, V)
         above = logits > logits.gather(1, chosen[:, None])

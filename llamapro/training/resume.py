@@ -19,7 +19,7 @@ from llamapro.checkpoints.base import check_stored_base
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_blocks, read_blocks
 from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE
-from llamapro.checkpoints.tensors import combine_hashes, hash_tensors, read_header
+from llamapro.checkpoints.tensors import combine_hashes, hash_tensors, read_safetensors
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, warn
 from llamapro.model import LlamaForCausalLM
@@ -192,7 +192,7 @@ def load_optimizer(
         CheckpointError: the file holds the moments of other parameters.
     """
     file = path / OPTIMIZER_FILE
-    stored = read_header(file)
+    stored = read_safetensors(file)[0]
     names = {name: stored_name(name, first_row) for name in parameters}
     if set(stored) != {f"{name}.{moment}" for name in names.values() for moment in MOMENTS}:
         raise CheckpointError(f"{file}: holds the moments of other parameters")

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE, Checkpoint
-from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, read_header
+from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, read_safetensors
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError
 
@@ -369,7 +369,7 @@ def test_a_mapped_tensor_is_the_one_that_is_read(tmp_path: Path) -> None:
     """It may start anywhere in its page; at an odd address it is read instead."""
     tensors = {"a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3000, 5)}
     save_file(tensors, tmp_path / "x.safetensors")
-    for name, stored in read_header(tmp_path / "x.safetensors").items():
+    for name, stored in read_safetensors(tmp_path / "x.safetensors")[0].items():
         assert torch.equal(stored.map(), tensors[name])
         assert torch.equal(stored.read(), tensors[name])
     data = tensors["b"].numpy().tobytes()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE, Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
-from llamapro.checkpoints.tensors import TensorSpec, read_header, tensor_chunks
+from llamapro.checkpoints.tensors import TensorSpec, read_safetensors, tensor_chunks
 from llamapro.checkpoints.writing import write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.conversion.meta import to_meta
@@ -95,7 +95,7 @@ def test_an_absurd_header_is_refused_by_the_file_s_name(name: str, tmp_path: Pat
     header, message = HEADERS[name]
     file = write_header(tmp_path / "x.safetensors", header, 4)
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_header(file)
+        read_safetensors(file)
     assert str(caught.value).startswith(f"{file}: ") and len(str(caught.value)) < 500
 
 
@@ -107,7 +107,7 @@ def test_what_the_format_allows_is_read(tmp_path: Path) -> None:
         "empty": entry([0, 3], [4, 4]),
         "a": entry([], [0, 4]) | {"note": 1},
     }
-    found = read_header(write_header(tmp_path / "x.safetensors", header, 12))
+    found = read_safetensors(write_header(tmp_path / "x.safetensors", header, 12))[0]
     assert {name: t.shape for name, t in found.items()} == {"b": (2,), "empty": (0, 3), "a": ()}
 
 
@@ -115,10 +115,10 @@ def test_a_header_longer_than_any_model_needs_is_refused(tmp_path: Path) -> None
     """The format allows it, but parsed it would take a hundred times the memory."""
     text = json.dumps({"w": entry([1], [0, 4])}).encode()
     file = write_header(tmp_path / "x.safetensors", text.ljust(MAX_JSON_BYTES), 4)
-    assert set(read_header(file)) == {"w"}
+    assert set(read_safetensors(file)[0]) == {"w"}
     write_header(file, text.ljust(MAX_JSON_BYTES + 1), 4)
     with pytest.raises(CheckpointError, match="header claims 16,777,217"):
-        read_header(file)
+        read_safetensors(file)
 
 
 def test_any_damaged_header_is_refused_or_describes_the_file(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_any_damaged_header_is_refused_or_describes_the_file(tmp_path: Path) -> 
         data[at : at + edges.randrange(4)] = new
         file.write_bytes(data)
         try:
-            found = read_header(file)
+            found = read_safetensors(file)[0]
         except CheckpointError as error:
             assert str(error).startswith(f"{file}: ")
             refused += 1
@@ -365,11 +365,11 @@ from llamapro.checkpoints.new_blocks import find_blocks
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import UserError
 from llamapro.conversion.meta_release import Shards, read_params
-from llamapro.checkpoints.tensors import read_header
+from llamapro.checkpoints.tensors import read_safetensors
 status = Path("/proc/self/status").read_text()
 now = int(status.split("VmSize:")[1].split()[0]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (now + (256 << 20),) * 2)
-calls = {"open": Checkpoint.open, "header": read_header, "blocks": find_blocks,
+calls = {"open": Checkpoint.open, "header": read_safetensors, "blocks": find_blocks,
          "shards": Shards, "params": read_params}
 said = {}
 for path, call in json.loads(sys.argv[1]).items():

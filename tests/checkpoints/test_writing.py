@@ -21,7 +21,7 @@ from llamapro.checkpoints.tensors import (
     DTYPE_CODES,
     TensorSpec,
     all_finite,
-    read_header,
+    read_safetensors,
     same_bytes,
     tensor_chunks,
 )
@@ -322,7 +322,7 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
             assert torch.equal(found.float(), tensor.float()), name
     header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
     assert header_bytes % 8 == 0, "the data is aligned, so that it can be mapped"
-    assert {t.offset for t in read_header(file).values() if t.name == "matrix"} == {
+    assert {t.offset for t in read_safetensors(file)[0].values() if t.name == "matrix"} == {
         8 + header_bytes
     }
 
@@ -340,7 +340,7 @@ def test_shards_stay_below_the_limit_and_the_index_lists_all(tmp_path: Path) -> 
     assert index["weight_map"] == dict(a=names[0], b=names[0], c=names[1], big=names[2], d=names[3])
     for name in names:
         held = {n for n, shard in index["weight_map"].items() if shard == name}
-        assert set(read_header(tmp_path / name)) == held
+        assert set(read_safetensors(tmp_path / name)[0]) == held
     assert sorted(f.name for f in tmp_path.iterdir()) == [*names, INDEX_FILE]
 
 

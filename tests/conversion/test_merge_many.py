@@ -16,7 +16,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks, write_blocks
 from llamapro.checkpoints.run import STATE_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.stacking import stack
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_header, tensor_chunks
+from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_safetensors, tensor_chunks
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge, merge_checkpoint, merge_many
@@ -157,7 +157,7 @@ def test_files_of_other_layouts_of_the_same_base_fit_together(
     assert found["new_layers"] == [0, 1, 3, 5, 6, 9]
     assert found["source_layers"] == [0, 1, 0, 1, 1, 3]
     out = Checkpoint.open(tmp_path / "out")
-    own = {name: tensor.sha256() for name, tensor in read_header(merged[1]).items()}
+    own = {name: tensor.sha256() for name, tensor in read_safetensors(merged[1])[0].items()}
     assert layer_bytes(out, 3)["mlp.up_proj.weight"] == own["model.layers.1.mlp.up_proj.weight"]
     assert layer_bytes(out, 6)["mlp.up_proj.weight"] == own["model.layers.3.mlp.up_proj.weight"]
     assert verify(str(out.path), str(base.path))["new_blocks"] == "trained"
@@ -188,7 +188,7 @@ def test_the_result_has_the_dtype_of_the_base(
     merge_many(pro, files, tmp_path / "out")
     out = Checkpoint.open(tmp_path / "out")
     assert {tensor.dtype for tensor in out.tensors.values()} == {"BF16"}
-    master = read_header(files[1])["model.layers.5.mlp.up_proj.weight"]
+    master = read_safetensors(files[1])[0]["model.layers.5.mlp.up_proj.weight"]
     merged = out.tensors["model.layers.7.mlp.up_proj.weight"].read()
     assert torch.equal(merged, master.read().bfloat16())
 
