@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,28 @@ def write_gguf() -> Callable[..., Path]:
     tensors under GGUF's names. With `per_file` the model is split into files of so many tensors.
     """
     return _write_gguf
+
+
+_TEXTS = [
+    "",
+    "a",
+    "Once upon a time",
+    "  two spaces first,  two inside, two last  ",
+    "if a == b:\n    return {1: 22}\n\n\tx\r\n",
+    "Grüße aus Köln, où ça? Ünïcödé e\u0301 ﬁ",
+    "Привет, мир; Γειά σου",
+    "你好，世界 こんにちは 한국어",
+    "العربية עברית हिन्दी ไทย",
+    "emoji 😀👩\u200d👩\u200d👧 \u00a0\u200b\ufeff\x00\x7f",
+    "\u2581 the mark of spaces \u2581\u2581",
+]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Texts of many kinds, and 500 of characters, words and spaces of many scripts in a row."""
+    draw = random.Random(0)
+    characters = "  \n\tab.,(){}=1éßжя你こ한😀\u0301\u200b\u2581"
+    parts = [*characters, "the", "    ", "return", "self", "ing"]
+    drawn = ["".join(draw.choices(parts, k=draw.randint(1, 30))) for _ in range(500)]
+    return [*_TEXTS, *drawn]

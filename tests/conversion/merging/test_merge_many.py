@@ -11,7 +11,6 @@ import torch
 
 from llamapro import expansion, generate
 from llamapro.checkpoints import new_blocks
-from llamapro.checkpoints.base import base_config
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks, write_blocks
 from llamapro.checkpoints.run import STATE_FILE, TRAINABLE_FILE
@@ -27,49 +26,12 @@ from llamapro.model import build_on_meta
 
 EVERY_2 = expansion.interleave(4, 2)  # layers 2 and 5 of 6 are new
 
-
 Write = Callable[..., Path]
 
 
 def layer_bytes(checkpoint: Checkpoint, index: int) -> dict[str, str]:
     """The hash of each tensor of a block, under its name there."""
     return {name: tensor.sha256() for name, tensor in checkpoint.layer(index).items()}
-
-
-@pytest.fixture(scope="module")
-def base(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_config: Callable[..., ModelConfig],
-    write_random_checkpoint: Callable[..., Path],
-) -> Checkpoint:
-    config = tiny_config(hidden_size=16, intermediate_size=16)
-    path = write_random_checkpoint(tmp_path_factory.mktemp("merge") / "base", config)
-    (path / "LICENSE.txt").write_text("be kind")
-    (path / "README.md").write_text("# The base")
-    return Checkpoint.open(path)
-
-
-@pytest.fixture(scope="module")
-def pro(base: Checkpoint) -> Checkpoint:
-    """The base with two new blocks."""
-    expand_checkpoint(base, base.path.parent / "pro", EVERY_2)
-    return Checkpoint.open(base.path.parent / "pro")
-
-
-@pytest.fixture(scope="module")
-def files(pro: Checkpoint, write_trained: Write) -> list[Path]:
-    """Two new-block files that were trained on it."""
-    return [
-        write_trained(pro.path.parent / f"{seed}.safetensors", pro, 1.0, seed=seed)
-        for seed in (1, 2)
-    ]
-
-
-@pytest.fixture
-def copy(pro: Checkpoint, tmp_path: Path) -> Checkpoint:
-    """A copy of the expanded model that a test may damage."""
-    shutil.copytree(pro.path, tmp_path / "pro")
-    return Checkpoint.open(tmp_path / "pro")
 
 
 def test_the_blocks_of_every_file_stand_on_their_base_layer_in_order(
@@ -305,26 +267,6 @@ def test_a_changed_base_is_found_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
-# ---- The way back -------------------------------------------------------------------------------
-
-
-def test_stripping_gives_the_base_back_byte_for_byte(
-    base: Checkpoint, pro: Checkpoint, files: list[Path], tmp_path: Path
-) -> None:
-    """Tensors, configuration, companions and model card; as expanded, and with blocks of two."""
-    merge_many(pro, files, tmp_path / "merged")
-    for path in (pro.path, tmp_path / "merged"):
-        found = strip_checkpoint(Checkpoint.open(path), tmp_path / f"{path.name}-base")
-        back = Checkpoint.open(tmp_path / f"{path.name}-base")
-        assert found["sha256"] == back.sha256() == base.sha256()
-        for file in ("model.safetensors", "config.json", "tokenizer.model", "LICENSE.txt"):
-            assert (back.path / file).read_bytes() == (base.path / file).read_bytes(), file
-        assert (back.path / "README.md").read_text() == "# The base"
-        # What transformers needs beside a tokenizer.model is written wherever it was missing.
-        more = {f.name for f in back.path.iterdir()} ^ {f.name for f in base.path.iterdir()}
-        assert more <= {"tokenizer.json", "tokenizer_config.json"}
-
-
 def test_a_second_generation_is_merged_and_stripped_on_top_of_the_first(
     pro: Checkpoint, tmp_path: Path, write_trained: Write
 ) -> None:
@@ -347,61 +289,3 @@ def test_a_second_generation_is_merged_and_stripped_on_top_of_the_first(
     assert json.loads((back.path / "config.json").read_text()) == json.loads(
         (pro.path / "config.json").read_text()
     )
-
-
-def test_all_weights_of_another_model_are_refused_and_the_right_command_is_named(
-    base: Checkpoint,
-    pro: Checkpoint,
-    tmp_path: Path,
-    tiny_config: Callable[..., ModelConfig],
-    write_random_checkpoint: Callable[..., Path],
-    write_step: Write,
-) -> None:
-    """Of an expanded model, of an unexpanded one, of another vocabulary; and a file alone."""
-    small = tiny_config(hidden_size=16, intermediate_size=16, vocab_size=300)
-    other = Checkpoint.open(write_random_checkpoint(tmp_path / "other", small))
-    cases = [
-        (base.path, pro, r"trained all weights of a model of 6 layers; \S+/base has 4 layers"),
-        (pro.path, base, r"trained all weights of a model of 4 layers; \S+/pro has 6 layers"),
-        (pro.path / "config.json", base, r"model of 4 layers; \S+/config\.json has 6 layers"),
-        (base.path, other, r"model\.embed_tokens\.weight \[300, 16\]; .*weight \[400, 16\]"),
-    ]
-    for number, (given, trained, message) in enumerate(cases):
-        run = tmp_path / f"run{number}"
-        state = {"settings": {"model.path": str(trained.path)}}
-        file = write_step(run, trained, 1, state, trainable="all")
-        fix = rf": llamapro merge {trained.path} {run} OUT_DIR$"
-        with pytest.raises(CheckpointError, match=f"^{run}: .*{message}.*{fix}"):
-            merge(given, [run], tmp_path / "out")
-        alone = shutil.copyfile(file, tmp_path / "alone.safetensors")
-        with pytest.raises(CheckpointError, match=rf"^{alone}: .*\(model\.path of the run\)$"):
-            merge(given, [alone], tmp_path / "out")
-    merge(other.path, [run], tmp_path / "out")
-    assert Checkpoint.open(tmp_path / "out").sha256() == other.sha256()
-
-
-def test_impossible_generations_are_refused(copy: Checkpoint) -> None:
-    """A stranger's record may name layers that are not there, or hold no list."""
-    file = copy.path / "config.json"
-    config = json.loads(file.read_text())
-    for generation in ({}, {"new_layers": [2]}, {"new_layers": 3}):
-        config["llamapro"]["generations"] = [generation]
-        file.write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match="impossible generations"):
-            base_config(Checkpoint.open(copy.path))
-
-
-def test_neither_replaces_what_it_reads(
-    copy: Checkpoint, tmp_path: Path, write_trained: Write
-) -> None:
-    """--force does not change that."""
-    files = [write_trained(tmp_path / "files" / f"{n}.safetensors", copy) for n in (1, 2)]
-    for directory in (tmp_path, tmp_path / "files"):
-        shutil.copyfile(copy.path / "config.json", directory / "config.json")
-    for out in ("pro", ".", "files"):
-        with pytest.raises(ConfigError, match="choose another output"):
-            merge_many(copy, files, tmp_path / out, force=True)
-    for out in ("pro", "."):
-        with pytest.raises(ConfigError, match="choose another output"):
-            strip_checkpoint(copy, tmp_path / out, force=True)
-    assert Checkpoint.open(copy.path).sha256() == copy.sha256()
