@@ -54,17 +54,12 @@ def overview() -> str:
     """Returns the text of `llamapro --help`: one line per command."""
     rows = [(f"{name} {command.usage}", command.purpose) for name, command in COMMANDS.items()]
     width = max(len(usage) for usage, _ in rows)
-    lines = [f"  {usage:<{width}}  {purpose}" for usage, purpose in rows]
-    return "\n".join(
-        [
-            "usage: llamapro COMMAND ...",
-            "",
-            "Expand a LLaMA with identity blocks, train only those, and merge them.",
-            "",
-            *lines,
-            "",
-            "'llamapro COMMAND --help' shows all options of a command.",
-        ]
+    lines = "\n".join(f"  {usage:<{width}}  {purpose}" for usage, purpose in rows)
+    return (
+        "usage: llamapro COMMAND ...\n\n"
+        "Expand a LLaMA with identity blocks, train only those, and merge them.\n\n"
+        f"{lines}\n\n"
+        "'llamapro COMMAND --help' shows all options of a command."
     )
 
 

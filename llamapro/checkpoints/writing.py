@@ -40,12 +40,9 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for spec in specs:
-        header[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [at, at + spec.nbytes],
-        }
-        at += spec.nbytes
+        start, at = at, at + spec.nbytes
+        shape, offsets = list(spec.shape), [start, at]
+        header[spec.name] = {"dtype": spec.dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
     try:

@@ -103,6 +103,21 @@ def test_commands_take_the_base_with_new_blocks(
     assert skipped == written(base.path)
 
 
+def test_an_expanded_model_takes_new_blocks_of_the_hub(
+    pro: Checkpoint, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a base does: the merged model is that of the same file on the disk."""
+    (tmp_path / "hub").mkdir()
+    shutil.copyfile(files[0], tmp_path / "hub" / TRAINABLE_FILE)
+    monkeypatch.setattr(
+        new_blocks, "resolve", lambda path: tmp_path / "hub" if "hf:" in str(path) else path
+    )
+    merge(pro.path, [Path("hf://jo/blocks")], tmp_path / "fetched")
+    merge(pro.path, files[:1], tmp_path / "local")
+    found, expected = (Checkpoint.open(tmp_path / n).sha256() for n in ("fetched", "local"))
+    assert found == expected != pro.sha256()
+
+
 def test_files_of_other_layouts_of_the_same_base_fit_together(
     base: Checkpoint, pro: Checkpoint, files: list[Path], tmp_path: Path, write_trained: Write
 ) -> None:
