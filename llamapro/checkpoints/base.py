@@ -10,15 +10,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import NEW_ROWS
 from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
 from llamapro.config import ExpansionRecord, ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, warn
 from llamapro.expansion import Layout
-from llamapro.model import LlamaForCausalLM
 
 
 def layout_of(config: ModelConfig, path: str | Path = "checkpoint") -> Layout:
@@ -99,7 +96,11 @@ def contained_base(expanded: Checkpoint) -> dict[str, StoredTensor]:
 
 
 def contained_checkpoint(expanded: Checkpoint) -> Checkpoint:
-    """Returns the base inside as a checkpoint, whose tensors stay in the expanded one's files."""
+    """Returns the base inside as a checkpoint, whose tensors stay in the expanded one's files.
+
+    Loaded, it is bit for bit the base. New blocks are not read: they cost no memory, no time and no
+    room in a KV cache.
+    """
     tensors = {tensor.name: tensor for tensor in contained_base(expanded).values()}
     return replace(expanded, config=base_config(expanded), tensors=tensors)
 
@@ -158,14 +159,3 @@ def check_contained(expanded: Checkpoint, special: bool = False) -> None:
             "know and conversations may name; 'llamapro strip' writes the base with its own "
             "tokenizer: use that"
         )
-
-
-def load_contained(
-    expanded: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> LlamaForCausalLM:
-    """Loads the base inside a checkpoint: bit for bit what `Checkpoint.load` gives for the base.
-
-    New blocks are not read: they cost no memory, no time and no room in a KV cache. There are
-    logits for the base's `vocab_size` tokens.
-    """
-    return contained_checkpoint(expanded).load(dtype or expanded.dtype, device)

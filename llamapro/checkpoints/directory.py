@@ -57,10 +57,8 @@ class Checkpoint:
         """Opens a directory, or `hf://owner/name[@revision]`; reads headers only.
 
         Raises:
-            ConfigError: `config.json` is missing or describes another kind of model, or the name
-                is of another form.
-            CheckpointError: naming the file, and every tensor that is missing, unexpected or of
-                another shape than `config.json` says; or the hub does not give the files.
+            ConfigError: `config.json` is missing or describes another kind of model.
+            CheckpointError: naming the file, and every tensor that does not fit `config.json`.
         """
         name, path = repository(path), resolve(path)
         if not path.is_dir():

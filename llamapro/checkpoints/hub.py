@@ -105,10 +105,6 @@ def upload(
 
     Returns:
         The address of the commit.
-
-    Raises:
-        ConfigError: no token, no `huggingface_hub`, or the repository holds such files already.
-        CheckpointError: the hub cannot be reached, or refuses; nothing was changed there.
     """
     with _errors_named(f"hf://{repo}", "uploaded"):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token

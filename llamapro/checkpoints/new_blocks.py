@@ -84,9 +84,6 @@ def find_blocks(path: str | Path) -> Path:
 
     From a run it takes the newest intact training checkpoint; standard error names newer ones that
     are damaged, and why. Every byte is read, also of the other files of a training checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
     """
     given, path = path, resolve(path)
     if repository(given) is not None:

@@ -4,4 +4,7 @@ Open `expand.py` first, then `rewrite.py`, which streams the tensors for it and 
 `meta.py` converts Meta's releases and `gguf.py` llama.cpp's files. `verify.py` proves that a base
 is intact. `model_card.py` and `companions.py` write the files beside the weights. This room may
 import the core, text, checkpoints and inference, but never training.
+
+A wrong argument raises ConfigError; a file that is missing, damaged or of another model raises
+CheckpointError, of a tokenizer DataError. What was to be written is then not there.
 """

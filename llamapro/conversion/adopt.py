@@ -33,10 +33,6 @@ def adopt(
     Returns:
         JSON-able: path, layers, new_layers, source_layers, new_blocks ("identity" or "trained"),
         base_sha256, bytes; for the identity also logits_bit_equal (True) and tokens_compared.
-
-    Raises:
-        ConfigError: there is a record already, or `new_layers` are impossible or cannot be found.
-        CheckpointError: writing failed, or identity blocks change the logits.
     """
     refuse_source(out_dir, checkpoint.path)
     if (record := checkpoint.config.expansion) is not None:

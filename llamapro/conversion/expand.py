@@ -62,11 +62,6 @@ def expand_checkpoint(
     Returns:
         JSON-able: layers, new_layers, source_layers, new_tokens (name -> id) and bytes of the
         result, base_sha256, logits_bit_equal (True), tokens_compared and max_head_difference.
-
-    Raises:
-        ConfigError: `out_dir` is, contains or replaces what it must not, or a new token exists.
-        DataError: the tokenizer cannot take tokens.
-        CheckpointError: writing failed, or the result's logits differ from the base's.
     """
     refuse_source(out_dir, base.path)
     if new_tokens:

@@ -32,10 +32,6 @@ def export_gguf(
         JSON-able: file, outtype, bytes, and `compared`, the number of tensors that were read back
         and have the checkpoint's values; None if the result is rounded, or of another architecture
         than LLaMA and Mistral.
-
-    Raises:
-        ConfigError: the converter is not installed or failed, or the file exists.
-        CheckpointError: what it wrote is not this model.
     """
     converter = shutil.which(CONVERTER) or shutil.which(CONVERTER, path=Path(sys.executable).parent)
     if converter is None:

@@ -75,11 +75,6 @@ def from_gguf(
 
     Returns:
         JSON-able: parameters and bytes of the result, files read, tensors per quantisation, dtype.
-
-    Raises:
-        ConfigError: the model is of another architecture, or an argument is wrong.
-        CheckpointError: a file is damaged, or tensors are missing, unexpected or of wrong shapes.
-        DataError: the tokenizer is damaged or of a kind that is not supported.
     """
     refuse_source(out_dir, file)
     metadata, tensors, files = open_gguf(file)

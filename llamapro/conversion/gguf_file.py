@@ -101,8 +101,7 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     size = file.stat().st_size
     try:
         with open(file, "rb") as handle:
-            start = handle.read(8)
-            _check_start(file, start)
+            _check_start(file, handle.read(8))
             length = min(size, MAX_HEADER_BYTES)
             with mmap.mmap(handle.fileno(), length, access=mmap.ACCESS_READ) as data:
                 return _parse(file, _Header(data, 8), size)

@@ -61,11 +61,6 @@ def from_meta(
 
     Returns:
         JSON-able: parameters and bytes of the result, shards read, dtype.
-
-    Raises:
-        ConfigError: `params.json` or an argument is impossible or not supported.
-        CheckpointError: a shard is missing, damaged, not plain tensors, or does not fit the rest.
-        DataError: `tokenizer.model` is no tokenizer.
     """
     refuse_source(out_dir, meta_dir)
     file = meta_dir / "params.json"
@@ -132,10 +127,6 @@ def to_meta(
 
     Returns:
         JSON-able: parameters, bytes written, shards, dtype.
-
-    Raises:
-        ConfigError: the model does not split into `shards`, or Meta's layout cannot express it.
-        CheckpointError: the checkpoint is damaged, or writing failed.
     """
     checkpoint = Checkpoint.open(ckpt_dir)
     refuse_source(out_dir, checkpoint.path)

@@ -153,10 +153,6 @@ def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, A
         JSON-able: path, sha256, tensors, bytes; for an expanded checkpoint base_sha256,
         base_intact, new_layers, new_blocks ("identity" or "trained"), new_tokens (a count); with a
         base also logits_bit_equal, max_logit_difference and max_head_difference.
-
-    Raises:
-        CheckpointError: a tensor holds NaN or infinity, the base inside was changed, `base_path` is
-            not the base, or untouched new blocks are not the identity.
     """
     checkpoint = Checkpoint.open(path)
     path = checkpoint.path

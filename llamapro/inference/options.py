@@ -12,7 +12,7 @@ import torch
 from tyro.conf import arg
 
 from llamapro import backends
-from llamapro.checkpoints.base import check_contained, load_contained
+from llamapro.checkpoints.base import check_contained, contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.stacking import stack
 from llamapro.errors import ConfigError
@@ -68,9 +68,8 @@ class ComputeOptions:
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         if self.skip_new_blocks:
             check_contained(checkpoint)
-            model = load_contained(checkpoint, dtype, self.choose_device())
-        else:
-            model = checkpoint.load(dtype, self.choose_device())
+            checkpoint = contained_checkpoint(checkpoint)
+        model = checkpoint.load(dtype, self.choose_device())
         weight = model.lm_head.weight
         try:
             chosen = backends.summary(model.config, weight.device, weight.dtype)

@@ -35,9 +35,6 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
     They are those of `config.json`, of the `generation_config.json` beside it, which often lists
     more (Llama 3's end of turn), and the tokenizer's, which a chat model may have changed alone.
     Says if the two files name another BOS than the tokenizer, whose own is put first.
-
-    Raises:
-        CheckpointError: `generation_config.json` is damaged.
     """
     ends = set(config.eos_token_ids)
     if tokenizer.eos_id is not None:
@@ -74,9 +71,6 @@ def choose_sampling(
     As in transformers, the temperature of `generation_config.json` counts if `do_sample` is true
     there (1.0 if it names none), and its top_p wherever tokens are drawn. Without them the most
     likely token is taken. Standard error says what comes from the file, and what is not applied.
-
-    Raises:
-        CheckpointError: `generation_config.json` is damaged, or a value that counts is impossible.
     """
     file, raw = _generation_config(config)
     taken: list[str] = []

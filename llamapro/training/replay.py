@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llamapro.checkpoints.base import contained_base, contained_base_sha256, load_contained
+from llamapro.checkpoints.base import contained_base, contained_base_sha256, contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.config import ModelConfig
@@ -254,7 +254,7 @@ def written_by_base(
 
     def write() -> Iterator[NDArray[Any]]:
         """Loads the base, and yields the first `settings.tokens` tokens of its documents."""
-        base = load_contained(checkpoint, dtype, device)
+        base = contained_checkpoint(checkpoint).load(dtype, device)
         left = settings.tokens
         documents = write_documents(base, openings, ends, length, settings, left)
         with tqdm(total=left, desc="write replay", unit="tok", disable=None) as bar:

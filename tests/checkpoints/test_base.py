@@ -15,7 +15,7 @@ from torch import Tensor
 from llamapro import cli, expansion
 from llamapro import evaluate as evaluate_command
 from llamapro import generate as generate_command
-from llamapro.checkpoints.base import load_contained
+from llamapro.checkpoints.base import contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import write_checkpoint
@@ -113,7 +113,7 @@ def test_logits_without_the_new_blocks_are_the_bases_bits(
 ) -> None:
     """They are those of the latest generation's base; an added token has no logit."""
     base, trained = (Checkpoint.open(path) for path in expand(**case))
-    contained, expected = load_contained(trained), logits(base.load())
+    contained, expected = contained_checkpoint(trained).load(), logits(base.load())
     assert torch.equal(logits(contained).view(torch.uint8), expected.view(torch.uint8))
     assert contained.config == base.config
     assert not torch.equal(logits(trained.load())[..., :400], expected)
@@ -122,7 +122,7 @@ def test_logits_without_the_new_blocks_are_the_bases_bits(
 def test_new_blocks_are_not_computed_and_have_no_cache(expand: Expand) -> None:
     """A model of the base's layers, in another dtype where one is asked for."""
     base, trained = expand()
-    contained = load_contained(Checkpoint.open(trained), torch.bfloat16)
+    contained = contained_checkpoint(Checkpoint.open(trained)).load(torch.bfloat16)
     assert len(contained.model.layers) == 2 and contained.lm_head.weight.dtype == torch.bfloat16
     expected = logits(Checkpoint.open(base).load(torch.bfloat16))
     assert torch.equal(logits(contained).view(torch.uint8), expected.view(torch.uint8))

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llamapro.checkpoints.base import load_contained
+from llamapro.checkpoints.base import contained_checkpoint
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE, Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
@@ -153,7 +153,7 @@ def test_fp32_norms_among_bf16_are_computed_in_bf16(make: Callable[..., Path]) -
     pro = Checkpoint.open(path.parent / "pro")
     assert {t.dtype for t in pro.tensors.values()} == {"F32", "BF16"}
     with torch.no_grad():
-        assert torch.equal(load_contained(pro)(IDS), theirs(IDS).logits)
+        assert torch.equal(contained_checkpoint(pro).load()(IDS), theirs(IDS).logits)
 
 
 def test_quantised_weights_are_refused(make: Callable[..., Path]) -> None:

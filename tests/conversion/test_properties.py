@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from llamapro import expansion, ops
-from llamapro.checkpoints.base import load_contained
+from llamapro.checkpoints.base import contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
@@ -196,7 +196,7 @@ def check_on_disk(case: Case, tools: Tools) -> None:
             expand_checkpoint(base, out, layout, False, case.shard_bytes, names)
             pro = Checkpoint.open(out)
             expected, found = logits(path), logits(out)
-            assert torch.equal(logits(load_contained(pro)), expected)
+            assert torch.equal(logits(contained_checkpoint(pro).load()), expected)
             if added:  # more rows may be summed in another order
                 found = found[..., : base.config.vocab_size]
                 torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-5)

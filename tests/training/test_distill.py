@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from llamapro import expansion
-from llamapro.checkpoints.base import load_contained
+from llamapro.checkpoints.base import contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
@@ -80,7 +80,7 @@ def distilling(model: LlamaForCausalLM) -> Replay:
 def test_the_teacher_is_the_contained_base_to_the_bit(name: str, home: Path) -> None:
     """The latest generation's blocks are skipped, whatever they hold."""
     checkpoint = Checkpoint.open(home / name)
-    model, base = moved(checkpoint), load_contained(checkpoint)
+    model, base = moved(checkpoint), contained_checkpoint(checkpoint).load()
     base_x = model.model(IDS, skip=distilling(model).new_layers)
     assert torch.equal(base_x, base.model(IDS)) and not torch.equal(base_x, model.model(IDS))
 
@@ -114,7 +114,7 @@ def test_at_the_first_step_nothing_is_to_be_learnt(name: str, home: Path) -> Non
 def test_added_tokens_have_no_place_in_what_the_base_says(home: Path) -> None:
     """Its distribution is over its own vocabulary; what the model gives beyond it costs."""
     checkpoint = Checkpoint.open(home / "again")
-    model, base = moved(checkpoint), load_contained(checkpoint)
+    model, base = moved(checkpoint), contained_checkpoint(checkpoint).load()
     log_p, log_q = (m(IDS).double().log_softmax(-1) for m in (model, base))
     assert log_p.shape[-1] == log_q.shape[-1] + 1
     expected = (log_q.exp() * (log_q - log_p[..., :-1])).sum()

@@ -89,7 +89,7 @@ def test_what_is_in_the_cache_is_not_written_again(
 ) -> None:
     """It is compared with its hashes; damage is told."""
     store = write()
-    monkeypatch.setattr(module, "load_contained", None)
+    monkeypatch.setattr(module, "contained_checkpoint", None)
     assert write().sha256 == store.sha256 and "from the cache" in capsys.readouterr().err
     file = store.path / "shard-00000.bin"
     file.write_bytes(b"\0" + file.read_bytes()[1:])
