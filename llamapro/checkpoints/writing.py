@@ -5,7 +5,7 @@ Memory stays at one piece of one tensor, because the header only needs names, dt
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -91,11 +91,12 @@ def write_checkpoint(
     chunks_of: ChunksOf,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str = "write",
+    written: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes `model*.safetensors`, with Hugging Face's index if it takes more than one file.
 
     `directory` must exist. Two threads call `chunks_of`. A file is larger than `max_shard_bytes`
-    only if a single tensor is.
+    only if a single tensor is. `written` is called with each complete file.
 
     Raises:
         CheckpointError: a number is NaN or infinite, perhaps only in the dtype that is written.
@@ -129,6 +130,8 @@ def write_checkpoint(
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             write_safetensors(directory / name, shard, counted, threads=2)
             weight_map |= {spec.name: name for spec in shard}
+            if written is not None:
+                written(directory / name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ExpansionRecord
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.rewrite import Target, hashed, rewritten
-from llamapro.conversion.verify import compare_logits
+from llamapro.conversion.same_logits import compare_logits
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.files import refuse_source
 

@@ -10,13 +10,13 @@ from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import NEW_ROWS
-from llamapro.checkpoints.tensors import combine_hashes
+from llamapro.checkpoints.tensors import combine_hashes, read_safetensors
 from llamapro.checkpoints.writing import MAX_SHARD_BYTES
 from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_rows
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.model_card import CARD_FILE
 from llamapro.conversion.rewrite import Part, Target, hashed, rewritten, zeros
-from llamapro.conversion.verify import compare_logits
+from llamapro.conversion.same_logits import Probe
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout
 from llamapro.files import copy_companion, refuse_source
@@ -67,9 +67,19 @@ def expand_checkpoint(
     if new_tokens:
         check_tokens(base.path, new_tokens, base.config.vocab_size)
     targets, hashes = _targets(base, layout, len(new_tokens))
-    with rewritten(out_dir, targets, "expand", force, max_shard_bytes) as aside:
+    config_with = partial(expansion.expand_config, base.config, layout, new_tokens=len(new_tokens))
+    expanded = Checkpoint(out_dir, config_with(""), {})
+    probe = Probe(base, expanded)
+
+    def compare(file: Path) -> None:
+        # While its blocks are in memory: afterwards the disk would have to give them again.
+        expanded.tensors.update(read_safetensors(file)[0])
+        while probe.advance():
+            pass
+
+    with rewritten(out_dir, targets, "expand", force, max_shard_bytes, compare) as aside:
         base_sha256 = combine_hashes((t, hashes[t.name]) for t in base.tensors.values())
-        config = expansion.expand_config(base.config, layout, base_sha256, len(new_tokens))
+        config = config_with(base_sha256)
         if base.repository:  # what the model card will call the base
             config = replace(config, raw=config.raw | {"_name_or_path": base.repository})
         write_companions(aside, config, base.companions())
@@ -77,7 +87,8 @@ def expand_checkpoint(
             add_tokens(aside, new_tokens, base.config.vocab_size)
         if (card := base.path / CARD_FILE).is_file():  # leaves room for that of the new model
             copy_companion(card, aside / BASE_CARD_FILE)
-        logits = compare_logits(base, Checkpoint.open(aside))
+        Checkpoint.open(aside)
+        logits = probe.compare()
         if not logits.bit_equal:
             raise CheckpointError(
                 f"{out_dir}: not written: logits differ from the base's by "

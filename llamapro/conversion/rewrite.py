@@ -55,8 +55,11 @@ def rewritten(
     label: str,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    written: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """Writes all targets; the body checks them and adds the files that belong beside the weights.
+
+    `written` gets each file of weights when it is complete and still in the machine's memory.
 
     `out_dir` appears when the body has succeeded; errors are those of `files.output_directory`.
     """
@@ -66,5 +69,5 @@ def rewritten(
         return chain.from_iterable(part() for part in parts[spec.name])
 
     with output_directory(out_dir, force) as aside:
-        write_checkpoint(aside, targets, chunks_of, max_shard_bytes, label)
+        write_checkpoint(aside, targets, chunks_of, max_shard_bytes, label, written)
         yield aside

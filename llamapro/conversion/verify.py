@@ -4,106 +4,19 @@ Models need not fit in memory: checkpoints are read and run one block at a time.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from llamapro import ops
-from llamapro.checkpoints.base import base_vocab_size, check_stored_base, layout_of
+from llamapro.checkpoints.base import base_vocab_size, check_stored_base
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_bytes
 from llamapro.checkpoints.run import find_damage, load_state, training_checkpoints
-from llamapro.checkpoints.tensors import (
-    all_finite,
-    combine_hashes,
-    hash_tensors,
-    same_bytes,
-)
+from llamapro.checkpoints.tensors import all_finite, combine_hashes, hash_tensors
 from llamapro.config import differences
+from llamapro.conversion.same_logits import compare_logits
 from llamapro.errors import CheckpointError
-from llamapro.model import DecoderLayer, RMSNorm
 from llamapro.text.store import TokenStore
-
-PROBE_SHAPE = (2, 16)  # B, T of the random batch
-
-
-class LogitComparison(NamedTuple):
-    """The logits of base and expanded model on the same random batch, in the base's dtype.
-
-    With added tokens the head has more rows, and its product may sum in another order, above all
-    for 1 to 3 tokens in fp32 on a CPU. So the heads are compared with the base's rows alone, and
-    `head_difference` is by how much the other rows move the base's logits.
-    """
-
-    bit_equal: bool
-    max_difference: float
-    tokens: int
-    head_difference: float
-
-
-@torch.no_grad()
-def _layer_output(checkpoint: Checkpoint, index: int, x: Tensor) -> Tensor:
-    with torch.device("meta"):
-        layer = DecoderLayer(checkpoint.config, index)
-    stored = checkpoint.layer(index)
-    layer.load_state_dict({name: t.map().to(x.dtype) for name, t in stored.items()}, assign=True)
-    positions = torch.arange(x.shape[1])
-    return layer(x, ops.rotary_table(checkpoint.config, positions, x.dtype))
-
-
-@torch.no_grad()
-def _logits(checkpoint: Checkpoint, x: Tensor, rows: int) -> tuple[Tensor, float]:
-    """Returns the logits of the first rows, and by how much the head's other rows move them."""
-    with torch.device("meta"):
-        norm = RMSNorm(checkpoint.config.hidden_size, checkpoint.config.rms_norm_eps)
-    weight = checkpoint.tensors["model.norm.weight"].map().to(x.dtype)
-    norm.load_state_dict({"weight": weight}, assign=True)
-    tied = checkpoint.config.tie_word_embeddings
-    stored = checkpoint.tensors["model.embed_tokens.weight" if tied else "lm_head.weight"]
-    head = stored.map().to(x.dtype)
-    linear, hidden = torch.nn.functional.linear, norm(x)
-    moved = 0.0
-    for tokens in (1, 2, 3, x.shape[0] * x.shape[1]) if len(head) > rows else ():
-        h = hidden.flatten(0, 1)[:tokens]
-        difference = linear(h, head)[:, :rows] - linear(h, head[:rows])
-        moved = max(moved, difference.float().abs().max().item())
-    return linear(hidden, head[:rows]), moved
-
-
-def compare_logits(base: Checkpoint, expanded: Checkpoint) -> LogitComparison:
-    """Runs both models on the CPU on one random batch, one block in memory at a time.
-
-    A block of both with the same bytes and the same input runs once: its output is that of both.
-    Tokens that were added to the expanded model are not in the batch, and have no logit in the
-    comparison.
-    """
-    layout = layout_of(expanded.config, expanded.path)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(base.config.vocab_size, PROBE_SHAPE, generator=generator)
-    ours, theirs = (
-        model.tensors["model.embed_tokens.weight"].map()[input_ids].to(base.dtype)
-        for model in (expanded, base)
-    )  # (B, T, C)
-    new = set(layout.new_layers)
-    alike = not differences(base.config.computation, expanded.config.computation)
-    for index, source in enumerate(tqdm(layout.sources, desc="compare blocks", disable=None)):
-        is_shared = index not in new and alike and same_bytes(ours, theirs)
-        if is_shared:
-            copy, layer = expanded.layer(index), base.layer(source)
-            is_shared = copy.keys() == layer.keys() and all(
-                same_bytes(copy[name].map(), layer[name].map()) for name in layer
-            )
-        ours = _layer_output(expanded, index, ours)
-        if index not in new:
-            theirs = ours if is_shared else _layer_output(base, source, theirs)
-    rows = base.config.vocab_size
-    ours, moved = _logits(expanded, ours, rows)  # (B, T, V)
-    theirs, _ = _logits(base, theirs, rows)
-    bit_equal = same_bytes(ours, theirs)  # a NaN equals itself
-    difference = (ours.float() - theirs.float()).abs().max().item()
-    return LogitComparison(bit_equal, difference, input_ids.numel(), moved)
 
 
 def verify_run(path: str | Path) -> dict[str, Any]:
