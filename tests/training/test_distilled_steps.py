@@ -290,9 +290,14 @@ def order(last: int | None, rank: int = 0, world_size: int = 1) -> list[list[int
     return columns[0].tolist()
 
 
+def sample(index: int) -> list[int]:
+    number, sequence = MIXTURE.locate(index)
+    return MIXTURE.sources[number][sequence][0].tolist()
+
+
 def test_without_a_loss_of_their_own_samples_keep_their_order() -> None:
     """That of the mixture; and nothing is told apart in any micro-batch."""
-    expected = [MIXTURE.sample(i)[0].tolist() for i in range(5, 5 + BATCH)]
+    expected = [sample(i) for i in range(5, 5 + BATCH)]
     for world_size in (1, 2, 4):
         for rank in range(world_size):
             assert order(None, rank, world_size) == expected[rank::world_size]
@@ -308,7 +313,7 @@ def test_without_a_loss_of_their_own_samples_keep_their_order() -> None:
 def test_replayed_samples_come_last_in_their_order_on_any_number_of_ranks() -> None:
     """The union over ranks is the same; both kinds keep the mixture's order."""
     places = [MIXTURE.locate(i)[0] for i in range(5, 5 + BATCH)]
-    samples = [MIXTURE.sample(i)[0].tolist() for i in range(5, 5 + BATCH)]
+    samples = [sample(i) for i in range(5, 5 + BATCH)]
     kinds = [[s for s, n in zip(samples, places, strict=True) if n == kind] for kind in (0, 1)]
     assert all(kinds) and places != sorted(places)
     whole = order(1)
