@@ -7,6 +7,7 @@ fixtures instead of being imported.
 import argparse
 import inspect
 import io
+import json
 import os
 import runpy
 import shutil
@@ -226,3 +227,29 @@ def expand(
         return base, grown
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_header() -> Callable[[Path, bytes | dict[str, Any], int], Path]:
+    """`write_header(file, header, data)`: a safetensors file with `data` zero bytes."""
+
+    def write(file: Path, header: bytes | dict[str, Any], data: int) -> Path:
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def flip_bit() -> Callable[[Path, int], None]:
+    """`flip_bit(file, at)` changes the lowest bit of the byte at this place."""
+
+    def flip(file: Path, at: int) -> None:
+        with open(file, "r+b") as content:
+            content.seek(at)
+            byte = content.read(1)[0]
+            content.seek(at)
+            content.write(bytes([byte ^ 1]))
+
+    return flip

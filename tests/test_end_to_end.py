@@ -213,14 +213,12 @@ def test_verify_against_transformers(home: Path) -> None:
     assert 0 < rounded["ours_vs_hf_fp32_max_logit_difference"] <= bound
 
 
-def test_damage_to_the_base_inside_is_found(home: Path, tmp_path: Path) -> None:
+def test_damage_to_the_base_inside_is_found(
+    home: Path, tmp_path: Path, flip_bit: Callable[..., None]
+) -> None:
     """One flipped byte in a frozen tensor of the merged model."""
     shutil.copytree(home / "merged", tmp_path / "damaged")
     stored = Checkpoint.open(tmp_path / "damaged").tensors["model.layers.0.mlp.up_proj.weight"]
-    with open(stored.file, "r+b") as file:
-        file.seek(stored.offset)
-        byte = file.read(1)[0]
-        file.seek(stored.offset)
-        file.write(bytes([byte ^ 1]))
+    flip_bit(stored.file, stored.offset)
     with pytest.raises(UserError, match="base weights were changed"):
         command("verify", tmp_path / "damaged")

@@ -87,7 +87,7 @@ def expand_checkpoint(
             add_tokens(aside, new_tokens, base.config.vocab_size)
         if (card := base.path / CARD_FILE).is_file():  # leaves room for that of the new model
             copy_companion(card, aside / BASE_CARD_FILE)
-        Checkpoint.open(aside)
+        Checkpoint.open(aside)  # raises if the files are no checkpoint together
         logits = probe.compare()
         if not logits.bit_equal:
             raise CheckpointError(

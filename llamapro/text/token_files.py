@@ -4,6 +4,7 @@ Several files may say the same. Where they differ, what transformers 5 reads cou
 Two ids for a token, or two tokens for an id, are refused.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,19 @@ def _piece(vocabulary: Vocabulary, name: str) -> AddedToken | None:
     text = name.replace("\u2581", " ").encode()
     found = next((i for i, piece in vocabulary.pieces.items() if piece == text), None)
     return None if found is None else AddedToken(found, special=False)
+
+
+def names_pattern(tokens: dict[str, AddedToken]) -> re.Pattern[str] | None:
+    """Returns a pattern, one group, that matches the tokens' names in a text, longest first."""
+    if not tokens:
+        return None
+    ordered = sorted(tokens.items(), key=lambda item: len(item[0]), reverse=True)
+    parts = (
+        r"(?<!\w)" * token.single_word
+        + r"\s*" * token.lstrip
+        + re.escape(name)
+        + r"(?!\w)" * token.single_word
+        + r"\s*" * token.rstrip
+        for name, token in ordered
+    )
+    return re.compile(f"({'|'.join(parts)})")

@@ -23,13 +23,13 @@ from llamapro.text.token_files import (
     added_tokens,
     join_tokens,
     name_of,
+    names_pattern,
     read_object,
     read_roles,
 )
 from llamapro.text.vocabulary import (
     JSON_NAME,
     RANKS_NAME,
-    AddedToken,
     Vocabulary,
     has_space_everywhere,
     prefix_of,
@@ -87,7 +87,7 @@ class Tokenizer:
         # Words to split off; the library finds those of the vocabulary itself.
         words = {n: t for n, t in own.items() if not t.special and vocabulary.added.get(n) != t}
         self._split_off = words | control
-        self._patterns = {False: _pattern(words), True: _pattern(self._split_off)}
+        self._patterns = {False: names_pattern(words), True: names_pattern(self._split_off)}
         # Control tokens that the library would find in plain text too: their names are broken.
         found = [n for n in control if not vocabulary.added.get(n, control[n]).special]
         found += [n for n in control if control[n].id in vocabulary.pieces]
@@ -337,19 +337,3 @@ class Tokenizer:
 def _split(pattern: re.Pattern[str] | None, text: str) -> list[str]:
     """Splits a text; a pattern that matches nowhere would take a tenth of the time of encoding."""
     return pattern.split(text) if pattern else [text]
-
-
-def _pattern(tokens: dict[str, AddedToken]) -> re.Pattern[str] | None:
-    """Returns a pattern, one group, that matches the tokens' names in a text, longest first."""
-    if not tokens:
-        return None
-    ordered = sorted(tokens.items(), key=lambda item: len(item[0]), reverse=True)
-    parts = (
-        r"(?<!\w)" * token.single_word
-        + r"\s*" * token.lstrip
-        + re.escape(name)
-        + r"(?!\w)" * token.single_word
-        + r"\s*" * token.rstrip
-        for name, token in ordered
-    )
-    return re.compile(f"({'|'.join(parts)})")

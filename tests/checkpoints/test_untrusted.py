@@ -25,13 +25,6 @@ def entry(shape: object, offsets: object, dtype: object = "F32") -> dict[str, ob
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def write_header(file: Path, header: bytes | dict[str, Any], data: int) -> Path:
-    """A safetensors file with this header and `data` zero bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
-    return file
-
-
 # ---- Headers ------------------------------------------------------------------------------------
 
 W = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
@@ -84,7 +77,9 @@ HEADERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_an_absurd_header_is_refused_by_the_file_s_name(name: str, tmp_path: Path) -> None:
+def test_an_absurd_header_is_refused_by_the_file_s_name(
+    write_header: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
     """One short message with the file and the tensor, whatever its sizes or its JSON are."""
     header, message = HEADERS[name]
     file = write_header(tmp_path / "x.safetensors", header, 4)
@@ -93,7 +88,7 @@ def test_an_absurd_header_is_refused_by_the_file_s_name(name: str, tmp_path: Pat
     assert str(caught.value).startswith(f"{file}: ") and len(str(caught.value)) < 500
 
 
-def test_what_the_format_allows_is_read(tmp_path: Path) -> None:
+def test_what_the_format_allows_is_read(write_header: Callable[..., Path], tmp_path: Path) -> None:
     """Any order in the header, empty tensors, scalars, unknown keys, metadata."""
     header = {
         "b": entry([2], [4, 12]),
@@ -105,7 +100,9 @@ def test_what_the_format_allows_is_read(tmp_path: Path) -> None:
     assert {name: t.shape for name, t in found.items()} == {"b": (2,), "empty": (0, 3), "a": ()}
 
 
-def test_a_header_longer_than_any_model_needs_is_refused(tmp_path: Path) -> None:
+def test_a_header_longer_than_any_model_needs_is_refused(
+    write_header: Callable[..., Path], tmp_path: Path
+) -> None:
     """The format allows it, but parsed it would take a hundred times the memory."""
     text = json.dumps({"w": entry([1], [0, 4])}).encode()
     file = write_header(tmp_path / "x.safetensors", text.ljust(MAX_JSON_BYTES), 4)
@@ -159,7 +156,7 @@ def test_any_damaged_header_is_refused_or_describes_the_file(tmp_path: Path) -> 
     ids=str,
 )
 def test_a_new_block_file_that_says_odd_things_is_refused(
-    change: dict[str, Any] | None, tmp_path: Path
+    write_header: Callable[..., Path], change: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     """Its metadata are texts that hold JSON, and are checked as the header is."""
     info = {"trainable": "new_blocks", "base_sha256": "ab", "new_layers": [1, 2], "step": 3}

@@ -22,17 +22,6 @@ from llamapro.errors import CheckpointError, ConfigError
 from llamapro.files import MAX_JSON_BYTES
 
 
-def entry(shape: object, offsets: object, dtype: object = "F32") -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-def write_header(file: Path, header: bytes | dict[str, Any], data: int) -> Path:
-    """A safetensors file with this header and `data` zero bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
-    return file
-
-
 class Asked:
     """A pickle that calls a function, which torch.load with weights_only allows."""
 
@@ -173,7 +162,10 @@ print(json.dumps(said))
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_absurd_files_are_refused_before_memory_is_taken(
-    tmp_path: Path, write_random_checkpoint: Any, tiny_config: Callable[..., ModelConfig]
+    tmp_path: Path,
+    write_random_checkpoint: Any,
+    write_header: Callable[..., Path],
+    tiny_config: Callable[..., ModelConfig],
 ) -> None:
     """Each asks for terabytes, or has gigabytes (of holes): a message, in 256 MB."""
     config = tiny_config(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
@@ -195,11 +187,11 @@ def test_absurd_files_are_refused_before_memory_is_taken(
     (path / SINGLE_FILE).unlink()
     calls[path] = "open"
     path = write_random_checkpoint(tmp_path / "empty", config)
-    empty = {f"{i}": entry([0], [0, 0]) for i in range(250_000)}
+    empty = {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(250_000)}
     calls[write_header(path / SINGLE_FILE, empty, 0)] = "header"
     long = (MAX_JSON_BYTES + 1).to_bytes(8, "little") + b'{"w": ['
     calls[sparse(tmp_path / "header.safetensors", long)] = "header"
-    huge = {"w": entry([1 << 44], [0, 1 << 46])}
+    huge = {"w": {"dtype": "F32", "shape": [1 << 44], "data_offsets": [0, 1 << 46]}}
     calls[write_header(tmp_path / "tensor.safetensors", huge, 4)] = "header"
     calls[write_header(tmp_path / "blocks.safetensors", huge, 4)] = "blocks"
     for name, function in (("array", bytearray), ("storage", torch.UntypedStorage)):

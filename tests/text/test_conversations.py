@@ -3,42 +3,28 @@
 import gzip
 import json
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from llamapro.errors import DataError, Problems
+from llamapro.errors import Problems
 from llamapro.text.conversations import (
-    Conversation,
     ConversationCounts,
     read_conversations,
     to_conversation,
 )
 from llamapro.text.source_files import find_files
 
-ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-ROW = {"messages": ASKED}
+CHATS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("chats.py"))))
+ASKED = CHATS.ASKED
+ROW = CHATS.ROW
+read = CHATS.read
+lines_of = CHATS.lines_of
+write = CHATS.write
 IN_PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
-
-
-def read(*paths: Path) -> tuple[list[tuple[str, Conversation]], Problems]:
-    """Returns what is read from files or folders, and the problems."""
-    problems, counts = Problems(limit=20), ConversationCounts()
-    files = find_files([str(path) for path in paths])
-    return list(read_conversations(files, problems, counts)), problems
-
-
-def lines_of(problems: Problems) -> list[str]:
-    """Returns the problems' lines of the error that they become."""
-    with pytest.raises(DataError) as raised:
-        problems.check(DataError, "conversations", one_per_line=True)
-    return str(raised.value).splitlines()[1:]
-
-
-def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize(

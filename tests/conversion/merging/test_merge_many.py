@@ -265,15 +265,11 @@ def test_a_file_without_sources_takes_those_of_its_own_layout(
 
 @pytest.mark.parametrize("what", ["merge", "strip"])
 def test_a_changed_base_is_found_and_nothing_written(
-    copy: Checkpoint, files: list[Path], tmp_path: Path, what: str
+    copy: Checkpoint, files: list[Path], tmp_path: Path, what: str, flip_bit: Callable[..., None]
 ) -> None:
     """One bit of a frozen weight: neither merged nor handed out as the base."""
     stored = copy.tensors["model.layers.3.mlp.up_proj.weight"]
-    with open(stored.file, "r+b") as file:
-        file.seek(stored.offset)
-        byte = file.read(1)[0]
-        file.seek(stored.offset)
-        file.write(bytes([byte ^ 1]))
+    flip_bit(stored.file, stored.offset)
     with pytest.raises(CheckpointError, match="base weights were changed"):
         if what == "merge":
             merge_many(copy, files, tmp_path / "out")
