@@ -1,6 +1,5 @@
 """Compares the logits of base and expanded model, one block in memory at a time."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from llamapro.checkpoints.base import layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.tensors import StoredTensor, same_bytes
 from llamapro.config import differences
+from llamapro.errors import CheckpointError
 from llamapro.model import DecoderLayer, RMSNorm
 
 PROBE_SHAPE = (2, 16)  # B, T of the random batch
@@ -69,9 +69,9 @@ class Probe:
             )  # (B, T, C)
         is_new = self.index in self.layout.new_layers
         is_shared = not is_new and self.is_alike and same_bytes(self.ours, self.theirs)
-        if is_shared:
-            with ThreadPoolExecutor(2) as pool:
-                is_shared = all(pool.map(_same, ours.values(), (theirs[n] for n in ours)))
+        is_shared = is_shared and all(
+            same_bytes(tensor.map(), theirs[name].map()) for name, tensor in ours.items()
+        )
         self.ours = _output(self.expanded, self.index, ours, self.ours)
         if is_shared:
             self.theirs = self.ours
@@ -82,7 +82,12 @@ class Probe:
 
     @torch.no_grad()
     def compare(self) -> LogitComparison:
-        """Returns the comparison; every block has run."""
+        """Returns the comparison; raises CheckpointError if a block has not run."""
+        if self.index < len(self.layout.sources):
+            raise CheckpointError(
+                f"{self.expanded.path}: block {self.index} has not all tensors of block "
+                f"{self.layout.sources[self.index]} of {self.base.path}"
+            )
         rows = self.base.config.vocab_size
         ours, moved = _logits(self.expanded, self.ours, rows)  # (B, T, V)
         theirs, _ = _logits(self.base, self.theirs, rows)
@@ -98,21 +103,6 @@ def compare_logits(base: Checkpoint, expanded: Checkpoint) -> LogitComparison:
         while probe.advance():
             bar.update()
     return probe.compare()
-
-
-def _same(one: StoredTensor, other: StoredTensor) -> bool:
-    # Read in pieces that stay in the processor's cache: mapped pages take twice as long.
-    chunks = zip(one.chunks(), other.chunks(), strict=True)
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and all(
-            same_bytes(
-                torch.frombuffer(a, dtype=torch.uint8), torch.frombuffer(b, dtype=torch.uint8)
-            )
-            for a, b in chunks
-        )
-    )
 
 
 def _output(

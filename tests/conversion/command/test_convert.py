@@ -15,9 +15,6 @@ from llamapro.checkpoints.run import (
     TRAINABLE_FILE,
     training_checkpoints,
 )
-from llamapro.conversion import same_logits
-from llamapro.conversion.expand import expand_checkpoint
-from llamapro.expansion import interleave
 
 Convert = Callable[..., tuple[int, str, str]]
 HUB_ERRORS = (
@@ -160,49 +157,6 @@ def test_verify_beside_transformers_answers_in_words(
     assert "bfloat16, 128 random tokens" in out and " nats per token; training's loss" in out
     assert "\n  this implementation and transformers in fp32: logits differ by up to " in out
     assert "_difference" not in out
-
-
-def test_a_block_of_both_models_runs_once_if_its_bytes_agree(
-    base: Path, pro: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A changed byte makes the base's block run beside it, and shows in the logits."""
-    ran: list[Path] = []
-    output = same_logits._output
-
-    def counting(checkpoint: Checkpoint, *arguments: Any) -> Any:
-        ran.append(checkpoint.path)
-        return output(checkpoint, *arguments)
-
-    monkeypatch.setattr(same_logits, "_output", counting)
-    assert same_logits.compare_logits(Checkpoint.open(base), Checkpoint.open(pro)).bit_equal
-    assert ran == [pro] * 6
-    stored = Checkpoint.open(pro).tensors["model.layers.3.mlp.up_proj.weight"]  # the base's 2
-    with open(stored.file, "r+b") as file:
-        file.seek(stored.offset + 2)
-        file.write(b"\xc0\x3f")  # the first number is about 1.5
-    ran.clear()
-    compared = same_logits.compare_logits(Checkpoint.open(base), Checkpoint.open(pro))
-    assert ran == [pro] * 4 + [base, pro, base, pro]
-    assert not compared.bit_equal and compared.max_difference > 0
-
-
-def test_expand_compares_a_file_before_it_writes_the_next(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So the disk need not give again what has just been written."""
-    files: list[int] = []
-    output = same_logits._output
-
-    def counting(checkpoint: Checkpoint, *arguments: Any) -> Any:
-        files.append(len(list(tmp_path.rglob("model-*.safetensors"))))
-        return output(checkpoint, *arguments)
-
-    monkeypatch.setattr(same_logits, "_output", counting)
-    stored = Checkpoint.open(base)
-    expand_checkpoint(
-        stored, tmp_path / "pro", interleave(4, 2), max_shard_bytes=stored.nbytes // 6
-    )
-    assert files == sorted(files) and files[0] < files[2] < files[-1]
 
 
 def test_verify_finds_nan(convert: Convert, base: Path, tmp_path: Path) -> None:
