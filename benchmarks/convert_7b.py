@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import measuring
@@ -25,7 +26,8 @@ import torch
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
+from llamapro.checkpoints.tensors import tensor_chunks
+from llamapro.checkpoints.writing import Target
 from llamapro.expansion import is_in_layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,17 +66,17 @@ def make_run(path: Path, expanded_path: Path) -> None:
     assert record is not None
     step = path / "checkpoints" / "step-00000001"
     step.mkdir(parents=True)
-    specs = [
-        TensorSpec(name, "F32", tensor.shape)
+
+    def chunks(shape: tuple[int, ...]) -> Iterator[memoryview]:
+        return tensor_chunks(torch.empty(shape).normal_(0, 0.02))
+
+    targets = [
+        Target(name, "F32", tensor.shape, [partial(chunks, tensor.shape)])
         for name, tensor in expanded.tensors.items()
         if is_in_layers(name, record.new_layers)
     ]
-
-    def chunks_of(spec: TensorSpec) -> Iterator[memoryview]:
-        return tensor_chunks(torch.empty(spec.shape).normal_(0, 0.02))
-
     info = BlocksInfo.of(expanded.config, "new_blocks", 1)
-    write_blocks(step / "trainable.safetensors", specs, chunks_of, info)
+    write_blocks(step / "trainable.safetensors", targets, info)
 
 
 def in_own_process(function: Callable[..., None], *arguments: object) -> None:

@@ -14,8 +14,7 @@ from fault_judge import STEPS, checkpoints
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import write_manifest
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.checkpoints.writing import in_memory, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import expand_checkpoint
@@ -59,9 +58,8 @@ def prepare(home: Path) -> dict[str, list[str]]:
     (home / "val.py").write_text(text[:8000], encoding="utf-8")
     config = ModelConfig.from_dict(CONFIG)
     tensors = init_random(config, seed=0)
-    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
     (home / "base").mkdir()
-    write_checkpoint(home / "base", specs, lambda spec: tensor_chunks(tensors[spec.name]))
+    write_checkpoint(home / "base", in_memory(tensors))
     write_companions(home / "base", config, [])
     (home / "base" / "tokenizer.model").write_bytes(_train_tokenizer(text))
     (home / "other.model").write_bytes(_train_tokenizer(text[:20_000]))

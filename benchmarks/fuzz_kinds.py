@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.checkpoints.writing import in_memory, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import tokenizer_files, write_companions
 from llamapro.training.weights import init_random
@@ -90,11 +89,10 @@ def write_good(root: Path) -> None:
     train = runpy.run_path(str(tests.parent / "demo" / "train_tokenizer.py"))["train"]
     vocabulary = train([Path(__file__).read_text(encoding="utf-8")], 400)
     tensors = init_random(config, 0)
-    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
     for name, limit in (("base", 1 << 30), ("shards", 10_000), ("json", 1 << 30)):
         path = root / name
         path.mkdir(parents=True)
-        write_checkpoint(path, specs, lambda s: tensor_chunks(tensors[s.name]), limit)
+        write_checkpoint(path, in_memory(tensors), max_shard_bytes=limit)
         write_companions(path, config, [])
         (path / "tokenizer.model").write_bytes(vocabulary)
         (path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2]}')

@@ -44,8 +44,7 @@ from numpy.typing import NDArray
 
 from llamapro import backends, cli, known_hashes
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
+from llamapro.checkpoints.writing import MAX_SHARD_BYTES, in_memory, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import tokenizer_files, write_companions
 from llamapro.conversion.expand import expand_checkpoint
@@ -147,9 +146,8 @@ def make_model(folder: Path, hidden_size: int, tokenizer: Path, max_shard_bytes:
         }
     )  # fmt: skip
     tensors = init_random(config, 0)
-    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
     with tempfile.TemporaryDirectory() as base, quiet():
-        write_checkpoint(Path(base), specs, lambda spec: tensor_chunks(tensors[spec.name]))
+        write_checkpoint(Path(base), in_memory(tensors))
         write_companions(Path(base), config, [])
         shutil.copyfile(tokenizer, Path(base) / "tokenizer.model")
         layout, opened = interleave(LAYERS, 1), Checkpoint.open(Path(base))

@@ -4,7 +4,6 @@ For models that do not fit into memory, and for several GPUs, use the commands: 
 stream, and `train` shards.
 """
 
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from torch import nn
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import COMPANION_FILES
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, combine_hashes, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.checkpoints.tensors import combine_hashes, sha256_of
+from llamapro.checkpoints.writing import in_memory, write_checkpoint
 from llamapro.conversion.companions import write_companions
 from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
@@ -58,7 +57,8 @@ def expand(
     """
     layout = interleave(model.config.num_hidden_layers, num_new_blocks, blocks_per_group)
     base = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    expanded = build_on_meta(expand_config(model.config, layout, _sha256(base)))
+    base_sha256 = combine_hashes((t, sha256_of(t.chunks())) for t in in_memory(base))
+    expanded = build_on_meta(expand_config(model.config, layout, base_sha256))
     load_tensors(expanded, expand_state_dict(base, layout))
     return expanded.requires_grad_(False).eval()
 
@@ -95,7 +95,7 @@ def save(model: LlamaForCausalLM, path: str | Path, force: bool = False) -> None
     source = model.config.directory
     companions = [f for pattern in COMPANION_FILES for f in source.glob(pattern)] if source else []
     with output_directory(path, force) as aside:
-        write_checkpoint(aside, _specs(tensors), lambda s: tensor_chunks(tensors[s.name]))
+        write_checkpoint(aside, in_memory(tensors))
         write_companions(aside, model.config, sorted(companions))
 
 
@@ -147,15 +147,3 @@ def generate(
 
 
 _tokenizer_of = lru_cache(maxsize=4)(Tokenizer.load)
-
-
-def _specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-
-
-def _sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Returns the `Checkpoint.sha256` of a checkpoint with these tensors."""
-    return combine_hashes(
-        (spec, hashlib.sha256(b"".join(tensor_chunks(tensors[spec.name]))).hexdigest())
-        for spec in _specs(tensors)
-    )

@@ -33,8 +33,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import MAX_SHARD_BYTES, write_checkpoint
+from llamapro.checkpoints.writing import MAX_SHARD_BYTES, in_memory, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import expand_checkpoint
@@ -145,9 +144,8 @@ def write_random_checkpoint(tokenizer_file: Path) -> Callable[..., Path]:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> Path:
         tensors = _random_tensors(config, dtype, seed)
-        specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
         path.mkdir(parents=True)
-        write_checkpoint(path, specs, lambda s: tensor_chunks(tensors[s.name]), max_shard_bytes)
+        write_checkpoint(path, in_memory(tensors), max_shard_bytes=max_shard_bytes)
         write_companions(path, config, [])
         shutil.copyfile(tokenizer_file, path / "tokenizer.model")
         return path

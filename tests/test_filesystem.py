@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from llamapro import filesystem
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import training_checkpoints
-from llamapro.checkpoints.tensors import TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_safetensors
+from llamapro.checkpoints.writing import in_memory, write_safetensors
 from llamapro.errors import ConfigError
 from llamapro.files import output_directory, user_path
 from llamapro.scripts import convert, train
@@ -77,10 +76,9 @@ def test_a_whole_file_system_lacks_nothing(
 def test_files_are_the_same_on_a_bare_one(bare: None, tmp_path: Path) -> None:
     """Also with the two threads that write large checkpoints."""
     tensors = {name: torch.randn(50, 7) for name in "abcdef"}
-    specs = [TensorSpec(name, "F32", (50, 7)) for name in tensors]
     for threads in (1, 2):
         file = tmp_path / str(threads)
-        write_safetensors(file, specs, lambda s: tensor_chunks(tensors[s.name]), threads=threads)
+        write_safetensors(file, in_memory(tensors), threads=threads)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
     found = load_file(tmp_path / "1")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -18,8 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.checkpoints.writing import in_memory, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.expansion import expand_config, expand_state_dict, interleave
@@ -54,8 +53,7 @@ def checkpoint(
     tensors["lm_head.weight"][3:259] *= 0.05
     path = tmp_path_factory.mktemp("lm_eval") / "merged"
     path.mkdir()
-    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-    write_checkpoint(path, specs, lambda s: tensor_chunks(tensors[s.name]))
+    write_checkpoint(path, in_memory(tensors))
     write_companions(path, expanded, [])
     (path / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
     names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}

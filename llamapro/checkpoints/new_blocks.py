@@ -10,9 +10,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,12 @@ from llamapro.checkpoints.hub import repository, resolve
 from llamapro.checkpoints.run import MANIFEST_FILE, TRAINABLE_FILE, find_damage, newest_intact
 from llamapro.checkpoints.tensors import (
     CHUNK_BYTES,
-    ChunksOf,
     StoredTensor,
-    TensorSpec,
     combine_hashes,
     hash_tensors,
-    hashing,
     read_safetensors,
 )
-from llamapro.checkpoints.writing import write_safetensors
+from llamapro.checkpoints.writing import Target, hashed, write_safetensors
 from llamapro.config import ModelConfig, differences
 from llamapro.errors import CheckpointError, Problems, warn
 
@@ -108,24 +104,19 @@ def find_blocks(path: str | Path) -> Path:
     return step / TRAINABLE_FILE
 
 
-def write_blocks(
-    file: Path, specs: list[TensorSpec], chunks_of: ChunksOf, info: BlocksInfo
-) -> None:
+def write_blocks(file: Path, targets: Sequence[Target], info: BlocksInfo) -> None:
     """Writes a new-block file."""
-    hashes: dict[TensorSpec, str] = {}
-
-    def hashed(spec: TensorSpec) -> Iterator[memoryview | bytes]:
-        return hashing(chunks_of(spec), partial(hashes.__setitem__, spec))
-
+    hashes: dict[str, str] = {}
+    noted = [replace(t, parts=[hashed(t, t.name, hashes)]) for t in targets]
     # The header comes before the tensors, so their hash takes the place of one as long.
     unknown = "0" * hashlib.sha256().digest_size * 2
-    write_safetensors(file, specs, hashed, {_KEY: json.dumps(asdict(info)), _HASH_KEY: unknown})
+    write_safetensors(file, noted, {_KEY: json.dumps(asdict(info)), _HASH_KEY: unknown})
     with open(file, "rb") as handle:
         size = 8 + int.from_bytes(handle.read(8), "little")
         handle.seek(0)
         header = handle.read(size)
         mark = f'"{_HASH_KEY}":"'
-        known = f"{mark}{combine_hashes(hashes.items())}".encode()
+        known = f"{mark}{combine_hashes((t, hashes[t.name]) for t in targets)}".encode()
         header = header.replace(f"{mark}{unknown}".encode(), known)
         if filesystem.RANDOM_WRITES in filesystem.lacks(file.parent):
             with open(again := file.with_suffix(".again"), "xb") as out:

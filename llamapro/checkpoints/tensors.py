@@ -7,7 +7,7 @@ the kernel takes them back.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -101,10 +101,7 @@ class StoredTensor(TensorSpec):
 
     def sha256(self) -> str:
         """Returns the SHA-256 of the bytes, in hexadecimal."""
-        digest = hashlib.sha256()
-        for chunk in self.chunks():
-            digest.update(chunk)
-        return digest.hexdigest()
+        return sha256_of(self.chunks())
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -146,15 +143,12 @@ def read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     }, metadata
 
 
-def hashing(
-    chunks: Iterable[memoryview | bytes], done: Callable[[str], object]
-) -> Iterator[memoryview | bytes]:
-    """Yields chunks, and calls `done` with their SHA-256 after the last."""
+def sha256_of(chunks: Iterable[memoryview | bytes]) -> str:
+    """Returns one SHA-256, in hexadecimal, of bytes that come in pieces."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
-        yield chunk
-    done(digest.hexdigest())
+    return digest.hexdigest()
 
 
 def combine_hashes(hashes: Iterable[tuple[TensorSpec, str]]) -> str:
@@ -208,6 +202,3 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yields a tensor's bytes in row-major order, without a second copy if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-ChunksOf = Callable[[TensorSpec], Iterable[memoryview | bytes]]

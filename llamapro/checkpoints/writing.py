@@ -3,46 +3,93 @@
 Memory stays at one piece of one tensor, because the header only needs names, dtypes and shapes.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from threading import Lock
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from llamapro import filesystem
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE
-from llamapro.checkpoints.tensors import DTYPES, ChunksOf, TensorSpec, all_finite
+from llamapro.checkpoints.tensors import (
+    DTYPE_CODES,
+    DTYPES,
+    StoredTensor,
+    TensorSpec,
+    all_finite,
+    tensor_chunks,
+)
 from llamapro.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5 * 10**9
+Part = Callable[[], Iterable[memoryview | bytes]]  # returns bytes in pieces
+
+
+@dataclass(frozen=True)
+class Target(TensorSpec):
+    """A tensor to write; its bytes are those of the parts, one after the other."""
+
+    parts: Sequence[Part]
+
+    def chunks(self) -> Iterator[memoryview | bytes]:
+        """Yields the bytes in pieces; each is written before the next is asked for."""
+        return chain.from_iterable(part() for part in self.parts)
+
+
+def in_memory(tensors: Mapping[str, Tensor]) -> list[Target]:
+    """Returns tensors that are in memory as targets."""
+    return [
+        Target(name, DTYPE_CODES[t.dtype], tuple(t.shape), [partial(tensor_chunks, t)])
+        for name, t in tensors.items()
+    ]
+
+
+def hashed(source: StoredTensor | Target, key: str, hashes: dict[str, str]) -> Part:
+    """Returns a part that copies a tensor and notes the SHA-256 of its bytes as `hashes[key]`."""
+
+    def chunks() -> Iterator[memoryview | bytes]:
+        digest = hashlib.sha256()
+        for chunk in source.chunks():
+            digest.update(chunk)
+            yield chunk
+        hashes[key] = digest.hexdigest()
+
+    return chunks
+
+
+def converted(stored: StoredTensor, dtype: str) -> Part:
+    """Returns a part that is a tensor in another dtype, such as fp32 masters in the model's."""
+    return lambda: tensor_chunks(stored.read().to(DTYPES[dtype]))
 
 
 def write_safetensors(
     file: Path,
-    specs: Sequence[TensorSpec],
-    chunks_of: ChunksOf,
+    targets: Sequence[Target],
     metadata: dict[str, str] | None = None,
     threads: int = 1,
 ) -> None:
-    """Writes one safetensors file, tensor after tensor.
+    """Writes one safetensors file; with one thread tensor after tensor.
 
-    `chunks_of` returns a tensor's bytes in pieces; each is written before the next is asked for.
-    With one thread it is called in the order of `specs`. The header takes `metadata`, texts.
+    The header takes `metadata`, texts.
 
     Raises:
         OSError: the file cannot be written; `filename` names it.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
-    for spec in specs:
-        start, at = at, at + spec.nbytes
-        shape, offsets = list(spec.shape), [start, at]
-        header[spec.name] = {"dtype": spec.dtype, "shape": shape, "data_offsets": offsets}
+    for target in targets:
+        start, at = at, at + target.nbytes
+        shape, offsets = list(target.shape), [start, at]
+        header[target.name] = {"dtype": target.dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
     try:
@@ -54,21 +101,21 @@ def write_safetensors(
                 os.posix_fallocate(out.fileno(), 0, 8 + len(text) + at)
             _write_at(out.fileno(), len(text).to_bytes(8, "little") + text, 0, in_order)
 
-            def write(spec: TensorSpec, start: int) -> None:
+            def write(target: Target, start: int) -> None:
                 end = start
-                for chunk in chunks_of(spec):
+                for chunk in target.chunks():
                     end = _write_at(out.fileno(), chunk, end, in_order)
-                if end - start != spec.nbytes:
-                    raise AssertionError(f"{spec.name}: {end - start} bytes, not {spec.nbytes}")
+                if end - start != target.nbytes:
+                    raise AssertionError(f"{target.name}: {end - start} bytes, not {target.nbytes}")
 
-            ends = accumulate((spec.nbytes for spec in specs), initial=8 + len(text))
+            ends = accumulate((target.nbytes for target in targets), initial=8 + len(text))
             if threads == 1 or in_order:
-                for spec, start in zip(specs, ends, strict=False):
-                    write(spec, start)
+                for target, start in zip(targets, ends, strict=False):
+                    write(target, start)
             else:
                 pool = ThreadPoolExecutor(threads)
                 try:
-                    list(pool.map(write, specs, ends))
+                    list(pool.map(write, targets, ends))
                 finally:
                     pool.shutdown(cancel_futures=True)
     except OSError as error:
@@ -87,38 +134,39 @@ def _write_at(fd: int, data: memoryview | bytes, at: int, in_order: bool) -> int
 
 def write_checkpoint(
     directory: Path,
-    specs: Sequence[TensorSpec],
-    chunks_of: ChunksOf,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    targets: Sequence[Target],
     label: str = "write",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     written: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes `model*.safetensors`, with Hugging Face's index if it takes more than one file.
 
-    `directory` must exist. Two threads call `chunks_of`. A file is larger than `max_shard_bytes`
-    only if a single tensor is. `written` is called with each complete file.
+    `directory` must exist. Two threads write, so memory holds a piece of two tensors, whatever the
+    model's size. A file is larger than `max_shard_bytes` only if a single tensor is. `written` is
+    called with each complete file, while it is still in the machine's memory.
 
     Raises:
         CheckpointError: a number is NaN or infinite, perhaps only in the dtype that is written.
     """
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+    shards: list[list[Target]] = [[]]
+    for target in targets:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + target.nbytes > max_shard_bytes:
             shards.append([])
-        shards[-1].append(spec)
-    total = sum(s.nbytes for s in specs)
+        shards[-1].append(target)
+    total = sum(target.nbytes for target in targets)
     weight_map: dict[str, str] = {}
     lock = Lock()
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
 
-        def counted(spec: TensorSpec) -> Iterator[memoryview | bytes]:
-            for chunk in chunks_of(spec):
-                if not all_finite(torch.frombuffer(chunk, dtype=DTYPES[spec.dtype])):
+        def counted(target: Target) -> Iterator[memoryview | bytes]:
+            dtype = DTYPES[target.dtype]
+            for chunk in target.chunks():
+                if not all_finite(torch.frombuffer(chunk, dtype=dtype)):
                     fix = "choose --dtype bfloat16, or fetch" if "from-" in label else "fetch"
                     raise CheckpointError(
-                        f"{label}: {spec.name!r} would hold NaN or infinity in {spec.dtype}: the "
-                        f"source does, or has numbers over {torch.finfo(DTYPES[spec.dtype]).max:g};"
-                        f" nothing was written; {fix} or train the source again"
+                        f"{label}: {target.name!r} would hold NaN or infinity in {target.dtype}: "
+                        f"the source does, or has numbers over {torch.finfo(dtype).max:g}; nothing "
+                        f"was written; {fix} or train the source again"
                     )
                 yield chunk
                 with lock:
@@ -128,8 +176,9 @@ def write_checkpoint(
             name = SINGLE_FILE
             if len(shards) > 1:
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(directory / name, shard, counted, threads=2)
-            weight_map |= {spec.name: name for spec in shard}
+            checked = [replace(target, parts=[partial(counted, target)]) for target in shard]
+            write_safetensors(directory / name, checked, threads=2)
+            weight_map |= {target.name: name for target in shard}
             if written is not None:
                 written(directory / name)
     if len(shards) > 1:

@@ -13,12 +13,12 @@ import torch
 
 from llamapro.checkpoints.base import contained_base_sha256, contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.writing import Target, hashed, write_checkpoint
 from llamapro.config import ExpansionRecord
 from llamapro.conversion.companions import write_companions
-from llamapro.conversion.rewrite import Target, hashed, rewritten
 from llamapro.conversion.same_logits import compare_logits
 from llamapro.errors import CheckpointError, ConfigError
-from llamapro.files import refuse_source
+from llamapro.files import output_directory, refuse_source
 
 
 def adopt(
@@ -71,7 +71,8 @@ def adopt(
         "source_layers": list(found.source_layers),
         "new_blocks": "identity" if is_identity else "trained",
     }
-    with rewritten(out_dir, targets, "adopt", force) as aside:
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(aside, targets, "adopt")
         found = replace(found, base_sha256=contained_base_sha256(expanded, hashes))
         config = config.resized(config.num_hidden_layers, config.vocab_size, found)
         write_companions(aside, config, checkpoint.companions())

@@ -1,6 +1,6 @@
 """Expands checkpoint directories: the file side of `llamapro.expansion`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,16 +10,15 @@ from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import NEW_ROWS
-from llamapro.checkpoints.tensors import combine_hashes, read_safetensors
-from llamapro.checkpoints.writing import MAX_SHARD_BYTES
+from llamapro.checkpoints.tensors import CHUNK_BYTES, combine_hashes, read_safetensors
+from llamapro.checkpoints.writing import MAX_SHARD_BYTES, Part, Target, hashed, write_checkpoint
 from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_rows
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.model_card import CARD_FILE
-from llamapro.conversion.rewrite import Part, Target, hashed, rewritten, zeros
 from llamapro.conversion.same_logits import Probe
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout
-from llamapro.files import copy_companion, refuse_source
+from llamapro.files import copy_companion, output_directory, refuse_source
 
 
 def choose_layout(
@@ -77,7 +76,8 @@ def expand_checkpoint(
         while probe.advance():
             pass
 
-    with rewritten(out_dir, targets, "expand", force, max_shard_bytes, compare) as aside:
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(aside, targets, "expand", max_shard_bytes, compare)
         base_sha256 = combine_hashes((t, hashes[t.name]) for t in base.tensors.values())
         config = config_with(base_sha256)
         if base.repository:  # what the model card will call the base
@@ -120,7 +120,7 @@ def _targets(
         rows, *rest = stored.shape
         parts: list[Part] = [hashed(stored, source, hashes)]
         if is_zero:
-            parts = [zeros(stored.nbytes)]
+            parts = [partial(_zeros, stored.nbytes)]
         elif expansion.is_in_layers(name, layout.new_layers):
             parts = [stored.chunks]
         elif name in NEW_ROWS and new_rows:
@@ -128,3 +128,8 @@ def _targets(
             rows += new_rows
         targets.append(Target(name, stored.dtype, (rows, *rest), parts))
     return targets, hashes
+
+
+def _zeros(nbytes: int) -> Iterator[memoryview]:
+    chunk = memoryview(bytearray(min(CHUNK_BYTES, nbytes)))
+    return (chunk[: nbytes - start] for start in range(0, nbytes, CHUNK_BYTES))

@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from llamapro import ops
-from llamapro.checkpoints.tensors import DTYPE_CODES, DTYPES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.checkpoints.tensors import DTYPE_CODES, tensor_chunks
+from llamapro.checkpoints.writing import Target, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import PLAIN_LLAMA, write_companions
 from llamapro.conversion.gguf_file import GGUFTensor, open_gguf
@@ -88,23 +89,25 @@ def from_gguf(
         dtype = exact if kinds <= {"F16", "F32"} else torch.bfloat16
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     config = ModelConfig.from_dict(raw, str(file))
-    specs = [TensorSpec(hf, DTYPE_CODES[dtype], shape) for hf, shape in names.values()]
-    gguf_name = {hf: name for name, (hf, _) in names.items()}
 
-    def chunks_of(spec: TensorSpec) -> Iterator[memoryview]:
-        for values in rows_of(tensors[gguf_name[spec.name]], spec.name, config):
-            yield from tensor_chunks(values.to(DTYPES[spec.dtype]))
+    def chunks_of(name: str, hf: str) -> Iterator[memoryview]:
+        for values in rows_of(tensors[name], hf, config):
+            yield from tensor_chunks(values.to(dtype))
 
+    targets = [
+        Target(hf, DTYPE_CODES[dtype], shape, [partial(chunks_of, name, hf)])
+        for name, (hf, shape) in names.items()
+    ]
     with output_directory(out_dir, force) as aside:
-        write_checkpoint(aside, specs, chunks_of, label="from-gguf")
+        write_checkpoint(aside, targets, "from-gguf")
         write_companions(aside, config, [])
         generation = json.dumps(ids, indent=2) + "\n"
         for name, content in {"generation_config.json": generation, **companions}.items():
             data = content if isinstance(content, bytes) else content.encode()
             (aside / name).write_bytes(data)
     return {
-        "parameters": sum(math.prod(spec.shape) for spec in specs),
-        "bytes": sum(spec.nbytes for spec in specs),
+        "parameters": sum(math.prod(target.shape) for target in targets),
+        "bytes": sum(target.nbytes for target in targets),
         "files": len(files),
         "quantizations": dict(Counter(tensors[name].kind.name for name in names).most_common()),
         "dtype": raw["torch_dtype"],

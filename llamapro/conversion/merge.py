@@ -21,13 +21,13 @@ from llamapro.checkpoints.new_blocks import (
 from llamapro.checkpoints.run import STATE_FILE, look_again
 from llamapro.checkpoints.stacking import stack
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor
+from llamapro.checkpoints.writing import Target, converted, hashed, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions, write_template
 from llamapro.conversion.model_card import CARD_FILE, Training
 from llamapro.conversion.model_card import render as render_card
-from llamapro.conversion.rewrite import Target, converted, hashed, rewritten
 from llamapro.errors import CheckpointError, DataError, warn
-from llamapro.files import refuse_source
+from llamapro.files import output_directory, refuse_source
 from llamapro.model import build_on_meta
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
 from llamapro.text.vocabulary import JSON_NAME
@@ -154,7 +154,8 @@ def _merged(
     force: bool,
 ) -> Iterator[Path]:
     """Writes a merged checkpoint with its model card; the body checks the weights' sources."""
-    with rewritten(out_dir, targets, "merge", force) as aside:
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(aside, targets, "merge")
         yield aside
         write_companions(aside, config, companions)
         templates = {training.template for training in trainings if training.template}

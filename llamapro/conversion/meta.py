@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,8 @@ from tqdm import tqdm
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.tensors import (
-    CHUNK_BYTES,
-    DTYPE_CODES,
-    DTYPES,
-    TensorSpec,
-    all_finite,
-    tensor_chunks,
-)
-from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPE_CODES, all_finite, tensor_chunks
+from llamapro.checkpoints.writing import Target, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.meta_release import (
@@ -70,7 +64,6 @@ def from_meta(
     raw, split = describe(params, shards, max_position_embeddings)
     config = ModelConfig.from_dict(raw, str(file))
     names = tensor_names(config.num_hidden_layers, split)
-    meta_of = {hf: meta for meta, (hf, _) in names.items()}
     shapes = {n: tuple(p.shape) for n, p in build_on_meta(config).named_parameters()}
     all_shapes = {"lm_head.weight": shapes["model.embed_tokens.weight"]} | shapes  # tied: not in it
     expected = {meta: (all_shapes[hf], dim) for meta, (hf, dim) in names.items()}
@@ -86,29 +79,30 @@ def from_meta(
         # The value now; another one in config.json later is an edit and wins over max_seq_len.
         "max_position_embeddings": config.max_position_embeddings,
     }
-    specs = [
-        TensorSpec(hf, DTYPE_CODES[dtypes[meta_of[hf]]], shape) for hf, shape in shapes.items()
-    ]
     config = ModelConfig.from_dict(raw, str(file))
 
-    def chunks_of(spec: TensorSpec) -> Iterator[memoryview]:
-        name = meta_of[spec.name]
+    def chunks_of(name: str) -> Iterator[memoryview]:
         dim = names[name][1]
         parts = shards.parts(name)[: 1 if dim is None else None]
         if heads := _rope_heads(name, config):
             # Joined first: with fewer heads than shards, one shard holds part of a head.
             parts = [ops.interleaved_to_halves(torch.cat(parts), heads)]
         for block in _row_blocks(parts, dim):
-            yield from tensor_chunks(block.to(DTYPES[spec.dtype]))
+            yield from tensor_chunks(block.to(dtypes[name]))
 
+    meta_of = {hf: meta for meta, (hf, _) in names.items()}
+    targets = [
+        Target(hf, DTYPE_CODES[dtypes[meta_of[hf]]], shape, [partial(chunks_of, meta_of[hf])])
+        for hf, shape in shapes.items()
+    ]
     with output_directory(out_dir, force) as aside:
-        write_checkpoint(aside, specs, chunks_of, label="from-meta")
+        write_checkpoint(aside, targets, "from-meta")
         legal = [*meta_dir.glob("LICENSE*"), *meta_dir.glob("USE_POLICY*")]
         write_companions(aside, config, [*legal, *tokenizer])
         _write_json(aside / "generation_config.json", ids)
     return {
-        "parameters": sum(math.prod(spec.shape) for spec in specs),
-        "bytes": sum(spec.nbytes for spec in specs),
+        "parameters": sum(math.prod(target.shape) for target in targets),
+        "bytes": sum(target.nbytes for target in targets),
         "shards": len(shards.files),
         "dtype": raw["torch_dtype"],
     }

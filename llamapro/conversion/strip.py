@@ -6,11 +6,11 @@ from typing import Any
 from llamapro.checkpoints.base import base_config, check_base, contained_base, layout_of
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import BASE_CARD_FILE
+from llamapro.checkpoints.writing import Target, hashed, write_checkpoint
 from llamapro.conversion.add_tokens import restore_tokenizer
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.model_card import CARD_FILE
-from llamapro.conversion.rewrite import Target, hashed, rewritten
-from llamapro.files import refuse_source
+from llamapro.files import output_directory, refuse_source
 
 
 def strip_checkpoint(expanded: Checkpoint, out_dir: Path, force: bool = False) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def strip_checkpoint(expanded: Checkpoint, out_dir: Path, force: bool = False) -
         Target(base.name, base.dtype, base.shape, [hashed(base, name, hashes)])
         for name, base in contained_base(expanded).items()
     ]
-    with rewritten(out_dir, targets, "strip", force) as aside:
+    with output_directory(out_dir, force) as aside:
+        write_checkpoint(aside, targets, "strip")
         check_base(expanded, hashes)
         write_companions(aside, config, expanded.companions())
         if config.vocab_size < expanded.config.vocab_size:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +37,7 @@ from llamapro.checkpoints.run import (
     write_manifest,
 )
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_safetensors
+from llamapro.checkpoints.writing import Target, write_safetensors
 from llamapro.errors import CheckpointError, UserError, warn
 from llamapro.files import output_directory
 from llamapro.training.distributed import Ranks
@@ -206,14 +207,15 @@ class Saver:
         """Does the main rank's work, in either thread; its only collectives are in `tensors`."""
         check_holder(self._run_dir)
         make_way(target)
-        moments = [TensorSpec(f"{s.name}.{m}", s.dtype, s.shape) for s in specs for m in MOMENTS]
 
-        def next_tensor(_: TensorSpec) -> Iterator[memoryview]:
+        def next_tensor() -> Iterator[memoryview]:
             return tensor_chunks(next(tensors))
 
+        blocks = [Target(s.name, s.dtype, s.shape, [next_tensor]) for s in specs]
+        moments = [replace(t, name=f"{t.name}.{m}") for t in blocks for m in MOMENTS]
         with output_directory(target) as aside:
-            write_blocks(aside / TRAINABLE_FILE, specs, next_tensor, info)
-            write_safetensors(aside / OPTIMIZER_FILE, moments, next_tensor)
+            write_blocks(aside / TRAINABLE_FILE, blocks, info)
+            write_safetensors(aside / OPTIMIZER_FILE, moments)
             (aside / STATE_FILE).write_text(state, encoding="utf-8")
             write_manifest(aside)
         remove_old(self._run_dir, self._settings.keep, self._settings.keep_every)

@@ -17,8 +17,7 @@ from llamapro import evaluate as evaluate_command
 from llamapro import generate as generate_command
 from llamapro.checkpoints.base import contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
-from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.checkpoints.writing import in_memory, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.model import LlamaForCausalLM
@@ -41,8 +40,7 @@ def train_new_blocks(path: Path) -> None:
             tensor += 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
         elif record.base_vocab_size is not None and tensor.ndim == 2 and "layers" not in name:
             tensor[record.base_vocab_size :] += 1
-    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-    write_checkpoint(path, specs, lambda s: tensor_chunks(tensors[s.name]))
+    write_checkpoint(path, in_memory(tensors))
 
 
 @pytest.fixture

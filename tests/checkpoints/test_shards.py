@@ -9,15 +9,8 @@ import torch
 from safetensors import safe_open
 
 from llamapro.checkpoints.directory import INDEX_FILE
-from llamapro.checkpoints.tensors import (
-    DTYPE_CODES,
-    TensorSpec,
-    all_finite,
-    read_safetensors,
-    same_bytes,
-    tensor_chunks,
-)
-from llamapro.checkpoints.writing import write_checkpoint, write_safetensors
+from llamapro.checkpoints.tensors import all_finite, read_safetensors, same_bytes
+from llamapro.checkpoints.writing import in_memory, write_checkpoint, write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 
@@ -32,9 +25,8 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
         "flags": torch.tensor([True, False]),
         "fp8": torch.randn(4).to(torch.float8_e4m3fn),
     }
-    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
     file = tmp_path / "x.safetensors"
-    write_safetensors(file, specs, lambda s: tensor_chunks(tensors[s.name]), {"note": "hi"})
+    write_safetensors(file, in_memory(tensors), {"note": "hi"})
     with safe_open(file, "pt") as reader:
         assert reader.metadata() == {"format": "pt", "note": "hi"}
         assert set(reader.keys()) == set(tensors)
@@ -52,10 +44,8 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
 def test_shards_stay_below_the_limit_and_the_index_lists_all(tmp_path: Path) -> None:
     """40-byte tensors at 100 bytes a shard: two each; a larger one stands alone."""
     sizes = {"a": 10, "b": 10, "c": 10, "big": 50, "d": 10}
-    specs = [TensorSpec(name, "F32", (size,)) for name, size in sizes.items()]
-    write_checkpoint(
-        tmp_path, specs, lambda s: tensor_chunks(torch.ones(s.shape)), max_shard_bytes=100
-    )
+    tensors = {name: torch.ones(size) for name, size in sizes.items()}
+    write_checkpoint(tmp_path, in_memory(tensors), max_shard_bytes=100)
     index = json.loads((tmp_path / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == 4 * sum(sizes.values())
     names = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from llamapro.checkpoints.directory import INDEX_FILE, SINGLE_FILE, Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, read_blocks
-from llamapro.checkpoints.tensors import TensorSpec, read_safetensors, tensor_chunks
-from llamapro.checkpoints.writing import write_safetensors
+from llamapro.checkpoints.tensors import read_safetensors
+from llamapro.checkpoints.writing import in_memory, write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.conversion.meta import to_meta
 from llamapro.errors import CheckpointError, ConfigError, UserError
@@ -115,10 +115,8 @@ def test_a_header_longer_than_any_model_needs_is_refused(
 def test_any_damaged_header_is_refused_or_describes_the_file(tmp_path: Path) -> None:
     """500 random edits: a CheckpointError, or tensors that fill the file to its last byte."""
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
-    codes = {"a": "F32", "b": "BF16"}
-    specs = [TensorSpec(name, codes[name], tuple(t.shape)) for name, t in tensors.items()]
     file = tmp_path / "x.safetensors"
-    write_safetensors(file, specs, lambda s: tensor_chunks(tensors[s.name]), {"k": '{"a": [1]}'})
+    write_safetensors(file, in_memory(tensors), {"k": '{"a": [1]}'})
     good = file.read_bytes()
     edges, refused = random.Random(0), 0
     for _ in range(500):

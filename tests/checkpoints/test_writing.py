@@ -15,11 +15,7 @@ import torch
 
 from llamapro import filesystem
 from llamapro.checkpoints.directory import SINGLE_FILE
-from llamapro.checkpoints.tensors import (
-    TensorSpec,
-    tensor_chunks,
-)
-from llamapro.checkpoints.writing import write_checkpoint
+from llamapro.checkpoints.writing import in_memory, write_checkpoint
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.files import make_directory, output_directory
 
@@ -218,9 +214,8 @@ def test_a_full_disk_removes_the_partial_output(
         return write(fd, data[:1000], at)
 
     monkeypatch.setattr(os, "pwrite", failing)
-    spec = TensorSpec("w", "F32", (1000,))
     with pytest.raises(CheckpointError) as caught, output_directory(old, force=True) as aside:
-        write_checkpoint(aside, [spec], lambda _: tensor_chunks(torch.ones(1000)))
+        write_checkpoint(aside, in_memory({"w": torch.ones(1000)}))
     assert calls == 3
     assert SINGLE_FILE in str(caught.value) and expected in str(caught.value)
     assert str(caught.value).endswith("partial output was removed, nothing else was changed")
@@ -238,8 +233,7 @@ def test_a_file_size_limit_removes_the_partial_output(
         with output_directory(tmp_path / "out") as aside:
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
             try:
-                spec = TensorSpec("w", "F32", (9999,))
-                write_checkpoint(aside, [spec], lambda _: tensor_chunks(torch.ones(9999)))
+                write_checkpoint(aside, in_memory({"w": torch.ones(9999)}))
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

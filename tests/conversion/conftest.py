@@ -14,7 +14,7 @@ from torch import Tensor
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
 from llamapro.checkpoints.run import LISTED, STATE_FILE, TRAINABLE_FILE, write_manifest
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
+from llamapro.checkpoints.writing import in_memory
 from llamapro.config import ModelConfig
 from llamapro.expansion import is_in_layers
 from llamapro.text.vocabulary import byte_characters
@@ -47,9 +47,8 @@ def write_trained() -> Callable[..., Path]:
                 name: tensor.float() + noise * torch.randn(tensor.shape, generator=generator)
                 for name, tensor in tensors.items()
             }
-        specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_blocks(file, specs, lambda spec: tensor_chunks(tensors[spec.name]), info)
+        write_blocks(file, in_memory(tensors), info)
         return file
 
     return write

@@ -18,10 +18,10 @@ import sentencepiece
 import torch
 
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.writing import write_checkpoint
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint
-from llamapro.conversion.rewrite import rewritten
 from llamapro.expansion import insert_after
 from llamapro.inference.sampling import generate
 from llamapro.text.tokenizer import Tokenizer
@@ -73,7 +73,8 @@ def export(
         pro = Checkpoint.open(work / "pro")
         blocks = write_trained(work / "blocks.safetensors", pro, 0.05)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("llamapro.conversion.merge.rewritten", partial(rewritten, **options))
+            write = partial(write_checkpoint, **options)
+            patch.setattr("llamapro.conversion.merge.write_checkpoint", write)
             merge_checkpoint(pro, blocks, out)
         return out
 

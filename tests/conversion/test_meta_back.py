@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from llamapro import expansion
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.writing import Target
 from llamapro.config import ModelConfig
 from llamapro.conversion import meta, meta_release
 from llamapro.conversion.expand import expand_checkpoint
@@ -120,12 +123,12 @@ def test_only_a_small_part_of_the_release_is_resident(
 
     write = meta.write_checkpoint
 
-    def watched(directory: Path, specs: Any, chunks_of: Any, **options: Any) -> None:
-        def chunks(spec: Any) -> Any:
+    def watched(directory: Path, targets: Any, label: str) -> None:
+        def chunks(target: Target) -> Any:
             resident.append(resident_bytes())
-            yield from chunks_of(spec)
+            yield from target.chunks()
 
-        write(directory, specs, chunks, **options)
+        write(directory, [replace(t, parts=[partial(chunks, t)]) for t in targets], label)
 
     monkeypatch.setattr(meta, "write_checkpoint", watched)
     from_meta(source, tmp_path / "out", None)

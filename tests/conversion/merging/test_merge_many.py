@@ -15,7 +15,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks, write_blocks
 from llamapro.checkpoints.run import STATE_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.stacking import stack
-from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, read_safetensors, tensor_chunks
+from llamapro.checkpoints.tensors import read_safetensors
+from llamapro.checkpoints.writing import in_memory
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge, merge_checkpoint, merge_many
@@ -249,8 +250,7 @@ def _rewrite(file: Path, case: str) -> None:
     else:
         name = "model.layers.2.self_attn.q_proj.weight"
         tensors[name] = tensors[name][:8]
-    specs = [TensorSpec(n, DTYPE_CODES[t.dtype], tuple(t.shape)) for n, t in tensors.items()]
-    write_blocks(file, specs, lambda spec: tensor_chunks(tensors[spec.name]), info)
+    write_blocks(file, in_memory(tensors), info)
 
 
 def test_a_file_without_sources_takes_those_of_its_own_layout(
