@@ -46,15 +46,22 @@ class ExpansionRecord:
     ) -> "ExpansionRecord":
         """Reads the `llamapro` entry of a `config.json`; raises ConfigError naming `where`."""
         try:
-            rows = raw.get("base_vocab_size")
+            rows, generations = raw.get("base_vocab_size"), tuple(raw.get("generations", ()))
             record = cls(
                 tuple(int(i) for i in raw["new_layers"]),
                 tuple(int(i) for i in raw["source_layers"]),
                 str(raw["base_sha256"]),
-                tuple(raw.get("generations", ())),
+                generations,
                 None if rows is None else int(rows),
                 raw.get("computation"),
             )
+            earlier = {
+                layer
+                for generation in generations
+                for layer, _ in zip(
+                    generation["new_layers"], generation["source_layers"], strict=True
+                )
+            }
         except KeyError as error:
             raise ConfigError(
                 f"{where}: the 'llamapro' record has no {error}: written by another version, or "
@@ -69,12 +76,13 @@ class ExpansionRecord:
             or list(layers) != sorted(set(layers))
             or not all(0 <= i < num_hidden_layers for i in layers)
             or not all(0 <= i < num_hidden_layers - len(layers) for i in sources)
-            or not all(isinstance(generation, dict) for generation in record.generations)
+            or not earlier <= {*range(num_hidden_layers)} - {*layers}
             or not isinstance(record.computation, dict | None)
         ):
             raise ConfigError(
                 f"{where}: the 'llamapro' record lists new_layers {list(layers)} with "
-                f"source_layers {list(sources)}, impossible for {num_hidden_layers} layers"
+                f"source_layers {list(sources)} after {generations!r:.80}, impossible for "
+                f"{num_hidden_layers} layers"
             )
         return record
 

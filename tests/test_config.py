@@ -244,6 +244,11 @@ def test_foreign_keys_survive_a_rewrite() -> None:
         {"source_layers": [-1, 0]},
         {"generations": None},
         {"generations": [3]},
+        {"generations": [{}]},
+        {"generations": [{"new_layers": [0], "source_layers": []}]},
+        {"generations": [{"new_layers": 3, "source_layers": [0]}]},
+        {"generations": [{"new_layers": [3], "source_layers": [0]}]},
+        {"generations": [{"new_layers": [9], "source_layers": [0]}]},
         {"computation": [3]},
     ],
 )

@@ -5,7 +5,6 @@ rows come first in embedding and head. So leaving out what is new gives the base
 a model that was expanded several times is the model that the latest expansion started from.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -59,18 +58,12 @@ def base_config(expanded: Checkpoint) -> ModelConfig:
     if not config.expansion.generations:
         return config.resized(layers, vocab_size, None)
     number = {index: base for base, index in enumerate(layout.base_layers)}
-    file = expanded.path / "config.json"
-    try:
-        *earlier, latest = [
-            generation | {"new_layers": [number[i] for i in generation["new_layers"]]}
-            for generation in config.expansion.generations
-        ]
-    except (KeyError, TypeError):
-        shown = json.dumps(config.expansion.generations)[:200]
-        raise CheckpointError(
-            f"{file}: the 'llamapro' record has impossible generations {shown}"
-        ) from None
-    record = ExpansionRecord.from_dict(latest | {"generations": earlier}, layers, str(file))
+    *earlier, latest = [
+        generation | {"new_layers": [number[i] for i in generation["new_layers"]]}
+        for generation in config.expansion.generations
+    ]
+    file = str(expanded.path / "config.json")
+    record = ExpansionRecord.from_dict(latest | {"generations": earlier}, layers, file)
     return config.resized(layers, vocab_size, record)
 
 

@@ -11,7 +11,6 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import find_blocks, is_training_output, read_blocks
 from llamapro.checkpoints.run import look_again
 from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
-from llamapro.errors import CheckpointError
 
 _LAYER_PREFIX = re.compile(r"model\.layers\.\d+\.")
 
@@ -52,13 +51,7 @@ def _origins(checkpoint: Checkpoint) -> dict[str, str]:
         origins |= dict.fromkeys(("embed_tokens", "lm_head"), f"base, {new_tokens} new rows")
     generations: list[Any] = [*record.generations, record.to_dict()]
     for number, generation in enumerate(generations, 1):
-        try:
-            pairs = list(zip(generation["new_layers"], generation["source_layers"], strict=True))
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                f"{checkpoint.path / 'config.json'}: generation {number} of the 'llamapro' record "
-                "does not say which layers were new, and copied from where"
-            ) from None
+        pairs = zip(generation["new_layers"], generation["source_layers"], strict=True)
         for layer, source in pairs:
             origins[f"layer {layer}"] = f"new, copy of base {source}"
             if len(generations) > 1:

@@ -214,17 +214,6 @@ def test_an_unknown_option_exits_2_with_the_nearest(
 # ---- Runs ---------------------------------------------------------------------------------------
 
 
-def test_inspect_refuses_a_record_of_odd_generations(convert: Convert, pro: Path) -> None:
-    """A stranger's record of earlier expansions is checked before it is shown."""
-    file = pro / "config.json"
-    config = json.loads(file.read_text())
-    for generation in ({}, {"new_layers": 3, "source_layers": []}, {"new_layers": [1]}):
-        config["llamapro"]["generations"] = [generation]
-        file.write_text(json.dumps(config))
-        status, out, error = convert("inspect", pro)
-        assert status == 2 and out == "" and f"{file}: generation 1 of" in error
-
-
 # ---- Several new-block files, and the way back --------------------------------------------------
 
 

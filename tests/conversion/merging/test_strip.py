@@ -1,13 +1,11 @@
 """`strip` gives the base back, of one generation or two; what is not a base is refused."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llamapro.checkpoints.base import base_config
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.merge import merge, merge_many
@@ -63,17 +61,6 @@ def test_all_weights_of_another_model_are_refused_and_the_right_command_is_named
             merge(given, [alone], tmp_path / "out")
     merge(other.path, [run], tmp_path / "out")
     assert Checkpoint.open(tmp_path / "out").sha256() == other.sha256()
-
-
-def test_impossible_generations_are_refused(copy: Checkpoint) -> None:
-    """A stranger's record may name layers that are not there, or hold no list."""
-    file = copy.path / "config.json"
-    config = json.loads(file.read_text())
-    for generation in ({}, {"new_layers": [2]}, {"new_layers": 3}):
-        config["llamapro"]["generations"] = [generation]
-        file.write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match="impossible generations"):
-            base_config(Checkpoint.open(copy.path))
 
 
 def test_neither_replaces_what_it_reads(
