@@ -18,7 +18,7 @@ from llamapro import cli
 from llamapro.api import generate
 from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import find_blocks, read_blocks
+from llamapro.checkpoints.new_blocks import open_blocks
 from llamapro.conversion.model_card import Training
 from llamapro.errors import ConfigError, DataError, warn
 from llamapro.inference.chat import Conversation, converse
@@ -96,12 +96,14 @@ def _run(args: ChatArgs) -> None:
 def _template(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs) -> ChatTemplate:
     """Returns the template of the new blocks, as `merge` writes it, or else that of the files."""
     if not (args.chat_template or args.skip_new_blocks):
-        files = [find_blocks(path) for path in args.blocks]
-        found = {Training.of(file, read_blocks(file)[1]).template for file in files} - {None}
+        opened = [open_blocks(path) for path in args.blocks]
+        found = {Training.of(blocks).template for blocks in opened} - {None}
         if len(found) > 1:
             warn("the new blocks were trained with different chat templates; the base's is taken")
         elif source := next(iter(found), None):
-            return ChatTemplate(source, tokenizer, f"template of {files[0]}", is_trusted=False)
+            return ChatTemplate(
+                source, tokenizer, f"template of {opened[0].file}", is_trusted=False
+            )
     return ChatTemplate.load(checkpoint.path, tokenizer, args.chat_template)
 
 

@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.hub import ALLOWED, NEVER, check_name, upload
-from llamapro.checkpoints.new_blocks import find_blocks, is_training_output, read_blocks
+from llamapro.checkpoints.new_blocks import is_training_output, open_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE
 from llamapro.checkpoints.stacking import stack
 from llamapro.conversion.model_card import CARD_FILE, NAME, Training, render
@@ -99,9 +99,9 @@ def model_files(path: Path) -> tuple[Files, str, list[str]]:
 
 def blocks_files(path: Path, base: str) -> tuple[Files, str]:
     """Returns a new-block file, the `config.json` of its whole model, and the card."""
-    file = find_blocks(path)
-    _, info = read_blocks(file)
-    training = Training.of(file, info)
+    blocks = open_blocks(path)
+    file, _, info = blocks
+    training = Training.of(blocks)
     if not info.base_sha256:
         raise ConfigError(
             f"{file}: holds all weights of a model, not new blocks: push the directory that "

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamapro import filesystem
 from llamapro.checkpoints.hub import repository, resolve
@@ -68,11 +68,24 @@ class BlocksInfo:
         return cls(trainable, base, layers, step, sources, config.computation)
 
 
+class NewBlocks(NamedTuple):
+    """A new-block file whose header was checked."""
+
+    file: Path
+    tensors: dict[str, StoredTensor]
+    info: BlocksInfo
+
+
 def is_training_output(path: Path) -> bool:
     """Says whether a path is a run directory, a training checkpoint or a file."""
     return path.is_file() or any(
         (path / name).exists() for name in ("checkpoints", TRAINABLE_FILE, MANIFEST_FILE)
     )
+
+
+def open_blocks(path: str | Path) -> NewBlocks:
+    """Opens the new-block file that `find_blocks` finds."""
+    return read_blocks(find_blocks(path))
 
 
 def find_blocks(path: str | Path) -> Path:
@@ -134,7 +147,7 @@ def check_bytes(file: Path) -> str:
     Raises:
         CheckpointError: the bytes are not those that were written, or it is no new-block file.
     """
-    tensors, _ = read_blocks(file)
+    tensors = read_blocks(file).tensors
     hashes = hash_tensors(tensors.values(), f"hash {file.name}")
     found = combine_hashes((tensor, hashes[tensor.name]) for tensor in tensors.values())
     written = read_safetensors(file)[1].get(_HASH_KEY)
@@ -151,7 +164,7 @@ def check_bytes(file: Path) -> str:
     return found
 
 
-def read_blocks(file: Path) -> tuple[dict[str, StoredTensor], BlocksInfo]:
+def read_blocks(file: Path) -> NewBlocks:
     """Opens a new-block file; raises CheckpointError if its header is damaged or of another kind.
 
     The bytes of the tensors are not read; `find_blocks` and the manifest check them.
@@ -174,21 +187,18 @@ def read_blocks(file: Path) -> tuple[dict[str, StoredTensor], BlocksInfo]:
         or len(sources) not in (0, len(layers))
     ):
         raise CheckpointError(f"{file}: damaged: its 'llamapro' metadata is {str(raw)[:200]}")
-    return tensors, BlocksInfo(trainable, base, tuple(layers), step, tuple(sources), computation)
+    info = BlocksInfo(trainable, base, tuple(layers), step, tuple(sources), computation)
+    return NewBlocks(file, tensors, info)
 
 
 def check_blocks(
-    file: Path,
-    tensors: dict[str, StoredTensor],
-    info: BlocksInfo,
-    config: ModelConfig,
-    expected: dict[str, tuple[int, ...]],
+    blocks: NewBlocks, config: ModelConfig, expected: dict[str, tuple[int, ...]]
 ) -> None:
     """Raises CheckpointError unless the file was trained on exactly this expanded model.
 
     `expected` is the shape of every tensor that must be in the file.
     """
-
+    file, tensors, info = blocks
     problems, record = Problems(limit=5), config.expansion
     if info.base_sha256 and record is None:
         problems.add("belongs to an expanded model, but this one has no 'llamapro' record")

@@ -14,19 +14,11 @@ from typing import NamedTuple
 from llamapro import expansion
 from llamapro.checkpoints.base import base_vocab_size, contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import BlocksInfo, check_blocks, find_blocks, read_blocks
+from llamapro.checkpoints.new_blocks import NewBlocks, check_blocks, open_blocks
 from llamapro.checkpoints.tensors import StoredTensor
 from llamapro.config import ExpansionRecord
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.expansion import Layout
-
-
-class NewBlocks(NamedTuple):
-    """A new-block file that fits the base; its `info` has `source_layers`."""
-
-    file: Path
-    info: BlocksInfo
-    tensors: dict[str, StoredTensor]
 
 
 class Stacked(NamedTuple):
@@ -34,7 +26,7 @@ class Stacked(NamedTuple):
 
     Attributes:
         checkpoint: of the base's directory, with configuration and names of the whole model.
-        files: in the order of their blocks.
+        files: in the order of their blocks; the `info` of each has `source_layers`.
         trained: name of each tensor that comes from a file -> the dtype that the base has there.
     """
 
@@ -83,8 +75,8 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
 
 def _open(path: str | Path, base: Checkpoint, record: ExpansionRecord) -> NewBlocks:
     """Opens a new-block file; raises CheckpointError unless it fits the base."""
-    file = find_blocks(path)
-    tensors, info = read_blocks(file)
+    blocks = open_blocks(path)
+    file, tensors, info = blocks
     if info.trainable == "all" or not info.base_sha256:
         raise CheckpointError(
             f"{file}: holds all weights of a model, not new blocks of a base; merge it alone"
@@ -102,7 +94,7 @@ def _open(path: str | Path, base: Checkpoint, record: ExpansionRecord) -> NewBlo
         for index in info.new_layers
         for part, stored in base.layer(0).items()
     }
-    check_blocks(file, tensors, info, config, expected)
+    check_blocks(blocks, config, expected)
     sources = info.source_layers
     if not sources and info.new_layers == record.new_layers:
         sources = record.source_layers
@@ -114,7 +106,7 @@ def _open(path: str | Path, base: Checkpoint, record: ExpansionRecord) -> NewBlo
     layers = base.config.num_hidden_layers - len(record.new_layers) + len(info.new_layers)
     raw = {"new_layers": info.new_layers, "source_layers": sources, "base_sha256": ""}
     ExpansionRecord.from_dict(raw, layers, f"{file}: its metadata")  # raises if impossible
-    return NewBlocks(file, dataclasses.replace(info, source_layers=sources), tensors)
+    return blocks._replace(info=dataclasses.replace(info, source_layers=sources))
 
 
 def _combine(

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamapro.checkpoints.base import base_vocab_size, layout_of
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import find_blocks, is_training_output, read_blocks
+from llamapro.checkpoints.new_blocks import is_training_output, open_blocks
 from llamapro.checkpoints.run import look_again
 from llamapro.checkpoints.tensors import StoredTensor, combine_hashes, hash_tensors
 
@@ -35,8 +35,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _describe_blocks(path: str | Path) -> dict[str, Any]:
-    file = find_blocks(path)
-    tensors, info = read_blocks(file)
+    file, tensors, info = open_blocks(path)
     return _summary(file, "trained blocks", tensors, {}) | {"record": dataclasses.asdict(info)}
 
 

@@ -1,22 +1,19 @@
 """Merges new blocks into their base, from one file or several."""
 
-import dataclasses
 import shutil
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
-from llamapro.checkpoints.base import check_base, split_rows
+from llamapro.checkpoints.base import base_vocab_size, check_base, split_rows
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import (
     NEW_ROWS,
-    BlocksInfo,
+    NewBlocks,
     check_blocks,
-    find_blocks,
-    read_blocks,
+    open_blocks,
 )
 from llamapro.checkpoints.run import STATE_FILE, look_again
 from llamapro.checkpoints.stacking import stack
@@ -44,7 +41,7 @@ def merge(
         checkpoint = Checkpoint.open(source)
         is_base = checkpoint.config.expansion is None
         # New blocks go on a base that has none; all weights of a model take the place of its own.
-        if len(blocks) > 1 or (is_base and read_blocks(find_blocks(blocks[0]))[1].base_sha256):
+        if len(blocks) > 1 or (is_base and open_blocks(blocks[0]).info.base_sha256):
             return merge_many(checkpoint, blocks, out_dir, force)
         return merge_checkpoint(checkpoint, blocks[0], out_dir, force)
 
@@ -74,33 +71,21 @@ def merge_checkpoint(
     Returns:
         JSON-able: path, blocks (the file used), step, tensors_replaced, bytes, base_intact.
     """
-    file = find_blocks(blocks_path)
-    blocks, info = read_blocks(file)
-    training, expected = Training.of(file, info), _expected_shapes(expanded, blocks, info)
-    refuse_source(out_dir, expanded.path, file)
-    _check_whole_model(expanded.path, blocks_path, blocks, training, expected)
-    check_blocks(file, blocks, info, expanded.config, expected)
-    _warn_of_another_tokenizer(expanded, file, training)
-    targets: list[Target] = []
-    hashes: dict[str, str] = {}
-    for name, stored in expanded.tensors.items():
-        base_rows, new_rows = split_rows(stored, expanded.config)
-        parts = [hashed(base_rows, name, hashes)]
-        if name in blocks:
-            parts = [converted(blocks[name], stored.dtype)]
-        elif new_rows is not None:
-            parts.append(converted(blocks.get(NEW_ROWS[name], new_rows), stored.dtype))
-        targets.append(Target(name, stored.dtype, stored.shape, parts))
+    blocks = open_blocks(blocks_path)
+    training = Training.of(blocks)
+    refuse_source(out_dir, expanded.path, blocks.file)
+    _check(expanded.path, expanded.config, blocks_path, blocks, training)
+    _warn_of_another_tokenizer(expanded, blocks.file, training)
     config = expanded.config
-    if info.trainable == "all":
+    if blocks.info.trainable == "all":
         # The base is no longer inside, so the record that says where it is would be false.
         config = config.resized(config.num_hidden_layers, config.vocab_size, None)
-    companions = expanded.companions()
-    with _merged(out_dir, targets, config, companions, [training], force):
-        if config.expansion is not None:
-            check_base(expanded, hashes)
-    about = {"blocks": str(file), "step": info.step, "tensors_replaced": len(blocks)}
-    return _result(out_dir, targets, config.expansion is not None, about)
+    trained = {name: t for name, t in blocks.tensors.items() if name in expanded.tensors}
+    whole = replace(expanded, config=config, tensors=expanded.tensors | trained)
+    dtypes = {name: expanded.tensors[name].dtype for name in trained}
+    rows = {name: t for name, t in blocks.tensors.items() if name not in trained}
+    size = _write(out_dir, whole, dtypes, [training], expanded.companions(), force, rows)
+    return _result(out_dir, size, blocks)
 
 
 def assemble_checkpoint(
@@ -112,94 +97,144 @@ def assemble_checkpoint(
     `merge_checkpoint`.
     """
     config = ModelConfig.from_file(config_file)
-    file = find_blocks(blocks_path)
-    refuse_source(out_dir, config_file, file)
-    blocks, info = read_blocks(file)
-    expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
-    training = Training.of(file, info)
-    _check_whole_model(config_file, blocks_path, blocks, training, expected)
-    check_blocks(file, blocks, info, config, expected)
+    blocks = open_blocks(blocks_path)
+    refuse_source(out_dir, config_file, blocks.file)
+    training = Training.of(blocks)
+    _check(config_file, config, blocks_path, blocks, training)
     # The run knows which tokenizer it was trained with; its file may have any name.
     tokenizer = training.part("settings").get("model.tokenizer")
     if not isinstance(tokenizer, str):
-        state = file.parent / STATE_FILE
+        state = blocks.file.parent / STATE_FILE
         raise CheckpointError(f"{state}: missing or damaged: names no 'model.tokenizer'")
     vocabulary, *beside = Tokenizer.load(tokenizer).files
     # The run's config.json may name another dtype, in which transformers would load the weights.
-    stored = str(DTYPES[blocks["model.embed_tokens.weight"].dtype]).removeprefix("torch.")
+    dtypes = {name: tensor.dtype for name, tensor in blocks.tensors.items()}
+    stored = str(DTYPES[dtypes["model.embed_tokens.weight"]]).removeprefix("torch.")
     keys = {"torch_dtype", *({"dtype"} & config.raw.keys())}  # of transformers 4, and of 5
-    config = dataclasses.replace(config, raw=config.raw | dict.fromkeys(sorted(keys), stored))
-    targets = [Target(t.name, t.dtype, t.shape, [t.chunks]) for t in blocks.values()]
-    with _merged(out_dir, targets, config, beside, [training], force) as aside:
-        name = JSON_NAME if vocabulary.suffix == ".json" else FILE_NAME
-        shutil.copyfile(vocabulary, aside / name)
-    about = {"blocks": str(file), "step": info.step, "tensors_replaced": len(blocks)}
-    return _result(out_dir, targets, False, about)
+    config = replace(config, raw=config.raw | dict.fromkeys(sorted(keys), stored))
+    whole = Checkpoint(config_file.parent, config, blocks.tensors)
+    size = _write(out_dir, whole, dtypes, [training], beside, force, {}, vocabulary)
+    return _result(out_dir, size, blocks)
 
 
-def _result(
-    out_dir: Path, targets: Iterable[Target], base_intact: bool, about: dict[str, Any]
+def merge_many(
+    base: Checkpoint, blocks_paths: Sequence[Path], out_dir: Path, force: bool = False
 ) -> dict[str, Any]:
-    size = sum(target.nbytes for target in targets)
-    return {"path": str(out_dir), **about, "bytes": size, "base_intact": base_intact}
+    """Writes a base with the new blocks of one file or several, and a model card.
+
+    Base and files are those of `stack`.
+
+    Returns:
+        JSON-able: path, blocks (the files used), steps (of each), layers, new_layers,
+        source_layers, tensors_replaced, bytes, base_intact (True).
+    """
+    whole, files, dtypes = stack(base, blocks_paths)
+    refuse_source(out_dir, base.path, *(blocks.file for blocks in files))
+    trainings = [Training.of(blocks) for blocks in files]
+    known = {t.tokenizer: str(b.file) for b, t in zip(files, trainings, strict=True) if t.tokenizer}
+    if len(known) > 1:
+        which = "; ".join(f"{file} with {sha256[:16]}..." for sha256, file in known.items())
+        raise CheckpointError(f"trained with different tokenizers (sha256): {which}")
+    size = _write(out_dir, whole, dtypes, trainings, base.companions(), force, {})
+    record = whole.config.expansion
+    assert record is not None
+    return {
+        "path": str(out_dir),
+        "blocks": [str(blocks.file) for blocks in files],
+        "steps": [blocks.info.step for blocks in files],
+        "layers": whole.config.num_hidden_layers,
+        "new_layers": list(record.new_layers),
+        "source_layers": list(record.source_layers),
+        "tensors_replaced": len(dtypes),
+        "bytes": size,
+        "base_intact": True,
+    }
 
 
-@contextmanager
-def _merged(
+def _write(
     out_dir: Path,
-    targets: Sequence[Target],
-    config: ModelConfig,
-    companions: Iterable[Path],
+    whole: Checkpoint,
+    dtypes: Mapping[str, str],
     trainings: Sequence[Training],
+    companions: Iterable[Path],
     force: bool,
-) -> Iterator[Path]:
-    """Writes a merged checkpoint with its model card; the body checks the weights' sources."""
+    new_rows: Mapping[str, StoredTensor],
+    vocabulary: Path | None = None,
+) -> int:
+    """Writes a merged checkpoint with its model card, and returns the number of bytes of weights.
+
+    Args:
+        whole: the merged model, whose trained tensors lie in the files of new blocks.
+        dtypes: name of each of them -> the dtype in which it is written; all others are the base's.
+        new_rows: the trained rows of added tokens, by their names in the file.
+        vocabulary: the tokenizer's file, of any name, if it is not among the companions.
+    """
+    targets: list[Target] = []
+    hashes: dict[str, str] = {}
+    for name, stored in whole.tensors.items():
+        dtype = dtypes.get(name, stored.dtype)
+        base_rows, grown = split_rows(stored, whole.config)
+        parts = [hashed(base_rows, name, hashes)]
+        if name in dtypes:
+            parts = [converted(stored, dtype)]
+        elif grown is not None:
+            parts.append(converted(new_rows.get(NEW_ROWS[name], grown), dtype))
+        targets.append(Target(name, dtype, stored.shape, parts))
     with output_directory(out_dir, force) as aside:
         write_checkpoint(aside, targets, "merge")
-        yield aside
-        write_companions(aside, config, companions)
+        if hashes:  # not if all weights were trained
+            check_base(whole, hashes)
+        if vocabulary is not None:
+            name = JSON_NAME if vocabulary.suffix == ".json" else FILE_NAME
+            shutil.copyfile(vocabulary, aside / name)
+        write_companions(aside, whole.config, companions)
         templates = {training.template for training in trainings if training.template}
         if len(templates) == 1:
             write_template(aside, templates.pop())
         elif templates:
             warn(f"{out_dir}: trained with different chat templates; the base's, if any, stays")
-        card = render_card(out_dir.resolve().name, config, trainings, aside)
+        card = render_card(out_dir.resolve().name, whole.config, trainings, aside)
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
+    return sum(target.nbytes for target in targets)
 
 
-def _expected_shapes(
-    expanded: Checkpoint, blocks: Iterable[str], info: BlocksInfo
-) -> dict[str, tuple[int, ...]]:
-    """Returns name -> shape of what a new-block file must hold; rows of added tokens may be in."""
-    has_new_rows = not set(NEW_ROWS.values()).isdisjoint(blocks)
-    expected = {}
-    for name, stored in expanded.tensors.items():
-        if info.trainable == "all" or expansion.is_in_layers(name, info.new_layers):
-            expected[name] = stored.shape
-        if has_new_rows and (new_rows := split_rows(stored, expanded.config)[1]) is not None:
-            expected[NEW_ROWS[name]] = new_rows.shape
-    return expected
+def _result(out_dir: Path, size: int, blocks: NewBlocks) -> dict[str, Any]:
+    return {
+        "path": str(out_dir),
+        "blocks": str(blocks.file),
+        "step": blocks.info.step,
+        "tensors_replaced": len(blocks.tensors),
+        "bytes": size,
+        "base_intact": blocks.info.trainable != "all",
+    }
 
 
-def _check_whole_model(
-    given: Path,
-    blocks_path: str | Path,
-    blocks: dict[str, StoredTensor],
-    training: Training,
-    expected: dict[str, tuple[int, ...]],
+def _check(
+    given: Path, config: ModelConfig, blocks_path: str | Path, blocks: NewBlocks, training: Training
 ) -> None:
-    """Refuses a run that trained all weights of a model of other shapes than the one given."""
-    found = {name: tensor.shape for name, tensor in blocks.items()}
-    if training.info.trainable != "all" or found == expected:
-        return
-    settings = training.part("settings")
-    model = settings.get("model.path") or settings.get("model.config")
-    fix = f": llamapro merge {model} {blocks_path} OUT_DIR" if model else " (model.path of the run)"
-    theirs, ours = _describe(found, expected), _describe(expected, found)
-    raise CheckpointError(
-        f"{blocks_path}: the run trained all weights of a model of {theirs}; {given} has {ours}. "
-        f"Merge it into the model that it started from{fix}"
-    )
+    """Raises CheckpointError unless the file was trained on the model `given`, and is complete."""
+    shapes = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
+    added, tensors, info = config.vocab_size - base_vocab_size(config), blocks.tensors, blocks.info
+    is_whole = info.trainable == "all"
+    expected = {
+        name: shape
+        for name, shape in shapes.items()
+        if is_whole or expansion.is_in_layers(name, info.new_layers)
+    }
+    if added and not set(NEW_ROWS.values()).isdisjoint(tensors):  # rows of added tokens may be in
+        expected |= {NEW_ROWS[n]: (added, *shapes[n][1:]) for n in NEW_ROWS if n in shapes}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if is_whole and found != expected:
+        settings = training.part("settings")
+        model = settings.get("model.path") or settings.get("model.config")
+        fix = f": llamapro merge {model} {blocks_path} OUT_DIR"
+        theirs, ours = _describe(found, expected), _describe(expected, found)
+        raise CheckpointError(
+            f"{blocks_path}: the run trained all weights of a model of {theirs}; {given} has "
+            f"{ours}. Merge it into the model that it started from"
+            + (fix if model else " (model.path of the run)")
+        )
+    check_blocks(blocks, config, expected)
 
 
 def _describe(shapes: dict[str, tuple[int, ...]], others: dict[str, tuple[int, ...]]) -> str:
@@ -218,50 +253,8 @@ def _warn_of_another_tokenizer(expanded: Checkpoint, file: Path, training: Train
     except DataError:  # none, or its library is missing: nothing to compare
         return
     if training.tokenizer is not None and training.tokenizer != found:
-        print(
-            f"warning: {file} was trained with tokenizer sha256 {training.tokenizer[:16]}..., but "
+        warn(
+            f"{file} was trained with tokenizer sha256 {training.tokenizer[:16]}..., but "
             f"{expanded.path} has {found[:16]}..., which goes into the result: copy the run's own "
-            "(model.tokenizer) there",
-            file=sys.stderr,
+            "(model.tokenizer) there"
         )
-
-
-def merge_many(
-    base: Checkpoint, blocks_paths: Sequence[Path], out_dir: Path, force: bool = False
-) -> dict[str, Any]:
-    """Writes a base with the new blocks of one file or several, and a model card.
-
-    Base and files are those of `stack`.
-
-    Returns:
-        JSON-able: path, blocks (the files used), steps (of each), layers, new_layers,
-        source_layers, tensors_replaced, bytes, base_intact (True).
-    """
-    whole, files, trained = stack(base, blocks_paths)
-    refuse_source(out_dir, base.path, *(blocks.file for blocks in files))
-    trainings = [Training.of(blocks.file, blocks.info) for blocks in files]
-    known = {t.tokenizer: str(b.file) for b, t in zip(files, trainings, strict=True) if t.tokenizer}
-    if len(known) > 1:
-        which = "; ".join(f"{file} with {sha256[:16]}..." for sha256, file in known.items())
-        raise CheckpointError(f"trained with different tokenizers (sha256): {which}")
-    targets: list[Target] = []
-    hashes: dict[str, str] = {}
-    for name, stored in whole.tensors.items():
-        dtype = trained.get(name, stored.dtype)
-        is_new = name in trained
-        part = converted(stored, dtype) if is_new else hashed(stored, name, hashes)
-        targets.append(Target(name, dtype, stored.shape, [part]))
-    config, companions = whole.config, base.companions()
-    with _merged(out_dir, targets, config, companions, trainings, force):
-        check_base(whole, hashes)
-    record = config.expansion
-    assert record is not None
-    about = {
-        "blocks": [str(blocks.file) for blocks in files],
-        "steps": [blocks.info.step for blocks in files],
-        "layers": config.num_hidden_layers,
-        "new_layers": list(record.new_layers),
-        "source_layers": list(record.source_layers),
-        "tensors_replaced": len(trained),
-    }
-    return _result(out_dir, targets, True, about)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.checkpoints.hub import BASE_CARD_FILE
-from llamapro.checkpoints.new_blocks import BlocksInfo
+from llamapro.checkpoints.new_blocks import BlocksInfo, NewBlocks
 from llamapro.checkpoints.run import MAX_STATE_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError
@@ -61,8 +61,9 @@ class Training:
     state: dict[str, Any]
 
     @classmethod
-    def of(cls, file: Path, info: BlocksInfo) -> "Training":
+    def of(cls, blocks: NewBlocks) -> "Training":
         """Reads the state beside a new-block file; a damaged one is reported and left out."""
+        file = blocks.file
         path, state = file.parent / STATE_FILE, dict[str, Any]()
         if file.name == TRAINABLE_FILE and path.exists():
             try:
@@ -72,7 +73,7 @@ class Training:
                 print(f"{error}; left out of the model card", file=sys.stderr)
         if "chat_template" not in state and (found := own_template(file.parent)):
             state["chat_template"] = found  # of a published file, whose state stays at home
-        return cls(info, state)
+        return cls(blocks.info, state)
 
     def part(self, name: str) -> dict[str, Any]:
         """Returns a JSON object inside the state, empty if there is none."""

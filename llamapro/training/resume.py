@@ -169,11 +169,10 @@ def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> Non
     """
     trains = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     shapes = {stored_name(n, first_row): stored_shape(n, p, first_row) for n, p in trains.items()}
-    file = path / TRAINABLE_FILE
-    stored, info = read_blocks(file)
-    check_blocks(file, stored, info, model.config, shapes)
+    blocks = read_blocks(path / TRAINABLE_FILE)
+    check_blocks(blocks, model.config, shapes)
     for name, whole in trains.items():
-        tensor = stored[stored_name(name, first_row)].read()
+        tensor = blocks.tensors[stored_name(name, first_row)].read()
         if len(tensor) < len(whole):  # the rows of added tokens
             tensor = torch.cat((whole[:first_row].to(tensor.dtype), tensor))
         model.get_parameter(name).data = tensor

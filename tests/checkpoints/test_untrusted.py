@@ -160,7 +160,7 @@ def test_a_new_block_file_that_says_odd_things_is_refused(
     info = {"trainable": "new_blocks", "base_sha256": "ab", "new_layers": [1, 2], "step": 3}
     file, header = tmp_path / "x.safetensors", {"w": entry([1], [0, 4])}
     good = {"__metadata__": {"llamapro": json.dumps(info)}}
-    assert read_blocks(write_header(file, header | good, 4))[1] == BlocksInfo(
+    assert read_blocks(write_header(file, header | good, 4)).info == BlocksInfo(
         "new_blocks", "ab", (1, 2), 3
     )
     text = "[" * 200_000 if change is None else json.dumps(info | change)

@@ -145,7 +145,7 @@ def test_what_is_uploaded_loads_from_the_hub(
     model, blocks = tmp_path / "jo" / "pro", tmp_path / "jo" / "blocks" / "trainable.safetensors"
     assert Checkpoint.open(model).sha256() == Checkpoint.open(home / "merged").sha256()
     assert ModelConfig.from_file(blocks.parent / "config.json") == Checkpoint.open(model).config
-    assert Training.of(blocks, read_blocks(blocks)[1]).template == "{{ x }}"
+    assert Training.of(read_blocks(blocks)).template == "{{ x }}"
     merge(home / "base", [blocks], tmp_path / "again")
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ x }}"
 

@@ -71,7 +71,7 @@ def assert_loads(path: Path, step: int) -> None:
     """The files are what was saved, and a fresh optimizer takes the moments."""
     assert read_state(path)["step"] == step
     parameters, optimizer = trained(step)
-    tensors, info = read_blocks(path / "trainable.safetensors")
+    _, tensors, info = read_blocks(path / "trainable.safetensors")
     assert info == INFO and list(tensors) == list(parameters)
     again, fresh = trained(0)
     load_optimizer(path, again, fresh, step)

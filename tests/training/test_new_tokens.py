@@ -149,8 +149,8 @@ def train(
 
 
 def trained(run: Path, step: int) -> dict[str, Tensor]:
-    tensors, _ = read_blocks(run / "checkpoints" / f"step-{step:08d}" / TRAINABLE_FILE)
-    return {name: tensor.read() for name, tensor in tensors.items()}
+    blocks = read_blocks(run / "checkpoints" / f"step-{step:08d}" / TRAINABLE_FILE)
+    return {name: tensor.read() for name, tensor in blocks.tensors.items()}
 
 
 def test_new_rows_train_beside_new_blocks_and_old_rows_keep_their_bytes(

@@ -238,7 +238,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
 
 def _rewrite(file: Path, case: str) -> None:
     """Writes the file anew with one thing wrong."""
-    stored, info = read_blocks(file)
+    _, stored, info = read_blocks(file)
     tensors = {name: tensor.read() for name, tensor in stored.items()}
     if case == "no sources":
         info = dataclasses.replace(info, source_layers=())
