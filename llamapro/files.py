@@ -233,7 +233,7 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-# ---- JSON of strangers -------------------------------------------------------------------------
+# ---- JSON, also of strangers -------------------------------------------------------------------
 
 
 def read_json(
@@ -287,6 +287,12 @@ def pointer_fix(start: bytes) -> str:
     if start.startswith(b"/annex/objects/"):
         return "a git-annex pointer, not the file: run 'git annex get' beside it"
     return ""
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object as people read it, into a directory that is not complete yet."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
 
 
 class RepeatedKeyError(ValueError):

@@ -9,13 +9,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llamapro import ops
 from llamapro.checkpoints.tensors import CHUNK_BYTES, StoredTensor
-from llamapro.config import ModelConfig, differences
+from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, Problems, warn
 from llamapro.files import read_json
 from llamapro.model import build_on_meta
@@ -31,6 +30,15 @@ _WRAPPERS = {
     r"^module\.": "DistributedDataParallel or DeepSpeed",
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Fields of Meta's params.json -> those of config.json.
+META_FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
 
 
 def match(
@@ -139,19 +147,12 @@ def _compare_params(file: Path, config: ModelConfig) -> None:
     """Says so if a params.json beside config.json describes another model; config.json counts."""
     if not file.exists():
         return
-    keys = {
-        "dim": "hidden_size",
-        "hidden_dim": "intermediate_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "rope_theta": "rope_theta",
-        "norm_eps": "rms_norm_eps",
-    }
-    params: dict[str, Any] = read_json(file)
-    said = {f"{key} ({hf})": params[key] for key, hf in keys.items() if params.get(key) is not None}
-    ours = {name: getattr(config, keys[name.split(" ", 1)[0]]) for name in said}
-    if found := differences(said, ours):
-        shown = "; ".join(found).replace(" was ", " is ").replace(", is ", ", config.json says ")
-        warn(f"{file}: {shown}; config.json counts, as in transformers")
+    params = read_json(file)
+    keys = META_FIELDS | {"hidden_dim": "intermediate_size", "head_dim": "head_dim"}  # Mistral's
+    wrong = [
+        f"{key} ({hf}) is {params[key]!r:.200}, config.json says {getattr(config, hf)!r}"
+        for key, hf in keys.items()
+        if params.get(key) not in (None, getattr(config, hf))
+    ]
+    if wrong:
+        warn(f"{file}: {'; '.join(wrong)}; config.json counts, as in transformers")

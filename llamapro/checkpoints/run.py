@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llamapro.errors import CheckpointError, DataError
-from llamapro.files import read_json
+from llamapro.files import read_json, write_json
 
 T = TypeVar("T")
 TRAINABLE_FILE = "trainable.safetensors"
@@ -59,7 +59,7 @@ def write_manifest(path: Path) -> None:
         for file in sorted(path.iterdir())
     }
     manifest["format_version"] = FORMAT_VERSION
-    (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_json(path / MANIFEST_FILE, manifest)
 
 
 def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:

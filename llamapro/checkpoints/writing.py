@@ -29,6 +29,7 @@ from llamapro.checkpoints.tensors import (
     tensor_chunks,
 )
 from llamapro.errors import CheckpointError
+from llamapro.files import write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 Part = Callable[[], Iterable[memoryview | bytes]]  # returns bytes in pieces
@@ -183,4 +184,4 @@ def write_checkpoint(
                 written(directory / name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / INDEX_FILE, index)

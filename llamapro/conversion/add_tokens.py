@@ -7,7 +7,6 @@ about (Hewitt, 2021). The base's rows stay in front, byte for byte.
 The tokenizer's files change; their former content is kept beside them, under `BASE_PREFIX`.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor, tensor_chunks
 from llamapro.errors import ConfigError
+from llamapro.files import write_json
 from llamapro.text.token_files import COMPANIONS, read_object
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import JSON_NAME
@@ -71,8 +71,7 @@ def add_tokens(directory: Path, tokens: Sequence[str], vocab_size: int) -> None:
         kept.rename(directory / f"{BASE_PREFIX}{kept.name}")
     for name, content in files.items():
         shutil.copyfile(directory / name, directory / f"{BASE_PREFIX}{name}")
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (directory / name).write_text(text + "\n", encoding="utf-8")
+        write_json(directory / name, content)
 
 
 def restore_tokenizer(directory: Path) -> None:

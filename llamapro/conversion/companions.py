@@ -6,14 +6,13 @@ the space before a text, with merges in the order of the ids and not of the scor
 makes a tokenizer with BOS and EOS; Meta's own repositories ship a tokenizer.json.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llamapro.config import ModelConfig
 from llamapro.errors import DataError
-from llamapro.files import copy_companion, read_json
+from llamapro.files import copy_companion, read_json, write_json
 from llamapro.text.template_files import own_template
 from llamapro.text.vocabulary import (
     JSON_NAME,
@@ -257,8 +256,7 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
         return
     if not any(directory.glob("tokenizer*.json")):
         for name, content in tokenizer_files(vocabulary, config.max_position_embeddings).items():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (directory / name).write_text(text, encoding="utf-8")
+            write_json(directory / name, content)
     if is_ranks(vocabulary.read_bytes()):
         (directory / RANKS_NAME).parent.mkdir()
         vocabulary.rename(directory / RANKS_NAME)
@@ -271,4 +269,4 @@ def write_template(directory: Path, template: str) -> None:
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     file = directory / CONFIG_NAME
     if file.exists() and (config := read_json(file)).pop("chat_template", None) is not None:
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(file, config)

@@ -4,7 +4,6 @@ Quantised weights are dequantised, so what was lost when the file was made stays
 rotates neighbouring rows of q and k, as Meta does; `ops.interleaved_to_halves` undoes that.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from llamapro.conversion.gguf_file import GGUFTensor, open_gguf
 from llamapro.conversion.gguf_tokenizer import read_tokenizer
 from llamapro.errors import CheckpointError, ConfigError, Problems, warn
 from llamapro.fields import RopeScaling
-from llamapro.files import output_directory, refuse_source
+from llamapro.files import output_directory, refuse_source, write_json
 from llamapro.model import build_on_meta
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -101,8 +100,8 @@ def from_gguf(
     with output_directory(out_dir, force) as aside:
         write_checkpoint(aside, targets, "from-gguf")
         write_companions(aside, config, [])
-        generation = json.dumps(ids, indent=2) + "\n"
-        for name, content in {"generation_config.json": generation, **companions}.items():
+        write_json(aside / "generation_config.json", ids)
+        for name, content in companions.items():
             data = content if isinstance(content, bytes) else content.encode()
             (aside / name).write_bytes(data)
     return {

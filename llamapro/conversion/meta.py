@@ -5,7 +5,6 @@ neighbouring pairs. `config.json` keeps under `meta_release` what Hugging Face's
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.matching import META_FIELDS
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPE_CODES, all_finite, tensor_chunks
 from llamapro.checkpoints.writing import Target, write_checkpoint
 from llamapro.config import ModelConfig
@@ -33,7 +33,13 @@ from llamapro.conversion.meta_release import (
     tensor_names,
 )
 from llamapro.errors import CheckpointError, ConfigError, DataError, warn
-from llamapro.files import copy_companion, output_directory, refuse_large, refuse_source
+from llamapro.files import (
+    copy_companion,
+    output_directory,
+    refuse_large,
+    refuse_source,
+    write_json,
+)
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
 
@@ -99,7 +105,7 @@ def from_meta(
         write_checkpoint(aside, targets, "from-meta")
         legal = [*meta_dir.glob("LICENSE*"), *meta_dir.glob("USE_POLICY*")]
         write_companions(aside, config, [*legal, *tokenizer])
-        _write_json(aside / "generation_config.json", ids)
+        write_json(aside / "generation_config.json", ids)
     return {
         "parameters": sum(math.prod(target.shape) for target in targets),
         "bytes": sum(target.nbytes for target in targets),
@@ -169,7 +175,7 @@ def to_meta(
                     f"({str(error).splitlines()[0]}); the partial output was removed"
                 ) from None
             written += sum(t.nbytes for t in tensors.values())
-        _write_json(aside / "params.json", params)
+        write_json(aside / "params.json", params)
         for name, source in companions.items():
             if name == "tokenizer.model" or name.startswith(("LICENSE", "USE_POLICY")):
                 copy_companion(source, aside / name)
@@ -250,15 +256,8 @@ def _params_for(config: ModelConfig, release: dict[str, Any]) -> dict[str, Any]:
     """Returns a release's params, or fresh ones, with what `config.json` says otherwise by now."""
     params = dict(release.get("params", {}))
     H, F = config.num_attention_heads, config.intermediate_size
-    now = {
-        "dim": config.hidden_size,
-        "n_layers": config.num_hidden_layers,
-        "n_heads": H,
-        "n_kv_heads": config.num_key_value_heads,
-        "norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "use_scaled_rope": config.rope_scaling is not None,
-    }
+    now = {meta: getattr(config, hf) for meta, hf in META_FIELDS.items()}
+    now["use_scaled_rope"] = config.rope_scaling is not None
     if not params or (params.get("vocab_size") or -1) > 0:
         now["vocab_size"] = config.vocab_size
     positions = config.max_position_embeddings
@@ -308,7 +307,3 @@ def _row_blocks(parts: list[Tensor], dim: int | None) -> Iterator[Tensor]:
     else:
         for part in parts:
             yield from part.split(rows)
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
