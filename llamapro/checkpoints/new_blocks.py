@@ -200,9 +200,7 @@ def check_blocks(
     """
     file, tensors, info = blocks
     problems, record = Problems(limit=5), config.expansion
-    if info.base_sha256 and record is None:
-        problems.add("belongs to an expanded model, but this one has no 'llamapro' record")
-    elif record is not None and info.base_sha256:
+    if record is not None and info.base_sha256:
         if info.base_sha256 != record.base_sha256:
             problems.add(
                 f"was trained on base sha256 {info.base_sha256[:16]}..., this model's base is "

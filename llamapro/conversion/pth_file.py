@@ -4,7 +4,6 @@
 for. So archive and pickle are looked through before it.
 """
 
-import pickle
 import pickletools
 import re
 import zipfile
@@ -43,8 +42,6 @@ def load_pth(file: Path) -> dict[str, Tensor]:
                     f"{refused} its pickle asks for {name!r}, not only plain tensors"
                 )
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{refused} its pickle is damaged") from None
     except CheckpointError:
         raise
     except Exception as error:  # torch and zipfile raise dozens, depending on which byte is wrong
