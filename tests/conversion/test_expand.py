@@ -1,8 +1,10 @@
-"""Expanding and merging never write over what they read, whatever --force says."""
+"""Expanding, merging and stripping never write over what they read, whatever --force says."""
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,8 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import TRAINABLE_FILE
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
-from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint
+from llamapro.conversion.merge import assemble_checkpoint, merge_checkpoint, merge_many
+from llamapro.conversion.strip import strip_checkpoint
 from llamapro.errors import ConfigError
 
 LAYOUT = expansion.interleave(4, 2)
@@ -47,47 +50,32 @@ def home(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "home", symlinks=True)
 
 
-def test_expand_never_replaces_its_base(home: Path) -> None:
-    """Itself, under another name, or around it: refused, every byte as it was."""
-    before, itself = contents(home), "is also the source"
-    for out, message in {
-        "base": itself,
-        "pro/../base": itself,
-        "link": itself,
-        ".": "contains the source .*base",
-    }.items():
-        with pytest.raises(ConfigError, match=f"{message}; choose another output"):
-            expand_checkpoint(Checkpoint.open(home / "base"), home / out, LAYOUT, force=True)
-    assert contents(home) == before
-
-
-def test_merge_replaces_neither_the_model_nor_the_run(home: Path) -> None:
-    """The expanded checkpoint and the new-block file are both sources."""
-    before, blocks = contents(home), rf"contains the source .*{TRAINABLE_FILE}"
-    for out, message in {
-        "pro": "is also the source",
-        ".": "contains the source .*pro",
-        "run": blocks,
-        "run/checkpoints/step-00000000": blocks,
-    }.items():
-        with pytest.raises(ConfigError, match=f"{message}; choose another output"):
-            merge_checkpoint(Checkpoint.open(home / "pro"), home / "run", home / out, force=True)
-    assert contents(home) == before
-
-
-def test_assembling_replaces_neither_the_run_nor_its_configuration(
-    home: Path, write_step: Callable[..., Path]
-) -> None:
-    """A run from a config.json alone: the folder of that file is a source as much as the run."""
-    base = Checkpoint.open(home / "base")
+def test_nothing_that_is_read_is_replaced(home: Path, write_step: Callable[..., Path]) -> None:
+    """A source itself, under another name, or around it: refused, every byte as it was."""
+    base, pro = Checkpoint.open(home / "base"), Checkpoint.open(home / "pro")
+    # A run from a config.json alone: the folder of that file is a source as much as the run.
     write_step(home / "all", base, 0, trainable="all")
     for name in ("all", "settings"):
         (home / name).mkdir(exist_ok=True)
         (home / name / "config.json").write_text(base.config.to_json())
-    before, config = contents(home), home / "settings" / "config.json"
-    for out in ("all", "settings"):
-        with pytest.raises(ConfigError, match="contains the source"):
-            assemble_checkpoint(config, home / "all", home / out, force=True)
+    given = home / "settings" / "config.json"
+    itself, blocks = "is also the source", rf"contains the source .*{TRAINABLE_FILE}"
+    around = "contains the source .*"
+    step = "run/checkpoints/step-00000000"
+    cases: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, str]]] = [
+        (partial(expand_checkpoint, layout=LAYOUT), (base,), {"base": itself, "link": itself}),
+        (partial(expand_checkpoint, layout=LAYOUT), (base,), {"pro/../base": itself, ".": around}),
+        (merge_checkpoint, (pro, home / "run"), {"pro": itself, ".": around, "run": blocks}),
+        (merge_checkpoint, (pro, home / "run"), {step: blocks}),
+        (merge_many, (pro, [home / "run"]), {"pro": itself, ".": around, step: blocks}),
+        (strip_checkpoint, (pro,), {"pro": itself, ".": around}),
+        (assemble_checkpoint, (given, home / "all"), {"all": around, "settings": around}),
+    ]
+    before = contents(home)
+    for command, sources, outputs in cases:
+        for out, message in outputs.items():
+            with pytest.raises(ConfigError, match=f"{message}.*; choose another output"):
+                command(*sources, out_dir=home / out, force=True)
     assert contents(home) == before
 
 

@@ -10,7 +10,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.merge import merge, merge_many
 from llamapro.conversion.strip import strip_checkpoint
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError
 
 Write = Callable[..., Path]
 
@@ -61,19 +61,3 @@ def test_all_weights_of_another_model_are_refused_and_the_right_command_is_named
             merge(given, [alone], tmp_path / "out")
     merge(other.path, [run], tmp_path / "out")
     assert Checkpoint.open(tmp_path / "out").sha256() == other.sha256()
-
-
-def test_neither_replaces_what_it_reads(
-    copy: Checkpoint, tmp_path: Path, write_trained: Write
-) -> None:
-    """--force does not change that."""
-    files = [write_trained(tmp_path / "files" / f"{n}.safetensors", copy) for n in (1, 2)]
-    for directory in (tmp_path, tmp_path / "files"):
-        shutil.copyfile(copy.path / "config.json", directory / "config.json")
-    for out in ("pro", ".", "files"):
-        with pytest.raises(ConfigError, match="choose another output"):
-            merge_many(copy, files, tmp_path / out, force=True)
-    for out in ("pro", "."):
-        with pytest.raises(ConfigError, match="choose another output"):
-            strip_checkpoint(copy, tmp_path / out, force=True)
-    assert Checkpoint.open(copy.path).sha256() == copy.sha256()
