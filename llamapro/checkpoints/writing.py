@@ -68,7 +68,9 @@ def hashed(source: StoredTensor | Target, key: str, hashes: dict[str, str]) -> P
 
 
 def converted(stored: StoredTensor, dtype: str) -> Part:
-    """Returns a part that is a tensor in another dtype, such as fp32 masters in the model's."""
+    """Returns a part that is a tensor in a dtype, such as fp32 masters in the model's."""
+    if stored.dtype == dtype:
+        return stored.chunks
     return lambda: tensor_chunks(stored.read().to(DTYPES[dtype]))
 
 

@@ -138,8 +138,7 @@ def test_a_training_checkpoint_that_a_running_save_removes_is_looked_for_again(
     verb: str, convert: Convert, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between list and reading, and between reading its header and its tensors: no mistake."""
-    step, method = last(run_dir), "read" if verb == "merge" else "chunks"
-    right = getattr(StoredTensor, method)
+    step, right = last(run_dir), StoredTensor.chunks
     words = [verb, run_dir] if verb == "inspect" else [verb, tmp_path / "pro", run_dir]
     words += [tmp_path / "out", "--force"] if verb == "merge" else []
     listed = training_checkpoints(run_dir)
@@ -156,7 +155,7 @@ def test_a_training_checkpoint_that_a_running_save_removes_is_looked_for_again(
         return right(self)
 
     monkeypatch.undo()
-    monkeypatch.setattr(StoredTensor, method, vanishing)
+    monkeypatch.setattr(StoredTensor, "chunks", vanishing)
     status, out, error = convert(*words, "--json")
     found = json.loads(out)
     assert status == 0, error
