@@ -17,7 +17,7 @@ from llamapro.checkpoints.writing import Target, hashed, write_checkpoint
 from llamapro.config import ExpansionRecord
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.same_logits import compare_logits
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.errors import ConfigError
 from llamapro.files import output_directory, refuse_source
 
 
@@ -79,11 +79,7 @@ def adopt(
         if is_identity:
             base = contained_checkpoint(expanded)
             logits = compare_logits(base, Checkpoint.open(aside))
-            if not logits.bit_equal:
-                raise CheckpointError(
-                    f"{out_dir}: not written: layers {new} are the identity, yet logits differ "
-                    f"from the base's by {logits.max_difference:.3e}"
-                )
+            logits.check(f"{out_dir}: not written")
             result |= {"logits_bit_equal": True, "tokens_compared": logits.tokens}
     size = sum(target.nbytes for target in targets)
     return result | {"base_sha256": found.base_sha256, "bytes": size}

@@ -16,7 +16,7 @@ from llamapro.conversion.add_tokens import add_tokens, check_tokens, mean_rows
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.model_card import CARD_FILE
 from llamapro.conversion.same_logits import Probe
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.errors import ConfigError
 from llamapro.expansion import Layout
 from llamapro.files import copy_companion, output_directory, refuse_source
 
@@ -89,12 +89,7 @@ def expand_checkpoint(
             copy_companion(card, aside / BASE_CARD_FILE)
         Checkpoint.open(aside)  # raises if the files are no checkpoint together
         logits = probe.compare()
-        if not logits.bit_equal:
-            raise CheckpointError(
-                f"{out_dir}: not written: logits differ from the base's by "
-                f"{logits.max_difference:.3e}; the base holds NaN or infinity, or was changed "
-                "while it was read"
-            )
+        logits.check(f"{out_dir}: not written")
     return {
         "path": str(out_dir),
         "layers": config.num_hidden_layers,

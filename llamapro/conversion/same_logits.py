@@ -30,6 +30,15 @@ class LogitComparison(NamedTuple):
     tokens: int
     head_difference: float
 
+    def check(self, where: str) -> None:
+        """Raises CheckpointError if the logits differ, which identity blocks leave as they are."""
+        if not self.bit_equal:
+            raise CheckpointError(
+                f"{where}: new blocks are the identity, yet logits differ from the base's by "
+                f"{self.max_difference:.3e}; the base holds NaN or infinity, or was changed while "
+                "it was read"
+            )
+
 
 class Probe:
     """One random batch on its way through both models, on the CPU.
