@@ -98,9 +98,9 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
-    def sha256(self) -> str:
+    def sha256(self, cache_dir: str | Path | None = None) -> str:
         """Returns the identity of the weights: names, dtypes, shapes and bytes, not the files."""
-        hashes = hash_tensors(self.tensors.values(), f"hash {self.path.name}")
+        hashes = hash_tensors(self.tensors.values(), f"hash {self.path.name}", cache_dir)
         return combine_hashes((t, hashes[t.name]) for t in self.tensors.values())
 
     def layer(self, index: int) -> dict[str, StoredTensor]:

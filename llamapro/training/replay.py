@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llamapro.checkpoints.base import contained_base, contained_base_sha256, contained_checkpoint
+from llamapro.checkpoints.base import contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, DataError
 from llamapro.files import user_path
@@ -230,12 +229,9 @@ def written_by_base(
     settings = replace(settings, batch_size=rows)
     ends = end_ids(checkpoint.config, tokenizer)
     openings = read_openings(settings.prompts, checkpoint.path, tokenizer, ends, length)
-    inside = contained_base(checkpoint)
-    hashes = hash_tensors(inside.values(), "hash base", cache_dir)
+    inside = contained_checkpoint(checkpoint)
     made_of = {
-        "base_sha256": contained_base_sha256(
-            checkpoint, {name: hashes[base.name] for name, base in inside.items()}
-        ),
+        "base_sha256": inside.sha256(cache_dir),
         "tokenizer_sha256": tokenizer.fingerprint,
         "tokens": settings.tokens,
         "temperature": settings.temperature,
@@ -248,13 +244,12 @@ def written_by_base(
     record = checkpoint.config.expansion
     if record is not None and record.computation is not None:  # older records keep their cache
         made_of["computation"] = record.computation
-    vocab_size = inside["model.embed_tokens.weight"].shape[0]
-    stored_dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    stored_dtype = "uint16" if inside.config.vocab_size <= 1 << 16 else "uint32"
     counts = {"documents": 0, "bytes": 0}
 
     def write() -> Iterator[NDArray[Any]]:
         """Loads the base, and yields the first `settings.tokens` tokens of its documents."""
-        base = contained_checkpoint(checkpoint).load(dtype, device)
+        base = inside.load(dtype, device)
         left = settings.tokens
         documents = write_documents(base, openings, ends, length, settings, left)
         with tqdm(total=left, desc="write replay", unit="tok", disable=None) as bar:

@@ -18,7 +18,6 @@ from llamapro.errors import ConfigError, DataError
 from llamapro.inference.sampling import generate
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.training import replay as module
 from llamapro.training.replay import (
     Opening,
     read_openings,
@@ -89,7 +88,7 @@ def test_what_is_in_the_cache_is_not_written_again(
 ) -> None:
     """It is compared with its hashes; damage is told."""
     store = write()
-    monkeypatch.setattr(module, "contained_checkpoint", None)
+    monkeypatch.setattr(Checkpoint, "load", None)
     assert write().sha256 == store.sha256 and "from the cache" in capsys.readouterr().err
     file = store.path / "shard-00000.bin"
     file.write_bytes(b"\0" + file.read_bytes()[1:])
