@@ -65,3 +65,14 @@ def test_logits_are_not_compared_before_all_blocks_have_run(base: Path, pro: Pat
         pass
     with pytest.raises(CheckpointError, match="block 4 has not all tensors of block 3 of"):
         probe.compare()
+
+
+def test_nothing_is_written_where_logits_differ(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says by how much, and what can be the cause."""
+    differing = same_logits.LogitComparison(False, 0.5, 32, 0.0)
+    monkeypatch.setattr(same_logits.Probe, "compare", lambda _: differing)
+    with pytest.raises(CheckpointError, match=r"pro: not written: .*logits differ.* 5\.000e-01"):
+        expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", interleave(4, 2))
+    assert list(tmp_path.iterdir()) == []
