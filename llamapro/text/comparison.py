@@ -118,9 +118,10 @@ def say_differences(
         for token in raw.get("added_tokens", [])
         if added.get(name := token["content"]) == beside.added.get(name)
     }
+    as_text = config.get("split_special_tokens") is True
     for name in one_of_each.values():
         text = f"a {name} b{name}c\n{name}"
-        if encode(text, special=True) != _with_names(beside, text):
+        if encode(text, special=True) != _with_names(beside, text, as_text):
             warn(f"{path}: transformers splits {text!r} into other tokens than are read here")
             break
 
@@ -131,15 +132,15 @@ def _split_by_transformers(encode: Callable[..., list[int]], directory: Path) ->
         from transformers import AutoTokenizer
 
         theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception:  # it is not installed, or cannot load what is read here
+        pairs = [(text, encode(text, bos=True), theirs(text).input_ids) for text in _PROBES]
+    except Exception:  # it is not installed, or cannot read what is read here
         return None
-    pairs = ((text, encode(text, bos=True)) for text in _PROBES)
-    return next((t for t, ids in pairs if theirs(t).input_ids[: len(ids)] != ids), None)
+    return next((text for text, ids, other in pairs if other[: len(ids)] != ids), None)
 
 
-def _with_names(vocabulary: Vocabulary, text: str) -> list[int]:
+def _with_names(vocabulary: Vocabulary, text: str, as_text: bool = False) -> list[int]:
     """Returns the ids of a text in which names of tokens stand for them, as in transformers."""
-    vocabulary.library.encode_special_tokens = False
+    vocabulary.library.encode_special_tokens = as_text
     try:
         ids: list[int] = vocabulary.library.encode(text, add_special_tokens=False).ids
     finally:

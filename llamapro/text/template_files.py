@@ -76,5 +76,5 @@ def _stored(directory: str | Path, name: str = "default") -> Any:
     stored = read_object(Path(directory, _CONFIG)).get("chat_template")
     if isinstance(stored, list):
         named = (entry for entry in stored if isinstance(entry, dict))
-        stored = next((e.get("template") for e in named if e.get("name") == name), None)
-    return stored
+        stored = {e.get("name"): e.get("template") for e in reversed([*named])}
+    return stored.get(name) if isinstance(stored, dict) else stored

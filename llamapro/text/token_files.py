@@ -20,6 +20,7 @@ MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 33 
 _FLAGS = ("lstrip", "rstrip", "single_word")
 # transformers makes the tokens of these roles control tokens.
 _CONTROL = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_EXTRA = ("extra_special_tokens", "model_specific_special_tokens")  # lists, or role -> token
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -52,9 +53,17 @@ def read_roles(directory: Path) -> dict[str, Any]:
     return config if has_table else config | roles
 
 
+def roles_of(names: dict[str, Any]) -> dict[str, str]:
+    """Returns the names of tokens by role, those of a model's own roles too."""
+    for extra in map(names.get, _EXTRA):
+        names = names | (extra if isinstance(extra, dict) else {})
+    roles = {key: name_of(token) for key, token in names.items() if key.endswith("_token")}
+    return {key: name for key, name in roles.items() if isinstance(name, str)}
+
+
 def _lists(names: dict[str, Any]) -> list[Any]:
     """Returns the tokens without a role that are control tokens all the same."""
-    found = [names.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    found = [names.get(key) or [] for key in ("additional_special_tokens", *_EXTRA)]
     return [token for part in found for token in (part.values() if type(part) is dict else part)]
 
 

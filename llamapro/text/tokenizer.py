@@ -26,13 +26,14 @@ from llamapro.text.token_files import (
     names_pattern,
     read_object,
     read_roles,
+    roles_of,
 )
 from llamapro.text.vocabulary import (
     JSON_NAME,
     RANKS_NAME,
     Vocabulary,
+    frame_of,
     has_space_everywhere,
-    prefix_of,
     read_beside,
     read_vocabulary,
 )
@@ -73,10 +74,7 @@ class Tokenizer:
         own = added_tokens(directory, names, raw_json)
         tokens = join_tokens(directory, names, own, vocabulary)
         self.added = self._tokens = tokens
-        extra = names.get("extra_special_tokens")
-        named = names | (extra if isinstance(extra, dict) else {})
-        roles = {key: name_of(token) for key, token in named.items() if key.endswith("_token")}
-        self.named_tokens = {key: name for key, name in roles.items() if isinstance(name, str)}
+        self.named_tokens = roles_of(names)
         self._encode_text, self._ends = vocabulary.encode, vocabulary.ends
         self._pieces = vocabulary.pieces | {
             token.id: b"" if token.special else name.encode() for name, token in tokens.items()
@@ -103,9 +101,16 @@ class Tokenizer:
 
         self.bos_id = frame_id("bos_token", vocabulary.bos_id)
         self.eos_id = frame_id("eos_token", vocabulary.eos_id)
-        self.prefix = prefix_of(directory / JSON_NAME, raw_json, names, self.bos_id)
+        frame = frame_of(directory / JSON_NAME, raw_json, names, self.bos_id, self.eos_id)
+        self.prefix, behind = frame
         ends = [] if self.eos_id is None else [self.eos_id]
         self.suffix = [] if ends and ends == self.prefix[:1] else ends
+        if behind:
+            shown = ", ".join(n for i in behind for n, token in tokens.items() if token.id == i)
+            warn(
+                f"{directory}: the tokenizer puts {shown} behind every text, a prompt too, which "
+                "nothing could follow: left out; a document of training ends with EOS"
+            )
         self.adds_space = b"".join(map(self.bytes_of, self._encode_text("a"))) == b" a"
         if self.adds_space and not raw_json and names.get("add_prefix_space") is False:
             raise DataError(

@@ -5,7 +5,6 @@ BPE ranks, and tokenizers `tokenizer.json`.
 """
 
 import base64
-import itertools
 import json
 import re
 from collections.abc import Callable
@@ -286,10 +285,10 @@ def has_space_everywhere(raw: dict[str, Any]) -> bool:
     )
 
 
-def prefix_of(
-    path: Path, raw: dict[str, Any], config: dict[str, Any], bos_id: int | None
-) -> list[int]:
-    """Returns the ids that a tokenizer puts before every text, as transformers' tokenizer does.
+def frame_of(
+    path: Path, raw: dict[str, Any], config: dict[str, Any], bos_id: int | None, eos_id: int | None
+) -> tuple[list[int], list[int]]:
+    """Returns the ids that transformers' tokenizer puts before every text, and those behind it.
 
     A tokenizer.json says it in its post-processor, whatever `add_bos_token` says beside it, as in
     transformers 5. Version 4 differs for the class LlamaTokenizer, which rewrites that part. A
@@ -304,19 +303,26 @@ def prefix_of(
         DataError: the post-processor cannot be read.
     """
     if not raw:
-        return [bos_id] if bos_id is not None and config.get("add_bos_token", True) else []
-    prefix: list[int] = []
+        first, last = config.get("add_bos_token", True), config.get("add_eos_token")
+        pairs = ((bos_id, first), (eos_id, last))
+        before, behind = ([i] if i is not None and is_on else [] for i, is_on in pairs)
+        return before, behind
+    before, behind = [], []
     try:
         for part in parts_of(raw.get("post_processor"), "processors"):
             if part["type"] == "TemplateProcessing":
-                before = itertools.takewhile(lambda p: "SpecialToken" in p, part["single"])
-                names = [piece["SpecialToken"]["id"] for piece in before]
-                prefix += [i for n in names for i in part["special_tokens"][n]["ids"]]
+                found = before
+                for piece in part["single"]:
+                    if "SpecialToken" in piece:
+                        found += part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+                    else:
+                        found = behind
             elif part["type"] in ("BertProcessing", "RobertaProcessing"):
-                prefix.append(part["cls"][1])
+                before.append(part["cls"][1])
+                behind.append(part["sep"][1])
     except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path}: its post_processor cannot be read ({error!r})") from None
-    return prefix
+    return before, behind
 
 
 def byte_characters() -> str:

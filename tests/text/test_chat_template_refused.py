@@ -114,8 +114,9 @@ def test_template_is_found_in_the_model_s_files(tmp_path: Path, tokenizer: Token
     config.write_text(json.dumps({"chat_template": "from config"}))
     assert ChatTemplate.load(tmp_path, tokenizer).source == "from config"
     named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
-    config.write_text(json.dumps({"chat_template": named}))
-    assert ChatTemplate.load(tmp_path, tokenizer).source == "d"
+    for several in (named, {"rag": "r", "default": "d"}):
+        config.write_text(json.dumps({"chat_template": several}))
+        assert ChatTemplate.load(tmp_path, tokenizer).source == "d"
     for without_default in (named[:1], ["x"]):
         config.write_text(json.dumps({"chat_template": without_default}))
         with pytest.raises(DataError, match="no chat template"):
@@ -207,12 +208,13 @@ def test_a_prompt_needs_no_answer(tokenizer: Tokenizer) -> None:
         template.encode_prompt([{"role": "user", "content": ""}])
 
 
-def test_templates_have_the_named_tokens(spaced: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["extra_special_tokens", "model_specific_special_tokens"])
+def test_templates_have_the_named_tokens(spaced: Path, tmp_path: Path, key: str) -> None:
     """unk, pad and a model's own names reach the template as in transformers."""
     path = Path(shutil.copytree(spaced, tmp_path / "model"))
     file = path / "tokenizer_config.json"
     config = json.loads(file.read_text()) | {"pad_token": "<unk>"}
-    config["extra_special_tokens"] = {"image_token": "<|im_start|>"}
+    config[key] = {"image_token": "<|im_start|>"}
     file.write_text(json.dumps(config))
     source = "{{ bos_token }}{{ unk_token }}{{ pad_token }}{{ image_token }}{{ sep_token }}"
     assert ChatTemplate(source, Tokenizer.load(path), "x").render(CHAT) == (

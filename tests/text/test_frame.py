@@ -104,14 +104,18 @@ def make(tmp_path: Path, byte_level: dict[str, Any]) -> Make:
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("post_processor", POST_PROCESSORS)
-def test_a_prompt_has_the_ids_of_transformers(make: Make, post_processor: str, flags: str) -> None:
-    """For every tokenizer.json, whatever the flags beside it say; an EOS of theirs is left off."""
+def test_a_prompt_has_the_ids_of_transformers(
+    make: Make, post_processor: str, flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For every tokenizer.json, whatever the flags beside it say; an EOS is left off, and said."""
     for kind in ("PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"):
         path = make(POST_PROCESSORS[post_processor], tokenizer_class=kind, **FLAGS[flags])
         ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
         ids, expected = ours.encode(TEXT, bos=True), theirs.encode(TEXT)
         assert ids == expected[: len(ids)]
         assert expected[len(ids) :] in ([], [ours.eos_id])
+        is_said = "puts <e> behind every text, a prompt too" in capsys.readouterr().err
+        assert is_said == (expected != ids)
         assert ids[len(ours.prefix) :] == ours.encode(TEXT)
         assert ours.encode(TEXT, bos=True, eos=True) == [*ids, 257]
 

@@ -61,6 +61,13 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, int]
     "EOS is a piece": (BASE, {"eos_token": "a"}, {}, {}, ""),
     "no such padding": (BASE, {"pad_token": "<pad>"}, {}, {}, "pad_token '<pad>' is in no list"),
     "one more": (BASE, {"extra_special_tokens": ["<y>"]}, {}, {}, "'<y>' is in no list: token 260"),
+    "one more role": (
+        BASE,
+        {"model_specific_special_tokens": {"y_token": "<y>"}},
+        {},
+        {},
+        "'<y>' is in no list: token 260",
+    ),
     "added": (BASE, {}, {}, {"<y>": 260}, ""),
     "no name": (BASE, table(*BASE, token(260, "")), {}, {}, ""),
     "whole words": ([*BASE[:2], token(258, "<x>", single_word=True), BASE[3]], {}, {}, {}, ""),
@@ -243,6 +250,22 @@ def test_rules_of_a_class_that_differ_from_the_file_are_said(
             ids = theirs.encode(text, add_special_tokens=False)
             assert (ours.encode(text) == ids) == is_same
             assert ours.decode(ours.encode(text)) == text
+
+
+def test_names_that_transformers_splits_are_said(write: Callable[..., Path], capsys: Any) -> None:
+    """It takes names of tokens for plain text if tokenizer_config.json says so."""
+    path = write(BASE, {"split_special_tokens": True})
+    ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
+    assert ours.encode("<e>", special=True) != theirs.encode("<e>")
+    assert "into other tokens than are read here" in capsys.readouterr().err
+
+
+def test_a_class_that_cannot_encode_is_not_compared(write: Callable[..., Path]) -> None:
+    """transformers loads such a tokenizer, and fails at the first text; the file is read."""
+    path = write(BASE, {"tokenizer_class": "BertTokenizer"})
+    with pytest.raises(Exception, match="WordPiece"):
+        AutoTokenizer.from_pretrained(path)("xy")
+    assert Tokenizer.load(path).decode(Tokenizer.load(path).encode("xy")) == "xy"
 
 
 def test_a_file_that_is_not_read_is_named(
