@@ -106,6 +106,12 @@ class ChatTemplate:
         """
         return RESERVED.sub("", self._render(messages, add_generation_prompt, variables or {}))
 
+    def hidden(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
+        """Returns the keys of turns, and the variables, that the template never names."""
+        given = {key for message in messages for key, value in message.items() if value}
+        given = (given | variables.keys()) - {"role", "content", "weight"}
+        return {key for key in given if not re.search(rf"\b{re.escape(key)}\b", self.source)}
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids up to where the assistant's next answer begins.
 
@@ -137,9 +143,7 @@ class ChatTemplate:
         """
         variables = variables or {}
         problems = check_messages(messages)
-        given = {key for message in messages for key, value in message.items() if value}
-        lost = (given | variables.keys()).intersection(_SHOWN)
-        lost -= {key for key in _SHOWN if re.search(rf"\b{key}\b", self.source)}
+        lost = self.hidden(messages, variables).intersection(_SHOWN)
         if self.has_other and variables.get("tools"):
             fix = "save it as a file, and give that with --data.chat-template"
             problems.append(f"the model has another chat template for tools, {FOR_TOOLS!r}: {fix}")
@@ -275,7 +279,10 @@ class ChatTemplate:
                     f"begins is unknown; {fix}"
                 )
             added = after[len(before) :]
-            header, _, tail = added.partition(message["content"].strip())
+            content = message[
+                "content"
+            ].strip()  # "" beside the call of a tool: a header is in tail
+            header, _, tail = added.partition(content) if content else ("", "", added)
             # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
             # first template puts the next header behind every answer.
             ignores_prompt = before == self.render(messages[:index], False, variables)

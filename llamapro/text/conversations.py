@@ -5,6 +5,7 @@ that has to be repaired. `messages.check_messages` checks roles and contents.
 """
 
 import json
+import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,9 +34,12 @@ _FORMS: tuple[tuple[str, ...], ...] = (
 _BESIDE = ("system", "system_prompt", "input", "context", "history")
 _VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
 _FOREIGN = ("image", "images", "audio", "audios", "video", "videos")  # these would be lost
-# Keys of a turn that say whether it is trained: by 1, and by 0.
-_SWITCHES = ("weight", "loss_weight", "loss_mask", "train", "training", "trainable", "loss")
+# Keys of a turn that say whether it is trained: by 1, and by 0. Others of such names are refused.
+_LOSS = ("weight", "loss_weight", "loss_mask", "loss")
+_SWITCHES = (*_LOSS, "train", "training", "trainable", "train_mask")
 _MASKS = ("masked", "is_masked")
+_SAYS_TRAINED = re.compile("(^|_)(train|learn|loss|mask|weight|ignore|exclude)")
+_SAYS_UNTRAINED = re.compile("mask|ignore|exclude|(^|_)(no|on)_|detail")
 # Keys whose meaning differs between tools, or that choose parts of a turn.
 _UNSURE = ("mask", "ignore", "train_on_input", "train_on_inputs", "train_detail", "training_detail")
 # Keys of a row that would change what is learned from the whole of it.
@@ -156,9 +160,11 @@ def _check_row(row: dict[str, Any]) -> None:
     for key in _FOREIGN:
         if row.get(key):
             raise ValueError(f"has {key!r}: only text is trained on")
-    for key in _OF_ROWS:
-        usual = 0 if key in (*_MASKS, *_UNSURE) else 1
-        if (value := row.get(key, usual)) != usual:
+    for key, value in row.items():
+        usual = key in _SWITCHES or not _SAYS_UNTRAINED.search(key)
+        is_list = isinstance(value, list) and value  # perhaps one weight for each turn
+        says = key in _OF_ROWS or (_SAYS_TRAINED.search(key) and (is_list or type(value) is bool))
+        if says and value != usual:
             raise ValueError(f"{key!r} is {value!r:.80}: only turns have a weight, 0 or 1")
     for key in _JUDGED:
         if row.get(key) is False:
@@ -290,6 +296,9 @@ def _to_message(turn: Any, place: str) -> Message:
             raise ValueError(
                 f"{place}: the content has a part of type {names}; only text is trained on"
             )
+        keys = (key for part in parts for key, value in part.items() if value is not None)
+        if weights := [*filter(_SAYS_TRAINED.search, keys)]:
+            raise ValueError(f"{place}: a part of the content has {weights[0]!r}: cut the turn")
         texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
         if len(texts) < len(parts):
             raise ValueError(f"{place}: the content has a part of type text without a text")
@@ -311,8 +320,10 @@ def _weight(turn: dict[str, Any], role: str, place: str) -> dict[str, int]:
 
     OpenAI says it by `weight`, axolotl by `train`, ms-swift by `loss`, torchtune by `masked`.
     """
-    for key in _UNSURE:
-        if turn.get(key):
+    for key, value in turn.items():
+        if key in (*_SWITCHES, *_MASKS) or not _SAYS_TRAINED.search(key) or value is None:
+            continue
+        if value or key not in _UNSURE:
             raise ValueError(f"{place}: {key!r} is not read; cut the turn, or give it a weight")
     said = {key: turn[key] for key in (*_SWITCHES, *_MASKS) if turn.get(key) is not None}
     if wrong := [f"{key!r} is {value!r}" for key, value in said.items() if value not in (0, 1)]:
@@ -330,4 +341,4 @@ def _known_columns(columns: list[str]) -> list[str]:
     if not any(all(key in columns for key in form) for form in _FORMS):
         found = quote_names(columns)
         raise UnreadableError(f"no column of a conversation (found: {found}); {_EXPECTED}")
-    return [column for column in columns if column in _KEYS]
+    return [column for column in columns if column in _KEYS or _SAYS_TRAINED.search(column)]

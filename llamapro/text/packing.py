@@ -24,7 +24,7 @@ from llamapro.text.conversations import Conversation, ConversationCounts, read_c
 from llamapro.text.source_files import find_files
 from llamapro.text.store import Int64s, TokenStore, cached
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # raised with every change in how a conversation is read
 TRAINED = 1 << 31  # set in a stored token of an assistant's turn; ids are far below it
 
 
@@ -96,6 +96,8 @@ def _encode_all(
         if not any(trained[1:]):  # the first token is never predicted
             counts.untrained_conversations += 1
             continue
+        hidden = sorted(template.hidden(messages, variables))
+        counts.unread += (key for key in hidden if key not in counts.unread)
         counts.documents += 1
         counts.turns += len(messages)
         counts.bytes += sum(len(message["content"].encode()) for message in messages)

@@ -269,14 +269,27 @@ def test_what_a_template_does_not_show_is_refused_by_name(tokenizer: Tokenizer) 
         "{% endfor %}"
     )
     template = ChatTemplate(source, tokenizer, "their.jinja")
-    messages = [CHAT[1] | {"name": "Ann<|eot_id|>"}, answer]
-    variables = {"tools": [{"name": "f"}], "deep": 7}
+    messages = [CHAT[1] | {"name": "Ann<|eot_id|>", "mood": "bad"}, answer]
+    variables = {"tools": [{"name": "f"}], "deep": 7, "unused": 1}
+    assert template.hidden(messages, variables) == {"mood", "unused"}
     text = template.render(messages, False, variables)
     assert text.startswith('[{"name": "f"}]7[user Ann<|eot_id|>]')
     ids, trained = template.encode(messages, variables)
     assert tokenizer.special_tokens["<|eot_id|>"] not in ids  # a stranger's text, plain characters
     (trained_text,) = answers_of(tokenizer, ids, trained)
     assert trained_text.startswith("r[{'function'") and trained_text.endswith("</s>")
+
+
+def test_a_call_without_content_is_trained(tokenizer: Tokenizer) -> None:
+    """Its text is made of `tool_calls`; in templates with a header before answers, and without."""
+    shown = "{{ m.content }}{% if m.tool_calls %}CALL {{ m.tool_calls[0] }}{% endif %}"
+    prompt = "{% if add_generation_prompt %}[assistant]{% endif %}"
+    call = {"role": "assistant", "content": "", "tool_calls": ["f(2)"]}
+    messages = [CHAT[1], call, {"role": "tool", "content": "4"}, CHAT[4]]
+    for head, tail in (("[{{ m.role }}]", prompt), ("{{ '[]' if m.role != 'assistant' }}", "")):
+        source = "{% for m in messages %}" + head + shown + "{{ eos_token }}{% endfor %}" + tail
+        ids, trained = ChatTemplate(source, tokenizer, "x").encode(messages)
+        assert answers_of(tokenizer, ids, trained) == ["CALL f(2)</s>", "No.</s>"]
 
 
 def test_a_role_s_token_need_not_be_flagged_special(spaced: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Chat files: every form is read, and every mistake is named with its file and row in one pass."""
 
 import gzip
+import hashlib
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from llamapro.errors import Problems
+from llamapro.text import packing
 from llamapro.text.conversations import (
     ConversationCounts,
     read_conversations,
@@ -110,12 +112,21 @@ def test_what_stands_in_a_table_s_place_is_named(
 
 def test_keys_that_are_not_read_are_said(tmp_path: Path, write_parquet: Any) -> None:
     """In the summary, so that a column with the reasoning is not lost in silence."""
-    rows = [{"question": "a", "answer": "b", "reasoning": "c", "id": None}]
+    rows = [
+        {"question": "a", "answer": "b", "reasoning": "c", "id": None, "train_on_prompt": False}
+    ]
     for file in (write(tmp_path / "a.jsonl", *rows), write_parquet(tmp_path / "a.parquet", rows)):
         counts = ConversationCounts()
         assert len(list(read_conversations(find_files([str(file)]), Problems(), counts))) == 1
         assert "reasoning" in counts.unread and "question" not in counts.unread
         assert "keys not read: " in counts.describe() and "'reasoning'" in counts.describe()
+
+
+def test_weights_in_a_column_are_refused(tmp_path: Path, write_parquet: Any) -> None:
+    """A table is read by its columns, and these are among them."""
+    file = write_parquet(tmp_path / "a.parquet", [{"messages": ASKED, "turn_weights": [0, 1]}])
+    conversations, problems = read(file)
+    assert not conversations and "'turn_weights' is [0, 1]: only turns" in problems.listed[0]
 
 
 def test_history_comes_before_the_question() -> None:
@@ -145,6 +156,7 @@ def test_what_stands_beside_other_forms_is_kept() -> None:
     [
         *({"weight": 0}, {"loss_weight": 0.0}, {"loss_mask": 0}, {"train": False}, {"loss": False}),
         *({"training": False}, {"trainable": False}, {"masked": True}, {"is_masked": True}),
+        {"train_mask": 0},
     ],
 )
 def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]) -> None:
@@ -192,7 +204,24 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ({**ROW, "weight": 0.5}, "'weight' is 0.5: only turns have a weight, 0 or 1"),
         ({**ROW, "train": False}, "'train' is False: only turns"),
         ({**ROW, "mask": [0, 1]}, "'mask' is [0, 1]: only turns"),
-        ({"messages": [ASKED[0], {**ASKED[1], "mask": True}]}, "turn 2: 'mask' is not read"),
+        *(
+            ({**ROW, key: [0, 1]}, f"'{key}' is [0, 1]: only turns have a weight")
+            for key in ("weights", "loss_weights", "train_mask", "turn_masks")
+        ),
+        ({**ROW, "train_on_prompt": True}, "'train_on_prompt' is True: only turns"),
+        ({**ROW, "is_trainable": False}, "'is_trainable' is False: only turns"),
+        *(
+            ({"messages": [ASKED[0], ASKED[1] | said]}, f"turn 2: '{next(iter(said))}' is not read")
+            for said in ({"mask": True}, {"learn": False}, {"weights": [1]}, {"no_train": 0})
+        ),
+        (
+            {
+                "messages": [
+                    {**ASKED[1], "content": [{"type": "text", "text": "x", "train": False}]}
+                ]
+            },
+            "turn 1: a part of the content has 'train': cut the turn",
+        ),
         ({"prompt": "x", "completion": "y", "label": False}, "'label' is False: a completion to"),
         ({"instruction": "x", "output": "y", "kto_tag": False}, "'kto_tag' is False: a completion"),
         (
@@ -232,6 +261,24 @@ def test_row_of_another_form_is_refused_not_guessed(row: Any, problem: str) -> N
     """A row that cannot be trained on as it stands is refused with what was found."""
     with pytest.raises(ValueError, match=re.escape(problem)):
         to_conversation(row)
+
+
+def test_a_store_of_another_way_to_read_is_not_used() -> None:
+    """Whoever changes what is read of a row raises the version, or old tokens would be used."""
+    pair = {"instruction": "x", "output": "y"}
+    answers = [ASKED[1] | said for said in ({"train_mask": 0}, {"name": "n"}, {"learn": 0})]
+    rows = [{"messages": [ASKED[0], answer]} for answer in answers]
+    rows += [ROW | {key: value} for key in ("weights", "mask") for value in (None, [0, 1])]
+    rows += [pair | more for more in ({"input": "z"}, {"history": [["a", "b"]]}, {"system": "s"})]
+    rows += [{"prompt": ASKED, "completion": "z"}, ROW | {"functions": [1]}, ROW | {"prompt": "z"}]
+    found: list[Any] = []
+    for row in rows:
+        try:
+            found.append(to_conversation(row)[:2])
+        except ValueError:
+            found.append("refused")
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]
+    assert (packing.FORMAT_VERSION, digest) == (4, "35f6f574"), found
 
 
 def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None:

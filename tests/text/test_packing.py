@@ -47,6 +47,9 @@ class CharacterTemplate:
             trained += [False] + [is_answer] * (len(message["content"]) + 1)
         return ids, trained
 
+    def hidden(self, messages: list[Message], variables: dict[str, Any]) -> set[str]:
+        return {key for message in messages for key in message} - {"role", "content"}
+
 
 def write(path: Path, *conversations: list[tuple[str, str]]) -> Path:
     """Writes conversations given as (role, content)."""
@@ -203,6 +206,17 @@ def test_store_is_cached_by_files_and_template(
     assert read(path, template=other)["a.jsonl"].path != first.path
     write(path, [("user", "ab"), ("assistant", "cde")])
     assert read(path)["a.jsonl"].path != first.path
+
+
+def test_keys_of_turns_that_the_template_does_not_show_are_said(
+    tmp_path: Path, read: Read, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They reach the template, which passes over them."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "cot": "c"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": turns, "id": 5}))
+    read(path)
+    assert "keys not read: 'id', 'cot'" in capsys.readouterr().err
 
 
 def test_problems_of_all_sources_are_in_one_error(tmp_path: Path, read: Read) -> None:
