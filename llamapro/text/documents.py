@@ -217,7 +217,10 @@ def _read_file(
     file: SourceFile, raw: IO[bytes], text_key: str, counts: Counts, report: Callable[[str], None]
 ) -> Iterator[Piece]:
     if has_rows(file.path):
+        before = counts.documents + counts.empty_documents
         yield from _read_texts(file.path, raw, text_key, counts, report)
+        if before == counts.documents + counts.empty_documents:
+            counts.leave_out(file, "no row in it")
         return
     with _unpacked(file, raw) as text:
         reason = _not_text(file, text, text_key)
@@ -264,13 +267,14 @@ def _not_text(file: SourceFile, raw: IO[bytes], text_key: str, only_start: bool 
         after = f"{position + error.start:,} bytes"
         return f"not UTF-8 ({error.reason} after about {after}); {_READABLE}"
     raw.seek(0)
+    start = raw.read(PIECE_CHARACTERS).decode("utf-8-sig", "ignore").lstrip("[ \t\r\n")
+    raw.seek(0)
     try:
-        row = json.loads(raw.readline(PIECE_CHARACTERS))
+        row, _ = json.JSONDecoder().raw_decode(start)
     except (ValueError, RecursionError):
         row = None
-    raw.seek(0)
     if isinstance(row, dict) and text_key in row:
-        return f"holds lines of JSON with {text_key!r}, under another name; rename it to *.jsonl"
+        return f"holds rows of JSON with {text_key!r}, under another name; rename it to *.json"
     return ""
 
 

@@ -250,6 +250,7 @@ def _texts(metadata: Any, columns: Iterable[str]) -> list[str]:
             size, stored = column.total_uncompressed_size, max(1, column.total_compressed_size)
             if size > MAX_BYTES and size > _MAX_RATIO * stored:
                 raise UnreadableError(f"column {name!r} expands from {stored:,} bytes to {size:,}")
-            if column.physical_type == "BYTE_ARRAY":
+            is_delta = any("DELTA" in encoding for encoding in column.encodings)
+            if column.physical_type == "BYTE_ARRAY" and not is_delta:  # which has no dictionary
                 found[name] = None
     return list(found)

@@ -3,13 +3,14 @@
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llamapro.errors import DataError, warn
-from llamapro.text.rows import has_rows
+from llamapro.text.rows import COMPRESSED, has_rows
 
 # Beside tables these describe them, and are no data: a data card, a licence, a loader.
 _CARD = re.compile(
@@ -18,6 +19,7 @@ _CARD = re.compile(
     re.IGNORECASE,
 )
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+_PART = re.compile(r"(.*?)(\d{5})-of-(\d{5})(.*)")  # as Hugging Face's datasets names them
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".lz4", ".arrow")
 
 
@@ -74,6 +76,7 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
             is_named = earlier.is_named or file.is_named
             left_out = "" if is_named else earlier.left_out
             files[real] = replace(earlier, is_named=is_named, left_out=left_out)
+    _say_gaps({str(file.path) for file in files.values() if not file.left_out})
     return list(files.values())
 
 
@@ -109,6 +112,18 @@ def _say_splits(folder: str, files: list[SourceFile]) -> None:
         )
 
 
+def _say_gaps(names: set[str]) -> None:
+    """Warns of a data set's parts that are missing, and of files that are read packed, too."""
+    parts = Counter(match.group(1, 3, 4) for match in map(_PART.fullmatch, names) if match)
+    for (head, of, tail), count in parts.items():
+        if count < int(of):
+            missing = int(of) - count
+            warn(f"{head}*-of-{of}{tail}: {missing:,} parts are missing; the others are read")
+    for name in names:
+        if name.endswith((*COMPRESSED,)) and (plain := name.rpartition(".")[0]) in names:
+            warn(f"{plain}: read, and so is {name}, which most likely holds the same")
+
+
 def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
     """Yields the files below a folder, following links, each folder once."""
     real = os.path.realpath(folder)
@@ -119,6 +134,8 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
+    if {"blobs", "refs", "snapshots"} <= {entry.name for entry in entries}:  # Hugging Face's cache
+        entries = [entry for entry in entries if entry.name == "snapshots"]
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__pycache__":
             continue

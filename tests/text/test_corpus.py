@@ -4,6 +4,7 @@ import base64
 import bz2
 import errno
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -17,6 +18,7 @@ import pytest
 from llamapro.errors import DataError
 from llamapro.text import corpus, documents
 from llamapro.text.corpus import tokenize
+from llamapro.text.source_files import find_files
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 
@@ -248,6 +250,31 @@ def test_second_call_reuses_the_store(
     monkeypatch.setattr(corpus, "_encode_all", None)
     second = make(tmp_path / "a.txt")
     assert second.path == first.path and tokens_of(second) == tokens_of(first)
+
+
+def test_a_store_of_another_way_to_read_is_not_used(tmp_path: Path) -> None:
+    """Whoever changes what is read of a file raises the version, or old tokens would be used."""
+    table, lines = 'text,id\n"a, ""b""\n",1\n\n,2\n', '{"text": "a"}\n\n{"text": null}\n{"x": 1}'
+    files = {"a.csv": table, "a.tsv": table, "b.csv": table.replace(",", ";"), "a.jsonl": lines}
+    files |= {
+        "a.json": "[" + lines[:13] + "]",
+        "b.json": '{"text":\n"a"}',
+        "a.txt": "\ufeffa\r\n\0",
+    }
+    files |= {"b.txt": lines, "c.txt": "%PDF-1", "README.md": "card", "c.jsonl": lines[:-2] * 2}
+    found: list[object] = []
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    for path in [tmp_path / name for name in files] + [tmp_path]:
+        counts = documents.Counts()
+        try:
+            pieces = documents.read_pieces(find_files([str(path)]), "text", counts, "x")
+            found.append([piece.text for piece in pieces])
+        except DataError:
+            found.append("refused")
+        found.append(counts.files_left_out)
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]
+    assert (corpus.FORMAT_VERSION, digest) == (6, "954362d3"), found
 
 
 def test_changed_file_or_tokenizer_makes_a_new_store(

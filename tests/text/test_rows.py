@@ -183,6 +183,15 @@ def test_unusable_table_is_refused_by_file_and_row(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_table_without_dictionaries_is_read(
+    tmp_path: Path, make: Tokenize, write_parquet: WriteParquet
+) -> None:
+    """pyarrow cannot make dictionaries of texts that are stored as differences."""
+    options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    write_parquet(tmp_path / "a.parquet", {"text": ["abc", "abd"]}, **options)
+    assert make(tmp_path / "a.parquet").documents == 2
+
+
 def test_damaged_table_is_refused_by_name(
     tmp_path: Path, make: Tokenize, write_parquet: WriteParquet
 ) -> None:

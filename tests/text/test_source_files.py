@@ -105,6 +105,21 @@ def test_what_is_left_out_is_counted_and_told(
         assert part in captured.err, part
 
 
+def test_files_without_a_row_are_left_out_and_named(
+    tmp_path: Path, make: Tokenize, write_parquet: WriteParquet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table with its first line alone, an empty list or file: in a folder, and by name."""
+    for name, text in {"a.csv": "text,label\n", "b.json": "[]", "c.jsonl": ""}.items():
+        (tmp_path / name).write_text(text)
+    write_parquet(tmp_path / "d.parquet", {"text": []})
+    with pytest.raises(DataError, match=r"no text in it: .*a\.csv \(no row in it\)"):
+        make(tmp_path / "a.csv")
+    json_lines(tmp_path / "e.jsonl", {"text": "x"})
+    for patterns in ([tmp_path], sorted(tmp_path.glob("?.*"))):
+        assert make(*patterns).index["counts"]["files_left_out"] == 4
+        assert capsys.readouterr().err.count("(no row in it)") == 4
+
+
 def test_what_describes_tables_is_no_data(
     tmp_path: Path, make: Tokenize, write_parquet: WriteParquet, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +149,7 @@ def test_what_describes_tables_is_no_data(
     assert make(code).documents == 4
 
 
-def test_lines_of_json_under_another_name_are_no_text(tmp_path: Path, make: Tokenize) -> None:
+def test_rows_of_json_under_another_name_are_no_text(tmp_path: Path, make: Tokenize) -> None:
     """Spark's part-00000 and others: refused, in a folder left out, never read as syntax."""
     row = json.dumps({"text": "words"}) + "\n"
     folder = tmp_path / "spark"
@@ -143,8 +158,9 @@ def test_lines_of_json_under_another_name_are_no_text(tmp_path: Path, make: Toke
     (folder / "a.txt").write_text('{"other": 1} is a text')
     with gzip.open(tmp_path / "data.txt.gz", "wt") as file:
         file.write(row)
-    for file in (folder / "part-00000", tmp_path / "data.txt.gz"):
-        with pytest.raises(DataError, match=f"{file.name}: holds lines of JSON with 'text', under"):
+    (tmp_path / "list.txt").write_text(json.dumps([{"text": "words"}] * 2, indent=1))
+    for file in (folder / "part-00000", tmp_path / "data.txt.gz", tmp_path / "list.txt"):
+        with pytest.raises(DataError, match=f"{file.name}: holds rows of JSON with 'text', under"):
             make(file)
     assert make(folder).index["counts"]["files_left_out"] == 1
 
@@ -160,6 +176,36 @@ def test_all_splits_of_a_folder_are_read_and_that_is_said(
     assert "splits" not in capsys.readouterr().err
     make(tmp_path / "two")
     assert "holds the splits test, train, and all are read" in capsys.readouterr().err
+
+
+def test_missing_parts_and_packed_copies_are_said(
+    tmp_path: Path, make: Tokenize, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A download that broke off, and a file that was unpacked beside its archive."""
+    for number in (0, 2):
+        json_lines(tmp_path / f"train-0000{number}-of-00003.jsonl", {"text": "words"})
+    make(tmp_path)
+    said = capsys.readouterr().err
+    assert "train-*-of-00003.jsonl: 1 parts are missing; the others are read" in said
+    file = json_lines(tmp_path / "train-00001-of-00003.jsonl", {"text": "words"})
+    make(tmp_path)
+    assert "warning" not in capsys.readouterr().err
+    Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    assert make(tmp_path).documents == 4
+    assert f"{file}: read, and so is {file}.gz" in capsys.readouterr().err
+
+
+def test_a_folder_of_the_hub_s_cache_stands_for_its_snapshots(
+    tmp_path: Path, make: Tokenize
+) -> None:
+    """`refs` holds the name of a commit, and `blobs` the files without theirs."""
+    for name in ("blobs", "refs", "snapshots/abc"):
+        (tmp_path / "repo" / name).mkdir(parents=True)
+    json_lines(tmp_path / "repo/blobs/1f", {"text": "one"}, {"text": "two"})
+    (tmp_path / "repo/refs/main").write_text("abc")
+    (tmp_path / "repo/snapshots/abc/train.jsonl").symlink_to("../../blobs/1f")
+    store = make(tmp_path / "repo")
+    assert store.documents == 2 and not store.index["counts"]["files_left_out"]
 
 
 def test_named_binary_file_is_refused_though_its_folder_is_cached(
