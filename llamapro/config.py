@@ -125,6 +125,7 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "is_causal": (True, None),  # false: transformers lets a token see those after it
     "per_layer_config": (None,),
     "quantization_config": (None,),
+    "transformers_weights": (None, "model.safetensors"),  # a file that it reads instead
 }
 _SIZES = (
     "vocab_size",

@@ -149,6 +149,7 @@ def test_no_end_token_and_several_are_possible() -> None:
         ("quantization_config", {"bits": 4}),
         ("is_causal", False),
         ("per_layer_config", {"1": {"rms_norm_eps": 1e-3}}),
+        ("transformers_weights", "other.safetensors"),
     ],
 )
 def test_a_field_the_model_does_not_compute_is_refused_by_name(field: str, value: Any) -> None:
@@ -185,7 +186,7 @@ def test_all_mistakes_are_in_one_message() -> None:
         {"layer_types": ["full_attention"] * 32},
         {"attention_bias": None, "mlp_bias": None, "num_local_experts": 1},
         {"pad_token_id": 32000},
-        {"is_causal": True, "per_layer_config": None},
+        {"is_causal": True, "per_layer_config": None, "transformers_weights": "model.safetensors"},
         {"rope_scaling": {"rope_type": "default", "factor": 1.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "rope_theta": 1e4},
     ],

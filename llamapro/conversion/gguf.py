@@ -224,10 +224,10 @@ def _rope_scaling(
     metadata: dict[str, Any], factors: GGUFTensor | None, config: ModelConfig, file: Path
 ) -> RopeScaling | None:
     """Returns the scaling that the metadata name, or that the factors follow from."""
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    factor = metadata.get("llama.rope.scaling.factor", 1.0)
-    if "llama.rope.scale_linear" in metadata:  # how files of 2023 say it
-        kind, factor = "linear", metadata["llama.rope.scale_linear"]
+    # llama.cpp's defaults; files of 2023 have the second name.
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    factor = metadata.get("llama.rope.scale_linear", 1.0)
+    factor = metadata.get("llama.rope.scaling.factor", factor) or 1.0
     if kind not in ("none", "linear"):
         raise ConfigError(f"{file}: llama.rope.scaling.type is {kind!r}, not supported ('linear')")
     if factors is None:

@@ -23,10 +23,13 @@ from llamapro.text.tokenizer import Tokenizer
 _GENERATION_FILE = "generation_config.json"
 # Other settings of that file that would change which token is chosen: name -> value that does not.
 _OF_DRAWING = {"top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+_OF_DRAWING |= {"top_h": 0}
 _OF_LOGITS = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1}
 _OF_LOGITS |= {"min_length": 0, "min_new_tokens": 0, "guidance_scale": 1}
+_OF_LOGITS |= {"encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0}
 _LISTS = "bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias stop_strings"
-_FORCED = "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty"
+_FORCED = "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty max_time "
+_FORCED += "max_new_tokens penalty_alpha dola_layers watermarking_config"
 
 
 def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
@@ -47,7 +50,7 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
             f"{file}: eos_token_id is {eos!r:.80}, expected a token id or a list of them"
         )
     ends.update(listed)
-    for name, fields in {"config.json": config.raw, _GENERATION_FILE: raw}.items():
+    for name, fields in {"config.json": config.raw, file.name: raw}.items():
         bos = fields.get("bos_token_id")
         if None not in (bos, tokenizer.bos_id) and bos != tokenizer.bos_id:
             warn(
@@ -57,10 +60,12 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
     return ends
 
 
-def _generation_config(config: ModelConfig) -> tuple[Path | None, dict[str, Any]]:
-    """Reads `generation_config.json` beside a model's `config.json`, if it is there."""
-    file = config.directory / _GENERATION_FILE if config.directory else None
-    return file, read_json(file) if file is not None and file.exists() else {}
+def _generation_config(config: ModelConfig) -> tuple[Path, dict[str, Any]]:
+    """Reads `generation_config.json`, or where there is none `config.json`, as transformers."""
+    directory = config.directory or Path()
+    if config.directory and (file := directory / _GENERATION_FILE).exists():
+        return file, read_json(file)
+    return directory / "config.json", config.raw
 
 
 def choose_sampling(
@@ -95,8 +100,8 @@ def choose_sampling(
     ignored: dict[str, Any] = _OF_LOGITS | (_OF_DRAWING if temperature else {})
     ignored |= {name: [] for name in f"{_LISTS} {_FORCED}".split()}
     left = [f"{n} {raw[n]!r:.40}" for n, none in ignored.items() if raw.get(n) not in (None, none)]
-    said = [f"{', '.join(taken)} from {_GENERATION_FILE}"] if taken else []
-    said += [f"{', '.join(left)} of {_GENERATION_FILE} not applied"] if left else []
+    said = [f"{', '.join(taken)} from {file.name}"] if taken else []
+    said += [f"{', '.join(left)} of {file.name} not applied"] if left else []
     if said:
         print("; ".join(said), file=sys.stderr)
     return temperature, 1.0 if top_p is None else top_p

@@ -174,6 +174,12 @@ LINE = " from generation_config.json"
             (0.0, 1.0),
             "repetition_penalty 1.05 of generation_config.json not applied",
         ),
+        (
+            {"max_new_tokens": 5},
+            {},
+            (0, 1),
+            "max_new_tokens 5 of generation_config.json not applied",
+        ),
     ],
 )
 def test_sampling_is_that_of_generation_config_unless_options_say_otherwise(
@@ -196,3 +202,19 @@ def test_sampling_is_that_of_generation_config_unless_options_say_otherwise(
         theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
         drawn = (theirs.temperature or 1.0, theirs.top_p or 1.0)
         assert expected == (drawn if theirs.do_sample else (0.0, 1.0))
+
+
+def test_without_generation_config_the_settings_of_config_json_count(
+    model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models from before that file say there how they sample; transformers reads it."""
+    said = {"do_sample": True, "temperature": 0.5, "top_p": 0.8, "repetition_penalty": 1.2}
+    raw = model.config.raw | said
+    config = dataclasses.replace(model.config, raw=raw, directory=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path, "config.json")
+    assert choose_sampling(config) == (0.5, 0.8) == (theirs.temperature, theirs.top_p)
+    line = "temperature 0.5, top_p 0.8 from config.json; repetition_penalty 1.2 of config.json not"
+    assert line in capsys.readouterr().err
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert choose_sampling(config) == (0.0, 1.0)

@@ -192,13 +192,16 @@ def test_llama_3_rope_factors_become_the_parameters_they_were_made_of(
     [
         ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
         ({"llama.rope.scale_linear": 2.5}, 2.5),
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 2.5}, 4.0),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scale_linear": 2.5}, None),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
     ],
 )
 def test_linear_scaling_and_windows_reach_the_configuration(
     model: Callable[..., Path], tmp_path: Path, values: dict[str, Any], expected: float | None
 ) -> None:
-    """Linear scaling, as today and as in 2023; a window makes it a Mistral."""
+    """Linear scaling, as today and as in 2023, also without a type; a window makes it a Mistral."""
     window = {"llama.attention.sliding_window": 64}
     from_gguf(model(values=values | window), tmp_path / "out")
     config = Checkpoint.open(tmp_path / "out").config
