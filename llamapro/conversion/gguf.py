@@ -103,6 +103,7 @@ def from_gguf(
         write_json(aside / "generation_config.json", ids)
         for name, content in companions.items():
             data = content if isinstance(content, bytes) else content.encode()
+            (aside / name).parent.mkdir(exist_ok=True)
             (aside / name).write_bytes(data)
     return {
         "parameters": sum(math.prod(target.shape) for target in targets),

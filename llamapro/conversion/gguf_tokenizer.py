@@ -14,6 +14,7 @@ from typing import Any
 
 from llamapro.conversion.companions import CONFIG_NAME, SPACE, tokenizer_files
 from llamapro.errors import ConfigError, DataError, suggest
+from llamapro.text.template_files import FOR_TOOLS, TOOLS_FILE
 from llamapro.text.vocabulary import JSON_NAME, LLAMA_3_PATTERN, byte_characters
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as in sentencepiece
@@ -140,6 +141,8 @@ def read_tokenizer(
     files[CONFIG_NAME] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     if template := metadata.get("tokenizer.chat_template"):
         files["chat_template.jinja"] = str(template)
+    if template := metadata.get(f"tokenizer.chat_template.{FOR_TOOLS}"):
+        files[TOOLS_FILE] = str(template)
     ends = list(dict.fromkeys(ids[role] for role in ("eos", "eot", "eom") if role in ids))
     named = {
         "bos_token_id": ids.get("bos"),

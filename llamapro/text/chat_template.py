@@ -36,6 +36,7 @@ class ChatTemplate:
         date: what `strftime_now` formats in the template; None means now.
         prints_date: whether the template asks for it.
         has_other: whether the model has another template for conversations with tools.
+        plain_names: names of control tokens, as plain characters, in what was encoded last.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class ChatTemplate:
         control = [name for name, token in tokenizer.added.items() if token.id in self._control]
         self._names = _first_characters(control)
         self._special_names = _first_characters([n for n in control if tokenizer.added[n].special])
+        self._broken = {f"{name[0]}{MARK}{name[1:]}": name for name in control}
+        self.plain_names: list[str] = []
 
     @classmethod
     def load(
@@ -151,6 +154,8 @@ class ChatTemplate:
         if problems:
             raise DataError("; ".join(problems))
         marked = self._render(messages, False, variables)
+        broken = self._broken if MARK in marked else {}
+        self.plain_names = [name for text, name in broken.items() if text in marked]
         ids, extents = self._tokenize(_BORDER.sub("", marked))
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         if START in marked:

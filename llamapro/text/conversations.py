@@ -56,7 +56,8 @@ class ConversationCounts:
     """Counts of what was read.
 
     `documents` is the number of conversations, named as in `TokenStore`; `bytes` is the UTF-8
-    length of all contents; `unread` are keys of rows that hold something and are not read.
+    length of all contents; `unread` are keys of rows and turns that hold something and are not
+    read, `markers` in how many conversations names of control tokens are plain characters.
     """
 
     documents: int = 0
@@ -67,6 +68,7 @@ class ConversationCounts:
     untrained_conversations: int = 0
     other_files: int = 0
     unread: list[str] = field(default_factory=list)
+    markers: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Returns the counts as text."""
@@ -79,6 +81,10 @@ class ConversationCounts:
             f"{self.documents:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} of them trained ({share:.0%}){describe_unusual(unusual)}"
             + (f", keys not read: {quote_names(self.unread)}" if self.unread else "")
+            + "".join(
+                f"; {name!r} stands in {count:,} of them as plain characters, not as the token"
+                for name, count in self.markers.items()
+            )
         )
 
 

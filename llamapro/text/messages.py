@@ -27,7 +27,7 @@ def check_messages(messages: Sequence[Message], needs_assistant: bool = True) ->
         if not isinstance(content, str):
             kind = "nothing" if content is None else type(content).__name__
             problems.append(f"turn {number}: the content is {kind}, expected a string")
-        elif not content.strip() and not message.get("tool_calls"):
+        elif not (content.strip() or message.get("tool_calls")) and role in ("user", "assistant"):
             problems.append(f"turn {number}: the content is empty")
         elif RESERVED.search(content):
             problems.append(

@@ -98,6 +98,8 @@ def _encode_all(
             continue
         hidden = sorted(template.hidden(messages, variables))
         counts.unread += (key for key in hidden if key not in counts.unread)
+        for name in template.plain_names:
+            counts.markers[name] = counts.markers.get(name, 0) + 1
         counts.documents += 1
         counts.turns += len(messages)
         counts.bytes += sum(len(message["content"].encode()) for message in messages)

@@ -13,7 +13,8 @@ BUILT_IN = {
     for name in ("llama2", "llama3", "mistral", "chatml")
 }
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
-FOR_TOOLS, _OTHERS = "tool_use", "additional_chat_templates"  # transformers' names
+FOR_TOOLS = "tool_use"  # transformers' names
+TOOLS_FILE = f"additional_chat_templates/{FOR_TOOLS}.jinja"
 
 
 class Found(NamedTuple):
@@ -54,7 +55,7 @@ def find_template(directory: str | Path, template: str = "") -> Found:
             ) from None
         if (stored or source) != source:
             warn(f"{file}: taken, as in transformers; {_CONFIG} has another one")
-        others = Path(directory, _OTHERS, f"{FOR_TOOLS}.jinja")
+        others = Path(directory, TOOLS_FILE)
         return Found(source, str(file), has_other=not template and others.exists())
     if not isinstance(stored, str):
         raise DataError(

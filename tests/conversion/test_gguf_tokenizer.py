@@ -114,7 +114,8 @@ def test_transformers_reads_what_is_written(convert: Callable[[dict[str, Any]], 
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     values = byte_level("gpt-2", padding_token_id=2, eos_token_id=2, eot_token_id=1)
     values |= {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
-    directory = convert(values | {"tokenizer.chat_template": template})
+    values |= {"tokenizer.chat_template": template, "tokenizer.chat_template.tool_use": "tools"}
+    directory = convert(values)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(directory), Tokenizer.load(directory)
     assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == tuple(
         CONTROL[i] for i in (0, 2, 2)
@@ -127,6 +128,7 @@ def test_transformers_reads_what_is_written(convert: Callable[[dict[str, Any]], 
     message = [{"role": "user", "content": "Hi"}]
     assert theirs.apply_chat_template(message, tokenize=False) == "<|im_start|>Hi<|im_end|>"
     assert ChatTemplate.load(directory, ours).render(message) == "<|im_start|>Hi<|im_end|>"
+    assert ChatTemplate.load(directory, ours).has_other
     generation = json.loads((directory / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 0, "eos_token_id": [2, 1], "pad_token_id": 2}
 

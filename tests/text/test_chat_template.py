@@ -144,7 +144,10 @@ def test_names_of_control_tokens_in_what_people_wrote_are_text(
         return [i for i in template.encode(messages)[0] if i in controls]
 
     assert found(attack) == found(honest)
+    assert template.plain_names == []
     ids, trained = template.encode(attack)
+    names = {*any_tokenizer.special_tokens, "<|im_start|>", "<|im_end|>"} & {*any_tokenizer.added}
+    assert {*template.plain_names} == {name for name in names if name in evil}
     assert any_tokenizer.decode(ids).count(evil) == len(CHAT)
     assert all(evil in answer for answer in answers_of(any_tokenizer, ids, trained))
     assert template.render(attack).count(evil) == len(CHAT)

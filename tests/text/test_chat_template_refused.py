@@ -182,7 +182,8 @@ def test_templates_have_what_transformers_gives_them(directory: Path, tokenizer:
         (CHAT[:2], ["no turn of the assistant"]),
         ([{"role": "user", "content": "\ufdd1"}, CHAT[2]], [r"turn 1: has U\+FDD0"]),
         ([{"role": "user", "content": "\ud800"}, CHAT[2]], ["turn 1: not valid Unicode"]),
-        ([{"role": "x", "content": ""}], ["unknown role", "empty", "no turn of the assistant"]),
+        ([{"role": "x", "content": ""}], ["unknown role", "no turn of the assistant"]),
+        ([{"role": "system", "content": ""}, *CHAT[1:], {"role": "tool", "content": ""}], []),
     ],
 )
 def test_conversations_that_cannot_be_trained_on_are_told(

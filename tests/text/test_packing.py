@@ -32,6 +32,7 @@ class CharacterTemplate:
     """A token for each character, one before each turn and one after; BOS first."""
 
     source, prints_date, date = "one", False, None
+    plain_names = ("<end>",)
 
     def encode(
         self, messages: list[Message], variables: dict[str, Any] | None = None
@@ -208,15 +209,16 @@ def test_store_is_cached_by_files_and_template(
     assert read(path)["a.jsonl"].path != first.path
 
 
-def test_keys_of_turns_that_the_template_does_not_show_are_said(
+def test_what_the_template_does_not_take_up_is_said(
     tmp_path: Path, read: Read, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They reach the template, which passes over them."""
+    """Keys of turns, and names of control tokens, which are plain characters in a message."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "cot": "c"}]
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": turns, "id": 5}))
     read(path)
-    assert "keys not read: 'id', 'cot'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "keys not read: 'id', 'cot'; '<end>' stands in 1 of them as plain characters" in said
 
 
 def test_problems_of_all_sources_are_in_one_error(tmp_path: Path, read: Read) -> None:
