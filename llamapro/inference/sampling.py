@@ -23,13 +23,10 @@ from llamapro.text.tokenizer import Tokenizer
 _GENERATION_FILE = "generation_config.json"
 # Other settings of that file that would change which token is chosen: name -> value that does not.
 _OF_DRAWING = {"top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
-_OF_DRAWING |= {"top_h": 0}
 _OF_LOGITS = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1}
 _OF_LOGITS |= {"min_length": 0, "min_new_tokens": 0, "guidance_scale": 1}
-_OF_LOGITS |= {"encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0}
 _LISTS = "bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias stop_strings"
-_FORCED = "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty max_time "
-_FORCED += "max_new_tokens penalty_alpha dola_layers watermarking_config"
+_FORCED = "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty max_new_tokens"
 
 
 def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:

@@ -284,9 +284,7 @@ class ChatTemplate:
                     f"begins is unknown; {fix}"
                 )
             added = after[len(before) :]
-            content = message[
-                "content"
-            ].strip()  # "" beside the call of a tool: a header is in tail
+            content = message["content"].strip()  # "" beside a call: a header is in the tail
             header, _, tail = added.partition(content) if content else ("", "", added)
             # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
             # first template puts the next header behind every answer.

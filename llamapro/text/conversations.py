@@ -35,15 +35,13 @@ _BESIDE = ("system", "system_prompt", "input", "context", "history")
 _VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
 _FOREIGN = ("image", "images", "audio", "audios", "video", "videos")  # these would be lost
 # Keys of a turn that say whether it is trained: by 1, and by 0. Others of such names are refused.
-_LOSS = ("weight", "loss_weight", "loss_mask", "loss")
-_SWITCHES = (*_LOSS, "train", "training", "trainable", "train_mask")
+_LOSS = ("weight", "loss_weight", "loss_mask")
+_SWITCHES = (*_LOSS, "loss", "train", "training", "trainable", "train_mask")
 _MASKS = ("masked", "is_masked")
 _SAYS_TRAINED = re.compile("(^|_)(train|learn|loss|mask|weight|ignore|exclude)")
 _SAYS_UNTRAINED = re.compile("mask|ignore|exclude|(^|_)(no|on)_|detail")
-# Keys whose meaning differs between tools, or that choose parts of a turn.
-_UNSURE = ("mask", "ignore", "train_on_input", "train_on_inputs", "train_detail", "training_detail")
-# Keys of a row that would change what is learned from the whole of it.
-_OF_ROWS = ("weight", "sample_weight", "loss_weight", "loss_mask", "train", *_MASKS, *_UNSURE)
+# Keys of a row that would change what is learned from the whole of it, as lists and flags would.
+_OF_ROWS = (*_LOSS, "sample_weight", "train", "mask", "ignore", *_MASKS)
 _JUDGED = ("label", "kto_tag")
 _CHECKED = {*_VARIABLES, *_FOREIGN, *_OF_ROWS, *_JUDGED}
 _KEYS = {*_BESIDE, *_CHECKED}.union(*_FORMS)
@@ -67,6 +65,7 @@ class ConversationCounts:
     trained_tokens: int = 0
     untrained_conversations: int = 0
     other_files: int = 0
+    empty_files: int = 0
     unread: list[str] = field(default_factory=list)
     markers: dict[str, int] = field(default_factory=dict)
 
@@ -75,6 +74,7 @@ class ConversationCounts:
         unusual = {
             "conversations without a trained token left out": self.untrained_conversations,
             f"files that are not {', '.join(SUFFIXES)} skipped": self.other_files,
+            "files without a row": self.empty_files,
         }
         share = self.trained_tokens / max(1, self.tokens)
         return (
@@ -126,6 +126,7 @@ def read_conversations(
         if file.left_out or not (file.is_named or has_rows(file.path)):
             counts.other_files += 1
             continue
+        earlier, location = len(problems), ""
         for location, row in read_rows(file.path, problems.add, choose, "conversation"):
             try:
                 conversation = to_conversation(row)
@@ -134,6 +135,7 @@ def read_conversations(
             else:
                 note(conversation.unread)
                 yield location, conversation
+        counts.empty_files += not location and len(problems) == earlier
 
 
 def to_conversation(row: dict[str, Any]) -> Conversation:
@@ -329,7 +331,7 @@ def _weight(turn: dict[str, Any], role: str, place: str) -> dict[str, int]:
     for key, value in turn.items():
         if key in (*_SWITCHES, *_MASKS) or not _SAYS_TRAINED.search(key) or value is None:
             continue
-        if value or key not in _UNSURE:
+        if value or not _SAYS_UNTRAINED.search(key):
             raise ValueError(f"{place}: {key!r} is not read; cut the turn, or give it a weight")
     said = {key: turn[key] for key in (*_SWITCHES, *_MASKS) if turn.get(key) is not None}
     if wrong := [f"{key!r} is {value!r}" for key, value in said.items() if value not in (0, 1)]:

@@ -35,7 +35,7 @@ def name_of(token: Any) -> str | None:
 
 
 def read_roles(directory: Path) -> dict[str, Any]:
-    """Returns `tokenizer_config.json` with the roles of tokens that count.
+    """Returns `tokenizer_config.json` with the roles of tokens that count, a model's own too.
 
     Beside an `added_tokens_decoder`, `special_tokens_map.json` is not read; otherwise it comes
     first. A difference is said.
@@ -50,15 +50,10 @@ def read_roles(directory: Path) -> dict[str, Any]:
                 f"{directory}: {key} is {here!r} in {_CONFIG} and {there!r} in {_ROLES}: {taken} "
                 f"counts, as in transformers 5"
             )
-    return config if has_table else config | roles
-
-
-def roles_of(names: dict[str, Any]) -> dict[str, str]:
-    """Returns the names of tokens by role, those of a model's own roles too."""
-    for extra in map(names.get, _EXTRA):
-        names = names | (extra if isinstance(extra, dict) else {})
-    roles = {key: name_of(token) for key, token in names.items() if key.endswith("_token")}
-    return {key: name for key, name in roles.items() if isinstance(name, str)}
+    names = config if has_table else config | roles
+    for own in map(names.get, _EXTRA):
+        names = names | (own if isinstance(own, dict) else {})
+    return names
 
 
 def _lists(names: dict[str, Any]) -> list[Any]:

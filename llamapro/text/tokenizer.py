@@ -26,7 +26,6 @@ from llamapro.text.token_files import (
     names_pattern,
     read_object,
     read_roles,
-    roles_of,
 )
 from llamapro.text.vocabulary import (
     JSON_NAME,
@@ -74,7 +73,8 @@ class Tokenizer:
         own = added_tokens(directory, names, raw_json)
         tokens = join_tokens(directory, names, own, vocabulary)
         self.added = self._tokens = tokens
-        self.named_tokens = roles_of(names)
+        roles = {key: name_of(token) for key, token in names.items() if key.endswith("_token")}
+        self.named_tokens = {key: name for key, name in roles.items() if isinstance(name, str)}
         self._encode_text, self._ends = vocabulary.encode, vocabulary.ends
         self._pieces = vocabulary.pieces | {
             token.id: b"" if token.special else name.encode() for name, token in tokens.items()
@@ -101,8 +101,7 @@ class Tokenizer:
 
         self.bos_id = frame_id("bos_token", vocabulary.bos_id)
         self.eos_id = frame_id("eos_token", vocabulary.eos_id)
-        frame = frame_of(directory / JSON_NAME, raw_json, names, self.bos_id, self.eos_id)
-        self.prefix, behind = frame
+        self.prefix, behind = frame_of(directory, raw_json, names, self.bos_id, self.eos_id)
         ends = [] if self.eos_id is None else [self.eos_id]
         self.suffix = [] if ends and ends == self.prefix[:1] else ends
         if behind:

@@ -286,7 +286,7 @@ def has_space_everywhere(raw: dict[str, Any]) -> bool:
 
 
 def frame_of(
-    path: Path, raw: dict[str, Any], config: dict[str, Any], bos_id: int | None, eos_id: int | None
+    home: Path, raw: dict[str, Any], config: dict[str, Any], bos_id: int | None, eos_id: int | None
 ) -> tuple[list[int], list[int]]:
     """Returns the ids that transformers' tokenizer puts before every text, and those behind it.
 
@@ -321,7 +321,9 @@ def frame_of(
                 before.append(part["cls"][1])
                 behind.append(part["sep"][1])
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{path}: its post_processor cannot be read ({error!r})") from None
+        raise DataError(
+            f"{home / JSON_NAME}: its post_processor cannot be read ({error!r})"
+        ) from None
     return before, behind
 
 

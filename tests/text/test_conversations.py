@@ -122,6 +122,16 @@ def test_keys_that_are_not_read_are_said(tmp_path: Path, write_parquet: Any) -> 
         assert "keys not read: " in counts.describe() and "'reasoning'" in counts.describe()
 
 
+def test_files_without_a_row_are_counted(tmp_path: Path) -> None:
+    """Their names were given, and nothing of them is read."""
+    (tmp_path / "a.csv").write_text("prompt,completion\n")
+    (tmp_path / "b.json").write_text("[]")
+    write(tmp_path / "c.jsonl", ROW)
+    counts = ConversationCounts()
+    assert len(list(read_conversations(find_files([str(tmp_path)]), Problems(), counts))) == 1
+    assert "2 files without a row" in counts.describe()
+
+
 def test_weights_in_a_column_are_refused(tmp_path: Path, write_parquet: Any) -> None:
     """A table is read by its columns, and these are among them."""
     file = write_parquet(tmp_path / "a.parquet", [{"messages": ASKED, "turn_weights": [0, 1]}])
@@ -212,7 +222,7 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ({**ROW, "is_trainable": False}, "'is_trainable' is False: only turns"),
         *(
             ({"messages": [ASKED[0], ASKED[1] | said]}, f"turn 2: '{next(iter(said))}' is not read")
-            for said in ({"mask": True}, {"learn": False}, {"weights": [1]}, {"no_train": 0})
+            for said in ({"mask": True}, {"learn": False}, {"weights": [1]}, {"no_train": 1})
         ),
         (
             {
