@@ -35,13 +35,12 @@ _BESIDE = ("system", "system_prompt", "input", "context", "history")
 _VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
 _FOREIGN = ("image", "images", "audio", "audios", "video", "videos")  # these would be lost
 # Keys of a turn that say whether it is trained: by 1, and by 0. Others of such names are refused.
-_LOSS = ("weight", "loss_weight", "loss_mask")
-_SWITCHES = (*_LOSS, "loss", "train", "training", "trainable", "train_mask")
+_SWITCHES = (*"weight loss_weight loss_mask train_mask train training trainable loss".split(),)
 _MASKS = ("masked", "is_masked")
 _SAYS_TRAINED = re.compile("(^|_)(train|learn|loss|mask|weight|ignore|exclude)")
 _SAYS_UNTRAINED = re.compile("mask|ignore|exclude|(^|_)(no|on)_|detail")
 # Keys of a row that would change what is learned from the whole of it, as lists and flags would.
-_OF_ROWS = (*_LOSS, "sample_weight", "train", "mask", "ignore", *_MASKS)
+_OF_ROWS = (*_SWITCHES[:3], "sample_weight", "train", "mask", "ignore", *_MASKS)
 _JUDGED = ("label", "kto_tag")
 _CHECKED = {*_VARIABLES, *_FOREIGN, *_OF_ROWS, *_JUDGED}
 _KEYS = {*_BESIDE, *_CHECKED}.union(*_FORMS)
@@ -77,14 +76,12 @@ class ConversationCounts:
             "files without a row": self.empty_files,
         }
         share = self.trained_tokens / max(1, self.tokens)
+        plain = "stands in {:,} of them as plain characters, not as the token"
         return (
             f"{self.documents:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} of them trained ({share:.0%}){describe_unusual(unusual)}"
             + (f", keys not read: {quote_names(self.unread)}" if self.unread else "")
-            + "".join(
-                f"; {name!r} stands in {count:,} of them as plain characters, not as the token"
-                for name, count in self.markers.items()
-            )
+            + "".join(f"; {name!r} {plain.format(n)}" for name, n in self.markers.items())
         )
 
 
