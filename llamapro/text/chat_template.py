@@ -157,6 +157,15 @@ class ChatTemplate:
         broken = self._broken if MARK in marked else {}
         self.plain_names = [name for text, name in broken.items() if text in marked]
         ids, extents = self._tokenize(_BORDER.sub("", marked))
+        text = RESERVED.sub("", marked)
+        for number, message in enumerate(messages, 1):
+            words = re.findall(r"\w+", message["content"])
+            if words and not any(word in text for word in words):
+                raise DataError(
+                    f"{self.origin}: turn {number}: the template shows nothing of its text, "
+                    f"{message['content'][:40]!r} of {message['role']!r}; leave the turn out, or "
+                    "use another template"
+                )
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         if START in marked:
             spans = _tagged_spans(marked)

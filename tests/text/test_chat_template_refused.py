@@ -40,7 +40,7 @@ LATER = "renders earlier turns differently once there are later ones, so where"
 @pytest.mark.parametrize(
     ("text", "prompt", "why"),
     [
-        ("{{ m.content if loop.last or m.role == 'user' else m.content[:1] }}", "", LATER),
+        ("{{ m.content if loop.last or m.role == 'user' else m.content[:5] }}", "", LATER),
         ("{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' }}", "", LATER),
         (
             "{{ m.content }}",
@@ -145,7 +145,11 @@ def test_built_in_template_of_another_model_is_refused(tokenizer_file: Path) -> 
         ("{{ messages[9].content.strip() }}", r"mine\.jinja: UndefinedError"),
         ("{{ messages.append(1) }}", r"mine\.jinja: SecurityError"),
         ("{{ ''.__class__.__mro__ }}", r"mine\.jinja: SecurityError"),
-        ("nothing", "shows nothing of the assistant"),
+        ("nothing", "turn 1: the template shows nothing of its text, 'Be brief.' of 'system'"),
+        (
+            "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
+            "shows nothing of the assistant",
+        ),
     ],
 )
 def test_failing_templates_are_told_with_the_reason(
@@ -207,6 +211,22 @@ def test_a_prompt_needs_no_answer(tokenizer: Tokenizer) -> None:
     assert template.encode_prompt([CHAT[3]]) == tokenizer.encode(text, special=True)
     with pytest.raises(DataError, match="turn 1: the content is empty"):
         template.encode_prompt([{"role": "user", "content": ""}])
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "assistant"])
+def test_a_turn_that_a_template_passes_over_is_refused(tokenizer: Tokenizer, role: str) -> None:
+    """Such as one of a role that it does not know, or a text where it wants a list of parts."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == '" + role + "' %}{% for p in "
+        "m.content %}{{ p.text }}{% endfor %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer, "their.jinja")
+    turns = [CHAT[0], CHAT[1], {"role": "tool", "content": "42"}, CHAT[4]]
+    with pytest.raises(DataError, match=f"shows nothing of its text, .* of '{role}'"):
+        template.encode(turns)
+    if role != "assistant":
+        template.encode([turn for turn in turns if turn["role"] != role])
 
 
 @pytest.mark.parametrize("key", ["extra_special_tokens", "model_specific_special_tokens"])
