@@ -47,7 +47,8 @@ ROPE = "rope.freqs"  # theta^(-2i / D): Meta's code computes it anew, so it may 
 _KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of"}
 _KNOWN |= {"ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "max_seq_len"}
 _KNOWN |= {"max_batch_size"}
-_REFUSED = ("sliding_window", "moe", "moe_args", "quantization_args", "lora_args", "rope_scaling")
+_REFUSED = {*"sliding_window moe moe_args quantization_args lora_args use_qk_norm".split()}
+_REFUSED |= {"rope_scaling", "rope_scaling_factor", "rope_high_freq_factor"}
 REMAP_BYTES = 256 << 20
 LLAMA_3_VOCAB = LLAMA_3_RANKS + len(LLAMA_3_SPECIAL)
 _FLOATS = {dtype for dtype in DTYPE_CODES if dtype.is_floating_point}
@@ -186,6 +187,9 @@ def read_params(file: Path) -> dict[str, Any]:
             wrong.add(f"{key} {params[key]!r:.80} is not supported")
         else:
             warn(f"{file}: {key[:80]} {params[key]!r:.80} is not known, and not used")
+    size = params.get("head_dim")
+    if size is not None and not wrong and size != params["dim"] / params["n_heads"]:
+        wrong.add(f"head_dim {size!r:.80} is not dim / n_heads, not supported")
     if (scaled := params.get("use_scaled_rope")) not in (None, False, True):
         wrong.add(f"use_scaled_rope is {scaled!r}, expected true or false")
     wrong.check(ConfigError, str(file))

@@ -35,6 +35,8 @@ def test_a_release_cannot_say_a_window(
     [
         ({"sliding_window": 4096}, "refused"),
         ({"moe": {"num_experts": 8}}, "refused"),
+        ({"rope_scaling_factor": 16}, "refused"),
+        ({"head_dim": 128}, "refused"),
         ({"dropout": 0.1}, "said"),
         ({"hidden_dim": 16, "multiple_of": None}, "Mistral"),
     ],
