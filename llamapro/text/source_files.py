@@ -117,8 +117,7 @@ def _say_gaps(names: set[str]) -> None:
     parts = Counter(match.group(1, 3, 4) for match in map(_PART.fullmatch, names) if match)
     for (head, of, tail), count in parts.items():
         if count < int(of):
-            missing = int(of) - count
-            warn(f"{head}*-of-{of}{tail}: {missing:,} parts are missing; the others are read")
+            warn(f"{head}*-of-{of}{tail}: {int(of) - count:,} parts are missing; the rest is read")
     for name in names:
         if name.endswith((*COMPRESSED,)) and (plain := name.rpartition(".")[0]) in names:
             warn(f"{plain}: read, and so is {name}, which most likely holds the same")

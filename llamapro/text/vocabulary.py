@@ -303,8 +303,7 @@ def frame_of(
         DataError: the post-processor cannot be read.
     """
     if not raw:
-        first, last = config.get("add_bos_token", True), config.get("add_eos_token")
-        pairs = ((bos_id, first), (eos_id, last))
+        pairs = ((bos_id, config.get("add_bos_token", True)), (eos_id, config.get("add_eos_token")))
         before, behind = ([i] if i is not None and is_on else [] for i, is_on in pairs)
         return before, behind
     before, behind = [], []

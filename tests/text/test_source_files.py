@@ -186,7 +186,7 @@ def test_missing_parts_and_packed_copies_are_said(
         json_lines(tmp_path / f"train-0000{number}-of-00003.jsonl", {"text": "words"})
     make(tmp_path)
     said = capsys.readouterr().err
-    assert "train-*-of-00003.jsonl: 1 parts are missing; the others are read" in said
+    assert "train-*-of-00003.jsonl: 1 parts are missing; the rest is read" in said
     file = json_lines(tmp_path / "train-00001-of-00003.jsonl", {"text": "words"})
     make(tmp_path)
     assert "warning" not in capsys.readouterr().err
