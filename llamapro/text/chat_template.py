@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.errors import DataError
-from llamapro.text.messages import RESERVED, Message, check_messages
+from llamapro.text.messages import (
+    RESERVED,
+    Message,
+    check_messages,
+    check_shown,
+    not_named,
+    with_reasoning,
+)
 from llamapro.text.sandbox import END, MARK, START, TemplateError, compiled, compiled_apart
 from llamapro.text.template_files import FOR_TOOLS, find_template
 from llamapro.text.tokenizer import Tokenizer
@@ -111,9 +118,7 @@ class ChatTemplate:
 
     def hidden(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
         """Returns the keys of turns, and the variables, that the template never names."""
-        given = {key for message in messages for key, value in message.items() if value}
-        given = (given | variables.keys()) - {"role", "content", "weight"}
-        return {key for key in given if not re.search(rf"\b{re.escape(key)}\b", self.source)}
+        return not_named(messages, variables, self.source)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids up to where the assistant's next answer begins.
@@ -157,15 +162,8 @@ class ChatTemplate:
         broken = self._broken if MARK in marked else {}
         self.plain_names = [name for text, name in broken.items() if text in marked]
         ids, extents = self._tokenize(_BORDER.sub("", marked))
-        text = RESERVED.sub("", marked)
-        for number, message in enumerate(messages, 1):
-            words = re.findall(r"\w+", message["content"])
-            if words and not any(word in text for word in words):
-                raise DataError(
-                    f"{self.origin}: turn {number}: the template shows nothing of its text, "
-                    f"{message['content'][:40]!r} of {message['role']!r}; leave the turn out, or "
-                    "use another template"
-                )
+        if problems := check_shown(messages, RESERVED.sub("", marked)):
+            raise DataError(f"{self.origin}: {problems[0]}")
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         if START in marked:
             spans = _tagged_spans(marked)
@@ -200,7 +198,7 @@ class ChatTemplate:
         it. Then names of tokens that are not flagged special get none.
         """
         frame: dict[str, Any] = {"tools": None, "documents": None} | self._token_names
-        values = {**(variables or {}), "messages": [dict(message) for message in messages]}
+        values = {**(variables or {}), "messages": [*map(with_reasoning, messages)]}
         values["add_generation_prompt"] = add_generation_prompt
         try:
             marked = self._marked(values, self._names)

@@ -1,7 +1,7 @@
 """Messages of a conversation, and what is wrong with them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llamapro.errors import suggest
@@ -10,8 +10,15 @@ from llamapro.text.sandbox import END, MARK, START
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 # Role and content; further keys go to the template as they are. `weight` 0: not trained.
 Message = Mapping[str, Any]
+REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names, best first
 # Characters that no text may have, because they mark places in a rendered one.
 RESERVED = re.compile(f"[{MARK}{START}{END}]")
+
+
+def with_reasoning(message: Message) -> dict[str, Any]:
+    """Returns a message with its reasoning under the names that templates read, as transformers."""
+    said = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    return {"thinking": said} | dict(message) | {"reasoning_content": said} if said else {**message}
 
 
 def check_messages(messages: Sequence[Message], needs_assistant: bool = True) -> list[str]:
@@ -38,3 +45,23 @@ def check_messages(messages: Sequence[Message], needs_assistant: bool = True) ->
     if needs_assistant and all(message["role"] != "assistant" for message in messages):
         problems.append("no turn of the assistant: nothing to train on")
     return problems
+
+
+def not_named(messages: Sequence[Message], variables: Iterable[str], source: str) -> set[str]:
+    """Returns the keys of messages, and the variables, that a template's source never names."""
+    given = {key for message in messages for key, value in message.items() if value}
+    given = given.union(variables) - {"role", "content", "weight"}
+    names = {key: (key, *REASONING[:2]) if key in REASONING else (key,) for key in given}
+    words = {*re.findall(r"\w+", source)}
+    return {key for key in given if not words.intersection(names[key])}
+
+
+def check_shown(messages: Sequence[Message], text: str) -> list[str]:
+    """Returns which turns a template passed over: no word of them is in the text it wrote."""
+    return [
+        f"turn {number}: the template shows nothing of its text, {message['content'][:40]!r} of "
+        f"{message['role']!r}; leave the turn out, or use another template"
+        for number, message in enumerate(messages, 1)
+        if (words := re.findall(r"\w+", message["content"]))
+        and not any(word in text for word in words)
+    ]

@@ -283,6 +283,23 @@ def test_what_a_template_does_not_show_is_refused_by_name(tokenizer: Tokenizer) 
     assert trained_text.startswith("r[{'function'") and trained_text.endswith("</s>")
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("shown", ["reasoning_content", "thinking"])
+def test_reasoning_has_the_names_that_transformers_gives_it(
+    directory: Path, tokenizer: Tokenizer, key: str, shown: str
+) -> None:
+    """A template finds it under its own name, whatever the data call it."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m." + shown + " }}|{{ m.content }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    messages = [CHAT[1], CHAT[4] | {key: "hm"}]
+    ids, trained = ChatTemplate(source, tokenizer, "x").encode(messages)
+    assert answers_of(tokenizer, ids, trained) == ["hm|No.</s>"]
+    hf = AutoTokenizer.from_pretrained(directory)
+    assert hf.apply_chat_template(messages, chat_template=source, return_dict=False) == ids
+
+
 def test_a_call_without_content_is_trained(tokenizer: Tokenizer) -> None:
     """Its text is made of `tool_calls`; in templates with a header before answers, and without."""
     shown = "{{ m.content }}{% if m.tool_calls %}CALL {{ m.tool_calls[0] }}{% endif %}"
