@@ -134,7 +134,9 @@ def transformers_model(
 
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**config.raw | {"attn_implementation": "sdpa"}))
-    model.load_state_dict(tensors, strict=True, assign=True)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    model.load_state_dict(head | tensors, strict=True, assign=True)
+    model.tie_weights()
     # Its frequencies are no parameter, so they are still without values.
     with device:
         model.model.rotary_emb = LlamaRotaryEmbedding(config=model.config)

@@ -1,5 +1,6 @@
 """benchmarks/train_step.py: its sides compute the same, and it says what they took."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -102,3 +103,17 @@ def test_a_gpus_table_has_what_did_not_fit() -> None:
     assert "2 x 4096 tokens a step, bfloat16 on Some GPU" in lines[0]
     assert lines[2].split()[:2] == ["triton", "12,346"] and "71.2" in lines[2]
     assert lines[3] == "transformers: out of memory"
+
+
+def test_both_sides_share_a_tied_head() -> None:
+    """A base without a head of its own, such as SmolLM2, gives both the same logits."""
+    size = train_step.SIZES["tiny"]
+    tied = dataclasses.replace(size, base=size.base | {"tie_word_embeddings": True})
+    input_ids = torch.arange(8)[None]
+    logits = []
+    for side in ("torch", "transformers"):
+        model = train_step.build_model(side, tied, torch.device("cpu"), torch.float32)
+        assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+        out = model(input_ids)
+        logits.append(out if side == "torch" else out.logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
