@@ -167,7 +167,8 @@ def _check_row(row: dict[str, Any]) -> None:
             raise ValueError(f"has {key!r}: only text is trained on")
     for key, value in row.items():
         usual = key in _SWITCHES or not _SAYS_UNTRAINED.search(key)
-        is_list = isinstance(value, list) and value  # perhaps one weight for each turn
+        # Perhaps one weight for each turn; a list of texts is none.
+        is_list = isinstance(value, list) and value and not isinstance(value[0], (str, dict))
         says = key in _OF_ROWS or (_SAYS_TRAINED.search(key) and (is_list or type(value) is bool))
         if says and value != usual:
             raise ValueError(f"{key!r} is {value!r:.80}: only turns have a weight, 0 or 1")

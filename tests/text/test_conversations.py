@@ -139,6 +139,11 @@ def test_weights_in_a_column_are_refused(tmp_path: Path, write_parquet: Any) -> 
     assert not conversations and "'turn_weights' is [0, 1]: only turns" in problems.listed[0]
 
 
+def test_a_list_of_texts_is_no_weight() -> None:
+    """Whatever its name says: it is named among the keys that are not read."""
+    assert to_conversation({**ROW, "training_tags": ["a"]}).unread == {"training_tags"}
+
+
 def test_history_comes_before_the_question() -> None:
     """Pairs, as LLaMA-Factory keeps them, after the system's text."""
     row = {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"}
