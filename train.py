@@ -20,7 +20,8 @@ import torch
 from llamapro import backends, cli, ops
 from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.training import launcher, lock, plan, replay, resume
+from llamapro.text.mixture import MicroBatch
+from llamapro.training import launcher, lock, plan, resume
 from llamapro.training.checkpoint import Saver
 from llamapro.training.data import Data, is_complete, load_data
 from llamapro.training.distributed import Ranks, process_group, shard
@@ -117,7 +118,7 @@ def shard_objective(
 def train_step(
     objective: NextToken,
     guard: FiniteGuard,
-    batch: tuple[Sequence[torch.Tensor], int],
+    batch: Sequence[MicroBatch],
     valid: float,
     settings: Settings,
     ranks: Ranks,
@@ -126,8 +127,7 @@ def train_step(
     """One optimizer step on this rank's part of a global batch.
 
     Args:
-        batch: inputs, targets and, for conversations, documents, each (n, T) int64; and the number
-            of samples of the global batch that come before the replayed ones.
+        batch: its micro-batches.
         valid: number of targets of the *global* batch. The loss is a mean over them, so it does
             not depend on how the batch is split.
 
@@ -138,21 +138,15 @@ def train_step(
     Raises:
         Stopped: on every rank, if a signal came to one of them; the step is dropped.
     """
-    (columns, first_replayed), rows = batch, settings.train.micro_batch_size
     # FSDP averages gradients over the ranks, hence the factor world_size.
     scale = ranks.world_size / max(1.0, valid)
     loss_sum = torch.zeros((), device=ranks.device)
-    on_device = to_device(columns, ranks.device)
-    micro_batches = list(zip(*(column.split(rows) for column in on_device), strict=True))
-    replayed = replay.split_replayed(
-        first_replayed, len(micro_batches), rows, ranks.rank, ranks.world_size
-    )
-    for number, micro_batch in enumerate(micro_batches, 1):
+    for number, (columns, replayed) in enumerate(batch, 1):
         if number > 1:
             ranks.raise_stopped(stop)
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
-        objective.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]
-        loss, _ = objective(*micro_batch, replayed=replayed[number - 1])
+        objective.set_requires_all_reduce(number == len(batch))  # type: ignore[operator]
+        loss, _ = objective(*to_device(columns, ranks.device), replayed=replayed)
         (loss * scale).backward()
         loss_sum += loss.detach()
     norm = clip_gradients(objective.parameters(), settings.optim.clip)
@@ -212,7 +206,7 @@ def train(
                     save()
                 with state.timed():
                     batch = data.batch(state.samples, ranks)
-                    targets = (batch[0][1] != ops.IGNORE_INDEX).sum()
+                    targets = sum((b.columns[1] != ops.IGNORE_INDEX).sum() for b in batch)
                     # All ranks agree here, at the same step, on events that one of them has seen.
                     valid, is_stopping, is_written, is_time = ranks.sum(
                         targets, stop.is_asked, saver.is_done, progress.is_time

@@ -33,7 +33,6 @@ from llamapro.training.distributed import shard
 from llamapro.training.objective import make_objective
 from llamapro.training.plan import estimate_memory
 from llamapro.training.preset import parse
-from llamapro.training.replay import split_replayed
 from llamapro.training.settings import DataSettings, Settings
 from llamapro.training.weights import freeze, is_trained
 
@@ -134,8 +133,9 @@ def _kinds(settings: Settings, micro_batches: int, world: int) -> Counter[int | 
     """Counts a step's micro-batches without the base and, where replay is distilled, with it."""
     replay, batch_size = settings.replay, settings.train.batch_size
     others = batch_size - round(batch_size * replay.share) if replay.distill else batch_size
-    split = split_replayed(others, micro_batches, settings.train.micro_batch_size, 0, world)
-    return Counter(None if replayed is None else 1 for replayed in split)
+    rows = settings.train.micro_batch_size * world
+    ends = range(rows, (micro_batches + 1) * rows, rows)
+    return Counter(1 if end > others else None for end in ends)
 
 
 def _units(model: LlamaForCausalLM, parts: int) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Training samples: stored tokens cut into sequences, in an order that depends on seed and step.
 
-`PackedSequences` cuts the token stream of a corpus, `Mixture` orders several of them, and `batch`
-gives each rank its share. Nothing here has a position to save: sample n is the same for every rank
-and world size, before and after a restart.
+`PackedSequences` cuts the token stream of a corpus, `Mixture` orders several of them, and
+`micro_batches` gives each rank its share. Nothing here has a position to save: sample n is the same
+for every rank and world size, before and after a restart.
 
 Shapes: T sequence length.
 """
@@ -11,7 +11,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -143,27 +143,46 @@ class Mixture:
         return self._orders[key]
 
 
-def batch(
+class MicroBatch(NamedTuple):
+    """What a rank computes in one forward pass.
+
+    Attributes:
+        columns: inputs, targets and, where the sources have them, documents, each (rows, T) int64.
+        replayed: the number of last rows from the source that is dealt out last; None if no rank
+            has any. The base inside runs on all ranks or on none, because they gather sharded
+            weights together.
+    """
+
+    columns: tuple[Tensor, ...]
+    replayed: int | None
+
+
+def micro_batches(
     mixture: Mixture,
     first: int,
     size: int,
+    rows: int,
     rank: int,
     world_size: int,
     last_source: int | None = None,
-) -> tuple[tuple[Tensor, ...], int]:
+) -> list[MicroBatch]:
     """Returns a rank's share of the samples [first, first + size): every `world_size`-th of them.
 
-    The union over the ranks is the same for any world size. The samples of source number
-    `last_source` are dealt out last, so that the ranks' numbers of them differ by at most one.
-
-    Returns:
-        Inputs, targets and, where the sources have them, documents, each (size / world_size, T)
-        int64. Then the number of samples, over all ranks, that are not from `last_source`.
+    The union over the ranks is the same for any world size and number of rows. The samples of
+    source number `last_source` are dealt out last, so that the ranks' numbers of them differ by at
+    most one.
     """
     places = [mixture.locate(index) for index in range(first, first + size)]
     places.sort(key=lambda place: place[0] == last_source)  # stable
-    samples = [mixture.sources[number][sequence] for number, sequence in places[rank::world_size]]
-    return stack(samples), sum(number != last_source for number, _ in places)
+    dealt = []
+    for start in range(0, size, rows * world_size):
+        of_all = places[start : start + rows * world_size]
+        mine = of_all[rank::world_size]
+        has_any = any(number == last_source for number, _ in of_all)
+        replayed = sum(number == last_source for number, _ in mine) if has_any else None
+        samples = [mixture.sources[number][sequence] for number, sequence in mine]
+        dealt.append(MicroBatch(stack(samples), replayed))
+    return dealt
 
 
 def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:

@@ -5,12 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.formatting import format_count
 from llamapro.model import build_on_meta
-from llamapro.text.mixture import Mixture, PackedSequences, Source, batch
+from llamapro.text.mixture import MicroBatch, Mixture, PackedSequences, Source, micro_batches
 from llamapro.text.packing import PackedConversations, mark_trained
 from llamapro.text.store import TokenStore
 from llamapro.training import agreement
@@ -20,6 +18,7 @@ from llamapro.training.preemption import StopRequest
 from llamapro.training.progress import say
 from llamapro.training.replay import describe_mix
 from llamapro.training.resume import check_identity, make_identity
+from llamapro.training.settings import TrainSettings
 from llamapro.training.state import RunState
 from llamapro.training.weights import freeze, stored_name
 
@@ -32,12 +31,13 @@ class Data:
     apart: int | None
     val: dict[str, Source]
     steps: int
-    batch_size: int
+    train: TrainSettings
 
-    def batch(self, start: int, ranks: Ranks) -> tuple[tuple[Tensor, ...], int]:
-        """Returns a rank's share of the batch from sample `start` on; see `mixture.batch`."""
-        size, last = self.batch_size, self.apart
-        return batch(self.mixture, start, size, ranks.rank, ranks.world_size, last)
+    def batch(self, start: int, ranks: Ranks) -> list[MicroBatch]:
+        """Returns a rank's share of the batch that begins with sample number `start`."""
+        size, rows = self.train.batch_size, self.train.micro_batch_size
+        where = (ranks.rank, ranks.world_size)
+        return micro_batches(self.mixture, start, size, rows, *where, self.apart)
 
 
 def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Data:
@@ -110,7 +110,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
     for text in about:
         say(ranks, text)
     apart = len(sources) if s.replay.is_apart else None
-    return Data(mixture, apart, val, steps, s.train.batch_size)
+    return Data(mixture, apart, val, steps, s.train)
 
 
 def is_complete(job: Job, state: RunState, data: Data, ranks: Ranks) -> bool:

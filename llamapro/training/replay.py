@@ -275,23 +275,6 @@ def written_by_base(
     return cached(cache_dir, key, index, write(), "replay", summarize)
 
 
-def split_replayed(
-    first_replayed: int, micro_batches: int, rows: int, rank: int, world_size: int
-) -> list[int | None]:
-    """Returns the number of replayed rows of each micro-batch of a rank; they come last.
-
-    It is None on all ranks if no rank has any: the base inside runs on all ranks or on none,
-    because they gather sharded weights together. `first_replayed` samples of the global batch that
-    `mixture.batch` deals out come before the replayed ones.
-    """
-    # The samples before the replayed ones on this rank, and on the last, which has the fewest.
-    here, least = len(range(rank, first_replayed, world_size)), first_replayed // world_size
-    return [
-        min(rows, max(0, end - here)) if end > least else None
-        for end in range(rows, (micro_batches + 1) * rows, rows)
-    ]
-
-
 def describe_mix(mixture: Mixture) -> str:
     """Returns the line of the start-up block about the replay, the last source of a mixture."""
     samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])

@@ -14,7 +14,7 @@ import torch
 from llamapro.errors import ConfigError, DataError
 from llamapro.ops import IGNORE_INDEX
 from llamapro.text import store as stores
-from llamapro.text.mixture import Mixture, PackedSequences, batch, parse_named
+from llamapro.text.mixture import Mixture, PackedSequences, micro_batches, parse_named
 from llamapro.text.store import TokenStore, write_store
 
 FINGERPRINT = "ab" * 32
@@ -260,7 +260,8 @@ def test_ranks_share_the_same_samples_for_any_world_size(tmp_path: Path, count: 
     mixture, _ = make_mixture(tmp_path, [7, 5], [1.0, 1.5])
     expected = [sample(mixture, i)[1].tolist() for i in range(9, 9 + count)]
     for world_size in (1, 2, 4):
-        shares = [batch(mixture, 9, count, rank, world_size)[0] for rank in range(world_size)]
+        dealt = (micro_batches(mixture, 9, count, count, r, world_size) for r in range(world_size))
+        shares = [share.columns for (share,) in dealt]
         for inputs, targets in shares:
             assert inputs.dtype == targets.dtype == torch.int64
             assert inputs.shape == targets.shape == (targets.shape[0], 4)

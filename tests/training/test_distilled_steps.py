@@ -21,12 +21,11 @@ from llamapro.checkpoints.base import base_names, layout_of
 from llamapro.config import ModelConfig
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.scripts import train
-from llamapro.text.mixture import Mixture, batch
+from llamapro.text.mixture import Mixture, micro_batches
 from llamapro.training.distributed import Frozen, Ranks, process_group, shard
 from llamapro.training.objective import make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw
 from llamapro.training.preemption import StopRequest
-from llamapro.training.replay import split_replayed
 from llamapro.training.settings import DataSettings, ReplaySettings, Settings
 from llamapro.training.settings import TrainSettings as Train
 from llamapro.training.weights import init_random
@@ -119,16 +118,16 @@ def take_steps(
         group["lr"] = 1e-2
     guard, found = FiniteGuard(optimizer, 0), {"losses": [], "norms": []}
     for step in range(steps):
-        where = (step * BATCH, BATCH, ranks.rank, ranks.world_size)
-        columns, others = batch(MIXTURE, *where, 1 if replay.is_apart else None)
-        (valid,) = ranks.sum((columns[1] != IGNORED).sum())
+        where = (step * BATCH, BATCH, rows, ranks.rank, ranks.world_size)
+        batch = micro_batches(MIXTURE, *where, 1 if replay.is_apart else None)
+        (valid,) = ranks.sum(sum((part.columns[1] != IGNORED).sum() for part in batch))
         loss, norm = train.train_step(
-            objective, guard, (columns, others), valid, settings, ranks, StopRequest()
+            objective, guard, batch, valid, settings, ranks, StopRequest()
         )
         found["losses"] += ranks.sum(loss)
         found["norms"].append(norm.item())
         with torch.no_grad():  # leaves units gathered that the next step must take as they are
-            objective(*(column[:1] for column in columns[:2]))
+            objective(*(column[:1] for column in batch[0].columns[:2]))
     weights = {
         name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()
     }
@@ -166,7 +165,8 @@ def test_two_processes_take_the_steps_of_one(
     alone: dict[str, Any], fork_ranks: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Wherever frozen weights lie; at some steps only one of the two has something replayed."""
-    counts = [BATCH - batch(MIXTURE, i * BATCH, BATCH, 0, 1, 1)[1] for i in range(STEPS)]
+    dealt = [micro_batches(MIXTURE, i * BATCH, BATCH, BATCH, 0, 1, 1) for i in range(STEPS)]
+    counts = [whole.replayed for (whole,) in dealt]
     assert any(count % 2 for count in counts)
     done = fork_ranks(2, __file__, "two_processes", str(tmp_path))
     assert done.statuses == [0, 0], done.stderr
@@ -286,8 +286,8 @@ def test_a_simulated_step_has_the_teacher_in_its_part_of_the_micro_batches() -> 
 
 
 def order(last: int | None, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    columns, _ = batch(MIXTURE, 5, BATCH, rank, world_size, last)
-    return columns[0].tolist()
+    (whole,) = micro_batches(MIXTURE, 5, BATCH, BATCH, rank, world_size, last)
+    return whole.columns[0].tolist()
 
 
 def sample(index: int) -> list[int]:
@@ -301,12 +301,8 @@ def test_without_a_loss_of_their_own_samples_keep_their_order() -> None:
     for world_size in (1, 2, 4):
         for rank in range(world_size):
             assert order(None, rank, world_size) == expected[rank::world_size]
-    _, others = batch(MIXTURE, 5, BATCH, 0, 1)
-    assert others == BATCH
-    for world_size in (1, 2, 4):
-        assert split_replayed(others, BATCH // world_size, 1, 0, world_size) == (
-            [None] * (BATCH // world_size)
-        )
+            dealt = micro_batches(MIXTURE, 5, BATCH, 1, rank, world_size)
+            assert [part.replayed for part in dealt] == [None] * (BATCH // world_size)
     assert not ReplaySettings(share=0.5).is_apart and not ReplaySettings(weight=2.0).is_apart
 
 
@@ -327,17 +323,16 @@ def test_replayed_samples_come_last_in_their_order_on_any_number_of_ranks() -> N
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_every_rank_runs_the_base_in_the_same_micro_batches(world_size: int, rows: int) -> None:
     """In all that hold a replayed row on any rank, and in no other; the rows are the right ones."""
-    micro_batches = 4
-    count = micro_batches * rows * world_size
-    for others in range(count + 1):
-        is_replayed = [i >= others for i in range(count)]
-        parts = []
-        for rank in range(world_size):
-            mine = is_replayed[rank::world_size]
-            parts.append([mine[i * rows :][:rows] for i in range(micro_batches)])
-        for rank in range(world_size):
-            found = split_replayed(others, micro_batches, rows, rank, world_size)
-            for i, replayed in enumerate(found):
-                assert (replayed is None) == (not any(any(part[i]) for part in parts))
-                here = replayed or 0
-                assert parts[rank][i] == [False] * (rows - here) + [True] * here
+    general = [sequence[0].tolist() for sequence in map(MIXTURE.sources[1].__getitem__, range(9))]
+    seen = set()
+    for first in range(24):
+        where = (first, 4 * rows * world_size, rows)
+        shares = [micro_batches(MIXTURE, *where, r, world_size, 1) for r in range(world_size)]
+        for parts in zip(*shares, strict=True):
+            kinds = [[row in general for row in part.columns[0].tolist()] for part in parts]
+            assert all(len(kind) == rows and kind == sorted(kind) for kind in kinds)
+            counts = [sum(kind) for kind in kinds]
+            expected = counts if any(counts) else [None] * world_size
+            assert [part.replayed for part in parts] == expected
+            seen.update(expected)
+    assert seen >= {None, rows} and (world_size == 1 or 0 in seen)

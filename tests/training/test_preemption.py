@@ -38,7 +38,7 @@ def train_signalled(
         name: of the signal.
         words: arguments of train.py; those of the command line if None.
     """
-    owners = {"tokenize": Job, "batch": Data, "split_replayed": train.replay}
+    owners = {"tokenize": Job, "batch": Data}
     owner: Any = owners.get(place, train)
     original, calls = getattr(owner, place), itertools.count(1)
 
@@ -104,7 +104,7 @@ def straight(
         ("evaluate", 0, 2, "SIGTERM", 2),
         ("flatten", 1, 1, "SIGHUP", 2),
         # Before the first of two micro-batches: the step is dropped.
-        ("split_replayed", 1, 2, "SIGTERM", 1),
+        ("to_device", 1, 3, "SIGTERM", 1),
         ("tokenize", 0, 1, "SIGTERM", 0),  # nothing is earned yet
     ],
     ids=["step", "in_step", "evaluation", "saving", "micro_batch", "data"],
@@ -122,14 +122,14 @@ def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bit
     straight: dict[str, torch.Tensor],
 ) -> None:
     """Exit status 0 on every rank, wherever it comes; the same command then ends as if without."""
-    words = options(pro, tmp_path, 1 if place == "split_replayed" else 2)
+    words = options(pro, tmp_path, 1 if place == "to_device" else 2)
     done = fork_ranks(2, __file__, "train_signalled", place, str(rank), call, name, words)
     assert done.statuses == [0, 0], done.stderr
     assert f"{saved} steps done, stopped by a signal: the same command continues" in done.stdout
     found = [path.name for path in training_checkpoints(tmp_path)]
     assert found[-1:] == ([f"step-{saved:08d}"] if saved else [])
     assert not list(tmp_path.glob("cache/.partial*"))
-    if place not in ("evaluate", "split_replayed"):
+    if place not in ("evaluate", "to_device"):
         return  # test_train_disturbed.py continues all of them, in one process
     assert evaluated(tmp_path) == [0]  # it was left in the middle, and is done again below
     done = train_on(2, words)
