@@ -26,8 +26,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -35,7 +35,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llamapro.checkpoints.run import METRICS_FILE, RUN_FILE, read_metrics
-from llamapro.errors import DataError
+from llamapro.errors import DataError, warn
 from llamapro.files import make_directory, read_json, write_file
 
 LAST_RECORDS = 10  # the final training loss is a mean of this many records: one batch is noise
@@ -87,9 +87,13 @@ class MetricsLog:
         # Not a Python file: it would look for the end of the file, and write again what has failed.
         self._fd, self._path = os.open(path, os.O_WRONLY | os.O_APPEND), path
         self._end, self._unwritten = os.fstat(self._fd).st_size, b""
-        self._trackers = [
-            _Tracker(name, run_dir, resume_step, config or {}) for name in dict.fromkeys(log_to)
-        ]
+        self._trackers: dict[str, Any] = {}  # name -> its run, which has `log` and `finish`
+        for name in dict.fromkeys(log_to):
+            with self._told_once(name):
+                if name == "tensorboard":
+                    self._trackers[name] = _start_board(run_dir / name, resume_step)
+                else:
+                    self._trackers[name] = _start_online(name, run_dir, config or {})
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one record; NaN and infinity, which JSON does not have, are written as null.
@@ -107,8 +111,9 @@ class MetricsLog:
             for key, value in record.items()
             if key != "step" and isinstance(value, (int, float))
         }
-        for tracker in self._trackers:
-            tracker.log(numbers, record["step"])
+        for name, run in list(self._trackers.items()) if numbers else ():
+            with self._told_once(name):
+                run.log(numbers, step=record["step"])
 
     def _write(self) -> None:
         was_removed = self._check_place()
@@ -149,8 +154,27 @@ class MetricsLog:
         with suppress(OSError):
             self._write()
         os.close(self._fd)
-        for tracker in self._trackers:
-            tracker.finish()
+        for name, run in list(self._trackers.items()):
+            with self._told_once(name):
+                run.finish()
+
+    @contextmanager
+    def _told_once(self, tracker: str) -> Iterator[None]:
+        """Reports an error of a tracker, which is then not used again.
+
+        Keeps trackio's greeting off standard output, which is for the run's result.
+        """
+        try:
+            with redirect_stdout(sys.stderr) if tracker == "trackio" else nullcontext():
+                yield
+        # The errors of these libraries have no base class in common, and none of them is worth a
+        # week of training. A signal is not an `Exception` and passes.
+        except Exception as error:
+            self._trackers.pop(tracker, None)
+            warn(
+                f"{tracker} failed ({type(error).__name__}: {error}); nothing more is logged "
+                f"there, {METRICS_FILE} goes on"
+            )
 
 
 def is_installed(tracker: str) -> bool:
@@ -168,51 +192,6 @@ def _to_line(record: dict[str, Any]) -> str:
         for key, value in record.items()
     }
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-class _Tracker:
-    """Another place for the numbers. As a context it reports and stops the library's errors."""
-
-    def __init__(self, name: str, run_dir: Path, resume_step: int, config: dict[str, Any]) -> None:
-        self._name = name
-        self._run: Any = None  # has `log` and `finish`; None after a failure
-        with self, self._output():
-            if name == "tensorboard":
-                self._run = _start_board(run_dir / "tensorboard", resume_step)
-            else:
-                self._run = _start_online(name, run_dir, config)
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        if self._run is not None and numbers:
-            with self, self._output():
-                self._run.log(numbers, step=step)
-
-    def finish(self) -> None:
-        if self._run is not None:
-            with self, self._output():
-                self._run.finish()
-
-    def _output(self) -> AbstractContextManager[Any]:
-        """Keeps trackio's greeting off standard output, which is for the run's result."""
-        return redirect_stdout(sys.stderr) if self._name == "trackio" else nullcontext()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
-        # The errors of these libraries have no base class in common, and none of them is worth a
-        # week of training. A signal is not an `Exception` and passes.
-        if not isinstance(error, Exception):
-            return False
-        self._run = None
-        problem = f"{type(error).__name__}: {error}"
-        print(
-            f"warning: {self._name} failed ({problem}); nothing more is logged there, "
-            f"{METRICS_FILE} goes on",
-            file=sys.stderr,
-            flush=True,
-        )
-        return True
 
 
 def _start_board(directory: Path, resume_step: int) -> Any:
