@@ -28,7 +28,7 @@ from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.job import Job, find_state
 from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
-from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.preemption import Stopped
 from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings, flatten
 from llamapro.training.state import Losses, RunState
@@ -60,23 +60,23 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
     Raises:
         DataError: the run had to end early, for example because the disk is full.
     """
-    t, stop = job.settings.train, StopRequest()
+    t = job.settings.train
     if objective is not None:
         job = replace(job, plan=job.plan | {"parameters": plan.count_parameters(objective.model)})
     with (
         process_group(t.device, t.shard_size) as ranks,
-        stop.listening(),
+        ranks.stop.listening(),
         backends.use(t.ops, t.deterministic_attention),
         lock.locked(job.run_dir, ranks),
     ):
         job, state, changed = find_state(job, ranks)
         try:
-            data = load_data(job, state, ranks, stop)
+            data = load_data(job, state, ranks)
             if not is_complete(job, state, data, ranks):
-                train(job, data, state, changed, objective or build_objective(job), ranks, stop)
+                train(job, data, state, changed, objective or build_objective(job), ranks)
         except Stopped:
             state.stopped = True
-    stop.raise_failure(state.step)
+    ranks.stop.raise_failure(state.step)
     state.check_final()
     return state
 
@@ -122,7 +122,6 @@ def train_step(
     valid: float,
     settings: Settings,
     ranks: Ranks,
-    stop: StopRequest,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on this rank's part of a global batch.
 
@@ -143,7 +142,7 @@ def train_step(
     loss_sum = torch.zeros((), device=ranks.device)
     for number, (columns, replayed) in enumerate(batch, 1):
         if number > 1:
-            ranks.raise_stopped(stop)
+            ranks.raise_stopped()
         # Within a group of shards gradients are reduced every time, between groups (HSDP) once.
         objective.set_requires_all_reduce(number == len(batch))  # type: ignore[operator]
         loss, _ = objective(*to_device(columns, ranks.device), replayed=replayed)
@@ -176,13 +175,12 @@ def train(
     changed: list[str],
     objective: NextToken,
     ranks: Ranks,
-    stop: StopRequest,
 ) -> None:
     """Trains to the last step, or until a signal stops the run; advances the state."""
     s = job.settings
     parameters = shard_objective(objective, job, state, ranks)
     guard = build_optimizer(parameters, job, state)
-    progress = Progress(s, data.mixture, data.steps, state, ranks, stop)
+    progress = Progress(s, data.mixture, data.steps, state, ranks)
     losses = Losses(state, guard, ranks, s.log_spikes, progress.odd, objective)
     saver = Saver(job.run_dir, s.save, ranks, job.first_new_row, state.step)
 
@@ -199,7 +197,7 @@ def train(
                 is_last = state.step >= data.steps
                 if (is_last or state.step % s.eval.every == 0) and state.evaluated != state.step:
                     losses.read()
-                    evaluate(objective, data.val, s, ranks, stop, state, progress)
+                    evaluate(objective, data.val, s, ranks, state, progress)
                 if is_last:
                     break
                 if state.step > saver.step and state.step % s.save.every == 0:
@@ -209,12 +207,12 @@ def train(
                     targets = sum((b.columns[1] != ops.IGNORE_INDEX).sum() for b in batch)
                     # All ranks agree here, at the same step, on events that one of them has seen.
                     valid, is_stopping, is_written, is_time = ranks.sum(
-                        targets, stop.is_asked, saver.is_done, progress.is_time
+                        targets, ranks.stop.is_asked, saver.is_done, progress.is_time
                     )
                     if is_stopping:
                         raise Stopped
                     rate = set_learning_rate(guard.optimizer, state.step, data.steps, s.optim)
-                    loss, norm = train_step(objective, guard, batch, valid, s, ranks, stop)
+                    loss, norm = train_step(objective, guard, batch, valid, s, ranks)
                     objective.adapt(rate / s.optim.lr)
                     losses.add(state.step + 1, state.samples, loss, norm)
                     state.step += 1
@@ -229,7 +227,7 @@ def train(
             state.stopped = True
         progress.saved(saver.finish())
         for _ in range(3):  # again, if the run directory was removed meanwhile
-            stop.settle()
+            ranks.stop.settle()
             if not state.step or saver.has(state.step):
                 break
             save()

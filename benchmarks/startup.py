@@ -58,7 +58,6 @@ from llamapro.training import checks, lock, preset
 from llamapro.training.data import load_data
 from llamapro.training.distributed import process_group
 from llamapro.training.job import Job, find_state
-from llamapro.training.preemption import StopRequest
 from llamapro.training.weights import init_random
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,10 +94,9 @@ def start(words: Sequence[str]) -> tuple[float, float, float]:
         settings = preset.parse(words)
         checks.check(settings, 1)
         job = Job.open(settings)
-        stop = StopRequest()
         with process_group("cpu") as ranks, backends.use("torch"), lock.locked(job.run_dir, ranks):
             job, state, _ = find_state(job, ranks)
-            load_data(job, state, ranks, stop).batch(state.samples, ranks)
+            load_data(job, state, ranks).batch(state.samples, ranks)
     seconds, used = time.perf_counter() - started, time.process_time() - used
     return seconds, used, (read_bytes() - before) / 1e6
 

@@ -14,7 +14,6 @@ from llamapro.text.store import TokenStore
 from llamapro.training import agreement
 from llamapro.training.distributed import Ranks, local_rank, on_several_machines
 from llamapro.training.job import Job
-from llamapro.training.preemption import StopRequest
 from llamapro.training.progress import say
 from llamapro.training.replay import describe_mix
 from llamapro.training.resume import check_identity, make_identity
@@ -40,7 +39,7 @@ class Data:
         return micro_batches(self.mixture, start, size, rows, *where, self.apart)
 
 
-def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Data:
+def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
     """Fills the cache on the main process; then every process maps the data.
 
     The state gets the run's identity. Prints how conversations were packed, with an example whose
@@ -59,7 +58,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
     hashes = pool.submit(hash_tensors, compared, "hash weights", s.data.cache_dir)
 
     def make() -> tuple[agreement.Seen, dict[str, Any]]:
-        with stop.interrupting():
+        with ranks.stop.interrupting():
             stores = job.tokenize()
             if s.replay.share and not s.replay.data:
                 trained = sum(stores[f"train {path}"].tokens for path in s.data.train)
@@ -76,7 +75,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks, stop: StopRequest) -> Dat
         if is_compared and not ranks.is_main:
             seen.check(job.run_dir, job.resume_from, fingerprint, hashes.result())
 
-    with stop.shared(ranks.store):
+    with ranks.stop.shared(ranks.store):
         seen, identity = ranks.on_main(make)
     ranks.on_all(compare)
     if job.resume_from is not None:

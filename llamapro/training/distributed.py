@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
 from typing import Any, Literal, TypeVar
@@ -48,6 +48,7 @@ class Ranks:
     # main one tokenises a corpus or writes a file.
     patient: dist.ProcessGroup
     store: Any = None
+    stop: StopRequest = field(default_factory=StopRequest)  # what this process was asked
 
     @property
     def is_main(self) -> bool:
@@ -63,9 +64,9 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def raise_stopped(self, stop: StopRequest) -> None:
+    def raise_stopped(self) -> None:
         """Raises Stopped if a rank was asked to stop; every rank must call it, and raises it."""
-        if any(self.sum(stop.is_asked)):
+        if any(self.sum(self.stop.is_asked)):
             raise Stopped
 
     def on_main(self, work: Callable[[], T]) -> T:

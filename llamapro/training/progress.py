@@ -25,7 +25,6 @@ from llamapro.formatting import format_bytes, format_count, format_duration, per
 from llamapro.text.mixture import Mixture
 from llamapro.training.distributed import Ranks
 from llamapro.training.metrics import MetricsLog
-from llamapro.training.preemption import StopRequest
 from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
 
@@ -63,11 +62,10 @@ class Progress:
         steps: int,
         state: RunState,
         ranks: Ranks,
-        stop: StopRequest,
     ) -> None:
-        """Writes nothing yet; `stop` is asked to stop the run when the log cannot be written."""
+        """Writes nothing yet. When the log cannot be written, the run is asked to stop."""
         self._settings, self._mixture, self._steps = settings, mixture, steps
-        self._state, self._ranks, self._stop = state, ranks, stop
+        self._state, self._ranks = state, ranks
         self._metrics: MetricsLog | None = None
         self._logged = self._shown = replace(state)  # the state at the last report
         self._shown_at = time.monotonic()
@@ -121,7 +119,7 @@ class Progress:
             self._metrics.log(record)
         except OSError as error:
             problem = "" if error.errno == errno.ESTALE else "cannot be written: "
-            self._stop.fail(f"{error.filename or 'the log'}: {problem}{error.strerror}")
+            self._ranks.stop.fail(f"{error.filename or 'the log'}: {problem}{error.strerror}")
 
     def is_logged(self, step: int) -> bool:
         """Whether a step has a record in `metrics.jsonl`."""

@@ -9,7 +9,6 @@ from llamapro import ops
 from llamapro.text.mixture import Source, stack
 from llamapro.training.distributed import Ranks
 from llamapro.training.objective import NextToken
-from llamapro.training.preemption import StopRequest
 from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
@@ -28,7 +27,6 @@ def evaluate(
     val: dict[str, Source],
     settings: Settings,
     ranks: Ranks,
-    stop: StopRequest,
     state: RunState,
     progress: Progress,
 ) -> None:
@@ -38,10 +36,10 @@ def evaluate(
         Stopped: on every rank, if a signal came to one of them.
     """
     for name, sequences in val.items():
-        loss, tokens = mean_loss(objective, sequences, settings, ranks, stop)
+        loss, tokens = mean_loss(objective, sequences, settings, ranks)
         state.eval[name] = loss
         progress.evaluation(name, loss, tokens)
-    ranks.raise_stopped(stop)  # also if the log could not be written: it is evaluated again
+    ranks.raise_stopped()  # also if the log could not be written: it is evaluated again
     state.evaluated = state.step
     if state.step == 0:
         state.base_eval = dict(state.eval)
@@ -50,11 +48,7 @@ def evaluate(
 
 @torch.no_grad()
 def mean_loss(
-    objective: NextToken,
-    sequences: Source,
-    settings: Settings,
-    ranks: Ranks,
-    stop: StopRequest,
+    objective: NextToken, sequences: Source, settings: Settings, ranks: Ranks
 ) -> tuple[float, int]:
     """Returns the mean loss per token (nats) of a validation set and its number of tokens."""
     count = min(settings.eval.sequences or len(sequences), len(sequences))
@@ -64,7 +58,7 @@ def mean_loss(
     tokens = torch.zeros((), dtype=torch.int64, device=ranks.device)
     for start in range(0, count, rows * ranks.world_size):
         # All ranks make the same number of passes, because they gather sharded weights together.
-        ranks.raise_stopped(stop)
+        ranks.raise_stopped()
         mine = [sequences[i] for i in chosen[start + ranks.rank * rows :][:rows]]
         ids, targets, *more = sequences[0]
         padding = (ids, np.full_like(targets, ops.IGNORE_INDEX), *more)

@@ -25,7 +25,6 @@ from llamapro.text.mixture import Mixture, micro_batches
 from llamapro.training.distributed import Frozen, Ranks, process_group, shard
 from llamapro.training.objective import make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw
-from llamapro.training.preemption import StopRequest
 from llamapro.training.settings import DataSettings, ReplaySettings, Settings
 from llamapro.training.settings import TrainSettings as Train
 from llamapro.training.weights import init_random
@@ -121,9 +120,7 @@ def take_steps(
         where = (step * BATCH, BATCH, rows, ranks.rank, ranks.world_size)
         batch = micro_batches(MIXTURE, *where, 1 if replay.is_apart else None)
         (valid,) = ranks.sum(sum((part.columns[1] != IGNORED).sum() for part in batch))
-        loss, norm = train.train_step(
-            objective, guard, batch, valid, settings, ranks, StopRequest()
-        )
+        loss, norm = train.train_step(objective, guard, batch, valid, settings, ranks)
         found["losses"] += ranks.sum(loss)
         found["norms"].append(norm.item())
         with torch.no_grad():  # leaves units gathered that the next step must take as they are

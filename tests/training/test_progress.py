@@ -76,9 +76,10 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Progress, RunSt
         monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
         settings = replace(Settings(log_every=4, train=TrainSettings(batch_size=1)), **changes)
         state = RunState()
-        ranks: Any = SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        ranks: Any = SimpleNamespace(is_main=True, world_size=1, device=cpu, stop=StopRequest())
         mixture: Any = SimpleNamespace(locate=lambda i: (0, i))
-        return Progress(settings, mixture, 40, state, ranks, StopRequest()), state, clock
+        return Progress(settings, mixture, 40, state, ranks), state, clock
 
     return make
 

@@ -18,7 +18,6 @@ from llamapro.checkpoints.run import read_metrics
 from llamapro.errors import ConfigError, warn
 from llamapro.training.checks import check
 from llamapro.training.metrics import MetricsLog, is_installed
-from llamapro.training.preemption import StopRequest
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.progress import Progress
 from llamapro.training.resume import changes
@@ -234,7 +233,7 @@ def test_a_run_logs_where_its_settings_say(tmp_path: Path, fake: Fake) -> None:
         is_main=True, world_size=1, device=torch.device("cpu"), on_main=lambda work: work()
     )
     state = RunState(tokens=7)
-    progress = Progress(settings, None, 1, state, ranks, StopRequest())  # type: ignore[arg-type]
+    progress = Progress(settings, None, 1, state, ranks)  # type: ignore[arg-type]
     with progress.writing(tmp_path, {"resume_from": None}, []):
         progress.evaluation("code", 0.5, 9)
     (_, options), (_, numbers, step), _ = fake.calls
