@@ -123,26 +123,17 @@ def _difference(made_of: Any, wanted: list[Any]) -> tuple[str, bool]:
     """Returns in words how a part was made otherwise, and whether its text alone differs."""
     if not isinstance(made_of, list) or len(made_of) != len(wanted) or made_of[0] != wanted[0]:
         return "that is damaged, or of another version of llamapro", False
-    if made_of[1] != wanted[1]:
-        return (
-            f"made with another tokenizer ({str(made_of[1])[:16]}..., this one is "
-            f"{wanted[1][:16]}...)"
-        ), False
-    if made_of[2:4] != wanted[2:4]:
-        return (
-            f"made with other data.text_key and data.split_at: {str(made_of[2:4])[:80]}, here "
-            f"{wanted[2:4]}"
-        ), False
+    names = ("tokenizer", "data.text_key", "data.split_at")
+    for name, then, here in zip(names, made_of[1:4], wanted[1:4], strict=True):
+        if then != here:
+            return f"made with another {name}: {str(then)[:16]!r}, here {here[:16]!r}", False
     before, now = ({state[0]: state[1:] for state in made[4]} for made in (made_of, wanted))
     for path in before | now:
-        if path not in now or path not in before:
-            there = "was not there" if path in now else "is not there any more"
-            return f"made of another text: {path} {there}", True
-        if before[path] != now[path]:
-            then, today = (f"{state[-2]:,} bytes" for state in (before[path], now[path]))
-            if then == today:
-                return f"made of another text: {path} was changed since", True
-            return f"made of another text: {path} had {then}, has {today}", True
+        if before.get(path) != now.get(path):
+            sizes = (files.get(path, [0, 0])[-2] for files in (before, now))
+            then, today = (f"{size:,} bytes" for size in sizes)
+            change = f"had {then}, has {today}" if then != today else "was changed since"
+            return f"made of another text: {path} {change}", True
     return "made of another text: its files came in another order", True
 
 
