@@ -1,5 +1,6 @@
 """Presets and the command line, read into `Settings`; one message names all mistakes."""
 
+import argparse
 import dataclasses
 import difflib
 import tomllib
@@ -43,12 +44,9 @@ def parse(
     """
     import tyro
 
-    preset = ""
-    for at, word in enumerate(argv):
-        if word == "--config" and at + 1 < len(argv):
-            preset = argv[at + 1]
-        elif word.startswith("--config="):
-            preset = word.removeprefix("--config=")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", default="")
+    preset = parser.parse_known_args(argv)[0].config
     default = read_toml(find_preset(preset), kind) if preset else kind()
     settings, unknown = tyro.cli(
         kind,
