@@ -15,7 +15,6 @@ from llamapro.training import agreement
 from llamapro.training.distributed import Ranks, local_rank, on_several_machines
 from llamapro.training.job import Job
 from llamapro.training.progress import say
-from llamapro.training.replay import describe_mix
 from llamapro.training.resume import check_identity, make_identity
 from llamapro.training.settings import TrainSettings
 from llamapro.training.state import RunState
@@ -99,7 +98,11 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
     weights = s.data.weights or [1.0] * len(sources)
     if s.replay.share:
         mixture = Mixture(sources, weights, s.train.seed, packed("replay"), s.replay.share)
-        about.append(describe_mix(mixture))
+        samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])
+        about.append(
+            f"replay           {samples:,} of the {mixture.samples_per_epoch:,} sequences of an "
+            f"epoch, {samples / sequences:.2f} passes over {sequences:,}"
+        )
     else:
         mixture = Mixture(sources, weights, s.train.seed)
     val = {name: packed(f"val {name}") for name in job.val}

@@ -28,7 +28,6 @@ from llamapro.inference.cache import KVCache
 from llamapro.inference.sampling import end_ids, sample
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate
-from llamapro.text.mixture import Mixture
 from llamapro.text.store import TokenStore, cached
 from llamapro.text.template_files import own_template
 from llamapro.text.tokenizer import Tokenizer
@@ -273,12 +272,3 @@ def written_by_base(
     }
     key = ["replay", FORMAT_VERSION, made_of]
     return cached(cache_dir, key, index, write(), "replay", summarize)
-
-
-def describe_mix(mixture: Mixture) -> str:
-    """Returns the line of the start-up block about the replay, the last source of a mixture."""
-    samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])
-    return (
-        f"replay           {samples:,} of the {mixture.samples_per_epoch:,} sequences of an epoch, "
-        f"{samples / sequences:.2f} passes over {sequences:,}"
-    )
