@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from llamapro.checkpoints.run import RUN_FILE
-from llamapro.errors import DataError
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.text.mixture import Mixture
 from llamapro.training.distributed import Ranks
@@ -89,17 +88,9 @@ class Progress:
         def open_log() -> None:
             state, log_to = self._state, self._settings.log_to
             is_evaluated = state.evaluated == state.step
-            try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(about, indent=2) + "\n"
-                (run_dir / RUN_FILE).write_text(text, encoding="utf-8")
-                self._metrics = MetricsLog(
-                    run_dir, state.step, is_evaluated, log_to, about["settings"]
-                )
-            except OSError as failure:
-                raise DataError(
-                    f"{failure.filename or run_dir}: cannot be written: {failure.strerror}"
-                ) from None
+            self._metrics = MetricsLog(run_dir, state.step, is_evaluated, log_to, about["settings"])
+            text = json.dumps(about, indent=2) + "\n"
+            (run_dir / RUN_FILE).write_text(text, encoding="utf-8")
 
         self._ranks.on_main(open_log)
         if plan["resume_from"]:
