@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llamapro.checkpoints.base import check_stored_base
 from llamapro.checkpoints.directory import Checkpoint
@@ -26,7 +25,7 @@ from llamapro.model import LlamaForCausalLM
 from llamapro.text.store import TokenStore
 from llamapro.training.checkpoint import MOMENTS, Parameters
 from llamapro.training.settings import Settings, flatten
-from llamapro.training.weights import stored_name, stored_shape
+from llamapro.training.weights import part_like, stored_name, stored_shape
 
 # ---- Identity: what must be the same for a run to go on -----------------------------------------
 
@@ -202,10 +201,5 @@ def load_optimizer(
             # Moments are 0 in the base's rows, which are not saved.
             missing = len(parameter) - len(saved)
             full = F.pad(saved, (0, 0, missing, 0)) if missing else saved
-            full = full.to(parameter.device)
-            if isinstance(parameter, DTensor):
-                full = distribute_tensor(
-                    full, parameter.device_mesh, parameter.placements, src_data_rank=None
-                ).to(parameter.device)  # the mesh is on the GPU, even if the parameter is offloaded
-            state[moment] = full
+            state[moment] = part_like(parameter, full)
         optimizer.state[parameter] = state

@@ -78,20 +78,22 @@ def mask_gradients(parameters: Mapping[str, nn.Parameter], first_row: int) -> No
     for name in NEW_ROWS.keys() & parameters.keys():
         parameter = parameters[name]
         mask = (torch.arange(parameter.shape[0]) >= first_row).float()[:, None]  # (V, 1)
-        if isinstance(parameter, DTensor):
-            mask = distribute_tensor(
-                mask.to(parameter.device_mesh.device_type),
-                parameter.device_mesh,
-                parameter.placements,
-                src_data_rank=None,
-            )
-        mask = mask.to(parameter.device)
+        mask = part_like(parameter, mask)
 
         def apply(p: Tensor, mask: Tensor = mask) -> None:
             assert p.grad is not None
             p.grad.mul_(mask)
 
         parameter.register_post_accumulate_grad_hook(apply)
+
+
+def part_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Returns of a whole tensor, which all ranks have, what lies where this parameter lies."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh  # on the GPU, even if the parameter is offloaded
+        whole = whole.to(mesh.device_type)
+        whole = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
+    return whole.to(parameter.device)
 
 
 def stored_name(name: str, first_row: int) -> str:
