@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -102,6 +104,21 @@ def tiny_config() -> Callable[..., ModelConfig]:
 def random_tensors() -> Callable[..., dict[str, Tensor]]:
     """`random_tensors(config, dtype=torch.float32, seed=0)`: every parameter, norms not 1."""
     return _random_tensors
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> Callable[..., dict[str, Any]]:
+    """`byte_level(*names)`: a tokenizer.json of the 256 bytes and these control tokens."""
+
+    def byte_level(*names: str) -> dict[str, Any]:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens(list(names))
+        return json.loads(made.to_str())
+
+    return byte_level
 
 
 @pytest.fixture(scope="session")

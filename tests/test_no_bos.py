@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,18 +44,15 @@ def checkpoint(
     tmp_path_factory: pytest.TempPathFactory,
     write_random_checkpoint: Callable[..., Path],
     tiny_config: Callable[..., ModelConfig],
+    byte_level: Callable[..., dict[str, Any]],
 ) -> Path:
     """A random model of two layers, its generation_config.json, and a byte-level tokenizer."""
     path = tmp_path_factory.mktemp("no_bos") / "model"
     sizes = {"num_hidden_layers": 2, "vocab_size": 260, "max_position_embeddings": 64}
     write_random_checkpoint(path, tiny_config(**sizes, bos_token_id=END, eos_token_id=END))
     (path / "tokenizer.model").unlink()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    made.save(str(path / "tokenizer.json"))
+    raw = byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    (path / "tokenizer.json").write_text(json.dumps(raw))
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     config = {"tokenizer_class": "GPT2Tokenizer", **names}
     (path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
@@ -66,19 +64,8 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def byte_level() -> dict[str, Any]:
-    """A tokenizer.json of the 256 bytes and three control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(list(IDS))
-    return json.loads(made.to_str())
-
-
 @pytest.fixture
-def make(tmp_path: Path, byte_level: dict[str, Any]) -> Make:
+def make(tmp_path: Path, byte_level: Callable[..., dict[str, Any]]) -> Make:
     """`make(post_processor=None, bos="<b>", eos="<e>", **config) -> directory`."""
 
     def write(
@@ -89,7 +76,7 @@ def make(tmp_path: Path, byte_level: dict[str, Any]) -> Make:
     ) -> Path:
         path = tmp_path / str(len(list(tmp_path.iterdir())))
         path.mkdir()
-        raw = byte_level | {"post_processor": post_processor}
+        raw = byte_level(*IDS) | {"post_processor": post_processor}
         config |= {"bos_token": bos, "eos_token": eos}
         files = {"tokenizer": raw, "tokenizer_config": config, "config": LLAMA}
         for name, content in files.items():

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from llamapro.conversion.companions import tokenizer_files
@@ -82,22 +81,18 @@ REFUSED = {
 
 
 @pytest.fixture
-def byte_level() -> dict[str, Any]:
+def raw_json(byte_level: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """A tokenizer.json of the 256 bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(False)
-    made.decoder = decoders.ByteLevel()
-    return json.loads(made.to_str())
+    return byte_level()
 
 
 @pytest.fixture
-def write(tmp_path: Path, byte_level: dict[str, Any]) -> Callable[..., Path]:
+def write(tmp_path: Path, raw_json: dict[str, Any]) -> Callable[..., Path]:
     """`write(added, config, special_tokens_map={}, added_tokens={}) -> directory`."""
 
     def to(added: list[Any], config: dict[str, Any], *others: dict[str, Any]) -> Path:
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<b>"}
-        files = {"tokenizer": byte_level | {"added_tokens": added}, "config": {}}
+        files = {"tokenizer": raw_json | {"added_tokens": added}, "config": {}}
         files["tokenizer_config"] = names | {"eos_token": "<e>"} | config
         files |= zip(("special_tokens_map", "added_tokens"), others, strict=False)
         for name, content in files.items():
@@ -171,11 +166,11 @@ def test_a_space_that_the_files_do_not_want_is_refused(spaced: Path, tmp_path: P
 
 
 def test_a_tokenizer_that_draws_its_tokens_is_refused(
-    tmp_path: Path, byte_level: dict[str, Any]
+    tmp_path: Path, raw_json: dict[str, Any]
 ) -> None:
     """With dropout a text has other ids each time, in the cache and on other ranks too."""
-    byte_level["model"]["dropout"] = 0.5
-    (tmp_path / JSON_NAME).write_text(json.dumps(byte_level))
+    raw_json["model"]["dropout"] = 0.5
+    (tmp_path / JSON_NAME).write_text(json.dumps(raw_json))
     with pytest.raises(
         DataError, match=r"tokenizer\.json: model\.dropout is 0\.5, .*; set it to 0"
     ):
@@ -222,17 +217,17 @@ def test_user_defined_pieces_with_a_role_are_plain_text_in_texts(
 
 
 def test_rules_of_a_class_that_differ_from_the_file_are_said(
-    tmp_path: Path, tokenizer_file: Path, byte_level: dict[str, Any], capsys: Any
+    tmp_path: Path, tokenizer_file: Path, raw_json: dict[str, Any], capsys: Any
 ) -> None:
     """transformers 5 replaces normaliser and cuts for most of its classes; the file counts here."""
     digits = {"type": "Digits", "individual_digits": True}
-    cut = {"type": "Sequence", "pretokenizers": [digits, byte_level["pre_tokenizer"]]}
-    byte_level["model"]["vocab"]["12"], byte_level["model"]["merges"] = 256, [["1", "2"]]
+    cut = {"type": "Sequence", "pretokenizers": [digits, raw_json["pre_tokenizer"]]}
+    raw_json["model"]["vocab"]["12"], raw_json["model"]["merges"] = 256, [["1", "2"]]
     llama = tokenizer_files(tokenizer_file)["tokenizer.json"]
     files = {
-        "GPT2Tokenizer": byte_level | {"pre_tokenizer": cut},
-        "Qwen2Tokenizer": byte_level | {"pre_tokenizer": cut},
-        "GPTNeoXTokenizer": byte_level | {"pre_tokenizer": cut},
+        "GPT2Tokenizer": raw_json | {"pre_tokenizer": cut},
+        "Qwen2Tokenizer": raw_json | {"pre_tokenizer": cut},
+        "GPTNeoXTokenizer": raw_json | {"pre_tokenizer": cut},
         "LlamaTokenizer": llama,
         "CodeLlamaTokenizer": llama,
     }
