@@ -23,13 +23,13 @@ from llamapro.model import build_on_meta, load_tensors
 from llamapro.text.mixture import MicroBatch
 from llamapro.training import launcher, lock, plan, resume
 from llamapro.training.checkpoint import Saver
-from llamapro.training.data import Data, is_complete, load_data
+from llamapro.training.data import Data, load_data
 from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.job import Job, find_state
 from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
 from llamapro.training.preemption import Stopped
-from llamapro.training.progress import Progress
+from llamapro.training.progress import Progress, say
 from llamapro.training.settings import Settings, flatten
 from llamapro.training.state import Losses, RunState
 from llamapro.training.validation import evaluate, to_device
@@ -72,7 +72,9 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
         job, state, changed = find_state(job, ranks)
         try:
             data = load_data(job, state, ranks)
-            if not is_complete(job, state, data, ranks):
+            if state.step >= data.steps and state.evaluated == state.step:
+                say(ranks, f"{job.run_dir} is complete: nothing to do")
+            else:
                 train(job, data, state, changed, objective or build_objective(job), ranks)
         except Stopped:
             state.stopped = True
@@ -104,7 +106,7 @@ def shard_objective(
     if job.resume_from is not None:
         resume.load_trained(job.resume_from, model, job.first_new_row)
         objective.resume(state.control)
-    dtype, place = job.compute_dtype, t.placement(ranks.world_size)
+    dtype, place = plan.compute_dtype(job.settings), t.placement(ranks.world_size)
     shard(objective, ranks, dtype, place, t.offload, t.recompute, t.compile, t.frozen_dtype)
     parameters = {name: model.get_parameter(name) for name in trainable}
     if job.first_new_row:

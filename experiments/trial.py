@@ -40,10 +40,11 @@ from llamapro.scripts import train as script
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.checks import check
-from llamapro.training.job import Job, compute_dtype
+from llamapro.training.job import Job
 from llamapro.training.metrics import Run, read_run, summarize
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
+from llamapro.training.plan import compute_dtype
 from llamapro.training.preset import parse
 from llamapro.training.replay import Opening, write_documents
 from llamapro.training.settings import ReplaySettings

@@ -113,11 +113,3 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
         say(ranks, text)
     apart = len(sources) if s.replay.is_apart else None
     return Data(mixture, apart, val, steps, s.train)
-
-
-def is_complete(job: Job, state: RunState, data: Data, ranks: Ranks) -> bool:
-    """Returns whether nothing is left to do, and prints it."""
-    if state.step < data.steps or state.evaluated != state.step:
-        return False
-    say(ranks, f"{job.run_dir} is complete: nothing to do")
-    return True

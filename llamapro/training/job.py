@@ -33,7 +33,7 @@ from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import agreement
 from llamapro.training.distributed import Ranks
 from llamapro.training.objective import allowed
-from llamapro.training.plan import device_type, make_plan, render
+from llamapro.training.plan import compute_dtype, device_type, make_plan, render
 from llamapro.training.preset import find_preset
 from llamapro.training.progress import say
 from llamapro.training.proposal import check_float8, propose, render_proposal
@@ -104,8 +104,8 @@ class Job:
         if template is not None and template.prints_date:
             settings = _with_date(settings, resume_from)
             template.date = datetime.fromisoformat(settings.data.date)
-        check_float8(settings, config, compute_dtype(settings))
-        plan = make_plan(settings, config, compute_dtype(settings), run_dir, resume_from)
+        check_float8(settings, config)
+        plan = make_plan(settings, config, run_dir, resume_from)
         return cls(
             settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from, plan
         )
@@ -114,10 +114,6 @@ class Job:
     def first_new_row(self) -> int:
         """The id of the first added token, if added tokens train, else 0."""
         return first_new_row(self.config) if self.settings.train.new_tokens else 0
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return compute_dtype(self.settings)
 
     def facts(self) -> dict[str, str]:
         """Returns what must be the same in every process, before anything is computed."""
@@ -165,7 +161,7 @@ class Job:
             sequences = math.ceil(steps * s.train.batch_size * s.replay.share / 2)
             tokens = min(max(sequences * s.data.seq_len, s.data.seq_len + 1), MOST_WRITTEN)
         replay = replace(s.replay, tokens=tokens)
-        where = (s.data.cache_dir, self.compute_dtype, device)
+        where = (s.data.cache_dir, compute_dtype(s), device)
         return written_by_base(self.checkpoint, self.tokenizer, replay, s.data.seq_len, *where)
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
@@ -187,7 +183,7 @@ class Job:
         if self.settings.data.format == "chat":
             self.tokenize()
         text = render(self.plan, self.settings)
-        found = propose(self.settings, self.config, self.compute_dtype, self.plan["world_size"])
+        found = propose(self.settings, self.config, self.plan["world_size"])
         if not found:
             return self.plan, text
         text += "\n" + render_proposal(found, self.settings.device)
@@ -234,13 +230,6 @@ def _with_date(settings: Settings, resume_from: Path | None) -> Settings:
             recorded = load_state(resume_from)["settings"].get("data.date", "")
     day = settings.data.date or recorded or datetime.now().date().isoformat()
     return replace(settings, data=replace(settings.data, date=day))
-
-
-def compute_dtype(settings: Settings) -> torch.dtype:
-    """Returns the dtype of computation and frozen weights."""
-    if settings.train.dtype != "auto":
-        return getattr(torch, settings.train.dtype)
-    return torch.bfloat16 if device_type(settings) == "cuda" else torch.float32
 
 
 def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:

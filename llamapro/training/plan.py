@@ -20,11 +20,7 @@ from llamapro.training.weights import freeze, is_trained
 
 
 def make_plan(
-    settings: Settings,
-    config: ModelConfig,
-    compute_dtype: torch.dtype,
-    run_dir: Path,
-    resume_from: Path | None,
+    settings: Settings, config: ModelConfig, run_dir: Path, resume_from: Path | None
 ) -> dict[str, Any]:
     """Returns the plan of a run, JSON-able; allocates nothing.
 
@@ -34,13 +30,13 @@ def make_plan(
     t = settings.train
     # A dry run starts none of the processes that it plans for.
     ranks = world_size() if is_rank() else max(1, settings.processes)
-    device = torch.device(device_type(settings))
+    device, dtype = torch.device(device_type(settings)), compute_dtype(settings)
     model = build_on_meta(config)
     freeze(model, t.trainable, t.new_tokens)
     try:
         with backends.use(t.ops, t.deterministic_attention):
-            summary = backends.summary(config, device, compute_dtype)
-            memory = estimate_memory(settings, model, compute_dtype, device, ranks)
+            summary = backends.summary(config, device, dtype)
+            memory = estimate_memory(settings, model, dtype, device, ranks)
     except backends.BackendError as error:
         raise ConfigError(f"train.ops {t.ops!r}: {error}; use auto, or torch for this op") from None
     record = config.expansion
@@ -53,7 +49,7 @@ def make_plan(
         "micro_batches": t.batch_size // (ranks * t.micro_batch_size),
         "steps": t.steps or f"{t.epochs:g} epoch(s)",
         "world_size": ranks,
-        "dtype": str(compute_dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "frozen_dtype": t.frozen_dtype,
         "ops": summary,
         "memory_bytes": memory,
@@ -68,6 +64,13 @@ def device_type(settings: Settings) -> str:
     return "cuda" if has_gpu and settings.train.device != "cpu" else "cpu"
 
 
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """Returns the dtype of computation and frozen weights."""
+    if settings.train.dtype != "auto":
+        return getattr(torch, settings.train.dtype)
+    return torch.bfloat16 if device_type(settings) == "cuda" else torch.float32
+
+
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Returns how many parameters a model has, how many train and how many are frozen."""
     total = sum(p.numel() for p in model.parameters())
@@ -78,7 +81,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def estimate_memory(
     settings: Settings,
     model: LlamaForCausalLM,
-    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
     device: torch.device,
     world_size: int,
 ) -> dict[str, int]:
@@ -93,7 +96,7 @@ def estimate_memory(
     Returns:
         Part -> bytes, and "total".
     """
-    t, size = settings.train, compute_dtype.itemsize
+    t, size = settings.train, dtype.itemsize
     rows, length = t.micro_batch_size, settings.data.seq_len
     blocks = [(is_trained(layer), count_parameters(layer)["total"]) for layer in model.model.layers]
     total, trainable, frozen = count_parameters(model).values()
@@ -115,7 +118,7 @@ def estimate_memory(
         gathered += sum(numel for trains, numel in blocks[first:] if not trains)
     # With `frozen_dtype`, what `shard` rounds: all blocks of a kind are alike.
     rounded = {
-        is_above: stored_bytes(model.model.layers[0], t.frozen_dtype, compute_dtype, is_above)
+        is_above: stored_bytes(model.model.layers[0], t.frozen_dtype, dtype, is_above)
         for is_above in (False, True)
     }
     in_blocks = [i for i, (trains, _) in enumerate(blocks) if not trains]
@@ -131,20 +134,20 @@ def estimate_memory(
         "AdamW moments": state * trainable * 8 // parts,
         "gathered weights": gathered * size,
         "gradient reduction": reduced * (size + 4),
-        "activations": activation_bytes(model, (rows, length), compute_dtype, device, t.recompute),
-        "logits": _logit_bytes(model.config, rows * length, compute_dtype, device, model.lm_head),
+        "activations": activation_bytes(model, (rows, length), dtype, device, t.recompute),
+        "logits": _logit_bytes(model.config, rows * length, dtype, device, model.lm_head),
     }
     if t.frozen_dtype != "auto":
         estimate["rounding"] = _rounding_bytes(model.config, t.frozen_dtype, rows * length, size)
     if settings.replay.share and settings.replay.distill:
-        estimate["teacher"] = _teacher_bytes(model.config, rows * length, compute_dtype, device)
+        estimate["teacher"] = _teacher_bytes(model.config, rows * length, dtype, device)
     return estimate | {"total": sum(estimate.values())}
 
 
 def activation_bytes(
     model: LlamaForCausalLM,
     shape: tuple[int, int],
-    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
     device: torch.device,
     recompute: bool,
 ) -> int:
@@ -166,7 +169,7 @@ def activation_bytes(
     kept: list[int] = []
     # Fake tensors of a GPU need one; those of the CPU stand in for them.
     with FakeTensorMode(), torch.device("cpu"), backends.planning_for(device):
-        rotary = ops.rotary_table(config, torch.arange(shape[1]), compute_dtype)
+        rotary = ops.rotary_table(config, torch.arange(shape[1]), dtype)
         for block_trains in trains:
             kind = (block_trains, has_graph)
             has_graph = has_graph or block_trains
@@ -174,18 +177,18 @@ def activation_bytes(
                 continue
             if kind not in counted:
                 block = DecoderLayer(config, 0)
-                x = torch.empty(*shape, config.hidden_size, dtype=compute_dtype)
+                x = torch.empty(*shape, config.hidden_size, dtype=dtype)
                 x.requires_grad_(kind[1])
-                _assign_fake(block, compute_dtype, block_trains)
+                _assign_fake(block, dtype, block_trains)
                 counted[kind] = _saved_bytes(block, x, rotary)
             kept.append(counted[kind])
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        _assign_fake(norm, compute_dtype, is_trained(model.model.norm))
-        x = torch.empty(*shape, config.hidden_size, dtype=compute_dtype, requires_grad=has_graph)
+        _assign_fake(norm, dtype, is_trained(model.model.norm))
+        x = torch.empty(*shape, config.hidden_size, dtype=dtype, requires_grad=has_graph)
         final = _saved_bytes(norm, x)
     if recompute:
         # The block that has the rest has counted its own input.
-        inputs = max(len(kept) - 1, 0) * x.numel() * compute_dtype.itemsize
+        inputs = max(len(kept) - 1, 0) * x.numel() * dtype.itemsize
         return inputs + max(kept, default=0) + final
     return sum(kept) + final
 

@@ -1,5 +1,6 @@
 """The fastest settings that fit a GPU's memory by the plan's estimate; `--dry-run` prints them."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from llamapro.errors import ConfigError, suggest
 from llamapro.formatting import format_bytes
 from llamapro.model import Linear, build_on_meta
 from llamapro.training.distributed import Frozen
-from llamapro.training.plan import device_type, estimate_memory
+from llamapro.training.plan import compute_dtype, device_type, estimate_memory
 from llamapro.training.settings import Settings, TrainSettings
 from llamapro.training.weights import freeze
 
@@ -55,7 +56,7 @@ def _name(device: str) -> str:
     return device.lower().replace(" ", "-")
 
 
-def check_float8(settings: Settings, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+def check_float8(settings: Settings, config: ModelConfig) -> None:
     """Raises ConfigError for `train.frozen_dtype` float8 where a GPU cannot compute it."""
     device, planned = torch.device(device_type(settings)), _name(settings.device)
     if settings.train.frozen_dtype != "float8" or device.type != "cuda":
@@ -63,7 +64,7 @@ def check_float8(settings: Settings, config: ModelConfig, compute_dtype: torch.d
     linears = [module for module in build_on_meta(config).modules() if isinstance(module, Linear)]
     odd = {size for linear in linears for size in linear.weight.shape if size % MULTIPLE}
     why = ""
-    if compute_dtype != torch.bfloat16:
+    if compute_dtype(settings) != torch.bfloat16:
         why = f"on a GPU it needs train.dtype bfloat16, not {settings.train.dtype}"
     elif odd:
         why = f"a matrix has the size {min(odd)}, which is not a multiple of {MULTIPLE}"
@@ -79,9 +80,7 @@ def check_float8(settings: Settings, config: ModelConfig, compute_dtype: torch.d
         raise ConfigError(f"train.frozen_dtype 'float8': {why}; take 'int8' or 'auto'")
 
 
-def propose(
-    settings: Settings, config: ModelConfig, compute_dtype: torch.dtype, world_size: int
-) -> dict[str, Any]:
+def propose(settings: Settings, config: ModelConfig, world_size: int) -> dict[str, Any]:
     """Finds the fastest settings of memory that fit the GPU that is planned for.
 
     Returns:
@@ -93,11 +92,11 @@ def propose(
         return {}
     model = build_on_meta(config)
     freeze(model, settings.train.trainable, settings.train.new_tokens)
-    device = torch.device("cuda")
+    device, dtype = torch.device("cuda"), compute_dtype(settings)
     with backends.use(settings.train.ops, settings.train.deterministic_attention):
         for train in _fastest_first(settings, world_size):
             planned = replace(settings, train=train)
-            total = estimate_memory(planned, model, compute_dtype, device, world_size)["total"]
+            total = estimate_memory(planned, model, dtype, device, world_size)["total"]
             if total <= limit:
                 found = {f"train.{name}": getattr(train, name) for name in FIELDS}
                 return {"usable_bytes": limit, "settings": found | {"memory_bytes": total}}
@@ -119,10 +118,8 @@ def _fastest_first(settings: Settings, world_size: int) -> Iterator[TrainSetting
     places: list[Frozen] = ["replicate", "shard"] if whole else ["replicate", "gather", "shard"]
     if t.frozen_dtype != "auto":
         places = ["replicate"]  # rounded weights are never in parts
-    for recompute in (False, True):
-        for rows in fitting:
-            for frozen in places:
-                yield replace(t, recompute=recompute, micro_batch_size=rows, frozen=frozen)
+    for recompute, rows, frozen in itertools.product((False, True), fitting, places):
+        yield replace(t, recompute=recompute, micro_batch_size=rows, frozen=frozen)
 
 
 def render_proposal(found: dict[str, Any], device: str) -> str:

@@ -40,7 +40,7 @@ def test_the_preset_of_7b_is_what_fits_an_80_gb_gpu(
     preset = dataclasses.replace(read_toml(CONFIGS / "llama2-7b.toml"), device="h100")
     assert preset.data.seq_len == 0  # what the model allows, which a job puts in
     preset = dataclasses.replace(preset, data=dataclasses.replace(preset.data, seq_len=4096))
-    found = {n: proposal.propose(preset, seven, torch.bfloat16, n) for n in (1, 8)}
+    found = {n: proposal.propose(preset, seven, n) for n in (1, 8)}
     expected = {"train.recompute": False, "train.micro_batch_size": 2, "train.frozen": "replicate"}
     for processes, size in ((1, 71.4), (8, 49.2)):
         settings = found[processes]["settings"]
@@ -57,7 +57,7 @@ def plan_for(limit: int, monkeypatch: pytest.MonkeyPatch, config: ModelConfig) -
     )
     monkeypatch.setattr(proposal, "ENOUGH_TOKENS", 256)
     monkeypatch.setattr(proposal, "usable_bytes", lambda device: limit)
-    return proposal.propose(settings, config, torch.bfloat16, 2)["settings"]
+    return proposal.propose(settings, config, 2)["settings"]
 
 
 def test_with_less_memory_it_gives_up_speed_step_by_step(

@@ -51,9 +51,9 @@ def test_settings_that_contradict_it_are_refused(options: dict[str, Any], said: 
 
 
 def check_gpu(
-    config: ModelConfig, kind: FrozenDtype, dtype: torch.dtype = torch.bfloat16, device: str = ""
+    config: ModelConfig, kind: FrozenDtype, dtype: str = "bfloat16", device: str = ""
 ) -> None:
-    proposal.check_float8(plan_settings(device, frozen_dtype=kind), config, dtype)
+    proposal.check_float8(plan_settings(device, frozen_dtype=kind, dtype=dtype), config)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_float8_needs_a_gpu_that_has_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.version, "hip", None)
-    check_gpu(tiny_config(), "auto", torch.float32)
-    check_gpu(tiny_config(), "int8", torch.float32)
+    check_gpu(tiny_config(), "auto", "float32")
+    check_gpu(tiny_config(), "int8", "float32")
     if capability >= (8, 9):
         return check_gpu(tiny_config(), "float8")
     said = r"'float8': A100 has compute capability 8\.0, below 8\.9; take 'int8' or 'auto'"
@@ -87,7 +87,7 @@ def test_float8_on_a_gpu_needs_bfloat16_and_even_sizes(
     with pytest.raises(ConfigError, match="has the size 100, which is not a multiple of 16"):
         check_gpu(tiny_config(intermediate_size=100), "float8", device="h100")
     with pytest.raises(ConfigError, match=r"on a GPU it needs train\.dtype bfloat16"):
-        check_gpu(tiny_config(), "float8", torch.float32, device="h100")
+        check_gpu(tiny_config(), "float8", "float32", device="h100")
 
 
 def test_a_plan_for_a_gpu_without_float8_is_refused(
