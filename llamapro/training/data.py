@@ -33,9 +33,15 @@ class Data:
 
     def batch(self, start: int, ranks: Ranks) -> list[MicroBatch]:
         """Returns a rank's share of the batch that begins with sample number `start`."""
-        size, rows = self.train.batch_size, self.train.micro_batch_size
-        where = (ranks.rank, ranks.world_size)
-        return micro_batches(self.mixture, start, size, rows, *where, self.apart)
+        return micro_batches(
+            self.mixture,
+            start,
+            size=self.train.batch_size,
+            rows=self.train.micro_batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            last_source=self.apart,
+        )
 
 
 def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
