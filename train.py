@@ -83,7 +83,7 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
     return state
 
 
-# ---- Model ------------------------------------------------------------------------------------
+# ---- Model and optimizer ----------------------------------------------------------------------
 
 
 def build_objective(job: Job) -> NextToken:
@@ -112,6 +112,20 @@ def shard_objective(
     if job.first_new_row:
         mask_gradients(parameters, job.first_new_row)
     return parameters
+
+
+def build_optimizer(
+    parameters: dict[str, torch.nn.Parameter], job: Job, state: RunState
+) -> FiniteGuard:
+    """Builds AdamW over the trained parameters, with the moments of a resumed run."""
+    o, first_row = job.settings.optim, job.first_new_row
+    # Weight decay would move the base's rows of embedding and head.
+    undecayed = [parameters[name] for name in NEW_ROWS if first_row and name in parameters]
+    optimizer = build_adamw(parameters.values(), o.betas, o.weight_decay, undecayed=undecayed)
+    if job.resume_from is not None:
+        applied = state.step - state.skipped
+        resume.load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
+    return FiniteGuard(optimizer, o.skip_bad_steps, state.skipped, state.streak)
 
 
 # ---- Training ---------------------------------------------------------------------------------
@@ -154,20 +168,6 @@ def train_step(
     guard.step(norm)  # not applied if the norm is not finite
     guard.optimizer.zero_grad()
     return loss_sum / max(1.0, valid), norm
-
-
-def build_optimizer(
-    parameters: dict[str, torch.nn.Parameter], job: Job, state: RunState
-) -> FiniteGuard:
-    """Builds AdamW over the trained parameters, with the moments of a resumed run."""
-    o, first_row = job.settings.optim, job.first_new_row
-    # Weight decay would move the base's rows of embedding and head.
-    undecayed = [parameters[name] for name in NEW_ROWS if first_row and name in parameters]
-    optimizer = build_adamw(parameters.values(), o.betas, o.weight_decay, undecayed=undecayed)
-    if job.resume_from is not None:
-        applied = state.step - state.skipped
-        resume.load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)
-    return FiniteGuard(optimizer, o.skip_bad_steps, state.skipped, state.streak)
 
 
 def train(
