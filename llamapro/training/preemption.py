@@ -108,6 +108,8 @@ class StopRequest:
         Every process enters, while the main one works and the others wait for it.
         """
         self._store = store
+        if self.signal:  # before anybody could hear of it
+            store.set("stop", self.signal)
         try:
             yield
         finally:

@@ -52,12 +52,15 @@ def train_signalled(
     train.main(words)
 
 
-def wait_signalled(words: Sequence[str]) -> None:
-    """Is train.py; rank 1 gets a signal while it waits for rank 0, which tokenises for long."""
+def wait_signalled(words: Sequence[str], delay: float) -> None:
+    """Is train.py; rank 1 gets a signal while, or just before, rank 0 tokenises for long."""
     load_data = train.load_data
 
     def soon(*args: Any) -> Any:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        if delay:
+            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
         return load_data(*args)
 
     def tokenize(_: Job) -> Any:
@@ -144,11 +147,12 @@ def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bit
             torch.testing.assert_close(tensor, straight[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("delay", [0.5, 0.0])
 def test_a_signal_to_a_process_that_waits_acts_at_once(
-    pro: Path, fork_ranks: Callable[..., Any], tmp_path: Path
+    pro: Path, fork_ranks: Callable[..., Any], tmp_path: Path, delay: float
 ) -> None:
     """It reaches the main process, which tokenises and hears of it from the other one."""
-    done = fork_ranks(2, __file__, "wait_signalled", options(pro, tmp_path))
+    done = fork_ranks(2, __file__, "wait_signalled", options(pro, tmp_path), delay)
     assert done.statuses == [0, 0], done.stderr
     assert "0 steps done, stopped by a signal" in done.stdout
 
