@@ -196,6 +196,7 @@ def train(
     with progress.writing(job.run_dir, job.plan, changed), saver:
         try:
             while True:
+                # At step 0 an expanded model still is its base: forgetting is measured from here.
                 is_last = state.step >= data.steps
                 if (is_last or state.step % s.eval.every == 0) and state.evaluated != state.step:
                     losses.read()
@@ -215,6 +216,7 @@ def train(
                         raise Stopped
                     rate = set_learning_rate(guard.optimizer, state.step, data.steps, s.optim)
                     loss, norm = train_step(objective, guard, batch, valid, s, ranks)
+                    # Nothing here waits for the device: losses are read when a report needs them.
                     objective.adapt(rate / s.optim.lr)
                     losses.add(state.step + 1, state.samples, loss, norm)
                     state.step += 1
@@ -227,6 +229,7 @@ def train(
                     progress.step(norm.item(), rate, bool(is_time))
         except Stopped:
             state.stopped = True
+        # However the loop ended, its last step is saved.
         progress.saved(saver.finish())
         for _ in range(3):  # again, if the run directory was removed meanwhile
             ranks.stop.settle()
