@@ -1,9 +1,10 @@
 """Tokens of a corpus: documents are tokenised once, in parallel, into a cached token store."""
 
 import os
+import sys
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,7 @@ def tokenize(
             yield from join(parts, tokenizer.fingerprint, counts, label)
         else:
             yield from encode(files)
-        if not counts.bytes:
-            raise DataError(f"{', '.join(patterns)}: no text in it: {counts.describe()}")
+        _check_text(patterns, counts)
 
     def summarize(store: TokenStore) -> str:
         return f"{store.tokens:,} tokens of {Counts(**store.index['counts']).describe()}"
@@ -135,3 +135,30 @@ def tokenize(
     store = cached(cache_dir, key, index, encode_whole(), label, summarize)
     remove_parts(directory)
     return store
+
+
+def check_texts(corpora: Mapping[str, Sequence[str]], text_key: str) -> None:
+    """Reads every corpus, label -> patterns, without tokenising it.
+
+    A line on standard error says of each what was read and what was left out.
+
+    Raises:
+        DataError: files or rows cannot be used; the message names those of all corpora.
+    """
+    problems = []
+    for label, patterns in corpora.items():
+        counts = Counts()
+        try:
+            for _ in read_pieces(find_files(patterns), text_key, counts, label):
+                pass
+            _check_text(patterns, counts)
+            print(f"{label}: {counts.describe()}", file=sys.stderr)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _check_text(patterns: Sequence[str], counts: Counts) -> None:
+    if not counts.bytes:
+        raise DataError(f"{', '.join(patterns)}: no text in it: {counts.describe()}")

@@ -44,9 +44,10 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
     Folders are walked recursively, by name, without hidden entries and `__pycache__`.
 
     Raises:
-        DataError: no pattern is given, one matches no file, or a file is Arrow's.
+        DataError: no pattern is given, or a file is Arrow's; or patterns match no file.
     """
     files: dict[str, SourceFile] = {}
+    problems = []
     if not patterns:
         raise DataError("no data given: name files, folders or globs")
     for pattern in patterns:
@@ -64,7 +65,7 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
             problem = "the folder holds no files" if os.path.isdir(literal) else "no such file"
             fix = "give files, folders or globs like 'd/**/*.py'"
             fix = "data is read from the disk: download it first" if "://" in pattern else fix
-            raise DataError(f"{pattern}: {problem}; {fix}")
+            problems.append(f"{pattern}: {problem}; {fix}")
         for file in matched:
             if file.path.suffix.lower() == ".arrow":
                 raise DataError(
@@ -76,6 +77,8 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
             is_named = earlier.is_named or file.is_named
             left_out = "" if is_named else earlier.left_out
             files[real] = replace(earlier, is_named=is_named, left_out=left_out)
+    if problems:
+        raise DataError("\n".join(problems))
     _say_gaps({str(file.path) for file in files.values() if not file.left_out})
     return list(files.values())
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from datetime import date
 
+import torch
+
 from llamapro import backends
 from llamapro.errors import ConfigError, suggest
 from llamapro.training import proposal
@@ -78,6 +80,9 @@ def check(settings: Settings, world_size: int) -> None:
         wrong.append(f"optim.betas is {s.optim.betas}, expected two numbers from 0 to below 1")
     if s.device:
         wrong += _check_device(s)
+    elif s.train.device == "cuda" and not torch.cuda.is_available():
+        plan = "; a GPU to plan for is --device" if s.dry_run else ""
+        wrong.append(f"train.device 'cuda': no GPU is visible; use 'auto' or 'cpu'{plan}")
     try:
         backends.parse(s.train.ops)
     except ValueError as error:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from llamapro.errors import ConfigError, UserError
 from llamapro.files import reason, user_path
 from llamapro.inference.sampling import end_ids
 from llamapro.text.chat_template import ChatTemplate
-from llamapro.text.corpus import tokenize
+from llamapro.text.corpus import check_texts, tokenize
 from llamapro.text.mixture import parse_named
 from llamapro.text.packing import tokenize_conversations
 from llamapro.text.parts import Part
@@ -91,9 +92,7 @@ class Job:
             directory = source if source.is_dir() else source.parent
             template = ChatTemplate.load(directory, tokenizer, settings.data.chat_template)
         val = parse_named(settings.data.val)
-        replay = [settings.replay.data] if settings.replay.data else []
-        for patterns in [settings.data.train, *val.values(), *replay]:
-            find_files(patterns)  # raises DataError for a pattern that matches nothing
+        find_files([*settings.data.train, *chain(*val.values()), *settings.replay.data])
         if settings.replay.share and not settings.replay.data and checkpoint:  # raises if it cannot
             opened = (checkpoint.path, tokenizer, ends, data.seq_len)
             read_openings(settings.replay.prompts, *opened)
@@ -122,6 +121,12 @@ class Job:
         found |= {"the tokenizer": self.tokenizer.fingerprint, "the chat template": str(template)}
         return agreement.facts(self.settings) | found | {"the device": device_type(self.settings)}
 
+    @property
+    def corpora(self) -> dict[str, Sequence[str]]:
+        """Label -> the paths of each corpus, without replay."""
+        corpora: dict[str, Sequence[str]] = {f"train {p}": [p] for p in self.settings.data.train}
+        return corpora | {f"val {name}": paths for name, paths in self.val.items()}
+
     def tokenize(self, part: Part | None = None) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
 
@@ -129,9 +134,7 @@ class Job:
             DataError: a file cannot be used; for conversations, which have no parts, it names every
                 mistake.
         """
-        s = self.settings
-        corpora: dict[str, Sequence[str]] = {f"train {path}": [path] for path in s.data.train}
-        corpora |= {f"val {name}": paths for name, paths in self.val.items()}
+        s, corpora = self.settings, self.corpora
         if self.template is not None:
             fingerprint = self.tokenizer.fingerprint
             return tokenize_conversations(corpora, self.template, fingerprint, s.data.cache_dir)
@@ -180,14 +183,16 @@ class Job:
                 filesystem.lacks(filesystem.existing(directory))
             except OSError as error:
                 raise ConfigError(f"{name} {directory}: not usable: {reason(error)}") from None
-        if self.settings.data.format == "chat":
+        s, plan, text = self.settings, self.plan, render(self.plan, self.settings)
+        if s.data.format == "chat":
             self.tokenize()
-        text = render(self.plan, self.settings)
-        found = propose(self.settings, self.config, self.plan["world_size"])
-        if not found:
-            return self.plan, text
-        text += "\n" + render_proposal(found, self.settings.device)
-        return self.plan | {"proposal": found}, text
+        else:
+            replay = {"replay": s.replay.data} if s.replay.data else {}
+            check_texts(self.corpora | replay, s.data.text_key)
+        if found := propose(s, self.config, plan["world_size"]):
+            plan = plan | {"proposal": found}
+            text += "\n" + render_proposal(found, s.device)
+        return plan, f"{text}\nnext: the same command without --dry-run"
 
     def result(self, state: RunState) -> tuple[dict[str, Any], str]:
         """Returns the result of the run, JSON-able and as text."""

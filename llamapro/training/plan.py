@@ -1,6 +1,7 @@
 """The plan of a run before it starts: sizes, tokens per step and an estimate of memory."""
 
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -290,6 +291,7 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
     """Returns the plan as the start-up block."""
     s, sizes = settings, plan["parameters"]
     memory = {name: size for name, size in plan["memory_bytes"].items() if size}
+    estimate = ", ".join(f"{name} {format_bytes(n)}" for name, n in memory.items())
     new = plan["new_layers"] if s.train.trainable == "new_blocks" else "every weight trains"
     new = f"{new}, and the rows of added tokens" if s.train.new_tokens else new
     lines = {
@@ -305,8 +307,7 @@ def render(plan: dict[str, Any], settings: Settings) -> str:
         + _faster_dtype(plan["dtype"], device_type(s)),
         "frozen blocks": _describe_frozen(s),
         "ops": plan["ops"],
-        "memory estimate": ", ".join(f"{name} {format_bytes(n)}" for name, n in memory.items())
-        + " per process",
+        "memory estimate": f"\n{'':17}".join(wrap(f"{estimate} per process", 63)),
         "training data": " ".join(s.data.train) + _describe_replay(s.replay),
         "validation": " ".join(s.data.val) or "none",
         "run dir": plan["run_dir"],

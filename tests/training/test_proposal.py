@@ -115,7 +115,7 @@ def test_a_dry_run_plans_for_processes_and_a_gpu_that_are_not_here(
     settings = plan["proposal"]["settings"]
     assert settings["train.micro_batch_size"] == 2 and settings["train.recompute"] is False
     train.main(planned)
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.splitlines()[-2]
     assert "train.recompute false, train.micro_batch_size 2" in line and "h100, 74.5 GiB" in line
     train.main([*argv, "--json"])
     plan = json.loads(capsys.readouterr().out)

@@ -64,6 +64,40 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert plan["memory_bytes"]["total"] > plan["memory_bytes"]["fp32 masters"] == 4 * 2 * block
 
 
+def test_dry_run_reads_every_row_of_every_corpus(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One message names the bad rows of all; what is left out is named; nothing is tokenised."""
+    for name, text in (("a", '{"text": "x"}\n{"txt": "y"}\n'), ("b", '{"text": "x"}\n3\n')):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    good = tmp_path / "good"
+    good.mkdir()
+    (good / "a.txt").write_text("Once upon a time")
+    (good / "b.bin").write_bytes(b"\0\1")
+    words = {"dry_run": "", "data__cache_dir": tmp_path / "cache", "data__train": good}
+    with pytest.raises(DataError) as found:
+        run(**words | {"data__train": f"{tmp_path}/a.jsonl {good} {tmp_path}/b.jsonl"})
+    assert "a.jsonl:2: no 'text' key" in str(found.value) and "b.jsonl:2: exp" in str(found.value)
+    with pytest.raises(DataError, match=r"no1: no such file.*\n.*no2: no such file"):
+        run(**words | {"data__train": f"{tmp_path}/no1 {tmp_path}/no2"})
+    capsys.readouterr()
+    run(**words)
+    out, err = capsys.readouterr()
+    assert "1 documents" in err and "b.bin (binary" in err
+    assert out.endswith("\nnext: the same command without --dry-run\n")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_dry_run_refuses_a_device_that_is_not_here(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is named as one to plan for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"'cuda': no GPU is visible.*plan.*--device"):
+        run(dry_run="", train__device="cuda")
+    run(dry_run="", train__device="cuda", device="h100")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("has_units", [True, False])
 def test_the_plan_names_the_faster_dtype_of_a_cpu(
