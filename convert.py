@@ -284,11 +284,15 @@ class Verify(Input):
     base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
     """The base it was expanded from; its hash and its logits are compared too."""
     hf: bool = False
-    """Also run transformers on these weights and compare: PASS, or FAIL and exit status 1."""
+    """Compare logits with those of transformers: PASS, or FAIL and exit status 1."""
     dtype: DType | None = None
     """Dtype in which --hf computes. Default: the checkpoint's own."""
     tolerance: Annotated[float | None, arg(metavar="X")] = None
-    """Largest difference of a logit that --hf passes. Default: a bound from rounding, printed."""
+    """Largest difference of a logit that passes --hf. Default: a bound from rounding, printed."""
+    grads: bool = False
+    """With --hf, also compare the gradient of every weight."""
+    text: Path | None = None
+    """UTF-8 file, on whose first tokens --hf compares. Default: random tokens."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoints.new_blocks import is_training_output
@@ -300,6 +304,8 @@ class Verify(Input):
             raise ConfigError(f"--tolerance {self.tolerance}: at least 0, and with --hf only")
         is_run, is_store = is_training_output(self.dir), (self.dir / INDEX_FILE).is_file()
         if (is_run or is_store) and (self.base or self.hf):
+        if (self.grads or self.text) and not self.hf:
+            raise ConfigError("--grads and --text: with --hf only")
             raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
         if is_run:
             result = verify_run(self.dir)
@@ -310,8 +316,8 @@ class Verify(Input):
         result = verify(self.dir, self.base)
         text = render(result)
         if self.hf:
-            dtype = torch_dtype(self.dtype)
-            result["hf"] = hf_parity.compare_with_hf(self.dir, dtype, self.tolerance)
+            how: Any = {"tolerance": self.tolerance, "text": self.text, "gradients": self.grads}
+            result["hf"] = hf_parity.compare_with_hf(self.dir, torch_dtype(self.dtype), **how)
             text += "\n" + hf_parity.render(result["hf"])
         return result, text
 

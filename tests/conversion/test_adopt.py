@@ -1,6 +1,7 @@
 """Models that another tool expanded get the record; from then on they are like ours."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,21 @@ def test_a_model_with_a_record_needs_none(
 
 
 def test_verify_beside_transformers_passes_or_fails(
-    base: Checkpoint, convert: Convert, monkeypatch: pytest.MonkeyPatch
+    base: Checkpoint, convert: Convert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A model that computes something else fails with status 1; --tolerance replaces the bound."""
+    """A model that computes something else fails with status 1; --tolerance replaces the bound.
+
+    Random tokens, or those of a text, are compared, and with --grads also gradients.
+    """
     status, out, _ = convert("verify", base.path, "--hf")
     assert status == 0 and "\n  PASS: the last may differ by up to " in out
     status, out, _ = convert("verify", base.path, "--hf", "--tolerance", "0", "--dtype", "bfloat16")
     assert status == 1 and "\n  FAIL: the last may differ by up to 0" in out
+    (tmp_path / "a.txt").write_text("Once upon a time")
+    words = ("verify", base.path, "--hf", "--grads", "--text", tmp_path / "a.txt")
+    status, out, _ = convert(*words)
+    assert status == 0 and re.search(r"float32, \d+ tokens of .*a.txt\n", out)
+    assert re.search(r"  \d+ gradients: the largest error, of .*, is 0.\d+ of what is allowed", out)
     right = Checkpoint.load
 
     def wrong(self: Checkpoint, dtype: Any = None, device: Any = "cpu") -> Any:
@@ -155,7 +164,10 @@ def test_verify_beside_transformers_passes_or_fails(
     monkeypatch.setattr(Checkpoint, "load", wrong)
     status, out, _ = convert("verify", base.path, "--hf", "--json")
     assert status == 1 and json.loads(out)["hf"]["passed"] is False
-    assert convert("verify", base.path, "--tolerance", "1")[0] == 2
+    only_logits = ("verify", base.path, "--hf", "--tolerance", "1e9")
+    assert convert(*only_logits)[0] == 0 and convert(*only_logits, "--grads")[0] == 1
+    for option in (("--tolerance", "1"), ("--grads",), ("--text", tmp_path / "a.txt")):
+        assert convert("verify", base.path, *option)[0] == 2
 
 
 def test_what_transformers_cannot_load_is_one_message(base: Checkpoint, convert: Convert) -> None:
