@@ -38,7 +38,8 @@ def torch_dtype(name: DType | None) -> Any:
 
 @dataclass(kw_only=True)
 class Output:
-    """Options of the commands that write a directory."""
+    """Options of the commands that write a directory; `then` is the command that follows."""
+    then = ""
 
     force: bool = False
     """Replace OUT_DIR if it holds a checkpoint, once the new one is complete."""
@@ -53,6 +54,7 @@ class FromMeta(Output):
     meta_dir: Annotated[Positional[Path], arg(metavar="META_DIR")]
     """The release directory."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    then = "llamapro expand {0.out_dir} EXPANDED_DIR --num-new-blocks N"
     """The checkpoint directory to create, in Hugging Face layout."""
     dtype: DType | None = None
     """Dtype of the result. Default: the release's own."""
@@ -77,6 +79,7 @@ class FromGguf(Output):
     file: Annotated[Positional[Path], arg(metavar="FILE")]
     """The .gguf file; of a model in several parts, any of them."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    then = "llamapro expand {0.out_dir} EXPANDED_DIR --num-new-blocks N"
     """The checkpoint directory to create, in Hugging Face layout."""
     dtype: DType | None = None
     """Dtype of the result. Default: the file's float32 or float16, else bfloat16."""
@@ -122,6 +125,7 @@ class Export(Output):
     q8: bool = False
     """Round to 8 bits: half the size. Default: the checkpoint's own dtype, which loses nothing."""
     force: bool = False
+    then = "llama-cli -m {0.file}"
     """Replace FILE, once the new one is complete."""
 
     def run(self) -> tuple[dict[str, Any], str]:
@@ -132,8 +136,7 @@ class Export(Output):
         if compared := result["compared"]:
             said = f"verified: {compared} tensors equal to the checkpoint's"
         return result, (
-            f"{self.file}: {result['bytes'] / 1e9:.3f} GB in {result['outtype']}; {said}\n"
-            f"next: llama-cli -m {self.file}"
+            f"{self.file}: {result['bytes'] / 1e9:.3f} GB in {result['outtype']}; {said}"
         )
 
 
@@ -156,6 +159,7 @@ class Expand(Output):
     add_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [TOKEN ...]")] = ()
     """Control tokens to add, such as '<|im_start|>'; their rows start as the mean of all rows."""
     max_shard_gb: float = 5.0
+    then = "llamapro train --config PRESET --model.path {0.out_dir} --data.train PATH... --dry-run"
     """Largest safetensors file, in GB (10^9 bytes)."""
 
     def run(self) -> tuple[dict[str, Any], str]:
@@ -198,6 +202,7 @@ class Adopt(Output):
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create: the same bytes, and the record in config.json."""
     new_layers: Annotated[str | None, arg(metavar="LAYERS")] = None
+    then = Expand.then
     """The new blocks, such as 4,9,14. Default: the blocks whose o_proj and down_proj are zero."""
 
     def run(self) -> tuple[dict[str, Any], str]:
@@ -219,6 +224,7 @@ class Merge(Output):
     """The checkpoint that was trained, or its base; or the config.json of a run from random
     weights."""
     blocks: Annotated[Positional[Path], arg(metavar="BLOCKS")]
+    then = "llamapro evaluate {0.more_and_out[-1]} --against BASE_DIR --data FILE..."
     """A run directory (its newest intact step), a training checkpoint, a new-block file, or
     hf://owner/name."""
     more_and_out: Annotated[Positional[tuple[Path, ...]], arg(metavar="[BLOCKS ...] OUT_DIR")]
@@ -255,6 +261,7 @@ class Strip(Output):
         )
 
 
+    then = ""
 @dataclass(kw_only=True)
 class Input:
     """Options of the commands that only read."""
@@ -336,6 +343,8 @@ def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
         Command,
         prog=prog,
         args=argv,
+    if command.then:
+        text += f"\nnext: {command.then.format(command)}"
         description=(__doc__ or "").replace("convert.py", prog),
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )

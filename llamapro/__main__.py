@@ -116,7 +116,8 @@ def presets(argv: list[str]) -> None:
             file.write(texts[args.name])
     except OSError as error:
         raise ConfigError(f"{args.file}: cannot be written: {error.strerror}") from None
-    cli.print_result({"file": str(args.file)}, args.json, f"wrote {args.file}")
+    text = f"wrote {args.file}\nnext: llamapro train --config {args.file} --dry-run"
+    cli.print_result({"file": str(args.file)}, args.json, text)
 
 
 if __name__ == "__main__":

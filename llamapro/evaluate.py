@@ -144,8 +144,7 @@ class Args(ComputeOptions):
     choices: tuple[str, ...] = ()
     """Questions: .jsonl, .json or .parquet files with question (or prompt), choices and answer."""
     shots: int = 0
-    """Number of examples before each question. They are the first questions of the --choices
-    argument, which are not asked."""
+    """Examples before each question: the first ones of its file, which are then not asked."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
     """Second checkpoint, usually the base, measured beside the first with the token-distribution
     shift. --skip-new-blocks does not apply to it."""
@@ -280,6 +279,8 @@ def render(result: dict[str, Any]) -> str:
             lines.append(
                 f"{'':<{width}} {shift['positions']:,} tokens written greedily, by their rank in "
                 f"the base: unshifted {shift['unshifted']:.1%}, marginal "
+    if result["against"]:
+        lines.append(f"next: llamapro push {result['model']} OWNER/NAME --dry-run")
                 f"{shift['marginal']:.1%}, shifted {shift['shifted']:.1%}"
             )
     if result["choices"]:

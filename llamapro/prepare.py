@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llamapro.prep
     stores = job.tokenize(part)
     found = {
         label: {"path": str(store.path), "tokens": store.tokens, "documents": store.documents}
+    lines.append("next: llamapro train with the same options")
         for label, store in stores.items()
     }
     lines = [f"{label}: {store.tokens:,} tokens in {store.path}" for label, store in stores.items()]

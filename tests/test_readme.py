@@ -220,13 +220,14 @@ def test_the_way_of_a_model_of_yours_runs(
     at = train.index("--processes")
     train = [*train[:at], *train[at + 2 :]]
     said = run_lines([from_meta, expand, [*train, "--dry-run"]])
-    assert "bit-equal to the base's" in said
+    assert "bit-equal to the base's" in said and said.count("\nnext: ") == 3
     assert "15900" in said or "15,900" in said
     short = "--train.steps 2 --train.batch-size 2 --train.micro-batch-size 1 --data.seq-len 32 "
     short += "--eval.sequences 2"
     assert [words[1] for words in rest] == ["merge", "evaluate", "report"]
     said = run_lines([[*train, *short.split(), "--data.cache-dir", "cache"], *rest])
     assert "2 steps done" in said and "base tensors intact" in said and "learned" in said
+    assert said.count("\nnext: ") == 3  # all but the report
     (file,) = Path("runs").rglob("trainable.safetensors")
     names = {"BASE": "checkpoints/llama2-7b", "trainable.safetensors": str(file), "OUT": "again"}
     names |= {"runs/code": "runs/llama2-7b-pro", "OWNER/NAME": "jo/llama-pro"}
