@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
 from llamapro import cli
@@ -39,8 +38,8 @@ def torch_dtype(name: DType | None) -> Any:
 @dataclass(kw_only=True)
 class Output:
     """Options of the commands that write a directory; `then` is the command that follows."""
-    then = ""
 
+    then = ""
     force: bool = False
     """Replace OUT_DIR if it holds a checkpoint, once the new one is complete."""
     json: bool = False
@@ -54,8 +53,8 @@ class FromMeta(Output):
     meta_dir: Annotated[Positional[Path], arg(metavar="META_DIR")]
     """The release directory."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
-    then = "llamapro expand {0.out_dir} EXPANDED_DIR --num-new-blocks N"
     """The checkpoint directory to create, in Hugging Face layout."""
+    then = "llamapro expand {0.out_dir} EXPANDED_DIR --num-new-blocks N"
     dtype: DType | None = None
     """Dtype of the result. Default: the release's own."""
     max_position_embeddings: Annotated[int | None, arg(metavar="N")] = None
@@ -79,8 +78,8 @@ class FromGguf(Output):
     file: Annotated[Positional[Path], arg(metavar="FILE")]
     """The .gguf file; of a model in several parts, any of them."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
-    then = "llamapro expand {0.out_dir} EXPANDED_DIR --num-new-blocks N"
     """The checkpoint directory to create, in Hugging Face layout."""
+    then = "llamapro expand {0.out_dir} EXPANDED_DIR --num-new-blocks N"
     dtype: DType | None = None
     """Dtype of the result. Default: the file's float32 or float16, else bfloat16."""
 
@@ -116,17 +115,17 @@ class ToMeta(Output):
 
 @dataclass(kw_only=True)
 class Export(Output):
-    """Write a model as GGUF for llama.cpp, by its own converter, and compare what it wrote."""
+    """Write GGUF by llama.cpp's own converter, and compare it with the checkpoint."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
     """A checkpoint directory, such as a merged one, or hf://owner/name."""
     file: Annotated[Positional[Path], arg(metavar="FILE")]
     """The .gguf file to create."""
     q8: bool = False
-    """Round to 8 bits: half the size. Default: the checkpoint's own dtype, which loses nothing."""
+    """Round to 8 bits, half the size. Without it nothing is lost."""
     force: bool = False
-    then = "llama-cli -m {0.file}"
     """Replace FILE, once the new one is complete."""
+    then = "llama-cli -m {0.file}"
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.export import export_gguf
@@ -142,7 +141,7 @@ class Export(Output):
 
 @dataclass(kw_only=True)
 class Expand(Output):
-    """Insert identity blocks (LLaMA Pro, section 3.2); the result's logits are the base's."""
+    """Insert identity blocks (LLaMA Pro, section 3.2): the logits stay the base's."""
 
     base_dir: Annotated[Positional[Path], arg(metavar="BASE_DIR")]
     """The checkpoint to expand, or hf://owner/name."""
@@ -151,16 +150,16 @@ class Expand(Output):
     num_new_blocks: Annotated[int | None, arg(metavar="N")] = None
     """Number of blocks to add in all; the paper adds 8 to LLaMA-2-7B."""
     blocks_per_group: Annotated[int, arg(metavar="P")] = 1
-    """Number of copies on top of each group of base layers, the paper's P."""
+    """New blocks on top of each group of base layers, the paper's P."""
     after: Annotated[str | None, arg(metavar="LAYERS")] = None
-    """Base layers after each of which one new block goes, such as 3,7,11."""
+    """Base layers that are each followed by one new block, such as 3,7,11."""
     placement: Literal["interleave", "prefix", "suffix"] = "interleave"
     """Where new blocks go: interleaved as in the paper, or all below (prefix) or above (suffix)."""
     add_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [TOKEN ...]")] = ()
     """Control tokens to add, such as '<|im_start|>'; their rows start as the mean of all rows."""
     max_shard_gb: float = 5.0
-    then = "llamapro train --config PRESET --model.path {0.out_dir} --data.train PATH... --dry-run"
     """Largest safetensors file, in GB (10^9 bytes)."""
+    then = "llamapro train --config PRESET --model.path {0.out_dir} --data.train PATH... --dry-run"
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.expand import choose_layout, expand_checkpoint
@@ -202,8 +201,8 @@ class Adopt(Output):
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create: the same bytes, and the record in config.json."""
     new_layers: Annotated[str | None, arg(metavar="LAYERS")] = None
-    then = Expand.then
     """The new blocks, such as 4,9,14. Default: the blocks whose o_proj and down_proj are zero."""
+    then = Expand.then
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.adopt import adopt, render
@@ -214,21 +213,18 @@ class Adopt(Output):
 
 @dataclass(kw_only=True)
 class Merge(Output):
-    """Put trained blocks into their base and write an ordinary checkpoint with a model card.
+    """Put trained blocks into their base and write an ordinary checkpoint with a card.
 
-    Several new-block files may have been trained on different domains and in different layouts, as
-    long as they have the same base. Each base layer is followed by the blocks of every file.
+    Blocks of several domains and layouts go together, if their base is the same.
     """
 
     expanded_dir: Annotated[Positional[Path], arg(metavar="EXPANDED_DIR")]
-    """The checkpoint that was trained, or its base; or the config.json of a run from random
-    weights."""
+    """The checkpoint that was trained, its base, or the config.json that a run started from."""
     blocks: Annotated[Positional[Path], arg(metavar="BLOCKS")]
-    then = "llamapro evaluate {0.more_and_out[-1]} --against BASE_DIR --data FILE..."
-    """A run directory (its newest intact step), a training checkpoint, a new-block file, or
-    hf://owner/name."""
+    """A run directory, training checkpoint or new-block file, or hf://owner/name."""
     more_and_out: Annotated[Positional[tuple[Path, ...]], arg(metavar="[BLOCKS ...] OUT_DIR")]
     """More BLOCKS, if any, then the checkpoint directory to create."""
+    then = "llamapro evaluate {0.more_and_out[-1]} --against BASE_DIR --data FILE..."
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.merge import merge, render
@@ -261,11 +257,11 @@ class Strip(Output):
         )
 
 
-    then = ""
 @dataclass(kw_only=True)
 class Input:
     """Options of the commands that only read."""
 
+    then = ""
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
     """A checkpoint directory, hf://owner/name, run, training checkpoint or new-block file."""
     json: bool = False
@@ -274,7 +270,7 @@ class Input:
 
 @dataclass(kw_only=True)
 class Inspect(Input):
-    """Show which layers are new and copied from where, parameters, dtypes, sizes and hashes."""
+    """Show which layers are new, copied from where, with sizes, dtypes and hashes."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.inspect import describe, render
@@ -285,21 +281,20 @@ class Inspect(Input):
 
 @dataclass(kw_only=True)
 class Verify(Input):
-    """Check every byte of a checkpoint and the base inside it, of all that a run saved, or of
-    tokens in the cache."""
+    """Check every byte of a checkpoint and of its base, of a run, or of cached tokens."""
 
     base: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
-    """The base it was expanded from; its hash and its logits are compared too."""
+    """The base it was expanded from, to compare its hash and its logits."""
     hf: bool = False
     """Compare logits with those of transformers: PASS, or FAIL and exit status 1."""
     dtype: DType | None = None
     """Dtype in which --hf computes. Default: the checkpoint's own."""
-    tolerance: Annotated[float | None, arg(metavar="X")] = None
-    """Largest difference of a logit that passes --hf. Default: a bound from rounding, printed."""
     grads: bool = False
     """With --hf, also compare the gradient of every weight."""
     text: Path | None = None
     """UTF-8 file, on whose first tokens --hf compares. Default: random tokens."""
+    tolerance: Annotated[float | None, arg(metavar="X")] = None
+    """Largest difference of a logit that passes --hf. Default: a bound from rounding, printed."""
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.checkpoints.new_blocks import is_training_output
@@ -309,10 +304,10 @@ class Verify(Input):
 
         if self.tolerance is not None and not (self.hf and self.tolerance >= 0):
             raise ConfigError(f"--tolerance {self.tolerance}: at least 0, and with --hf only")
-        is_run, is_store = is_training_output(self.dir), (self.dir / INDEX_FILE).is_file()
-        if (is_run or is_store) and (self.base or self.hf):
         if (self.grads or self.text) and not self.hf:
             raise ConfigError("--grads and --text: with --hf only")
+        is_run, is_store = is_training_output(self.dir), (self.dir / INDEX_FILE).is_file()
+        if (is_run or is_store) and (self.base or self.hf):
             raise ConfigError(f"{self.dir}: --base and --hf are for checkpoint directories")
         if is_run:
             result = verify_run(self.dir)
@@ -339,15 +334,8 @@ def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
         argv: the command and its options; None for those of the process.
         prog: the name of the program in the help texts.
     """
-    command: Any = tyro.cli(
-        Command,
-        prog=prog,
-        args=argv,
-    if command.then:
-        text += f"\nnext: {command.then.format(command)}"
-        description=(__doc__ or "").replace("convert.py", prog),
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
+    about = (__doc__ or "").replace("convert.py", prog)
+    command = cli.arguments(Command, argv, prog, description=about)
     for field in fields(command):
         value = getattr(command, field.name)
         if isinstance(value, Path):
@@ -355,6 +343,8 @@ def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
         elif isinstance(value, tuple) and field.name == "more_and_out":
             setattr(command, field.name, tuple(map(user_path, value)))
     result, text = command.run()
+    if command.then:
+        text += f"\nnext: {command.then.format(command)}"
     cli.print_result(result, command.json, text)
     if result.get("hf", {}).get("passed") is False:
         raise SystemExit(1)

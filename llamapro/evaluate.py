@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
@@ -134,35 +133,32 @@ def measure(
 
 @dataclass
 class Args(ComputeOptions):
-    """Measure a checkpoint: loss, perplexity and bits per byte of files, answers to questions."""
+    """Measure loss, perplexity and bits per byte on files, and accuracy on questions."""
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
     """Checkpoint directory with its tokenizer, or hf://owner/name."""
     data: tuple[str, ...] = ()
-    """Text to predict: files, folders or globs of text, source code, .jsonl, .jsonl.gz or .parquet.
-    Each argument is measured by itself."""
+    """Text to predict: files, folders or globs, as in training. Each argument is measured alone."""
     choices: tuple[str, ...] = ()
     """Questions: .jsonl, .json or .parquet files with question (or prompt), choices and answer."""
     shots: int = 0
     """Examples before each question: the first ones of its file, which are then not asked."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
-    """Second checkpoint, usually the base, measured beside the first with the token-distribution
-    shift. --skip-new-blocks does not apply to it."""
+    """Second checkpoint, usually the base, to compare with, also by token-distribution shift."""
     context: int = 0
-    """Longest input in tokens; 0 takes the model's max_position_embeddings."""
+    """Longest input in tokens; 0: the model's max_position_embeddings."""
     stride: int = 0
-    """Tokens by which the window of the context moves; 0 takes half the context."""
+    """Tokens by which the window over a text moves; 0: half the context."""
     batch_size: int = 8
-    """Number of windows or choices per forward pass."""
+    """Windows or choices per forward pass."""
     text_key: str = "text"
-    """Field of a .jsonl line or .parquet column that holds the text."""
+    """Key of a JSON row, or column of a table, that holds the text."""
     shift_prompts: int = 16
-    """With --against: number of prompts cut from each text; 0 measures no token-distribution
-    shift."""
+    """Prompts cut from each text to measure the shift from --against; 0 measures none."""
     shift_prompt_tokens: int = 32
-    """Length of each of these prompts in tokens."""
+    """Tokens of each of these prompts."""
     shift_new_tokens: int = 64
-    """Number of tokens written after each of these prompts."""
+    """Tokens written after each of these prompts."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -279,18 +275,18 @@ def render(result: dict[str, Any]) -> str:
             lines.append(
                 f"{'':<{width}} {shift['positions']:,} tokens written greedily, by their rank in "
                 f"the base: unshifted {shift['unshifted']:.1%}, marginal "
-    if result["against"]:
-        lines.append(f"next: llamapro push {result['model']} OWNER/NAME --dry-run")
                 f"{shift['marginal']:.1%}, shifted {shift['shifted']:.1%}"
             )
     if result["choices"]:
         lines += render_choices(result["choices"])
+    if result["against"]:
+        lines.append(f"next: llamapro push {result['model']} OWNER/NAME --dry-run")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m llamapro.evaluate") -> None:
     """Runs the command with these arguments, those of the process by default."""
-    args = tyro.cli(Args, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    args = cli.arguments(Args, argv, prog)
     with args.backends():
         result = evaluate(args)
     cli.print_result(result, args.json, render(result))

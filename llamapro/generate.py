@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
-import tyro
 from tyro.conf import Positional, arg
 
 from llamapro import cli
@@ -33,8 +32,9 @@ from llamapro.text.tokenizer import Tokenizer
 class ChatArgs(ComputeOptions, SamplingOptions):
     """Hold a conversation with a checkpoint; answers are printed as they are written.
 
-    A terminal asks for each turn: an empty line, /exit or Ctrl-D ends, /reset starts again. In a
-    script, --prompt is the only turn; without it, each line of standard input is a turn.
+    In a terminal, an empty line, /exit or Ctrl-D ends, and /reset starts again.
+
+    In a script, --prompt is the only turn; without it, each line of input is one.
     """
 
     dir: Annotated[Positional[Path], arg(metavar="DIR")]
@@ -42,10 +42,9 @@ class ChatArgs(ComputeOptions, SamplingOptions):
     prompt: str = ""
     """First turn of the conversation."""
     system: str = ""
-    """System turn of the conversation, before all others."""
+    """System message of the conversation."""
     chat_template: str = ""
-    """Chat template of the conversation: llama2, llama3, mistral, chatml or a .jinja file; the
-    model's own by default."""
+    """Chat template: llama2, llama3, mistral, chatml or a .jinja file. Default: the model's own."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -55,7 +54,7 @@ class Args(ChatArgs):
     """Continue a prompt with a checkpoint; the text is printed as it is written."""
 
     prompt: str = ""
-    """Text to continue; an empty one starts a new document. With --chat: the first turn."""
+    """Text to continue; "" starts a new document. With --chat: the first turn."""
     chat: bool = False
     """Hold a conversation, as 'llamapro chat' does."""
 
@@ -72,12 +71,12 @@ class Args(ChatArgs):
 
 def main(argv: list[str] | None = None, prog: str = "python -m llamapro.generate") -> None:
     """Runs the command with these arguments, those of the process by default."""
-    _run(tyro.cli(Args, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,)))
+    _run(cli.arguments(Args, argv, prog))
 
 
 def main_chat(argv: list[str], prog: str) -> None:
     """Runs the command `llamapro chat` with these arguments."""
-    _run(tyro.cli(ChatArgs, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,)))
+    _run(cli.arguments(ChatArgs, argv, prog))
 
 
 def _run(args: ChatArgs) -> None:

@@ -16,11 +16,9 @@ from llamapro.training.settings import Settings
 
 DESCRIPTION = """Tokenises the data of a run into its cache, so that no GPU waits for it.
 
-Give the preset and options of the run. Each part of the files may be tokenised on a machine of its
-own, if all share --data.cache-dir; the last call, or the run itself, puts the parts together.
+Give the options of the run. Machines that share --data.cache-dir may take a part each.
 
 Examples:
-
     llamapro prepare --config llama2-7b --data.train corpus/ --shard 3/8
     llamapro prepare --config llama2-7b --data.train corpus/
 """
@@ -31,8 +29,7 @@ class PrepareSettings(Settings):
     """Settings of the run, and what to tokenise here."""
 
     shard: str = ""
-    """Part of the files to tokenise here, such as 3/8 for the third of eight. Empty puts the parts
-    together, or tokenises everything."""
+    """Part to tokenise here, such as 3/8, the third of eight. Default: everything."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m llamapro.prepare") -> None:
@@ -56,12 +53,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llamapro.prep
     stores = job.tokenize(part)
     found = {
         label: {"path": str(store.path), "tokens": store.tokens, "documents": store.documents}
-    lines.append("next: llamapro train with the same options")
         for label, store in stores.items()
     }
     lines = [f"{label}: {store.tokens:,} tokens in {store.path}" for label, store in stores.items()]
+    lines.append("next: llamapro train with the same options")
     if part is not None:
-        lines.append(f"part {part} is done; when all are, run the same command without --shard")
+        lines[-1] = f"part {part} is done; when all are, run the same command without --shard"
     cli.print_result({"shard": str(part or ""), "stores": found}, settings.json, "\n".join(lines))
 
 

@@ -10,7 +10,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import Positional, arg
 
 from llamapro import cli
@@ -37,24 +36,22 @@ class Args:
     repository: Annotated[Positional[str], arg(metavar="OWNER/NAME")]
     """The repository, which is created if there is none."""
     base: str = ""
-    """New blocks: their base, or the expanded model, or hf://owner/name. Default: what the run
-    names."""
+    """Base of new blocks, or the expanded model, or hf://owner/name. Default: the run's."""
     license: str = ""
-    """Licence that the card names, such as apache-2.0. Default: the one that the base's card, or a
-    LICENSE file, names."""
+    """Licence for the card, such as apache-2.0. Default: that of the base's card or LICENSE."""
     private: bool = False
     """Create a private repository."""
     force: bool = False
     """Replace what the repository holds; its history keeps the old files."""
     dry_run: bool = False
-    """Check all and show files, sizes and card; needs neither a token nor a network."""
+    """Check everything and show files, sizes and card, without a token or a network."""
     json: bool = False
     """Print the result as one JSON object."""
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m llamapro.push") -> None:
     """Runs the command with these arguments, those of the process by default."""
-    args = tyro.cli(Args, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    args = cli.arguments(Args, argv, prog)
     repo, source = check_name(args.repository), user_path(args.source)
     left_out: list[str] = []
     if is_training_output(source):

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +209,22 @@ def test_help_lists_every_command_with_its_purpose(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_help_text_of_one_form(
-    name: str, run_command: Callable[..., tuple[int, str, str]]
+    name: str,
+    run_command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The usage names the command as it was called."""
+    """The usage names the command as it was called; texts fill the lines of a terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
     status, shown, _ = run_command(console.main, name, "--help")
     assert status == 0 and shown.lstrip().startswith(f"usage: llamapro {name} ")
     assert ("Hold a conversation" in shown.split("options")[0]) == (name == "chat")
+    about, *boxes = shown.partition("\n\n")[2].split("╭")
+    assert max(map(len, about.splitlines()), default=0) <= 88
+    for line, following in pairwise("".join(boxes).splitlines()):
+        text, more = line.strip("│").rstrip(), following.strip("│").rstrip()
+        column = len(more) - len(more.lstrip())
+        if column > 4 and text[column - 1 : column] == " " and text[column:].strip():
+            assert len(f"{text} {more.split()[0]}") > 76, (text, more)
 
 
 def test_unknown_command_suggests_the_nearest(

@@ -24,18 +24,16 @@ class ComputeOptions:
     """Device, dtype and backends."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto takes a GPU if there is one."""
+    """Device to compute on; auto: a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of weights and computation; auto takes the checkpoint's."""
+    """Dtype of weights and computation; auto: the checkpoint's."""
     ops: str = "auto"
-    """Backend: auto (Triton on a GPU wherever its kernel can run), cpu, torch or triton. Single
-    operations may differ, for example auto,attention=torch."""
+    """Backend: auto (Triton on a GPU where its kernel can run), cpu, torch or triton; for one
+    operation, auto,attention=torch."""
     skip_new_blocks: bool = False
-    """Leave out the latest generation's new blocks and the tokens added with them: the base inside
-    computes, to the bit."""
+    """Compute with the base inside: leave out the latest new blocks and their added tokens."""
     blocks: tuple[Path, ...] = ()
-    """New blocks to put on DIR, which is their base or was expanded: new-block files, training
-    checkpoints, run directories or hf://owner/name."""
+    """New blocks to put on DIR: files, training checkpoints, run directories or hf://owner/name."""
 
     def open(self, path: Path) -> Checkpoint:
         """Opens a checkpoint and puts the new blocks on it; their files say where they belong."""
@@ -88,17 +86,15 @@ class SamplingOptions:
     """The choice of the next token, and the number of tokens."""
 
     max_new_tokens: int = 256
-    """Stop after this many tokens. A text also ends at the end of its document, an answer at the
-    end of its turn, and both when the context is full."""
+    """Most tokens to write. A text also ends at its EOS, and where the context is full."""
     temperature: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Sampling temperature. 0 always takes the most likely token; 1.0 samples from the model's own
-    distribution; higher values write more varied text. By default that of the model's
-    generation_config.json if do_sample is true there, and 0 if not."""
+    """Sampling temperature; 0 takes the most likely token, 1.0 samples from the model's own
+    distribution. Default: that of generation_config.json if do_sample is true there, else 0."""
     top_p: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Sample only from the most likely tokens that together have this probability; 1.0 keeps all
-    tokens. By default that of the model's generation_config.json, and 1.0 if it has none."""
+    """Sample from the most likely tokens that together have this probability. Default: that of
+    generation_config.json, else 1.0."""
     seed: int = 0
-    """Seed of the sampling. The same seed writes the same text."""
+    """Seed of the sampling; the same seed writes the same text."""
 
     def find_mistakes(self) -> list[str]:
         """Returns a message for every value that is impossible."""

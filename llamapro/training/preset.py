@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from llamapro import cli
 from llamapro.errors import ConfigError, suggest
 from llamapro.files import user_path
 from llamapro.scripts import CONFIGS
 from llamapro.training.settings import Settings, flatten
 
 T = TypeVar("T")
-EXAMPLES = """Trains the new blocks of an expanded LLaMA, or all weights, on text or conversations.
+EXAMPLES = """Trains the new blocks of an expanded LLaMA, or all weights, on text or chats.
 
 Examples:
-
     llamapro train --config demo --dry-run
     llamapro train --processes 8 --config llama2-7b \\
-        --data.train corpus/math corpus/code --data.weights 1.0 1.5 --data.val code=code.jsonl
-    llamapro train --processes 8 --config sft \\
-        --model.path checkpoints/merged --data.train chats.jsonl --run-dir runs/instruct
+        --data.train corpus/math corpus/code --data.val code=code.jsonl
+    llamapro train --config sft --model.path checkpoints/merged \\
+        --data.train chats.jsonl --run-dir runs/instruct
 
 The same command run again resumes.
 """
@@ -42,21 +42,12 @@ def parse(
             or values of a wrong type.
         SystemExit: status 2 on an impossible value, 0 after --help.
     """
-    import tyro
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?", default="")
     preset = parser.parse_known_args(argv)[0].config
     default = read_toml(find_preset(preset), kind) if preset else kind()
-    settings, unknown = tyro.cli(
-        kind,
-        prog=prog,
-        description=description,
-        default=default,
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-        return_unknown_args=True,
-    )
+    about = {"description": description, "default": default, "return_unknown_args": True}
+    settings, unknown = cli.arguments(kind, argv, prog, **about)
     if unknown:
         raise ConfigError(_hint(unknown[0], kind()))
     return settings

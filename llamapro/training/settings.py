@@ -23,37 +23,35 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data to read: files, globs and folders of text, source code, .jsonl, .json, .csv and
-    .parquet; text and rows may be compressed (.gz, .bz2, .xz)."""
+    """Files, globs and folders of text, code, JSON, CSV or parquet, also .gz, .bz2 and .xz."""
 
     train: tuple[str, ...] = ()
     """Training sources, for example corpus/math corpus/code."""
     weights: tuple[float, ...] = ()
-    """Passes over each source relative to the others (paper: 1.0 math, 1.5 code); empty means 1."""
+    """Passes over each source, relative to the others (paper: math 1.0, code 1.5); default: 1."""
     val: tuple[str, ...] = ()
     """Validation sets as NAME=PATH, for example code=held-out.jsonl; a name may repeat."""
     format: Literal["text", "chat"] = "text"
-    """text trains every token. chat reads conversations and trains the assistant's tokens: .jsonl,
-    .json or .parquet with messages, ShareGPT's conversations, or instruction, input and output."""
+    """text trains every token, chat those of the assistant. Rows of a chat have messages,
+    ShareGPT's conversations, or instruction, input and output."""
     text_key: str = "text"
-    """Field of a row of JSON, or column of a table, that holds the text."""
+    """Key of a JSON row, or column of a table, that holds the text."""
     split_at: str = ""
-    """Text between the documents of a file, such as "<|endoftext|>": a new one begins there. Empty
-    takes each file, or row, as one document."""
+    """Marker between documents in one file, such as "<|endoftext|>". Default: one document per
+    file or row."""
     chat_template: str = ""
-    """Template of conversations: llama2, llama3, mistral, chatml or a .jinja file; empty takes the
-    model's own."""
+    """Chat template: llama2, llama3, mistral, chatml or a .jinja file. Default: the model's own."""
     date: str = ""
-    """Day that chat templates print as today's, YYYY-MM-DD; empty takes the day the run began."""
+    """Today's date in chat templates, YYYY-MM-DD. Default: the day on which the run began."""
     too_long: Literal["drop", "truncate", "split"] = "drop"
-    """Treatment of a conversation that is longer than a sequence."""
+    """What happens to a conversation that is longer than a sequence."""
     seq_len: int = 0
-    """Tokens per sequence. Documents, or whole conversations, are packed to fill it. 0 takes 4096,
-    or what the model allows if that is less."""
+    """Tokens per sequence; documents or conversations are packed into it. 0: the model's most,
+    up to 4096."""
     cache_dir: str = "~/.cache/llamapro"
     """Directory that keeps tokenised corpora."""
     workers: int = 0
-    """Threads that tokenise; 0 means one per core."""
+    """Threads that tokenise; 0: one per core."""
 
     def length(self, positions: int) -> int:
         """Returns the tokens per sequence for a model of so many positions."""
@@ -62,37 +60,32 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """General text among the training data, against forgetting. The base inside the expanded model
-    writes it once, or files hold it. Needs train.trainable new_blocks."""
+    """General text among the training data, against forgetting; the base writes it once."""
 
     hold: str = ""
-    """Most that the model may forget: KL(base || model) in nats per token of replayed text, such as
-    "0.02"; or, such as "3%", a share of what it learns, the fall of the training loss. Replay is
-    distilled, and its weight adapts. Empty leaves the weight to replay.weight."""
+    """Bound on forgetting, which is KL(base || model) on replayed text: nats per token, such as
+    0.02, or a share of the fall of the training loss, such as 3%. It turns replay.distill on and
+    adapts the weight of replay. Default: no bound."""
     share: float = 0.0
-    """Share of all sequences that is replayed, 0 to below 1; 0 means 0.25 with replay.hold, and
-    no replay without it."""
+    """Share of sequences that are replayed, 0 to below 1. With replay.hold, 0 means 0.25."""
     data: tuple[str, ...] = ()
-    """Your own general text instead of the base's: files, globs, folders."""
+    """General text of yours, in place of the base's: files, globs, folders."""
     prompts: str = ""
-    """File with one short text per line for the base to continue, or, if it has a chat template, to
-    answer; empty starts new documents and chats."""
+    """File of short texts, one per line, that the base continues, or answers if it has a chat
+    template. Default: the base starts by itself."""
     tokens: int = 0
-    """Tokens that the base writes. Training repeats them if it needs more; 0 writes half of what
-    is replayed, at most 1,000,000."""
+    """Tokens that the base writes; training repeats them. 0: half of what is replayed, up to
+    1,000,000."""
     temperature: float = 1.0
     """Sampling temperature; 1.0 samples from the base's own distribution."""
     seed: int = 0
     """Seed of the sampling."""
     batch_size: int = 0
-    """Number of documents of up to data.seq_len tokens that are written at the same time; 0 takes
-    up to 64, as memory and replay.tokens allow."""
+    """Documents that the base writes at a time. 0: as many as memory allows, up to 64."""
     distill: bool = False
-    """Learn the base's predictions on replayed sequences instead of their text. The loss is KL(base
-    || model) per token, and the base is the model without its new blocks. With the files of
-    data.train as replay.data this is self-distillation on the domain."""
+    """Learn the base's predictions on replayed text, by KL(base || model), not the text itself."""
     weight: float = 1.0
-    """Factor of the loss of replayed sequences; all other sequences have 1."""
+    """Factor of the loss of replayed sequences; all others have 1."""
 
     def __post_init__(self) -> None:
         if self.hold:  # the class is frozen
@@ -116,20 +109,20 @@ class ReplaySettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Length, batch size, trained weights, and the place of everything in memory."""
+    """Steps, batch size, which weights train, and where weights lie."""
 
     trainable: Literal["new_blocks", "all"] = "new_blocks"
-    """Weights to train: the new blocks of the latest expansion, or all."""
+    """Which weights train: the new blocks of the latest expansion, or all."""
     new_tokens: bool = False
     """Also train the embedding and head rows of added tokens (with new_blocks)."""
     steps: int = 0
-    """Optimizer steps; 0 takes as many as train.epochs need."""
+    """Optimizer steps; 0: as many as train.epochs need."""
     epochs: float = 1.0
-    """Passes over the data if train.steps is 0."""
+    """Passes over the data, if train.steps is 0."""
     batch_size: int = 1024
     """Sequences per optimizer step, summed over all processes."""
     micro_batch_size: int = 1
-    """Sequences per forward pass of one process; gradients of the rest are accumulated."""
+    """Sequences per forward pass of one process; gradients accumulate over the batch."""
     seed: int = 0
     """Seed of the data order and of random weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -137,25 +130,22 @@ class TrainSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of computation and frozen weights; auto is bfloat16 on a GPU, float32 on a CPU."""
     frozen_dtype: Literal["auto", "float8", "int8"] = "auto"
-    """Dtype of the frozen blocks' matrices; auto is that of train.dtype. float8: for speed, on GPUs
-    from Hopper and Ada on; a CPU emulates it. int8: half the memory, on any device. Both keep
-    frozen weights whole on every process, and round the base for training only."""
+    """Dtype of frozen matrices while training; auto: train.dtype. int8 halves their memory, float8
+    is for speed on GPUs since Ada and Hopper. Both round the base in memory, not on disk."""
     ops: str = "auto"
-    """Backend: auto (Triton on a GPU wherever its kernel can run), cpu, torch or triton. Single ops
-    follow, for example auto,attention=torch."""
+    """Backend: auto (Triton on a GPU where its kernel can run), cpu, torch or triton; for one
+    operation, auto,attention=torch."""
     deterministic_attention: bool = False
-    """Give attention's gradients the same bits every time on a GPU, as on a CPU: auto takes the
-    Triton kernel or, where it cannot run, the formula, which needs more memory; attention=cpu is
-    refused."""
+    """On a GPU, use only attention whose gradients have the same bits every time: the Triton
+    kernel, or else the plain formula, which needs more memory."""
     recompute: bool = False
-    """Activation checkpointing: compute blocks again in backward to save memory."""
+    """Activation checkpointing: recompute blocks in the backward pass, to save memory."""
     frozen: Literal["auto", "shard", "gather", "replicate"] = "auto"
-    """Place of frozen weights. shard: in parts on all processes. gather: in parts, but whole from
-    forward to backward. replicate: whole on every process, without communication. auto: replicate
-    where each process holds all of them anyway or train.frozen_dtype is set, else shard."""
+    """Where frozen weights lie. shard: a part on each process. gather: the same, but whole between
+    forward and backward. replicate: whole on each process. auto: replicate with one process or
+    train.frozen_dtype, else shard."""
     shard_size: int = 0
-    """Processes that share one copy of sharded weights (HSDP), such as those of a machine; 0 means
-    all."""
+    """Processes that share one sharded copy (HSDP), such as those of a machine; 0: all."""
     offload: bool = False
     """Keep shards and optimizer state in CPU memory (only with GPUs)."""
     compile: bool = False
@@ -179,10 +169,9 @@ class OptimSettings:
     lr: float = 2e-4
     """Peak learning rate. The paper's 2e-4 suits LLaMA-2; other bases may need a tenth."""
     final_lr_ratio: float = 0.0
-    """Where the decay of the learning rate ends, one step after the last, as a fraction of
-    optim.lr."""
+    """Learning rate at the end of the decay, one step after the last, as a share of optim.lr."""
     warmup_ratio: float = 0.06
-    """Fraction of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moving averages."""
     weight_decay: float = 0.1
@@ -190,8 +179,7 @@ class OptimSettings:
     clip: float = 1.0
     """Largest gradient norm; a larger gradient is scaled down."""
     skip_bad_steps: int = 0
-    """Steps in a row that may be skipped because their gradient is not finite; one more ends the
-    run."""
+    """Steps in a row that may be skipped for a non-finite gradient; one more ends the run."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +203,8 @@ class SaveSettings:
     keep_every: int = 0
     """Also keep those whose step is a multiple of this; 0 keeps none."""
     background: Literal["auto", "yes", "no"] = "auto"
-    """Write while training goes on, from a copy in the main process's memory (12 bytes for each
-    parameter that trains); auto does so with GPUs."""
+    """Save while training goes on, from a copy in memory (12 bytes per parameter that trains);
+    auto: with GPUs."""
 
     def in_background(self, device_type: str) -> bool:
         """Returns whether a run on this type of device saves in the background."""
@@ -228,7 +216,7 @@ class ResumeSettings:
     """Changes that a resumed run may make."""
 
     allow: tuple[str, ...] = ()
-    """Settings that may differ although they decide the result, for example optim.lr."""
+    """Settings that may differ from the run's although they decide the result, such as optim.lr."""
 
 
 @dataclass(frozen=True)
@@ -236,10 +224,9 @@ class Settings:
     """Settings of one run."""
 
     config: str = ""
-    """Preset: a TOML file, or a name that 'llamapro presets' lists; options beside it win."""
+    """Preset: a name that 'llamapro presets' lists, or a TOML file; other options override it."""
     run_dir: str = ""
-    """Directory of metrics and training checkpoints; empty means runs/NAME_OF_THE_PRESET. The same
-    command run again resumes from it."""
+    """Directory of the run's metrics and checkpoints. Default: runs/PRESET."""
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
@@ -251,21 +238,19 @@ class Settings:
     log_every: int = 10
     """Steps between records in metrics.jsonl."""
     log_seconds: float = 10.0
-    """Seconds between progress lines; the steps 1, 2, 5, 10 and the last one always have a line."""
+    """Seconds between progress lines; steps 1, 2, 5, 10 and the last have one in any case."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers to log to besides metrics.jsonl. WANDB_PROJECT and TRACKIO_PROJECT name a project;
-    llamapro without them."""
+    """Trackers beside metrics.jsonl. WANDB_PROJECT or TRACKIO_PROJECT names the project."""
     log_spikes: float = 6.0
-    """Log a step with its documents if its loss exceeds the median of the latest by this many
-    standard deviations (estimated from quartiles); 0 logs none."""
+    """Log the documents of a step whose loss is this many standard deviations over the median of
+    the latest; 0: never."""
     processes: int = 0
-    """Processes to start on this machine, usually one per GPU; 0 means this process alone, or those
-    that torchrun started."""
+    """Processes to start on this machine, one per GPU; 0: none but this one, or torchrun's."""
     dry_run: bool = False
-    """Check all input, print the plan, with a GPU the fastest settings that fit it, and stop."""
+    """Read and check all input, print the plan and the fastest settings that fit, and stop."""
     device: str = ""
-    """GPU that --dry-run plans for, where this machine has another one or none: a100, h100, h200,
-    rtx-4090 and others, or its memory, such as 48GB."""
+    """GPU that --dry-run plans for, such as a100, h100, rtx-4090, or its memory, such as 48GB.
+    Default: this machine's."""
     json: bool = False
     """Print the result as one JSON object."""
 
