@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from summary import done, final_changes, front, general_change, summarize
+from summary import done, front, summarize
 
 from llamapro.report import COLOURS, GREY, plain
 
@@ -23,6 +23,7 @@ GROUPS = {
     "compared": "other ways to train",
     "retention": "against forgetting",
 }
+SPLIT = (("number", "place"), ("compared",), ("retention",))  # panels of a study of many variants
 MARKERS = dict(zip(GROUPS, "osD^", strict=True))
 SIZES = {"*": 14, "o": 8, "s": 8, "D": 7.5, "^": 9.5}  # points; these look equally large
 LEARNED, FORGOTTEN = "domain loss, change", "general loss, change"
@@ -133,51 +134,47 @@ def _curves(
 
 
 def pareto(studies: Sequence[dict[str, Any]]) -> "Figure":
-    """Draws what the variants learned and forgot, and their Pareto front."""
-    across = min(2, max(1, len(studies)))
-    rows = max(1, -(-len(studies) // across))
+    """Draws what the variants learned and forgot; a study of many has several panels."""
+    panels = [
+        (study, groups)
+        for study in studies
+        for groups in (SPLIT if len(study["variants"]) > 10 else [tuple(GROUPS)])
+        if any(_has(study, group) for group in groups)
+    ]
+    across = min(3, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // across))
     title = "What is learned and what is forgotten: lower left is better"
-    told = "(faint: single runs; line: during training; bars: standard deviation over seeds)"
-    figure = _figure(8.2 * across, 6.2 * rows + 0.5, f"{title}\n{told}")
+    told = "(bars: standard deviation over seeds; dotted: Pareto front of all variants)"
+    figure = _figure(7.2 * across, 5.2 * rows + 0.5, f"{title}\n{told}")
     grid = figure.subplots(rows, across, squeeze=False)
-    for axes in grid.flat[len(studies) :]:
+    for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    for axes, study in zip(grid.flat, studies, strict=False):
-        _plane(axes, study)
+    for axes, (study, groups) in zip(grid.flat, panels, strict=False):
+        _plane(axes, study, groups)
     return figure
 
 
-def _plane(axes: "Axes", study: dict[str, Any]) -> None:
+def _plane(axes: "Axes", study: dict[str, Any], groups: Sequence[str]) -> None:
+    """Draws the variants of these groups and the compared one, each with its name beside it."""
     styles, rows = _styles(study), [row for row in summarize(study) if row["runs"]]
-    axes.plot(0, 0, marker="P", color=GREY, markersize=9, linestyle="", label="base")
-    for row in rows:
+    shown = [row for row in rows if row["group"] in groups or _is_compared(study, row)]
+    points = [("base", 0.0, 0.0, {"color": GREY, "marker": "P"}, 9.0)]
+    for row in shown:
         style, x, y = styles[row["name"]], row["domain_change"], row["general"]
-        sides = [paths(study, row["name"], s) for s in ([study["domain_set"]], study["general"])]
-        way = [runs[..., 1].mean(0) for runs in sides]
-        if len(way[0]) == len(way[1]):  # what the base wrote is measured at the end alone
-            axes.plot(*way, color=style["color"], linewidth=0.7, alpha=0.6)
         axes.errorbar(x.mean, y.mean, y.sd, x.sd, ecolor=style["color"], elinewidth=1, fmt="none")
-        look = {"linestyle": "", "markersize": SIZES[style["marker"]], "markeredgecolor": "white"}
-        axes.plot(x.mean, y.mean, **style | look, zorder=3, label=plain(row["label"]))
+        points.append((plain(row["label"]), x.mean, y.mean, style, SIZES[style["marker"]]))
     best = front(rows).values()
-    axes.step(*zip(*best, strict=True), where="post", color=GREY, ls=":", label="Pareto front")
-    scale = _compress(axes, [row["general"].mean for row in rows if row["general"].mean > 0])
-    # The view is that of the chosen runs. Runs beyond it are drawn at its edge.
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    beyond = 0
-    for trial in done(study):
-        changes = final_changes(study, trial)
-        x, y = changes[study["domain_set"]], general_change(study, changes)
-        where = min(max(x, left), right), min(max(y, bottom), top)
-        is_beyond = where != (x, y)
-        beyond += is_beyond
-        look = {"alpha": 0.35, "markersize": 4, "linestyle": "", "clip_on": not is_beyond}
-        look |= {"markerfacecolor": "none"} if is_beyond else {}
-        axes.plot(*where, **styles[trial["variant"]] | look, zorder=2)
-    axes.set(xlim=(left, right), ylim=(bottom, top))
-    told = f" ({beyond} beyond the view: hollow, at its edge)" if beyond else ""
-    _prepare(axes, f"{study['name']}: change from the base{told}", LEARNED, FORGOTTEN + scale)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8.5, frameon=False)
+    axes.step(*zip(*best, strict=True), where="post", color=GREY, ls=":", zorder=1)
+    scale = _compress(axes, [row["general"].mean for row in shown if row["general"].mean > 0])
+    points.sort(key=lambda point: -point[2])
+    heights = np.linspace(0.97, 0.03, len(points)) if len(points) > 1 else [0.5]
+    for (label, x, y, style, size), height in zip(points, heights, strict=True):
+        axes.plot(x, y, **style, markersize=size, markeredgecolor="white", ls="", zorder=3)
+        line = {"arrowstyle": "-", "color": style["color"], "linewidth": 0.6, "relpos": (0, 0.5)}
+        place = {"xytext": (1.06, height), "textcoords": "axes fraction", "va": "center"}
+        axes.annotate(label, (x, y), **place, color=style["color"], fontsize=9, arrowprops=line)
+    what = ", ".join(GROUPS[g] for g in groups if _has(study, g)) if len(groups) < 4 else "all"
+    _prepare(axes, f"{study['name']}: {what}", LEARNED, FORGOTTEN + scale)
 
 
 def _compress(axes: "Axes", forgot: Sequence[float]) -> str:
