@@ -166,13 +166,9 @@ class Expand(Output):
         from llamapro.conversion.verify import head_note
 
         base = open_checkpoint(self.base_dir)
-        layout = choose_layout(
-            base.config.num_hidden_layers,
-            self.num_new_blocks,
-            self.blocks_per_group,
-            self.after,
-            self.placement,
-        )
+        number, per_group = self.num_new_blocks, self.blocks_per_group
+        layers = base.config.num_hidden_layers
+        layout = choose_layout(layers, number, per_group, self.after, self.placement)
         if not 0 < self.max_shard_gb < float("inf"):
             raise ConfigError(f"--max-shard-gb {self.max_shard_gb}: expected more than 0")
         shard_bytes = int(self.max_shard_gb * 1e9)
@@ -183,7 +179,7 @@ class Expand(Output):
         note = head_note(result["max_head_difference"])
         added = f"new tokens   {added}; {note}\n" if added else ""
         return result, (
-            f"{self.out_dir}: {base.config.num_hidden_layers} -> {result['layers']} layers, "
+            f"{self.out_dir}: {layers} -> {result['layers']} layers, "
             f"{result['bytes'] / 1e9:.3f} GB\n"
             f"new blocks   {result['new_layers']}\n"
             f"copied from  {result['source_layers']}\n"
@@ -224,7 +220,8 @@ class Merge(Output):
     """A run directory, training checkpoint or new-block file, or hf://owner/name."""
     more_and_out: Annotated[Positional[tuple[Path, ...]], arg(metavar="[BLOCKS ...] OUT_DIR")]
     """More BLOCKS, if any, then the checkpoint directory to create."""
-    then = "llamapro evaluate {0.more_and_out[-1]} --against BASE_DIR --data FILE..."
+    out_dir = Path()
+    then = "llamapro evaluate {0.out_dir} --against BASE_DIR --data FILE..."
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.merge import merge, render
@@ -232,9 +229,9 @@ class Merge(Output):
         # Options may follow the last words only if these are one list.
         if not self.more_and_out:
             raise ConfigError("merge: OUT_DIR is missing: give EXPANDED_DIR BLOCKS OUT_DIR")
-        *more, out_dir = self.more_and_out
-        result = merge(self.expanded_dir, [self.blocks, *more], out_dir, self.force)
-        return result, render(out_dir, result)
+        *more, self.out_dir = self.more_and_out
+        result = merge(self.expanded_dir, [self.blocks, *more], self.out_dir, self.force)
+        return result, render(self.out_dir, result)
 
 
 @dataclass(kw_only=True)
@@ -343,8 +340,7 @@ def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
         elif isinstance(value, tuple) and field.name == "more_and_out":
             setattr(command, field.name, tuple(map(user_path, value)))
     result, text = command.run()
-    if command.then:
-        text += f"\nnext: {command.then.format(command)}"
+    text += f"\nnext: {command.then.format(command)}" if command.then else ""
     cli.print_result(result, command.json, text)
     if result.get("hf", {}).get("passed") is False:
         raise SystemExit(1)
