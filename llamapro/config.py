@@ -31,6 +31,7 @@ class ExpansionRecord:
         base_vocab_size: the number of rows of embedding and head that are the base's; the rows of
             added tokens follow. None, and absent from the file, if no token was added.
         computation: `ModelConfig.computation` of the base; None in records of earlier versions.
+        new_sha256: the hash of what `merge` put in, `checkpoints.base.new_sha256`; else None.
     """
 
     new_layers: tuple[int, ...]
@@ -39,6 +40,7 @@ class ExpansionRecord:
     generations: tuple[dict[str, Any], ...] = ()
     base_vocab_size: int | None = None
     computation: dict[str, Any] | None = None
+    new_sha256: str | None = None
 
     @classmethod
     def from_dict(
@@ -54,6 +56,7 @@ class ExpansionRecord:
                 generations,
                 None if rows is None else int(rows),
                 raw.get("computation"),
+                raw.get("new_sha256"),
             )
             earlier = {
                 layer
@@ -78,6 +81,7 @@ class ExpansionRecord:
             or not all(0 <= i < num_hidden_layers - len(layers) for i in sources)
             or not earlier <= {*range(num_hidden_layers)} - {*layers}
             or not isinstance(record.computation, dict | None)
+            or not isinstance(record.new_sha256, str | None)
         ):
             raise ConfigError(
                 f"{where}: the 'llamapro' record lists new_layers {list(layers)} with "

@@ -103,6 +103,18 @@ def contained_base_sha256(expanded: Checkpoint, hashes: dict[str, str]) -> str:
     return combine_hashes((t, hashes[name]) for name, t in contained_base(expanded).items())
 
 
+def new_sha256(expanded: Checkpoint) -> str:
+    """Returns the hash of what is not the base's: new blocks, and the rows of added tokens."""
+    names = base_names(expanded.tensors, layout_of(expanded.config, expanded.path))
+    parts = [
+        tensor if name not in names else split_rows(tensor, expanded.config)[1]
+        for name, tensor in expanded.tensors.items()
+    ]
+    new = [part for part in parts if part is not None]
+    hashes = hash_tensors(new, "hash new blocks")
+    return combine_hashes((part, hashes[part.name]) for part in new)
+
+
 def check_base(expanded: Checkpoint, hashes: dict[str, str]) -> None:
     """Raises CheckpointError if the base inside does not have the hash that the record names.
 

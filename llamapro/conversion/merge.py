@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import expansion
-from llamapro.checkpoints.base import base_vocab_size, check_base, split_rows
+from llamapro.checkpoints.base import base_vocab_size, check_base, new_sha256, split_rows
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import (
     NEW_ROWS,
@@ -188,6 +188,11 @@ def _write(
             name = JSON_NAME if vocabulary.suffix == ".json" else FILE_NAME
             shutil.copyfile(vocabulary, aside / name)
         write_companions(aside, whole.config, companions)
+        if record := whole.config.expansion:
+            config = whole.config
+            record = replace(record, new_sha256=new_sha256(Checkpoint.open(aside)))
+            config = config.resized(config.num_hidden_layers, config.vocab_size, record)
+            (aside / "config.json").write_text(config.to_json(), encoding="utf-8")
         templates = {training.template for training in trainings if training.template}
         if len(templates) == 1:
             write_template(aside, templates.pop())

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llamapro.checkpoints.base import base_vocab_size, check_stored_base
+from llamapro.checkpoints.base import base_vocab_size, check_stored_base, new_sha256
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import check_bytes
 from llamapro.checkpoints.run import find_damage, load_state, training_checkpoints
@@ -85,6 +85,11 @@ def verify(path: str | Path, base_path: str | Path | None = None) -> dict[str, A
             raise CheckpointError(f"{path}: config.json has no 'llamapro' record: not expanded")
         return result
     check_stored_base(checkpoint, hashes)
+    if record.new_sha256 and (found := new_sha256(checkpoint)) != record.new_sha256:
+        raise CheckpointError(
+            f"{path}: the base is intact, but the new blocks hash to {found[:16]}..., and the "
+            f"record says {record.new_sha256[:16]}...: they were changed; merge again"
+        )
     identity = all(checkpoint.is_identity(index) for index in record.new_layers)
     result |= {
         "base_sha256": record.base_sha256,

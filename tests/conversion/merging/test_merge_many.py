@@ -263,6 +263,19 @@ def test_a_file_without_sources_takes_those_of_its_own_layout(
     assert merge_many(pro, old, tmp_path / "out")["source_layers"] == [1, 1, 3, 3]
 
 
+def test_one_flipped_bit_of_a_merged_block_is_found(
+    pro: Checkpoint, files: list[Path], tmp_path: Path, flip_bit: Callable[..., None]
+) -> None:
+    """The record of a merged model has the hash of its new blocks, too, also of several files."""
+    for out, merged in ((tmp_path / "one", files[:1]), (tmp_path / "many", files)):
+        merge(pro.path, merged, out)
+        assert verify(out)["new_blocks"] == "trained"
+        stored = Checkpoint.open(out).tensors["model.layers.2.mlp.up_proj.weight"]
+        flip_bit(stored.file, stored.offset)
+        with pytest.raises(CheckpointError, match=r"the new blocks hash to .*merge again"):
+            verify(out)
+
+
 @pytest.mark.parametrize("what", ["merge", "strip"])
 def test_a_changed_base_is_found_and_nothing_written(
     copy: Checkpoint, files: list[Path], tmp_path: Path, what: str, flip_bit: Callable[..., None]
