@@ -3,12 +3,12 @@
 python docs/make_settings.py
 """
 
+import ast
 import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
 
-from llamapro.cli import meanings
 from llamapro.training import settings
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -19,6 +19,18 @@ preset, which is a TOML file, it is a key of its table, `steps = 500` under `[tr
 `llamapro presets copy NAME FILE` copies a preset to edit. (`python docs/make_settings.py` writes
 this page from the code.)
 """
+
+
+def meanings(group: type[Any]) -> dict[str, str]:
+    """Returns the text under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(group)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            texts[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    return texts
 
 
 def shown(default: object) -> str:

@@ -1,8 +1,6 @@
 """The frame of every command: an error is one message and exit status 2, a result is printed."""
 
-import ast
 import errno
-import inspect
 import io
 import json
 import math
@@ -13,10 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
-from itertools import pairwise
-from types import FrameType, MappingProxyType
-from typing import Any, NoReturn, get_args
+from types import FrameType
+from typing import Any, NoReturn
 
 from llamapro.errors import ConfigError, LostProcessError, UserError, shorten, speaks
 
@@ -95,32 +91,14 @@ def _fail(message: str, status: int) -> int:
 
 
 def arguments(kind: Any, argv: Sequence[str] | None, prog: str, **more: Any) -> Any:
-    """Reads the words of a command line into a dataclass, or into one of several.
+    """Reads a command line into a dataclass, or one of several; the texts below fields are help.
 
-    tyro would keep the line ends that help texts have in the source, so it gets each in one line.
+    Help breaks its lines where a text does, so a text is one line, or each line is a sentence.
     """
     import tyro
 
-    words = sys.argv[1:] if argv is None else argv
-    parts = list(get_args(kind) or [kind]) if {"-h", "--help"} & set(words) else []
-    for part in parts:
-        parts += [f.default_factory for f in fields(part) if is_dataclass(f.default_factory)]
-        texts = meanings(part)
-        for field in fields(part):
-            field.metadata = MappingProxyType({"help": texts.get(field.name)})
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.cli(kind, prog=prog, args=words, config=options, **more)
-
-
-def meanings(kind: type[Any]) -> dict[str, str]:
-    """Returns the text under each field of a dataclass, in one line."""
-    texts: dict[str, str] = {}
-    for part in reversed(kind.__mro__[:-1]):
-        module: Any = ast.parse(inspect.getsource(part))
-        for field, text in pairwise(module.body[0].body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
-    return texts
+    return tyro.cli(kind, prog=prog, args=argv, config=options, **more)
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:

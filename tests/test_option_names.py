@@ -20,8 +20,8 @@ from llamapro.__main__ import COMMANDS
 from llamapro.errors import UserError, warn
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]")
-# "llamapro from-meta needs --x" names the other command.
-OTHER = re.compile(r"'llamapro ([a-z-]+)[^']*'[^;]*")
+# "llamapro from-meta needs --x" names the other command, and so does "next: llamapro train --x".
+OTHER = re.compile(r"(?:next: |')llamapro ([a-z-]+)(?:[^'\n]*$|[^']*'[^;]*)", re.MULTILINE)
 Call = Callable[..., str]
 
 

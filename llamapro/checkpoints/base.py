@@ -106,11 +106,9 @@ def contained_base_sha256(expanded: Checkpoint, hashes: dict[str, str]) -> str:
 def new_sha256(expanded: Checkpoint) -> str:
     """Returns the hash of what is not the base's: new blocks, and the rows of added tokens."""
     names = base_names(expanded.tensors, layout_of(expanded.config, expanded.path))
-    parts = [
-        tensor if name not in names else split_rows(tensor, expanded.config)[1]
-        for name, tensor in expanded.tensors.items()
-    ]
-    new = [part for part in parts if part is not None]
+    rows = [split_rows(tensor, expanded.config)[1] for tensor in expanded.tensors.values()]
+    new = [tensor for name, tensor in expanded.tensors.items() if name not in names]
+    new += [part for part in rows if part is not None]
     hashes = hash_tensors(new, "hash new blocks")
     return combine_hashes((part, hashes[part.name]) for part in new)
 

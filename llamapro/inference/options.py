@@ -28,8 +28,7 @@ class ComputeOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of weights and computation; auto: the checkpoint's."""
     ops: str = "auto"
-    """Backend: auto (Triton on a GPU where its kernel can run), cpu, torch or triton; for one
-    operation, auto,attention=torch."""
+    """Backend: cpu, torch, triton, or auto (Triton on a GPU). Also auto,attention=torch."""
     skip_new_blocks: bool = False
     """Compute with the base inside: leave out the latest new blocks and their added tokens."""
     blocks: tuple[Path, ...] = ()
@@ -88,11 +87,9 @@ class SamplingOptions:
     max_new_tokens: int = 256
     """Most tokens to write. A text also ends at its EOS, and where the context is full."""
     temperature: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Sampling temperature; 0 takes the most likely token, 1.0 samples from the model's own
-    distribution. Default: that of generation_config.json if do_sample is true there, else 0."""
+    """Sampling temperature; 0: the most likely token. Default: generation_config.json's, or 0."""
     top_p: Annotated[float | None, arg(metavar="FLOAT")] = None
-    """Sample from the most likely tokens that together have this probability. Default: that of
-    generation_config.json, else 1.0."""
+    """Share of probability to sample from. Default: generation_config.json's, or 1.0."""
     seed: int = 0
     """Seed of the sampling; the same seed writes the same text."""
 

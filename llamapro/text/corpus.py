@@ -113,7 +113,7 @@ def tokenize(
             yield from join(parts, tokenizer.fingerprint, counts, label)
         else:
             yield from encode(files)
-        _check_text(patterns, counts)
+        counts.check(patterns)
 
     def summarize(store: TokenStore) -> str:
         return f"{store.tokens:,} tokens of {Counts(**store.index['counts']).describe()}"
@@ -138,9 +138,7 @@ def tokenize(
 
 
 def check_texts(corpora: Mapping[str, Sequence[str]], text_key: str) -> None:
-    """Reads every corpus, label -> patterns, without tokenising it.
-
-    A line on standard error says of each what was read and what was left out.
+    """Reads every corpus, label -> patterns, and prints on standard error what was left out.
 
     Raises:
         DataError: files or rows cannot be used; the message names those of all corpora.
@@ -149,16 +147,10 @@ def check_texts(corpora: Mapping[str, Sequence[str]], text_key: str) -> None:
     for label, patterns in corpora.items():
         counts = Counts()
         try:
-            for _ in read_pieces(find_files(patterns), text_key, counts, label):
-                pass
-            _check_text(patterns, counts)
+            deque(read_pieces(find_files(patterns), text_key, counts, label), maxlen=0)
+            counts.check(patterns)
             print(f"{label}: {counts.describe()}", file=sys.stderr)
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-
-
-def _check_text(patterns: Sequence[str], counts: Counts) -> None:
-    if not counts.bytes:
-        raise DataError(f"{', '.join(patterns)}: no text in it: {counts.describe()}")

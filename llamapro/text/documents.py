@@ -84,6 +84,11 @@ class Counts:
         if len(self.left_out) < _SHOWN:
             self.left_out.append(f"{file.path} ({reason})")
 
+    def check(self, patterns: Sequence[str]) -> None:
+        """Raises DataError if these patterns hold no text."""
+        if not self.bytes:
+            raise DataError(f"{', '.join(patterns)}: no text in it: {self.describe()}")
+
     def describe(self) -> str:
         """Returns the counts as text."""
         text = f"{self.documents:,} documents, {self.bytes:,} bytes" + describe_unusual(

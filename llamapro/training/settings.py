@@ -32,13 +32,11 @@ class DataSettings:
     val: tuple[str, ...] = ()
     """Validation sets as NAME=PATH, for example code=held-out.jsonl; a name may repeat."""
     format: Literal["text", "chat"] = "text"
-    """text trains every token, chat those of the assistant. Rows of a chat have messages,
-    ShareGPT's conversations, or instruction, input and output."""
+    """text: every token trains. chat: the tokens of the assistant, in rows of conversations."""
     text_key: str = "text"
     """Key of a JSON row, or column of a table, that holds the text."""
     split_at: str = ""
-    """Marker between documents in one file, such as "<|endoftext|>". Default: one document per
-    file or row."""
+    """Marker that begins a document within a file, such as "<|endoftext|>". Default: none."""
     chat_template: str = ""
     """Chat template: llama2, llama3, mistral, chatml or a .jinja file. Default: the model's own."""
     date: str = ""
@@ -46,8 +44,7 @@ class DataSettings:
     too_long: Literal["drop", "truncate", "split"] = "drop"
     """What happens to a conversation that is longer than a sequence."""
     seq_len: int = 0
-    """Tokens per sequence; documents or conversations are packed into it. 0: the model's most,
-    up to 4096."""
+    """Tokens per sequence, filled with documents. 0: the model's most, up to 4096."""
     cache_dir: str = "~/.cache/llamapro"
     """Directory that keeps tokenised corpora."""
     workers: int = 0
@@ -63,19 +60,17 @@ class ReplaySettings:
     """General text among the training data, against forgetting; the base writes it once."""
 
     hold: str = ""
-    """Bound on forgetting, which is KL(base || model) on replayed text: nats per token, such as
-    0.02, or a share of the fall of the training loss, such as 3%. It turns replay.distill on and
-    adapts the weight of replay. Default: no bound."""
+    """Bound on forgetting: KL(base || model) on text that the base wrote. Default: no bound.
+    0.02 is in nats per token. 3% is a share of the fall of the training loss.
+    Replay is then distilled, and its weight adapts."""
     share: float = 0.0
     """Share of sequences that are replayed, 0 to below 1. With replay.hold, 0 means 0.25."""
     data: tuple[str, ...] = ()
     """General text of yours, in place of the base's: files, globs, folders."""
     prompts: str = ""
-    """File of short texts, one per line, that the base continues, or answers if it has a chat
-    template. Default: the base starts by itself."""
+    """File of short texts, one per line, for the base to continue or answer. Default: none."""
     tokens: int = 0
-    """Tokens that the base writes; training repeats them. 0: half of what is replayed, up to
-    1,000,000."""
+    """Tokens that the base writes; training repeats them. 0: half of replay, up to 1,000,000."""
     temperature: float = 1.0
     """Sampling temperature; 1.0 samples from the base's own distribution."""
     seed: int = 0
@@ -130,20 +125,18 @@ class TrainSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of computation and frozen weights; auto is bfloat16 on a GPU, float32 on a CPU."""
     frozen_dtype: Literal["auto", "float8", "int8"] = "auto"
-    """Dtype of frozen matrices while training; auto: train.dtype. int8 halves their memory, float8
-    is for speed on GPUs since Ada and Hopper. Both round the base in memory, not on disk."""
+    """Dtype in which frozen matrices lie in memory; auto: train.dtype.
+    int8 halves their memory. float8 is for speed, on GPUs since Ada and Hopper."""
     ops: str = "auto"
-    """Backend: auto (Triton on a GPU where its kernel can run), cpu, torch or triton; for one
-    operation, auto,attention=torch."""
+    """Backend: cpu, torch, triton, or auto (Triton on a GPU). Also auto,attention=torch."""
     deterministic_attention: bool = False
-    """On a GPU, use only attention whose gradients have the same bits every time: the Triton
-    kernel, or else the plain formula, which needs more memory."""
+    """On a GPU, take only attention whose gradients have the same bits every time."""
     recompute: bool = False
     """Activation checkpointing: recompute blocks in the backward pass, to save memory."""
     frozen: Literal["auto", "shard", "gather", "replicate"] = "auto"
-    """Where frozen weights lie. shard: a part on each process. gather: the same, but whole between
-    forward and backward. replicate: whole on each process. auto: replicate with one process or
-    train.frozen_dtype, else shard."""
+    """Where frozen weights lie; auto: replicate with one process or train.frozen_dtype, else shard.
+    shard: a part on each process. gather: the same, but whole from forward to backward.
+    replicate: whole on each process."""
     shard_size: int = 0
     """Processes that share one sharded copy (HSDP), such as those of a machine; 0: all."""
     offload: bool = False
@@ -203,8 +196,7 @@ class SaveSettings:
     keep_every: int = 0
     """Also keep those whose step is a multiple of this; 0 keeps none."""
     background: Literal["auto", "yes", "no"] = "auto"
-    """Save while training goes on, from a copy in memory (12 bytes per parameter that trains);
-    auto: with GPUs."""
+    """Save while training goes on, from a copy in memory; auto: with GPUs."""
 
     def in_background(self, device_type: str) -> bool:
         """Returns whether a run on this type of device saves in the background."""
@@ -242,15 +234,13 @@ class Settings:
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers beside metrics.jsonl. WANDB_PROJECT or TRACKIO_PROJECT names the project."""
     log_spikes: float = 6.0
-    """Log the documents of a step whose loss is this many standard deviations over the median of
-    the latest; 0: never."""
+    """Standard deviations over the median from which a loss is logged as a spike; 0: never."""
     processes: int = 0
     """Processes to start on this machine, one per GPU; 0: none but this one, or torchrun's."""
     dry_run: bool = False
     """Read and check all input, print the plan and the fastest settings that fit, and stop."""
     device: str = ""
-    """GPU that --dry-run plans for, such as a100, h100, rtx-4090, or its memory, such as 48GB.
-    Default: this machine's."""
+    """GPU that --dry-run plans for, such as h100, or its memory, 48GB. Default: this one."""
     json: bool = False
     """Print the result as one JSON object."""
 
