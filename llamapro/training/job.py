@@ -123,9 +123,10 @@ class Job:
 
     @property
     def corpora(self) -> dict[str, Sequence[str]]:
-        """Label -> the paths of each corpus, without replay."""
-        corpora: dict[str, Sequence[str]] = {f"train {p}": [p] for p in self.settings.data.train}
-        return corpora | {f"val {name}": paths for name, paths in self.val.items()}
+        """Label -> the paths of each corpus."""
+        found: dict[str, Sequence[str]] = {f"train {p}": [p] for p in self.settings.data.train}
+        found |= {f"val {name}": paths for name, paths in self.val.items()}
+        return found | ({"replay": data} if (data := self.settings.replay.data) else {})
 
     def tokenize(self, part: Part | None = None) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
@@ -134,18 +135,15 @@ class Job:
             DataError: a file cannot be used; for conversations, which have no parts, it names every
                 mistake.
         """
-        s, corpora = self.settings, self.corpora
+        data, key = self.settings.data, self.tokenizer.fingerprint
         if self.template is not None:
-            fingerprint = self.tokenizer.fingerprint
-            return tokenize_conversations(corpora, self.template, fingerprint, s.data.cache_dir)
-        how = (s.data.cache_dir, s.data.text_key, s.data.workers)
-        stores = {
-            label: tokenize(paths, self.tokenizer, *how, label, s.data.split_at, part)
-            for label, paths in corpora.items()
+            return tokenize_conversations(self.corpora, self.template, key, data.cache_dir)
+        how = (data.cache_dir, data.text_key, data.workers)
+        markers = dict.fromkeys(self.corpora, data.split_at) | {"replay": ""}
+        return {
+            label: tokenize(paths, self.tokenizer, *how, label, markers[label], part)
+            for label, paths in self.corpora.items()
         }
-        if s.replay.data:
-            stores["replay"] = tokenize(s.replay.data, self.tokenizer, *how, "replay", part=part)
-        return stores
 
     def write_replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
         """Returns the replayed text that the base writes on this device, as `written_by_base`.
@@ -187,8 +185,7 @@ class Job:
         if s.data.format == "chat":
             self.tokenize()
         else:
-            replay = {"replay": s.replay.data} if s.replay.data else {}
-            check_texts(self.corpora | replay, s.data.text_key)
+            check_texts(self.corpora, s.data.text_key)
         if found := propose(s, self.config, plan["world_size"]):
             plan = plan | {"proposal": found}
             text += "\n" + render_proposal(found, s.device)
