@@ -158,7 +158,7 @@ def _plane(axes: "Axes", study: dict[str, Any], groups: Sequence[str]) -> None:
     """Draws the variants of these groups and the compared one, each with its name beside it."""
     styles, rows = _styles(study), [row for row in summarize(study) if row["runs"]]
     shown = [row for row in rows if row["group"] in groups or _is_compared(study, row)]
-    points = [("base", 0.0, 0.0, {"color": GREY, "marker": "P"}, 9.0)]
+    points: list[Any] = [("base", 0.0, 0.0, {"color": GREY, "marker": "P"}, 9.0)]
     for row in shown:
         style, x, y = styles[row["name"]], row["domain_change"], row["general"]
         axes.errorbar(x.mean, y.mean, y.sd, x.sd, ecolor=style["color"], elinewidth=1, fmt="none")
@@ -171,7 +171,11 @@ def _plane(axes: "Axes", study: dict[str, Any], groups: Sequence[str]) -> None:
     for (label, x, y, style, size), height in zip(points, heights, strict=True):
         axes.plot(x, y, **style, markersize=size, markeredgecolor="white", ls="", zorder=3)
         line = {"arrowstyle": "-", "color": style["color"], "linewidth": 0.6, "relpos": (0, 0.5)}
-        place = {"xytext": (1.06, height), "textcoords": "axes fraction", "va": "center"}
+        place: dict[str, Any] = {
+            "xytext": (1.06, height),
+            "textcoords": "axes fraction",
+            "va": "center",
+        }
         axes.annotate(label, (x, y), **place, color=style["color"], fontsize=9, arrowprops=line)
     what = ", ".join(GROUPS[g] for g in groups if _has(study, g)) if len(groups) < 4 else "all"
     _prepare(axes, f"{study['name']}: {what}", LEARNED, FORGOTTEN + scale)
