@@ -55,8 +55,7 @@ class ExpansionRecord:
                 str(raw["base_sha256"]),
                 generations,
                 None if rows is None else int(rows),
-                raw.get("computation"),
-                raw.get("new_sha256"),
+                *map(raw.get, ("computation", "new_sha256")),
             )
             earlier = {
                 layer
