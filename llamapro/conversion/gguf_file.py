@@ -84,6 +84,12 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], list[P
                 f"{number} and {count}; it is another model's part or was renamed"
             )
     merged = {name: tensor for _, tensors in parts for name, tensor in tensors.items()}
+    total, expected = sum(len(t) for _, t in parts), parts[0][0].get("split.tensors.count")
+    if not len(merged) == total == (total if expected is None else expected):
+        raise CheckpointError(
+            f"{files[0]}: the parts have {len(merged)} different tensors, split.tensors.count is "
+            f"{expected}; they are parts of different models"
+        )
     return parts[0][0], merged, files
 
 

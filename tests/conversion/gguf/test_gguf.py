@@ -134,6 +134,15 @@ def test_any_part_of_a_split_model_stands_for_all(
         from_gguf(parts[2], tmp_path / "no")
 
 
+def test_parts_of_two_models_are_refused(model: Callable[..., Path], tmp_path: Path) -> None:
+    """Even where no tensor is missing: one that two parts have would be taken from either."""
+    model(per_file=5)
+    model(per_file=4, name="n.gguf")
+    (tmp_path / "n-00003-of-00003.gguf").replace(tmp_path / "m-00003-of-00003.gguf")
+    with pytest.raises(UserError, match="m-00001.*parts of different models"):
+        from_gguf(tmp_path / "m-00001-of-00003.gguf", tmp_path / "no")
+
+
 # ---- RoPE and windows --------------------------------------------------------------------------
 
 
