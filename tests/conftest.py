@@ -32,6 +32,8 @@ if not torch.cuda.is_available():
 # A shell ignores Ctrl-C in what it starts in the background, and children inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
