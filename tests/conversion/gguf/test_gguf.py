@@ -139,7 +139,7 @@ def test_parts_of_two_models_are_refused(model: Callable[..., Path], tmp_path: P
     model(per_file=5)
     model(per_file=4, name="n.gguf")
     (tmp_path / "n-00003-of-00003.gguf").replace(tmp_path / "m-00003-of-00003.gguf")
-    with pytest.raises(UserError, match="m-00001.*parts of different models"):
+    with pytest.raises(UserError, match=r"m-00001.*parts of different models"):
         from_gguf(tmp_path / "m-00001-of-00003.gguf", tmp_path / "no")
 
 
