@@ -37,10 +37,12 @@ _FOREIGN = ("image", "images", "audio", "audios", "video", "videos")  # these wo
 # Keys of a turn that say whether it is trained: by 1, and by 0. Others of such names are refused.
 _SWITCHES = (*"weight loss_weight loss_mask train_mask train training trainable loss".split(),)
 _MASKS = ("masked", "is_masked")
-_SAYS_TRAINED = re.compile("(^|_)(train|learn|loss|mask|weight|ignore|exclude)")
+_WORDS = "train(ed|ing|able)?|learn|loss(es)?|mask(s|ed)?|weights?|ignored?|excluded?"
+_SAYS_TRAINED = re.compile(f"(?<!attention)(^|_)({_WORDS})(_|$)")
 _SAYS_UNTRAINED = re.compile("mask|ignore|exclude|(^|_)(no|on)_|detail")
 # Keys of a row that would change what is learned from the whole of it, as lists and flags would.
 _OF_ROWS = (*_SWITCHES[:3], "sample_weight", "train", "mask", "ignore", *_MASKS)
+_OF_ROWS += ("train_on_input", "train_on_inputs", "train_detail", "training_detail")
 _JUDGED = ("label", "kto_tag")
 _CHECKED = {*_VARIABLES, *_FOREIGN, *_OF_ROWS, *_JUDGED}
 _KEYS = {*_BESIDE, *_CHECKED}.union(*_FORMS)
@@ -166,11 +168,10 @@ def _check_row(row: dict[str, Any]) -> None:
         if row.get(key):
             raise ValueError(f"has {key!r}: only text is trained on")
     for key, value in row.items():
-        usual = key in _SWITCHES or not _SAYS_UNTRAINED.search(key)
         # Perhaps one weight for each turn; a list of texts is none.
         is_list = isinstance(value, list) and value and not isinstance(value[0], (str, dict))
         says = key in _OF_ROWS or (_SAYS_TRAINED.search(key) and (is_list or type(value) is bool))
-        if says and value != usual:
+        if says and value != (key in _SWITCHES or not _SAYS_UNTRAINED.search(key)):
             raise ValueError(f"{key!r} is {value!r:.80}: only turns have a weight, 0 or 1")
     for key in _JUDGED:
         if row.get(key) is False:
@@ -219,9 +220,8 @@ def _seen(turn: Any) -> Any:
     role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     if _ROLES.get(str(role).lower(), role) != "assistant":
         return turn
-    return {key: value for key, value in turn.items() if key not in (*_SWITCHES, *_MASKS)} | {
-        "weight": 0
-    }
+    kept = {key: value for key, value in turn.items() if key not in (*_SWITCHES, *_MASKS)}
+    return kept | {"weight": 0}
 
 
 def _history(row: dict[str, Any]) -> list[Any]:

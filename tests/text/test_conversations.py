@@ -139,9 +139,12 @@ def test_weights_in_a_column_are_refused(tmp_path: Path, write_parquet: Any) -> 
     assert not conversations and "'turn_weights' is [0, 1]: only turns" in problems.listed[0]
 
 
-def test_a_list_of_texts_is_no_weight() -> None:
-    """Whatever its name says: it is named among the keys that are not read."""
-    assert to_conversation({**ROW, "training_tags": ["a"]}).unread == {"training_tags"}
+def test_names_that_only_begin_like_weights_are_not_read() -> None:
+    """Nor lists of texts, nor what tokenising left in a row."""
+    beside = {"training_tags": ["a"], "attention_mask": [1, 1], "learning_rates": [0.1]}
+    assert to_conversation({**ROW, **beside}).unread == {*beside}
+    turns = [ASKED[0], ASKED[1] | {"learner_id": "x", "trainer": "y", "attention_mask": [1]}]
+    assert to_conversation({"messages": turns}).messages[1]["trainer"] == "y"
 
 
 def test_history_comes_before_the_question() -> None:
@@ -224,6 +227,7 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
             for key in ("weights", "loss_weights", "train_mask", "turn_masks")
         ),
         ({**ROW, "train_on_prompt": True}, "'train_on_prompt' is True: only turns"),
+        ({**ROW, "train_on_inputs": 1}, "'train_on_inputs' is 1: only turns"),
         ({**ROW, "is_trainable": False}, "'is_trainable' is False: only turns"),
         *(
             ({"messages": [ASKED[0], ASKED[1] | said]}, f"turn 2: '{next(iter(said))}' is not read")
