@@ -17,8 +17,10 @@ RESERVED = re.compile(f"[{MARK}{START}{END}]")
 
 def with_reasoning(message: Message) -> dict[str, Any]:
     """Returns a message with its reasoning under the names that templates read, as transformers."""
-    said = next((message[key] for key in REASONING if message.get(key) is not None), None)
-    return {"thinking": said} | dict(message) | {"reasoning_content": said} if said else {**message}
+    said = next((message[key] for key in REASONING if message.get(key)), None)
+    if said is None:
+        return {**message}
+    return {**message, "reasoning_content": said, "thinking": message.get("thinking") or said}
 
 
 def check_messages(messages: Sequence[Message], needs_assistant: bool = True) -> list[str]:
@@ -60,7 +62,8 @@ def check_shown(messages: Sequence[Message], text: str) -> list[str]:
     """Returns which turns a template passed over: no word of them is in the text it wrote."""
     return [
         f"turn {number}: the template shows nothing of its text, {message['content'][:40]!r} of "
-        f"{message['role']!r}; leave the turn out, or use another template"
+        f"{message['role']!r}; leave the {'text' if message.get('tool_calls') else 'turn'} out, or "
+        "use another template"
         for number, message in enumerate(messages, 1)
         if (words := re.findall(r"\w+", message["content"]))
         and not any(word in text for word in words)

@@ -294,7 +294,10 @@ def test_reasoning_has_the_names_that_transformers_gives_it(
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     messages = [CHAT[1], CHAT[4] | {key: "hm"}]
-    ids, trained = ChatTemplate(source, tokenizer, "x").encode(messages)
+    empty = [CHAT[1], {"thinking": "", "reasoning_content": ""} | messages[1]]
+    template = ChatTemplate(source, tokenizer, "x")
+    ids, trained = template.encode(messages)
+    assert template.encode(empty)[0] == ids  # what is said counts, before what is empty
     assert answers_of(tokenizer, ids, trained) == ["hm|No.</s>"]
     hf = AutoTokenizer.from_pretrained(directory)
     assert hf.apply_chat_template(messages, chat_template=source, return_dict=False) == ids
