@@ -19,7 +19,8 @@ _CARD = re.compile(
     re.IGNORECASE,
 )
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
-_PART = re.compile(r"(.*?)(\d{5})-of-(\d{5})(.*)")  # as Hugging Face's datasets names them
+# As Hugging Face's datasets names the parts of one; some names end with a hash of the content.
+_PART = re.compile(r"(.*?)(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?(.*)")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".lz4", ".arrow")
 
 
@@ -117,8 +118,8 @@ def _say_splits(folder: str, files: list[SourceFile]) -> None:
 
 def _say_gaps(names: set[str]) -> None:
     """Warns of a data set's parts that are missing, and of files that are read packed, too."""
-    parts = Counter(match.group(1, 3, 4) for match in map(_PART.fullmatch, names) if match)
-    for (head, of, tail), count in parts.items():
+    numbers = {match.group(1, 3, 4, 2) for match in map(_PART.fullmatch, names) if match}
+    for (head, of, tail), count in Counter(key[:3] for key in numbers).items():
         if count < int(of):
             warn(f"{head}*-of-{of}{tail}: {int(of) - count:,} parts are missing; the rest is read")
     for name in names:

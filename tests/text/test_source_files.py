@@ -184,14 +184,16 @@ def test_missing_parts_and_packed_copies_are_said(
     """A download that broke off, and a file that was unpacked beside its archive."""
     for number in (0, 2):
         json_lines(tmp_path / f"train-0000{number}-of-00003.jsonl", {"text": "words"})
+        json_lines(tmp_path / f"a-0000{number // 2}-of-00002-{number:016x}.jsonl", {"text": "x"})
     make(tmp_path)
     said = capsys.readouterr().err
     assert "train-*-of-00003.jsonl: 1 parts are missing; the rest is read" in said
+    assert "a-*" not in said
     file = json_lines(tmp_path / "train-00001-of-00003.jsonl", {"text": "words"})
     make(tmp_path)
     assert "warning" not in capsys.readouterr().err
     Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
-    assert make(tmp_path).documents == 4
+    assert make(tmp_path).documents == 6
     assert f"{file}: read, and so is {file}.gz" in capsys.readouterr().err
 
 
