@@ -23,7 +23,7 @@ from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions, write_template
 from llamapro.conversion.model_card import CARD_FILE, Training
 from llamapro.conversion.model_card import render as render_card
-from llamapro.errors import CheckpointError, DataError, warn
+from llamapro.errors import CheckpointError, ConfigError, DataError, warn
 from llamapro.files import output_directory, refuse_source
 from llamapro.model import build_on_meta
 from llamapro.text.tokenizer import FILE_NAME, Tokenizer
@@ -99,6 +99,11 @@ def assemble_checkpoint(
     config = ModelConfig.from_file(config_file)
     blocks = open_blocks(blocks_path)
     refuse_source(out_dir, config_file, blocks.file)
+    if blocks.info.trainable != "all":
+        raise ConfigError(
+            f"{config_file}: {blocks.file} holds new blocks alone; give the expanded checkpoint "
+            "directory, or its base's"
+        )
     training = Training.of(blocks)
     _check(config_file, config, blocks_path, blocks, training)
     # The run knows which tokenizer it was trained with; its file may have any name.

@@ -276,6 +276,13 @@ def test_one_flipped_bit_of_a_merged_block_is_found(
             verify(out)
 
 
+def test_new_blocks_need_their_base(pro: Checkpoint, files: list[Path], tmp_path: Path) -> None:
+    """A config.json, from which a run of all weights may start, has no weights to put them in."""
+    with pytest.raises(ConfigError, match=r"config\.json: .*holds new blocks alone; give the exp"):
+        merge(pro.path / "config.json", files[:1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("what", ["merge", "strip"])
 def test_a_changed_base_is_found_and_nothing_written(
     copy: Checkpoint, files: list[Path], tmp_path: Path, what: str, flip_bit: Callable[..., None]
