@@ -4,6 +4,7 @@ For models that do not fit into memory, and for several GPUs, use the commands: 
 stream, and `train` shards.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -91,12 +92,16 @@ def save(model: LlamaForCausalLM, path: str | Path, force: bool = False) -> None
             "this model's configuration was made field by field: make it with "
             "ModelConfig.from_dict, which keeps what config.json needs"
         )
+    config = model.config
+    if record := config.expansion:  # its new blocks may have been trained since
+        record = replace(record, new_sha256=None)
+        config = config.resized(config.num_hidden_layers, config.vocab_size, record)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    source = model.config.directory
+    source = config.directory
     companions = [f for pattern in COMPANION_FILES for f in source.glob(pattern)] if source else []
     with output_directory(path, force) as aside:
         write_checkpoint(aside, in_memory(tensors))
-        write_companions(aside, model.config, sorted(companions))
+        write_companions(aside, config, sorted(companions))
 
 
 def generate(

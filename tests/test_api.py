@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,18 @@ def test_only_new_blocks_train(base_dir: Path) -> None:
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
     with pytest.raises(ConfigError, match="no 'llamapro' record"):
         llamapro.train_only_new(base)
+
+
+def test_a_merged_model_that_was_trained_further_verifies(base_dir: Path, tmp_path: Path) -> None:
+    """The hash that `merge` recorded is of the new blocks of before."""
+    model = llamapro.expand(llamapro.load(base_dir), 2)
+    record = replace(model.config.expansion, new_sha256="0" * 64)  # type: ignore[type-var]
+    model.config = model.config.resized(6, model.config.vocab_size, record)
+    with torch.no_grad():
+        for parameter in llamapro.train_only_new(model):
+            parameter.add_(1)
+    llamapro.save(model, tmp_path / "out")
+    assert verify(tmp_path / "out")["new_blocks"] == "trained"
 
 
 def test_generate_writes_what_the_command_writes(
