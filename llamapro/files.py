@@ -291,8 +291,11 @@ def pointer_fix(start: bytes) -> str:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Writes a JSON object as people read it, into a directory that is not complete yet."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    file.write_text(f"{text}\n", encoding="utf-8")
+    try:
+        data = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 cannot say
+        data = json.dumps(value, indent=2).encode()
+    file.write_bytes(data + b"\n")
 
 
 class RepeatedKeyError(ValueError):

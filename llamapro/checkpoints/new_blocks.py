@@ -185,6 +185,7 @@ def read_blocks(file: Path) -> NewBlocks:
         or not isinstance(computation, dict | None)
         or any(type(number) is not int or number < 0 for number in numbers)
         or len(sources) not in (0, len(layers))
+        or (trainable == "new_blocks" and not base)
     ):
         raise CheckpointError(f"{file}: damaged: its 'llamapro' metadata is {str(raw)[:200]}")
     info = BlocksInfo(trainable, base, tuple(layers), step, tuple(sources), computation)

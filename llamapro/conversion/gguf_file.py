@@ -105,6 +105,8 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
             length = min(size, MAX_HEADER_BYTES)
             with mmap.mmap(handle.fileno(), length, access=mmap.ACCESS_READ) as data:
                 return _parse(file, _Header(data, 8), size)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(
             f"{file}: truncated or damaged: {size:,} bytes, {error}; download it again"

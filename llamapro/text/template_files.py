@@ -76,6 +76,6 @@ def _stored(directory: str | Path, name: str = "default") -> Any:
     """Returns the template in tokenizer_config.json, the one of this name of several."""
     stored = read_object(Path(directory, _CONFIG)).get("chat_template")
     if isinstance(stored, list):
-        named = (entry for entry in stored if isinstance(entry, dict))
-        stored = {e.get("name"): e.get("template") for e in reversed([*named])}
+        named = (e for e in stored if isinstance(e, dict) and isinstance(e.get("name"), str))
+        stored = {e["name"]: e.get("template") for e in reversed([*named])}
     return stored.get(name) if isinstance(stored, dict) else stored
