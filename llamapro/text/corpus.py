@@ -94,18 +94,8 @@ def tokenize(
     counts = Counts()
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
-    names = [name for name, i in tokenizer.special_tokens.items() if i == tokenizer.eos_id]
-
-    def count_markers(pieces: Iterator[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            for name in dict.fromkeys([*names, END_OF_TEXT]):
-                if found := piece.text.count(name):
-                    counts.markers[name] = counts.markers.get(name, 0) + found
-            yield piece
-
     def encode(files: Sequence[SourceFile]) -> Iterator[NDArray[Any]]:
-        pieces = read_pieces(files, text_key, counts, label)
-        pieces = split_at(pieces, marker, counts) if marker else count_markers(pieces)
+        pieces = _read(files, tokenizer, text_key, counts, label, marker)
         yield from _encode_all(pieces, tokenizer, dtype, workers or os.cpu_count() or 1)
 
     def encode_whole() -> Iterator[NDArray[Any]]:
@@ -137,8 +127,15 @@ def tokenize(
     return store
 
 
-def check_texts(corpora: Mapping[str, Sequence[str]], text_key: str) -> None:
+def check_texts(
+    corpora: Mapping[str, Sequence[str]],
+    tokenizer: Tokenizer,
+    text_key: str,
+    markers: Mapping[str, str],
+) -> None:
     """Reads every corpus, label -> patterns, and prints on standard error what was left out.
+
+    Documents are split at the marker of their label, as by `tokenize`.
 
     Raises:
         DataError: files or rows cannot be used; the message names those of all corpora.
@@ -147,10 +144,32 @@ def check_texts(corpora: Mapping[str, Sequence[str]], text_key: str) -> None:
     for label, patterns in corpora.items():
         counts = Counts()
         try:
-            deque(read_pieces(find_files(patterns), text_key, counts, label), maxlen=0)
+            files, marker = find_files(patterns), markers[label]
+            deque(_read(files, tokenizer, text_key, counts, label, marker), maxlen=0)
             counts.check(patterns)
             print(f"{label}: {counts.describe()}", file=sys.stderr)
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
+
+
+def _read(
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    text_key: str,
+    counts: Counts,
+    label: str,
+    marker: str,
+) -> Iterator[Piece]:
+    """Reads files, and splits them at the marker; without one, counts what could be one."""
+    pieces = read_pieces(files, text_key, counts, label)
+    if marker:
+        yield from split_at(pieces, marker, counts)
+        return
+    ends = [name for name, i in tokenizer.special_tokens.items() if i == tokenizer.eos_id]
+    for piece in pieces:
+        for name in dict.fromkeys([*ends, END_OF_TEXT]):
+            if found := piece.text.count(name):
+                counts.markers[name] = counts.markers.get(name, 0) + found
+        yield piece

@@ -128,6 +128,11 @@ class Job:
         found |= {f"val {name}": paths for name, paths in self.val.items()}
         return found | ({"replay": data} if (data := self.settings.replay.data) else {})
 
+    @property
+    def _markers(self) -> dict[str, str]:
+        """Label -> the text at which its documents are split."""
+        return dict.fromkeys(self.corpora, self.settings.data.split_at) | {"replay": ""}
+
     def tokenize(self, part: Part | None = None) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
 
@@ -139,9 +144,8 @@ class Job:
         if self.template is not None:
             return tokenize_conversations(self.corpora, self.template, key, data.cache_dir)
         how = (data.cache_dir, data.text_key, data.workers)
-        markers = dict.fromkeys(self.corpora, data.split_at) | {"replay": ""}
         return {
-            label: tokenize(paths, self.tokenizer, *how, label, markers[label], part)
+            label: tokenize(paths, self.tokenizer, *how, label, self._markers[label], part)
             for label, paths in self.corpora.items()
         }
 
@@ -185,11 +189,12 @@ class Job:
         if s.data.format == "chat":
             self.tokenize()
         else:
-            check_texts(self.corpora, s.data.text_key)
+            check_texts(self.corpora, self.tokenizer, s.data.text_key, self._markers)
         if found := propose(s, self.config, plan["world_size"]):
             plan = plan | {"proposal": found}
             text += "\n" + render_proposal(found, s.device)
-        return plan, f"{text}\nnext: the same command without --dry-run"
+        more = " and --device" if s.device else ""
+        return plan, f"{text}\nnext: the same command without --dry-run{more}"
 
     def result(self, state: RunState) -> tuple[dict[str, Any], str]:
         """Returns the result of the run, JSON-able and as text."""

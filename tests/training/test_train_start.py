@@ -72,7 +72,7 @@ def test_dry_run_reads_every_row_of_every_corpus(
         (tmp_path / f"{name}.jsonl").write_text(text)
     good = tmp_path / "good"
     good.mkdir()
-    (good / "a.txt").write_text("Once upon a time")
+    (good / "a.txt").write_text("Once<|endoftext|>upon a time")
     (good / "b.bin").write_bytes(b"\0\1")
     words = {"dry_run": "", "data__cache_dir": tmp_path / "cache", "data__train": good}
     with pytest.raises(DataError) as found:
@@ -83,8 +83,11 @@ def test_dry_run_reads_every_row_of_every_corpus(
     capsys.readouterr()
     run(**words)
     out, err = capsys.readouterr()
-    assert "1 documents" in err and "b.bin (binary" in err
+    assert "1 documents" in err and "b.bin (binary" in err and "'<|endoftext|>' stands" in err
     assert out.endswith("\nnext: the same command without --dry-run\n")
+    run(**words, data__split_at="<|endoftext|>", device="h100")
+    out, err = capsys.readouterr()
+    assert "2 documents" in err and out.endswith("without --dry-run and --device\n")
     assert not (tmp_path / "cache").exists()
 
 
