@@ -142,7 +142,7 @@ class Args(ComputeOptions):
     choices: tuple[str, ...] = ()
     """Questions: .jsonl, .json or .parquet files with question (or prompt), choices and answer."""
     shots: int = 0
-    """Examples before each question: the first ones of its file, which are then not asked."""
+    """Examples before each question: the first of its --choices, which are then not asked."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None
     """Second checkpoint, usually the base, to compare with, also by token-distribution shift."""
     context: int = 0
@@ -279,8 +279,6 @@ def render(result: dict[str, Any]) -> str:
             )
     if result["choices"]:
         lines += render_choices(result["choices"])
-    if result["against"]:
-        lines.append(f"next: llamapro push {result['model']} OWNER/NAME --dry-run")
     return "\n".join(lines)
 
 
@@ -289,7 +287,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m llamapro.evaluate
     args = cli.arguments(Args, argv, prog)
     with args.backends():
         result = evaluate(args)
-    cli.print_result(result, args.json, render(result))
+    text = render(result)
+    if args.against and args.dir.is_dir() and not (args.blocks or args.skip_new_blocks):
+        text += f"\nnext: llamapro push {args.dir} OWNER/NAME --dry-run"
+    cli.print_result(result, args.json, text)
 
 
 if __name__ == "__main__":
