@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llamapro import __version__, cli
 from llamapro.errors import ConfigError, suggest
@@ -99,6 +99,8 @@ def presets(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     actions = parser.add_subparsers(dest="action", metavar="[copy NAME FILE]")
     copy = actions.add_parser("copy", help="copy a preset to a file")
+    same: Any = {"action": "store_true", "default": argparse.SUPPRESS}
+    copy.add_argument("--json", **same, help="print one JSON object")
     copy.add_argument("name", metavar="NAME", help="a preset that 'llamapro presets' lists")
     copy.add_argument("file", metavar="FILE", type=Path, help="the file to create")
     args = parser.parse_args(argv)

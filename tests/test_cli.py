@@ -248,6 +248,9 @@ def test_presets_are_listed_and_copied(
     assert run_command(console.main, *copy)[0] == 0
     assert (tmp_path / "mine.toml").read_text() == (root / "configs" / "sft.toml").read_text()
     assert "cannot be written" in run_command(console.main, *copy)[2]
+    other = str(tmp_path / "other.toml")
+    _, shown, _ = run_command(console.main, *copy[:-1], other, "--json")
+    assert json.loads(shown) == {"file": other}
     status, _, message = run_command(console.main, "presets", "copy", "stf", tmp_path / "x")
     assert status == 2 and "did you mean 'sft'?" in message
 
