@@ -88,9 +88,10 @@ class Progress:
         def open_log() -> None:
             state, log_to = self._state, self._settings.log_to
             is_evaluated = state.evaluated == state.step
-            self._metrics = MetricsLog(run_dir, state.step, is_evaluated, log_to, about["settings"])
+            run_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(about, indent=2) + "\n"
             (run_dir / RUN_FILE).write_text(text, encoding="utf-8")
+            self._metrics = MetricsLog(run_dir, state.step, is_evaluated, log_to, about["settings"])
 
         self._ranks.on_main(open_log)
         if plan["resume_from"]:
