@@ -144,7 +144,7 @@ def write_checkpoint(
 ) -> None:
     """Writes `model*.safetensors`, with Hugging Face's index if it takes more than one file.
 
-    `directory` must exist. Two threads write, so memory holds a piece of two tensors, whatever the
+    `directory` must exist. Two threads write, so memory holds two tensors at most, whatever the
     model's size. A file is larger than `max_shard_bytes` only if a single tensor is. `written` is
     called with each complete file, while it is still in the machine's memory.
 

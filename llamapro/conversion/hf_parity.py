@@ -76,7 +76,8 @@ def compare_with_hf(
     """Runs both implementations on the CPU, on random tokens or the start of a text.
 
     Hugging Face's results in this dtype are also compared with its own in fp32: that difference is
-    the noise of rounding alone. Memory holds two copies of the model, one of them in fp32.
+    the noise of rounding alone. Memory holds two copies of the model, one of them in
+    fp32; with `gradients`, up to three sets of them, too.
 
     The comparison is passed if our logits differ from Hugging Face's in fp32 by at most
     `tolerance`. Its default is twice that noise, and 1e-4 of the largest logit, which is far over

@@ -60,7 +60,7 @@ class ReplaySettings:
     """General text among the training data, against forgetting; the base writes it once."""
 
     hold: str = ""
-    """Bound on forgetting: KL(base || model) on text that the base wrote. Default: no bound.
+    """Bound on forgetting: KL(base || model) on replayed text. Default: no bound.
     0.02 is in nats per token. 3% is a share of the fall of the training loss.
     Replay is then distilled, and its weight adapts."""
     share: float = 0.0
