@@ -25,7 +25,7 @@ def next_logits(model: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
     if ids.shape[1] == 1 and is_on_cpu and backends.takes_cpu():
         return _step(model, ids[:, 0], cache)
     x = model.model(ids, cache)  # (B, T, C)
-    return model.lm_head(x[:, -1:])[:, 0]
+    return model.lm_head(x[:, -1])  # of (B, 1, C) with gaps, bmm would copy the weight B times
 
 
 def _step(llama: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:

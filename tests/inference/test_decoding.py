@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamapro import backends
 from llamapro.config import ModelConfig
@@ -95,3 +96,21 @@ def test_a_backend_that_was_asked_for_computes(build: Build, ops: str, monkeypat
     with backends.use(ops):
         ours = steps_of(partial(next_logits, model), model, 1)
         assert torch.equal(ours, steps_of(lambda i, cache: model(i, cache)[:, -1], model, 1))
+
+
+def test_the_head_reads_its_weight_once(build: Build) -> None:
+    """And does not copy it for every sequence of a batch, as a product of (B, 1, C) would."""
+    model = build(torch.float32)
+    copied: list[int] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.clone.default, torch.ops.aten.bmm.default):
+                copied.append(args[-1].numel())
+            return out
+
+    ids = torch.ones(4, PROMPT, dtype=torch.int64)
+    with torch.no_grad(), Copies():
+        next_logits(model, ids, KVCache(model.config, 4, PROMPT, torch.float32))
+    assert max(copied, default=0) < model.lm_head.weight.numel()
