@@ -1,11 +1,11 @@
-"""Conversations in files of every kind: JSON, tables, compressed ones."""
+"""Conversations in files of every kind; all mistakes are found in one pass, with file and row."""
 
 import gzip
 import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,12 +17,8 @@ from llamapro.text.conversations import (
 )
 from llamapro.text.source_files import find_files
 
-CHATS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("chats.py"))))
-ASKED = CHATS.ASKED
-ROW = CHATS.ROW
-read = CHATS.read
-lines_of = CHATS.lines_of
-write = CHATS.write
+_chats = runpy.run_path(str(Path(__file__).with_name("chats.py")))
+ASKED, ROW, read, lines_of, write = map(_chats.get, ("ASKED", "ROW", "read", "lines_of", "write"))
 
 
 def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
@@ -93,3 +89,126 @@ def test_a_key_that_other_rows_of_a_table_have_is_not_there(
     rows = [{"messages": [ASKED[0], ASKED[1] | {"tool_calls": [call]}]} for call in calls]
     found, _ = read(write_parquet(tmp_path / "calls.parquet", rows))
     assert [c.messages[1]["tool_calls"] for _, c in found] == [[call] for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer, not the file: run"),
+        ("<!DOCTYPE html><p>Entry not found", "a web page, not the file: the download failed"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.json.gz"])
+def test_what_stands_in_a_table_s_place_is_named(
+    name: str, content: str, expected: str, tmp_path: Path
+) -> None:
+    """One problem with the next step, whatever the file should hold."""
+    (tmp_path / name).write_text(content)
+    (line,) = lines_of(read(tmp_path / name)[1])
+    assert f"{name}: {expected}" in line
+
+
+def test_keys_that_are_not_read_are_said(tmp_path: Path, write_parquet: Any) -> None:
+    """In the summary, so that a column with the reasoning is not lost in silence."""
+    rows = [
+        {"question": "a", "answer": "b", "reasoning": "c", "id": None, "train_on_prompt": False}
+    ]
+    for file in (write(tmp_path / "a.jsonl", *rows), write_parquet(tmp_path / "a.parquet", rows)):
+        counts = ConversationCounts()
+        assert len(list(read_conversations(find_files([str(file)]), Problems(), counts))) == 1
+        assert "reasoning" in counts.unread and "question" not in counts.unread
+        assert "keys not read: " in counts.describe() and "'reasoning'" in counts.describe()
+
+
+def test_files_without_a_row_are_counted(tmp_path: Path) -> None:
+    """Their names were given, and nothing of them is read."""
+    (tmp_path / "a.csv").write_text("prompt,completion\n")
+    (tmp_path / "b.json").write_text("[]")
+    write(tmp_path / "c.jsonl", ROW)
+    counts = ConversationCounts()
+    assert len(list(read_conversations(find_files([str(tmp_path)]), Problems(), counts))) == 1
+    assert "2 files without a row" in counts.describe()
+
+
+def test_weights_in_a_column_are_refused(tmp_path: Path, write_parquet: Any) -> None:
+    """A table is read by its columns, and these are among them."""
+    file = write_parquet(tmp_path / "a.parquet", [{"messages": ASKED, "turn_weights": [0, 1]}])
+    conversations, problems = read(file)
+    assert not conversations and "'turn_weights' is [0, 1]: only turns" in problems.listed[0]
+
+
+def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None:
+    """Each bad row is named with file and number, good ones between them are still read."""
+    bad_turns = [ASKED[0], {"name": "x"}, ASKED[1]]
+    rows = write(tmp_path / "rows.jsonl", ROW, {"messages": bad_turns}, ROW, {"text": "x"})
+    with rows.open("a") as file:
+        file.write("{not json\n" + json.dumps(ROW) + "\n[1]\n")
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(json.dumps(ROW).encode() + b'\n{"messages": "caf\xe9"}\n')
+    wide = tmp_path / "wide.json"
+    wide.write_bytes(json.dumps([ROW]).encode("utf-16"))
+    single = tmp_path / "single.json"
+    single.write_text(json.dumps(ROW))
+    stacked = write(tmp_path / "stacked.json", ROW, ROW)
+    cut = tmp_path / "cut.jsonl.gz"
+    whole = gzip.compress(b"".join(json.dumps([i]).encode() + b"\n" for i in range(3)), mtime=0)
+    cut.write_bytes(whole[:-9])
+    plain = tmp_path / "plain.jsonl.gz"
+    plain.write_text(json.dumps(ROW))
+    other = tmp_path / "data.xls"
+    other.write_text("a,b")
+    found, problems = read(rows, latin, wide, single, stacked, plain, other)
+    good = [f"{rows}:1", f"{rows}:3", f"{rows}:6", f"{latin}:1"]
+    good += [f"{single}:1", f"{stacked}:1", f"{stacked}:2"]  # rows, whatever the name says
+    assert [where for where, _ in found] == good
+    expected = [
+        f"{rows}:2: turn 2: no role",
+        f"{rows}:4: no conversation (found keys: 'text')",
+        f"{rows}:5: not a line of JSON",
+        f"{rows}:7: expected a JSON object, found list",
+        f"{latin}:2: not UTF-8",
+        f"{wide}:1: not UTF-8",
+        f"{plain}:1: truncated or not gz",
+        f"{other}:1: not one of .jsonl",
+    ]
+    lines = lines_of(problems)
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.strip().startswith(start)
+    assert "truncated or not gz" in lines_of(read(cut)[1])[-1]
+
+
+def test_a_key_twice_is_a_problem_of_its_row_and_the_others_are_read(tmp_path: Path) -> None:
+    """In lines and in a list, in a row and in a turn; a text of JSON is one, too."""
+    row, turn = json.dumps(ROW), '{"role": "user", "content": "a", "content": "b"}'
+    twice = [f'{{"messages": [{turn}]}}', row[:-1] + ', "id": 1, "id": 2}']
+    tools = json.dumps({**ROW, "tools": '[{"type": "function", "type": "x"}]'})
+    (lines := tmp_path / "a.jsonl").write_text("\n".join([row, *twice, row, tools]))
+    (listed := tmp_path / "b.json").write_text(f"[{row}, {twice[0]} ,\n\n{twice[1]},{row}\n]")
+    (broken := tmp_path / "c.json").write_text(f"[{twice[0]}, {row}, nothing]")
+    found, problems = read(lines, listed, broken)
+    assert [where for where, _ in found] == [
+        *(f"{lines}:1", f"{lines}:4", f"{listed}:1", f"{listed}:4", f"{broken}:2")
+    ]
+    end = "comes twice in an object: leave one of them"
+    column = broken.read_text().index("nothing") + 1
+    assert [line.strip() for line in lines_of(problems)] == [
+        f"{lines}:2: the key 'content' {end}",
+        f"{lines}:3: the key 'id' {end}",
+        f"{lines}:5: 'tools' is a text that is no JSON ('type' comes twice)",
+        f"{listed}:2: the key 'content' {end}",
+        f"{listed}:3: the key 'id' {end}",
+        f"{broken}:1: the key 'content' {end}",
+        f"{broken}:1: not JSON (Expecting value: line 1 column {column} (char {column - 1}))",
+    ]
+
+
+def test_encoding_error_ends_its_file_with_its_line(tmp_path: Path) -> None:
+    """A file of another encoding is one problem, not one for each of its lines."""
+    path = tmp_path / "a.json"
+    path.write_bytes(json.dumps([ROW, ROW], indent=1).encode() + b"\n\xe9\n\xe9")
+    line_number = path.read_bytes().count(b"\n")
+    assert f"{path}:{line_number}: not UTF-8" in lines_of(read(path)[1])[0]
+    lines = tmp_path / "b.jsonl"
+    lines.write_bytes(b'"\xe9"\n' * 50)
+    assert len(read(lines)[1]) == 1
