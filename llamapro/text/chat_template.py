@@ -76,6 +76,7 @@ class ChatTemplate:
         control = [name for name, token in tokenizer.added.items() if token.id in self._control]
         self._names = _first_characters(control)
         self._special_names = _first_characters([n for n in control if tokenizer.added[n].special])
+        self._words = frozenset(re.findall(r"\w+", source))  # once: a corpus has a million chats
         self._broken = {f"{name[0]}{MARK}{name[1:]}": name for name in control}
         self.plain_names: list[str] = []
 
@@ -118,7 +119,7 @@ class ChatTemplate:
 
     def hidden(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
         """Returns the keys of turns, and the variables, that the template never names."""
-        return not_named(messages, variables, self.source)
+        return not_named(messages, variables, self._words)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids up to where the assistant's next answer begins.

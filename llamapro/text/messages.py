@@ -1,7 +1,7 @@
 """Messages of a conversation, and what is wrong with them."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from llamapro.errors import suggest
@@ -49,13 +49,14 @@ def check_messages(messages: Sequence[Message], needs_assistant: bool = True) ->
     return problems
 
 
-def not_named(messages: Sequence[Message], variables: Iterable[str], source: str) -> set[str]:
-    """Returns the keys of messages, and the variables, that a template's source never names."""
+def not_named(
+    messages: Sequence[Message], variables: Iterable[str], words: Collection[str]
+) -> set[str]:
+    """Returns the keys of messages, and the variables, that are not among a template's words."""
     given = {key for message in messages for key, value in message.items() if value}
     given = given.union(variables) - {"role", "content", "weight"}
     names = {key: (key, *REASONING[:2]) if key in REASONING else (key,) for key in given}
-    words = {*re.findall(r"\w+", source)}
-    return {key for key in given if not words.intersection(names[key])}
+    return {key for key in given if not any(name in words for name in names[key])}
 
 
 def check_shown(messages: Sequence[Message], text: str) -> list[str]:
