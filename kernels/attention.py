@@ -41,7 +41,7 @@ from torch import Tensor
 
 from llamapro.kernels import device, tiles
 from llamapro.kernels.attention_backward import attention_backward
-from llamapro.kernels.tensors import dense_like, needed
+from llamapro.kernels.tensors import dense_like, needed, operator
 from llamapro.kernels.tiles import key_tiles, load_rows, store_rows
 
 MAX_HEAD_DIM = 256
@@ -132,7 +132,7 @@ def _attention_forward_kernel(
     store_rows(out_ptr, acc, batch, row, head, T, H, ROWS, D, BLOCK_D, TMA)
 
 
-@torch.library.custom_op("llamapro::attention_forward", mutates_args=())
+@operator("attention_forward")
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llamapro.kernels import device, tiles
-from llamapro.kernels.tensors import dense_like
+from llamapro.kernels.tensors import dense_like, operator
 from llamapro.kernels.tiles import key_tiles, load_rows, store_rows
 
 LN_2 = tl.constexpr(math.log(2))
@@ -231,7 +231,7 @@ def _attention_query_kernel(
     store_rows(dq_ptr, dq, batch, row, head, T, H, ROWS, D, BLOCK_D, TMA)
 
 
-@torch.library.custom_op("llamapro::attention_backward", mutates_args=())
+@operator("attention_backward")
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     first: Tensor | None, last: Tensor | None, needs_dq: bool, needs_dkv: bool,

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from llamapro.kernels import IGNORE_INDEX
 from llamapro.kernels.device import cannot_run
-from llamapro.kernels.tensors import dense_like
+from llamapro.kernels.tensors import dense_like, operator
 
 # Logits of a chunk: 256 MiB in bf16. That is 4,194 tokens at V = 32,000 and 1,046 at V = 128,256,
 # enough rows to keep the matrix products at full speed. Smaller chunks would read W too often.
@@ -99,7 +99,7 @@ def _cross_entropy_kernel(
 # ---- As an operator ----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("llamapro::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def _forward(
     x: Tensor, weight: Tensor, targets: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

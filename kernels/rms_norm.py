@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llamapro.kernels.device import cannot_run
-from llamapro.kernels.tensors import dense_like, needed, num_warps
+from llamapro.kernels.tensors import dense_like, needed, num_warps, operator
 
 MAX_SIZE = 1 << 16  # elements of a row; up to 2^14 nothing spills from the registers
 # Up to this block, one launch computes dx and dw. For longer rows, both together would spill, so
@@ -123,7 +123,7 @@ def rms_norm_backward_kernel(
         tl.store(dweight_ptr + program * C + col, dweight, mask=mask)
 
 
-@torch.library.custom_op("llamapro::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +158,7 @@ def _max_programs(device: torch.device, block: int) -> int:
     return multiprocessors * max(1, WARPS_PER_MULTIPROCESSOR // num_warps(block))
 
 
-@torch.library.custom_op("llamapro::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _backward(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor,
     needs_dx: bool, needs_dweight: bool,

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llamapro.kernels.device import cannot_run
-from llamapro.kernels.tensors import dense_like, needed, num_warps
+from llamapro.kernels.tensors import dense_like, needed, num_warps, operator
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, size: int) -> str | None:
@@ -67,7 +67,7 @@ def rope_kernel(
     tl.store(y_ptr + at + HALF, right * cos + left * sin, mask=mask)
 
 
-@torch.library.custom_op("llamapro::rope", mutates_args=())
+@operator("rope")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     B, T, H, D = x.shape
     y = dense_like(x)

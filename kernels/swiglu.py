@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llamapro.kernels.device import cannot_run
-from llamapro.kernels.tensors import dense_like, needed
+from llamapro.kernels.tensors import dense_like, needed, operator
 
 BLOCK = 2048
 NUM_WARPS = 4  # 16 elements per thread: in bf16 two 16-byte loads from each tensor
@@ -64,7 +64,7 @@ def swiglu_backward_kernel(
         tl.store(dup_ptr + i, dy * silu, mask=mask)
 
 
-@torch.library.custom_op("llamapro::swiglu", mutates_args=())
+@operator("swiglu")
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = dense_like(gate)
     grid = (triton.cdiv(gate.numel(), BLOCK),)  # nothing is launched on an empty one
@@ -78,7 +78,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 _forward.register_fake(lambda gate, up: dense_like(gate))
 
 
-@torch.library.custom_op("llamapro::swiglu_backward", mutates_args=())
+@operator("swiglu_backward")
 def _backward(
     dy: Tensor, gate: Tensor, up: Tensor, needs_dgate: bool, needs_dup: bool
 ) -> tuple[Tensor, Tensor]:

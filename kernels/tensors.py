@@ -1,9 +1,34 @@
-"""Outputs of kernels, without the gradients that nobody needs, and the size of their programs."""
+"""Operators of `torch.library`, their outputs, and the size of a kernel's programs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class Operator:
+    """A function that launches kernels, as the operator "llamapro::<name>" of `torch.library`.
+
+    torch.compile and fake tensors need the operator. All others call the function: the dispatcher
+    takes about as much of the host's time as the rest of a call.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]):
+        self._function = function
+        self._operator = torch.library.custom_op(f"llamapro::{name}", function, mutates_args=())
+        self.register_fake = self._operator.register_fake
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or isinstance(args[0], FakeTensor):
+            return self._operator(*args, **options)
+        return self._function(*args, **options)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorates a function that launches kernels."""
+    return lambda function: Operator(name, function)
 
 
 def dense_like(x: Tensor, is_needed: bool = True) -> Tensor:

@@ -304,7 +304,7 @@ def test_operator_is_registered_correctly(
     """The operator passes PyTorch's check with bounds and without."""
     (q, k, v), _ = inputs(Shape(T=20, S=20), torch.float32, device)
     first = ops.attention_bounds(20, 20, 7, device=device).first if bounded else None
-    opcheck(attention.attention_forward, (q, k, v, first))
+    opcheck(torch.ops.llamapro.attention_forward.default, (q, k, v, first))
 
 
 def test_lse_is_the_log_of_the_sum_of_exponentials(device: str, small_tiles: None) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamapro import ops
 
@@ -13,6 +14,18 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from llamapro.kernels import attention, cross_entropy, rms_norm, rope, swiglu
 
 pytestmark = pytest.mark.usefixtures("small_tiles", "small_chunks")
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class Call(NamedTuple):
@@ -128,6 +141,17 @@ def test_op_compiles_into_one_graph(
             results(f, made.inputs, gradients, made.constants) for f in (compiled, block)
         )
         assert all(map(torch.equal, found, expected))
+
+
+def test_a_call_takes_no_way_through_the_dispatcher(
+    call: Callable[..., Call], results: Callable[..., list[Tensor]]
+) -> None:
+    """Neither forward nor backward: that way takes as much of the host's time as the call."""
+    made = call(1, 5)
+    gradients = [torch.ones_like(x) for x in outputs_of(made, made.inputs)]
+    with Seen() as seen:
+        results(made.function, made.inputs, gradients, made.constants)
+    assert seen.names and not any("llamapro" in name for name in seen.names)
 
 
 @pytest.mark.parametrize("batch, length", [(0, 3), (2, 0)])
