@@ -44,6 +44,7 @@ CHUNK_LOGITS = 1 << 27
 # 16 logits per thread: two 16-byte loads of bf16 where V is a multiple of 16. That takes at most 40
 # registers, so 6 programs run at a time per multiprocessor and hide each other's reductions.
 BLOCK, NUM_WARPS = 4096, 8
+ALIGNED = 64
 
 
 # ---- One program per token: loss, and logits into their gradient -------------------------------
@@ -55,13 +56,13 @@ BLOCK, NUM_WARPS = 4096, 8
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr,  # (n, V), contiguous
+    logits_ptr,  # (n, V), one row every `stride` elements
     targets_ptr,  # (n,) int64
     losses_ptr,  # (n,) fp32
-    V, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    V, stride, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # row * V can pass 2^31
-    logits_ptr += row * V
+    row = tl.program_id(0).to(tl.int64)  # row * stride can pass 2^31
+    logits_ptr += row * stride
     target = tl.load(targets_ptr + row)
     if (target < 0) | (target >= V):  # ignored, whatever its logits are
         tl.store(losses_ptr + row, 0.0)
@@ -116,7 +117,10 @@ def _forward(
 
     chunks = max(1, triton.cdiv(N * V, CHUNK_LOGITS))
     rows = max(1, triton.cdiv(N, chunks))  # equal chunks: no small remainder
-    logits = torch.empty((min(rows, N), V), dtype=x.dtype, device=x.device)
+    # Matrix products are fastest where rows start at multiples of 16 bytes. With a vocabulary of
+    # 32,001 those of logits would not, so each row gets a multiple of ALIGNED elements.
+    stride = triton.cdiv(V, ALIGNED) * ALIGNED
+    logits = torch.empty((min(rows, N), stride), dtype=x.dtype, device=x.device)[:, :V]
     losses = torch.empty((N,), dtype=torch.float32, device=x.device)
     grad_x = dense_like(x, needs_x)
     grad_weight = weight.new_zeros(weight.shape if needs_weight else (0,), dtype=torch.float32)
@@ -127,7 +131,7 @@ def _forward(
         torch.mm(part, weight.t(), out=chunk)
         with torch.cuda.device_of(x):  # Triton launches on the current device, wherever x is
             _cross_entropy_kernel[(part.shape[0],)](
-                chunk, targets[start : start + rows], losses[start : start + rows], V,
+                chunk, targets[start : start + rows], losses[start : start + rows], V, stride,
                 NEEDS_GRAD=needs_x or needs_weight, BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip
         if needs_x:
