@@ -187,8 +187,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
 
     `bounds` is an `ops.AttentionBounds`, or None for plain causal attention.
     """
-    T, S = q.shape[1], k.shape[1]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, length, D)
+    (B, T, H, D), (S, KV) = q.shape, k.shape[1:3]
+    # Heads that read the same keys stand in for queries where there is one: a CPU packs the keys of
+    # a head before it multiplies, in bf16 for several times as long.
+    q = q.reshape(B, KV, H // KV, D) if T == 1 else q.transpose(1, 2)  # (B, heads, queries, D)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, KV, S, D)
     mask = None
     if bounds is not None or 1 < T < S:
         mask = torch.ones(1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -196,9 +199,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
             mask = mask & (torch.arange(S, device=q.device) >= bounds.first[:, :, None])
         mask = mask[:, None]  # (B or 1, 1, T, S)
     out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != KV
     )
-    return out.transpose(1, 2)
+    return out.reshape(B, 1, H, D) if T == 1 else out.transpose(1, 2)
 
 
 # ---- Loss ---------------------------------------------------------------------------------------

@@ -46,10 +46,7 @@ def _step(llama: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
             qk = torch.cat((_norm(qk[:, :H], attn.q_norm), _norm(qk[:, H:], attn.k_norm)), 1)
         qk = (qk * cos).add_(qk.roll(D // 2, -1).mul_(sin))
         k, v = cache.append(index, qk[:, None, H:], v[:, None])  # (B, S, KV, D)
-        k, v = k[:, first:].transpose(1, 2), v[:, first:].transpose(1, 2)  # (B, KV, S, D)
-        attended = F.scaled_dot_product_attention(
-            qk[:, :H, None], k, v, enable_gqa=H != KV
-        )  # (B, H, 1, D)
+        attended = ops.attention(qk[:, None, :H], k[:, first:], v[:, first:])  # (B, 1, H, D)
         x = x + _product(attended.flatten(1), attn.o_proj)
         normed = _norm(x, layer.post_attention_layernorm)
         activated = F.silu(_product(normed, mlp.gate_proj)).mul_(_product(normed, mlp.up_proj))
