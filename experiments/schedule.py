@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from trial import LOG_FILE, RESULT_FILE, execute
 
 from llamapro.errors import ConfigError, DataError, UserError
@@ -78,7 +79,7 @@ class Runner:
 
     def __init__(self, workers: int) -> None:
         """Sets the number of tasks that run at a time. They share the machine's threads."""
-        self._workers, self._threads = workers, max(1, (os.cpu_count() or 1) // workers)
+        self._workers, self._threads = workers, max(1, torch.get_num_threads() // workers)
         self.expect(0)
 
     def expect(self, count: int) -> None:
