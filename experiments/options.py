@@ -86,7 +86,8 @@ class StudySettings:
     eval_sequences: int = 12
     """Sequences of each held-out set per evaluation."""
     replay_share: float = 0.25
-    """Share of replayed sequences in the ways to forget less, which take a ninth more steps."""
+    """Share of replayed sequences in the ways to forget less that have a fixed weight. They take a
+    ninth more steps."""
     replay_weights: tuple[float, ...] = (1.0, 3.0, 8.0)
     """Weights of the distillation loss on replayed sequences. Each is a variant."""
     replay_temperature: float = 1.3
@@ -109,11 +110,6 @@ class StudySettings:
     @property
     def pretrain_config(self) -> Path:
         return (ROOT / self.pretrain).with_suffix(".json")
-
-    @property
-    def replay_steps(self) -> int:
-        """Optimizer steps of a way to forget less, a multiple of `evaluations`."""
-        return max(1, round(self.steps * 10 / 9 / self.evaluations)) * self.evaluations
 
 
 def parse(argv: Sequence[str]) -> StudySettings:

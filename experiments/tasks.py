@@ -49,7 +49,8 @@ def variant_options(study: Study, variant: Variant, steps: int = 0) -> list[str]
 
 
 def steps_of(s: StudySettings, variant: Variant) -> int:
-    return s.replay_steps if variant.group == "retention" else s.steps
+    """Returns the optimizer steps of a variant's trials, a multiple of `evaluations`."""
+    return max(1, round(s.steps * variant.longer / s.evaluations)) * s.evaluations
 
 
 def rates(s: StudySettings, variant: Variant) -> list[float]:

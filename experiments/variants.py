@@ -25,6 +25,7 @@ class Variant:
         writing: options of train.py for the text that the base writes for it, if any.
         built: arguments of `models.build`, or None for the model that train.py loads.
         varies: the variant, or "", that it changes by options only and whose rate it takes over.
+        longer: how many times as many steps it takes as plain expansion.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Variant:
     writing: tuple[str, ...] = ()
     built: dict[str, Any] | None = field(default=None, hash=False)
     varies: str = ""
+    longer: float = 1.0
 
 
 def nearest_number(num_layers: int, wanted: int) -> int:
@@ -76,7 +78,9 @@ def comparisons(num_layers: int, numbers: Sequence[int], compared: int) -> list[
     return variants
 
 
-HOLD = "3%"  # of what is learned may be forgotten; one setting for every base and domain
+# With `--replay.hold` 3 % of what is learned may be forgotten, one setting for every base and domain.
+# An eighth of the sequences is replayed, and a seventh more steps read as much of the domain.
+HOLD, HELD_SHARE = "3%", 1 / 8
 
 
 def retention(
@@ -93,17 +97,23 @@ def retention(
     start, distill = plain(compared), "--replay.distill"
 
     def way(
-        name: str, label: str, options: tuple[str, ...] = (), temperature: float = 0.0
+        name: str,
+        label: str,
+        options: tuple[str, ...] = (),
+        temperature: float = 0.0,
+        share: float = 0.0,
     ) -> Variant:
-        written = f"--replay.tokens {s.replay_tokens} --replay.temperature {temperature:g}"
+        tokens = 0 if share else s.replay_tokens
+        written = f"--replay.tokens {tokens} --replay.temperature {temperature:g}"
         return replace(
             start,
             name=name,
             label=f"+{compared}, {label}",
             group="retention",
-            options=("--replay.share", f"{s.replay_share:g}", *options),
+            options=("--replay.share", f"{share or s.replay_share:g}", *options),
             writing=(*written.split(), "--replay.batch-size", "64") if temperature else (),
             varies=start.name,
+            longer=1 / (1 - share) if share else 10 / 9,
         )
 
     ways = [way("replay", "replay of general text", ("--replay.data", *general))] if general else []
@@ -114,6 +124,7 @@ def retention(
         weighted = (distill, "--replay.weight", f"{weight:g}")
         ways.append(way(name, label, weighted, s.replay_temperature))
     held = ("--replay.hold", HOLD)
-    ways.append(way("hold", f"self-distillation, replay.hold {HOLD}", held, temperature=1.0))
+    label = f"self-distillation, replay.hold {HOLD}"
+    ways.append(way("hold", label, held, temperature=1.0, share=HELD_SHARE))
     label = "self-distillation on the domain's text"
     return [*ways, way("distill-domain", label, (distill, "--replay.data", *domain))]

@@ -128,18 +128,19 @@ class Hold(Replay):
 
     Minimise the domain's loss subject to KL(base || model) <= allowed. The weight is the Lagrange
     multiplier of that constraint, so nobody has to search for it: it rises while the KL of the
-    replayed tokens is over the bound and falls while it is under. The rule is a
-    proportional-integral one, in logarithms because useful weights span orders of magnitude (Stooke
-    et al., "Responsive Safety in Reinforcement Learning by PID Lagrangian Methods", 2020):
+    replayed tokens is over a band and falls while it is under. The rule is a proportional-integral
+    one, in logarithms because useful weights span orders of magnitude (Stooke et al., "Responsive
+    Safety in Reinforcement Learning by PID Lagrangian Methods", 2020):
 
         allowed = hold, in nats per token, or hold * (the fall of the domain's loss since step 1)
-        e = log(KL / allowed / (1 + EXCESS * learning rate / its highest)), clipped
+        highest = allowed * (1 + EXCESS * learning rate / its highest)
+        e = log(KL / allowed) under the band, log(KL / highest) over it, 0 in it; clipped
         I = I + INTEGRAL * e
         weight = exp(I + PROPORTIONAL * e)
 
-    KL and loss are moving averages over steps. A high learning rate keeps the weights in motion,
-    which costs KL that vanishes when the rate falls: without the excess the rule would fight this
-    noise instead of the forgetting.
+    KL and loss are moving averages over steps, that of the KL a geometric one. A high learning rate
+    keeps the weights in motion, which costs KL that vanishes when the rate falls: with no more than
+    the bound the rule would fight this noise instead of the forgetting.
 
     The rule runs on the device in fp64, on sums over all ranks. So no step waits for it, and all
     ranks have the same weight.
@@ -149,6 +150,7 @@ class Hold(Replay):
     DOWN, UP = -0.5, 1.0  # bounds of e: the weight rises faster than it falls
     MEMORY = 0.8  # of the moving averages, per step
     LEAST = 1e-3  # nats per token that a share allows before anything is learned
+    ZERO = 1e-6  # a KL below this counts as this
     FIRST, LOWEST, HIGHEST = 3.0, 0.1, 100.0  # weights
     # I; averages of KL and loss; the first step's loss; steps in a row with the weight at HIGHEST.
     NUMBERS = ("log_weight", "kl", "loss", "first_loss", "steps_at_bound", "weight")
@@ -156,7 +158,7 @@ class Hold(Replay):
     def __init__(self, model: LlamaForCausalLM, replay: ReplaySettings):
         super().__init__(model, replay)
         self.hold, self.is_relative = replay.held
-        numbers = [math.log(self.FIRST), 0.0, math.nan, math.nan, 0.0, self.FIRST]
+        numbers = [math.log(self.FIRST), math.nan, math.nan, math.nan, 0.0, self.FIRST]
         self._numbers = torch.tensor(numbers, dtype=torch.float64)
         self._measured = torch.zeros(2, 2, dtype=torch.float64)  # sums and tokens of this step
 
@@ -192,16 +194,19 @@ class Hold(Replay):
         dist.all_reduce(total)
         integral, kl, loss, first, at_bound, _ = self._numbers.to(total.device)
         new_kl, new_loss = total[:, 0] / total[:, 1]
+        kl = torch.where(kl.isnan(), new_kl, kl)
         first = torch.where(first.isnan(), new_loss, first)
         loss = torch.where(loss.isnan(), new_loss, loss)
         # A step without such tokens, or with a loss that is not finite, teaches nothing.
-        kl = torch.where(new_kl.isfinite(), torch.lerp(new_kl, kl, self.MEMORY), kl)
+        new_log, log = (x.clamp(min=self.ZERO).log() for x in (new_kl, kl))
+        kl = torch.where(new_kl.isfinite(), torch.lerp(new_log, log, self.MEMORY).exp(), kl)
         loss = torch.where(new_loss.isfinite(), torch.lerp(new_loss, loss, self.MEMORY), loss)
         bound: Tensor | float = self.hold
         if self.is_relative:
             bound = (self.hold * (first - loss)).clamp(min=self.LEAST)
-        ratio = kl / bound / (1 + self.EXCESS * relative_rate)
-        error = ratio.clamp(min=1e-300).log().clamp(self.DOWN, self.UP)
+        under = (kl / bound).log()
+        over = under - math.log(1 + self.EXCESS * relative_rate)
+        error = (under.clamp(self.DOWN, 0) + over.clamp(0, self.UP)).nan_to_num()
         lowest, highest = math.log(self.LOWEST), math.log(self.HIGHEST)
         integral = (integral + self.INTEGRAL * error).clamp(lowest, highest)
         log_weight = (integral + self.PROPORTIONAL * error).clamp(lowest, highest)

@@ -186,7 +186,7 @@ class Progress:
         state = self._state
         say(self._ranks, evaluation_line(state.step, self._steps, state.eval, state.base_eval))
         if state.control and state.step:
-            kl, weight = state.control["kl"], state.control["weight"]
+            kl, weight = state.control["kl"] or 0.0, state.control["weight"]
             hold = self._settings.replay.hold
             text = f"replay KL {kl:.4f}, replay.hold {hold}, weight {weight:.3g}"
             say(self._ranks, f"{'':>{COLUMNS['step']}}        {text}")

@@ -64,7 +64,7 @@ class ReplaySettings:
     0.02 is in nats per token. 3% is a share of the fall of the training loss.
     Replay is then distilled, and its weight adapts."""
     share: float = 0.0
-    """Share of sequences that are replayed, 0 to below 1. With replay.hold, 0 means 0.25."""
+    """Share of sequences that are replayed, 0 to below 1. With replay.hold, 0 means 0.125."""
     data: tuple[str, ...] = ()
     """General text of yours, in place of the base's: files, globs, folders."""
     prompts: str = ""
@@ -84,7 +84,7 @@ class ReplaySettings:
 
     def __post_init__(self) -> None:
         if self.hold:  # the class is frozen
-            object.__setattr__(self, "share", self.share or 0.25)
+            object.__setattr__(self, "share", self.share or 0.125)
             object.__setattr__(self, "distill", True)
 
     @property

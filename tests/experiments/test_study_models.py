@@ -227,9 +227,14 @@ def test_the_ways_to_forget_less_start_where_plain_expansion_does() -> None:
     assert variants.retention(s, 4, ["english"], ["code"])[0].name == "replay"
     plain = variants.plain(4)
     assert all(v.expand == plain.expand and v.varies == plain.name for v in found)
-    assert all(v.options[:2] == ("--replay.share", "0.25") for v in found)
+    shares = [v.options[:2] for v in found]
+    assert shares == [("--replay.share", x) for x in ("0.25", "0.25", "0.25", "0.125", "0.25")]
     assert [v.writing[3:4] for v in found] == [("1",), ("1.3",), ("1.3",), ("1",), ()]
     assert found[1].writing == found[2].writing != found[0].writing
+    assert [v.writing[:2] for v in (found[0], found[3])] == [
+        ("--replay.tokens", "4096"),
+        ("--replay.tokens", "0"),
+    ]
 
 
 # ---- Text ---------------------------------------------------------------------------------------

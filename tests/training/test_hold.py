@@ -73,7 +73,7 @@ def test_the_kl_settles_at_what_may_be_forgotten(
         weight = measure(objective, kl, rate=rate, loss=loss)
         kl += 0.2 * (1.5 * (0.1 + rate) / (1 + weight) - kl)
         loss += 0.05 * (3.0 - loss)
-    assert kl == pytest.approx(allowed, rel=0.25)
+    assert 0.6 * allowed < kl < 1.1 * allowed
 
 
 def test_the_weight_rises_over_the_bound_and_falls_under_it(
@@ -83,6 +83,23 @@ def test_the_weight_rises_over_the_bound_and_falls_under_it(
     weights = [measure(rule("0.02"), kl, rate=rate) for kl, rate in ((0.5, 0), (0.01, 0), (0.5, 5))]
     over, under, allowed = weights
     assert over > Hold.FIRST > under and over > allowed
+
+
+def test_the_weight_rests_between_the_bound_and_what_the_rate_allows(
+    rule: Callable[[str], Hold],
+) -> None:
+    """And follows again when the rate is so low that the same KL is over the band."""
+    objective = rule("0.02")
+    weights = [measure(objective, 0.05, rate=rate) for rate in [1.0] * 20 + [0.0]]
+    assert len(set(weights[:-1])) == 1 and weights[-1] > weights[0]
+
+
+def test_one_odd_batch_hardly_moves_the_average(rule: Callable[[str], Hold]) -> None:
+    """The average is a geometric one."""
+    objective = rule("0.02")
+    for kl in (0.02, 0.02, 0.64):
+        measure(objective, kl)
+    assert objective.control["kl"] == pytest.approx(0.04)
 
 
 def test_a_share_allows_more_the_more_is_learned(rule: Callable[[str], Hold]) -> None:
@@ -122,6 +139,9 @@ def test_nothing_measured_teaches_nothing(rule: Callable[[str], Hold]) -> None:
         objective.combine(million, million)
     objective.adapt(0.0)
     assert objective.control["kl"] == kl and (objective.control["weight"] or 0) > 0
+    unread = rule("0.02")
+    assert measure(unread, 0.0, tokens=0) == pytest.approx(Hold.FIRST)
+    assert unread.control["kl"] is None
 
 
 def test_the_weight_has_bounds(rule: Callable[[str], Hold]) -> None:
@@ -268,8 +288,8 @@ def test_hold_says_it_all(tmp_path: Path) -> None:
         (tmp_path / "preset.toml").write_text(f'[replay]\nhold = "{hold}"\n')
         assert parse(["--config", str(tmp_path / "preset.toml")]).replay.hold == hold
         settings = parse(["--replay.hold", hold])
-        assert str(settings.replay.hold) == hold and settings.replay.share == 0.25
-    assert ReplaySettings(hold="0.02") == ReplaySettings(hold="0.02", share=0.25, distill=True)
+        assert str(settings.replay.hold) == hold and settings.replay.share == 0.125
+    assert ReplaySettings(hold="0.02") == ReplaySettings(hold="0.02", share=0.125, distill=True)
     assert ReplaySettings(hold="0.02", share=0.3).share == 0.3
     assert ReplaySettings().share == 0
 
