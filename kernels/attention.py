@@ -38,6 +38,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llamapro.kernels import device, tiles
 from llamapro.kernels.attention_backward import attention_backward
@@ -177,6 +178,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
         gradients = attention_backward(dout, *ctx.saved_tensors, needs_q, needs_k or needs_v)

@@ -188,9 +188,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
     `bounds` is an `ops.AttentionBounds`, or None for plain causal attention.
     """
     (B, T, H, D), (S, KV) = q.shape, k.shape[1:3]
-    # Heads that read the same keys stand in for queries where there is one: a CPU packs the keys of
-    # a head before it multiplies, in bf16 for several times as long.
-    q = q.reshape(B, KV, H // KV, D) if T == 1 else q.transpose(1, 2)  # (B, heads, queries, D)
+    # On a CPU, heads that read the same keys stand in for queries where there is one: PyTorch packs
+    # the keys of every head before it multiplies, in bf16 for several times as long.
+    is_one = T == 1 and q.device.type == "cpu"
+    q = q.reshape(B, KV, H // KV, D) if is_one else q.transpose(1, 2)  # (B, heads, queries, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, KV, S, D)
     mask = None
     if bounds is not None or 1 < T < S:
@@ -201,7 +202,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
     out = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != KV
     )
-    return out.reshape(B, 1, H, D) if T == 1 else out.transpose(1, 2)
+    return out.reshape(B, 1, H, D) if is_one else out.transpose(1, 2)
 
 
 # ---- Loss ---------------------------------------------------------------------------------------

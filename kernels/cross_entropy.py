@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llamapro.kernels import IGNORE_INDEX
 from llamapro.kernels.device import cannot_run
@@ -175,6 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss_sum, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]

@@ -37,6 +37,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llamapro.kernels.device import cannot_run
 from llamapro.kernels.tensors import dense_like, needed, num_warps, operator
@@ -206,6 +207,7 @@ class _RMSNorm(torch.autograd.Function):
         return y if residual is None else (s, y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dsum, dy = (None, *grads)[-2:]
         needs_dx, needs_dresidual, needs_dweight, _ = ctx.needs_input_grad

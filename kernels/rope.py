@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llamapro.kernels.device import cannot_run
 from llamapro.kernels.tensors import dense_like, needed, num_warps, operator
@@ -93,6 +94,7 @@ class _RoPE(torch.autograd.Function):
         return _rotate(x, cos, sin, inverse=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return needed(ctx, _rotate(dy, *ctx.saved_tensors, inverse=True))
 

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llamapro.kernels.device import cannot_run
 from llamapro.kernels.tensors import dense_like, needed, operator
@@ -105,6 +106,7 @@ class _SwiGLU(torch.autograd.Function):
         return _forward(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return needed(ctx, *_backward(dy, *ctx.saved_tensors, *ctx.needs_input_grad))
 

@@ -146,12 +146,22 @@ def test_op_compiles_into_one_graph(
 def test_a_call_takes_no_way_through_the_dispatcher(
     call: Callable[..., Call], results: Callable[..., list[Tensor]]
 ) -> None:
-    """Neither forward nor backward: that way takes as much of the host's time as the call."""
+    """Neither forward nor backward: that way costs time of the host."""
     made = call(1, 5)
     gradients = [torch.ones_like(x) for x in outputs_of(made, made.inputs)]
     with Seen() as seen:
         results(made.function, made.inputs, gradients, made.constants)
     assert seen.names and not any("llamapro" in name for name in seen.names)
+
+
+def test_a_second_derivative_is_refused(call: Callable[..., Call]) -> None:
+    """The kernels of backward have none, and a wrong one must not pass for right."""
+    made = call(1, 5)
+    leaves = [x.requires_grad_() for x in made.inputs]
+    total = sum(x.square().sum() for x in outputs_of(made, leaves))
+    found = torch.autograd.grad(total, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(x.sum() for x in found).backward()
 
 
 @pytest.mark.parametrize("batch, length", [(0, 3), (2, 0)])
