@@ -94,7 +94,7 @@ class StudySettings:
     """Sampling temperature of text for distillation; 1.0 samples from the model's own
     distribution."""
     replay_tokens: int = 16384
-    """Tokens that the base writes for replay."""
+    """Tokens that the base writes for replay, in the ways with a fixed weight."""
     pretrain: str = "experiments/cpu-base.toml"
     """Preset of train.py for pre-training the study's own base. The config.json of that base lies
     beside it, under the same name with the ending .json."""

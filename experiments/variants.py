@@ -78,8 +78,8 @@ def comparisons(num_layers: int, numbers: Sequence[int], compared: int) -> list[
     return variants
 
 
-# With `--replay.hold` 3 % of what is learned may be forgotten, one setting for every base and domain.
-# An eighth of the sequences is replayed, and a seventh more steps read as much of the domain.
+# One setting for every base and domain: 3 % of what is learned may be forgotten. An eighth of the
+# sequences is replayed, and a seventh more steps read as much of the domain as without.
 HOLD, HELD_SHARE = "3%", 1 / 8
 
 

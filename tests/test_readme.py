@@ -222,8 +222,8 @@ def test_the_way_of_a_model_of_yours_runs(
     said = run_lines([from_meta, expand, [*train, "--dry-run"]])
     assert "bit-equal to the base's" in said and said.count("\nnext: ") == 3
     assert "15900" in said or "15,900" in said
-    short = "--train.steps 2 --train.batch-size 4 --train.micro-batch-size 1 --data.seq-len 32 "
-    short += "--eval.sequences 2 --replay.tokens 64"
+    short = "--train.steps 2 --train.batch-size 2 --train.micro-batch-size 1 --data.seq-len 32 "
+    short += "--eval.sequences 2"
     assert [words[1] for words in rest] == ["merge", "evaluate", "report"]
     said = run_lines([[*train, *short.split(), "--data.cache-dir", "cache"], *rest])
     assert "2 steps done" in said and "base tensors intact" in said and "learned" in said

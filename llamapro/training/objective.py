@@ -127,14 +127,15 @@ class Hold(Replay):
     """Distillation that lets the model forget as much as the user allows, and no more.
 
     Minimise the domain's loss subject to KL(base || model) <= allowed. The weight is the Lagrange
-    multiplier of that constraint, so nobody has to search for it: it rises while the KL of the
-    replayed tokens is over a band and falls while it is under. The rule is a proportional-integral
-    one, in logarithms because useful weights span orders of magnitude (Stooke et al., "Responsive
-    Safety in Reinforcement Learning by PID Lagrangian Methods", 2020):
+    multiplier of that constraint, so nobody has to search for it. It falls while the KL of the
+    replayed tokens is under `allowed`, rises while it is over `most`, and rests in between. The
+    rule is a proportional-integral one, in logarithms because useful weights span orders of
+    magnitude (Stooke et al., "Responsive Safety in Reinforcement Learning by PID Lagrangian
+    Methods", 2020):
 
         allowed = hold, in nats per token, or hold * (the fall of the domain's loss since step 1)
-        highest = allowed * (1 + EXCESS * learning rate / its highest)
-        e = log(KL / allowed) under the band, log(KL / highest) over it, 0 in it; clipped
+        most = allowed * (1 + EXCESS * learning rate / its peak)
+        e = log(KL / allowed) under allowed, log(KL / most) over most, else 0; clipped
         I = I + INTEGRAL * e
         weight = exp(I + PROPORTIONAL * e)
 
@@ -195,9 +196,9 @@ class Hold(Replay):
         integral, kl, loss, first, at_bound, _ = self._numbers.to(total.device)
         new_kl, new_loss = total[:, 0] / total[:, 1]
         kl = torch.where(kl.isnan(), new_kl, kl)
-        first = torch.where(first.isnan(), new_loss, first)
-        loss = torch.where(loss.isnan(), new_loss, loss)
-        # A step without such tokens, or with a loss that is not finite, teaches nothing.
+        first = torch.where(first.isnan() & new_loss.isfinite(), new_loss, first)
+        loss = torch.where(loss.isnan() & new_loss.isfinite(), new_loss, loss)
+        # A step without such tokens, or with a loss that is not finite, leaves an average as it is.
         new_log, log = (x.clamp(min=self.ZERO).log() for x in (new_kl, kl))
         kl = torch.where(new_kl.isfinite(), torch.lerp(new_log, log, self.MEMORY).exp(), kl)
         loss = torch.where(new_loss.isfinite(), torch.lerp(new_loss, loss, self.MEMORY), loss)
