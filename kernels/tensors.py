@@ -12,7 +12,7 @@ class Operator:
     """A function that launches kernels, as the operator "llamapro::<name>" of `torch.library`.
 
     torch.compile and fake tensors need the operator. All others call the function: PyTorch's
-    dispatcher would add 60 to 90 % to the host's time for a call, beside the launch.
+    dispatcher would add 50 to 80 % to the host's time for a call, beside the launch.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]):
