@@ -44,12 +44,8 @@ for model in pro full; do
 done
 run python -m llamapro.report $out/runs/pro $out/runs/full --out $out/report
 
-step "8. A sample of each"
-for model in base pro full; do
-    run python -m llamapro.generate $out/$model --prompt "This function returns" --max-new-tokens 60
-done
-
 step "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
 echo "table:   $out/report/report.md"
 echo "picture: $out/report/report.png"
 echo "model:   $out/pro (an ordinary LlamaForCausalLM checkpoint)"
+echo "samples: a model of this size writes nothing worth reading; make smollm trains one that does"
