@@ -184,6 +184,21 @@ def test_attention_is_the_causal_softmax_formula(H: int, KV: int, T: int, S: int
     torch.testing.assert_close(ops.attention(q, k, v), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_single_query_reads_each_key_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the query heads that share keys are queries of one head: (B, KV, H / KV, D)."""
+    shapes, attend = [], F.scaled_dot_product_attention
+
+    def seen(q: Tensor, k: Tensor, *args: Any, **options: Any) -> Tensor:
+        shapes.append((tuple(q.shape), k.shape[1]))
+        return attend(q, k, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    for T in (1, 5):
+        q, k = torch.randn(2, T, 6, 8), torch.randn(2, 9, 2, 8)
+        cpu.attention(q, k, k)
+    assert shapes == [((2, 2, 3, 8), 2), ((2, 6, 5, 8), 2)]
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 20])
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("T, S", [(9, 9), (4, 9), (1, 9)])

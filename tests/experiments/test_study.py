@@ -251,6 +251,14 @@ def test_a_worker_ends_with_the_study(tmp_path: Path) -> None:
     os.close(writer)
 
 
+def test_workers_share_the_threads_of_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that was given fewer than the machine's cores takes no more."""
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+    assert [schedule.Runner(workers)._threads for workers in (1, 2, 8)] == [6, 3, 1]
+
+
 def test_the_time_left_follows_what_trials_really_take(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
