@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from llamapro.errors import DataError, Problems
 from llamapro.files import pointer_fix
+from llamapro.text.encodings import describe_foreign
 from llamapro.text.rows import (
     COMPRESSED,
     SUFFIXES,
@@ -39,14 +40,6 @@ PIECE_CHARACTERS = 1 << 18
 _LAST_SPACE = re.compile(r".*\w(?= \w)", re.DOTALL)
 _READABLE = f"only UTF-8 text and {', '.join(SUFFIXES)} are read"
 _UNSURE = (".json", ".csv", ".tsv")
-_MARKS = (  # the first bytes of what is no UTF-8 text, though it may have letters only
-    (codecs.BOM_UTF32_LE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"),
-    (codecs.BOM_UTF16_BE, "UTF-16"),
-    (b"%PDF-", "PDF"),
-    (b"{\\rtf", "RTF"),
-    (b"%!PS", "PostScript"),
-)
 _SHOWN = 5  # files left out, in a summary
 
 
@@ -256,11 +249,8 @@ def _not_text(file: SourceFile, raw: IO[bytes], text_key: str, only_start: bool 
         return f"{suffix} is not read; unpack it"
     try:
         while chunk := raw.read(1 << 20):
-            name = next((n for mark, n in _MARKS if chunk.startswith(mark) and not position), "")
-            if name:
-                return f"{name}; convert it" + (
-                    f", for example with iconv -f {name} -t UTF-8" if "UTF" in name else " to text"
-                )
+            if position == 0 and (reason := describe_foreign(chunk)):
+                return reason
             if position == 0 and b"\0" in chunk[:8192]:
                 return f"binary (it has zero bytes); {_READABLE}"
             decoder.decode(chunk)
@@ -270,7 +260,8 @@ def _not_text(file: SourceFile, raw: IO[bytes], text_key: str, only_start: bool 
         decoder.decode(b"", final=not only_start or not raw.read(1))
     except UnicodeDecodeError as error:
         after = f"{position + error.start:,} bytes"
-        return f"not UTF-8 ({error.reason} after about {after}); {_READABLE}"
+        fix = "convert it, for example with iconv -f ENCODING -t UTF-8"
+        return f"not UTF-8 ({error.reason} after about {after}); {fix}"
     raw.seek(0)
     start = raw.read(PIECE_CHARACTERS).decode("utf-8-sig", "ignore").lstrip("[ \t\r\n")
     raw.seek(0)

@@ -13,11 +13,13 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from llamapro.errors import DataError
 from llamapro.files import RepeatedKeyError, refuse_stand_in, unique_keys
+from llamapro.text.encodings import describe_foreign
 
 _JSON, _DELIMITERS = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*_JSON, *_DELIMITERS, ".parquet")
@@ -113,7 +115,7 @@ def read_rows(
     except UnicodeDecodeError as error:
         # The whole file is in another encoding: one problem, and the rest is not read.
         line_number = max(row, 1) + error.object[: error.start].count(b"\n")
-        fix = "convert the file, for example with iconv -t UTF-8"
+        fix = "convert it, for example with iconv -f ENCODING -t UTF-8"
         report(f"{path}:{line_number}: not UTF-8 ({error.reason}); {fix}")
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         report(f"{path}:{row + 1}: truncated or not {suffixes(path)[1][1:]} ({error})")
@@ -136,6 +138,10 @@ def _values(
         return _table_rows(file, choose)
     if packed:
         file = COMPRESSED[packed](file)
+    # `read1` stops where a truncated file does, and its rows before that place are still read.
+    if reason := describe_foreign(cast(BufferedReader, file).read1(_FIRST_BYTES)):
+        raise UnreadableError(reason)
+    file.seek(0)
     if suffix in _DELIMITERS:
         return _separated(file, _DELIMITERS[suffix])
     start = file.readline(_FIRST_BYTES).removeprefix(codecs.BOM_UTF8).strip()

@@ -167,7 +167,7 @@ def test_all_problems_of_all_files_are_found_in_one_pass(tmp_path: Path) -> None
         f"{rows}:5: not a line of JSON",
         f"{rows}:7: expected a JSON object, found list",
         f"{latin}:2: not UTF-8",
-        f"{wide}:1: not UTF-8",
+        f"{wide}:1: UTF-16; convert it",
         f"{plain}:1: truncated or not gz",
         f"{other}:1: not one of .jsonl",
     ]

@@ -261,7 +261,13 @@ def test_a_store_of_another_way_to_read_is_not_used(tmp_path: Path) -> None:
         "b.json": '{"text":\n"a"}',
         "a.txt": "\ufeffa\r\n\0",
     }
-    files |= {"b.txt": lines, "c.txt": "%PDF-1", "README.md": "card", "c.jsonl": lines[:-2] * 2}
+    files |= {
+        "b.txt": lines,
+        "c.txt": "%PDF-1",
+        "d.txt": "\x1b$BF|",
+        "README.md": "card",
+        "c.jsonl": lines[:-2] * 2,
+    }
     found: list[object] = []
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
@@ -274,7 +280,7 @@ def test_a_store_of_another_way_to_read_is_not_used(tmp_path: Path) -> None:
             found.append("refused")
         found.append(counts.files_left_out)
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]
-    assert (corpus.FORMAT_VERSION, digest) == (6, "954362d3"), found
+    assert (corpus.FORMAT_VERSION, digest) == (7, "ff5d14c7"), found
 
 
 def test_changed_file_or_tokenizer_makes_a_new_store(

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from llamapro.errors import DataError
 from llamapro.text import rows
 from llamapro.text.rows import read_rows
 from llamapro.text.store import TokenStore
+from llamapro.text.tokenizer import Tokenizer
 
 Tokenize = Callable[..., TokenStore]
 WriteParquet = Callable[..., Path]
@@ -61,6 +63,22 @@ WriteParquet = Callable[..., Path]
         ),
         ("a.txt", "é".encode("utf-16"), r"a\.txt: UTF-16; convert it"),
         ("a.txt", "é".encode("utf-32"), r"a\.txt: UTF-32; convert it.* -f UTF-32 -t"),
+        ("a.txt", "The cat".encode("utf-16-le") * 9, r"a\.txt: UTF-16LE; convert .* -f UTF-16LE"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), r"a\.jsonl:1: UTF-16; convert it"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16-be"), r"a\.jsonl:1: UTF-16BE; convert it"),
+        ("a.csv", "text,id\nx,1\n".encode("utf-16"), r"a\.csv:1: UTF-16; convert it"),
+        (
+            "a.txt",
+            "日本語のテキスト".encode("iso2022_jp"),
+            r"a\.txt: ISO-2022-JP; .* -f ISO-2022-JP",
+        ),
+        ("a.jsonl", '{"text": "日"}'.encode("iso2022_jp"), r"a\.jsonl:1: ISO-2022-JP; convert"),
+        ("a.txt", "안녕하세요".encode("iso2022_kr"), r"a\.txt: ISO-2022-KR; convert"),
+        ("a.txt", "中文文本".encode("hz"), r"a\.txt: HZ; convert it to UTF-8$"),
+        ("a.txt", "Grüße aus Köln".encode("utf-7"), r"a\.txt: UTF-7; convert"),
+        ("a.txt", gzip.compress(b"x"), r"a\.txt: packed by gzip under another name; rename"),
+        ("a.jsonl", gzip.compress(b"{}"), r"a\.jsonl:1: packed by gzip under another name"),
+        ("a.docx", b"PK\3\4x", r"a\.docx: a zip archive, as \.docx"),
         ("a.txt", b"{\\rtf1\\ansi Hello}", r"a\.txt: RTF; convert it to text"),
         ("a.pdf", b"%PDF-1.4\nHello", r"a\.pdf: PDF; convert it to text"),
         ("a.csv", b"id;text\n1;x\n", r"a\.csv:1: the first line has ';' between names, not ','"),
@@ -91,6 +109,26 @@ def test_unusable_file_is_refused_by_file_and_line(
     with pytest.raises(DataError, match=message):
         make(tmp_path / name)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\x1b[32mOK\x1b[0m\x1b(B done\n",  # a terminal's colours
+        '(format nil "~{~a~^, ~}" x) (format nil "~{<~a>~}" y)\n',  # Lisp
+        "x = a+MAX(b)+i\n+import os\n",  # a patch
+        "12345,a\0b\n",
+    ],
+)
+def test_ascii_that_looks_like_another_encoding_is_text(
+    tmp_path: Path, make: Tokenize, tokenizer: Tokenizer, text: str
+) -> None:
+    """Escapes and marks of other encodings stand in code, too, which is read."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "a.csv").write_text(f'text\n"{text}"\n'.replace('"~', '""~').replace('}"', '}""'))
+    for name in ("a.jsonl", "a.csv"):
+        store = make(tmp_path / name)
+        assert store.read(0, store.tokens).tolist() == tokenizer.encode(text, bos=True, eos=True)
 
 
 def test_blank_lines_before_a_list_do_not_make_it_rows(tmp_path: Path) -> None:
