@@ -60,10 +60,13 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
             if os.path.isdir(match):
                 matched += _without_cards(list(_walk(Path(match), set())))
                 _say_splits(match, matched)
-            elif os.path.isfile(match):
-                matched.append(SourceFile(Path(match), True))
+            else:
+                reason = _unreadable(match)
+                matched.append(SourceFile(Path(match), not reason, reason))
         if all(file.left_out for file in matched):
             problem = "the folder holds no files" if os.path.isdir(literal) else "no such file"
+            if matched:
+                problem = f"nothing to read: {matched[0].path} ({matched[0].left_out})"
             fix = "give files, folders or globs like 'd/**/*.py'"
             fix = "data is read from the disk: download it first" if "://" in pattern else fix
             problems.append(f"{pattern}: {problem}; {fix}")
@@ -127,8 +130,18 @@ def _say_gaps(names: set[str]) -> None:
             warn(f"{plain}: read, and so is {name}, which most likely holds the same")
 
 
+def _unreadable(path: str | Path) -> str:
+    """Returns why a path is neither a file nor a folder; "" if it is."""
+    if not os.path.exists(path):  # a link to itself, too
+        return "a link to nothing"
+    return "" if os.path.isfile(path) or os.path.isdir(path) else "not a plain file"
+
+
 def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
-    """Yields the files below a folder, following links, each folder once."""
+    """Yields the files below a folder, following links, each folder once.
+
+    Installed packages, which lie beside code, are left out, unless the folder is theirs.
+    """
     real = os.path.realpath(folder)
     if real in seen:
         return
@@ -137,14 +150,20 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
-    if {"blobs", "refs", "snapshots"} <= {entry.name for entry in entries}:  # Hugging Face's cache
+    names = {entry.name for entry in entries}
+    if len(seen) > 1 and (folder.name == "node_modules" or "pyvenv.cfg" in names):
+        yield SourceFile(folder, False, "installed packages")
+        return
+    if {"blobs", "refs", "snapshots"} <= names:  # Hugging Face's cache
         entries = [entry for entry in entries if entry.name == "snapshots"]
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__pycache__":
             continue
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, seen)
-        elif entry.is_file():
-            yield SourceFile(folder / entry.name, False)
-        elif entry.is_symlink():
-            yield SourceFile(folder / entry.name, False, "a link to nothing")
+        path = folder / entry.name
+        # The kind of what is no link is known without the disk.
+        reason = _unreadable(path) if entry.is_symlink() else ""
+        if not reason and entry.is_dir():
+            yield from _walk(path, seen)
+        else:
+            is_file = not reason and entry.is_file()
+            yield SourceFile(path, False, "" if is_file else _unreadable(path))

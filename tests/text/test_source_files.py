@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,41 @@ def test_what_is_left_out_is_counted_and_told(
         " and 1 more",
     ):  # fmt: skip
         assert part in captured.err, part
+
+
+def test_links_without_an_end_are_left_out(tmp_path: Path) -> None:
+    """A link to itself or to nothing, and a pipe, are named: in a folder, by a glob, and alone."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    expected = {
+        "a.txt": "",
+        "gone": "a link to nothing",
+        "loop": "a link to nothing",
+        "pipe": "not a plain file",
+    }
+    for pattern in (tmp_path, tmp_path / "*"):
+        files = find_files([str(pattern)])
+        assert {file.path.name: file.left_out for file in files} == expected
+        assert all(file.state() for file in files)
+    for name in ("gone", "loop", "pipe"):
+        message = rf"{name}: nothing to read: .*{name} \({expected[name]}\)"
+        with pytest.raises(DataError, match=message):
+            find_files([str(tmp_path / name)])
+
+
+def test_installed_packages_beside_code_are_left_out(tmp_path: Path) -> None:
+    """A virtual environment and node_modules are named, and read if they are asked for."""
+    names = ("a.py", "env/pyvenv.cfg", "env/lib/b.py", "web/node_modules/c/c.js", "web/d.js")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = {str(f.path.relative_to(tmp_path)): f.left_out for f in find_files([str(tmp_path)])}
+    reason = "installed packages"
+    assert found == {"a.py": "", "env": reason, "web/node_modules": reason, "web/d.js": ""}
+    asked = find_files([str(tmp_path / name) for name in ("env", "web/node_modules")])
+    assert [file.path.name for file in asked] == ["b.py", "pyvenv.cfg", "c.js"]
 
 
 def test_files_without_a_row_are_left_out_and_named(
