@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from llamapro.errors import DataError
 from llamapro.text import documents
-from llamapro.text.documents import Counts, Piece, read_pieces, split_at
+from llamapro.text.documents import Counts, Piece, read_pieces
 from llamapro.text.parts import Part, find_parts, join, remove_parts
 from llamapro.text.source_files import SourceFile, find_files
 from llamapro.text.store import TokenStore, cached, place_of
@@ -152,6 +152,24 @@ def check_texts(
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
+
+
+def split_at(pieces: Iterator[Piece], marker: str, counts: Counts) -> Iterator[Piece]:
+    """Begins a document wherever a text has `marker`, which is left out, as are empty documents."""
+    for piece in pieces:
+        first, *others = piece.text.split(marker)
+        parts = [Piece(first, piece.is_first, piece.is_last and not others)]
+        if others:
+            parts = [Piece(first, piece.is_first, True)]
+            parts += [Piece(text, True, True) for text in others[:-1]]
+            parts.append(Piece(others[-1], True, piece.is_last))
+        counts.documents += len(others)
+        for part in parts:
+            if part.text.strip() or not (part.is_first and part.is_last):
+                yield part
+            else:
+                counts.documents -= 1
+                counts.empty_documents += 1
 
 
 def _read(

@@ -9,12 +9,13 @@ import json
 import lzma
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from tqdm import tqdm
 
@@ -27,7 +28,6 @@ from llamapro.text.rows import (
     has_rows,
     quote_names,
     read_rows,
-    refuse,
     suffixes,
 )
 from llamapro.text.source_files import ARCHIVES, SourceFile
@@ -40,6 +40,7 @@ PIECE_CHARACTERS = 1 << 18
 _LAST_SPACE = re.compile(r".*\w(?= \w)", re.DOTALL)
 _READABLE = f"only UTF-8 text and {', '.join(SUFFIXES)} are read"
 _UNSURE = (".json", ".csv", ".tsv")
+_TRIES = 20  # rows without a text, after which a file is taken for one of another kind
 _SHOWN = 5  # files left out, in a summary
 
 
@@ -165,24 +166,6 @@ def _check(wrong: Problems, what: str) -> None:
     wrong.check(DataError, f"{len(wrong):,} {what} cannot be used", one_per_line=True)
 
 
-def split_at(pieces: Iterator[Piece], marker: str, counts: Counts) -> Iterator[Piece]:
-    """Begins a document wherever a text has `marker`, which is left out, as are empty documents."""
-    for piece in pieces:
-        first, *others = piece.text.split(marker)
-        parts = [Piece(first, piece.is_first, piece.is_last and not others)]
-        if others:
-            parts = [Piece(first, piece.is_first, True)]
-            parts += [Piece(text, True, True) for text in others[:-1]]
-            parts.append(Piece(others[-1], True, piece.is_last))
-        counts.documents += len(others)
-        for part in parts:
-            if part.text.strip() or not (part.is_first and part.is_last):
-                yield part
-            else:
-                counts.documents -= 1
-                counts.empty_documents += 1
-
-
 @contextmanager
 def _open(file: SourceFile) -> Iterator[IO[bytes]]:
     """Opens a file; an error while it is read becomes a DataError that names it."""
@@ -201,14 +184,31 @@ def _problem_at_start(file: SourceFile, text_key: str) -> str:
                 return f"{file.path}: {fix}"
             raw.seek(0)
             if has_rows(file.path):
-                next(_read_texts(file.path, raw, text_key, Counts(), refuse), None)
-            elif file.is_named:  # others are left out if they are not text
+                return _problem_of_rows(file, raw, text_key)
+            if file.is_named:  # others are left out if they are not text
                 with _unpacked(file, raw) as text:
                     if reason := _not_text(file, text, text_key, only_start=True):
                         return f"{file.path}: {reason}"
     except DataError as error:
         return str(error)
     return ""
+
+
+def _problem_of_rows(file: SourceFile, raw: IO[bytes], text_key: str) -> str:
+    """Returns why none of the first rows of a file has a text, "" if one has.
+
+    Then the wrong ones are told at the end, with all others. Settings have to be right at once.
+    """
+    problems: list[str] = []
+    tries = _TRIES if file.is_named or suffixes(file.path)[0] not in _UNSURE else 1
+
+    def note(problem: str) -> None:
+        problems.append(problem)
+        if len(problems) == tries:
+            raise DataError(problems[0])
+
+    piece = next(_read_texts(file.path, raw, text_key, Counts(), note), None)
+    return problems[0] if problems and piece is None else ""
 
 
 def _read_file(
@@ -266,11 +266,13 @@ def _not_text(file: SourceFile, raw: IO[bytes], text_key: str, only_start: bool 
     start = raw.read(PIECE_CHARACTERS).decode("utf-8-sig", "ignore").lstrip("[ \t\r\n")
     raw.seek(0)
     try:
-        row, _ = json.JSONDecoder().raw_decode(start)
+        row, end = json.JSONDecoder().raw_decode(start)
     except (ValueError, RecursionError):
-        row = None
-    if isinstance(row, dict) and text_key in row:
-        return f"holds rows of JSON with {text_key!r}, under another name; rename it to *.json"
+        row, end = None, 0
+    is_followed = bool(re.match(r"\s*\n\{", start[end:]))
+    if isinstance(row, dict) and (text_key in row or is_followed):
+        found = quote_names(row)
+        return f"holds rows of JSON with {found}, under another name; rename it to *.json"
     return ""
 
 
@@ -319,18 +321,14 @@ def _read_texts(
 
     for location, row in read_rows(path, report, choose, "row", raw, count_blank_line):
         if text_key not in row:
-            # The longest string is most likely the text.
-            lengths = {k: len(v) for k, v in row.items() if isinstance(v, str)}
-            longest = max(lengths, key=lengths.__getitem__, default="")
-            hint = f"; use --data.text-key {longest}" if longest else ""
             kind = "key" if suffixes(path)[0] in (".jsonl", ".ndjson", ".json") else "column"
             found = quote_names(row)
-            report(f"{location}: no {text_key!r} {kind} (found: {found}){hint}")
+            report(f"{location}: no {text_key!r} {kind} (found: {found}){_hint(row)}")
             continue
         text = "" if row[text_key] is None else row[text_key]  # null: an empty document
         if not isinstance(text, str):
             kind = type(text).__name__
-            report(f"{location}: {text_key!r} is {kind}, expected a string")
+            report(f"{location}: {text_key!r} is {kind}, expected a string ({text!r:.40})")
             continue
         try:
             text.encode()
@@ -338,3 +336,14 @@ def _read_texts(
             report(f"{location}: {text_key!r} is not valid Unicode: {error}")
             continue
         yield from _split(io.StringIO(text, newline=""), counts)
+
+
+def _hint(row: dict[str, Any]) -> str:
+    """Returns where the text of a row most likely is."""
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f"; are its rows the list {key!r}? Save that alone"
+    # The longest string is most likely the text.
+    lengths = {key: len(value) for key, value in row.items() if isinstance(value, str)}
+    longest = max(lengths, key=lengths.__getitem__, default="")
+    return f"; use --data.text-key {shlex.quote(longest)}" if longest else ""

@@ -76,7 +76,7 @@ def read_rows(
             but are not yielded.
         report: takes each problem, which begins with its file and row. If it returns, reading goes
             on with the next row, if there can be one.
-        choose: takes the names of a parquet file's columns and returns those to read, or raises
+        choose: takes the names of a table's columns and returns those to read, or raises
             `UnreadableError`.
         noun: the word for a row in messages.
         raw: the file, already open; it is closed.
@@ -107,6 +107,8 @@ def read_rows(
                     yield f"{path}:{row}", value
                 elif isinstance(value, RepeatedKeyError):
                     report(f"{path}:{row}: the key {value} in an object: leave one of them")
+                elif isinstance(value, UnreadableError):
+                    report(f"{path}:{row}: {value}")
                 else:
                     kind = type(value).__name__
                     report(f"{path}:{row}: expected a JSON object, found {kind}")
@@ -139,11 +141,14 @@ def _values(
     if packed:
         file = COMPRESSED[packed](file)
     # `read1` stops where a truncated file does, and its rows before that place are still read.
-    if reason := describe_foreign(cast(BufferedReader, file).read1(_FIRST_BYTES)):
+    head = cast(BufferedReader, file).read1(_FIRST_BYTES)
+    if reason := describe_foreign(head):
         raise UnreadableError(reason)
+    if b"\n" not in head and b"\r" in head.strip() and not head.lstrip().startswith(b"["):
+        raise UnreadableError(r"its lines end with CR alone; convert it with tr '\r' '\n'")
     file.seek(0)
     if suffix in _DELIMITERS:
-        return _separated(file, _DELIMITERS[suffix])
+        return _separated(file, _DELIMITERS[suffix], choose)
     start = file.readline(_FIRST_BYTES).removeprefix(codecs.BOM_UTF8).strip()
     while not start and (line := file.readline(_FIRST_BYTES)):  # blank lines before the first
         start = line.strip()
@@ -190,19 +195,34 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _separated(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a table in text; its first line has the names of the columns."""
+def _separated(
+    file: IO[bytes], delimiter: str, choose: Callable[[list[str]], list[str]]
+) -> Iterator[dict[str, Any] | UnreadableError]:
+    """Yields the rows of a table in text, or what is wrong with one.
+
+    Its first line has the names of the columns. A field that is wanted must be there: a text that
+    was cut at a line break would be lost.
+    """
     csv.field_size_limit(MAX_BYTES)
     text = (line.decode("utf-8-sig") for line in _lines(file))
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
-    if len(names := rows.fieldnames or ()) == 1 and (other := re.search("[;\t|,]", names[0])):
+    if not (names := [*(rows.fieldnames or ())]):
+        return
+    if len(names) == 1 and (other := re.search("[;\t|,]", names[0])):
         raise UnreadableError(f"the first line has {other[0]!r} between names, not {delimiter!r}")
-    if len(names) > len(set(names)):
+    wanted = choose(names)
+    if any(names.count(name) > 1 for name in wanted if name):
         raise UnreadableError(f"two columns have the same name: {quote_names(names)}")
     for row in rows:
         if None in row:
-            raise UnreadableError("more fields than the first line has names")
-        yield row
+            fix = f"put a text with {delimiter!r} in quotes"
+            yield UnreadableError(f"more fields than the first line has names; {fix}")
+        elif missing := [name for name in wanted if row[name] is None]:
+            yield UnreadableError(
+                f"no field for {quote_names(missing)}; put a text with line breaks in quotes"
+            )
+        else:
+            yield {name: row[name] for name in wanted}
 
 
 def _without_nulls(value: Any) -> Any:

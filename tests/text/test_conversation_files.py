@@ -44,6 +44,18 @@ def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
     assert "1 files that are not" in counts.describe()
 
 
+def test_columns_of_a_text_table_are_looked_at_once(tmp_path: Path) -> None:
+    """As those of parquet; a row that was cut is named, and what is not read may be missing."""
+    (tmp_path / "a.csv").write_text("id,prompt,completion,note\n1,x,y\n2,x\n3,x,y,z\n")
+    (tmp_path / "b.csv").write_text("id,text\n1,x\n2,y\n")
+    found, problems = read(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert [where.removeprefix(f"{tmp_path}/") for where, _ in found] == ["a.csv:1", "a.csv:3"]
+    assert [line.strip().removeprefix(f"{tmp_path}/")[:45] for line in lines_of(problems)] == [
+        "a.csv:2: no field for 'completion'; put a tex",
+        "b.csv:1: no column of a conversation (found: ",
+    ]
+
+
 def test_functions_are_tools(tmp_path: Path) -> None:
     """OpenAI's older keys say the same without the object around each, in rows and turns."""
     call = {"name": "f", "arguments": "{}"}

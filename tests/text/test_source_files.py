@@ -195,6 +195,9 @@ def test_rows_of_json_under_another_name_are_no_text(tmp_path: Path, make: Token
     with gzip.open(tmp_path / "data.txt.gz", "wt") as file:
         file.write(row)
     (tmp_path / "list.txt").write_text(json.dumps([{"text": "words"}] * 2, indent=1))
+    (tmp_path / "chats.jl").write_text('{"turns": 2}\n{"turns": 3}\n')
+    with pytest.raises(DataError, match=r"chats\.jl: holds rows of JSON with 'turns', under"):
+        make(tmp_path / "chats.jl")
     for file in (folder / "part-00000", tmp_path / "data.txt.gz", tmp_path / "list.txt"):
         with pytest.raises(DataError, match=f"{file.name}: holds rows of JSON with 'text', under"):
             make(file)
@@ -274,6 +277,31 @@ def test_all_wrong_rows_are_told_in_one_message(tmp_path: Path, make: Tokenize) 
     told = ["2: 'text' is int", "4: no 'text' key", "6: 'text' is list"]
     assert all(f"a.jsonl:{t}" in line for t, line in zip(told, lines, strict=True))
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_wrong_rows_before_the_first_good_one_are_told_with_the_others(
+    tmp_path: Path, make: Tokenize
+) -> None:
+    """A file that begins with a wrong row is no file of another kind."""
+    wrong = [{"id": 1}, {"text": float("nan")}]
+    file = json_lines(tmp_path / "a.jsonl", *wrong, {"text": "x"}, {"text": 5})
+    with pytest.raises(DataError) as error:
+        make(file)
+    head, *lines = str(error.value).splitlines()
+    assert head == "3 rows cannot be used:"
+    told = ["1: no 'text' key", "2: 'text' is float, expected a string (nan)", "4: 'text' is int"]
+    assert all(f"a.jsonl:{t}" in line for t, line in zip(told, lines, strict=True))
+    table = tmp_path / "a.csv"
+    table.write_text("id,text\n1,a, b\n2,cut\nhere\n3,x\n4,y,z\n")
+    with pytest.raises(DataError) as error:
+        make(table)
+    head, *lines = str(error.value).splitlines()
+    assert head == "3 rows cannot be used:"
+    told = ["1: more fields", "3: no field for 'text'; put a text with line breaks", "5: more"]
+    assert all(f"a.csv:{t}" in line for t, line in zip(told, lines, strict=True))
+    for name, text in {"b.csv": "text,note\nx\n", "c.csv": ",text,\n0,x,\n"}.items():
+        (tmp_path / name).write_text(text)  # what is not read may be missing, or have no name
+        assert make(tmp_path / name).documents == 1
 
 
 def test_the_mistakes_of_all_files_are_told_before_any_is_read(
