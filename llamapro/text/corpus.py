@@ -1,9 +1,10 @@
 """Tokens of a corpus: documents are tokenised once, in parallel, into a cached token store."""
 
 import os
+import re
 import sys
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -156,20 +157,23 @@ def check_texts(
 
 def split_at(pieces: Iterator[Piece], marker: str, counts: Counts) -> Iterator[Piece]:
     """Begins a document wherever a text has `marker`, which is left out, as are empty documents."""
+    held = ""  # the end of a piece where the marker may begin
+    is_first = True
     for piece in pieces:
-        first, *others = piece.text.split(marker)
-        parts = [Piece(first, piece.is_first, piece.is_last and not others)]
-        if others:
-            parts = [Piece(first, piece.is_first, True)]
-            parts += [Piece(text, True, True) for text in others[:-1]]
-            parts.append(Piece(others[-1], True, piece.is_last))
+        first, *others = (held + piece.text).split(marker)
+        parts = [first, *others]
+        ends = (n for n in range(len(marker) - 1, 0, -1) if parts[-1].endswith(marker[:n]))
+        held = "" if piece.is_last else marker[: next(ends, 0)]
+        parts[-1] = parts[-1].removesuffix(held)
         counts.documents += len(others)
-        for part in parts:
-            if part.text.strip() or not (part.is_first and part.is_last):
-                yield part
+        for number, text in enumerate(parts, 1):
+            is_last = number < len(parts) or piece.is_last
+            if text.strip() or not (is_first and is_last):
+                yield Piece(text, is_first, is_last)
             else:
                 counts.documents -= 1
                 counts.empty_documents += 1
+            is_first = is_last
 
 
 def _read(
@@ -180,14 +184,16 @@ def _read(
     label: str,
     marker: str,
 ) -> Iterator[Piece]:
-    """Reads files, and splits them at the marker; without one, counts what could be one."""
+    """Reads files, splits them at the marker, and counts the names of control tokens in them."""
     pieces = read_pieces(files, text_key, counts, label)
     if marker:
-        yield from split_at(pieces, marker, counts)
-        return
+        pieces = split_at(pieces, marker, counts)
     ends = [name for name, i in tokenizer.special_tokens.items() if i == tokenizer.eos_id]
+    names = [*dict.fromkeys([*ends, END_OF_TEXT, *tokenizer.special_tokens])]
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
     for piece in pieces:
-        for name in dict.fromkeys([*ends, END_OF_TEXT]):
-            if found := piece.text.count(name):
-                counts.markers[name] = counts.markers.get(name, 0) + found
+        if found := Counter(pattern.findall(piece.text)):
+            for name in filter(found.get, names):
+                counts.markers[name] = counts.markers.get(name, 0) + found[name]
         yield piece

@@ -51,7 +51,7 @@ class Counts:
     Attributes:
         bytes: UTF-8 length of all text.
         files_left_out: their number; `left_out` has the first of them, with the reason.
-        markers: how often names of tokens that end a text stand in it as plain characters.
+        markers: how often names of control tokens stand in the text as plain characters.
     """
 
     documents: int = 0
@@ -96,11 +96,11 @@ class Counts:
         if self.left_out:
             more = self.files_left_out - len(self.left_out)
             text += f": {', '.join(self.left_out)}" + (f" and {more:,} more" if more else "")
-        for name, count in self.markers.items():
-            text += (
-                f"; {name!r} stands in the text {count:,} times and is read as plain characters "
-                f"(--data.split-at '{name}' begins a document there)"
-            )
+        for name, count in list(self.markers.items())[:_SHOWN]:
+            text += f"; {name!r} stands in the text {count:,} times"
+        if self.markers:
+            some = next(iter(self.markers))
+            text += f": as plain characters (--data.split-at '{some}' begins documents there)"
         return text
 
 

@@ -120,6 +120,33 @@ def test_documents_are_split_at_a_marker_or_its_name_is_told(
     assert tokens_of(store) == expected
 
 
+def test_a_marker_at_the_end_of_a_piece_is_found(
+    tmp_path: Path, make: Tokenize, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long line without spaces is cut anywhere, within a marker too."""
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 16)
+    file = tmp_path / "a.txt"
+    for length in range(20, 40):
+        texts = ["a" * length, "b<|endof", "<" * length, "c"]
+        file.write_text("<|endoftext|>".join(texts))
+        store = make(file, marker="<|endoftext|>")
+        found = "".join(tokenizer.decode([i]) for i in tokens_of(store) if i not in (1, 2))
+        assert store.documents == 4 and found.replace(" ", "") == "".join(texts)
+
+
+def test_names_of_control_tokens_in_a_text_are_told(
+    tmp_path: Path, make: Tokenize, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chats that were rendered to text have them, and other tools make tokens of them."""
+    (tmp_path / "a.txt").write_text("<s>Hi</s><s>Ho</s><s> <unk>")
+    make(tmp_path / "a.txt")
+    said = capsys.readouterr().err
+    assert "; '</s>' stands in the text 2 times; '<unk>' stands in the text 1 times; '<s>'" in said
+    assert ": as plain characters (--data.split-at '</s>' begins documents there)" in said
+    store = make(tmp_path / "a.txt", marker="</s>")
+    assert store.index["counts"]["markers"] == {"<unk>": 1, "<s>": 3}
+
+
 # ---- Long documents, in pieces -------------------------------------------------------------------
 
 
