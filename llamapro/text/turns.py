@@ -1,0 +1,98 @@
+"""A turn as a row of a file holds it -> a message: role, content, and whether it is trained."""
+
+import json
+import re
+from typing import Any
+
+from llamapro.files import unique_keys
+from llamapro.text.messages import ROLES, Message
+from llamapro.text.rows import quote_names
+
+NAMED_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+FOREIGN = ("image", "images", "audio", "audios", "video", "videos")  # these would be lost
+# Keys of a turn that say whether it is trained: by 1, and by 0. Others of such names are refused.
+SWITCHES = (*"weight loss_weight loss_mask train_mask train training trainable loss".split(),)
+MASKS = ("masked", "is_masked")
+_WORDS = "train(ed|ing|able)?|learn|loss(es)?|mask(s|ed)?|weights?|ignored?|excluded?"
+SAYS_TRAINED = re.compile(f"(?<!attention)(^|_)({_WORDS})(_|$)")
+SAYS_UNTRAINED = re.compile("mask|ignore|exclude|(^|_)(no|on)_|detail")
+
+
+def parsed(key: str, value: Any) -> Any:
+    """Returns what a text of JSON, as tables often hold, stands for; other values as they are."""
+    try:
+        is_text = isinstance(value, str) and value
+        return json.loads(value, object_pairs_hook=unique_keys) if is_text else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
+
+
+def to_message(turn: Any, place: str) -> Message:
+    """Returns a turn with role, content, its other keys and, if it has one, its weight.
+
+    Raises:
+        ValueError: it has no role or more than text, or a weight that cannot be honoured.
+    """
+    if not isinstance(turn, dict):
+        raise ValueError(f"{place}: expected role and content, found {type(turn).__name__}")
+    role, content = turn.get("role"), turn.get("content")
+    for one, other in (("role", "from"), ("content", "value"), ("content", "text")):
+        a, b = (NAMED_ROLES.get(str(v).lower(), v) for v in map(turn.get, (one, other)))
+        if None not in (a, b) and a != b and (one == "content" or b in ROLES):
+            raise ValueError(f"{place}: {other!r} says something else than {one!r}: keep one")
+    if role is None and "from" in turn:
+        role, content = turn["from"], turn.get("value", content)
+    if content is None:
+        content = turn.get("value", turn.get("text"))
+    role = NAMED_ROLES.get(str(role).lower(), role)
+    if role is None:
+        found = quote_names(turn)
+        raise ValueError(f"{place}: no role and content, or from and value (found keys: {found})")
+    for key in FOREIGN:
+        if turn.get(key):
+            raise ValueError(f"{place}: has {key!r}: only text is trained on")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        if kinds := {str(part.get("type")) for part in parts} - {"text"}:
+            names = ", ".join(sorted(kinds))
+            raise ValueError(
+                f"{place}: the content has a part of type {names}; only text is trained on"
+            )
+        keys = (key for part in parts for key, value in part.items() if value is not None)
+        if weights := [*filter(SAYS_TRAINED.search, keys)]:
+            raise ValueError(f"{place}: a part of the content has {weights[0]!r}: cut the turn")
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if len(texts) < len(parts):
+            raise ValueError(f"{place}: the content has a part of type text without a text")
+        content = "".join(texts)
+    if call := turn.get("function_call"):  # OpenAI's older form of one call
+        if turn.get("tool_calls"):
+            raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
+        turn = turn | {"tool_calls": [{"type": "function", "function": call}]}
+    if turn.get("tool_calls"):
+        content = "" if content is None else content
+        turn = turn | {"tool_calls": parsed("tool_calls", turn["tool_calls"])}
+    known = ("role", "content", "from", "value", "text", "function_call", *SWITCHES, *MASKS)
+    others = {key: v for key, v in turn.items() if key not in known and v is not None}
+    return {"role": role, "content": content} | others | _weight(turn, role, place)
+
+
+def _weight(turn: dict[str, Any], role: str, place: str) -> dict[str, int]:
+    """Returns {"weight": 0} for a turn that is not trained, {} for others.
+
+    OpenAI says it by `weight`, axolotl by `train`, ms-swift by `loss`, torchtune by `masked`.
+    """
+    for key, value in turn.items():
+        if key in (*SWITCHES, *MASKS) or not SAYS_TRAINED.search(key) or value is None:
+            continue
+        if value or not SAYS_UNTRAINED.search(key):
+            raise ValueError(f"{place}: {key!r} is not read; cut the turn, or give it a weight")
+    said = {key: turn[key] for key in (*SWITCHES, *MASKS) if turn.get(key) is not None}
+    if wrong := [f"{key!r} is {value!r}" for key, value in said.items() if value not in (0, 1)]:
+        raise ValueError(f"{place}: {wrong[0]}; only 0 and 1 are understood")
+    said = {key: bool(value) == (key not in MASKS) for key, value in said.items()}
+    if len(set(said.values())) > 1:
+        raise ValueError(f"{place}: {' and '.join(map(repr, said))} contradict each other")
+    if role != "assistant" and any(said[key] for key in said if key != "weight"):
+        raise ValueError(f"{place}: only turns of the assistant are trained, this is of {role!r}")
+    return {} if all(said.values()) else {"weight": 0}
