@@ -4,6 +4,7 @@ A problem is noted with its file and row, and reading continues, so that one run
 that has to be repaired. `messages.check_messages` checks roles and contents.
 """
 
+import itertools
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from llamapro.text.turns import (
     SAYS_TRAINED,
     SAYS_UNTRAINED,
     SWITCHES,
+    is_call,
     parsed,
     to_message,
 )
@@ -54,8 +56,9 @@ class ConversationCounts:
     """Counts of what was read.
 
     `documents` is the number of conversations, named as in `TokenStore`; `bytes` is the UTF-8
-    length of all contents; `unread` are keys of rows and turns that hold something and are not
-    read, `markers` in how many conversations names of control tokens are plain characters.
+    length of all contents; `left_out` are the first of the other files; `unread` are keys of rows
+    and turns that hold something and are not read, `markers` in how many conversations names of
+    control tokens are plain characters.
     """
 
     documents: int = 0
@@ -66,6 +69,7 @@ class ConversationCounts:
     untrained_conversations: int = 0
     other_files: int = 0
     empty_files: int = 0
+    left_out: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     markers: dict[str, int] = field(default_factory=dict)
 
@@ -76,11 +80,14 @@ class ConversationCounts:
             f"files that are not {', '.join(SUFFIXES)} skipped": self.other_files,
             "files without a row": self.empty_files,
         }
+        more = self.other_files - len(self.left_out)
+        skipped = ", ".join(self.left_out) + (f" and {more:,} more" if more else "")
         share = self.trained_tokens / max(1, self.tokens)
         plain = "stands in {:,} of them as plain characters, not as the token"
         return (
             f"{self.documents:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} of them trained ({share:.0%}){describe_unusual(unusual)}"
+            + (f", skipped: {skipped}" if self.left_out else "")
             + (f", keys not read: {quote_names(self.unread)}" if self.unread else "")
             + "".join(f"; {name!r} {plain.format(n)}" for name, n in self.markers.items())
         )
@@ -123,6 +130,9 @@ def read_conversations(
     for file in files:
         if file.left_out or not (file.is_named or has_rows(file.path)):
             counts.other_files += 1
+            if len(counts.left_out) < 5:
+                why = f" ({file.left_out})" if file.left_out else ""
+                counts.left_out.append(f"{file.path}{why}")
             continue
         earlier, location = len(problems), ""
         for location, row in read_rows(file.path, problems.add, choose, "conversation"):
@@ -148,7 +158,8 @@ def to_conversation(row: dict[str, Any]) -> Conversation:
     forms = [form for form in _FORMS if _is_filled(row, form)]
     forms = forms or [form for form in _FORMS if all(key in row for key in form)][:1]
     if not forms:
-        raise ValueError(f"no conversation (found keys: {quote_names(row)}); {_EXPECTED}")
+        hint = "; save 'chosen', with the prompt before it, as messages" if "chosen" in row else ""
+        raise ValueError(f"no conversation (found keys: {quote_names(row)}); {_EXPECTED}{hint}")
     messages, read = _messages(row, forms[0])
     for other in forms[1:]:
         if len(other) != len(forms[0]):  # beside a list of turns, questions are notes
@@ -182,6 +193,12 @@ def _messages(row: dict[str, Any], form: tuple[str, ...]) -> tuple[list[Message]
     read = {*form}
     if len(form) == 1:
         turns = parsed(form[0], row[form[0]])
+        if isinstance(turns, dict) and all(isinstance(v, list) for v in turns.values()):
+            # `datasets` keeps a sequence of turns as a list of the roles and one of the contents.
+            if len({*map(len, turns.values())}) > 1:
+                raise ValueError(f"{form[0]!r} has lists of several lengths")
+            columns = zip(*turns.values(), strict=True)
+            turns = [dict(zip(turns, turn, strict=True)) for turn in columns]
         if not isinstance(turns, list):
             raise ValueError(f"{form[0]!r} is {type(turns).__name__}, expected a list of turns")
     else:
@@ -199,6 +216,9 @@ def _messages(row: dict[str, Any], form: tuple[str, ...]) -> tuple[list[Message]
         turns = [*_history(row), *asked, *_turns(answer, "assistant")]
         read |= {*given, "history"}
     messages = [to_message(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
+    for number, pair in enumerate(itertools.pairwise(turns), 2):
+        if all(isinstance(turn, dict) and is_call(turn) for turn in pair):
+            raise ValueError(f"turn {number}: a second call in a row: put both into one list")
     if all(message["role"] != "system" for message in messages[:1]):
         texts = [row[key] for key in ("system", "system_prompt") if row.get(key)]
         read |= {"system", "system_prompt"}
@@ -257,8 +277,9 @@ def _variables(row: dict[str, Any]) -> dict[str, Any]:
 def _is_filled(row: dict[str, Any], form: tuple[str, ...]) -> bool:
     """Whether a row has a conversation of this form: a list of turns, or two texts or lists."""
     values = [row.get(key) for key in form]
-    is_list = isinstance(values[0], list) or str(values[0]).lstrip().startswith("[")
-    return all(v and isinstance(v, (str, list)) for v in values) and (len(form) == 2 or is_list)
+    is_list = isinstance(values[0], (list, dict)) or str(values[0]).lstrip().startswith("[")
+    is_pair = len(form) == 2 and not any(isinstance(v, dict) for v in values)
+    return all(v and isinstance(v, (str, list, dict)) for v in values) and (is_pair or is_list)
 
 
 def _known_columns(columns: list[str]) -> list[str]:

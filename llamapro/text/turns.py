@@ -9,6 +9,9 @@ from llamapro.text.messages import ROLES, Message
 from llamapro.text.rows import quote_names
 
 NAMED_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+NAMED_ROLES |= {"tool_response": "tool", "function_call": "assistant", "tool_call": "assistant"}
+_CALLS = ("function_call", "tool_call")  # LLaMA-Factory's and ms-swift's: the content is the call
+_TEXTS = {"text", "input_text", "output_text"}  # types of parts of a content
 FOREIGN = ("image", "images", "audio", "audios", "video", "videos")  # these would be lost
 # Keys of a turn that say whether it is trained: by 1, and by 0. Others of such names are refused.
 SWITCHES = (*"weight loss_weight loss_mask train_mask train training trainable loss".split(),)
@@ -25,6 +28,11 @@ def parsed(key: str, value: Any) -> Any:
         return json.loads(value, object_pairs_hook=unique_keys) if is_text else value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
+
+
+def is_call(turn: dict[str, Any]) -> bool:
+    """Whether the content of a turn is a call of a tool, as its role says."""
+    return turn.get("role", turn.get("from")) in _CALLS
 
 
 def to_message(turn: Any, place: str) -> Message:
@@ -44,6 +52,13 @@ def to_message(turn: Any, place: str) -> Message:
         role, content = turn["from"], turn.get("value", content)
     if content is None:
         content = turn.get("value", turn.get("text"))
+    if is_call(turn):
+        calls = parsed(f"{place}: the call", content)
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(call, dict) and call.get("name") for call in calls):
+            raise ValueError(f"{place}: expected a call's name and arguments, not {content!r:.80}")
+        turn = turn | {"tool_calls": [{"type": "function", "function": call} for call in calls]}
+        content = ""
     role = NAMED_ROLES.get(str(role).lower(), role)
     if role is None:
         found = quote_names(turn)
@@ -52,8 +67,8 @@ def to_message(turn: Any, place: str) -> Message:
         if turn.get(key):
             raise ValueError(f"{place}: has {key!r}: only text is trained on")
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {} for part in content]
-        if kinds := {str(part.get("type")) for part in parts} - {"text"}:
+        parts = [p if isinstance(p, dict) else {"type": type(p).__name__} for p in content]
+        if kinds := {str(part.get("type")) for part in parts} - _TEXTS:
             names = ", ".join(sorted(kinds))
             raise ValueError(
                 f"{place}: the content has a part of type {names}; only text is trained on"

@@ -42,6 +42,7 @@ def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
     assert all(conversation == (ASKED, {}, set()) for _, conversation in found)
     assert counts.other_files == 1
     assert "1 files that are not" in counts.describe()
+    assert f", skipped: {tmp_path / 'readme.md'}" in counts.describe()
 
 
 def test_columns_of_a_text_table_are_looked_at_once(tmp_path: Path) -> None:

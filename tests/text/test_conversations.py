@@ -16,7 +16,7 @@ from llamapro.text.conversations import (
 
 _chats = runpy.run_path(str(Path(__file__).with_name("chats.py")))
 ASKED, ROW, read, lines_of, write = map(_chats.get, ("ASKED", "ROW", "read", "lines_of", "write"))
-IN_PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+IN_PARTS = [{"type": "text", "text": "H"}, {"type": "input_text", "text": "i"}]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,37 @@ def test_names_that_only_begin_like_weights_are_not_read() -> None:
     assert to_conversation({**ROW, **beside}).unread == {*beside}
     turns = [ASKED[0], ASKED[1] | {"learner_id": "x", "trainer": "y", "attention_mask": [1]}]
     assert to_conversation({"messages": turns}).messages[1]["trainer"] == "y"
+
+
+def test_a_turn_that_is_a_call_becomes_the_assistant_s() -> None:
+    """LLaMA-Factory and ms-swift keep a call of a tool as a turn of its own, as a text of JSON."""
+    call = {"name": "f", "arguments": {"x": 1}}
+    said = [{"type": "function", "function": call}]
+    for role, answer in (("function_call", "observation"), ("tool_call", "tool_response")):
+        for value in (json.dumps(call), json.dumps([call]), call):
+            turns = [
+                {"from": "human", "value": "Hi"},
+                {"from": role, "value": value},
+                {"from": answer, "value": "2"},
+                {"from": "gpt", "value": "Hello"},
+            ]
+            assert to_conversation({"conversations": turns}).messages == [
+                ASKED[0],
+                {"role": "assistant", "content": "", "tool_calls": said},
+                {"role": "tool", "content": "2"},
+                ASKED[1],
+            ]
+    seen = to_conversation({"prompt": turns[:3], "completion": "Hello"}).messages
+    assert [message.get("weight", 1) for message in seen] == [1, 0, 1, 1]
+
+
+def test_turns_as_lists_of_roles_and_contents_are_read() -> None:
+    """`datasets` makes of a sequence of objects an object of lists, in JSON and parquet."""
+    turns = {"role": ["user", "assistant"], "content": ["Hi", "Hello"], "name": [None, None]}
+    assert to_conversation({"messages": turns}).messages == ASKED
+    turns = {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}
+    assert to_conversation({"conversations": turns, "prompt": "x", "response": "y"})[0] == ASKED
+    assert to_conversation({"conversations": json.dumps(turns)}).messages == ASKED
 
 
 def test_history_comes_before_the_question() -> None:
@@ -218,6 +249,25 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ),
         ({"instruction": "x", "output": "y", "history": ["z"]}, "'history' is not a list of pairs"),
         ({"instruction": "x", "input": 3, "output": "y"}, "'instruction' and 'input'"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "; save 'chosen', with the prompt befor"),
+        (
+            {"messages": {"role": ["user"], "content": []}},
+            "'messages' has lists of several len",
+        ),
+        ({"messages": {"role": "user"}}, "'messages' is dict, expected a list of turns"),
+        (
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            "turn 1: the content has a part of type str",
+        ),
+        ({"messages": [ASKED[0], {"role": "tool_call", "content": "f()"}]}, "turn 2: the call"),
+        (
+            {"messages": [ASKED[0], {"role": "function_call", "content": "[1]"}]},
+            "turn 2: expected a call's name and arguments, not '[1]'",
+        ),
+        (
+            {"messages": [{"role": "tool_call", "content": '{"name": "f"}'}] * 2},
+            "turn 2: a second call in a row: put both into one list",
+        ),
     ],
 )
 def test_row_of_another_form_is_refused_not_guessed(row: Any, problem: str) -> None:
@@ -233,6 +283,7 @@ def test_a_store_of_another_way_to_read_is_not_used() -> None:
     rows = [{"messages": [ASKED[0], answer]} for answer in answers]
     rows += [ROW | {key: value} for key in ("weights", "mask") for value in (None, [0, 1])]
     rows += [pair | more for more in ({"input": "z"}, {"history": [["a", "b"]]}, {"system": "s"})]
+    rows += [{"messages": [ASKED[0], {"role": "tool_call", "content": '{"name": "f"}'}]}]
     rows += [{"prompt": ASKED, "completion": "z"}, ROW | {"functions": [1]}, ROW | {"prompt": "z"}]
     found: list[Any] = []
     for row in rows:
@@ -241,4 +292,4 @@ def test_a_store_of_another_way_to_read_is_not_used() -> None:
         except ValueError:
             found.append("refused")
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]
-    assert (packing.FORMAT_VERSION, digest) == (4, "35f6f574"), found
+    assert (packing.FORMAT_VERSION, digest) == (5, "e6b8c371"), found
