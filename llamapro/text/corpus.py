@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, warn
 from llamapro.text import documents
 from llamapro.text.documents import Counts, Piece, read_pieces
 from llamapro.text.parts import Part, find_parts, join, remove_parts
@@ -155,8 +155,12 @@ def check_texts(
         raise DataError("\n".join(problems))
 
 
-def split_at(pieces: Iterator[Piece], marker: str, counts: Counts) -> Iterator[Piece]:
-    """Begins a document wherever a text has `marker`, which is left out, as are empty documents."""
+def split_at(pieces: Iterator[Piece], marker: str, counts: Counts, label: str) -> Iterator[Piece]:
+    """Begins a document wherever a text has `marker`, which is left out, as are empty documents.
+
+    Warns if no text of the corpus with this label has it.
+    """
+    is_found = False
     held = ""  # the end of a piece where the marker may begin
     is_first = True
     for piece in pieces:
@@ -166,6 +170,7 @@ def split_at(pieces: Iterator[Piece], marker: str, counts: Counts) -> Iterator[P
         held = "" if piece.is_last else marker[: next(ends, 0)]
         parts[-1] = parts[-1].removesuffix(held)
         counts.documents += len(others)
+        is_found = is_found or bool(others)
         for number, text in enumerate(parts, 1):
             is_last = number < len(parts) or piece.is_last
             if text.strip() or not (is_first and is_last):
@@ -174,6 +179,8 @@ def split_at(pieces: Iterator[Piece], marker: str, counts: Counts) -> Iterator[P
                 counts.documents -= 1
                 counts.empty_documents += 1
             is_first = is_last
+    if not is_found:
+        warn(f'{label}: no text has data.split_at {marker!r}; a preset says a line break as "\\n"')
 
 
 def _read(
@@ -187,7 +194,7 @@ def _read(
     """Reads files, splits them at the marker, and counts the names of control tokens in them."""
     pieces = read_pieces(files, text_key, counts, label)
     if marker:
-        pieces = split_at(pieces, marker, counts)
+        pieces = split_at(pieces, marker, counts, label)
     ends = [name for name, i in tokenizer.special_tokens.items() if i == tokenizer.eos_id]
     names = [*dict.fromkeys([*ends, END_OF_TEXT, *tokenizer.special_tokens])]
     longest_first = sorted(names, key=len, reverse=True)

@@ -7,10 +7,19 @@ from datetime import date
 import torch
 
 from llamapro import backends
-from llamapro.errors import ConfigError, suggest
+from llamapro.errors import ConfigError, suggest, warn
 from llamapro.training import proposal
 from llamapro.training.metrics import is_installed
-from llamapro.training.settings import ReplaySettings, Settings, TrainSettings, flatten
+from llamapro.training.settings import (
+    DataSettings,
+    ReplaySettings,
+    Settings,
+    TrainSettings,
+    flatten,
+)
+
+# Settings of data that only one format reads.
+_OF_FORMAT = {"text": ("text_key", "split_at"), "chat": ("chat_template", "date", "too_long")}
 
 # The expected values, the test for other ones (false for nan, which `check` reports by itself), and
 # the settings that it is for.
@@ -57,6 +66,10 @@ def check(settings: Settings, world_size: int) -> None:
     except ValueError:
         wrong.append(f"data.date is {s.data.date!r}, expected a day such as '2024-07-26'")
     flat = flatten(s)
+    for kind, names in _OF_FORMAT.items():
+        for name in names if kind != s.data.format else ():
+            if getattr(s.data, name) != getattr(DataSettings, name):
+                warn(f"data.{name} is not read: it is for data.format {kind!r}")
     for expected, is_impossible, keys in LIMITS:
         wrong += [
             f"{key} is {flat[key]}, expected {expected}"

@@ -118,6 +118,9 @@ def test_documents_are_split_at_a_marker_or_its_name_is_told(
         store = make(file, marker="</s>")
     assert store.documents == 3 and store.index["counts"]["markers"] == {}
     assert tokens_of(store) == expected
+    assert "no text has" not in capsys.readouterr().err
+    make(file, marker="\\n")  # as a shell gives it
+    assert r"no text has data.split_at '\\n'" in capsys.readouterr().err
 
 
 def test_a_marker_at_the_end_of_a_piece_is_found(

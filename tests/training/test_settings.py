@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.errors import ConfigError
+from llamapro.errors import ConfigError, warn
 from llamapro.training.checks import check
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.resume import FREE_TO_CHANGE, changes
@@ -265,6 +265,21 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], told: str) -> 
         check(valid(**changes), world_size=1)
     assert told in str(caught.value)
     assert ";" not in str(caught.value)
+
+
+def test_settings_of_another_format_of_data_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """They would be ignored: most likely data.format is forgotten."""
+    warn.cache_clear()
+    check(valid(data__text_key="body", data__split_at="x"), 1)
+    check(valid(data__format="chat", data__chat_template="chatml", data__too_long="split"), 1)
+    assert capsys.readouterr().err == ""
+    check(valid(data__chat_template="chatml", data__date="2024-01-01"), 1)
+    check(valid(data__format="chat", data__split_at="x"), 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: data.chat_template is not read: it is for data.format 'chat'",
+        "warning: data.date is not read: it is for data.format 'chat'",
+        "warning: data.split_at is not read: it is for data.format 'text'",
+    ]
 
 
 def test_all_impossible_settings_come_in_one_message() -> None:
