@@ -14,14 +14,18 @@ from llamapro.text.rows import COMPRESSED, has_rows
 
 # Beside tables these describe them, and are no data: a data card, a licence, a loader.
 _CARD = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|citation)(\..*)?|dataset_infos?\.json|"
-    r"dataset_dict\.json|state\.json|.*\.(md|rst|ya?ml|cff|sha256|md5)",
+    r"(readme|licen[cs]e|copying|notice|changelog|citation)([._-].*)?|dataset_infos?\.json|"
+    r"dataset_dict\.json|state\.json|.*\.(cff|sha256|md5)",
     re.IGNORECASE,
 )
+_NOTE = re.compile(r".*\.(md|rst|ya?ml)", re.IGNORECASE)  # as these may, if they are few
+_FEW = 5
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
 # As Hugging Face's datasets names the parts of one; some names end with a hash of the content.
 _PART = re.compile(r"(.*?)(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?(.*)")
-ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst", ".lz4", ".arrow")
+ARCHIVES = (*".zip .tar .tgz .tbz2 .txz .7z .rar .zst .zstd .lz4 .lzma .gzip .br".split(),)
+# Data of other libraries, which is binary.
+_FOREIGN = (*".feather .orc .avro .npy .npz .h5 .hdf5 .pkl .xlsx .tfrecord .mds .bin .pq".split(),)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
         matches = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
         for match in sorted(matches):
             if os.path.isdir(match):
-                matched += _without_cards(list(_walk(Path(match), set())))
+                matched += _without_cards(match, list(_walk(Path(match), set())))
                 _say_splits(match, matched)
             else:
                 reason = _unreadable(match)
@@ -87,20 +91,30 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
     return list(files.values())
 
 
-def _without_cards(files: list[SourceFile]) -> list[SourceFile]:
+def _without_cards(folder: str, files: list[SourceFile]) -> list[SourceFile]:
     """Leaves out what describes tables, if a folder holds nothing else, or is mostly tables.
 
-    One script beside tables loads them; several are code.
+    One script beside tables loads them; several are code. Many notes are documents. Other texts
+    are read, and that is said.
     """
     sizes = {file.path: file.path.stat().st_size for file in files if not file.left_out}
     cards = {path for path in sizes if _CARD.fullmatch(path.name)}
     tables = {p for p in sizes if has_rows(p) or p.suffix.lower() in ARCHIVES} - cards
-    others = sizes.keys() - cards - tables
-    scripts = {path for path in others if path.suffix == ".py"}
-    is_mostly_tables = 2 * sum(map(sizes.__getitem__, tables)) > sum(sizes.values())
-    if not tables or not (is_mostly_tables or (others == scripts and len(scripts) < 2)):
-        return files
+    foreign = {path for path in sizes if path.suffix.lower() in _FOREIGN}
+    scripts = {path for path in sizes if path.suffix == ".py"}
     described = cards | scripts if len(scripts) < 2 else cards
+    others = sizes.keys() - tables - foreign - described
+    is_mostly_tables = sum(map(sizes.__getitem__, tables)) > sum(map(sizes.__getitem__, others))
+    notes = {path for path in others if _NOTE.fullmatch(path.name)}
+    if is_mostly_tables and len(notes) < _FEW:
+        described |= notes
+    texts = sorted(others - described)
+    if not (tables or foreign) or (texts and not is_mostly_tables):
+        return files
+    if texts:
+        names = ", ".join(str(path.relative_to(folder)) for path in texts[:3])
+        more = f" and {len(texts) - 3:,} more" if len(texts) > 3 else ""
+        warn(f"{folder}: holds tables, and {names}{more}: documents too, where text is read")
     reason = "describes the tables beside it"
     return [replace(f, left_out=reason) if f.path in described else f for f in files]
 

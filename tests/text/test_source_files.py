@@ -176,8 +176,25 @@ def test_what_describes_tables_is_no_data(
         DataError, match=r"no text in it: .*2 files .*zst \(\.zst is not read; unpack"
     ):
         make(packed)
+    (packed / "c4.json.zst").rename(packed / "c4.tfrecord")
+    with pytest.raises(DataError, match=r"no text in it: .*2 files .*README\.md \(describes"):
+        make(packed)
+    for name in ("requirements.txt", "vocab.txt"):
+        (snapshot / name).write_text("words")
+    assert make(snapshot).documents == 4
+    told = "holds tables, and requirements.txt, vocab.txt: documents too, where text is read"
+    assert told in capsys.readouterr().err
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for number in range(6):
+        (notes / f"{number}.md").write_text("words of a page")
+    (notes / "package.json").write_text('{"name": "site"}')
+    assert make(notes).documents == 6
+    json_lines(notes / "few.jsonl", {"text": "x" * 999})
+    assert make(notes).documents == 7
     code = tmp_path / "code"
     code.mkdir()
+    (code / "weights.bin").write_bytes(b"\0" * 9999)
     (code / "LICENSE").write_text("words")
     for name in ("main.py", "tests.py"):
         (code / name).write_text("print('hello')\n" * 9)
