@@ -173,6 +173,8 @@ def split_at(pieces: Iterator[Piece], marker: str, counts: Counts, label: str) -
         is_found = is_found or bool(others)
         for number, text in enumerate(parts, 1):
             is_last = number < len(parts) or piece.is_last
+            if not text and not is_last:  # the document begins, or goes on, with the next piece
+                continue
             if text.strip() or not (is_first and is_last):
                 yield Piece(text, is_first, is_last)
             else:

@@ -137,6 +137,19 @@ def test_a_marker_at_the_end_of_a_piece_is_found(
         assert store.documents == 4 and found.replace(" ", "") == "".join(texts)
 
 
+def test_a_document_may_begin_with_a_piece(
+    tmp_path: Path, make: Tokenize, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A marker that ends a line ends a piece, too: the next document is as it would be alone."""
+    texts = ["one two three four\n" * n for n in (1, 2, 3)]
+    expected = [i for t in [*texts, "five\n"] for i in tokenizer.encode(t, bos=True, eos=True)]
+    for size in range(16, 40):
+        monkeypatch.setattr(documents, "PIECE_CHARACTERS", size)
+        file = tmp_path / f"{size}.txt"
+        file.write_text("---\n".join([*texts, " \n", "five\n"]))
+        assert tokens_of(make(file, marker="---\n")) == expected
+
+
 def test_names_of_control_tokens_in_a_text_are_told(
     tmp_path: Path, make: Tokenize, capsys: pytest.CaptureFixture[str]
 ) -> None:
