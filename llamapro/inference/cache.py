@@ -1,6 +1,9 @@
 """The KV cache keeps keys and values of earlier tokens, so that a new token costs one step."""
 
+from copy import copy
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llamapro.config import ModelConfig
@@ -37,3 +40,12 @@ class KVCache:
         self.keys[layer][:, self.length : end] = k
         self.values[layer][:, self.length : end] = v
         return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+    def take(self, rows: Tensor, more: int) -> "KVCache":
+        """Returns copies of these sequences (R,), with room for so many positions more."""
+        taken = copy(self)
+        taken.capacity = self.length + more
+        for name in ("keys", "values"):
+            kept = [x[rows, : self.length] for x in getattr(self, name)]
+            setattr(taken, name, [F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept])
+        return taken

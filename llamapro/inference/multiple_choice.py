@@ -15,15 +15,22 @@ from string import ascii_uppercase
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
+from llamapro import ops
 from llamapro.errors import DataError, Problems
+from llamapro.inference.cache import KVCache
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.rows import read_rows
 from llamapro.text.source_files import find_files
 from llamapro.text.tokenizer import Tokenizer
 
+POSITIONS = 2048  # in the KV cache: more than batch_size inputs at a time, as long as they fit here
+TOKENS = 128  # and only so many new ones: from there on more at a time saves no time on a CPU
+LOGITS = 256  # rows of logits at a time
 _PROMPTS = ("question", "query", "context", "prompt")
 
 
@@ -140,29 +147,80 @@ def _tokenize(
 def log_likelihoods(
     model: LlamaForCausalLM, questions: Sequence[Question], batch_size: int, name: str = ""
 ) -> list[list[float]]:
-    """Returns the summed log-probability (nats) of each choice: fp32 terms, fp64 sums."""
-    # Choices that differ only in their last token, such as A, B, C and D, share one input.
-    asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for number, question in enumerate(questions):
-        for which, tokens in enumerate(question.choices):
-            asked.setdefault((*question.prompt, *tokens[:-1]), []).append((number, which))
+    """Returns the summed log-probability (nats) of each choice: fp32 terms, fp64 sums.
+
+    A prompt is read once; its choices continue from the KV cache. A forward pass takes `batch_size`
+    prompts or choices, or more if they are short.
+    """
+    longest = max(len(q.prompt) + max(map(len, q.choices)) for q in questions)
+    most = max(batch_size, POSITIONS // longest)
     sums = [[0.0] * len(question.choices) for question in questions]
     # The longest first: if memory does not suffice, that shows at once.
-    inputs = sorted(asked, key=len, reverse=True)
-    for first in tqdm(range(0, len(inputs), batch_size), desc=name, unit="batch", disable=None):
-        batch = inputs[first : first + batch_size]
-        padded = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)  # (B, T)
-        for row, ids in enumerate(batch):  # causal attention never sees the padding after it
-            padded[row, : len(ids)] = torch.tensor(ids)
-        hidden = model.model(padded.to(model.lm_head.weight.device))  # (B, T, C)
-        for row, ids in enumerate(batch):
-            for number, which in asked[ids]:
-                choice = questions[number].choices[which]
-                targets = torch.tensor(choice, device=hidden.device)  # (N,)
-                logits = model.lm_head(hidden[row, len(ids) - len(targets) : len(ids)])  # (N, V)
-                chosen = log_softmax(logits, -1, dtype=torch.float32).gather(-1, targets[:, None])
-                sums[number][which] = chosen.sum(dtype=torch.float64).item()
+    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
+    for at in tqdm(range(0, len(order), most), desc=name, unit="batch", disable=None):
+        batch = order[at : at + most]
+        cache, documents, before = _read_prompts(model, [questions[i].prompt for i in batch])
+        asked = [
+            (tokens, row, i, which)
+            for row, i in enumerate(batch)
+            for which, tokens in enumerate(questions[i].choices)
+        ]
+        asked.sort(key=lambda one: -len(one[0]))  # little padding
+        while asked:
+            more = len(asked[0][0]) - 1  # the last token of a choice is no input
+            size = min(most, max(batch_size, TOKENS // max(1, more)))
+            part, asked = asked[:size], asked[size:]
+            rows = torch.tensor([row for _, row, _, _ in part], device=before.device)
+            choices = [tokens for tokens, _, _, _ in part]
+            taken = cache.take(rows, more)
+            found = _continue(model, choices, taken, documents[rows], before[rows])
+            for (_, _, i, which), value in zip(part, found, strict=True):
+                sums[i][which] = value
     return sums
+
+
+def _read_prompts(
+    model: LlamaForCausalLM, prompts: list[list[int]]
+) -> tuple[KVCache, Tensor, Tensor]:
+    """Returns the cache, the document (B, T) of each position, and the last hidden states (B, C).
+
+    Padding stands before a prompt and is a document of its own, which no other token sees.
+    """
+    weight, length = model.lm_head.weight, max(map(len, prompts))
+    ids = torch.zeros(len(prompts), length, dtype=torch.int64)  # (B, T)
+    documents = torch.zeros(len(prompts), length, dtype=torch.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        documents[row, length - len(prompt) :] = 1
+    ids, documents = ids.to(weight.device), documents.to(weight.device)
+    cache = KVCache(model.config, len(prompts), length, weight.dtype, weight.device)
+    return cache, documents, model.model(ids, cache, documents)[:, -1]
+
+
+def _continue(
+    model: LlamaForCausalLM,
+    choices: list[list[int]],
+    cache: KVCache,
+    documents: Tensor,
+    before: Tensor,
+) -> list[float]:
+    """Returns the log-probability of choices (R), the longest first, after the cached prompts."""
+    weight, sizes = model.lm_head.weight, [len(ids) for ids in choices]
+    following, room = before[:, None], sizes[0] - 1  # (R, 1, C)
+    if room:
+        ids = torch.zeros(len(choices), room, dtype=torch.int64)  # (R, T)
+        for row, choice in enumerate(choices):
+            ids[row, : len(choice) - 1] = torch.tensor(choice[:-1])
+        documents = F.pad(documents, (0, room), value=1)  # (R, S)
+        hidden = model.model(ids.to(weight.device), cache, documents)  # (R, T, C)
+        following = torch.cat((following, hidden), dim=1)
+    read = torch.cat([following[row, :size] for row, size in enumerate(sizes)])  # (N, C)
+    targets = torch.tensor([i for ids in choices for i in ids], device=weight.device)  # (N,)
+    chosen = []
+    for x, i in zip(read.split(LOGITS), targets.split(LOGITS), strict=True):
+        logits = ops.linear(x, weight)  # (N, V)
+        chosen.append(log_softmax(logits, -1, dtype=torch.float32).gather(-1, i[:, None]))
+    return [one.sum(dtype=torch.float64).item() for one in torch.cat(chosen).split(sizes)]
 
 
 def measure_choices(

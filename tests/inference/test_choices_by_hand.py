@@ -1,6 +1,7 @@
 """Multiple choice by numbers worked out by hand: scores, baselines and tables."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,12 @@ from llamapro.inference.multiple_choice import (
 class Table(nn.Module):
     """Probabilities of the next token that depend on the last token alone: one row of a table."""
 
+    config = SimpleNamespace(num_hidden_layers=0, num_key_value_heads=1, head_dim=1)
+
     def __init__(self, probabilities: Tensor) -> None:
         super().__init__()
         size = len(probabilities)
-        self.model = lambda ids: F.one_hot(ids, size).float()
+        self.model = lambda ids, *_: F.one_hot(ids, size).float()
         self.lm_head = nn.Linear(size, size, bias=False)
         self.lm_head.weight = nn.Parameter(probabilities.log().T.contiguous())
 

@@ -13,6 +13,7 @@ import transformers
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.errors import DataError
+from llamapro.inference import multiple_choice
 from llamapro.inference.multiple_choice import (
     Question,
     baselines,
@@ -103,14 +104,40 @@ def test_scores_are_those_of_transformers_one_by_one(
         assert ours == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_choices_that_differ_in_the_last_token_are_computed_once(model: LlamaForCausalLM) -> None:
-    """Four letters after one prompt: one input, and four scores."""
+def test_a_prompt_is_read_once_for_all_its_choices(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their last token is never read, so letters need the prompt alone. Short ones go together."""
     shapes: list[tuple[int, ...]] = []
     model.model.register_forward_hook(lambda _m, args, _out: shapes.append(args[0].shape))
     letters = Question([1, 50, 60], [[70], [71], [72], [73]], frozenset({2}), False)
     (scores,) = log_likelihoods(model, [letters], 8)
     assert shapes == [(1, 3)]
     assert len(set(scores)) == 4
+    shapes.clear()
+    words = Question([1, 50], [[70, 71, 72], [73], [74, 75]], frozenset({0}), False)
+    together = log_likelihoods(model, [letters, words], 2)
+    assert shapes == [(2, 3), (7, 2)]
+    shapes.clear()
+    monkeypatch.setattr(multiple_choice, "POSITIONS", 0)
+    apart = log_likelihoods(model, [letters, words], 2)
+    assert shapes == [(2, 3), (2, 2)]  # the other five have one token
+    for one, other in zip(together, apart, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_padding_is_not_seen_through_a_window(tiny_config: Callable[..., Any]) -> None:
+    """Prompts shorter and longer than a window of 4: beside others as alone."""
+    config = tiny_config(num_hidden_layers=2, model_type="mistral", sliding_window=4)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    questions = [
+        Question(list(range(1, length)), [[70, 71, 72], [73], [74, 75]], frozenset({0}), False)
+        for length in (2, 4, 9)
+    ]
+    alone = [log_likelihoods(model, [question], 1)[0] for question in questions]
+    for together, one in zip(log_likelihoods(model, questions, 8), alone, strict=True):
+        assert together == pytest.approx(one, rel=1e-5)
 
 
 def test_model_trained_on_the_answers_gives_them(
