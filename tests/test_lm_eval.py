@@ -203,6 +203,28 @@ def test_every_number_of_the_example_is_that_of_the_pages_command(
     assert len({sample["resps"][0][0] for sample in ours[1]["written"]}) > 3
 
 
+def test_the_benchmark_finds_the_same_likelihoods(
+    root: Path, checkpoint: Path, tasks: Path, tmp_path: Path
+) -> None:
+    """`evaluate_cpu.py` on both kinds of input, and its file of figures."""
+    pytest.importorskip("lm_eval")
+    questions = [
+        {"prompt": row["text"][:40], "choices": row["choices"], "answer": row["label"]}
+        for row in map(json.loads, (tasks / "data.jsonl").read_text().splitlines())
+    ]
+    asked, out = tmp_path / "questions.jsonl", tmp_path / "figures.json"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    line = [sys.executable, "benchmarks/evaluate_cpu.py", checkpoint, "--choices", asked]
+    line += ["--data", tasks / "data.jsonl", "--context", "48", "--rounds", "1", "--out", out]
+    line += ["--dtypes", "float32"]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["what"] for row in rows] == ["choices", "texts"]
+    differences = [row["difference"] for row in rows]
+    assert differences == pytest.approx([0.0, 0.0], abs=1e-4)
+
+
 def close(number: str | float) -> Any:
     """Equal to fp32's rounding."""
     return pytest.approx(float(number), rel=ROUNDING, abs=ROUNDING, nan_ok=True)
