@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 from llamapro.errors import Problems
 from llamapro.text.documents import describe_unusual
 from llamapro.text.messages import Message
-from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names, read_rows
-from llamapro.text.source_files import SourceFile
-from llamapro.text.turns import (
+from llamapro.text.row_turns import (
     FOREIGN,
     MASKS,
     NAMED_ROLES,
@@ -25,6 +23,8 @@ from llamapro.text.turns import (
     parsed,
     to_message,
 )
+from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names, read_rows
+from llamapro.text.source_files import SourceFile
 
 # The keys under which a row may hold a conversation: a list of turns, or a question and its answer.
 _FORMS: tuple[tuple[str, ...], ...] = (
