@@ -54,9 +54,9 @@ _EXPECTED = "expected messages, conversations, instruction and output, or prompt
 class ConversationCounts:
     """Counts of what was read.
 
-    `documents` is the number of conversations, named as in `TokenStore`; `bytes` is the UTF-8
-    length of all contents; `unread` are keys of rows and turns that hold something and are not
-    read, `markers` in how many conversations names of control tokens are plain characters.
+    `documents` counts samples, as in `TokenStore`: a conversation is one, or one per answer, and
+    then adds to `more_samples`; `bytes` is the UTF-8 length of all contents; `unread` are keys that
+    are not read, `markers` in how many conversations names of control tokens are plain characters.
     """
 
     documents: int = 0
@@ -69,18 +69,21 @@ class ConversationCounts:
     empty_files: int = 0
     unread: list[str] = field(default_factory=list)
     markers: dict[str, int] = field(default_factory=dict)
+    more_samples: int = 0
 
     def describe(self) -> str:
         """Returns the counts as text."""
         unusual = {
             "conversations without a trained token left out": self.untrained_conversations,
+            "samples more, because the template changes earlier turns": self.more_samples,
             f"files that are not {', '.join(SUFFIXES)} skipped": self.other_files,
             "files without a row": self.empty_files,
         }
         share = self.trained_tokens / max(1, self.tokens)
         plain = "stands in {:,} of them as plain characters, not as the token"
+        count = self.documents - self.more_samples
         return (
-            f"{self.documents:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
+            f"{count:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} of them trained ({share:.0%}){describe_unusual(unusual)}"
             + (f", keys not read: {quote_names(self.unread)}" if self.unread else "")
             + "".join(f"; {name!r} {plain.format(n)}" for name, n in self.markers.items())
@@ -299,16 +302,13 @@ def _to_message(turn: Any, place: str) -> Message:
         parts = [part if isinstance(part, dict) else {} for part in content]
         if kinds := {str(part.get("type")) for part in parts} - {"text"}:
             names = ", ".join(sorted(kinds))
-            raise ValueError(
-                f"{place}: the content has a part of type {names}; only text is trained on"
-            )
+            raise ValueError(f"{place}: a part of type {names}; only text is trained on")
         keys = (key for part in parts for key, value in part.items() if value is not None)
         if weights := [*filter(_SAYS_TRAINED.search, keys)]:
             raise ValueError(f"{place}: a part of the content has {weights[0]!r}: cut the turn")
-        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        if len(texts) < len(parts):
+        if not all(isinstance(part.get("text"), str) for part in parts):
             raise ValueError(f"{place}: the content has a part of type text without a text")
-        content = "".join(texts)
+        content = "".join(part["text"] for part in parts)
     if call := turn.get("function_call"):  # OpenAI's older form of one call
         if turn.get("tool_calls"):
             raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
