@@ -146,3 +146,14 @@ def test_a_header_behind_a_first_turn_of_the_assistant_is_not_trained(tokenizer:
     )
     with pytest.raises(DataError, match=r"turn 1: .* ignores add_generation_prompt"):
         ChatTemplate(source, tokenizer, "x").samples([answer("Welcome")])
+
+
+def test_tojson_takes_its_options_in_order(directory: Path, tokenizer: Tokenizer) -> None:
+    """By name or not, as transformers' filter."""
+    source = (
+        "{{ messages[0] | tojson(true, 2) }}{{ messages[0] | tojson(false, none, (',', ':')) }}"
+    )
+    expected = AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        [user("é")], chat_template=source, tokenize=False
+    )
+    assert ChatTemplate(source, tokenizer, "x").render([user("é")]) == expected
