@@ -60,12 +60,25 @@ def not_named(
 
 
 def check_shown(messages: Sequence[Message], text: str) -> list[str]:
-    """Returns which turns a template passed over: no word of them is in the text it wrote."""
-    return [
-        f"turn {number}: the template shows nothing of its text, {message['content'][:40]!r} of "
-        f"{message['role']!r}; leave the {'text' if message.get('tool_calls') else 'turn'} out, or "
-        "use another template"
-        for number, message in enumerate(messages, 1)
-        if (words := re.findall(r"\w+", message["content"]))
-        and not any(word in text for word in words)
-    ]
+    """Returns which turns a template passed over: no word, or not the call, is in its text."""
+    text = text.casefold()
+    shown, problems = frozenset(re.findall(r"\w+", text)), []
+    for number, message in enumerate(messages, 1):
+        content, calls = message["content"].casefold().strip(), message.get("tool_calls") or []
+        words = re.findall(r"\w+", content)
+        if words and content not in text and shown.isdisjoint(words):
+            problems.append(
+                f"turn {number}: the template shows nothing of its text, "
+                f"{message['content'][:40]!r} of {message['role']!r}; leave the "
+                f"{'text' if calls else 'turn'} out, or use another template"
+            )
+        for name in map(_called, calls):
+            if name.casefold() not in text:
+                problems.append(f"turn {number}: the template does not show its call of {name!r}")
+    return problems
+
+
+def _called(call: Any) -> str:
+    """Returns the name of the function that a call names, "" if it is none that we know."""
+    call = call.get("function", call) if isinstance(call, dict) else call
+    return str(call.get("name", "")) if isinstance(call, dict) else ""

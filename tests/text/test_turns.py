@@ -148,6 +148,34 @@ def test_a_header_behind_a_first_turn_of_the_assistant_is_not_trained(tokenizer:
         ChatTemplate(source, tokenizer, "x").samples([answer("Welcome")])
 
 
+def test_a_call_that_a_template_loses_is_refused(tokenizer: Tokenizer) -> None:
+    """DeepSeek's templates show it only if the content is null; transformers 5 leaves that out."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{% if m['content'] is none %}"
+        "{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    template = ChatTemplate(source, tokenizer, "r1.jinja")
+    with pytest.raises(DataError, match=r"turn 2: the template does not show its call of 'weather"):
+        template.samples([user("Hi"), answer("", tool_calls=[call])])
+
+
+def test_words_are_shown_as_words_and_in_any_case(tokenizer: Tokenizer) -> None:
+    """ "me" within "name" does not show "Let me see"; a template may write in small letters."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.tool_calls %}{{ m.tool_calls }}{% else %}"
+        "{{ m.content | lower }}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer, "x")
+    (sample,) = template.samples([user("Hi"), answer("HELLO")])
+    assert trained_text(tokenizer, sample) == ["hello</s>"]
+    call = answer("Let me see", tool_calls=[{"name": "f"}])
+    with pytest.raises(DataError, match="turn 2: the template shows nothing of its text, 'Let me"):
+        template.samples([user("Hi"), call])
+
+
 def test_tojson_takes_its_options_in_order(directory: Path, tokenizer: Tokenizer) -> None:
     """By name or not, as transformers' filter."""
     source = (
