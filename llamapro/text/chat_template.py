@@ -161,8 +161,9 @@ class ChatTemplate:
     ) -> tuple[list[int], list[bool]]:
         """Returns the token ids of a conversation and which of them are trained.
 
-        No BOS is added to the template's. A token is trained if it lies wholly in a turn of the
-        assistant, which includes the end-of-turn token and excludes the header. A turn is what
+        No BOS is added to the template's. A token is trained if it lies in a turn of the
+        assistant, which includes the end-of-turn token and excludes the header. One with words of
+        the turn may begin or end with white space that is outside. A turn is what
         {% generation %} encloses. Without that tag it is what the turn adds to the rendering of the
         turns before it, up to its last control token if only white space follows. A turn whose
         `weight` is 0 is not trained.
@@ -210,10 +211,8 @@ class ChatTemplate:
                 self.origin,
             )
             spans = [self._strip_tail(span, ids, extents) for span in spans]
-        trained = [
-            any(first <= start < last and end <= last for first, last in spans)
-            for start, end in extents
-        ]
+        raw = RESERVED.sub("", marked).encode()
+        trained = [any(_is_of(raw, extent, span) for span in spans) for extent in extents]
         if not any(trained) and any(weights):
             raise DataError(f"{self.origin}: the template shows nothing of the assistant's turns")
         return ids, trained
@@ -305,6 +304,15 @@ class ChatTemplate:
                 return first, extents[n][1]
             tail = self._tokenizer.bytes_of(ids[n]) + tail
         return span
+
+
+def _is_of(raw: bytes, extent: Span, span: Span) -> bool:
+    """Whether a token of a text is of a turn: wholly, or but for white space around its words."""
+    (start, end), (first, last) = extent, span
+    if first <= start < last and end <= last:
+        return True
+    outside = raw[start : min(end, first)] + raw[max(start, last) : end]
+    return not outside.strip() and bool(raw[max(start, first) : min(end, last)].strip())
 
 
 def _first_characters(names: Sequence[str]) -> re.Pattern[str]:

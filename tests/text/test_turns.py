@@ -4,11 +4,12 @@ The reference is transformers' rendering of the same turns.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
@@ -146,6 +147,39 @@ def test_a_header_behind_a_first_turn_of_the_assistant_is_not_trained(tokenizer:
     )
     with pytest.raises(DataError, match=r"turn 1: .* ignores add_generation_prompt"):
         ChatTemplate(source, tokenizer, "x").samples([answer("Welcome")])
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_word_that_shares_its_token_with_a_space_outside_is_trained(
+    tmp_path: Path, train_byte_level: Callable[..., tokenizers.Tokenizer], tagged: bool
+) -> None:
+    """The space behind a header, or the line end behind an answer; as transformers marks it."""
+    source = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (tmp_path / "text").write_text("it is,\n" * 9)
+    raw = json.loads(train_byte_level(tmp_path / "text", 300, []).to_str())
+    raw["model"]["vocab"][",Ċ"] = len(raw["model"]["vocab"])
+    raw["model"]["merges"].append([",", "Ċ"])
+    raw["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert len(tokenizer.encode(" is,\n")) == 2  # or nothing is tested
+    chat = [answer("is it is,"), user("Hi"), answer("is")]
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        chat, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
+    )
+    if not tagged:
+        for tag in ("{% generation %}", "{% endgeneration %}"):
+            source = source.replace(tag, "")
+    ((ids, trained),) = ChatTemplate(source, tokenizer, "x").samples(chat)
+    assert ids == expected["input_ids"]
+    marks = [*map(bool, expected["assistant_masks"])]
+    if not tagged:  # without tags, the line end is of the turn
+        marks[-1] = True
+    assert trained == marks
 
 
 def test_a_call_that_a_template_loses_is_refused(tokenizer: Tokenizer) -> None:
