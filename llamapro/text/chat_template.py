@@ -319,7 +319,7 @@ def _first_characters(names: Sequence[str]) -> re.Pattern[str]:
     """Returns a pattern that finds the first character of each name; names may overlap."""
     every_name = "|".join(re.escape(name[1:]) for name in names)
     firsts = "".join({re.escape(name[0]) for name in names})
-    return re.compile(f"([{firsts}])(?={every_name})" if firsts else "(?!)")
+    return re.compile(f"([{firsts}])(?={every_name})" if firsts else "()(?!)")
 
 
 def _places(text: str, begin: int) -> list[int]:

@@ -219,3 +219,13 @@ def test_tojson_takes_its_options_in_order(directory: Path, tokenizer: Tokenizer
         [user("é")], chat_template=source, tokenize=False
     )
     assert ChatTemplate(source, tokenizer, "x").render([user("é")]) == expected
+
+
+def test_a_tokenizer_without_control_tokens_has_chats(
+    tmp_path: Path, train_byte_level: Callable[..., tokenizers.Tokenizer]
+) -> None:
+    """There is no name to break in a message then."""
+    train_byte_level(Path(__file__), 300, []).save(str(tmp_path / "tokenizer.json"))
+    source = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    template = ChatTemplate(source, Tokenizer.load(tmp_path), "x")
+    assert template.render([user("Hi </s>")]) == "user:Hi </s>;"
