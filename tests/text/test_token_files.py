@@ -37,6 +37,8 @@ def table(*tokens: dict[str, Any]) -> dict[str, Any]:
 
 BASE = [token(256, "<b>"), token(257, "<e>"), token(258, "<x>"), token(259, "<w>", False)]
 STRIPS = token(258, "<x>", lstrip=True, rstrip=True)
+NEW = {"__type": "AddedToken", "content": "<y>", "lstrip": True, "rstrip": False}
+NEW |= {"normalized": False, "single_word": False}
 # name: (added_tokens, tokenizer_config.json, special_tokens_map.json, added_tokens.json, said)
 CASES: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, int], str]] = {
     "nothing twice": (BASE, {}, {}, {}, ""),
@@ -60,6 +62,14 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, int]
     "EOS is a piece": (BASE, {"eos_token": "a"}, {}, {}, ""),
     "no such padding": (BASE, {"pad_token": "<pad>"}, {}, {}, "pad_token '<pad>' is in no list"),
     "one more": (BASE, {"extra_special_tokens": ["<y>"]}, {}, {}, "'<y>' is in no list: token 260"),
+    "one more that strips": (
+        BASE,
+        {"extra_special_tokens": [NEW | {"special": True}]},
+        {},
+        {},
+        "'<y>' is in no list: token 260",
+    ),
+    "padding that strips": (BASE, {"pad_token": NEW}, {}, {}, "'<y>' is in no list: token 260"),
     "one more role": (
         BASE,
         {"model_specific_special_tokens": {"y_token": "<y>"}},
