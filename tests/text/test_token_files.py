@@ -297,3 +297,11 @@ def test_a_file_that_is_not_read_is_named(
         (path / "original" / "tokenizer.model").write_bytes(other)
         Tokenizer.load(path)
         assert ("not read; it is another file" in capsys.readouterr().err) == is_said
+    (path / "tokenizer.4.json").write_text("{}")
+    config: dict[str, Any] = {"auto_map": {"AutoTokenizer": ["x.T", None]}}
+    config["fast_tokenizer_files"] = [JSON_NAME, "tokenizer.4.json"]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    Tokenizer.load(path)
+    said = capsys.readouterr().err
+    assert "own code (auto_map) is not run" in said
+    assert "tokenizer.4.json: not read; transformers may take it" in said
