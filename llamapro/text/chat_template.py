@@ -136,6 +136,21 @@ class ChatTemplate:
             raise DataError("; ".join(problems))
         return self._tokenize(without_borders(self._render(messages, True)))[0]
 
+    def end_ids(self) -> set[int]:
+        """Returns the control tokens that the template puts behind an answer, if it shows them."""
+        ends: set[int] = set()
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            ids, trained = self.encode(asked)
+        except DataError:
+            return ends
+        for token_id in reversed([*itertools.compress(ids, trained)]):
+            if token_id in self._control:
+                ends.add(token_id)
+            elif self._tokenizer.bytes_of(token_id).strip():
+                break
+        return ends
+
     def samples(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
     ) -> list[tuple[list[int], list[bool]]]:
