@@ -15,7 +15,7 @@ from llamapro.errors import DataError, warn
 from llamapro.files import copy_companion, read_json, write_json
 from llamapro.inference.sampling import GENERATION_FILE, end_ids
 from llamapro.text.chat_template import ChatTemplate
-from llamapro.text.template_files import own_template
+from llamapro.text.template_files import DEFAULT_FILE, own_template
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import (
     JSON_NAME,
@@ -274,6 +274,7 @@ def write_template(directory: Path, template: str) -> None:
     if own_template(directory) == template:
         return
     _write_ends(directory, template)
+    (directory / DEFAULT_FILE).unlink(missing_ok=True)  # it would come first
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     file = directory / CONFIG_NAME
     if file.exists() and (config := read_json(file)).pop("chat_template", None) is not None:
