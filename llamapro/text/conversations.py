@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from llamapro.errors import Problems
 from llamapro.files import unique_keys
 from llamapro.text.documents import describe_unusual
-from llamapro.text.messages import ROLES, Message
+from llamapro.text.messages import ROLES, Message, says_more
 from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names, read_rows
 from llamapro.text.source_files import SourceFile
 
@@ -313,9 +313,9 @@ def _to_message(turn: Any, place: str) -> Message:
         if turn.get("tool_calls"):
             raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
         turn = turn | {"tool_calls": [{"type": "function", "function": call}]}
-    if turn.get("tool_calls"):
-        content = "" if content is None else content
-        turn = turn | {"tool_calls": _parsed("tool_calls", turn["tool_calls"])}
+    turn = turn | {"tool_calls": _parsed("tool_calls", turn.get("tool_calls"))}
+    if content is None and (says_more(turn) or ("content" in turn and role == "tool")):
+        content = ""  # a tool may return nothing
     known = ("role", "content", "from", "value", "text", "function_call", *_SWITCHES, *_MASKS)
     others = {key: v for key, v in turn.items() if key not in known and v is not None}
     return {"role": role, "content": content} | others | _weight(turn, role, place)

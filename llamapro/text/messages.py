@@ -23,6 +23,11 @@ def with_reasoning(message: Message) -> dict[str, Any]:
     return {**message, "reasoning_content": said, "thinking": message.get("thinking") or said}
 
 
+def says_more(message: Message) -> bool:
+    """Whether a message has a call or reasoning, so that its content may be empty."""
+    return any(message.get(key) for key in ("tool_calls", *REASONING))
+
+
 def check_messages(messages: Sequence[Message], needs_assistant: bool = True) -> list[str]:
     """Returns what is wrong with the roles and contents of a conversation, [] if nothing is."""
     problems = []
@@ -36,7 +41,7 @@ def check_messages(messages: Sequence[Message], needs_assistant: bool = True) ->
         if not isinstance(content, str):
             kind = "nothing" if content is None else type(content).__name__
             problems.append(f"turn {number}: the content is {kind}, expected a string")
-        elif not (content.strip() or message.get("tool_calls")) and role in ("user", "assistant"):
+        elif role in ("user", "assistant") and not (content.strip() or says_more(message)):
             problems.append(f"turn {number}: the content is empty")
         elif RESERVED.search(content):
             problems.append(

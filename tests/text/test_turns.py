@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from llamapro.errors import DataError
 from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.conversations import to_conversation
 from llamapro.text.packing import tokenize_conversations
 from llamapro.text.tokenizer import Tokenizer
 
@@ -229,3 +230,19 @@ def test_a_tokenizer_without_control_tokens_has_chats(
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
     template = ChatTemplate(source, Tokenizer.load(tmp_path), "x")
     assert template.render([user("Hi </s>")]) == "user:Hi </s>;"
+
+
+def test_turns_without_content_that_say_something_are_read(tokenizer: Tokenizer) -> None:
+    """A turn of reasoning alone, and a tool that returns nothing."""
+    tool = {"role": "tool", "content": None}
+    chat = [user("Hi"), answer(None, reasoning_content="hm"), tool, answer("No.")]
+    messages, *_ = to_conversation({"messages": chat})
+    assert [message["content"] for message in messages] == ["Hi", "", "", "No."]
+    samples = ChatTemplate(FORGETS, tokenizer, "x").samples(messages)
+    assert [trained_text(tokenizer, sample) for sample in samples] == [
+        ["<think>\nhm\n</think>\n\n<|im_end|>", "<think>\n\n</think>\n\nNo.<|im_end|>"]
+    ]
+    for nothing in (answer(None), user("")):
+        with pytest.raises(DataError, match="turn 1: the content is "):
+            given = to_conversation({"messages": [nothing, chat[3]]}).messages
+            ChatTemplate(FORGETS, tokenizer, "x").samples(given)
