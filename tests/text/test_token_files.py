@@ -161,6 +161,27 @@ def test_a_word_of_a_sentencepiece_model_is_not_found_inside_another(
         assert theirs(text).input_ids.count(size) == count
 
 
+def test_a_word_that_a_normaliser_puts_a_space_before_keeps_it(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    """`add_tokens` makes such words for Llama 2: found after a space only, which is in the text."""
+    raw = tokenizer_files(tokenizer_file)["tokenizer.json"]
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [prepend, raw["normalizer"]]}
+    raw["pre_tokenizer"] = None
+    size = len(raw["model"]["vocab"])
+    raw["added_tokens"].append(token(size, "<tok>", special=False, normalized=True))
+    (tmp_path / JSON_NAME).write_text(json.dumps(raw))
+    ours, theirs = (
+        Tokenizer.load(tmp_path),
+        tokenizers.Tokenizer.from_file(f"{tmp_path}/{JSON_NAME}"),
+    )
+    text = "a <tok> b<tok>"
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text) == ids and ids.count(size) == 1
+    assert ours.decode(ids) == theirs.decode(ids) == text
+
+
 def test_a_space_that_the_files_do_not_want_is_refused(spaced: Path, tmp_path: Path) -> None:
     """The command in the message writes a tokenizer.json without it, which is then read."""
     shutil.copytree(spaced, tmp_path, dirs_exist_ok=True)
