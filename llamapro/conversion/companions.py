@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.config import ModelConfig
-from llamapro.errors import DataError
+from llamapro.errors import DataError, warn
 from llamapro.files import copy_companion, read_json, write_json
-from llamapro.text.template_files import own_template
+from llamapro.inference.sampling import GENERATION_FILE, end_ids
+from llamapro.text.chat_template import ChatTemplate
+from llamapro.text.template_files import DEFAULT_FILE, own_template
+from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.vocabulary import (
     JSON_NAME,
     LLAMA_3_PATTERN,
@@ -263,10 +266,32 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
 
 
 def write_template(directory: Path, template: str) -> None:
-    """Writes the chat template that a model was trained with, in place of another."""
+    """Writes the chat template that a model was trained with, in place of another.
+
+    What it puts behind an answer becomes an EOS of `generation_config.json`, or other programs
+    would not stop there.
+    """
     if own_template(directory) == template:
         return
+    _write_ends(directory, template)
+    (directory / DEFAULT_FILE).unlink(missing_ok=True)  # it would come first
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     file = directory / CONFIG_NAME
     if file.exists() and (config := read_json(file)).pop("chat_template", None) is not None:
         write_json(file, config)
+
+
+def _write_ends(directory: Path, template: str) -> None:
+    """Adds the ends of answers that are no EOS yet to `generation_config.json`."""
+    config = ModelConfig.from_file(directory / "config.json")
+    try:
+        tokenizer = Tokenizer.load(directory)
+        made = ChatTemplate(template, tokenizer, "the template of the run", is_trusted=False)
+    except DataError as error:
+        warn(f"{directory.name}: whether an answer ends is not known: {error}")
+        return
+    known = end_ids(config, tokenizer)
+    if ends := made.end_ids() - known:
+        file = directory / GENERATION_FILE
+        fields = read_json(file) if file.exists() else {"bos_token_id": tokenizer.bos_id}
+        write_json(file, fields | {"eos_token_id": sorted(known | ends)})

@@ -18,7 +18,8 @@ from llamapro.text.messages import check_messages
 from llamapro.text.streaming import StreamingDecoder
 from llamapro.text.tokenizer import Tokenizer
 
-# Control tokens that end a turn in common formats. The model's files may not list them.
+# Control tokens that end a turn in common formats. The model's files may not list them, and its
+# template names only one: a call of Llama 3.1 ends with <|eom_id|>.
 ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 
 
@@ -51,7 +52,7 @@ class Conversation:
         self._sampling, self._system = sampling, system
         chosen = choose_sampling(model.config, sampling.temperature, sampling.top_p)
         self._temperature, self._top_p = chosen
-        self._stops = stop_ids(model, tokenizer)
+        self._stops = stop_ids(model, tokenizer) | template.end_ids()
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._cache = self._new_cache(0)
         self._ids: list[int] = []  # the first _cache.length of them are those in the cache

@@ -20,7 +20,7 @@ from llamapro.model import LlamaForCausalLM
 from llamapro.text.streaming import StreamingDecoder
 from llamapro.text.tokenizer import Tokenizer
 
-_GENERATION_FILE = "generation_config.json"
+GENERATION_FILE = "generation_config.json"
 # Other settings of that file that would change which token is chosen: name -> value that does not.
 _OF_DRAWING = {"top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 _OF_LOGITS = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1}
@@ -60,7 +60,7 @@ def end_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
 def _generation_config(config: ModelConfig) -> tuple[Path, dict[str, Any]]:
     """Reads `generation_config.json`, or where there is none `config.json`, as transformers."""
     directory = config.directory or Path()
-    if config.directory and (file := directory / _GENERATION_FILE).exists():
+    if config.directory and (file := directory / GENERATION_FILE).exists():
         return file, read_json(file)
     return directory / "config.json", config.raw
 

@@ -23,16 +23,21 @@ from llamapro.text.messages import (
     not_named,
     with_reasoning,
 )
-from llamapro.text.sandbox import END, MARK, START, TemplateError, compiled, compiled_apart
+from llamapro.text.sandbox import MARK, START, TemplateError, compiled, compiled_apart
 from llamapro.text.template_files import FOR_TOOLS, find_template
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.turns import (
+    RewrittenError,
+    Span,
+    added_spans,
+    tagged_spans,
+    trained_turns,
+    without_borders,
+)
 
 # Keys of a message, and variables, that a template has to show or they would be lost.
 _SHOWN = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tools", "documents")
-Span = tuple[int, int]  # first and last + 1, in bytes of the text without marks
-
-_SPACE, _CONTENT = "\u2581", "\ue000"  # sentencepiece's space; a private character
-_BORDER = re.compile(f"([{START}{END}])")
+_SPACE = "\u2581"  # sentencepiece's
 
 
 class ChatTemplate:
@@ -129,15 +134,51 @@ class ChatTemplate:
         """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))
-        return self._tokenize(_BORDER.sub("", self._render(messages, True)))[0]
+        return self._tokenize(without_borders(self._render(messages, True)))[0]
+
+    def end_ids(self) -> set[int]:
+        """Returns the control tokens that the template puts behind an answer, if it shows them."""
+        ends: set[int] = set()
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            ids, trained = self.encode(asked)
+        except DataError:
+            return ends
+        for token_id in reversed([*itertools.compress(ids, trained)]):
+            if token_id in self._control:
+                ends.add(token_id)
+            elif self._tokenizer.bytes_of(token_id).strip():
+                break
+        return ends
+
+    def samples(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Returns what is trained on of a conversation: all of it once, or a sample per answer.
+
+        Qwen3's template leaves out the reasoning of earlier turns. If a template renders earlier
+        turns differently, each answer is trained behind the turns as they are shown before it.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        try:
+            return [self.encode(messages, variables)]
+        except RewrittenError:
+            seen = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+            return [
+                self.encode([*seen[:index], answer], variables)
+                for index, answer in trained_turns(messages)
+            ]
 
     def encode(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
     ) -> tuple[list[int], list[bool]]:
         """Returns the token ids of a conversation and which of them are trained.
 
-        No BOS is added to the template's. A token is trained if it lies wholly in a turn of the
-        assistant, which includes the end-of-turn token and excludes the header. A turn is what
+        No BOS is added to the template's. A token is trained if it lies in a turn of the
+        assistant, which includes the end-of-turn token and excludes the header. One with words of
+        the turn may begin or end with white space that is outside. A turn is what
         {% generation %} encloses. Without that tag it is what the turn adds to the rendering of the
         turns before it, up to its last control token if only white space follows. A turn whose
         `weight` is 0 is not trained.
@@ -147,6 +188,8 @@ class ChatTemplate:
             variables: further variables of the template, such as `tools`.
 
         Raises:
+            RewrittenError: the template renders earlier turns differently once there are later
+                ones; `samples` knows what to do.
             DataError: `check_messages` finds problems, the template fails, or it does not show
                 where the assistant's turns begin.
         """
@@ -162,27 +205,29 @@ class ChatTemplate:
         marked = self._render(messages, False, variables)
         broken = self._broken if MARK in marked else {}
         self.plain_names = [name for text, name in broken.items() if text in marked]
-        ids, extents = self._tokenize(_BORDER.sub("", marked))
+        ids, extents = self._tokenize(without_borders(marked))
         if problems := check_shown(messages, RESERVED.sub("", marked)):
             raise DataError(f"{self.origin}: {problems[0]}")
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         if START in marked:
-            spans = _tagged_spans(marked)
-            if not all(weights) and len(spans) != len(weights):
-                raise DataError(
-                    f"{self.origin}: has {len(spans)} {{% generation %}} for {len(weights)} turns "
-                    "of the assistant, so a turn's 'weight' cannot be honoured"
-                )
+            spans = tagged_spans(marked)
+            if not all(weights):
+                if len(spans) != len(weights):
+                    raise DataError(
+                        f"{self.origin}: has {len(spans)} {{% generation %}} for {len(weights)} "
+                        "turns of the assistant, so a turn's 'weight' cannot be honoured"
+                    )
+                spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
         else:
-            spans = [
-                self._strip_tail(s, ids, extents) for s in self._added_spans(messages, variables)
-            ]
-        if not all(weights):
-            spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
-        trained = [
-            any(first <= start < last and end <= last for first, last in spans)
-            for start, end in extents
-        ]
+            spans = added_spans(
+                lambda turns, prompts: self.render(turns, prompts, variables),
+                messages,
+                self._token_names.get("eos_token") or "",
+                self.origin,
+            )
+            spans = [self._strip_tail(span, ids, extents) for span in spans]
+        raw = RESERVED.sub("", marked).encode()
+        trained = [any(_is_of(raw, extent, span) for span in spans) for extent in extents]
         if not any(trained) and any(weights):
             raise DataError(f"{self.origin}: the template shows nothing of the assistant's turns")
         return ids, trained
@@ -264,47 +309,6 @@ class ChatTemplate:
             begin = end
         return ids, spans
 
-    def _added_spans(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[Span]:
-        """Returns the assistant's turns: what each adds to the turns before it."""
-        fix = "put {% generation %} around the assistant's text in a template of your own"
-        full = self.render(messages, False, variables)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            after = self.render(messages[: index + 1], False, variables)
-            if not full.startswith(after):  # some templates put EOS behind the last turn only
-                after = after.removesuffix(self._token_names.get("eos_token") or "")
-            if index == 0:  # nothing to render before it: its header ends where the content begins
-                shown = self.render([{**message, "content": _CONTENT}], False, variables)
-                header, _, tail = shown.partition(_CONTENT)
-                if not (full.startswith(after) and after.startswith(header) and _CONTENT in shown):
-                    raise DataError(f"{self.origin}: turn 1: the template hides where it begins")
-                spans.append((len(header.encode()), len(after.encode())))
-                continue
-            before = self.render(messages[:index], True, variables)
-            if not (after.startswith(before) and full.startswith(after)):
-                why = "renders earlier turns differently once there are later ones"
-                if full.startswith(after):
-                    why = f"writes {before[-40:]!r} before an answer, and not before this one"
-                raise DataError(
-                    f"{self.origin}: turn {index + 1}: the template {why}, so where this one "
-                    f"begins is unknown; {fix}"
-                )
-            added = after[len(before) :]
-            content = message["content"].strip()  # "" beside a call: a header is in the tail
-            header, _, tail = added.partition(content) if content else ("", "", added)
-            # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
-            # first template puts the next header behind every answer.
-            ignores_prompt = before == self.render(messages[:index], False, variables)
-            if ignores_prompt and (header.strip() or "assistant" in tail.lower()):
-                raise DataError(
-                    f"{self.origin}: turn {index + 1}: the template ignores add_generation_prompt, "
-                    f"so a header would be trained, in {added[:80]!r}; {fix}"
-                )
-            spans.append((len(before.encode()), len(after.encode())))
-        return spans
-
     def _strip_tail(self, span: Span, ids: list[int], extents: list[Span]) -> Span:
         """Ends a turn at its last control token if only white space, never generated, follows."""
         first, last = span
@@ -317,11 +321,20 @@ class ChatTemplate:
         return span
 
 
+def _is_of(raw: bytes, extent: Span, span: Span) -> bool:
+    """Whether a token of a text is of a turn: wholly, or but for white space around its words."""
+    (start, end), (first, last) = extent, span
+    if first <= start < last and end <= last:
+        return True
+    outside = raw[start : min(end, first)] + raw[max(start, last) : end]
+    return not outside.strip() and bool(raw[max(start, first) : min(end, last)].strip())
+
+
 def _first_characters(names: Sequence[str]) -> re.Pattern[str]:
     """Returns a pattern that finds the first character of each name; names may overlap."""
     every_name = "|".join(re.escape(name[1:]) for name in names)
     firsts = "".join({re.escape(name[0]) for name in names})
-    return re.compile(f"([{firsts}])(?={every_name})" if firsts else "(?!)")
+    return re.compile(f"([{firsts}])(?={every_name})" if firsts else "()(?!)")
 
 
 def _places(text: str, begin: int) -> list[int]:
@@ -334,16 +347,3 @@ def _places(text: str, begin: int) -> list[int]:
         else:
             places += range(places[-1] + 1, places[-1] + width + 1)
     return places
-
-
-def _tagged_spans(marked: str) -> list[Span]:
-    """Returns the spans that {% generation %} enclosed."""
-    spans, position, first = [], 0, 0
-    for part in _BORDER.split(marked.replace(MARK, "")):
-        if part == START:
-            first = position
-        elif part == END:
-            spans.append((first, position))
-        else:
-            position += len(part.encode())
-    return spans

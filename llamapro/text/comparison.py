@@ -51,6 +51,14 @@ def say_unread_files(candidates: list[Path], directory: Path) -> None:
         one, other = ({n: i for n, i in vocab.items() if n not in added} for vocab in vocabs)
         if one != other:
             warn(f"{parts}: not read, as in transformers; its tokens are not {whole.name}'s")
+    config = read_object(directory / COMPANIONS[0])
+    if "AutoTokenizer" in (config.get("auto_map") or {}):
+        warn(
+            f"{directory}: the tokenizer's own code (auto_map) is not run, only its files are read"
+        )
+    for name in config.get("fast_tokenizer_files") or []:
+        if name != JSON_NAME and (directory / name).exists():
+            warn(f"{directory / name}: not read; transformers may take it for {JSON_NAME}")
 
 
 def takes_json(

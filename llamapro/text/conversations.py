@@ -55,10 +55,10 @@ _EXPECTED = "expected messages, conversations, instruction and output, or prompt
 class ConversationCounts:
     """Counts of what was read.
 
-    `documents` is the number of conversations, named as in `TokenStore`; `bytes` is the UTF-8
-    length of all contents; `left_out` are the first of the other files; `unread` are keys of rows
-    and turns that hold something and are not read, `markers` in how many conversations names of
-    control tokens are plain characters.
+    `documents` counts samples, as in `TokenStore`: a conversation is one, or one per answer, and
+    then adds to `more_samples`; `bytes` is the UTF-8 length of all contents; `left_out` are the
+    first of the other files; `unread` are keys that are not read, `markers` in how many
+    conversations names of control tokens are plain characters.
     """
 
     documents: int = 0
@@ -72,11 +72,13 @@ class ConversationCounts:
     left_out: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     markers: dict[str, int] = field(default_factory=dict)
+    more_samples: int = 0
 
     def describe(self) -> str:
         """Returns the counts as text."""
         unusual = {
             "conversations without a trained token left out": self.untrained_conversations,
+            "samples more, because the template changes earlier turns": self.more_samples,
             f"files that are not {', '.join(SUFFIXES)} skipped": self.other_files,
             "files without a row": self.empty_files,
         }
@@ -84,8 +86,9 @@ class ConversationCounts:
         skipped = ", ".join(self.left_out) + (f" and {more:,} more" if more else "")
         share = self.trained_tokens / max(1, self.tokens)
         plain = "stands in {:,} of them as plain characters, not as the token"
+        count = self.documents - self.more_samples
         return (
-            f"{self.documents:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
+            f"{count:,} conversations, {self.turns:,} turns, {self.tokens:,} tokens, "
             f"{self.trained_tokens:,} of them trained ({share:.0%}){describe_unusual(unusual)}"
             + (f", skipped: {skipped}" if self.left_out else "")
             + (f", keys not read: {quote_names(self.unread)}" if self.unread else "")

@@ -23,6 +23,11 @@ def with_reasoning(message: Message) -> dict[str, Any]:
     return {**message, "reasoning_content": said, "thinking": message.get("thinking") or said}
 
 
+def says_more(message: Message) -> bool:
+    """Whether a message has a call or reasoning, so that its content may be empty."""
+    return any(message.get(key) for key in ("tool_calls", *REASONING))
+
+
 def check_messages(messages: Sequence[Message], needs_assistant: bool = True) -> list[str]:
     """Returns what is wrong with the roles and contents of a conversation, [] if nothing is."""
     problems = []
@@ -36,7 +41,7 @@ def check_messages(messages: Sequence[Message], needs_assistant: bool = True) ->
         if not isinstance(content, str):
             kind = "nothing" if content is None else type(content).__name__
             problems.append(f"turn {number}: the content is {kind}, expected a string")
-        elif not (content.strip() or message.get("tool_calls")) and role in ("user", "assistant"):
+        elif role in ("user", "assistant") and not (content.strip() or says_more(message)):
             problems.append(f"turn {number}: the content is empty")
         elif RESERVED.search(content):
             problems.append(
@@ -60,12 +65,25 @@ def not_named(
 
 
 def check_shown(messages: Sequence[Message], text: str) -> list[str]:
-    """Returns which turns a template passed over: no word of them is in the text it wrote."""
-    return [
-        f"turn {number}: the template shows nothing of its text, {message['content'][:40]!r} of "
-        f"{message['role']!r}; leave the {'text' if message.get('tool_calls') else 'turn'} out, or "
-        "use another template"
-        for number, message in enumerate(messages, 1)
-        if (words := re.findall(r"\w+", message["content"]))
-        and not any(word in text for word in words)
-    ]
+    """Returns which turns a template passed over: no word, or not the call, is in its text."""
+    text = text.casefold()
+    shown, problems = frozenset(re.findall(r"\w+", text)), []
+    for number, message in enumerate(messages, 1):
+        content, calls = message["content"].casefold().strip(), message.get("tool_calls") or []
+        words = re.findall(r"\w+", content)
+        if words and content not in text and shown.isdisjoint(words):
+            problems.append(
+                f"turn {number}: the template shows nothing of its text, "
+                f"{message['content'][:40]!r} of {message['role']!r}; leave the "
+                f"{'text' if calls else 'turn'} out, or use another template"
+            )
+        for name in map(_called, calls):
+            if name.casefold() not in text:
+                problems.append(f"turn {number}: the template does not show its call of {name!r}")
+    return problems
+
+
+def _called(call: Any) -> str:
+    """Returns the name of the function that a call names, "" if it is none that we know."""
+    call = call.get("function", call) if isinstance(call, dict) else call
+    return str(call.get("name", "")) if isinstance(call, dict) else ""

@@ -24,7 +24,7 @@ from llamapro.text.conversations import Conversation, ConversationCounts, read_c
 from llamapro.text.source_files import find_files
 from llamapro.text.store import Int64s, TokenStore, cached
 
-FORMAT_VERSION = 5  # raised with every change in how a conversation is read
+FORMAT_VERSION = 6  # raised with every change in how a conversation is read
 TRAINED = 1 << 31  # set in a stored token of an assistant's turn; ids are far below it
 
 
@@ -89,25 +89,29 @@ def _encode_all(
     for location, conversation in tqdm(conversations, label, unit=" conversations", disable=None):
         messages, variables, _ = conversation
         try:
-            ids, trained = template.encode(messages, variables)
+            samples = template.samples(messages, variables)
         except DataError as error:
             problems.add(f"{location}: {error}")
             continue
-        if not any(trained[1:]):  # the first token is never predicted
+        # The first token is never predicted.
+        samples = [(ids, trained) for ids, trained in samples if any(trained[1:])]
+        if not samples:
             counts.untrained_conversations += 1
             continue
         hidden = sorted(template.hidden(messages, variables))
         counts.unread += (key for key in hidden if key not in counts.unread)
         for name in template.plain_names:
             counts.markers[name] = counts.markers.get(name, 0) + 1
-        counts.documents += 1
+        counts.documents += len(samples)
+        counts.more_samples += len(samples) - 1
         counts.turns += len(messages)
         counts.bytes += sum(len(message["content"].encode()) for message in messages)
-        counts.tokens += len(ids)
-        counts.trained_tokens += sum(trained)
-        lengths.append(len(ids))
-        marks = np.where(trained, TRAINED, 0).astype(np.uint32)
-        yield np.array(ids, dtype=np.uint32) | marks
+        for ids, trained in samples:
+            counts.tokens += len(ids)
+            counts.trained_tokens += sum(trained)
+            lengths.append(len(ids))
+            marks = np.where(trained, TRAINED, 0).astype(np.uint32)
+            yield np.array(ids, dtype=np.uint32) | marks
     yield np.array(lengths, dtype=np.uint32)
     if not counts.documents and len(problems) == earlier:
         problems.add(f"{source}: nothing to train on: {counts.describe()}")

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from llamapro.files import unique_keys
-from llamapro.text.messages import ROLES, Message
+from llamapro.text.messages import ROLES, Message, says_more
 from llamapro.text.rows import quote_names
 
 NAMED_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
@@ -70,23 +70,20 @@ def to_message(turn: Any, place: str) -> Message:
         parts = [p if isinstance(p, dict) else {"type": type(p).__name__} for p in content]
         if kinds := {str(part.get("type")) for part in parts} - _TEXTS:
             names = ", ".join(sorted(kinds))
-            raise ValueError(
-                f"{place}: the content has a part of type {names}; only text is trained on"
-            )
+            raise ValueError(f"{place}: a part of type {names}; only text is trained on")
         keys = (key for part in parts for key, value in part.items() if value is not None)
         if weights := [*filter(SAYS_TRAINED.search, keys)]:
             raise ValueError(f"{place}: a part of the content has {weights[0]!r}: cut the turn")
-        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        if len(texts) < len(parts):
+        if not all(isinstance(part.get("text"), str) for part in parts):
             raise ValueError(f"{place}: the content has a part of type text without a text")
-        content = "".join(texts)
+        content = "".join(part["text"] for part in parts)
     if call := turn.get("function_call"):  # OpenAI's older form of one call
         if turn.get("tool_calls"):
             raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
         turn = turn | {"tool_calls": [{"type": "function", "function": call}]}
-    if turn.get("tool_calls"):
-        content = "" if content is None else content
-        turn = turn | {"tool_calls": parsed("tool_calls", turn["tool_calls"])}
+    turn = turn | {"tool_calls": parsed("tool_calls", turn.get("tool_calls"))}
+    if content is None and (says_more(turn) or ("content" in turn and role == "tool")):
+        content = ""  # a tool may return nothing
     known = ("role", "content", "from", "value", "text", "function_call", *SWITCHES, *MASKS)
     others = {key: v for key, v in turn.items() if key not in known and v is not None}
     return {"role": role, "content": content} | others | _weight(turn, role, place)

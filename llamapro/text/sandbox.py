@@ -46,8 +46,9 @@ def environment() -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    def to_json(value: Any, *given: Any, **named: Any) -> str:
+        options = zip(("ensure_ascii", "indent", "separators", "sort_keys"), given, strict=False)
+        text = json.dumps(value, **{"ensure_ascii": False} | dict(options) | named)
         return text.replace("\\ufdd0", MARK)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

@@ -14,6 +14,7 @@ BUILT_IN = {
 }
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 FOR_TOOLS = "tool_use"  # transformers' names
+DEFAULT_FILE = "additional_chat_templates/default.jinja"
 TOOLS_FILE = f"additional_chat_templates/{FOR_TOOLS}.jinja"
 
 
@@ -44,6 +45,8 @@ def find_template(directory: str | Path, template: str = "") -> Found:
         return Found(BUILT_IN[template], template, is_built_in=True)
     known, stored = ", ".join(BUILT_IN), None if template else _stored(directory)
     file = user_path(template) if template else Path(directory, _FILE)
+    if not template and (other := Path(directory, DEFAULT_FILE)).exists():
+        file = other  # as in transformers
     if template or file.exists():
         try:
             # A user's file may begin with a byte order mark; a model's is read as by transformers.
@@ -57,6 +60,11 @@ def find_template(directory: str | Path, template: str = "") -> Found:
             warn(f"{file}: taken, as in transformers; {_CONFIG} has another one")
         others = Path(directory, TOOLS_FILE)
         return Found(source, str(file), has_other=not template and others.exists())
+    if stored is None and (named := _named(directory)):
+        raise DataError(
+            f"{Path(directory, _CONFIG)}: chat_template has {', '.join(named)}, and none is named "
+            f"'default'; save the right one in a .jinja file, and give that, or one of {known}"
+        )
     if not isinstance(stored, str):
         raise DataError(
             f"{directory}: the model has no chat template ({_FILE}, or chat_template in "
@@ -68,14 +76,21 @@ def find_template(directory: str | Path, template: str = "") -> Found:
 
 def own_template(directory: str | Path) -> str | None:
     """Returns the source of a model's own chat template, None if its directory has none."""
-    file = Path(directory, _FILE)
-    return file.read_text("utf-8", "replace") if file.exists() else _stored(directory) or None
+    files = [Path(directory, name) for name in (DEFAULT_FILE, _FILE)]
+    file = next((file for file in files if file.exists()), None)
+    return file.read_text("utf-8", "replace") if file else _stored(directory) or None
 
 
 def _stored(directory: str | Path, name: str = "default") -> Any:
     """Returns the template in tokenizer_config.json, the one of this name of several."""
     stored = read_object(Path(directory, _CONFIG)).get("chat_template")
+    return _named(directory).get(name) if isinstance(stored, (list, dict)) else stored
+
+
+def _named(directory: str | Path) -> dict[str, Any]:
+    """Returns the templates in tokenizer_config.json by name, if it has several."""
+    stored = read_object(Path(directory, _CONFIG)).get("chat_template")
     if isinstance(stored, list):
         named = (e for e in stored if isinstance(e, dict) and isinstance(e.get("name"), str))
-        stored = {e["name"]: e.get("template") for e in reversed([*named])}
-    return stored.get(name) if isinstance(stored, dict) else stored
+        stored = {e["name"]: e.get("template") for e in named}
+    return stored if isinstance(stored, dict) else {}

@@ -147,16 +147,18 @@ def join_tokens(
         # A reserved token may get a name here; two names for one id would be ambiguous.
         tokens = {n: t for n, t in tokens.items() if n == name or t.id != token.id}
         tokens[name] = token
-    roles = [(key, name_of(token)) for key, token in names.items() if key.endswith("_token")]
-    roles += [("extra_special_tokens", name_of(token)) for token in _lists(names)]
-    for key, role in roles:
+    all_given = [(key, token) for key, token in names.items() if key.endswith("_token")]
+    all_given += [("extra_special_tokens", token) for token in _lists(names)]
+    for key, raw in all_given:
+        role = name_of(raw)
         if not isinstance(role, str) or (role in tokens and key not in _CONTROL):
             continue
         found = tokens.get(role) or _piece(vocabulary, role)
         if found is None and key in ("bos_token", "eos_token"):
             raise DataError(f"{directory}: {key} is {role!r}, which is no token of it")
         if found is None:
-            found, following = AddedToken(following, special=True), following + 1
+            flags = {key: raw[key] for key in _FLAGS if isinstance(raw, dict) and key in raw}
+            found, following = AddedToken(following, special=True, **flags), following + 1
             warn(f"{directory}: {key} {role!r} is in no list: token {found.id}, as in transformers")
         if tokens.get(role) != (control := replace(found, special=True)):
             tokens[role] = own[role] = control

@@ -77,7 +77,8 @@ class Tokenizer:
         self.named_tokens = {key: name for key, name in roles.items() if isinstance(name, str)}
         self._encode_text, self._ends = vocabulary.encode, vocabulary.ends
         self._pieces = vocabulary.pieces | {
-            token.id: b"" if token.special else name.encode() for name, token in tokens.items()
+            t.id: b"" if t.special else vocabulary.words.get(t.id, name.encode())
+            for name, t in tokens.items()
         }
         self.vocab_size = self._rows = max(self._pieces) + 1
         control = {name: token for name, token in tokens.items() if token.special}

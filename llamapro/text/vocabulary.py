@@ -8,7 +8,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class Vocabulary:
         ends: text to ids, and where each ends, in characters of the text before it is normalised;
             None if the library does not say it.
         library: the tokenizer of the library tokenizers, for a tokenizer.json.
+        words: id to the bytes of added tokens that are not their names: a normaliser may put a
+            space before them, and they are found with it only.
     """
 
     encode: Callable[[str], list[int]]
@@ -80,6 +82,7 @@ class Vocabulary:
     eos_id: int | None
     ends: Callable[[str], tuple[list[int], list[int]]] | None = None
     library: Any = None
+    words: dict[int, bytes] = field(default_factory=dict)
 
 
 # ---- The three kinds of vocabulary file --------------------------------------------------------
@@ -226,7 +229,12 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         next((added[name].id for name in names if name in added), None)
         for names in (_BOS_NAMES, _EOS_NAMES)
     )
-    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos, ends, model)
+    words = {
+        token.id: _piece_bytes(text)
+        for name, token in added.items()
+        if (text := model.id_to_token(token.id)) and text != name
+    }
+    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos, ends, model, words)
 
 
 def read_beside(path: Path, raw: dict[str, Any]) -> Vocabulary | None:

@@ -16,7 +16,7 @@ from llamapro.errors import DataError
 from llamapro.text import sandbox
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.messages import check_messages
-from llamapro.text.template_files import BUILT_IN
+from llamapro.text.template_files import BUILT_IN, own_template
 from llamapro.text.tokenizer import Tokenizer
 
 CHAT = [
@@ -117,12 +117,18 @@ def test_template_is_found_in_the_model_s_files(tmp_path: Path, tokenizer: Token
     for several in (named, {"rag": "r", "default": "d"}):
         config.write_text(json.dumps({"chat_template": several}))
         assert ChatTemplate.load(tmp_path, tokenizer).source == "d"
-    for without_default in (named[:1], ["x"]):
+    config.write_text(json.dumps({"chat_template": [*named, named[1] | {"template": "last"}]}))
+    assert ChatTemplate.load(tmp_path, tokenizer).source == "last"  # as in transformers
+    why = "chat_template has rag, and none is named 'default'"
+    for without_default, expected in ((named[:1], why), (["x"], "no chat template")):
         config.write_text(json.dumps({"chat_template": without_default}))
-        with pytest.raises(DataError, match="no chat template"):
+        with pytest.raises(DataError, match=expected):
             ChatTemplate.load(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").write_text("from file")
     assert ChatTemplate.load(tmp_path, tokenizer).source == "from file"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "default.jinja").write_text("from folder")
+    assert ChatTemplate.load(tmp_path, tokenizer).source == own_template(tmp_path) == "from folder"
     mine = tmp_path / "mine.jinja"
     mine.write_text("mine")
     assert ChatTemplate.load(tmp_path, tokenizer, str(mine)).source == "mine"

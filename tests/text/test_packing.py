@@ -48,6 +48,11 @@ class CharacterTemplate:
             trained += [False] + [is_answer] * (len(message["content"]) + 1)
         return ids, trained
 
+    def samples(
+        self, messages: list[Message], variables: dict[str, Any] | None = None
+    ) -> list[tuple[list[int], list[bool]]]:
+        return [self.encode(messages, variables)]
+
     def hidden(self, messages: list[Message], variables: dict[str, Any]) -> set[str]:
         return {key for message in messages for key in message} - {"role", "content"}
 

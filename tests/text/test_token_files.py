@@ -37,6 +37,8 @@ def table(*tokens: dict[str, Any]) -> dict[str, Any]:
 
 BASE = [token(256, "<b>"), token(257, "<e>"), token(258, "<x>"), token(259, "<w>", False)]
 STRIPS = token(258, "<x>", lstrip=True, rstrip=True)
+NEW = {"__type": "AddedToken", "content": "<y>", "lstrip": True, "rstrip": False}
+NEW |= {"normalized": False, "single_word": False}
 # name: (added_tokens, tokenizer_config.json, special_tokens_map.json, added_tokens.json, said)
 CASES: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, int], str]] = {
     "nothing twice": (BASE, {}, {}, {}, ""),
@@ -60,6 +62,14 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, int]
     "EOS is a piece": (BASE, {"eos_token": "a"}, {}, {}, ""),
     "no such padding": (BASE, {"pad_token": "<pad>"}, {}, {}, "pad_token '<pad>' is in no list"),
     "one more": (BASE, {"extra_special_tokens": ["<y>"]}, {}, {}, "'<y>' is in no list: token 260"),
+    "one more that strips": (
+        BASE,
+        {"extra_special_tokens": [NEW | {"special": True}]},
+        {},
+        {},
+        "'<y>' is in no list: token 260",
+    ),
+    "padding that strips": (BASE, {"pad_token": NEW}, {}, {}, "'<y>' is in no list: token 260"),
     "one more role": (
         BASE,
         {"model_specific_special_tokens": {"y_token": "<y>"}},
@@ -149,6 +159,27 @@ def test_a_word_of_a_sentencepiece_model_is_not_found_inside_another(
     for text, count in (("a covid test", 1), ("covidian anticovid covid_a", 0)):
         assert ours.encode(text).count(size) == count
         assert theirs(text).input_ids.count(size) == count
+
+
+def test_a_word_that_a_normaliser_puts_a_space_before_keeps_it(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    """`add_tokens` makes such words for Llama 2: found after a space only, which is in the text."""
+    raw = tokenizer_files(tokenizer_file)["tokenizer.json"]
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [prepend, raw["normalizer"]]}
+    raw["pre_tokenizer"] = None
+    size = len(raw["model"]["vocab"])
+    raw["added_tokens"].append(token(size, "<tok>", special=False, normalized=True))
+    (tmp_path / JSON_NAME).write_text(json.dumps(raw))
+    ours, theirs = (
+        Tokenizer.load(tmp_path),
+        tokenizers.Tokenizer.from_file(f"{tmp_path}/{JSON_NAME}"),
+    )
+    text = "a <tok> b<tok>"
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text) == ids and ids.count(size) == 1
+    assert ours.decode(ids) == theirs.decode(ids) == text
 
 
 def test_a_space_that_the_files_do_not_want_is_refused(spaced: Path, tmp_path: Path) -> None:
@@ -287,3 +318,11 @@ def test_a_file_that_is_not_read_is_named(
         (path / "original" / "tokenizer.model").write_bytes(other)
         Tokenizer.load(path)
         assert ("not read; it is another file" in capsys.readouterr().err) == is_said
+    (path / "tokenizer.4.json").write_text("{}")
+    config: dict[str, Any] = {"auto_map": {"AutoTokenizer": ["x.T", None]}}
+    config["fast_tokenizer_files"] = [JSON_NAME, "tokenizer.4.json"]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    Tokenizer.load(path)
+    said = capsys.readouterr().err
+    assert "own code (auto_map) is not run" in said
+    assert "tokenizer.4.json: not read; transformers may take it" in said

@@ -19,6 +19,7 @@ from llamapro import expansion, generate
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import load_state, read_metrics, training_checkpoints
 from llamapro.config import ModelConfig
+from llamapro.conversion.companions import write_template
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge
 from llamapro.errors import UserError
@@ -175,6 +176,19 @@ def test_the_template_of_the_training_is_the_merged_model_s(
         blocks = ["--blocks", str(tmp_path / "run"), *words]
         generate.main_chat([str(pro), *blocks], "chat")
     assert used == [BUILT_IN["llama2"], "another", BUILT_IN["mistral"]]
+
+
+def test_what_ends_an_answer_becomes_an_eos_of_the_merged_model(home: Path, tmp_path: Path) -> None:
+    """Other programs stop where generation_config.json says; what it says else, stays."""
+    path = shutil.copytree(home / "base", tmp_path / "base")
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ end }}{% endfor %}"
+    source += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    for end, ends in (("</s>", None), ("<s>", [1, 2])):
+        (path / "generation_config.json").write_text('{"temperature": 0.5}')
+        write_template(path, f"{{% set end = '{end}' %}}{source}")
+        said = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+        assert (said.eos_token_id, said.temperature) == (ends, 0.5)
+        assert ChatTemplate.load(path, Tokenizer.load(path)).end_ids() == {1 if ends else 2}
 
 
 def test_what_cannot_be_used_is_found_before_training(

@@ -12,6 +12,7 @@ from torch import Tensor
 from llamapro.errors import ConfigError, DataError
 from llamapro.inference import sampling
 from llamapro.inference.chat import Conversation, stop_ids
+from llamapro.inference.options import SamplingOptions
 from llamapro.inference.sampling import generate
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.chat_template import ChatTemplate
@@ -150,6 +151,27 @@ def test_ends_of_turn_and_of_document_end_an_answer(
     assert conversation.messages == [user("x"), assistant("def f(x)")]
     assert conversation.tokens == len(words) + 1
     assert note.startswith(f"{len(words) + 1} tokens")
+
+
+def test_what_the_template_puts_behind_an_answer_ends_it(
+    checkpoint: Path,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    writes: Callable[..., None],
+) -> None:
+    """Such as Gemma's <end_of_turn>, or Phi's <|end|>: a model is trained to end with it."""
+    end = "<|end_header_id|>"
+    source = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + "\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer, "x")
+    assert template.end_ids() == {tokenizer.token_id(end)}
+    words = tokenizer.encode("def f(x)")
+    writes(*words, tokenizer.token_id(end), *words)
+    conversation = Conversation(model, tokenizer, template, SamplingOptions(max_new_tokens=50))
+    conversation.answer("x", ignore)
+    assert conversation.messages == [user("x"), assistant("def f(x)")]
 
 
 def test_other_control_tokens_do_not_end_an_answer(

@@ -1,0 +1,118 @@
+"""Where the assistant's turns lie in the text that a chat template makes of a conversation.
+
+Spans are the first byte and the last + 1, of the text without marks.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from llamapro.errors import DataError
+from llamapro.text.messages import REASONING, Message
+from llamapro.text.sandbox import END, MARK, START
+
+Span = tuple[int, int]
+_CONTENT = "\ue000"  # a private character
+_BORDER = re.compile(f"([{START}{END}])")
+_FIX = "put {% generation %} around the assistant's text in a template of your own"
+
+
+class RewrittenError(DataError):
+    """A template renders earlier turns differently once there are later ones."""
+
+
+def trained_turns(messages: Sequence[Message]) -> Iterator[tuple[int, Message]]:
+    """Yields the assistant's turns that have a weight, with their indices."""
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and message.get("weight", 1):
+            yield index, message
+
+
+def without_borders(marked: str) -> str:
+    """Returns a text without the marks around {% generation %}."""
+    return _BORDER.sub("", marked)
+
+
+def tagged_spans(marked: str) -> list[Span]:
+    """Returns the spans that {% generation %} enclosed."""
+    spans, position, first = [], 0, 0
+    for part in _BORDER.split(marked.replace(MARK, "")):
+        if part == START:
+            first = position
+        elif part == END:
+            spans.append((first, position))
+        else:
+            position += len(part.encode())
+    return spans
+
+
+def added_spans(
+    render: Callable[[Sequence[Message], bool], str],
+    messages: Sequence[Message],
+    eos: str,
+    origin: str,
+) -> list[Span]:
+    """Returns the trained turns of the assistant: what each adds to the turns before it.
+
+    Args:
+        render: a conversation, and whether the prompt of an answer follows, to text.
+        eos: the name of EOS, "" if there is none.
+        origin: names the template in messages.
+
+    Raises:
+        RewrittenError: a turn is another one in the whole conversation.
+        DataError: the template does not show where a turn begins, or leaves out its reasoning.
+    """
+    full = render(messages, False)
+    spans = []
+    for index, message in trained_turns(messages):
+        place = f"{origin}: turn {index + 1}: the template"
+        after = render(messages[: index + 1], False)
+        if not full.startswith(after):  # some templates put EOS behind the last turn only
+            after = after.removesuffix(eos)
+        if not full.startswith(after):
+            raise RewrittenError(
+                f"{place} renders earlier turns differently once there are later ones, so where "
+                f"this one begins is unknown; {_FIX}"
+            )
+        if index == 0:  # nothing to render before it: its header ends where the content begins
+            shown = render([{**message, "content": _CONTENT}], False)
+            before, found, _ = shown.partition(_CONTENT)
+            if not (after.startswith(before) and found):
+                raise DataError(f"{place} hides where it begins")
+        else:
+            before = render(messages[:index], True)
+            if not after.startswith(before):
+                raise DataError(
+                    f"{place} writes {before[-40:]!r} before an answer, and not before this one, "
+                    f"so where this one begins is unknown; {_FIX}"
+                )
+        added = after[len(before) :]
+        if (reasoning := reasoning_of(message)) not in added:
+            raise DataError(
+                f"{place} leaves out its reasoning, {reasoning[:40]!r}: it would not be trained; "
+                "remove it, or use a template that shows it"
+            )
+        content = message["content"].strip()  # "" beside a call: a header is in the tail
+        header, _, tail = added.partition(content) if content else ("", "", added)
+        # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
+        # first template puts the next header behind every answer.
+        prior = messages[: index or 1]
+        prompt = before if index else render(prior, True)
+        ignores_prompt = prompt == render(prior, False)
+        if ignores_prompt and (header.strip() or "assistant" in tail.lower()):
+            raise DataError(
+                f"{place} ignores add_generation_prompt, so a header would be trained, in "
+                f"{added[:80]!r}; {_FIX}"
+            )
+        if eos and full[len(after) :].startswith(eos) and not after.endswith(eos):
+            after += eos  # other templates put it behind all turns but the last
+        spans.append((len(before.encode()), len(after.encode())))
+    return spans
+
+
+def reasoning_of(message: Message) -> str:
+    """Returns the reasoning that a turn holds, in a key of its own or before "</think>"."""
+    said = next((message[key] for key in REASONING if message.get(key)), None)
+    if said is None:
+        said = message["content"].rpartition("</think>")[0].rpartition("<think>")[2]
+    return str(said).strip()
