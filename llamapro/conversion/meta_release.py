@@ -114,7 +114,7 @@ class Shards:
                     f"tensors of {n} shards"
                 )
         names = {*tensor_names(params["n_layers"], "columns"), *({ROPE} & set(first))}
-        refuse_wrapped(first.keys() - names, self.files[0])
+        refuse_wrapped(first.keys() - names, self.files[0], "tok_embeddings.weight")
         wrong = Problems()
         for file, tensors in zip(self.files, self.tensors, strict=True):
             missing, unexpected = sorted(names - set(tensors)), sorted(set(tensors) - names)
