@@ -185,7 +185,7 @@ class ModelConfig:
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Reads a `config.json`; raises ConfigError that names the file and every wrong field."""
         path = Path(path)
-        if not path.exists():
+        if not (path.exists() or path.is_symlink()):
             raise ConfigError(
                 f"{path}: no such file; a checkpoint directory in Hugging Face layout has one "
                 "(a Meta release is converted with 'llamapro from-meta')"

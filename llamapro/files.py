@@ -256,7 +256,10 @@ def refuse_large(
 ) -> None:
     """Raises `error` if a file is missing, too large, not a plain file or a git-lfs pointer."""
     if not file.exists():
-        raise error(f"{file}: missing") from FileNotFoundError(file)
+        gone = (
+            f"a link to {file.readlink()}, which does not exist" if file.is_symlink() else "missing"
+        )
+        raise error(f"{file}: {gone}") from FileNotFoundError(file)
     if not file.is_file():
         raise error(f"{file}: not a plain file")  # opening a pipe would wait for ever
     if (size := file.stat().st_size) > max_bytes:

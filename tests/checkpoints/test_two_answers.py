@@ -347,6 +347,14 @@ def test_what_stands_in_a_file_s_place_is_named(
         (["adapter_config.json", "adapter_model.safetensors"], "this is a PEFT adapter: merge it"),
         (["m.gguf"], "run 'llamapro from-gguf FILE OUT_DIR' on m.gguf first"),
         (["model.fp16.safetensors"], "found model.fp16.safetensors"),
+        (["adapter_model.safetensors", "rng_state.pth"], "this is a PEFT adapter: merge it"),
+        (["consolidated-00001-of-00002.safetensors"], "this is Mistral's own layout: use the"),
+        (["lit_model.pth", "training_args.bin"], "pickled weights (lit_model.pth) are not read"),
+        (["hf_model_0001_0.pt"], "pickled weights (hf_model_0001_0.pt) are not read: save the"),
+        (["tf_model.h5"], "weights in another format (tf_model.h5) are not read: save the model"),
+        (["training_args.bin"], "no weights found; expected model.safetensors"),
+        (["checkpoint-500/config.json"], "a model inside it, such as {path}/checkpoint-500"),
+        (["refs/main", "snapshots/ab/config.json"], "inside it, such as {path}/snapshots/ab"),
     ],
 )
 def test_a_directory_without_a_model_says_what_it_is(
@@ -354,8 +362,21 @@ def test_a_directory_without_a_model_says_what_it_is(
 ) -> None:
     """Each with the next step."""
     for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert expected in refusal(tmp_path)
+    assert expected.format(path=tmp_path) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE_FILE, "config.json", "model-00001-of-00002.safetensors"])
+def test_a_link_to_nothing_is_named(name: str, make: Callable[..., Path]) -> None:
+    """The blobs of a cache were removed, or not copied."""
+    path = make("c", max_shard_bytes=20_000 if "-of-" in name else 10**9)
+    (path / name).unlink(missing_ok=True)
+    if "-of-" in name:
+        name = json.loads((path / INDEX_FILE).read_text())["weight_map"]["model.norm.weight"]
+        (path / name).unlink()
+    (path / name).symlink_to("../blobs/ab")
+    assert refusal(path) == f"{path / name}: a link to ../blobs/ab, which does not exist"
 
 
 @pytest.mark.parametrize(
