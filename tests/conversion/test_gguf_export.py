@@ -24,14 +24,16 @@ pytest.importorskip("gguf")
 Converter = Callable[..., Path]
 
 
-@pytest.fixture(params=["llama", "mistral"])
+@pytest.fixture(params=["llama", "mistral", "llama with biases"])
 def model(
     request: pytest.FixtureRequest,
     write_random_checkpoint: Callable[..., Path],
     tiny_config: Callable[..., ModelConfig],
     tmp_path: Path,
 ) -> Checkpoint:
-    config = tiny_config(model_type=request.param, num_hidden_layers=2, rope_theta=5e5)
+    kind, *biases = request.param.split(" with ")
+    flags = dict.fromkeys(("attention_bias", "mlp_bias"), True) if biases else {}
+    config = tiny_config(model_type=kind, num_hidden_layers=2, rope_theta=5e5, **flags)
     return Checkpoint.open(write_random_checkpoint(tmp_path / "model", config))
 
 
