@@ -147,6 +147,8 @@ def describe(
             f"{file}: general.architecture is {architecture!r}; only 'llama' is supported, which "
             "is the name of LLaMA and Mistral models"
         )
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ConfigError(f"{file}: general.type is {kind!r:.80}; give the file of the whole model")
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file}: missing tensor 'token_embd.weight'; download it again")

@@ -21,6 +21,10 @@ UP_PROJ = "model.layers.0.mlp.up_proj.weight"
     ("values", "message"),
     [
         ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2'; only 'llama'"),
+        (
+            {"general.type": "adapter"},
+            "general.type is 'adapter'; give the file of the whole model",
+        ),
         ({"llama.expert_count": 8}, "llama.expert_count is 8, not supported (only 0)"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": 10**9}, "llama.block_count is 1000000000, but the file has 12"),
