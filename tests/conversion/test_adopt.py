@@ -208,4 +208,7 @@ def test_a_block_whose_bias_is_left_is_no_identity(
     tensors["model.layers.4.self_attn.o_proj.bias"][3] = 1.0
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     status, _, error = convert("adopt", path, tmp_path / "out")
-    assert status == 2 and "0 of 5 layers are the identity" in error
+    assert (
+        status == 2
+        and "0 of 5 layers are the identity (o_proj and down_proj zero, weights and" in error
+    )
