@@ -34,8 +34,9 @@ _ONE_PER_LAYER = r"model\.layers\.\d+\.input_layernorm\.weight"
 _HINTS = {
     r"self_attn\..*\.bias$": "; is attention_bias true?",
     r"mlp\..*\.bias$": "; is mlp_bias true?",
-    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale\w*|scales|SCB|absmax)$": ", of quantised "
-    "weights; use the original ones",
+    r"\.(q(weight|zeros)|g_idx|weight_(packed|scale\w*)|scales|biases|SCB|absmax)$": (
+        ", of quantised weights; use the original ones"
+    ),
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Fields of Meta's params.json -> those of config.json.

@@ -284,6 +284,7 @@ def test_names_without_model_or_with_it_twice_are_read(
         ("model.layers.0.self_attn.q_proj.bias", "; is attention_bias true?"),
         ("model.layers.0.mlp.down_proj.bias", "; is mlp_bias true?"),
         ("model.layers.0.mlp.up_proj.qzeros", ", of quantised weights; use the original ones"),
+        ("model.layers.0.mlp.up_proj.biases", ", of quantised weights; use the original ones"),
         ("model.layers.0.self_attn.masked_bias", ""),
     ],
 )
