@@ -192,7 +192,11 @@ def _compare_params(file: Path, config: ModelConfig) -> None:
     """Says so if a params.json beside config.json describes another model; config.json counts."""
     if not file.exists():
         return
-    params = read_json(file)
+    try:
+        params = read_json(file)
+    except CheckpointError as error:  # many tools have a file of this name
+        warn(f"{error}; config.json counts")
+        return
     keys = META_FIELDS | {"hidden_dim": "intermediate_size", "head_dim": "head_dim"}  # Mistral's
     wrong = [
         f"{key} ({hf}) is {params[key]!r:.200}, config.json says {getattr(config, hf)!r}"

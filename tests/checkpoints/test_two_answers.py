@@ -200,6 +200,9 @@ def test_params_json_beside_config_json_is_compared(
     Checkpoint.open(path)
     expected = "rope_theta (rope_theta) is 1000000.0, config.json says 10000.0; config.json counts"
     assert expected in capsys.readouterr().err
+    (path / "params.json").write_text("[0.1]")  # another tool's
+    Checkpoint.open(path)
+    assert "holds no JSON object; config.json counts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
