@@ -126,7 +126,7 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
     "is_causal": (True, None),  # false: transformers lets a token see those after it
-    "per_layer_config": (None,),
+    "per_layer_config": (None, {}),
     "quantization_config": (None,),
     "transformers_weights": (None, "model.safetensors"),  # a file that it reads instead
 }
@@ -185,7 +185,7 @@ class ModelConfig:
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Reads a `config.json`; raises ConfigError that names the file and every wrong field."""
         path = Path(path)
-        if not path.exists():
+        if not (path.exists() or path.is_symlink()):
             raise ConfigError(
                 f"{path}: no such file; a checkpoint directory in Hugging Face layout has one "
                 "(a Meta release is converted with 'llamapro from-meta')"
@@ -328,7 +328,8 @@ def _typos(raw: dict[str, Any], known: list[str]) -> Iterator[str]:
     known = [*known, "eos_token_id", "attention_dropout", *_ONLY_SUPPORTED]
     for key in raw:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.9)
-        if key not in known and near and near[0] not in raw:
+        is_other = key in known or key.endswith("_token_id")  # <eot> and <eos> are two tokens
+        if near and near[0] not in raw and not is_other:
             yield f"unknown key {key!r} (did you mean {near[0]!r}?)"
 
 
@@ -336,15 +337,14 @@ def _heads(sizes: dict[str, int], fields: Fields) -> dict[str, int]:
     """Reads num_key_value_heads and head_dim, and checks that the heads fit together."""
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     kv_heads = fields.number("num_key_value_heads", heads)
-    if fields.raw.get("head_dim") is None and hidden % heads:
-        fields.wrong.append(
-            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
-        )
     head_dim = fields.number("head_dim", max(1, hidden // heads))
-    if heads % kv_heads:
-        fields.wrong.append(
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-        )
-    if head_dim % 2:
-        fields.wrong.append(f"head_dim {head_dim} is odd; RoPE rotates pairs")
+    keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    if not any(problem.startswith(keys) for problem in fields.wrong):  # else nothing follows
+        pairs = [(keys[0], hidden, keys[1], heads)] * (fields.raw.get("head_dim") is None)
+        pairs += [(keys[1], heads, keys[2], kv_heads)]
+        for whole, size, part, number in pairs:
+            if size % number:
+                fields.wrong.append(f"{whole} {size} is not a multiple of {part} {number}")
+        if head_dim % 2:
+            fields.wrong.append(f"head_dim {head_dim} is odd; RoPE rotates pairs")
     return {"num_key_value_heads": kv_heads, "head_dim": head_dim}

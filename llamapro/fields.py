@@ -81,6 +81,9 @@ def read_window(model_type: str, layers: int, fields: Fields) -> int | None:
         # Mistral has it in every layer. Qwen can leave it out of the lowest, or of all.
         window = fields.number("sliding_window")
         kinds = [*LAYER_TYPES] if is_qwen else [LAYER_TYPES[1]]
+    given, context = raw.get("sliding_window"), raw["max_position_embeddings"]
+    if model_type == "llama" and type(given) is type(context) is int and 0 < given < context:
+        warn(f"config.json: sliding_window {given} is not applied; transformers limits its cache")
     key, types = "layer_types", raw.get("layer_types")
     if not types:
         key, first = "max_window_layers", raw.get("max_window_layers") if is_qwen else 0
@@ -101,7 +104,7 @@ def read_rope(raw: dict[str, Any], fields: Fields) -> tuple[float, RopeScaling |
     transformers and other tools do not agree on which of them counts.
     """
     thetas = {"rope_theta": raw.get("rope_theta")}
-    context = raw.get(_CONTEXT)  # transformers takes it before the one among the settings
+    context = raw.get(_CONTEXT)  # transformers 5 takes it, the one inside, or the longest
     scalings: dict[str, RopeScaling | None] = {}
     for place in ("rope_parameters", "rope_scaling"):
         rope = raw.get(place) or {}
@@ -109,12 +112,13 @@ def read_rope(raw: dict[str, Any], fields: Fields) -> tuple[float, RopeScaling |
             fields.wrong.append(f"{place} is {rope!r:.80}, expected a JSON object")
         elif rope:
             thetas[f"{place}.rope_theta"] = rope.get("rope_theta")
-            if context is not None and "llama3" in (rope.get("rope_type"), rope.get("type")):
-                if (other := rope.get(_CONTEXT, context)) != context:
+            if "llama3" in (rope.get("rope_type"), rope.get("type")):
+                if context is not None and (other := rope.get(_CONTEXT, context)) != context:
                     fields.wrong.append(
                         f"{_CONTEXT} is {context!r}, and {other!r} in {place}; keep one"
                     )
-                rope = rope | {_CONTEXT: context}
+                longest = fields.raw["max_position_embeddings"]
+                rope = {_CONTEXT: longest if context is None else context} | rope
             scalings[place] = _read_scaling(rope, place, fields.wrong)
         elif place in raw and any(scalings.values()):
             warn(f"config.json: {place} is empty; rope_parameters count, as in transformers 5")
@@ -136,7 +140,7 @@ def _read_scaling(rope: dict[str, Any], place: str, wrong: list[str]) -> RopeSca
         wrong.append(f"partial_rotary_factor {part!r} is not supported (only 1)")
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         wrong.append(f"{place}.{nested[0]}: settings for some layers only are not supported")
-    if kind == "default" and rope.get("factor", 1) != 1:
+    if kind == "default" and rope.get("factor") not in (None, 1):
         wrong.append(f"{place}: has a factor {rope['factor']!r}, but no rope_type that uses it")
     if kind not in [*_ROPE_FIELDS]:  # a list has no hash
         wrong.append(f"rope type {kind!r} is not supported (only default, linear and llama3)")

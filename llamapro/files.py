@@ -63,8 +63,15 @@ def refuse_source(out_dir: str | Path, *sources: str | Path) -> None:
 
 
 def copy_companion(file: Path, target: Path) -> None:
-    """Copies a file that lies beside weights; raises CheckpointError as `refuse_link`."""
+    """Copies a file that lies beside weights; raises CheckpointError as `refuse_link`.
+
+    A link to nothing and a pointer to the content are refused, too: the copy would be worthless.
+    """
     refuse_link(file)
+    refuse_missing(file)
+    with open(file, "rb") as handle:
+        if fix := pointer_fix(handle.read(128)):
+            raise CheckpointError(f"{file}: {fix}, or remove it")
     shutil.copyfile(file, target)
 
 
@@ -255,13 +262,21 @@ def refuse_large(
     file: Path, max_bytes: float = math.inf, error: type[UserError] = CheckpointError
 ) -> None:
     """Raises `error` if a file is missing, too large, not a plain file or a git-lfs pointer."""
-    if not file.exists():
-        raise error(f"{file}: missing") from FileNotFoundError(file)
-    if not file.is_file():
-        raise error(f"{file}: not a plain file")  # opening a pipe would wait for ever
+    refuse_missing(file, error)
     if (size := file.stat().st_size) > max_bytes:
         raise error(f"{file}: damaged: {size:,} bytes, over {max_bytes:,}")
     refuse_stand_in(file, error)
+
+
+def refuse_missing(file: Path, error: type[UserError] = CheckpointError) -> None:
+    """Raises `error` if there is no plain file: nothing, a link to nothing, a pipe, a folder."""
+    if not file.exists():
+        gone = (
+            f"a link to {file.readlink()}, which does not exist" if file.is_symlink() else "missing"
+        )
+        raise error(f"{file}: {gone}") from FileNotFoundError(file)
+    if not file.is_file():
+        raise error(f"{file}: not a plain file")  # opening a pipe would wait for ever
 
 
 def refuse_stand_in(file: Path, error: type[UserError] = CheckpointError) -> None:

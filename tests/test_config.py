@@ -159,8 +159,9 @@ def test_a_field_the_model_does_not_compute_is_refused_by_name(field: str, value
 
 @pytest.mark.parametrize("key", SIZES)
 def test_a_missing_size_is_named(key: str) -> None:
-    """None of the five has a default."""
-    assert f"{key} is missing" in message({k: v for k, v in SIZES.items() if k != key})
+    """None of the five has a default, and what would follow from it is no second mistake."""
+    found = message({k: v for k, v in SIZES.items() if k != key})
+    assert found == f"dir/config.json: {key} is missing"
 
 
 def test_all_mistakes_are_in_one_message() -> None:
@@ -188,6 +189,7 @@ def test_all_mistakes_are_in_one_message() -> None:
         {"pad_token_id": 32000},
         {"is_causal": True, "per_layer_config": None, "transformers_weights": "model.safetensors"},
         {"rope_scaling": {"rope_type": "default", "factor": 1.0}},
+        {"rope_scaling": {"rope_type": "default", "factor": None}, "per_layer_config": {}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "rope_theta": 1e4},
     ],
 )
@@ -216,6 +218,7 @@ def test_a_typo_is_answered_with_the_nearest_key() -> None:
     raw = SIZES | {"num_key_value_head": 8}
     assert "unknown key 'num_key_value_head' (did you mean 'num_key_value_heads'?)" in message(raw)
     assert ModelConfig.from_dict(raw | {"num_key_value_heads": 8}).num_key_value_heads == 8
+    assert ModelConfig.from_dict(SIZES | {"eot_token_id": 7}).eos_token_ids == (2,)  # its own name
 
 
 def test_foreign_keys_survive_a_rewrite() -> None:

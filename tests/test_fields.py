@@ -125,13 +125,25 @@ SCALES = {key: value for key, value in LLAMA_3.items() if key not in CONTEXT}
         {"rope_parameters": LLAMA_3 | {"rope_theta": 500000.0}},
         {"rope_theta": 500000.0, "rope_scaling": SCALES, **CONTEXT},
         {"rope_theta": 500000.0, "rope_scaling": LLAMA_3, **CONTEXT},
+        {"rope_theta": 500000.0, "rope_scaling": SCALES, "max_position_embeddings": 8192},
     ],
 )
 def test_llama_3_scaling_is_found_where_either_generation_writes_it(rope: dict[str, Any]) -> None:
-    """Beside theta (transformers 4) or with it (5), the same numbers."""
+    """Beside theta (transformers 4) or with it (5), the same numbers; 5 can do without one."""
     config = ModelConfig.from_dict(SIZES | rope)
+    theirs = transformers.LlamaConfig(**json.loads(json.dumps(rope)))
+    theirs.standardize_rope_params()  # as its model does
+    assert theirs.rope_parameters["original_max_position_embeddings"] == 8192
     assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     assert config.rope_theta == 500000.0
+
+
+def test_a_window_in_a_llama_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers leaves it out of the mask, but shortens the cache of keys by it."""
+    assert ModelConfig.from_dict(SIZES | {"sliding_window": 2048}).sliding_window is None
+    assert not capsys.readouterr().err  # as long as the context
+    assert ModelConfig.from_dict(SIZES | {"sliding_window": 77}).sliding_window is None
+    assert "config.json: sliding_window 77 is not applied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -139,6 +151,10 @@ def test_llama_3_scaling_is_found_where_either_generation_writes_it(rope: dict[s
     [
         ({"factor": None}, "rope llama3: factor is missing"),
         ({"factor": "8"}, "rope llama3: factor is '8', expected a positive number"),
+        (
+            {"original_max_position_embeddings": 0},
+            "original_max_position_embeddings is 0, expected",
+        ),
         ({"low_freq_factor": 4.0}, "low_freq_factor 4.0 is not below high_freq_factor 4.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     ],

@@ -32,6 +32,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Weights in other layouts, which the Hugging Face repository of a model may have beside its own.
 OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "consolidated*.safetensors")
+# Suffixes of weights in formats that are not read.
+_FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".distcp", ".h5", ".msgpack", ".npz", ".onnx")
+_STATE = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")  # of trainers
 MISTRAL_LAYOUT = (
     "this is Mistral's own layout: use the Hugging Face files of the same repository (config.json, "
     "model*.safetensors)"
@@ -143,7 +146,7 @@ def _weight_files(path: Path) -> list[Path]:
     """Lists the file or the shards that transformers reads; says so if there are others."""
     index, single = path / INDEX_FILE, path / SINGLE_FILE
     others = [f.name for pattern in OTHER_WEIGHTS for f in path.glob(pattern)]
-    if index.exists() or single.exists():
+    if index.exists() or _is_there(single):
         if (adapter := path / "adapter_config.json").exists():
             raise CheckpointError(
                 f"{adapter}: a PEFT adapter beside whole weights, which transformers adds to them: "
@@ -151,7 +154,7 @@ def _weight_files(path: Path) -> list[Path]:
             )
         for name in sorted(others):
             warn(f"{path / name}: not read; the model is in safetensors, as for transformers")
-    if single.exists():
+    if _is_there(single):
         if index.exists() and any(path.glob("*-of-*.safetensors")):
             warn(f"{single}: read, as transformers does; {INDEX_FILE} and its shards are not")
         return [single]
@@ -166,21 +169,33 @@ def _weight_files(path: Path) -> list[Path]:
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
                 shown = repr(name)[:80]
                 raise CheckpointError(f"{index}: shard name {shown} is not a plain file name")
-            if name not in names and not (path / name).is_file():
+            if name not in names and not _is_there(path / name):
                 raise CheckpointError(f"{path / name}: missing, but {INDEX_FILE} lists it")
             names.add(name)
         return [path / name for name in sorted(names)]
-    if any(path.glob("*.pth")):
+    inside = [f for kind in ("*", "snapshots/*") for f in path.glob(f"{kind}/config.json")]
+    foreign = [f for f in path.iterdir() if f.suffix in _FOREIGN and not f.name.startswith(_STATE)]
+    if any(path.glob("consolidated*.pth")):
         fix = f"this is a Meta release: run 'llamapro from-meta {path} OUT_DIR' first"
-    elif "consolidated.safetensors" in others:
+    elif any(path.glob("consolidated*.safetensors")):
         fix = MISTRAL_LAYOUT
-    elif others:
-        fix = f"pickled weights ({others[0]}) are not read: save the model as safetensors"
     elif any(path.glob("adapter_model*")):
         fix = "this is a PEFT adapter: merge it into its base first (merge_and_unload)"
     elif any(path.glob("*.gguf")):
         fix = f"run 'llamapro from-gguf FILE OUT_DIR' on {next(path.glob('*.gguf')).name} first"
+    elif inside:
+        newest = max(inside, key=lambda file: file.lstat().st_mtime).parent
+        fix = f"give the directory of a model inside it, such as {newest}"
+    elif foreign:
+        largest = max(foreign, key=lambda file: (file.lstat().st_size, file.name))
+        what = "pickled weights" if largest.suffix in _FOREIGN[:5] else "weights in another format"
+        fix = f"{what} ({largest.name}) are not read: save the model as safetensors"
     else:
         found = ", ".join(sorted(f.name for f in path.glob("*.safetensors"))[:3])
         fix = f"expected {SINGLE_FILE} or {INDEX_FILE}" + (f", found {found}" if found else "")
     raise CheckpointError(f"{path}: no weights found; {fix}")
+
+
+def _is_there(file: Path) -> bool:
+    """Says whether there is a file, or a link to one that is missing: its reader says so."""
+    return file.exists() or file.is_symlink()

@@ -29,6 +29,15 @@ _WRAPPERS = {
     r"base_model\.model\.|\.(base_layer|lora_\w+|modules_to_save|original_module)\.": "PEFT",
     r"^module\.": "DistributedDataParallel or DeepSpeed",
 }
+_ROPE_TABLE = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$")
+_ONE_PER_LAYER = r"model\.layers\.\d+\.input_layernorm\.weight"
+_HINTS = {
+    r"self_attn\..*\.bias$": "; is attention_bias true?",
+    r"mlp\..*\.bias$": "; is mlp_bias true?",
+    r"\.(q(weight|zeros)|g_idx|weight_(packed|scale\w*)|scales|biases|SCB|absmax)$": (
+        ", of quantised weights; use the original ones"
+    ),
+}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Fields of Meta's params.json -> those of config.json.
 META_FIELDS = {
@@ -61,21 +70,28 @@ def match(
             f"of {numbers:,} numbers in all, such as {next(iter(stored), 'none')[:80]!r}"
         )
     expected = {name: tuple(p.shape) for name, p in build_on_meta(config).named_parameters()}
-    # Old versions of transformers wrote frequencies; a tied head may be stored once more.
-    derived = [n for n in stored if n.endswith("rotary_emb.inv_freq")]
+    stored = _in_full(stored, {*expected, _HEAD})
+    # Old versions of transformers wrote RoPE's tables; a tied head may be stored once more.
+    derived = [n for n in stored if _ROPE_TABLE.search(n)]
     if config.tie_word_embeddings:
         derived.append(_HEAD)
         if _HEAD in stored:  # safetensors' save_model keeps only the first name of the two
             stored = {_EMBEDDING: replace(stored[_HEAD], name=_EMBEDDING)} | stored
     unexpected = [name for name in stored if name not in expected and name not in derived]
-    refuse_wrapped(unexpected, path)
+    refuse_wrapped(unexpected, path, _EMBEDDING)
+    layers = sum(re.fullmatch(_ONE_PER_LAYER, name) is not None for name in stored)
+    if layers not in (0, config.num_hidden_layers):
+        raise CheckpointError(
+            f"{path / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, but the "
+            f"files hold {layers} layers; correct it, or fetch what is missing"
+        )
     wrong = Problems()
-    for name in unexpected[:1]:
-        near = [e for e in expected if name.endswith(f".{e}") or e.endswith(f".{name}")]
-        wrong.add(_unexpected(stored[name]) + (f", expected as {near[0]!r}" if near else ""))
+    wrong.add(*(_unexpected(stored[name]) for name in unexpected[:1]))
     for name, shape in expected.items():
         if name not in stored:
-            hint = "; is tie_word_embeddings true?" if name == _HEAD else ""
+            hint = (
+                "; is tie_word_embeddings true, or was it saved without?" if name == _HEAD else ""
+            )
             wrong.add(f"missing tensor {name!r}, expected {list(shape)}{hint}")
         elif stored[name].shape != shape:
             stands = stored[name]
@@ -86,11 +102,16 @@ def match(
         elif stored[name].dtype not in _FLOATS:
             wrong.add(f"{name!r} is {stored[name].dtype}, quantised; use the original weights")
     wrong.add(*(_unexpected(stored[name]) for name in unexpected[1:]))
-    wrong.check(CheckpointError, str(path))
+    fix = ": transformers leaves these out: remove them if that is right, or correct config.json"
+    wrong.check(CheckpointError, f"{path}{fix if len(wrong) == len(unexpected) else ''}")
     for name in derived:
-        if name != _HEAD:
+        if name.endswith("inv_freq"):
             _compare_frequencies(stored[name], config)
-        elif name in stored and not have_same_values(stored[_HEAD], stored[_EMBEDDING]):
+        elif (
+            name == _HEAD
+            and name in stored
+            and not have_same_values(stored[_HEAD], stored[_EMBEDDING])
+        ):
             raise CheckpointError(
                 f"{stored[_HEAD].file}: {_HEAD!r} differs from {_EMBEDDING!r}, but config.json "
                 "says tie_word_embeddings true: set it to false to use the stored head, as "
@@ -100,8 +121,21 @@ def match(
     return {name: stored[name] for name in expected}
 
 
-def refuse_wrapped(names: Iterable[str], where: Path) -> None:
-    """Raises CheckpointError if names of tensors carry the mark of a wrapper of the model."""
+def _in_full(stored: dict[str, StoredTensor], names: set[str]) -> dict[str, StoredTensor]:
+    """Adds a "model." that is missing before a name, or takes one too many, as transformers."""
+    full: dict[str, StoredTensor] = {}
+    for old, tensor in stored.items():
+        others = {f"model.{old}", old.removeprefix("model.")} & (names - stored.keys())
+        new = next(iter(others - full.keys()), old)
+        full[new] = replace(tensor, name=new)
+    return full
+
+
+def refuse_wrapped(names: Iterable[str], where: Path, embedding: str) -> None:
+    """Raises CheckpointError if names of tensors carry the mark of a wrapper of the model.
+
+    `embedding` is the name of the embedding without one.
+    """
     names = list(names)
     for pattern, wrapper in _WRAPPERS.items():
         if found := [(match, name) for name in names if (match := re.search(pattern, name))]:
@@ -111,10 +145,21 @@ def refuse_wrapped(names: Iterable[str], where: Path) -> None:
                 f"{name[:120]!r}: save the model inside the wrapper"
                 + (" (PEFT: merge_and_unload() first)" if wrapper == "PEFT" else "")
             )
+    *_, module, weight = embedding.split(".")
+    part = f"{module}.{weight}"
+    for name in names:
+        if name.endswith(f".{part}"):
+            prefix, own = name.removesuffix(part), embedding.removesuffix(part)
+            count = sum(other.startswith(prefix) for other in names)
+            raise CheckpointError(
+                f"{where}: {count} names begin with {prefix[:80]!r}, expected {own!r}, such as "
+                f"{name[:120]!r}: save the language model itself, or rename them"
+            )
 
 
 def _unexpected(tensor: StoredTensor) -> str:
-    return f"{tensor.file.name}: unexpected tensor {tensor.name!r}"
+    hint = next((fix for mark, fix in _HINTS.items() if re.search(mark, tensor.name)), "")
+    return f"{tensor.file.name}: unexpected tensor {tensor.name!r}{hint}"
 
 
 def have_same_values(one: StoredTensor, other: StoredTensor) -> bool:
@@ -147,7 +192,11 @@ def _compare_params(file: Path, config: ModelConfig) -> None:
     """Says so if a params.json beside config.json describes another model; config.json counts."""
     if not file.exists():
         return
-    params = read_json(file)
+    try:
+        params = read_json(file)
+    except CheckpointError as error:  # many tools have a file of this name
+        warn(f"{error}; config.json counts")
+        return
     keys = META_FIELDS | {"hidden_dim": "intermediate_size", "head_dim": "head_dim"}  # Mistral's
     wrong = [
         f"{key} ({hf}) is {params[key]!r:.200}, config.json says {getattr(config, hf)!r}"

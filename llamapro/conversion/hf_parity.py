@@ -39,7 +39,9 @@ def load_hf(path: str | Path, dtype: torch.dtype) -> Any:
             "comparing with Hugging Face needs transformers: pip install -e '.[hf]'"
         ) from None
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        # A config.json may turn off the names of results, which the model itself reads.
+        how = {"dtype": dtype, "local_files_only": True, "return_dict": True}
+        return AutoModelForCausalLM.from_pretrained(path, **how).eval()
     except Exception as error:  # whatever its loader raises, and its own checks of a config.json
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(

@@ -35,6 +35,11 @@ def merge(
 ) -> dict[str, Any]:
     """Merges into the checkpoint or `config.json` at `source`, as what is given demands."""
 
+    if source.is_file() and source.suffix != ".json":
+        raise ConfigError(
+            f"{source}: give the checkpoint directory or the config.json first, then the new blocks"
+        )
+
     def once() -> dict[str, Any]:
         if source.is_file() and len(blocks) == 1:
             return assemble_checkpoint(source, blocks[0], out_dir, force)

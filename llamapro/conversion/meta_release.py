@@ -43,7 +43,8 @@ _IN_LAYER: dict[str, tuple[str, int | None]] = {
     "attention_norm.weight": ("input_layernorm.weight", None),
     "ffn_norm.weight": ("post_attention_layernorm.weight", None),
 }
-ROPE = "rope.freqs"  # theta^(-2i / D): Meta's code computes it anew, so it may be absent
+# theta^(-2i / D): Meta's code computes them anew, so they may be absent. LLaMA 1 has the second.
+_ROPE = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")
 _KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of"}
 _KNOWN |= {"ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope", "max_seq_len"}
 _KNOWN |= {"max_batch_size"}
@@ -113,8 +114,8 @@ class Shards:
                     f"{self.directory / 'params.json'}: {key} is {params[key]:,}, too much for the "
                     f"tensors of {n} shards"
                 )
-        names = {*tensor_names(params["n_layers"], "columns"), *({ROPE} & set(first))}
-        refuse_wrapped(first.keys() - names, self.files[0])
+        names = {*tensor_names(params["n_layers"], "columns"), *filter(_ROPE.fullmatch, first)}
+        refuse_wrapped(first.keys() - names, self.files[0], "tok_embeddings.weight")
         wrong = Problems()
         for file, tensors in zip(self.files, self.tensors, strict=True):
             missing, unexpected = sorted(names - set(tensors)), sorted(set(tensors) - names)
@@ -129,7 +130,7 @@ class Shards:
         """Compares every part with its share of the full shape, and the copies with each other.
 
         `expected` is name -> (full shape, dimension it is split along, or None for copies). Any
-        other tensor must be the same in all shards; `rope.freqs` must follow from `config`.
+        other tensor must be the same in all shards; RoPE's must follow from `config`.
         """
         wrong, n = Problems(), len(self.files)
         for name in self.tensors[0]:
@@ -147,13 +148,13 @@ class Shards:
                 elif dim is None and not same_bytes(part, parts[0]):
                     wrong.add(f"{at} not the copy of {self.files[0].name}'s it must be")
         wrong.check(CheckpointError, str(self.directory))
-        rope = self.tensors[0].get(ROPE)
-        if rope is not None and not _is_rope(rope, config):
-            raise CheckpointError(
-                f"{self.files[0]}: {ROPE!r} {list(rope.shape)} is not theta^(-2i / D) of "
-                f"rope_theta {config.rope_theta} and head_dim {config.head_dim}; correct "
-                "params.json"
-            )
+        for name in filter(_ROPE.fullmatch, self.tensors[0]):
+            if not _is_rope(rope := self.tensors[0][name], config):
+                raise CheckpointError(
+                    f"{self.files[0]}: {name!r} {list(rope.shape)} is not theta^(-2i / D) of "
+                    f"rope_theta {config.rope_theta} and head_dim {config.head_dim}; correct "
+                    "params.json"
+                )
 
     def is_tied(self) -> bool:
         """Says whether output.weight repeats the embedding, row after row until one differs."""
@@ -169,7 +170,10 @@ def read_params(file: Path) -> dict[str, Any]:
         params = read_json(file)
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{file}: ")
-        raise ConfigError(f"{file}: not readable as a release's parameters ({reason})") from None
+        inside = [f"; give {other.parent}" for other in sorted(file.parent.glob("*/params.json"))]
+        raise ConfigError(
+            f"{file}: not readable as a release's parameters ({reason}){''.join(inside[:1])}"
+        ) from None
     if "multiple_of" not in params and "hidden_dim" in params:
         raise ConfigError(f"{file}: {MISTRAL_LAYOUT}")
     wrong = Problems()
@@ -233,7 +237,7 @@ def describe(
     ffn = first["layers.0.feed_forward.w1.weight"].shape[0] * n
     wrong = Problems()
     if (params.get("vocab_size") or -1) not in (-1, vocab):
-        wrong.add(f"vocab_size is {params['vocab_size']}, 'output.weight' has {vocab} rows")
+        wrong.add(f"vocab_size is {params['vocab_size']!r:.80}, 'output.weight' has {vocab} rows")
     if ffn_size(params) != ffn:
         wrong.add(
             "dim, multiple_of and ffn_dim_multiplier give an intermediate_size of "

@@ -49,12 +49,16 @@ def load_pth(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file}: {size:,} bytes, not a complete PyTorch file ({reason}); fetch it again"
         ) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided and t.ndim
-        for name, t in tensors.items()
-    ):
+    if not isinstance(tensors, dict):
         raise CheckpointError(f"{refused} not only plain tensors")
     for name, t in tensors.items():
+        is_tensor = isinstance(t, Tensor)
+        if not (isinstance(name, str) and is_tensor and t.layout == torch.strided and t.ndim):
+            kind = f"tensor {list(t.shape)}" if is_tensor else type(t).__name__
+            raise CheckpointError(
+                f"{refused} not only plain tensors: {name!r:.80} ({kind}); save the dictionary "
+                "of the model's tensors alone"
+            )
         # A stride of 0 shows one number as a tensor of any size.
         if t.nbytes > t.untyped_storage().nbytes():
             raise CheckpointError(

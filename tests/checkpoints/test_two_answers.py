@@ -171,7 +171,7 @@ def test_a_missing_head_asks_whether_it_is_tied(make: Callable[..., Path]) -> No
     raw = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": False}
     (path / "config.json").write_text(json.dumps(raw))
     assert "missing tensor 'lm_head.weight'" in refusal(path)
-    assert "is tie_word_embeddings true?" in refusal(path)
+    assert "is tie_word_embeddings true, or was it saved without?" in refusal(path)
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
@@ -200,6 +200,9 @@ def test_params_json_beside_config_json_is_compared(
     Checkpoint.open(path)
     expected = "rope_theta (rope_theta) is 1000000.0, config.json says 10000.0; config.json counts"
     assert expected in capsys.readouterr().err
+    (path / "params.json").write_text("[0.1]")  # another tool's
+    Checkpoint.open(path)
+    assert "holds no JSON object; config.json counts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -243,8 +246,8 @@ def test_a_key_twice_in_config_json_is_refused(make: Callable[..., Path]) -> Non
         (lambda n: n.replace("layers.0.", "layers.0._orig_mod."), "carry '_orig_mod.' of torch.co"),
         (lambda n: n.replace("q_proj.", "q_proj.base_layer."), "carry '.base_layer.' of PEFT"),
         (lambda n: n.replace("lm_head", "lm_head.original_module"), "'.original_module.' of PEFT"),
-        (lambda n: f"transformer.{n}", "', expected as '"),
-        (lambda n: n.removeprefix("model."), "', expected as 'model."),
+        (lambda n: f"student.{n}", "begin with 'student.model.', expected 'model.', such as 's"),
+        (lambda n: n.replace("model.", "model.language_model."), "begin with 'model.language_m"),
         (lambda n: n.replace("layers", "blocks"), "unexpected tensor 'model.blocks.0"),
     ],
 )
@@ -257,6 +260,68 @@ def test_names_of_a_wrapper_are_told_apart(
     save_file(tensors, path / SINGLE_FILE)
     message = refusal(path)
     assert expected in message and any(repr(name) in message for name in tensors)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(
+    "rename", [lambda n: n.removeprefix("model."), lambda n: f"model.{n}"], ids=["bare", "doubled"]
+)
+def test_names_without_model_or_with_it_twice_are_read(
+    rename: Callable[[str], str], is_tied: bool, make: Callable[..., Path]
+) -> None:
+    """Without it a `LlamaModel` saves, and Lightning adds one; transformers reads both."""
+    path = make("c", tie_word_embeddings=is_tied)
+    whole, tensors = Checkpoint.open(path).sha256(), load_file(path / SINGLE_FILE)
+    save_file({rename(name): t for name, t in tensors.items()}, path / SINGLE_FILE)
+    assert Checkpoint.open(path).sha256() == whole
+    check_as_transformers(path)
+    both = {"norm.weight": torch.ones(16), "model.norm.weight": torch.ones(16)}
+    save_file(tensors | both, path / SINGLE_FILE)
+    assert "unexpected tensor 'norm.weight'" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("score.weight", ""),
+        ("model.layers.0.self_attn.q_proj.bias", "; is attention_bias true?"),
+        ("model.layers.0.mlp.down_proj.bias", "; is mlp_bias true?"),
+        ("model.layers.0.mlp.up_proj.qzeros", ", of quantised weights; use the original ones"),
+        ("model.layers.0.mlp.up_proj.biases", ", of quantised weights; use the original ones"),
+        ("model.layers.0.self_attn.masked_bias", ""),
+    ],
+)
+def test_a_tensor_too_many_comes_with_the_fix(
+    name: str, hint: str, make: Callable[..., Path]
+) -> None:
+    """transformers leaves them out; here that is the user's decision."""
+    path = make("c")
+    save_file(load_file(path / SINGLE_FILE) | {name: torch.tensor(1.0)}, path / SINGLE_FILE)
+    expected = f"{path}: transformers leaves these out: remove them if that is right, or correct "
+    assert (
+        refusal(path) == f"{expected}config.json: {SINGLE_FILE}: unexpected tensor {name!r}{hint}"
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_another_number_of_layers_is_one_message(layers: int, make: Callable[..., Path]) -> None:
+    """A config.json that was not edited, or a shard that is not listed: not a list of tensors."""
+    path = make("c", num_hidden_layers=2)
+    raw = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": layers}
+    (path / "config.json").write_text(json.dumps(raw))
+    expected = f"num_hidden_layers is {layers}, but the files hold 2 layers; correct it, or fetch"
+    assert refusal(path).startswith(f"{path / 'config.json'}: {expected}")
+
+
+def test_rope_s_tables_of_old_files_are_passed_over(make: Callable[..., Path]) -> None:
+    """They are computed from config.json, as in transformers."""
+    path = make("c")
+    whole, tensors = Checkpoint.open(path).sha256(), load_file(path / SINGLE_FILE)
+    place = "model.layers.0.self_attn.rotary_emb"
+    tensors |= {f"{place}.{name}_cached": torch.ones(1, 1, 8, 4) for name in ("cos", "sin")}
+    tensors |= {"model.rotary_emb.original_inv_freq": torch.tensor([1.0, 0.01])}
+    save_file(tensors, path / SINGLE_FILE)
+    assert Checkpoint.open(path).sha256() == whole
 
 
 @pytest.mark.parametrize("name", [SINGLE_FILE, "config.json", INDEX_FILE])
@@ -286,6 +351,14 @@ def test_what_stands_in_a_file_s_place_is_named(
         (["adapter_config.json", "adapter_model.safetensors"], "this is a PEFT adapter: merge it"),
         (["m.gguf"], "run 'llamapro from-gguf FILE OUT_DIR' on m.gguf first"),
         (["model.fp16.safetensors"], "found model.fp16.safetensors"),
+        (["adapter_model.safetensors", "rng_state.pth"], "this is a PEFT adapter: merge it"),
+        (["consolidated-00001-of-00002.safetensors"], "this is Mistral's own layout: use the"),
+        (["lit_model.pth", "training_args.bin"], "pickled weights (lit_model.pth) are not read"),
+        (["hf_model_0001_0.pt"], "pickled weights (hf_model_0001_0.pt) are not read: save the"),
+        (["tf_model.h5"], "weights in another format (tf_model.h5) are not read: save the model"),
+        (["training_args.bin"], "no weights found; expected model.safetensors"),
+        (["checkpoint-500/config.json"], "a model inside it, such as {path}/checkpoint-500"),
+        (["refs/main", "snapshots/ab/config.json"], "inside it, such as {path}/snapshots/ab"),
     ],
 )
 def test_a_directory_without_a_model_says_what_it_is(
@@ -293,8 +366,21 @@ def test_a_directory_without_a_model_says_what_it_is(
 ) -> None:
     """Each with the next step."""
     for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert expected in refusal(tmp_path)
+    assert expected.format(path=tmp_path) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE_FILE, "config.json", "model-00001-of-00002.safetensors"])
+def test_a_link_to_nothing_is_named(name: str, make: Callable[..., Path]) -> None:
+    """The blobs of a cache were removed, or not copied."""
+    path = make("c", max_shard_bytes=20_000 if "-of-" in name else 10**9)
+    (path / name).unlink(missing_ok=True)
+    if "-of-" in name:
+        name = json.loads((path / INDEX_FILE).read_text())["weight_map"]["model.norm.weight"]
+        (path / name).unlink()
+    (path / name).symlink_to("../blobs/ab")
+    assert refusal(path) == f"{path / name}: a link to ../blobs/ab, which does not exist"
 
 
 @pytest.mark.parametrize(

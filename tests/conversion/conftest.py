@@ -269,10 +269,10 @@ def _write_gguf(
             writer.add_key_value(key, value, gguf.GGUFValueType[name])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for hf, tensor in tensors.items():
-        name = names.get_name(hf, try_suffixes=(".weight",))
-        if hf.endswith("q_proj.weight"):
+        name = names.get_name(hf, try_suffixes=(".weight", ".bias"))
+        if hf.split(".")[-2] == "q_proj":
             tensor = _interleave(tensor, config.num_attention_heads)
-        elif hf.endswith("k_proj.weight"):
+        elif hf.split(".")[-2] == "k_proj":
             tensor = _interleave(tensor, config.num_key_value_heads)
         chosen = "F32" if tensor.ndim == 1 else kind if isinstance(kind, str) else kind(name)
         writer.add_tensor(name, *_quantised(tensor, kinds[chosen]))

@@ -170,6 +170,15 @@ def test_verify_beside_transformers_passes_or_fails(
         assert convert("verify", base.path, *option)[0] == 2
 
 
+def test_a_config_without_names_of_results_is_compared(
+    base: Checkpoint, convert: Convert, tmp_path: Path
+) -> None:
+    """`return_dict` false, from scripts that trace models, makes transformers fail in its own."""
+    raw = json.loads((base.path / "config.json").read_text()) | {"return_dict": False}
+    (base.path / "config.json").write_text(json.dumps(raw))
+    assert convert("verify", base.path, "--hf")[0] == 0
+
+
 def test_what_transformers_cannot_load_is_one_message(base: Checkpoint, convert: Convert) -> None:
     """Its own checks are stricter in places: here of a token without a row."""
     raw = json.loads((base.path / "config.json").read_text()) | {"pad_token_id": 4000}
@@ -199,4 +208,7 @@ def test_a_block_whose_bias_is_left_is_no_identity(
     tensors["model.layers.4.self_attn.o_proj.bias"][3] = 1.0
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     status, _, error = convert("adopt", path, tmp_path / "out")
-    assert status == 2 and "0 of 5 layers are the identity" in error
+    assert (
+        status == 2
+        and "0 of 5 layers are the identity (o_proj and down_proj zero, weights and" in error
+    )

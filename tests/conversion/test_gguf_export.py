@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
@@ -24,14 +25,16 @@ pytest.importorskip("gguf")
 Converter = Callable[..., Path]
 
 
-@pytest.fixture(params=["llama", "mistral"])
+@pytest.fixture(params=["llama", "mistral", "llama with biases"])
 def model(
     request: pytest.FixtureRequest,
     write_random_checkpoint: Callable[..., Path],
     tiny_config: Callable[..., ModelConfig],
     tmp_path: Path,
 ) -> Checkpoint:
-    config = tiny_config(model_type=request.param, num_hidden_layers=2, rope_theta=5e5)
+    kind, *biases = request.param.split(" with ")
+    flags = dict.fromkeys(("attention_bias", "mlp_bias"), True) if biases else {}
+    config = tiny_config(model_type=kind, num_hidden_layers=2, rope_theta=5e5, **flags)
     return Checkpoint.open(write_random_checkpoint(tmp_path / "model", config))
 
 
@@ -77,6 +80,31 @@ def test_the_file_is_compared_and_then_appears(
     assert f"next: llama-cli -m {file}" in out and left(file) == ["model.gguf"]
     words = (tmp_path / "bin" / f"{CONVERTER}.words").read_text().split()
     assert words[0] == str(model.path) and words[-2:] == ["--outtype", "f32"]
+
+
+@pytest.mark.parametrize(
+    ("matrices", "vectors", "expected"),
+    [
+        (torch.bfloat16, torch.float32, "bf16"),
+        (torch.float32, torch.float16, "f32"),
+        (torch.float64, torch.float64, "f32"),
+    ],
+)
+def test_the_matrices_choose_the_type(
+    model: Checkpoint,
+    converter: Converter,
+    matrices: torch.dtype,
+    vectors: torch.dtype,
+    expected: str,
+) -> None:
+    """GGUF keeps vectors in F32, so norms of another dtype neither round nor double the rest."""
+    numbers = {name: t.bfloat16().half() for name, t in model.state_dict().items()}
+    dtypes = {name: matrices if t.ndim > 1 else vectors for name, t in numbers.items()}
+    stored = {name: t.to(dtypes[name]) for name, t in numbers.items()}
+    file = converter({name: t.float() for name, t in numbers.items()})
+    save_file(stored, model.path / "model.safetensors")
+    result = export_gguf(Checkpoint.open(model.path), file)
+    assert (result["outtype"], result["compared"]) == (expected, len(stored))
 
 
 def test_eight_bits_are_not_compared(model: Checkpoint, converter: Converter) -> None:

@@ -41,6 +41,24 @@ def test_a_companion_that_links_to_a_secret_is_not_copied(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["link", "pointer"])
+def test_a_companion_without_its_content_is_not_left_behind(
+    kind: str, good: Path, tmp_path: Path
+) -> None:
+    """The result would lack its tokenizer, or hold a pointer that nothing there can follow."""
+    base = shutil.copytree(good / "base", tmp_path / "base")
+    file = base / "tokenizer.model"
+    file.unlink()
+    if kind == "link":
+        file.symlink_to("gone")
+    else:
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
+    said = {"link": "a link to gone, which does not", "pointer": "a git-lfs pointer, not the file"}
+    with pytest.raises(CheckpointError, match=rf"base/tokenizer\.model: {said[kind]}"):
+        expand_checkpoint(Checkpoint.open(base), tmp_path / "out", insert_after(2, [0]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_licences_of_a_release_are_not_followed_either(good: Path, tmp_path: Path) -> None:
     """On the way in and on the way out."""
     (tmp_path / "secret").write_text("my key")

@@ -19,7 +19,7 @@ from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion.meta import from_meta, to_meta
-from llamapro.errors import DataError
+from llamapro.errors import CheckpointError, DataError
 from llamapro.inference.cache import KVCache
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": 1e-5}
@@ -140,6 +140,25 @@ def test_permutation_follows_its_index_formula() -> None:
             for j in range(2):
                 assert torch.equal(new[h * D + j * D // 2 + i], old[h * D + 2 * i + j])
     assert torch.equal(ops.halves_to_interleaved(new, H), old)
+
+
+def test_llama_1_has_rope_s_frequencies_in_every_layer(
+    tmp_path: Path, release: Callable[..., Path]
+) -> None:
+    """They follow from theta, which is checked; the result is the same without them."""
+    source = release(tmp_path / "release")
+    from_meta(source, tmp_path / "plain", None)
+    file = source / "consolidated.00.pth"
+    tensors = torch.load(file, weights_only=True)
+    freqs = tensors.pop("rope.freqs")
+    names = [f"layers.{i}.attention.inner_attention.rope.freqs" for i in range(2)]
+    torch.save(tensors | {name: freqs.clone() for name in names}, file)
+    from_meta(source, tmp_path / "out", None)
+    found, expected = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "plain")
+    assert found.sha256() == expected.sha256()
+    torch.save(tensors | {name: freqs * 2 for name in names}, file)
+    with pytest.raises(CheckpointError, match=rf"'{names[0]}' \[4\] is not theta"):
+        from_meta(source, tmp_path / "other", None)
 
 
 def test_dtype_argument_converts_every_tensor(

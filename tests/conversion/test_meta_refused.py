@@ -173,6 +173,7 @@ def test_a_tensor_that_does_not_fit_is_named(
         ),
         ({"n_layers": 2.5, "norm_eps": "x"}, ConfigError, "n_layers is 2.5.*norm_eps is 'x'"),
         ({"n_layers": 3}, CheckpointError, r"missing tensor 'layers\.2\.attention\.wk"),
+        ({"vocab_size": "400"}, CheckpointError, "vocab_size is '400', 'output.weight' has 400"),
         ({"vocab_size": 500}, CheckpointError, "vocab_size is 500, 'output.weight' has 400"),
         ({"multiple_of": 256}, CheckpointError, r"intermediate_size of 256, .*w1.* has 192 rows"),
         ({"rope_theta": 20000.0}, CheckpointError, r"'rope\.freqs' .* rope_theta 20000"),
@@ -191,6 +192,15 @@ def test_params_that_do_not_fit_are_named(
     (source / "params.json").write_text(json.dumps(PARAMS | change))
     with pytest.raises(error, match=message):
         from_meta(source, tmp_path / "out", None)
+
+
+def test_a_folder_that_holds_a_release_names_it(
+    tmp_path: Path, release: Callable[..., Path]
+) -> None:
+    """Llama 3's repositories have it in original/, LLaMA 1 one for each size."""
+    release(tmp_path / "original")
+    with pytest.raises(ConfigError, match=rf"params\.json: .*missing\); give {tmp_path}/original$"):
+        from_meta(tmp_path, tmp_path / "out", None)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

@@ -66,6 +66,24 @@ def test_a_pickle_may_ask_for_tensors_and_nothing_else(tmp_path: Path) -> None:
     assert load_pth(file).keys() == tensors.keys()
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"model": {"w": torch.ones(3)}}, r"'model' \(dict\)"),
+        ({"epoch": 3}, r"'epoch' \(int\)"),
+        ({"step": torch.tensor(3)}, r"'step' \(tensor \[\]\)"),
+        ({7: torch.ones(3)}, r"7 \(tensor \[3\]\)"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_named(more: dict[Any, Any], said: str, tmp_path: Path) -> None:
+    """Trainers save the tensors inside another dictionary, beside their state."""
+    torch.save({"w": torch.ones(3)} | more, tmp_path / "x.pth")
+    with pytest.raises(
+        CheckpointError, match=f"{said}; save the dictionary of the model's tensors"
+    ):
+        load_pth(tmp_path / "x.pth")
+
+
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     """A hundredfold: 32 MB in a file of 256 KB. Stored, a large pickle is refused too.
 

@@ -48,7 +48,7 @@ CARD = "---\nlicense: other\nlicense_name: tiny\nlanguage: en\n---\n# Tiny Llama
 @pytest.fixture
 def write_run(write_step: Write, pro: Checkpoint) -> Write:
     """`write_run(path)`: a run of 100 steps; returns its new-block file."""
-    return lambda path: write_step(path, pro, 100, STATE)
+    return lambda path, step=100: write_step(path, pro, step, STATE)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_several_files_say_that_they_were_not_measured_together(
     pro: Checkpoint, tmp_path: Path, write_run: Write
 ) -> None:
     """Each has its own section."""
-    files = [write_run(tmp_path / f"run{number}") for number in (1, 2)]
+    files = [write_run(tmp_path / f"run{step}", step) for step in (100, 200)]
     merge_many(pro, files, tmp_path / "both")
     card = (tmp_path / "both" / "README.md").read_text()
     assert "## Training of new-block file 1" in card and "file 2" in card

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.new_blocks import read_blocks, write_blocks
 from llamapro.checkpoints.run import (
     TRAINABLE_FILE,
     training_checkpoints,
 )
+from llamapro.checkpoints.writing import in_memory
 
 Convert = Callable[..., tuple[int, str, str]]
 HUB_ERRORS = (
@@ -222,8 +224,10 @@ def test_merge_takes_several_files_and_strip_gives_the_base_back(
 ) -> None:
     """OUT_DIR comes last, options before or after; `verify` shows the base inside."""
     files = [tmp_path / f"{name}.safetensors" for name in ("code", "law")]
-    for file in files:
-        shutil.copyfile(training_checkpoints(run_dir)[-1] / TRAINABLE_FILE, file)
+    kept, info = read_blocks(training_checkpoints(run_dir)[-1] / TRAINABLE_FILE)[1:]
+    for number, file in enumerate(files, 2):
+        tensors = {name: tensor.read() * number for name, tensor in kept.items()}
+        write_blocks(file, in_memory(tensors), info)
     status, out, _ = convert("merge", tmp_path / "pro", *files, tmp_path / "both", "--json")
     found = json.loads(out)
     assert status == 0 and found["blocks"] == [str(file) for file in files]
@@ -244,6 +248,7 @@ def test_merge_takes_several_files_and_strip_gives_the_base_back(
     [
         (["merge", "{tmp}/pro", "{tmp}/run"], "OUT_DIR is missing"),
         (["merge", "{base}", "{tmp}/run", "{tmp}/run", "{tmp}/o"], "given twice"),
+        (["merge", "{base}/model.safetensors", "{base}", "{tmp}/o"], "the checkpoint directory or"),
         (["strip", "{base}", "{tmp}/o"], "no 'llamapro' record"),
         (["expand", "hf://owner", "{tmp}/o", "--num-new-blocks", "2"], "hf://owner/name"),
     ],

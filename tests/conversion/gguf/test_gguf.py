@@ -67,16 +67,18 @@ def test_every_quantisation_is_read_as_transformers_reads_it(
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}]
+)
 def test_a_model_that_was_never_quantised_comes_back_exactly(
     tmp_path: Path,
     tiny_config: Callable[..., ModelConfig],
     random_tensors: Callable[..., dict[str, Tensor]],
     write_gguf: Callable[..., Path],
-    tied: bool,
+    fields: dict[str, bool],
 ) -> None:
     """Equal tensors and fields; eps, an fp32 number in the file, is the decimal it was made of."""
-    config = tiny_config(tie_word_embeddings=tied, head_dim=32, rope_theta=500000.0)
+    config = tiny_config(**fields, head_dim=32, rope_theta=500000.0)
     tensors = random_tensors(config)
     from_gguf(write_gguf(tmp_path / "m.gguf", config, tensors), tmp_path / "out")
     opened = Checkpoint.open(tmp_path / "out")
@@ -85,9 +87,19 @@ def test_a_model_that_was_never_quantised_comes_back_exactly(
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (raw["rms_norm_eps"], raw["rope_theta"], raw["torch_dtype"]) == (1e-5, 5e5, "float32")
-    same = ("vocab_size", "head_dim", "num_key_value_heads", "max_position_embeddings")
+    same = ["vocab_size", "head_dim", "num_key_value_heads", "max_position_embeddings"]
+    same += ["tie_word_embeddings", "attention_bias", "o_proj_bias", "mlp_bias"]
     assert all(getattr(opened.config, key) == getattr(config, key) for key in same)
-    assert opened.config.tie_word_embeddings == tied
+
+
+def test_one_number_for_each_layer_is_one_number(
+    model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """llama.cpp reads a list, too; here the layers must be alike."""
+    from_gguf(model(), tmp_path / "plain")
+    values = {"llama.attention.head_count_kv": [1], "llama.feed_forward_length": [32]}
+    from_gguf(model(name="lists.gguf", values=values), tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out").config == Checkpoint.open(tmp_path / "plain").config
 
 
 @pytest.mark.parametrize(

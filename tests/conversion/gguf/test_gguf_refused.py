@@ -21,6 +21,10 @@ UP_PROJ = "model.layers.0.mlp.up_proj.weight"
     ("values", "message"),
     [
         ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2'; only 'llama'"),
+        (
+            {"general.type": "adapter"},
+            "general.type is 'adapter'; give the file of the whole model",
+        ),
         ({"llama.expert_count": 8}, "llama.expert_count is 8, not supported (only 0)"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": 10**9}, "llama.block_count is 1000000000, but the file has 12"),
@@ -30,7 +34,7 @@ UP_PROJ = "model.layers.0.mlp.up_proj.weight"
         ({"split.count": "two"}, "split.count is 'two', expected a whole number"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn', not supported"),
         ({"llama.feed_forward_length": 64}, "'blk.0.ffn_gate.weight' is [32, 32], its metadata"),
-        ({"llama.attention.head_count": [2, 2]}, "num_attention_heads is [2, 2], expected"),
+        ({"llama.attention.head_count": [2, 1]}, "head_count is [2, 1], not supported (only one"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_by_the_key(
@@ -55,12 +59,12 @@ def test_tensors_that_are_not_a_llamas_are_named(
 ) -> None:
     """A missing one, one too many and one of another shape stand in one message."""
     tensors = {"model.norm.weight": None, UP_PROJ: torch.zeros(16, 32)}
-    file = model(tensors=tensors, extra={"blk.0.attn_q.bias": torch.zeros(32)})
+    file = model(tensors=tensors, extra={"blk.0.attn_q.scale": torch.zeros(32)})
     with pytest.raises(UserError) as caught:
         from_gguf(file, tmp_path / "out")
     for words in (
         "missing tensor 'output_norm.weight'",
-        "unexpected tensor 'blk.0.attn_q.bias'",
+        "unexpected tensor 'blk.0.attn_q.scale'",
         "'blk.0.ffn_up.weight' is [16, 32], its metadata say [32, 32]",
     ):
         assert words in str(caught.value)

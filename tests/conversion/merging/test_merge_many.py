@@ -145,7 +145,9 @@ def test_untrained_blocks_of_two_files_leave_the_logits_as_they_are(
     base: Checkpoint, pro: Checkpoint, tmp_path: Path, write_trained: Write
 ) -> None:
     """Identity after identity is the identity, to the bit."""
-    files = [write_trained(tmp_path / f"{n}.safetensors", pro) for n in (1, 2)]
+    expand_checkpoint(base, tmp_path / "pro2", expansion.insert_after(4, [0, 2]))
+    models = [pro, Checkpoint.open(tmp_path / "pro2")]
+    files = [write_trained(tmp_path / f"{n}.safetensors", m) for n, m in enumerate(models)]
     merge_many(pro, files, tmp_path / "out")
     found = verify(str(tmp_path / "out"), str(base.path))
     assert found["new_blocks"] == "identity" and found["logits_bit_equal"]
@@ -184,7 +186,9 @@ def test_the_result_has_the_dtype_of_the_base(
             "another config.json: rope_theta was 500000.0, is 10000.0",
         ),
         ("all weights", CheckpointError, "holds all weights of a model"),
-        ("twice", ConfigError, "given twice"),
+        ("twice", ConfigError, "given twice, before as"),
+        ("same", ConfigError, "given twice, before as"),
+        ("copy", ConfigError, r"bad\.safetensors: given twice, before as .*; its blocks would"),
         ("no sources", CheckpointError, "do not say from which layers"),
         ("too high", ConfigError, r"its metadata: .* new_layers \[2, 6\]"),
         ("too many", CheckpointError, "name 99 new blocks, but it holds 18 tensors"),
@@ -220,6 +224,10 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
         write_trained(bad, base, trainable="all")
     elif case == "twice":
         files = [good, good.parent / "pro" / ".." / good.name]
+    elif case == "same":
+        files = [good, good]
+    elif case == "copy":
+        shutil.copy(good, bad)
     elif case in ("no sources", "too high", "too many", "shape"):
         layout = expansion.insert_after(4, [1, 2])
         expand_checkpoint(base, tmp_path / "pro2", layout)
@@ -227,7 +235,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
     else:
         files = []
         for seed in (1, 2):
-            file = write_trained(tmp_path / f"step{seed}" / TRAINABLE_FILE, pro)
+            file = write_trained(tmp_path / f"step{seed}" / TRAINABLE_FILE, pro, 1.0, seed)
             state = {"identity": {"tokenizer": str(seed) * 64}}
             (file.parent / STATE_FILE).write_text(json.dumps(state))
             files.append(file)
