@@ -241,14 +241,21 @@ def _loss(
     teacher_x: Tensor | None,
     weight: Tensor,
     targets: Tensor,
-    logits: int,
+    at_once: int,  # logits of one product
     teacher_rows: int,
 ) -> tuple[Tensor, Tensor]:
     # Inside a Function gradients are always off, so it cannot ask itself whether they are needed.
     is_on = torch.is_grad_enabled()
-    needs = is_on and x.requires_grad, is_on and weight.requires_grad
-    tokens = max(1, logits // weight.shape[0])
-    loss_sum = _Loss.apply(x, teacher_x, weight, targets, tokens, teacher_rows, needs)
+    loss_sum = _Loss.apply(
+        x,
+        teacher_x,
+        weight,
+        targets,
+        max(1, at_once // weight.shape[0]),
+        teacher_rows,
+        is_on and x.requires_grad,
+        is_on and weight.requires_grad,
+    )
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
@@ -265,27 +272,30 @@ class _Loss(torch.autograd.Function):
         teacher_x: Tensor | None,
         weight: Tensor,
         targets: Tensor,
-        tokens: int,  # of a chunk
+        chunk_tokens: int,
         teacher_rows: int,
-        needs: tuple[bool, bool],  # the gradients of x, of weight
+        needs_x: bool,
+        needs_weight: bool,
     ) -> Tensor:
-        dtype = _wide(x.dtype)
-        grad_x = torch.empty_like(x) if needs[0] else None  # (N, C)
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None  # (V, C)
+        dtype, needs_grad = _wide(x.dtype), needs_x or needs_weight
+        grad_x = torch.empty_like(x) if needs_x else None  # (N, C)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None  # (V, C)
         losses = torch.zeros(len(x), 1, dtype=dtype, device=x.device)
         counts = (targets != IGNORE_INDEX)[:, None]  # (N, 1)
         index = targets[:, None].where(counts, 0)
-        for chunk in _slices(len(x), tokens):
+        for chunk in _slices(len(x), chunk_tokens):
             logits = linear(x[chunk], weight)  # (n, V); their gradient takes their place
             teacher = None
             if teacher_x is not None:
                 teacher = linear(teacher_x[chunk], weight[:teacher_rows])
             for rows in _slices(len(logits), max(1, wide_at_once(x.device) // len(weight))):
-                here, row = logits[rows], (losses[chunk][rows], counts[chunk][rows])
+                row_logits, row_losses = logits[rows], losses[chunk][rows]
+                row_counts = counts[chunk][rows]
                 if teacher is None:
-                    _cross_entropy(here, index[chunk][rows], *row, any(needs))
+                    row_index = index[chunk][rows]
+                    _cross_entropy(row_logits, row_index, row_losses, row_counts, needs_grad)
                 else:
-                    _kl(here, teacher[rows], *row, any(needs))
+                    _kl(row_logits, teacher[rows], row_losses, row_counts, needs_grad)
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[chunk])
             if grad_weight is not None:
@@ -302,7 +312,7 @@ class _Loss(torch.autograd.Function):
             grad_x = (grad_x.to(scale.dtype) * scale).to(grad_x.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.dtype)
-        return grad_x, None, grad_weight, None, None, None, None
+        return grad_x, None, grad_weight, None, None, None, None, None
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
