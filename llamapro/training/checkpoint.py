@@ -15,10 +15,12 @@ whole, one by one, so the files do not depend on the number of processes.
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,6 +50,7 @@ from llamapro.training.weights import stored_name, stored_part, stored_shape
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Parameters = dict[str, nn.Parameter]
+Write = Callable[[Iterator[Tensor]], None]
 
 
 class Saver:
@@ -113,7 +116,7 @@ class Saver:
         except CheckpointError:
             if not self._ranks.on_main(lambda: self._is_gone):
                 raise
-            self._start(step, parameters, optimizer, info, text)  # all of it is still in memory
+            self._start(step, parameters, optimizer, info, text)  # training has not gone on
         blocked_s = time.perf_counter() - self._started_s
         self._saved = {"path": str(self._path(step)), "step": step, "blocked_s": blocked_s}
         return before if self._in_background else self.finish()
@@ -127,38 +130,52 @@ class Saver:
         state: str,
     ) -> None:
         """Gathers and writes, or starts to write in the background; every rank must call it."""
-        target, row = self._path(step), self._first_row
+        row, failures = self._first_row, list[str]()
         specs = [
             TensorSpec(stored_name(n, row), DTYPE_CODES[p.dtype], stored_shape(n, p, row))
             for n, p in parameters.items()
         ]
-        failures: list[str] = []
+        write = partial(self._write, self._path(step), specs, info, state)
+        # Nothing is gathered yet. Whoever takes the next tensor from `gathered` enters a vote and
+        # a collective operation, and waits there until every other rank takes it too.
         gathered = _gather(parameters, optimizer, self._ranks, failures, row)
         if self._in_background:
-            copies = _copy(gathered, self._ranks, failures)
-
-            def write_copies() -> None:
-                try:
-                    self._write(target, specs, iter(copies), info, state)
-                except (UserError, OSError) as failure:
-                    if not _is_removal(failure):
-                        raise
-                    self._write(target, specs, iter(copies), info, state)
-
-            if self._ranks.is_main:
-                self._writing = self._pool.submit(write_copies)
+            self._save_in_background(gathered, failures, write)
         else:
-            if self._ranks.is_main:
-                try:
-                    self._write(target, specs, gathered, info, state)
-                except (UserError, OSError) as failure:
-                    failures.append(str(failure))
-                    self._is_gone = _is_removal(failure)
-            for _ in gathered:  # the other ranks gather here; the main one has its last vote left
-                pass
-            if failures:  # the vote was lost, and the gathering ended, inside `_write`
-                raise CheckpointError(failures[0])
-            self._ended_s = time.perf_counter()  # after the last vote
+            self._save_now(gathered, failures, write)
+
+    def _save_now(self, gathered: Iterator[Tensor], failures: list[str], write: Write) -> None:
+        """Gathers each tensor when the main rank has written the one before it.
+
+        What fails on the main rank is voted on like a failure of any other.
+        """
+        if self._ranks.is_main:
+            try:
+                write(gathered)  # takes every tensor, but not the last vote
+            except (UserError, OSError) as failure:  # a lost vote is one too, and ends `gathered`
+                failures.append(str(failure))
+                self._is_gone = _is_removal(failure)
+        deque(gathered, maxlen=0)  # the other ranks gather here; the main one votes once more
+        if failures:
+            raise CheckpointError(failures[0])
+        self._ended_s = time.perf_counter()  # after the last vote
+
+    def _save_in_background(
+        self, gathered: Iterator[Tensor], failures: list[str], write: Write
+    ) -> None:
+        """Gathers everything at once, on every rank; then the main one writes its copies alone."""
+        copies = _copy(gathered, self._ranks, failures)
+
+        def write_copies() -> None:
+            try:
+                write(iter(copies))
+            except (UserError, OSError) as failure:
+                if not _is_removal(failure):
+                    raise
+                write(iter(copies))  # all of it is still in memory
+
+        if self._ranks.is_main:
+            self._writing = self._pool.submit(write_copies)
 
     def has(self, step: int) -> bool:
         """Whether the latest save is of this step and still there; every rank must call it."""
@@ -200,9 +217,9 @@ class Saver:
         self,
         target: Path,
         specs: list[TensorSpec],
-        tensors: Iterator[Tensor],
         info: BlocksInfo,
         state: str,
+        tensors: Iterator[Tensor],
     ) -> None:
         """Does the main rank's work, in either thread; its only collectives are in `tensors`."""
         check_holder(self._run_dir)
