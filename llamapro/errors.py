@@ -80,11 +80,17 @@ class Problems:
         self._count += len(problems)
         self.listed += problems[: self._limit - len(self.listed)]
 
-    def check(self, kind: type[UserError], head: str, one_per_line: bool = False) -> None:
-        """Raises an error of this kind if there are problems: "head: a; b; and 3 more"."""
+    def text(self, head: str, one_per_line: bool = False) -> str:
+        """Returns "head: a; b; and 3 more", or "" if there are no problems."""
         if not self:
-            return
+            return ""
         more = self._count - len(self.listed)
         shown = self.listed + [f"and {more:,} more"] * (more > 0)
-        text = "\n  " + "\n  ".join(shown) if one_per_line else " " + "; ".join(shown)
-        raise kind(f"{head}:{text}")
+        return f"{head}:" + (
+            "\n  " + "\n  ".join(shown) if one_per_line else " " + "; ".join(shown)
+        )
+
+    def check(self, kind: type[UserError], head: str, one_per_line: bool = False) -> None:
+        """Raises an error of this kind with the `text` of the problems, if there are any."""
+        if text := self.text(head, one_per_line):
+            raise kind(text)

@@ -227,8 +227,16 @@ def evaluate(args: Args) -> dict[str, Any]:
     files, answers = measure_all(model)
     choices = {n: scores | baselines(questions[n]) for n, (scores, _) in answers.items()}
     if base is not None:
-        sizes = (args.shift_prompts, args.shift_prompt_tokens, args.shift_new_tokens)
-        samples = {text.name: write_greedily(model, text.documents, *sizes) for text in texts}
+        samples = {
+            text.name: write_greedily(
+                model,
+                text.documents,
+                prompts=args.shift_prompts,
+                prompt_tokens=args.shift_prompt_tokens,
+                new_tokens=args.shift_new_tokens,
+            )
+            for text in texts
+        }
         del model
         model = replace(args, skip_new_blocks=False).load(base)
         base_files, base_answers = measure_all(model)

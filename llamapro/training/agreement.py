@@ -90,11 +90,8 @@ def difference(found: list[dict[str, Any]]) -> str:
             if (other := process["facts"].get(name, "not there")) != value:
                 wrong.add(f"{name} is {value} on {first['where']}, {other} on {process['where']}")
                 break
-    try:
-        wrong.check(ConfigError, "the processes of this run differ")
-    except ConfigError as error:
-        return f"{error}; {FIX}"
-    return ""
+    text = wrong.text("the processes of this run differ")
+    return f"{text}; {FIX}" if text else ""
 
 
 def facts(settings: Settings) -> Facts:
