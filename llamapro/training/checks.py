@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 
 import torch
 
 from llamapro import backends
 from llamapro.errors import ConfigError, suggest
+from llamapro.formatting import flatten
 from llamapro.training import proposal
 from llamapro.training.metrics import is_installed
-from llamapro.training.settings import ReplaySettings, Settings, TrainSettings, flatten
+from llamapro.training.settings import ReplaySettings, Settings, TrainSettings
 
 # The expected values, the test for other ones (false for nan, which `check` reports by itself), and
 # the settings that it is for.
@@ -56,7 +58,7 @@ def check(settings: Settings, world_size: int) -> None:
         date.fromisoformat(s.data.date or "2024-01-01")
     except ValueError:
         wrong.append(f"data.date is {s.data.date!r}, expected a day such as '2024-07-26'")
-    flat = flatten(s)
+    flat = flatten(asdict(s))
     for expected, is_impossible, keys in LIMITS:
         wrong += [
             f"{key} is {flat[key]}, expected {expected}"

@@ -23,7 +23,6 @@ import errno
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ from typing import Any
 from llamapro.checkpoints.run import METRICS_FILE, RUN_FILE, read_metrics
 from llamapro.errors import DataError, warn
 from llamapro.files import make_directory, read_json, write_file
+from llamapro.formatting import finite
 
 LAST_RECORDS = 10  # the final training loss is a mean of this many records: one batch is noise
 MEANWHILE = "while the run was writing it"
@@ -187,11 +187,7 @@ def is_installed(tracker: str) -> bool:
 
 
 def _to_line(record: dict[str, Any]) -> str:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
 def _start_board(directory: Path, resume_step: int) -> Any:
