@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from llamapro.errors import ConfigError, LostProcessError, UserError, shorten, speaks
+from llamapro.errors import ConfigError, LostProcessError, UserError, note, shorten, speaks
 from llamapro.formatting import finite
 
 
@@ -86,7 +86,7 @@ def _fail(message: str, status: int) -> int:
     if speaks() and "LLAMAPRO_LAUNCHED" not in os.environ:
         rank = os.environ.get("RANK") or "0"
         where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
-        print(f"{where}{message}", file=sys.stderr, flush=True)
+        note(f"{where}{message}")
     return status
 
 

@@ -45,6 +45,11 @@ def speaks() -> bool:
     return "RANK" not in os.environ or not local.isdecimal() or int(local) == 0
 
 
+def note(text: str) -> None:
+    """Says on standard error what people should see at once; standard output has the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @functools.cache
 def warn(text: str) -> None:
     """Says on standard error, once, what a user should know of an input that is taken all the same.
@@ -52,7 +57,7 @@ def warn(text: str) -> None:
     Under torchrun the first rank of a machine speaks for all.
     """
     if speaks():
-        print(f"warning: {shorten(text)}", file=sys.stderr, flush=True)
+        note(f"warning: {shorten(text)}")
 
 
 def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:

@@ -7,7 +7,6 @@ already knew? The base is each run's evaluation at step 0.
 """
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import tyro
 
 from llamapro import cli
-from llamapro.errors import ConfigError
+from llamapro.errors import ConfigError, note
 from llamapro.files import user_path
 from llamapro.formatting import flatten, format_bytes, format_count, format_duration, perplexity
 from llamapro.training.metrics import LAST_RECORDS, Run, read_run, summarize
@@ -290,10 +289,10 @@ def report(
     """
     result = write_report(run_dirs, out)
     for file in result["files"]:
-        print(f"wrote {file}", file=sys.stderr)
+        note(f"wrote {file}")
     for summary in result["runs"]:
         if all(numbers["change"] is None for numbers in summary["sets"].values()):
-            print(f"{summary['run']} {NOT_EVALUATED}", file=sys.stderr)
+            note(f"{summary['run']} {NOT_EVALUATED}")
     sets = list(result["runs"][0]["sets"])
     cli.print_result(result, json, result_table(result["runs"], sets))
 
