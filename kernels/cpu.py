@@ -49,7 +49,7 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` by oneDNN, in whose own layout the weight may lie; without a gradient."""
+    """`linear` by oneDNN, without a gradient; the weight may be in oneDNN's own layout."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -188,10 +188,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
     `bounds` is an `ops.AttentionBounds`, or None for plain causal attention.
     """
     (B, T, H, D), (S, KV) = q.shape, k.shape[1:3]
-    # On a CPU, heads that read the same keys stand in for queries where there is one: PyTorch packs
-    # the keys of every head before it multiplies, in bf16 for several times as long.
-    is_one = T == 1 and q.device.type == "cpu"
-    q = q.reshape(B, KV, H // KV, D) if is_one else q.transpose(1, 2)  # (B, heads, queries, D)
+    # On a CPU, PyTorch packs the keys of every head before it multiplies, which in bf16 takes
+    # several times as long as the product with one query. So for one query the heads of a group,
+    # which read the same keys, go in as the queries of one head.
+    is_single = T == 1 and q.device.type == "cpu"
+    q = q.reshape(B, KV, H // KV, D) if is_single else q.transpose(1, 2)  # (B, heads, queries, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, KV, S, D)
     mask = None
     if bounds is not None or 1 < T < S:
@@ -202,7 +203,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
     out = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != KV
     )
-    return out.reshape(B, 1, H, D) if is_one else out.transpose(1, 2)
+    return out.reshape(B, 1, H, D) if is_single else out.transpose(1, 2)
 
 
 # ---- Loss ---------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         kept: list[dict[str, Any]] = []
-        # A run that starts at step 0 evaluates the base again; nothing is left to keep.
+        # A run that starts at step 0 does everything again, so it keeps no record.
         if resume_step > 0 and path.exists():
             again = [] if is_evaluated else [("eval", resume_step)]
             kept = [
@@ -84,7 +84,7 @@ class MetricsLog:
                 if record["step"] <= resume_step and (record["kind"], record["step"]) not in again
             ]
         write_file(path, "".join(map(_to_line, kept)))
-        # Not a Python file: it would look for the end of the file, and write again what has failed.
+        # A descriptor, because a Python file would keep what failed to be written and try it again.
         self._fd, self._path = os.open(path, os.O_WRONLY | os.O_APPEND), path
         self._end, self._unwritten = os.fstat(self._fd).st_size, b""
         self._trackers: dict[str, Any] = {}  # name -> its run, which has `log` and `finish`

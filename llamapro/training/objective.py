@@ -26,7 +26,7 @@ class NextToken(nn.Module):
         self.model = model
 
     def adapt(self, relative_rate: float) -> None:
-        """Ends an optimizer step on every rank; the rate is relative to the highest of the run."""
+        """Follows an optimizer step, on every rank; `relative_rate` is a share of the peak rate."""
 
     @property
     def control(self) -> dict[str, float | None]:
@@ -34,7 +34,7 @@ class NextToken(nn.Module):
         return {}
 
     def resume(self, control: dict[str, float | None]) -> None:
-        """Goes on with what `control` was."""
+        """Continues from an earlier `control`."""
 
     def forward(
         self,
@@ -170,7 +170,7 @@ class Hold(Replay):
         )
 
     def resume(self, control: dict[str, float | None]) -> None:
-        """Goes on with what `control` was; a new run has none."""
+        """Continues from an earlier `control`; a new run has none."""
         if control:  # NaN stands for a number that is not known yet: the device has no None
             numbers = {k: math.nan if value is None else value for k, value in control.items()}
             self._state = {k: torch.tensor(n, dtype=torch.float64) for k, n in numbers.items()}
