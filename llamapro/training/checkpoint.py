@@ -111,44 +111,35 @@ class Saver:
         before = self.finish()
         self.step, self._started_s = step, time.perf_counter()
         text = json.dumps(state, indent=2) + "\n"  # now, because training changes the state
-        try:
-            self._start(step, parameters, optimizer, info, text)
-        except CheckpointError:
-            if not self._ranks.on_main(lambda: self._is_gone):
-                raise
-            self._start(step, parameters, optimizer, info, text)  # training has not gone on
-        blocked_s = time.perf_counter() - self._started_s
-        self._saved = {"path": str(self._path(step)), "step": step, "blocked_s": blocked_s}
-        return before if self._in_background else self.finish()
-
-    def _start(
-        self,
-        step: int,
-        parameters: Parameters,
-        optimizer: torch.optim.Optimizer,
-        info: BlocksInfo,
-        state: str,
-    ) -> None:
-        """Gathers and writes, or starts to write in the background; every rank must call it."""
-        row, failures = self._first_row, list[str]()
+        row = self._first_row
         specs = [
             TensorSpec(stored_name(n, row), DTYPE_CODES[p.dtype], stored_shape(n, p, row))
             for n, p in parameters.items()
         ]
-        write = partial(self._write, self._path(step), specs, info, state)
-        # Nothing is gathered yet. Whoever takes the next tensor from `gathered` enters a vote and
-        # a collective operation, and waits there until every other rank takes it too.
-        gathered = _gather(parameters, optimizer, self._ranks, failures, row)
-        if self._in_background:
-            self._save_in_background(gathered, failures, write)
-        else:
-            self._save_now(gathered, failures, write)
+        write = partial(self._write, self._path(step), specs, info, text)
+        save = self._save_in_background if self._in_background else self._save_now
+        try:
+            save(parameters, optimizer, write)
+        except CheckpointError:
+            if not self._ranks.on_main(lambda: self._is_gone):
+                raise
+            save(parameters, optimizer, write)  # training has not gone on
+        blocked_s = time.perf_counter() - self._started_s
+        self._saved = {"path": str(self._path(step)), "step": step, "blocked_s": blocked_s}
+        return before if self._in_background else self.finish()
 
-    def _save_now(self, gathered: Iterator[Tensor], failures: list[str], write: Write) -> None:
+    # Both ways take tensors from `_gather`, which is a collective operation: whoever takes the next
+    # tensor votes first, and waits until every other rank has taken it too.
+
+    def _save_now(
+        self, parameters: Parameters, optimizer: torch.optim.Optimizer, write: Write
+    ) -> None:
         """Gathers each tensor when the main rank has written the one before it.
 
-        What fails on the main rank is voted on like a failure of any other.
+        A failure to write is voted on like a failure to gather.
         """
+        failures: list[str] = []
+        gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
         if self._ranks.is_main:
             try:
                 write(gathered)  # takes every tensor, but not the last vote
@@ -161,9 +152,11 @@ class Saver:
         self._ended_s = time.perf_counter()  # after the last vote
 
     def _save_in_background(
-        self, gathered: Iterator[Tensor], failures: list[str], write: Write
+        self, parameters: Parameters, optimizer: torch.optim.Optimizer, write: Write
     ) -> None:
         """Gathers everything at once, on every rank; then the main one writes its copies alone."""
+        failures: list[str] = []
+        gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
         copies = _copy(gathered, self._ranks, failures)
 
         def write_copies() -> None:
