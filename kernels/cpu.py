@@ -247,15 +247,10 @@ def _loss(
 ) -> tuple[Tensor, Tensor]:
     # Inside a Function gradients are always off, so it cannot ask itself whether they are needed.
     is_on = torch.is_grad_enabled()
+    needs_x, needs_weight = is_on and x.requires_grad, is_on and weight.requires_grad
+    tokens = max(1, at_once // weight.shape[0])
     loss_sum = _Loss.apply(
-        x,
-        teacher_x,
-        weight,
-        targets,
-        max(1, at_once // weight.shape[0]),
-        teacher_rows,
-        is_on and x.requires_grad,
-        is_on and weight.requires_grad,
+        x, teacher_x, weight, targets, tokens, teacher_rows, needs_x, needs_weight
     )
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
