@@ -249,10 +249,8 @@ def _loss(
     is_on = torch.is_grad_enabled()
     needs_x, needs_weight = is_on and x.requires_grad, is_on and weight.requires_grad
     tokens = max(1, at_once // weight.shape[0])
-    loss_sum = _Loss.apply(
-        x, teacher_x, weight, targets, tokens, teacher_rows, needs_x, needs_weight
-    )
-    return loss_sum, (targets != IGNORE_INDEX).sum()
+    loss = _Loss.apply(x, teacher_x, weight, targets, tokens, teacher_rows, needs_x, needs_weight)
+    return loss, (targets != IGNORE_INDEX).sum()
 
 
 class _Loss(torch.autograd.Function):
@@ -285,13 +283,11 @@ class _Loss(torch.autograd.Function):
             if teacher_x is not None:
                 teacher = linear(teacher_x[chunk], weight[:teacher_rows])
             for rows in _slices(len(logits), max(1, wide_at_once(x.device) // len(weight))):
-                row_logits, row_losses = logits[rows], losses[chunk][rows]
-                row_counts = counts[chunk][rows]
+                out, counted = losses[chunk][rows], counts[chunk][rows]
                 if teacher is None:
-                    row_index = index[chunk][rows]
-                    _cross_entropy(row_logits, row_index, row_losses, row_counts, needs_grad)
+                    _cross_entropy(logits[rows], index[chunk][rows], out, counted, needs_grad)
                 else:
-                    _kl(row_logits, teacher[rows], row_losses, row_counts, needs_grad)
+                    _kl(logits[rows], teacher[rows], out, counted, needs_grad)
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[chunk])
             if grad_weight is not None:
