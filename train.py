@@ -13,12 +13,13 @@ The order matters and is the method: load, freeze by the checkpoint's record, sh
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
 from llamapro import backends, cli, ops
 from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
+from llamapro.formatting import flatten
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.text.mixture import MicroBatch
 from llamapro.training import launcher, lock, plan, resume
@@ -30,7 +31,7 @@ from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
 from llamapro.training.preemption import Stopped
 from llamapro.training.progress import Progress, say
-from llamapro.training.settings import Settings, flatten
+from llamapro.training.settings import Settings
 from llamapro.training.state import Losses, RunState
 from llamapro.training.validation import evaluate, to_device
 from llamapro.training.weights import freeze, init_random, mask_gradients
@@ -189,7 +190,7 @@ def train(
     def save() -> None:
         losses.read()
         info = BlocksInfo.of(job.config, s.train.trainable, state.step)
-        kept = state.to_json() | {"settings": flatten(s)}
+        kept = state.to_json() | {"settings": flatten(asdict(s))}
         kept["chat_template"] = job.template and job.template.source  # merge hands it on
         progress.saved(saver.save(state.step, parameters, guard.optimizer, info, kept))
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
 
-from llamapro.formatting import format_bytes, format_count, format_duration
-from llamapro.report import MISSING, flatten, show, table
+from llamapro.formatting import flatten, format_bytes, format_count, format_duration
+from llamapro.report import MISSING, show, table
 
 LEAST_GONE, MOST_LOSS, MOST_COST = 0.9, 0.02, 1.25  # the aim: share gone, domain loss, cost
 AIM = (
@@ -246,7 +246,8 @@ def tables(results: dict[str, Any]) -> str:
         parts += [f"## All trials: {study['name']}", _trials(study)]
     about = results["about"]
     facts = {"machine": about["machine"], "elapsed": format_duration(about["elapsed_s"])}
-    facts |= flatten({"versions": about["versions"], "settings": about["settings"]})
+    nested = {"versions": about["versions"], "settings": about["settings"]}
+    facts |= {key: show(value) for key, value in flatten(nested).items()}
     parts += ["## Settings", table([["setting", "value"], *map(list, facts.items())])]
     return "\n\n".join(parts) + "\n"
 

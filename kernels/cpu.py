@@ -49,7 +49,7 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` by oneDNN, in whose own layout the weight may lie; without a gradient."""
+    """`linear` by oneDNN, without a gradient; the weight may be in oneDNN's own layout."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -188,10 +188,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
     `bounds` is an `ops.AttentionBounds`, or None for plain causal attention.
     """
     (B, T, H, D), (S, KV) = q.shape, k.shape[1:3]
-    # On a CPU, heads that read the same keys stand in for queries where there is one: PyTorch packs
-    # the keys of every head before it multiplies, in bf16 for several times as long.
-    is_one = T == 1 and q.device.type == "cpu"
-    q = q.reshape(B, KV, H // KV, D) if is_one else q.transpose(1, 2)  # (B, heads, queries, D)
+    # On a CPU, PyTorch packs the keys of every head before it multiplies, which in bf16 takes
+    # several times as long as the product with one query. So for one query the heads of a group,
+    # which read the same keys, go in as the queries of one head.
+    is_single = T == 1 and q.device.type == "cpu"
+    q = q.reshape(B, KV, H // KV, D) if is_single else q.transpose(1, 2)  # (B, heads, queries, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, KV, S, D)
     mask = None
     if bounds is not None or 1 < T < S:
@@ -202,7 +203,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Any = None) -> Tensor:
     out = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != KV
     )
-    return out.reshape(B, 1, H, D) if is_one else out.transpose(1, 2)
+    return out.reshape(B, 1, H, D) if is_single else out.transpose(1, 2)
 
 
 # ---- Loss ---------------------------------------------------------------------------------------
@@ -241,15 +242,15 @@ def _loss(
     teacher_x: Tensor | None,
     weight: Tensor,
     targets: Tensor,
-    logits: int,
+    at_once: int,  # logits of one product
     teacher_rows: int,
 ) -> tuple[Tensor, Tensor]:
     # Inside a Function gradients are always off, so it cannot ask itself whether they are needed.
     is_on = torch.is_grad_enabled()
-    needs = is_on and x.requires_grad, is_on and weight.requires_grad
-    tokens = max(1, logits // weight.shape[0])
-    loss_sum = _Loss.apply(x, teacher_x, weight, targets, tokens, teacher_rows, needs)
-    return loss_sum, (targets != IGNORE_INDEX).sum()
+    needs_x, needs_weight = is_on and x.requires_grad, is_on and weight.requires_grad
+    tokens = max(1, at_once // weight.shape[0])
+    loss = _Loss.apply(x, teacher_x, weight, targets, tokens, teacher_rows, needs_x, needs_weight)
+    return loss, (targets != IGNORE_INDEX).sum()
 
 
 class _Loss(torch.autograd.Function):
@@ -265,27 +266,28 @@ class _Loss(torch.autograd.Function):
         teacher_x: Tensor | None,
         weight: Tensor,
         targets: Tensor,
-        tokens: int,  # of a chunk
+        chunk_tokens: int,
         teacher_rows: int,
-        needs: tuple[bool, bool],  # the gradients of x, of weight
+        needs_x: bool,
+        needs_weight: bool,
     ) -> Tensor:
-        dtype = _wide(x.dtype)
-        grad_x = torch.empty_like(x) if needs[0] else None  # (N, C)
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None  # (V, C)
+        dtype, needs_grad = _wide(x.dtype), needs_x or needs_weight
+        grad_x = torch.empty_like(x) if needs_x else None  # (N, C)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None  # (V, C)
         losses = torch.zeros(len(x), 1, dtype=dtype, device=x.device)
         counts = (targets != IGNORE_INDEX)[:, None]  # (N, 1)
         index = targets[:, None].where(counts, 0)
-        for chunk in _slices(len(x), tokens):
+        for chunk in _slices(len(x), chunk_tokens):
             logits = linear(x[chunk], weight)  # (n, V); their gradient takes their place
             teacher = None
             if teacher_x is not None:
                 teacher = linear(teacher_x[chunk], weight[:teacher_rows])
             for rows in _slices(len(logits), max(1, wide_at_once(x.device) // len(weight))):
-                here, row = logits[rows], (losses[chunk][rows], counts[chunk][rows])
+                out, counted = losses[chunk][rows], counts[chunk][rows]
                 if teacher is None:
-                    _cross_entropy(here, index[chunk][rows], *row, any(needs))
+                    _cross_entropy(logits[rows], index[chunk][rows], out, counted, needs_grad)
                 else:
-                    _kl(here, teacher[rows], *row, any(needs))
+                    _kl(logits[rows], teacher[rows], out, counted, needs_grad)
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[chunk])
             if grad_weight is not None:
@@ -302,7 +304,7 @@ class _Loss(torch.autograd.Function):
             grad_x = (grad_x.to(scale.dtype) * scale).to(grad_x.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.dtype)
-        return grad_x, None, grad_weight, None, None, None, None
+        return grad_x, None, grad_weight, None, None, None, None, None
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

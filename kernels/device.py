@@ -20,8 +20,8 @@ def architecture(device: torch.device) -> int:
     """Returns the generation whose block sizes fit the device: 80 (Ampere, Ada) or 90 (Hopper).
 
     The interpreter takes the sizes of 80. So do later generations, whose own are not measured: they
-    have the shared memory and the instructions that 80 asks for. An AMD GPU calls itself "cuda" too
-    and numbers its generations anew: an MI200 is 9.0, as Hopper is, but has none of its copies.
+    have the shared memory and the instructions that 80 asks for. PyTorch calls an AMD GPU "cuda"
+    too, but its numbers mean other things: an MI200 is 9.0, like Hopper, and has no TMA.
     """
     if device.type != "cuda" or torch.version.hip:
         return 80

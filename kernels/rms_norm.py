@@ -209,7 +209,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dsum, dy = (None, *grads)[-2:]
+        dsum, dy = (None, *grads)[-2:]  # without a residual, y is the only output
         needs_dx, needs_dresidual, needs_dweight, _ = ctx.needs_input_grad
         needs_sum = needs_dx or needs_dresidual
         dx, dweight = _backward(dy, dsum, *ctx.saved_tensors, needs_sum, needs_dweight)

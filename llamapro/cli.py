@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import math
 import os
 import signal
 import socket
@@ -14,7 +13,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from llamapro.errors import ConfigError, LostProcessError, UserError, shorten, speaks
+from llamapro.errors import ConfigError, LostProcessError, UserError, note, shorten, speaks
+from llamapro.formatting import finite
 
 
 def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
@@ -86,7 +86,7 @@ def _fail(message: str, status: int) -> int:
     if speaks() and "LLAMAPRO_LAUNCHED" not in os.environ:
         rank = os.environ.get("RANK") or "0"
         where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
-        print(f"{where}{message}", file=sys.stderr, flush=True)
+        note(f"{where}{message}")
     return status
 
 
@@ -103,13 +103,4 @@ def arguments(kind: Any, argv: Sequence[str] | None, prog: str, **more: Any) -> 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Prints the result on standard output: one JSON object, or the text for people."""
-    print(json.dumps(_finite(result), allow_nan=False) if as_json else text, flush=True)
-
-
-def _finite(value: Any) -> Any:
-    """Replaces numbers that are not finite by null: JSON cannot hold them."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(result), allow_nan=False) if as_json else text, flush=True)

@@ -45,6 +45,11 @@ def speaks() -> bool:
     return "RANK" not in os.environ or not local.isdecimal() or int(local) == 0
 
 
+def note(text: str) -> None:
+    """Says on standard error what people should see at once; standard output has the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
 @functools.cache
 def warn(text: str) -> None:
     """Says on standard error, once, what a user should know of an input that is taken all the same.
@@ -52,7 +57,7 @@ def warn(text: str) -> None:
     Under torchrun the first rank of a machine speaks for all.
     """
     if speaks():
-        print(f"warning: {shorten(text)}", file=sys.stderr, flush=True)
+        note(f"warning: {shorten(text)}")
 
 
 def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
@@ -80,11 +85,17 @@ class Problems:
         self._count += len(problems)
         self.listed += problems[: self._limit - len(self.listed)]
 
-    def check(self, kind: type[UserError], head: str, one_per_line: bool = False) -> None:
-        """Raises an error of this kind if there are problems: "head: a; b; and 3 more"."""
+    def text(self, head: str, one_per_line: bool = False) -> str:
+        """Returns "head: a; b; and 3 more", or "" if there are no problems."""
         if not self:
-            return
+            return ""
         more = self._count - len(self.listed)
         shown = self.listed + [f"and {more:,} more"] * (more > 0)
-        text = "\n  " + "\n  ".join(shown) if one_per_line else " " + "; ".join(shown)
-        raise kind(f"{head}:{text}")
+        return f"{head}:" + (
+            "\n  " + "\n  ".join(shown) if one_per_line else " " + "; ".join(shown)
+        )
+
+    def check(self, kind: type[UserError], head: str, one_per_line: bool = False) -> None:
+        """Raises an error of this kind with the `text` of the problems, if there are any."""
+        if text := self.text(head, one_per_line):
+            raise kind(text)

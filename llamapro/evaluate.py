@@ -6,7 +6,6 @@ shift (Appendix G): the tuned model writes greedily, and the base ranks each tok
 """
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from tyro.conf import Positional, arg
 
 from llamapro import cli
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.errors import ConfigError, DataError
+from llamapro.errors import ConfigError, DataError, note
 from llamapro.formatting import perplexity
 from llamapro.inference.distribution_shift import shift, write_greedily
 from llamapro.inference.multiple_choice import (
@@ -67,7 +66,7 @@ def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
                 pieces = []
     except DataError as error:  # the option has another name in training
         raise DataError(str(error).replace("--data.text-key", "--text-key")) from None
-    print(f"{pattern}: {counts.describe()}", file=sys.stderr)
+    note(f"{pattern}: {counts.describe()}")
     unpredicted = 0
     if not tokenizer.prefix:  # a space that the tokenizer put first is none of the text's bytes
         firsts = [tokenizer.bytes_of(ids[0]) for ids in documents if ids]
@@ -78,7 +77,7 @@ def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Cuts a document into windows in which every token but the first is predicted exactly once.
 
-    Each window moves by `stride` tokens. All but the first predict so many, each with at least
+    Each window moves by `stride` tokens. All but the first predict that many, each with at least
     context - stride tokens before it.
 
     Yields:
@@ -227,8 +226,16 @@ def evaluate(args: Args) -> dict[str, Any]:
     files, answers = measure_all(model)
     choices = {n: scores | baselines(questions[n]) for n, (scores, _) in answers.items()}
     if base is not None:
-        sizes = (args.shift_prompts, args.shift_prompt_tokens, args.shift_new_tokens)
-        samples = {text.name: write_greedily(model, text.documents, *sizes) for text in texts}
+        samples = {
+            text.name: write_greedily(
+                model,
+                text.documents,
+                prompts=args.shift_prompts,
+                prompt_tokens=args.shift_prompt_tokens,
+                new_tokens=args.shift_new_tokens,
+            )
+            for text in texts
+        }
         del model
         model = replace(args, skip_new_blocks=False).load(base)
         base_files, base_answers = measure_all(model)

@@ -1,6 +1,7 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and nested values as tables and JSON take them."""
 
 import math
+from typing import Any
 
 
 def perplexity(loss: float) -> float:
@@ -43,3 +44,21 @@ def format_duration(seconds: float) -> str:
         return f"{minutes // 60}h{minutes % 60:02d}m"
     hours = round(minutes / 60)
     return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dictionaries as one with dotted keys: {"train.steps": 100, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def finite(value: Any) -> Any:
+    """Replaces numbers that are not finite by None: JSON cannot hold them."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,7 @@ from llamapro.checkpoints.base import check_contained
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import open_blocks
 from llamapro.conversion.model_card import Training
-from llamapro.errors import ConfigError, DataError, warn
+from llamapro.errors import ConfigError, DataError, note, warn
 from llamapro.inference.chat import Conversation, converse
 from llamapro.inference.options import ComputeOptions, SamplingOptions
 from llamapro.inference.sampling import choose_sampling, end_ids, write_text
@@ -157,7 +157,7 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
     tokens_per_s = count / (time.perf_counter() - started)
     show("\n")
     stopped = "context full, " if count == room < args.max_new_tokens else ""
-    print(f"{stopped}{count} tokens, {tokens_per_s:.1f} tokens/s", file=sys.stderr)
+    note(f"{stopped}{count} tokens, {tokens_per_s:.1f} tokens/s")
     text = "".join(pieces)
     return {"prompt": args.prompt, "text": text, "tokens": count, "tokens_per_s": tokens_per_s}
 

@@ -7,7 +7,6 @@ already knew? The base is each run's evaluation at step 0.
 """
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -17,9 +16,9 @@ import numpy as np
 import tyro
 
 from llamapro import cli
-from llamapro.errors import ConfigError
+from llamapro.errors import ConfigError, note
 from llamapro.files import user_path
-from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
+from llamapro.formatting import flatten, format_bytes, format_count, format_duration, perplexity
 from llamapro.training.metrics import LAST_RECORDS, Run, read_run, summarize
 
 if TYPE_CHECKING:
@@ -87,22 +86,12 @@ def _sentence(summary: dict[str, Any]) -> str:
     return f"- **{summary['run']}** " + ("; ".join(parts) or NOT_EVALUATED) + "."
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Returns nested settings as dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: MISSING if value is None else str(value)}
-    flat: dict[str, str] = {}
-    for key, inner in value.items():
-        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 def _settings_table(runs: Sequence[Run]) -> str:
     parts = ("settings", "new_layers", "tokens_per_step", "device", "world_size", "versions")
     flat = []
     for run in runs:
         info = {key: run.info[key] for key in parts if key in run.info}
-        flat.append(flatten(info.pop("settings", None) or {}) | flatten(info))
+        flat.append({k.removeprefix("settings."): show(v) for k, v in flatten(info).items()})
     rows = []
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [settings.get(key, MISSING) for settings in flat]
@@ -300,10 +289,10 @@ def report(
     """
     result = write_report(run_dirs, out)
     for file in result["files"]:
-        print(f"wrote {file}", file=sys.stderr)
+        note(f"wrote {file}")
     for summary in result["runs"]:
         if all(numbers["change"] is None for numbers in summary["sets"].values()):
-            print(f"{summary['run']} {NOT_EVALUATED}", file=sys.stderr)
+            note(f"{summary['run']} {NOT_EVALUATED}")
     sets = list(result["runs"][0]["sets"])
     cli.print_result(result, json, result_table(result["runs"], sets))
 

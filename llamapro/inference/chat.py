@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import torch
 
-from llamapro.errors import ConfigError, DataError, UserError
+from llamapro.errors import ConfigError, DataError, UserError, note
 from llamapro.inference.cache import KVCache
 from llamapro.inference.options import SamplingOptions
 from llamapro.inference.sampling import choose_sampling, end_ids, write_text
@@ -164,14 +164,14 @@ def converse(conversation: Conversation, prompt: str, out: TextIO) -> dict[str, 
 
     for text in _turns(prompt, is_terminal, conversation.reset):
         try:
-            note = conversation.answer(text, show)
+            about = conversation.answer(text, show)
         except UserError as error:
             if not is_terminal:
                 raise
-            note = f"{error}; the turn is left out (/reset forgets all turns)"
+            about = f"{error}; the turn is left out (/reset forgets all turns)"
         else:
             print(file=out, flush=True)
-        print(note, file=sys.stderr, flush=True)
+        note(about)
     if not conversation.tokens and not is_terminal:
         raise ConfigError("standard input has no line to answer; give it turns, or --prompt")
     return {
@@ -196,7 +196,7 @@ def _turns(prompt: str, is_terminal: bool, reset: Callable[[], None]) -> Iterato
         elif text.strip():  # an empty line is no turn
             yield text
     if is_terminal:
-        print(file=sys.stderr)  # Ctrl-D leaves the cursor behind the question
+        note("")  # Ctrl-D leaves the cursor behind the question
 
 
 def _read_line(question: str) -> str:

@@ -36,7 +36,10 @@ def _step(llama: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
     first = max(0, past + 1 - (config.sliding_window or past + 1))  # key that the token sees
     x = model.embed_tokens.weight[ids]  # (B, C)
     cos, sin = ops.rotary_table(config, torch.tensor([past]), x.dtype)  # (1, D)
-    sin = torch.cat((-sin[:, : D // 2], sin[:, D // 2 :]), dim=1)  # of both halves swapped
+    # Queries and keys are rotated together. Of the two halves of D, y_1 = x_1 cos - x_2 sin and
+    # y_2 = x_2 cos + x_1 sin. So y = x cos + (x_2, x_1) signed_sin, where the table has the signs,
+    # and rolling x by D/2 swaps its halves.
+    signed_sin = torch.cat((-sin[:, : D // 2], sin[:, D // 2 :]), dim=1)  # (1, D)
     for index, layer in enumerate(layers):
         attn, mlp = layer.self_attn, layer.mlp
         normed = _norm(x, layer.input_layernorm)
@@ -44,7 +47,7 @@ def _step(llama: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
         qk, v = qkv[:, : H + KV], qkv[:, H + KV :]  # (B, H + KV, D), (B, KV, D)
         if config.qk_norm:
             qk = torch.cat((_norm(qk[:, :H], attn.q_norm), _norm(qk[:, H:], attn.k_norm)), 1)
-        qk = (qk * cos).add_(qk.roll(D // 2, -1).mul_(sin))
+        qk = (qk * cos).add_(qk.roll(D // 2, -1).mul_(signed_sin))
         k, v = cache.append(index, qk[:, None, H:], v[:, None])  # (B, S, KV, D)
         attended = ops.attention(qk[:, None, :H], k[:, first:], v[:, first:])  # (B, 1, H, D)
         x = x + _product(attended.flatten(1), attn.o_proj)

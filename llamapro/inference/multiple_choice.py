@@ -130,9 +130,9 @@ def _tokenize(
 ) -> Question:
     """Returns a question whose choices have the ids that follow the prompt in the joined text."""
     ids, tokens = tokenizer.encode(prompt, bos=True), []
-    for choice in choices:  # encoded by itself where a token would span the border
+    for choice in choices:
         joined = tokenizer.encode(prompt + choice, bos=True)
-        agrees = joined[: len(ids)] == ids
+        agrees = joined[: len(ids)] == ids  # else a token spans the border between the two
         tokens.append(joined[len(ids) :] if agrees else tokenizer.encode(choice, continues=True))
     # The longest choice decides for all, so that all choices follow the same prompt.
     room = context + 1 - max(map(len, tokens))  # the last token of a choice is no input
@@ -226,7 +226,7 @@ def _continue(
 def measure_choices(
     model: LlamaForCausalLM, questions: Sequence[Question], batch_size: int, name: str
 ) -> tuple[dict[str, float], list[bool]]:
-    """Lets a model choose, the first of equally likely choices. Arguments as `log_likelihoods`.
+    """Lets a model choose; a tie goes to the first choice. Arguments as `log_likelihoods`.
 
     Returns:
         accuracy, its standard error `stderr`, and `accuracy_sum`, where the plain sum decides.

@@ -1,7 +1,6 @@
 """Options that `generate` and `evaluate` share: device, dtype, backends, sampling."""
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from llamapro import backends
 from llamapro.checkpoints.base import check_contained, contained_checkpoint
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.stacking import stack
-from llamapro.errors import ConfigError
+from llamapro.errors import ConfigError, note
 from llamapro.model import LlamaForCausalLM
 
 
@@ -74,9 +73,7 @@ class ComputeOptions:
             raise ConfigError(f"--ops {self.ops}: {error}; use auto, or torch for it") from None
         kind = str(weight.dtype).removeprefix("torch.")
         which = "the base inside, new blocks skipped; " if self.skip_new_blocks else ""
-        print(
-            f"{checkpoint.path}: {which}{kind} on {weight.device}; ops: {chosen}", file=sys.stderr
-        )
+        note(f"{checkpoint.path}: {which}{kind} on {weight.device}; ops: {chosen}")
         return model
 
 

@@ -3,7 +3,6 @@
 Shapes: B batch, T length, C hidden size, V vocabulary.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llamapro.config import ModelConfig
-from llamapro.errors import CheckpointError, warn
+from llamapro.errors import CheckpointError, note, warn
 from llamapro.files import read_json
 from llamapro.inference.cache import KVCache
 from llamapro.inference.decoding import next_logits
@@ -100,7 +99,7 @@ def choose_sampling(
     said = [f"{', '.join(taken)} from {file.name}"] if taken else []
     said += [f"{', '.join(left)} of {file.name} not applied"] if left else []
     if said:
-        print("; ".join(said), file=sys.stderr)
+        note("; ".join(said))
     return temperature, 1.0 if top_p is None else top_p
 
 

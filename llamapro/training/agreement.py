@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,11 @@ import torch
 from llamapro import __version__, kernels, scripts
 from llamapro.checkpoints.run import MANIFEST_FILE, find_damage
 from llamapro.errors import ConfigError, Problems, UserError
+from llamapro.formatting import flatten
 from llamapro.text.store import INDEX_FILE, TokenStore
 from llamapro.training import distributed, peers
 from llamapro.training.lock import LOCK_FILE
-from llamapro.training.settings import Settings, flatten
+from llamapro.training.settings import Settings
 
 T = TypeVar("T")
 Facts = dict[str, str]  # what must be the same everywhere: name -> value
@@ -90,16 +91,13 @@ def difference(found: list[dict[str, Any]]) -> str:
             if (other := process["facts"].get(name, "not there")) != value:
                 wrong.add(f"{name} is {value} on {first['where']}, {other} on {process['where']}")
                 break
-    try:
-        wrong.check(ConfigError, "the processes of this run differ")
-    except ConfigError as error:
-        return f"{error}; {FIX}"
-    return ""
+    text = wrong.text("the processes of this run differ")
+    return f"{text}; {FIX}" if text else ""
 
 
 def facts(settings: Settings) -> Facts:
     """Returns settings, code and versions, which must be the same in every process."""
-    found = {k: json.dumps(v) for k, v in flatten(settings).items() if k not in LOCAL}
+    found = {k: json.dumps(v) for k, v in flatten(asdict(settings)).items() if k not in LOCAL}
     return found | {"the code of llamapro": code_hash(), "PyTorch": torch.__version__}
 
 

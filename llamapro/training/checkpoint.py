@@ -15,10 +15,12 @@ whole, one by one, so the files do not depend on the number of processes.
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,6 +50,7 @@ from llamapro.training.weights import stored_name, stored_part, stored_shape
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Parameters = dict[str, nn.Parameter]
+Write = Callable[[Iterator[Tensor]], None]
 
 
 class Saver:
@@ -108,57 +111,64 @@ class Saver:
         before = self.finish()
         self.step, self._started_s = step, time.perf_counter()
         text = json.dumps(state, indent=2) + "\n"  # now, because training changes the state
-        try:
-            self._start(step, parameters, optimizer, info, text)
-        except CheckpointError:
-            if not self._ranks.on_main(lambda: self._is_gone):
-                raise
-            self._start(step, parameters, optimizer, info, text)  # all of it is still in memory
-        blocked_s = time.perf_counter() - self._started_s
-        self._saved = {"path": str(self._path(step)), "step": step, "blocked_s": blocked_s}
-        return before if self._in_background else self.finish()
-
-    def _start(
-        self,
-        step: int,
-        parameters: Parameters,
-        optimizer: torch.optim.Optimizer,
-        info: BlocksInfo,
-        state: str,
-    ) -> None:
-        """Gathers and writes, or starts to write in the background; every rank must call it."""
-        target, row = self._path(step), self._first_row
+        row = self._first_row
         specs = [
             TensorSpec(stored_name(n, row), DTYPE_CODES[p.dtype], stored_shape(n, p, row))
             for n, p in parameters.items()
         ]
+        write = partial(self._write, self._path(step), specs, info, text)
+        save = self._save_in_background if self._in_background else self._save_now
+        try:
+            save(parameters, optimizer, write)
+        except CheckpointError:
+            if not self._ranks.on_main(lambda: self._is_gone):
+                raise
+            save(parameters, optimizer, write)  # training has not gone on
+        blocked_s = time.perf_counter() - self._started_s
+        self._saved = {"path": str(self._path(step)), "step": step, "blocked_s": blocked_s}
+        return before if self._in_background else self.finish()
+
+    # Both ways take tensors from `_gather`, which is a collective operation: whoever takes the next
+    # tensor votes first, and waits until every other rank has taken it too.
+
+    def _save_now(
+        self, parameters: Parameters, optimizer: torch.optim.Optimizer, write: Write
+    ) -> None:
+        """Gathers each tensor when the main rank has written the one before it.
+
+        A failure to write is voted on like a failure to gather.
+        """
         failures: list[str] = []
-        gathered = _gather(parameters, optimizer, self._ranks, failures, row)
-        if self._in_background:
-            copies = _copy(gathered, self._ranks, failures)
+        gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
+        if self._ranks.is_main:
+            try:
+                write(gathered)  # takes every tensor, but not the last vote
+            except (UserError, OSError) as failure:  # a lost vote is one too, and ends `gathered`
+                failures.append(str(failure))
+                self._is_gone = _is_removal(failure)
+        deque(gathered, maxlen=0)  # the other ranks gather here; the main one votes once more
+        if failures:
+            raise CheckpointError(failures[0])
+        self._ended_s = time.perf_counter()  # after the last vote
 
-            def write_copies() -> None:
-                try:
-                    self._write(target, specs, iter(copies), info, state)
-                except (UserError, OSError) as failure:
-                    if not _is_removal(failure):
-                        raise
-                    self._write(target, specs, iter(copies), info, state)
+    def _save_in_background(
+        self, parameters: Parameters, optimizer: torch.optim.Optimizer, write: Write
+    ) -> None:
+        """Gathers everything at once, on every rank; then the main one writes its copies alone."""
+        failures: list[str] = []
+        gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
+        copies = _copy(gathered, self._ranks, failures)
 
-            if self._ranks.is_main:
-                self._writing = self._pool.submit(write_copies)
-        else:
-            if self._ranks.is_main:
-                try:
-                    self._write(target, specs, gathered, info, state)
-                except (UserError, OSError) as failure:
-                    failures.append(str(failure))
-                    self._is_gone = _is_removal(failure)
-            for _ in gathered:  # the other ranks gather here; the main one has its last vote left
-                pass
-            if failures:  # the vote was lost, and the gathering ended, inside `_write`
-                raise CheckpointError(failures[0])
-            self._ended_s = time.perf_counter()  # after the last vote
+        def write_copies() -> None:
+            try:
+                write(iter(copies))
+            except (UserError, OSError) as failure:
+                if not _is_removal(failure):
+                    raise
+                write(iter(copies))  # all of it is still in memory
+
+        if self._ranks.is_main:
+            self._writing = self._pool.submit(write_copies)
 
     def has(self, step: int) -> bool:
         """Whether the latest save is of this step and still there; every rank must call it."""
@@ -200,9 +210,9 @@ class Saver:
         self,
         target: Path,
         specs: list[TensorSpec],
-        tensors: Iterator[Tensor],
         info: BlocksInfo,
         state: str,
+        tensors: Iterator[Tensor],
     ) -> None:
         """Does the main rank's work, in either thread; its only collectives are in `tensors`."""
         check_holder(self._run_dir)

@@ -19,6 +19,7 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -268,18 +269,9 @@ def shard(
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
     )
     model = objective.model
-    whole: set[nn.Parameter] = set()  # what FSDP leaves alone
-
-    def cast(module: nn.Module) -> bool:
-        """Casts the parameters of one unit; returns whether FSDP is to spread it."""
-        for p in module.parameters():
-            p.data = p.data.to(torch.float32 if p.requires_grad else compute_dtype)
-            if frozen == "replicate" and not p.requires_grad:
-                # A copy: on a CPU it may still be the file, which another program can overwrite.
-                p.data = p.data.to(ranks.device, copy=True)
-                whole.add(p)
-        return any(p not in whole for p in module.parameters())
-
+    # FSDP leaves these weights alone. Each is a copy: on a CPU it may still be the file, which
+    # another program can overwrite.
+    whole_on = ranks.device if frozen == "replicate" else None
     layers = list(model.model.layers)
     trains = [is_trained(layer) for layer in layers]
     first = trains.index(True) if True in trains else len(layers)
@@ -292,15 +284,31 @@ def shard(
             checkpoint(layer)
         if not trains[index]:
             quantize(layer, frozen_dtype, compute_dtype, ranks.device, index >= first)
-        if cast(layer):
+        _cast(layer, compute_dtype, whole_on)
+        if trains[index] or whole_on is None:
             is_kept = frozen == "gather" and index >= first and not trains[index]
             unit = sharded(layer, reshard_after_forward=not is_kept)
             if index == first:
-                # Backward ends here, but FSDP would gather, ahead of time, the unit that ran
-                # before: the block below, or the last one of an evaluation. Naming a unit that is
-                # whole already, this one, leaves nothing to gather.
-                unit.set_modules_to_backward_prefetch([unit])
+                _end_prefetch(unit)
     # Embedding, final norm and head are in no block: they belong to the root unit.
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
-        cast(module)
+        _cast(module, compute_dtype, whole_on)
+    whole = {p for p in model.parameters() if whole_on is not None and not p.requires_grad}
     sharded(objective, ignored_params=whole)
+
+
+def _cast(module: nn.Module, compute_dtype: torch.dtype, whole_on: torch.device | None) -> None:
+    """Gives trained weights fp32 and frozen ones the compute dtype; may copy these to a device."""
+    for p in module.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else compute_dtype)
+        if whole_on is not None and not p.requires_grad:
+            p.data = p.data.to(whole_on, copy=True)
+
+
+def _end_prefetch(unit: FSDPModule) -> None:
+    """Keeps FSDP from gathering what backward, which ends with this unit, does not reach.
+
+    FSDP gathers ahead of time the unit that ran before: the block below, or the last one of an
+    evaluation. Naming a unit that is whole already, this one, leaves nothing to gather.
+    """
+    unit.set_modules_to_backward_prefetch([unit])

@@ -94,8 +94,9 @@ class Job:
         val = parse_named(settings.data.val)
         find_files([*settings.data.train, *chain(*val.values()), *settings.replay.data])
         if settings.replay.share and not settings.replay.data and checkpoint:  # raises if it cannot
-            opened = (checkpoint.path, tokenizer, ends, data.seq_len)
-            read_openings(settings.replay.prompts, *opened)
+            read_openings(
+                settings.replay.prompts, checkpoint.path, tokenizer, ends, length=data.seq_len
+            )
         preset = Path(settings.config).stem or "run"
         run_dir = user_path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)
@@ -143,9 +144,17 @@ class Job:
         data, key = self.settings.data, self.tokenizer.fingerprint
         if self.template is not None:
             return tokenize_conversations(self.corpora, self.template, key, data.cache_dir)
-        how = (data.cache_dir, data.text_key, data.workers)
         return {
-            label: tokenize(paths, self.tokenizer, *how, label, self._markers[label], part)
+            label: tokenize(
+                paths,
+                self.tokenizer,
+                data.cache_dir,
+                text_key=data.text_key,
+                workers=data.workers,
+                label=label,
+                marker=self._markers[label],
+                part=part,
+            )
             for label, paths in self.corpora.items()
         }
 
@@ -166,8 +175,15 @@ class Job:
             sequences = math.ceil(steps * s.train.batch_size * s.replay.share / 2)
             tokens = min(max(sequences * s.data.seq_len, s.data.seq_len + 1), MOST_WRITTEN)
         replay = replace(s.replay, tokens=tokens)
-        where = (s.data.cache_dir, compute_dtype(s), device)
-        return written_by_base(self.checkpoint, self.tokenizer, replay, s.data.seq_len, *where)
+        return written_by_base(
+            self.checkpoint,
+            self.tokenizer,
+            replay,
+            length=s.data.seq_len,
+            cache_dir=s.data.cache_dir,
+            dtype=compute_dtype(s),
+            device=device,
+        )
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """Makes the checks that a run would make; returns the plan, JSON-able and as text.

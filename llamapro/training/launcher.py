@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+from llamapro.errors import note
 from llamapro.training import agreement, checks, preset
 from llamapro.training.distributed import is_rank, world_size
 from llamapro.training.job import Job
@@ -94,14 +95,14 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
         messages = [_read_message(Path(file)) for _, file in sorted(running.error_files.items())]
         codes = {rank: failure.exitcode for rank, failure in sorted(result.failures.items())}
     if message := next(filter(None, messages), ""):
-        print(message, file=sys.stderr, flush=True)
+        note(message)
         return USER_ERROR
     # A rank that only lost the others has this status, and leaves the message to them.
     codes = {rank: code for rank, code in codes.items() if code != USER_ERROR} or codes
     code = next(iter(codes.values()))
     status = code if code > 0 else 128 - code  # negative after a signal
     failed = ", ".join(f"rank {rank}" for rank in codes)
-    print(f"{failed} ended with exit status {status}", file=sys.stderr, flush=True)
+    note(f"{failed} ended with exit status {status}")
     return status
 
 

@@ -23,7 +23,6 @@ import errno
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ from typing import Any
 from llamapro.checkpoints.run import METRICS_FILE, RUN_FILE, read_metrics
 from llamapro.errors import DataError, warn
 from llamapro.files import make_directory, read_json, write_file
+from llamapro.formatting import finite
 
 LAST_RECORDS = 10  # the final training loss is a mean of this many records: one batch is noise
 MEANWHILE = "while the run was writing it"
@@ -75,7 +75,7 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         kept: list[dict[str, Any]] = []
-        # A run that starts at step 0 evaluates the base again; nothing is left to keep.
+        # A run that starts at step 0 does everything again, so it keeps no record.
         if resume_step > 0 and path.exists():
             again = [] if is_evaluated else [("eval", resume_step)]
             kept = [
@@ -84,7 +84,7 @@ class MetricsLog:
                 if record["step"] <= resume_step and (record["kind"], record["step"]) not in again
             ]
         write_file(path, "".join(map(_to_line, kept)))
-        # Not a Python file: it would look for the end of the file, and write again what has failed.
+        # A descriptor, because a Python file would keep what failed to be written and try it again.
         self._fd, self._path = os.open(path, os.O_WRONLY | os.O_APPEND), path
         self._end, self._unwritten = os.fstat(self._fd).st_size, b""
         self._trackers: dict[str, Any] = {}  # name -> its run, which has `log` and `finish`
@@ -187,11 +187,7 @@ def is_installed(tracker: str) -> bool:
 
 
 def _to_line(record: dict[str, Any]) -> str:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
 def _start_board(directory: Path, resume_step: int) -> Any:

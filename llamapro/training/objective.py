@@ -26,7 +26,7 @@ class NextToken(nn.Module):
         self.model = model
 
     def adapt(self, relative_rate: float) -> None:
-        """Ends an optimizer step on every rank; the rate is relative to the highest of the run."""
+        """Follows an optimizer step, on every rank; `relative_rate` is a share of the peak rate."""
 
     @property
     def control(self) -> dict[str, float | None]:
@@ -34,7 +34,7 @@ class NextToken(nn.Module):
         return {}
 
     def resume(self, control: dict[str, float | None]) -> None:
-        """Goes on with what `control` was."""
+        """Continues from an earlier `control`."""
 
     def forward(
         self,
@@ -153,66 +153,91 @@ class Hold(Replay):
     LEAST = 1e-3  # nats per token that a share allows before anything is learned
     ZERO = 1e-6  # a KL below this counts as this
     FIRST, LOWEST, HIGHEST = 3.0, 0.1, 100.0  # weights
-    # I; averages of KL and loss; the first step's loss; steps in a row with the weight at HIGHEST.
-    NUMBERS = ("log_weight", "kl", "loss", "first_loss", "steps_at_bound", "weight")
 
     def __init__(self, model: LlamaForCausalLM, replay: ReplaySettings):
         super().__init__(model, replay)
         self.hold, self.is_relative = replay.held
-        numbers = [math.log(self.FIRST), math.nan, math.nan, math.nan, 0.0, self.FIRST]
-        self._numbers = torch.tensor(numbers, dtype=torch.float64)
         self._measured = torch.zeros(2, 2, dtype=torch.float64)  # sums and tokens of this step
+        self.resume(
+            {
+                "log_weight": math.log(self.FIRST),  # I
+                "kl": None,  # moving average, as the loss
+                "loss": None,
+                "first_loss": None,  # that of the first step
+                "steps_at_bound": 0.0,  # in a row with the weight at HIGHEST
+                "weight": self.FIRST,
+            }
+        )
+
+    def resume(self, control: dict[str, float | None]) -> None:
+        """Continues from an earlier `control`; a new run has none."""
+        if control:  # NaN stands for a number that is not known yet: the device has no None
+            numbers = {k: math.nan if value is None else value for k, value in control.items()}
+            self._state = {k: torch.tensor(n, dtype=torch.float64) for k, n in numbers.items()}
 
     @property
     def control(self) -> dict[str, float | None]:
         """The rule's numbers by name, None before they are known; waits for the device."""
-        values = (None if math.isnan(x) else x for x in self._numbers.tolist())
-        return dict(zip(self.NUMBERS, values, strict=True))
-
-    def resume(self, control: dict[str, float | None]) -> None:
-        """Goes on with what `control` was; a new run has none."""
-        if control:
-            values = (control[name] for name in self.NUMBERS)
-            numbers = [math.nan if value is None else value for value in values]
-            self._numbers = torch.tensor(numbers, dtype=torch.float64)
+        numbers = torch.stack(list(self._state.values())).tolist()
+        values = (None if math.isnan(number) else number for number in numbers)
+        return dict(zip(self._state, values, strict=True))
 
     def combine(
         self, losses: tuple[Tensor, Tensor], replayed: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """As `Replay.combine`; notes losses and tokens for `adapt`."""
         device = losses[0].device
-        self._numbers, self._measured = self._numbers.to(device), self._measured.to(device)
+        self._state = {name: number.to(device) for name, number in self._state.items()}
+        self._measured = self._measured.to(device)
         if torch.is_grad_enabled():
             zero = torch.zeros_like(losses[0])
             sums = torch.stack([*(replayed or (zero, zero)), *losses]).detach()
             self._measured += sums.double().view(2, 2)
-        self.weight = self._numbers[-1].to(losses[0].dtype)
+        self.weight = self._state["weight"].to(losses[0].dtype)
         return super().combine(losses, replayed)
 
     def adapt(self, relative_rate: float) -> None:
         """Moves the weight after an optimizer step; every rank must call it."""
         total, self._measured = self._measured, torch.zeros_like(self._measured)
         dist.all_reduce(total)
-        integral, kl, loss, first, at_bound, _ = self._numbers.to(total.device)
-        new_kl, new_loss = total[:, 0] / total[:, 1]
-        kl = torch.where(kl.isnan(), new_kl, kl)
-        first = torch.where(first.isnan() & new_loss.isfinite(), new_loss, first)
-        loss = torch.where(loss.isnan() & new_loss.isfinite(), new_loss, loss)
-        # A step without such tokens, or with a loss that is not finite, leaves an average as it is.
-        new_log, log = (x.clamp(min=self.ZERO).log() for x in (new_kl, kl))
-        kl = torch.where(new_kl.isfinite(), torch.lerp(new_log, log, self.MEMORY).exp(), kl)
-        loss = torch.where(new_loss.isfinite(), torch.lerp(new_loss, loss, self.MEMORY), loss)
-        bound: Tensor | float = self.hold
-        if self.is_relative:
-            bound = (self.hold * (first - loss)).clamp(min=self.LEAST)
-        under = (kl / bound).log()
-        over = under - math.log(1 + self.EXCESS * relative_rate)
+        kl, loss = total[:, 0] / total[:, 1]  # NaN where the step had no such tokens
+        self._average(kl, loss)
+        self._move(self._bound(), relative_rate)
+
+    def _average(self, kl: Tensor, loss: Tensor) -> None:
+        """Adds this step's KL and loss to their moving averages, which its first values begin.
+
+        A value that is not finite leaves its average as it is.
+        """
+        state = self._state
+        state["kl"] = torch.where(state["kl"].isnan(), kl, state["kl"])
+        for name in ("first_loss", "loss"):
+            is_first = state[name].isnan() & loss.isfinite()
+            state[name] = torch.where(is_first, loss, state[name])
+        log_kl, log_average = (x.clamp(min=self.ZERO).log() for x in (kl, state["kl"]))
+        geometric = torch.lerp(log_kl, log_average, self.MEMORY).exp()
+        state["kl"] = torch.where(kl.isfinite(), geometric, state["kl"])
+        arithmetic = torch.lerp(loss, state["loss"], self.MEMORY)
+        state["loss"] = torch.where(loss.isfinite(), arithmetic, state["loss"])
+
+    def _bound(self) -> Tensor | float:
+        """Returns the KL that is allowed after this step, in nats per token."""
+        if not self.is_relative:
+            return self.hold
+        learned = self._state["first_loss"] - self._state["loss"]
+        return (self.hold * learned).clamp(min=self.LEAST)
+
+    def _move(self, bound: Tensor | float, relative_rate: float) -> None:
+        """Sets I and the weight by the class's rule."""
+        state, lowest, highest = self._state, math.log(self.LOWEST), math.log(self.HIGHEST)
+        under = (state["kl"] / bound).log()  # negative under the bound
+        over = under - math.log(1 + self.EXCESS * relative_rate)  # positive over `most`
+        # At most one of the two clamped values is not 0. Both are NaN before a KL is known.
         error = (under.clamp(self.DOWN, 0) + over.clamp(0, self.UP)).nan_to_num()
-        lowest, highest = math.log(self.LOWEST), math.log(self.HIGHEST)
-        integral = (integral + self.INTEGRAL * error).clamp(lowest, highest)
+        integral = (state["log_weight"] + self.INTEGRAL * error).clamp(lowest, highest)
         log_weight = (integral + self.PROPORTIONAL * error).clamp(lowest, highest)
-        at_bound = torch.where(log_weight >= highest, at_bound + 1, 0.0)
-        self._numbers = torch.stack([integral, kl, loss, first, at_bound, log_weight.exp()])
+        steps = torch.where(log_weight >= highest, state["steps_at_bound"] + 1, 0.0)
+        state |= {"log_weight": integral, "weight": log_weight.exp(), "steps_at_bound": steps}
 
 
 def allowed(replay: ReplaySettings, control: dict[str, float | None]) -> float:

@@ -7,7 +7,6 @@ half an hour while they start, and end with a traceback of the connection later.
 import itertools
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llamapro.errors import LostProcessError, speaks
+from llamapro.errors import LostProcessError, note, speaks
 
 BEAT_S = 2.0  # between two signs of life
 SILENT_S = 60.0  # a process that has given signs and then none for this long has ended
@@ -85,11 +84,9 @@ def _watch(store: Any, rank: int, size: int, phase: str, is_over: Event) -> None
                 return
         if lost:
             if speaks():
-                print(
+                note(
                     f"LostProcessError: {lost[0]} gave no sign of life while the processes were "
                     f"{phase}: look for its own message, or whether it was killed. Nothing was "
-                    "lost: give the same command again",
-                    file=sys.stderr,
-                    flush=True,
+                    "lost: give the same command again"
                 )
             os._exit(2)

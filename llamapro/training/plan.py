@@ -108,14 +108,14 @@ def estimate_memory(
     first = 0 if root_trained else first
 
     parts = t.shard_size or world_size
-    frozen_lie = t.placement(world_size)
-    is_whole = frozen_lie == "replicate"
+    placement = t.placement(world_size)
+    is_whole = placement == "replicate"
     # FSDP keeps a gathered copy beside the shards, even with one process. Two blocks are gathered:
     # the one that computes and, if there are peers, the next. The root stays gathered.
     managed = [numel for trains, numel in blocks if trains or not is_whole]
     gathered = max(managed, default=0) * (2 if parts > 1 else 1)
     gathered += root_trained if is_whole else root
-    if frozen_lie == "gather":
+    if placement == "gather":
         gathered += sum(numel for trains, numel in blocks[first:] if not trains)
     # With `frozen_dtype`, what `shard` rounds: all blocks of a kind are alike.
     rounded = {
@@ -161,7 +161,7 @@ def activation_bytes(
     Args:
         model: on the meta device, with `requires_grad` set.
         shape: (B, T) of a micro-batch.
-        recompute: whether each block keeps only its input, and one block at a time has the rest.
+        recompute: whether blocks keep only their input, and one at a time computes the rest again.
     """
     config = model.config
     trains = [is_trained(layer) for layer in model.model.layers]
@@ -188,7 +188,7 @@ def activation_bytes(
         x = torch.empty(*shape, config.hidden_size, dtype=dtype, requires_grad=has_graph)
         final = _saved_bytes(norm, x)
     if recompute:
-        # The block that has the rest has counted its own input.
+        # The block that is computed again has counted its own input.
         inputs = max(len(kept) - 1, 0) * x.numel() * dtype.itemsize
         return inputs + max(kept, default=0) + final
     return sum(kept) + final
@@ -205,7 +205,7 @@ def _assign_fake(module: nn.Module, dtype: torch.dtype, trains: bool) -> None:
 def _saved_bytes(module: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> int:
     """Runs a module; returns the bytes that autograd saves, less weights and shared tables."""
     shared = {t.untyped_storage()._cdata for t in (*module.parameters(), *(rotary or ()))}
-    saved: dict[int, Tensor] = {}  # by storage; the tensor is held, so that none is used again
+    saved: dict[int, Tensor] = {}  # storage -> tensor, held so that no address is used again
 
     def pack(tensor: Tensor) -> Tensor:
         saved.setdefault(tensor.untyped_storage()._cdata, tensor)
@@ -242,7 +242,10 @@ def _logit_bytes(
 def _teacher_bytes(
     config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Returns the bytes of its hidden states and of a chunk's logits: 3 x fp32 and 1 x rounded."""
+    """Returns the bytes of the teacher's hidden states, and of a chunk of its logits.
+
+    These exist once in the dtype and three times in fp32.
+    """
     vocab_size = config.vocab_size
     logits = min(tokens * vocab_size, cpu.logits_at_once(device, vocab_size) // 2)
     wide = min(logits, cpu.wide_at_once(device))

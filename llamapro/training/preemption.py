@@ -17,7 +17,7 @@ from threading import Thread, main_thread
 from types import FrameType
 from typing import Any
 
-from llamapro.errors import DataError, speaks
+from llamapro.errors import DataError, note, speaks
 
 KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # torchrun passes on a signal that the terminal has already sent to its workers. Two signals within
@@ -53,7 +53,7 @@ class StopRequest:
         """Asks the run to save and stop; the command then ends with this reason as its error."""
         if not self.failure:
             self.failure = reason
-            print(f"{reason}; saving and stopping", file=sys.stderr, flush=True)
+            note(f"{reason}; saving and stopping")
 
     def settle(self) -> None:
         """Waits after a failure: whoever removes a run directory may still be removing files."""
@@ -67,7 +67,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Makes a first signal only remembered; may be entered in the main thread.
+        """Only remembers a first signal; the main thread alone may enter.
 
         A signal that is ignored, as nohup does with SIGHUP, stays so. Meanwhile standard error may
         lose its reader, as in `| tee` after Ctrl-C, and nothing fails.
@@ -92,7 +92,7 @@ class StopRequest:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Makes it also raise `Stopped`, for long work that other ranks only wait for."""
+        """Makes a first signal raise `Stopped`, for long work that other ranks only wait for."""
         self._interrupts = True
         try:
             if self.signal:
@@ -142,8 +142,7 @@ class StopRequest:
             if first_at is None:
                 first_at, self.signal = time.monotonic(), signal.Signals(number).name
                 if speaks():  # one message per machine
-                    text = f"{self.signal}: saving and stopping; a second signal ends at once"
-                    print(text, file=sys.stderr, flush=True)
+                    note(f"{self.signal}: saving and stopping; a second signal ends at once")
             elif time.monotonic() - first_at > SAME_SIGNAL_S:
                 os._exit(128 + number)
 

@@ -9,7 +9,6 @@ import errno
 import json
 import platform
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from llamapro.checkpoints.run import RUN_FILE
+from llamapro.errors import note
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.text.mixture import Mixture
 from llamapro.training.distributed import Ranks
@@ -39,7 +39,7 @@ COLUMNS |= {"lr": 10, "tok/s": 8, "memory": 10, "eta": 8}
 def say(ranks: Ranks, text: str) -> None:
     """Prints to standard error, where progress goes, on the main rank."""
     if ranks.is_main:
-        print(text, file=sys.stderr, flush=True)
+        note(text)
 
 
 def speed(since: RunState, now: RunState) -> dict[str, float]:

@@ -18,16 +18,16 @@ from llamapro.training.plan import compute_dtype, device_type, estimate_memory
 from llamapro.training.settings import Settings, TrainSettings
 from llamapro.training.weights import freeze
 
-# The gigabytes under which a GPU is sold. It has as many GiB: the 7 % between are left to CUDA,
-# NCCL and what the allocator cannot use.
+# Memory in GB, as a GPU is sold. It has as many GiB, 7 % more, which are left to CUDA, NCCL and
+# what the allocator cannot use.
 GPUS = {
     "a10": 24, "a100": 80, "a100-40": 40, "a6000": 48, "b200": 180, "h100": 80, "h200": 141,
     "l4": 24, "l40s": 48, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32,
 }  # fmt: skip
-# Those of them before compute capability 8.9, which cannot multiply float8.
+# Those of compute capability below 8.9 cannot multiply float8.
 WITHOUT_FLOAT8 = ("a10", "a100", "a100-40", "a6000", "rtx-3090")
 MULTIPLE = 16  # of both sizes of a float8 matrix, as PyTorch asks on a GPU
-# From here on more tokens in a forward pass make matrix products hardly faster.
+# With more tokens than this in a forward pass, matrix products hardly get faster.
 ENOUGH_TOKENS = 8192
 FIELDS = ("recompute", "micro_batch_size", "frozen")
 
@@ -106,8 +106,8 @@ def propose(settings: Settings, config: ModelConfig, world_size: int) -> dict[st
 def _fastest_first(settings: Settings, world_size: int) -> Iterator[TrainSettings]:
     """Yields settings of memory from the fastest to the one that needs least.
 
-    Recomputing makes a step about 40 % longer, so it comes last. Then few tokens at a time cost
-    more than gathering weights, which goes on beside the computation.
+    Recomputing makes a step about 40 % longer, so it comes last. Fewer tokens at a time cost more
+    than gathering weights, which overlaps with computing, so frozen weights are sharded first.
     """
     t, length = settings.train, settings.data.seq_len
     share = t.batch_size // world_size  # sequences of a process

@@ -42,8 +42,8 @@ class Opening(NamedTuple):
     """What a document begins with."""
 
     ids: Sequence[int]
-    # These follow the first end, once: in a chat they end the user's message, which the base wrote,
-    # and open the answer. Without them the first end is the document's.
+    # Ids that follow the first end token. In a chat the base writes the user's message; these ids
+    # close it and open the answer. Without them the first end token ends the document.
     then: Sequence[int] = ()
 
 
@@ -80,15 +80,15 @@ def write_documents(
 
     A row of the batch whose document is complete begins the next one at once: attention does not
     look over the border between two documents of a row, as in packed training sequences. Where EOS
-    begins documents, the next one's ends this one.
+    begins documents, no document ends with one: the next one begins with it.
 
     Args:
         openings: each is drawn as often as any other.
         end_ids: a document ends with any of them.
         length: the most tokens of a document; one that reaches it has no end token.
         settings: temperature, seed, and number of documents that are written at a time.
-        tokens: stop when all documents have this many together; the last ones are as far as they
-            have come, and left out if the base has written nothing in them yet.
+        tokens: stop when all documents have this many together. Unfinished ones are yielded as
+            they are, unless the base has written nothing in them yet.
     """
     generator, draw = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
     weight, size, capacity = base.lm_head.weight, settings.batch_size, 2 * length

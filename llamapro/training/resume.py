@@ -7,6 +7,7 @@ that, so their contents are hashed when a run starts, kept in every `state.json`
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors, read_safetensors
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, warn
+from llamapro.formatting import flatten
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.store import TokenStore
 from llamapro.training.checkpoint import MOMENTS, Parameters
-from llamapro.training.settings import Settings, flatten
+from llamapro.training.settings import Settings
 from llamapro.training.weights import part_like, stored_name, stored_shape
 
 # ---- Identity: what must be the same for a run to go on -----------------------------------------
@@ -138,9 +140,9 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
     Returns the allowed differences, for example "train.steps 100 -> 200"; raises ConfigError, which
     names everything that differs and may not.
     """
-    flat = json.loads(json.dumps(flatten(settings)))
+    flat = json.loads(json.dumps(flatten(asdict(settings))))
     # A setting that an earlier version did not know had what is now its default.
-    before = json.loads(json.dumps(flatten(Settings()))) | before
+    before = json.loads(json.dumps(flatten(asdict(Settings())))) | before
     free: list[str] = []
     refused: list[str] = []
     for key, value in flat.items():

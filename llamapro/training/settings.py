@@ -3,10 +3,9 @@
 All mistakes are found before anything starts, and one message names them.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -258,15 +257,3 @@ class Settings:
         if samples == done * size:
             return max(1, round(wanted / size))
         return done + max(0, math.floor((wanted - samples) / size + 0.5))
-
-
-def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings under their dotted names: {"train.steps": 100, ...}."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            flat[prefix + f.name] = value
-    return flat
