@@ -210,10 +210,9 @@ class Hold(Replay):
         A value that is not finite leaves its average as it is.
         """
         state = self._state
-        state["kl"] = torch.where(state["kl"].isnan(), kl, state["kl"])
-        for name in ("first_loss", "loss"):
-            is_first = state[name].isnan() & loss.isfinite()
-            state[name] = torch.where(is_first, loss, state[name])
+        for name, value in (("kl", kl), ("first_loss", loss), ("loss", loss)):
+            is_first = state[name].isnan() & value.isfinite()
+            state[name] = torch.where(is_first, value, state[name])
         log_kl, log_average = (x.clamp(min=self.ZERO).log() for x in (kl, state["kl"]))
         geometric = torch.lerp(log_kl, log_average, self.MEMORY).exp()
         state["kl"] = torch.where(kl.isfinite(), geometric, state["kl"])

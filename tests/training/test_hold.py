@@ -141,7 +141,10 @@ def test_nothing_measured_teaches_nothing(rule: Callable[[str], Hold]) -> None:
     assert objective.control["kl"] == kl and (objective.control["weight"] or 0) > 0
     unread = rule("0.02")
     assert measure(unread, 0.0, tokens=0) == pytest.approx(Hold.FIRST)
+    measure(unread, math.inf)
     assert unread.control["kl"] is None
+    measure(unread, 0.1)
+    assert unread.control["kl"] == pytest.approx(0.1)
 
 
 def test_the_weight_has_bounds(rule: Callable[[str], Hold]) -> None:
