@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, where its name says something else."""
+"""Tells by the first bytes of a file that it is not what its name says."""
 
 import codecs
 import re
@@ -19,18 +19,15 @@ _FORMATS = (
     (b"\xfd7zXZ\0", "packed by xz under another name; rename it to *.xz"),
     (b"\x28\xb5\x2f\xfd", "packed by zstd; unpack it"),
 )
-# Encodings of seven bits read as ASCII. The escapes of the first three stand in no text, those of
-# the others are plain characters: they have to be many, and the whole has to be right.
+# Encodings of seven bits would be read as ASCII. No text has the escapes of the first three. HZ's
+# are plain characters: most of their runs must be of Chinese.
 _ESCAPES = (
     ("ISO-2022-KR", re.compile(rb"\x1b\$\)C")),
     ("ISO-2022-CN", re.compile(rb"\x1b\$\)[AG]")),
     ("ISO-2022-JP", re.compile(rb"\x1b\$([@B]|\(D)")),
 )
-_RUNS = (
-    ("HZ", re.compile(rb"~\{(?:[!-w][!-}])+~\}")),
-    ("UTF-7", re.compile(rb"\+(?=[a-z0-9/]*[A-Z])[A-Za-z0-9+/]{3,}-?")),
-)
-_LEAST_SHARE = 0.03  # of the bytes
+_HZ = re.compile(rb"~\{(?:[!-w][!-}])+~\}")
+_CHINESE = re.compile("[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
 
 
 def describe_foreign(start: bytes) -> str:
@@ -61,11 +58,5 @@ def _of_seven_bits(start: bytes) -> str:
         return ""
     if found := next((name for name, escape in _ESCAPES if escape.search(start)), ""):
         return found
-    for name, runs in _RUNS:
-        if sum(map(len, runs.findall(start))) > _LEAST_SHARE * len(start):
-            try:
-                codecs.getincrementaldecoder(name)().decode(start)
-            except UnicodeDecodeError:
-                continue
-            return name
-    return ""
+    runs = [run.decode("hz", "replace") for run in _HZ.findall(start)]
+    return "HZ" if len(runs) > 2 and all(map(_CHINESE.fullmatch, runs)) else ""

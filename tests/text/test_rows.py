@@ -78,8 +78,7 @@ WriteParquet = Callable[..., Path]
         ),
         ("a.jsonl", '{"text": "日"}'.encode("iso2022_jp"), r"a\.jsonl:1: ISO-2022-JP; convert"),
         ("a.txt", "안녕하세요".encode("iso2022_kr"), r"a\.txt: ISO-2022-KR; convert"),
-        ("a.txt", "中文文本".encode("hz"), r"a\.txt: HZ; convert it to UTF-8$"),
-        ("a.txt", "Grüße aus Köln".encode("utf-7"), r"a\.txt: UTF-7; convert"),
+        ("a.txt", "中文，文本。\n又一行\n再一行".encode("hz"), r"a\.txt: HZ; convert it to UTF-8$"),
         ("a.txt", gzip.compress(b"x"), r"a\.txt: packed by gzip under another name; rename"),
         ("a.jsonl", gzip.compress(b"{}"), r"a\.jsonl:1: packed by gzip under another name"),
         ("a.docx", b"PK\3\4x", r"a\.docx: a zip archive, as \.docx"),
@@ -121,6 +120,8 @@ def test_unusable_file_is_refused_by_file_and_line(
         "\x1b[32mOK\x1b[0m\x1b(B done\n",  # a terminal's colours
         '(format nil "~{~a~^, ~}" x) (format nil "~{<~a>~}" y)\n',  # Lisp
         "x = a+MAX(b)+i\n+import os\n",  # a patch
+        "$a~{bc~}$, Fig.~{d~}, jane+Abc@example.com, ?q=WHO+THE\n",  # LaTeX, addresses
+        "key+" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo/" * 3000 + "\n",  # base64
         "12345,a\0b\n",
     ],
 )
@@ -129,8 +130,9 @@ def test_ascii_that_looks_like_another_encoding_is_text(
 ) -> None:
     """Escapes and marks of other encodings stand in code, too, which is read."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.csv").write_text(f'text\n"{text}"\n'.replace('"~', '""~').replace('}"', '}""'))
-    for name in ("a.jsonl", "a.csv"):
+    for name in ("a.jsonl", "a.csv", *(() if "\0" in text else ("a.txt",))):
         store = make(tmp_path / name)
         assert store.read(0, store.tokens).tolist() == tokenizer.encode(text, bos=True, eos=True)
 
