@@ -30,6 +30,7 @@ from llamapro.text.turns import (
     RewrittenError,
     Span,
     added_spans,
+    check_reasoning,
     tagged_spans,
     trained_turns,
     without_borders,
@@ -210,6 +211,7 @@ class ChatTemplate:
             raise DataError(f"{self.origin}: {problems[0]}")
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         if START in marked:
+            check_reasoning(messages, RESERVED.sub("", marked), self.origin)
             spans = tagged_spans(marked)
             if not all(weights):
                 if len(spans) != len(weights):

@@ -87,11 +87,7 @@ def added_spans(
                     f"so where this one begins is unknown; {_FIX}"
                 )
         added = after[len(before) :]
-        if (reasoning := reasoning_of(message)) not in added:
-            raise DataError(
-                f"{place} leaves out its reasoning, {reasoning[:40]!r}: it would not be trained; "
-                "remove it, or use a template that shows it"
-            )
+        check_reasoning(messages[: index + 1], added, origin, first=index)
         content = message["content"].strip()  # "" beside a call: a header is in the tail
         header, _, tail = added.partition(content) if content else ("", "", added)
         # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
@@ -108,6 +104,23 @@ def added_spans(
             after += eos  # other templates put it behind all turns but the last
         spans.append((len(before.encode()), len(after.encode())))
     return spans
+
+
+def check_reasoning(messages: Sequence[Message], text: str, origin: str, first: int = 0) -> None:
+    """Raises DataError if the text lacks the reasoning of a trained turn from `first` on.
+
+    It is RewrittenError if the turn is not the last: then it may have been there before.
+    """
+    text = " ".join(text.split())
+    for index, message in trained_turns(messages):
+        reasoning = " ".join(reasoning_of(message).split())
+        if index >= first and reasoning not in text:
+            kind = DataError if index == len(messages) - 1 else RewrittenError
+            raise kind(
+                f"{origin}: turn {index + 1}: the template leaves out its reasoning, "
+                f"{reasoning[:40]!r}: it would not be trained; remove it, or use a template that "
+                "shows it"
+            )
 
 
 def reasoning_of(message: Message) -> str:

@@ -88,6 +88,36 @@ def test_a_template_that_forgets_reasoning_gives_a_sample_per_answer(
     ]
 
 
+def test_reasoning_behind_tags_gives_a_sample_per_answer(tokenizer: Tokenizer) -> None:
+    """With {% generation %} the turns are found in any case, but not what a template left out."""
+    shown = "{{- '<think>\\n' + said.strip() + '\\n</think>\\n\\n' -}}"
+    text = "{{- text + '<|im_end|>\\n' -}}"
+    assert shown in FORGETS and text in FORGETS
+    tagged = FORGETS.replace(shown, "{%- set text = '<think>' + said + '</think>' + text -%}")
+    tagged = tagged.replace(
+        text,
+        "{%- if m.role == 'assistant' -%}{%- generation -%}{{- text -}}{%- endgeneration -%}"
+        "{%- else -%}{{- text -}}{%- endif -%}{{- '<|im_end|>\\n' -}}",
+    )
+    chat = [user("Hi"), answer("<think>hm</think>Hello"), user("More?"), answer("No.")]
+    samples = ChatTemplate(tagged, tokenizer, "x").samples(chat)
+    assert [trained_text(tokenizer, sample) for sample in samples] == [
+        ["<think>hm</think>Hello"],
+        ["<think></think>No."],
+    ]
+
+
+def test_reasoning_in_other_white_space_is_shown(tokenizer: Tokenizer) -> None:
+    """A template may join lines."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('\\n', ' ') }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chat = [user("Hi"), answer("<think>a\nb</think>Yes")]
+    (sample,) = ChatTemplate(source, tokenizer, "x").samples(chat)
+    assert trained_text(tokenizer, sample) == ["<think>a b</think>Yes</s>"]
+
+
 def test_only_trained_turns_have_to_be_found(tokenizer: Tokenizer) -> None:
     """A turn of weight 0 may be changed later; then the conversation is one sample."""
     template = ChatTemplate(FORGETS, tokenizer, "x")
