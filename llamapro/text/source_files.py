@@ -14,8 +14,8 @@ from llamapro.text.rows import COMPRESSED, has_rows
 
 # Beside tables these describe them, and are no data: a data card, a licence, a loader.
 _CARD = re.compile(
-    r"(readme|licen[cs]e|copying|notice|changelog|citation)([._-].*)?|dataset_infos?\.json|"
-    r"dataset_dict\.json|state\.json|.*\.(cff|sha256|md5)",
+    r"(readme|licen[cs]e|copying|notice|changelog|citation)(\..*|[_-].*\.(txt|md|html)|[_-][^.]*)?|"
+    r"dataset_infos?\.json|dataset_dict\.json|state\.json|.*\.(cff|sha256|md5)",
     re.IGNORECASE,
 )
 _NOTE = re.compile(r".*\.(md|rst|ya?ml)", re.IGNORECASE)  # as these may, if they are few
@@ -62,8 +62,9 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
         matches = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
         for match in sorted(matches):
             if os.path.isdir(match):
-                matched += _without_cards(match, list(_walk(Path(match), set())))
-                _say_splits(match, matched)
+                inside = _without_cards(match, list(_walk(Path(match), set())))
+                _say_splits(match, inside)
+                matched += inside
             else:
                 reason = _unreadable(match)
                 matched.append(SourceFile(Path(match), not reason, reason))

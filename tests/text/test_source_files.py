@@ -168,6 +168,9 @@ def test_what_describes_tables_is_no_data(
     store = make(snapshot)
     assert store.documents == 2 and store.index["counts"]["files_left_out"] == 4
     assert "README.md (describes the tables beside it)" in capsys.readouterr().err
+    json_lines(snapshot / "citation_pairs.jsonl", {"text": "three"})  # named like a card
+    assert make(snapshot).documents == 3
+    (snapshot / "citation_pairs.jsonl").unlink()
     packed = tmp_path / "packed"
     packed.mkdir()
     (packed / "README.md").write_text("a card")
@@ -232,6 +235,7 @@ def test_all_splits_of_a_folder_are_read_and_that_is_said(
     assert "splits" not in capsys.readouterr().err
     make(tmp_path / "two")
     assert "holds the splits test, train, and all are read" in capsys.readouterr().err
+    assert make(tmp_path / "[ot]*").documents == 4  # each folder by itself
 
 
 def test_missing_parts_and_packed_copies_are_said(
