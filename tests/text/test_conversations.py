@@ -183,9 +183,10 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
     [
         ({"text": "x"}, "no conversation (found keys: 'text')"),
         ({"instruction": "x"}, "no conversation"),
-        ({"messages": {"turns": ASKED}}, "'messages' is dict, expected a list of turns"),
-        (ROW | {"tools": ["f"]}, "'tools' is a text that is no JSON"),
-        (ROW | {"tools": "[[1]]"}, "'tools' has [1], expected objects"),
+        (
+            {"messages": [ASKED[0], {"role": "assistant", "content": "b", "tool_calls": True}]},
+            "turn 2: 'tool_calls' is True, expected a list of calls",
+        ),
         ({"messages": {"role": "user"}}, "'messages' is dict, expected a list of turns"),
         ({"messages": "x"}, "'messages' is a text that is no JSON"),
         ({"messages": ["x"]}, "turn 1: expected role and content, found str"),
