@@ -3,7 +3,6 @@
 from copy import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llamapro.config import ModelConfig
@@ -42,10 +41,13 @@ class KVCache:
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 
     def take(self, rows: Tensor, more: int) -> "KVCache":
-        """Returns copies of these sequences (R,), with room for so many positions more."""
+        """Returns copies of these sequences (R,), with room for `more` positions."""
         taken = copy(self)
         taken.capacity = self.length + more
         for name in ("keys", "values"):
-            kept = [x[rows, : self.length] for x in getattr(self, name)]
-            setattr(taken, name, [F.pad(x, (0, 0, 0, 0, 0, more)) for x in kept])
+            setattr(taken, name, [])
+            for x in getattr(self, name):
+                buffer = x.new_empty(len(rows), taken.capacity, *x.shape[2:])
+                buffer[:, : self.length] = x[rows, : self.length]
+                getattr(taken, name).append(buffer)
         return taken

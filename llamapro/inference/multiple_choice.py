@@ -28,8 +28,9 @@ from llamapro.text.rows import read_rows
 from llamapro.text.source_files import find_files
 from llamapro.text.tokenizer import Tokenizer
 
-POSITIONS = 2048  # in the KV cache: more than batch_size inputs at a time, as long as they fit here
-TOKENS = 128  # and only so many new ones: from there on more at a time saves no time on a CPU
+# More than batch_size inputs go together while their cache has at most this many positions, and
+# choices while they have at most this many tokens: on a CPU larger batches save no more time.
+POSITIONS, TOKENS = 2048, 128
 LOGITS = 256  # rows of logits at a time
 _PROMPTS = ("question", "query", "context", "prompt")
 
@@ -152,7 +153,7 @@ def log_likelihoods(
     A prompt is read once; its choices continue from the KV cache. A forward pass takes `batch_size`
     prompts or choices, or more if they are short.
     """
-    longest = max(len(q.prompt) + max(map(len, q.choices)) for q in questions)
+    longest = max((len(q.prompt) + max(map(len, q.choices)) for q in questions), default=1)
     most = max(batch_size, POSITIONS // longest)
     sums = [[0.0] * len(question.choices) for question in questions]
     # The longest first: if memory does not suffice, that shows at once.
@@ -172,7 +173,7 @@ def log_likelihoods(
             part, asked = asked[:size], asked[size:]
             rows = torch.tensor([row for _, row, _, _ in part], device=before.device)
             choices = [tokens for tokens, _, _, _ in part]
-            taken = cache.take(rows, more)
+            taken = cache.take(rows, more) if more else cache
             found = _continue(model, choices, taken, documents[rows], before[rows])
             for (_, _, i, which), value in zip(part, found, strict=True):
                 sums[i][which] = value
