@@ -205,4 +205,5 @@ def _read(
         if found := Counter(pattern.findall(piece.text)):
             for name in filter(found.get, names):
                 counts.markers[name] = counts.markers.get(name, 0) + found[name]
+            counts.end = counts.end or next(filter(found.get, (*ends, END_OF_TEXT)), "")
         yield piece

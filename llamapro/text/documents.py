@@ -51,7 +51,8 @@ class Counts:
     Attributes:
         bytes: UTF-8 length of all text.
         files_left_out: their number; `left_out` has the first of them, with the reason.
-        markers: how often names of control tokens stand in the text as plain characters.
+        markers: how often names of control tokens stand in the text as plain characters; `end` is
+            the first of them that ends documents.
     """
 
     documents: int = 0
@@ -62,6 +63,7 @@ class Counts:
     files_left_out: int = 0
     left_out: list[str] = field(default_factory=list)
     markers: dict[str, int] = field(default_factory=dict)
+    end: str = ""
 
     def add(self, other: "Counts") -> None:
         """Adds what was read after this, from other files."""
@@ -71,6 +73,7 @@ class Counts:
         self.left_out = (self.left_out + other.left_out)[:_SHOWN]
         for name, count in other.markers.items():
             self.markers[name] = self.markers.get(name, 0) + count
+        self.end = self.end or other.end
 
     def leave_out(self, file: SourceFile, reason: str) -> None:
         """Counts a file that is not read."""
@@ -99,8 +102,9 @@ class Counts:
         for name, count in list(self.markers.items())[:_SHOWN]:
             text += f"; {name!r} stands in the text {count:,} times"
         if self.markers:
-            some = next(iter(self.markers))
-            text += f": as plain characters (--data.split-at '{some}' begins documents there)"
+            text += ", as plain characters"
+        if self.end:
+            text += f" (--data.split-at '{self.end}' begins documents there)"
         return text
 
 

@@ -158,7 +158,7 @@ def test_names_of_control_tokens_in_a_text_are_told(
     make(tmp_path / "a.txt")
     said = capsys.readouterr().err
     assert "; '</s>' stands in the text 2 times; '<unk>' stands in the text 1 times; '<s>'" in said
-    assert ": as plain characters (--data.split-at '</s>' begins documents there)" in said
+    assert ", as plain characters (--data.split-at '</s>' begins documents there)" in said
     store = make(tmp_path / "a.txt", marker="</s>")
     assert store.index["counts"]["markers"] == {"<unk>": 1, "<s>": 3}
 
