@@ -110,7 +110,7 @@ def read_rope(raw: dict[str, Any], fields: Fields) -> tuple[float, RopeScaling |
         rope = raw.get(place) or {}
         if not isinstance(rope, dict):
             fields.wrong.append(f"{place} is {rope!r:.80}, expected a JSON object")
-        elif rope:
+        elif rope := {key: value for key, value in rope.items() if value is not None}:
             thetas[f"{place}.rope_theta"] = rope.get("rope_theta")
             if "llama3" in (rope.get("rope_type"), rope.get("type")):
                 if context is not None and (other := rope.get(_CONTEXT, context)) != context:

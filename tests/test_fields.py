@@ -138,6 +138,13 @@ def test_llama_3_scaling_is_found_where_either_generation_writes_it(rope: dict[s
     assert config.rope_theta == 500000.0
 
 
+def test_a_null_in_the_scaling_is_no_value() -> None:
+    """The context beside it counts then, as if the key were not there."""
+    null = dict.fromkeys(CONTEXT)
+    config = ModelConfig.from_dict(SIZES | {"rope_scaling": SCALES | null, **CONTEXT})
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+
 def test_a_window_in_a_llama_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """transformers leaves it out of the mask, but shortens the cache of keys by it."""
     assert ModelConfig.from_dict(SIZES | {"sliding_window": 2048}).sliding_window is None

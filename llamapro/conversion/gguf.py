@@ -178,9 +178,9 @@ def describe(
     is_divisible = type(heads) is type(hidden) is int and heads > 0 and hidden % heads == 0
     head_dim = get("attention.key_length", hidden // heads if is_divisible else None)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (value := metadata.get(f"llama.{key}", head_dim)) != head_dim:
+        if (value := get(key, head_dim)) != head_dim:
             wrong.add(f"llama.{key} is {value!r}, not supported (only the head's {head_dim})")
-    layers, window = get("block_count"), metadata.get("llama.attention.sliding_window")
+    layers, window = get("block_count"), get("attention.sliding_window", 0)
     # Before anything is made for each layer: the file can say 10^9.
     if type(layers) is not int or not 0 < layers <= len(tensors):
         wrong.add(f"llama.block_count is {layers!r}, but the file has {len(tensors)} tensors")

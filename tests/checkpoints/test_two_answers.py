@@ -303,6 +303,17 @@ def test_a_tensor_too_many_comes_with_the_fix(
     )
 
 
+def test_a_missing_tensor_is_no_missing_layer(make: Callable[..., Path]) -> None:
+    """It is named, and config.json is not said to be wrong."""
+    path = make("c", num_hidden_layers=2)
+    tensors = load_file(path / SINGLE_FILE)
+    del tensors["model.layers.1.input_layernorm.weight"]
+    save_file(tensors, path / SINGLE_FILE)
+    told = refusal(path)
+    assert "missing tensor 'model.layers.1.input_layernorm.weight'" in told
+    assert "num_hidden_layers" not in told
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_another_number_of_layers_is_one_message(layers: int, make: Callable[..., Path]) -> None:
     """A config.json that was not edited, or a shard that is not listed: not a list of tensors."""
