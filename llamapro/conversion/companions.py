@@ -288,7 +288,7 @@ def _write_ends(directory: Path, template: str) -> None:
         tokenizer = Tokenizer.load(directory)
         made = ChatTemplate(template, tokenizer, "the template of the run", is_trusted=False)
     except DataError as error:
-        warn(f"{directory.name}: whether an answer ends is not known: {error}")
+        warn(f"what ends an answer is not known, so {GENERATION_FILE} stays as it is: {error}")
         return
     known = end_ids(config, tokenizer)
     if ends := made.end_ids() - known:

@@ -25,7 +25,7 @@ def script(root: Path) -> Path:
 
 def run(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(script), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
