@@ -172,12 +172,7 @@ def train_step(
 
 
 def train(
-    job: Job,
-    data: Data,
-    state: RunState,
-    changed: list[str],
-    objective: NextToken,
-    ranks: Ranks,
+    job: Job, data: Data, state: RunState, changed: list[str], objective: NextToken, ranks: Ranks
 ) -> None:
     """Trains to the last step, or until a signal stops the run; advances the state."""
     s = job.settings

@@ -107,11 +107,7 @@ def fake_ranks(world_size: int, shard_size: int = 0) -> Iterator[Ranks]:
 
 
 def record_micro_batch(
-    objective: NextToken,
-    rows: int,
-    length: int,
-    clip: float,
-    replayed: int | None = None,
+    objective: NextToken, rows: int, length: int, clip: float, replayed: int | None = None
 ) -> list[Collective]:
     """Takes a step of one micro-batch on fake tensors; returns what was communicated.
 

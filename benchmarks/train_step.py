@@ -248,11 +248,7 @@ def measure(side: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]
         losses.append(loss.item())
     measured = laps[args.warmup :]
     step_s = statistics.median(map(sum, measured))
-    row: dict[str, Any] = {
-        "side": side,
-        "tokens_per_s": inputs.numel() / step_s,
-        "step_s": step_s,
-    }
+    row: dict[str, Any] = {"side": side, "tokens_per_s": inputs.numel() / step_s, "step_s": step_s}
     for part, times in zip(PARTS, zip(*measured, strict=True), strict=True):
         row[f"{part}_s"] = statistics.median(times)
     on_gpu = device.type == "cuda"

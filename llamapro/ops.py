@@ -225,11 +225,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
 
 @switched("linear_kl")
 def linear_kl(
-    x: Tensor,
-    teacher_x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    teacher_rows: int | None = None,
+    x: Tensor, teacher_x: Tensor, weight: Tensor, targets: Tensor, teacher_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Summed KL(teacher || model) per token, both through one output embedding, in fp32.
 

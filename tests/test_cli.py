@@ -209,9 +209,7 @@ def test_help_lists_every_command_with_its_purpose(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_help_text_of_one_form(
-    name: str,
-    run_command: Callable[..., tuple[int, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The usage names the command as it was called; a line is full, or ends a sentence."""
     monkeypatch.setenv("COLUMNS", "80")

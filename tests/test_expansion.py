@@ -175,10 +175,7 @@ def test_only_the_latest_generation_trains(tiny_config: Callable[..., ModelConfi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_expanded_logits_are_bit_identical_to_base(
-    layout: Layout,
-    dtype: torch.dtype,
-    tiny_config: Callable[..., ModelConfig],
-    random_tensors: Any,
+    layout: Layout, dtype: torch.dtype, tiny_config: Callable[..., ModelConfig], random_tensors: Any
 ) -> None:
     """Logits are equal, not close, in fp32 and bf16 and for every placement."""
     config = tiny_config()

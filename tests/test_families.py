@@ -61,10 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "dtype": "bfloat16",
     },
-    "linear": {
-        "rope_scaling": {"type": "linear", "factor": 4.0},
-        "max_position_embeddings": 8192,
-    },
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}, "max_position_embeddings": 8192},
     "mistral-v0.1": {
         "model_type": "mistral",
         "num_key_value_heads": 2,

@@ -128,11 +128,7 @@ def test_eighty_greedy_tokens_are_hugging_faces(
     ids = random_ids(config, 4, 9)
     reference.generation_config.eos_token_id = None
     expected = reference.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=80,
-        pad_token_id=0,
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=80, pad_token_id=0
     )
     cache = KVCache(config, 4, 9 + 80, torch.float32)
     step, tokens = ids, [ids]

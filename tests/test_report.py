@@ -248,11 +248,7 @@ def test_command_prints_one_json_object(
     assert status == 0
     result = json.loads(shown)
     general = [run["sets"]["general"] for run in result["runs"]]
-    assert general[0] == {
-        "initial_loss": 1.75,
-        "final_loss": 1.758,
-        "change": pytest.approx(0.008),
-    }
+    assert general[0] == {"initial_loss": 1.75, "final_loss": 1.758, "change": pytest.approx(0.008)}
     assert general[1] == {"initial_loss": None, "final_loss": None, "change": None}
     assert result["files"] == [str(pro / "report.png"), str(pro / "report.md")]
 

@@ -75,10 +75,7 @@ def converted(stored: StoredTensor, dtype: str) -> Part:
 
 
 def write_safetensors(
-    file: Path,
-    targets: Sequence[Target],
-    metadata: dict[str, str] | None = None,
-    threads: int = 1,
+    file: Path, targets: Sequence[Target], metadata: dict[str, str] | None = None, threads: int = 1
 ) -> None:
     """Writes one safetensors file; with one thread tensor after tensor.
 

@@ -9,12 +9,7 @@ from typing import Any
 from llamapro import expansion
 from llamapro.checkpoints.base import base_vocab_size, check_base, new_sha256, split_rows
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.checkpoints.new_blocks import (
-    NEW_ROWS,
-    NewBlocks,
-    check_blocks,
-    open_blocks,
-)
+from llamapro.checkpoints.new_blocks import NEW_ROWS, NewBlocks, check_blocks, open_blocks
 from llamapro.checkpoints.run import STATE_FILE, look_again
 from llamapro.checkpoints.stacking import stack
 from llamapro.checkpoints.tensors import DTYPES, StoredTensor

@@ -33,13 +33,7 @@ from llamapro.conversion.meta_release import (
     tensor_names,
 )
 from llamapro.errors import CheckpointError, ConfigError, DataError, warn
-from llamapro.files import (
-    copy_companion,
-    output_directory,
-    refuse_large,
-    refuse_source,
-    write_json,
-)
+from llamapro.files import copy_companion, output_directory, refuse_large, refuse_source, write_json
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
 

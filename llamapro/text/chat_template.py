@@ -159,9 +159,7 @@ class ChatTemplate:
 
         Qwen3's template leaves out the reasoning of earlier turns. If a template renders earlier
         turns differently, each answer is trained behind the turns as they are shown before it.
-
-        Raises:
-            DataError: as `encode`.
+        Raises DataError as `encode` does.
         """
         try:
             return [self.encode(messages, variables)]

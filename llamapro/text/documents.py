@@ -22,14 +22,7 @@ from tqdm import tqdm
 from llamapro.errors import DataError, Problems
 from llamapro.files import pointer_fix
 from llamapro.text.encodings import describe_foreign
-from llamapro.text.rows import (
-    COMPRESSED,
-    SUFFIXES,
-    has_rows,
-    quote_names,
-    read_rows,
-    suffixes,
-)
+from llamapro.text.rows import COMPRESSED, SUFFIXES, has_rows, quote_names, read_rows, suffixes
 from llamapro.text.source_files import ARCHIVES, SourceFile
 
 # Length of the pieces of long documents and of batches of short ones. sentencepiece takes twice as

@@ -133,10 +133,7 @@ class PackedConversations:
     """
 
     def __init__(
-        self,
-        store: TokenStore,
-        seq_len: int,
-        policy: Literal["drop", "truncate", "split"] = "drop",
+        self, store: TokenStore, seq_len: int, policy: Literal["drop", "truncate", "split"] = "drop"
     ) -> None:
         """Packs the conversations of a store from `tokenize_conversations`.
 

@@ -12,12 +12,7 @@ from typing import Any
 
 from llamapro.errors import DataError, suggest, warn
 from llamapro.files import refuse_stand_in, user_path
-from llamapro.text.comparison import (
-    say_differences,
-    say_unread_files,
-    takes_json,
-    what_is_missing,
-)
+from llamapro.text.comparison import say_differences, say_unread_files, takes_json, what_is_missing
 from llamapro.text.token_files import (
     COMPANIONS,
     added_tokens,

@@ -55,12 +55,7 @@ class Progress:
     """Reports one run; every rank has one, and the main one prints and writes."""
 
     def __init__(
-        self,
-        settings: Settings,
-        mixture: Mixture,
-        steps: int,
-        state: RunState,
-        ranks: Ranks,
+        self, settings: Settings, mixture: Mixture, steps: int, state: RunState, ranks: Ranks
     ) -> None:
         """Writes nothing yet. When the log cannot be written, the run is asked to stop."""
         self._settings, self._mixture, self._steps = settings, mixture, steps

@@ -22,10 +22,7 @@ FAST = [kind for kind, (_, words) in fuzz_inputs.KINDS.items()
 
 @pytest.mark.parametrize(
     ("count", "kinds"),
-    [
-        (2 * len(FAST), FAST),
-        pytest.param(3000, list(fuzz_inputs.KINDS), marks=pytest.mark.slow),
-    ],
+    [(2 * len(FAST), FAST), pytest.param(3000, list(fuzz_inputs.KINDS), marks=pytest.mark.slow)],
     ids=["a few", "thousands"],
 )
 def test_damaged_files_end_in_one_message(good: Path, count: int, kinds: list[str]) -> None:

@@ -100,11 +100,7 @@ def test_command_prints_a_table(run: Run, args: Args, text_file: Path) -> None:
     ],
 )
 def test_wrong_options_exit_2(
-    run: Run,
-    checkpoint: Path,
-    text_file: Path,
-    options: list[str],
-    told: str,
+    run: Run, checkpoint: Path, text_file: Path, options: list[str], told: str
 ) -> None:
     """One message on standard error names the option and the value; no traceback, no result."""
     options = [option.format(dir=checkpoint) for option in options]

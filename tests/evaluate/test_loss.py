@@ -98,11 +98,7 @@ def test_stride_1_gives_every_token_the_whole_context(
 
 @pytest.mark.parametrize(("context", "stride"), [(32, 16), (32, 32), (20, 7)])
 def test_loss_is_transformers_on_the_same_windows(
-    args: Args,
-    ids: list[int],
-    theirs: transformers.LlamaForCausalLM,
-    context: int,
-    stride: int,
+    args: Args, ids: list[int], theirs: transformers.LlamaForCausalLM, context: int, stride: int
 ) -> None:
     """Padding, masking and batching leave the sum over windows as it is window by window."""
     assert len(ids) > 3 * context

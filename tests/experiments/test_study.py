@@ -251,9 +251,7 @@ def test_a_worker_ends_with_the_study(tmp_path: Path) -> None:
     os.close(writer)
 
 
-def test_workers_share_the_threads_of_pytorch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_workers_share_the_threads_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was given fewer than the machine's cores takes no more."""
     monkeypatch.setattr("torch.get_num_threads", lambda: 6)
     assert [schedule.Runner(workers)._threads for workers in (1, 2, 8)] == [6, 3, 1]
@@ -272,10 +270,7 @@ def test_the_time_left_follows_what_trials_really_take(
 def test_a_second_study_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     """While the first runs; then it may."""
     second = study.locked(tmp_path)
-    with (
-        study.locked(tmp_path),
-        pytest.raises(ConfigError, match="another study is writing here"),
-    ):
+    with study.locked(tmp_path), pytest.raises(ConfigError, match="another study is writing here"):
         second.__enter__()
     with study.locked(tmp_path):
         pass

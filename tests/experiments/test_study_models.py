@@ -71,9 +71,7 @@ def test_the_moe_baseline_starts_with_a_scaled_w3_as_in_appendix_h(base: Path) -
 
 
 def test_the_moe_baseline_of_a_bf16_base_computes_in_bf16(
-    write_random_checkpoint: Callable[..., Path],
-    tiny_config: Callable,
-    tmp_path: Path,
+    write_random_checkpoint: Callable[..., Path], tiny_config: Callable, tmp_path: Path
 ) -> None:
     """As it is measured, whole: real checkpoints are not fp32."""
     base = write_random_checkpoint(tmp_path / "base", tiny_config(), torch.bfloat16)

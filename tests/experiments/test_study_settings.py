@@ -144,10 +144,7 @@ def test_a_base_of_ones_own_has_all_variants(own: options.StudySettings) -> None
         ({"seq_len": 1024}, "seq_len 1024 is over max_position_embeddings 512"),
         ({"general": ("text.txt",)}, "--general: 'text.txt' is not NAME=PATH"),
         ({"general": ("domain=text.txt",)}, "--general domain=...: this name is the new domain's"),
-        (
-            {"variants": ("new-8",)},
-            "--variants new-8: not possible here; possible are new-1",
-        ),
+        ({"variants": ("new-8",)}, "--variants new-8: not possible here; possible are new-1"),
     ],
 )
 def test_what_a_base_of_ones_own_lacks_is_told_before_anything_starts(

@@ -48,10 +48,7 @@ def run(
     loss_sum, count = function(x, weight, targets)
     wanted = [t for t in (x, weight) if t.requires_grad]
     found = list(torch.autograd.grad(loss_sum * scale, wanted)) if wanted else []
-    gradients = (
-        found.pop(0) if "x" in trains else None,
-        found.pop(0) if "w" in trains else None,
-    )
+    gradients = (found.pop(0) if "x" in trains else None, found.pop(0) if "w" in trains else None)
     return loss_sum.detach(), count, gradients
 
 

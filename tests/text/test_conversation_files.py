@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 
 from llamapro.errors import Problems
-from llamapro.text.conversations import (
-    ConversationCounts,
-    read_conversations,
-    to_conversation,
-)
+from llamapro.text.conversations import ConversationCounts, read_conversations, to_conversation
 from llamapro.text.source_files import find_files
 
 _chats = runpy.run_path(str(Path(__file__).with_name("chats.py")))

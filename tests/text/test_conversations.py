@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from llamapro.text import packing
-from llamapro.text.conversations import (
-    to_conversation,
-)
+from llamapro.text.conversations import to_conversation
 
 _chats = runpy.run_path(str(Path(__file__).with_name("chats.py")))
 ASKED, ROW, read, lines_of, write = map(_chats.get, ("ASKED", "ROW", "read", "lines_of", "write"))
@@ -261,18 +259,12 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ({"instruction": "x", "output": "y", "history": ["z"]}, "'history' is not a list of pairs"),
         ({"instruction": "x", "input": 3, "output": "y"}, "'instruction' and 'input'"),
         ({"prompt": "x", "chosen": "y", "rejected": "z"}, "; save 'chosen', with the prompt befor"),
-        (
-            {"messages": {"role": ["user"], "content": []}},
-            "'messages' has lists of several len",
-        ),
+        ({"messages": {"role": ["user"], "content": []}}, "'messages' has lists of several len"),
         ({"messages": {"turns": ASKED}}, "'messages' is dict, expected a list of turns"),
         (ROW | {"tools": ["f"]}, "'tools' is a text that is no JSON"),
         (ROW | {"tools": "[[1]]"}, "'tools' has [1], expected objects"),
         ({"messages": {"role": "user"}}, "'messages' is dict, expected a list of turns"),
-        (
-            {"messages": [{"role": "user", "content": ["x"]}]},
-            "turn 1: a part of type str",
-        ),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "turn 1: a part of type str"),
         ({"messages": [ASKED[0], {"role": "tool_call", "content": "f()"}]}, "turn 2: the call"),
         (
             {"messages": [ASKED[0], {"role": "function_call", "content": "[1]"}]},

@@ -222,11 +222,7 @@ LONG_DOCUMENTS = {
 @pytest.mark.parametrize("kind", LONG_DOCUMENTS)
 @pytest.mark.parametrize("size", [24, 64, 100])
 def test_pieces_have_llama_3s_tokens_of_the_whole(
-    ranks: Tokenizer,
-    tokenizer: Tokenizer,
-    kind: str,
-    size: int,
-    monkeypatch: pytest.MonkeyPatch,
+    ranks: Tokenizer, tokenizer: Tokenizer, kind: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No cut falls inside what pre-tokenisation, or sentencepiece, would have joined."""
     monkeypatch.setattr(documents, "PIECE_CHARACTERS", size)

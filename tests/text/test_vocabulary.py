@@ -60,10 +60,7 @@ def test_added_tokens_and_frame_are_the_checkpoint_s(tmp_path: Path, tokenizer_f
         ids = tokenizer.encode("a word<pad> b<tool>", special=special)
         assert (401 in ids) == special and {402, 403} <= set(ids)
     assert tokenizer.decode(ids) == "a word b<tool>"
-    assert [file.name for file in tokenizer.files] == [
-        "tokenizer.model",
-        "tokenizer_config.json",
-    ]
+    assert [file.name for file in tokenizer.files] == ["tokenizer.model", "tokenizer_config.json"]
     others = [
         {"tokenizer_config": {"eos_token": "<s>"}},
         {"tokenizer_config": {"bos_token": None}},

@@ -211,10 +211,7 @@ def run(arguments: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Pa
 
 
 @pytest.fixture(scope="module")
-def straight(
-    arguments: Callable[..., list[str]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def straight(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a run that nothing disturbs; not to be changed."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     train.main(arguments(run_dir))

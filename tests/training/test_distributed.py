@@ -150,9 +150,7 @@ def test_frozen_keeps_its_bytes_and_has_no_gradient(spread: Spread) -> None:
                 assert kept == ("torch.float32" if name in trains else f"torch.{dtype}")
 
 
-def test_what_is_frozen_is_gathered_as_often_as_said_and_never_reduced(
-    spread: Spread,
-) -> None:
+def test_what_is_frozen_is_gathered_as_often_as_said_and_never_reduced(spread: Spread) -> None:
     """shard: twice per frozen block above the lowest new one, once below; gather: once; replicate:
     never. New blocks: twice. Nothing else is communicated but the new blocks' gradients.
     """

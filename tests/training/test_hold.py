@@ -76,9 +76,7 @@ def test_the_kl_settles_at_what_may_be_forgotten(
     assert 0.6 * allowed < kl < 1.1 * allowed
 
 
-def test_the_weight_rises_over_the_bound_and_falls_under_it(
-    rule: Callable[[str], Hold],
-) -> None:
+def test_the_weight_rises_over_the_bound_and_falls_under_it(rule: Callable[[str], Hold]) -> None:
     """And a high learning rate allows more: the same KL is over the bound only at a low one."""
     weights = [measure(rule("0.02"), kl, rate=rate) for kl, rate in ((0.5, 0), (0.01, 0), (0.5, 5))]
     over, under, allowed = weights

@@ -150,8 +150,7 @@ def test_recomputation_keeps_inputs_and_one_block(config: ModelConfig, dtype: to
 
 def settings(**train: Any) -> Settings:
     return Settings(
-        data=DataSettings(seq_len=SHAPE[1]),
-        train=TrainSettings(micro_batch_size=SHAPE[0], **train),
+        data=DataSettings(seq_len=SHAPE[1]), train=TrainSettings(micro_batch_size=SHAPE[0], **train)
     )
 
 

@@ -111,8 +111,7 @@ def test_lines_come_at_first_steps_and_then_by_time(
 
 
 def test_a_long_run_repeats_the_header(
-    make: Callable[..., tuple[Progress, RunState, list[float]]],
-    capsys: pytest.CaptureFixture[str],
+    make: Callable[..., tuple[Progress, RunState, list[float]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With `log_seconds` 0 every step has a line."""
     reporter, state, _ = make(log_seconds=0.0)

@@ -141,10 +141,7 @@ def test_a_gpu_would_take_both_products(tokens: int) -> None:
         return FakeTensor(mode, x.to("meta"), torch.device("cuda", 0))
 
     _, found = linear_of("float8", torch.bfloat16)
-    for weight, scale in (
-        (found.weight, found.scale),
-        (found.transposed, found.transposed_scale),
-    ):
+    for weight, scale in ((found.weight, found.scale), (found.transposed, found.transposed_scale)):
         a, a_scale = to_float8(rows(tokens, weight.shape[1]))
         with mode:
             copies = [fake(x) for x in (a, a_scale, weight, scale)]

@@ -222,10 +222,7 @@ VALID = Settings(
         ({"train": Train(trainable="all")}, "replay goes with train.trainable 'new_blocks'"),
         ({"data": DataSettings(train=("t",), format="chat")}, "'chat' has no replay"),
         (
-            {
-                "model": ModelSettings(config="c", tokenizer="t"),
-                "train": Train(trainable="all"),
-            },
+            {"model": ModelSettings(config="c", tokenizer="t"), "train": Train(trainable="all")},
             "replay goes with train.trainable 'new_blocks'",
         ),
     ],

@@ -133,10 +133,7 @@ def test_an_error_elsewhere_waits_for_the_writing(
     tmp_path: Path, alone: Ranks, let_go: threading.Event
 ) -> None:
     """The save is whole, and no thread is left that could write when the run is no more locked."""
-    with (
-        pytest.raises(KeyError, match="elsewhere"),
-        Saver(tmp_path, saving(True), alone) as saver,
-    ):
+    with pytest.raises(KeyError, match="elsewhere"), Saver(tmp_path, saving(True), alone) as saver:
         saver.save(5, *trained(5), INFO, state_at(5))
         let_go.set()
         raise KeyError("elsewhere")

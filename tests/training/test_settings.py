@@ -203,20 +203,14 @@ def test_valid_settings_pass() -> None:
     check(valid(), world_size=4)
     check(valid(data__weights=(1.5,), optim__warmup_ratio=0.0, optim__weight_decay=0.0), 1)
     check(valid(train__steps=5, train__epochs=0.0), 1)
-    check(
-        valid(model__path="", model__config="c", model__tokenizer="t", train__trainable="all"),
-        1,
-    )
+    check(valid(model__path="", model__config="c", model__tokenizer="t", train__trainable="all"), 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"model__path": ""}, "give model.path"),
-        (
-            {"model__config": "c", "model__tokenizer": "t", "train__trainable": "all"},
-            "not both",
-        ),
+        ({"model__config": "c", "model__tokenizer": "t", "train__trainable": "all"}, "not both"),
         (
             {"model__path": "", "model__config": "c", "train__trainable": "all"},
             "needs model.tokenizer",

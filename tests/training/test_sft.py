@@ -144,10 +144,7 @@ def test_a_template_s_date_is_the_run_s(
 
 
 def test_the_template_of_the_training_is_the_merged_model_s(
-    options: Callable[..., list[str]],
-    home: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: Callable[..., list[str]], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes the place of one that the model had, so chat and transformers use it unasked.
 

@@ -133,9 +133,7 @@ def test_a_tilde_is_the_home_in_every_path_of_a_preset(
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_that_decide_the_result_cannot_change_on_resume(
-    run: Callable[..., Path],
-) -> None:
+def test_settings_that_decide_the_result_cannot_change_on_resume(run: Callable[..., Path]) -> None:
     """The message names each, with both values; intervals may change."""
     run(train__steps=3)
     with pytest.raises(
@@ -282,11 +280,7 @@ def test_blocks_of_another_base_are_refused(
 
 @pytest.mark.parametrize(("allowed", "expected"), [(512, 512), (131072, 4096)])
 def test_a_sequence_is_as_long_as_the_model_allows(
-    arguments: Callable[..., list[str]],
-    home: Path,
-    tmp_path: Path,
-    allowed: int,
-    expected: int,
+    arguments: Callable[..., list[str]], home: Path, tmp_path: Path, allowed: int, expected: int
 ) -> None:
     """Up to the paper's 4,096, unless data.seq_len says otherwise: presets fit every model."""
     path = shutil.copytree(home / "pro", tmp_path / "pro")

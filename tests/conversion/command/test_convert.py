@@ -12,10 +12,7 @@ import pytest
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import read_blocks, write_blocks
-from llamapro.checkpoints.run import (
-    TRAINABLE_FILE,
-    training_checkpoints,
-)
+from llamapro.checkpoints.run import TRAINABLE_FILE, training_checkpoints
 from llamapro.checkpoints.writing import in_memory
 
 Convert = Callable[..., tuple[int, str, str]]
@@ -263,11 +260,7 @@ def test_mistakes_of_merge_and_strip_write_nothing(
 
 
 def test_every_command_that_reads_a_checkpoint_takes_one_from_the_hub(
-    convert: Convert,
-    base: Path,
-    run_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    convert: Convert, base: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """expand notes the name of its base, which the model card then says."""
     places = {"jo/base": base, "jo/pro": tmp_path / "hub-pro"}

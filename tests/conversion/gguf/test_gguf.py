@@ -187,11 +187,7 @@ def llama3_factors(head_dim: int, theta: float, scaling: dict[str, Any]) -> Tens
     ],
 )
 def test_llama_3_rope_factors_become_the_parameters_they_were_made_of(
-    model: Callable[..., Path],
-    tmp_path: Path,
-    head_dim: int,
-    theta: float,
-    scaling: dict[str, Any],
+    model: Callable[..., Path], tmp_path: Path, head_dim: int, theta: float, scaling: dict[str, Any]
 ) -> None:
     """The frequencies are those of the source; for Llama's own context so is each parameter."""
     config = {"head_dim": head_dim, "rope_theta": theta}

@@ -154,10 +154,7 @@ def test_ends_of_turn_and_of_document_end_an_answer(
 
 
 def test_what_the_template_puts_behind_an_answer_ends_it(
-    checkpoint: Path,
-    model: LlamaForCausalLM,
-    tokenizer: Tokenizer,
-    writes: Callable[..., None],
+    checkpoint: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, writes: Callable[..., None]
 ) -> None:
     """Such as Gemma's <end_of_turn>, or Phi's <|end|>: a model is trained to end with it."""
     end = "<|end_header_id|>"
