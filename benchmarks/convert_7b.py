@@ -59,13 +59,11 @@ def make_release(path: Path, layers: int) -> None:
     torch.save(tensors, path / "consolidated.00.pth")
 
 
-def make_run(path: Path, expanded_path: Path) -> None:
-    """Writes a run directory whose new blocks are random, in fp32."""
+def make_blocks(path: Path, expanded_path: Path) -> None:
+    """Writes a file of new blocks that are random, in fp32."""
     expanded = Checkpoint.open(expanded_path)
     record = expanded.config.expansion
     assert record is not None
-    step = path / "checkpoints" / "step-00000001"
-    step.mkdir(parents=True)
 
     def chunks(shape: tuple[int, ...]) -> Iterator[memoryview]:
         return tensor_chunks(torch.empty(shape).normal_(0, 0.02))
@@ -76,7 +74,7 @@ def make_run(path: Path, expanded_path: Path) -> None:
         if is_in_layers(name, record.new_layers)
     ]
     info = BlocksInfo.of(expanded.config, "new_blocks", 1)
-    write_blocks(step / "trainable.safetensors", targets, info)
+    write_blocks(path, targets, info)
 
 
 def in_own_process(function: Callable[..., None], *arguments: object) -> None:
@@ -165,20 +163,24 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work_dir / "convert-benchmark"
     release, base, pro, merged = (work / n for n in ("release", "base", "pro", "merged"))
+    blocks = work / "blocks.safetensors"
+    result = {"machine": measuring.machine(), "versions": measuring.versions("torch")}
+    rows: list[dict[str, float | str]] = []
+
+    def add(out: Path, name: str, *words: object) -> None:
+        rows.append(measure(name, [name, *map(str, words)], out, args.repeats))
+        measuring.write(args.out, result | {"layers": args.layers, "rows": rows})
+
     try:
         in_own_process(make_release, release, args.layers)
-        rows = [measure("from-meta", ["from-meta", str(release), str(base)], base, args.repeats)]
+        add(base, "from-meta", release, base)
         shutil.rmtree(release)
-        words = ["expand", str(base), str(pro), "--num-new-blocks", str(args.new_blocks)]
-        rows.append(measure("expand", words, pro, args.repeats))
+        add(pro, "expand", base, pro, "--num-new-blocks", args.new_blocks)
         shutil.rmtree(base)
-        in_own_process(make_run, work / "run", pro)
-        words = ["merge", str(pro), str(work / "run"), str(merged)]
-        rows.append(measure("merge", words, merged, args.repeats))
+        in_own_process(make_blocks, blocks, pro)
+        add(merged, "merge", pro, blocks, merged)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    result = {"machine": measuring.machine(), "versions": measuring.versions("torch")}
-    measuring.write(args.out, result | {"layers": args.layers, "rows": rows})
 
 
 if __name__ == "__main__":
