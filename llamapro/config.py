@@ -197,9 +197,8 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any], where: str = "config") -> "ModelConfig":
         """Reads the fields of a `config.json`, as transformers 4 or 5 writes it.
 
-        Raises:
-            ConfigError: some fields are missing, impossible or not supported. One message names
-                `where` and all of them, each with its value.
+        Raises ConfigError if fields are missing, impossible or not supported. One message names
+        `where` and all of them, each with its value.
         """
         model_type = raw.get("model_type", "llama")
         if model_type not in [*_DEFAULTS]:  # a list has no hash

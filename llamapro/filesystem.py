@@ -29,8 +29,7 @@ _lacking: dict[int, set[str]] = {}  # device -> what it cannot do
 def lacks(directory: Path) -> set[str]:
     """Returns what the file system of a directory cannot do; tries once, and then says so.
 
-    Raises:
-        OSError: nothing can be written there, or files cannot be renamed.
+    Raises OSError if nothing can be written there, or files cannot be renamed.
     """
     device = directory.stat().st_dev
     if device not in _lacking:

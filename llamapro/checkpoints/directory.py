@@ -59,9 +59,8 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """Opens a directory, or `hf://owner/name[@revision]`; reads headers only.
 
-        Raises:
-            ConfigError: `config.json` is missing or describes another kind of model.
-            CheckpointError: naming the file, and every tensor that does not fit `config.json`.
+        Raises ConfigError if `config.json` is missing or describes another kind of model, and
+        CheckpointError that names the file, and every tensor that does not fit `config.json`.
         """
         name, path = repository(path), resolve(path)
         if not path.is_dir():

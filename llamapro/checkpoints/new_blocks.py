@@ -144,8 +144,7 @@ def write_blocks(file: Path, targets: Sequence[Target], info: BlocksInfo) -> Non
 def check_bytes(file: Path) -> str:
     """Compares the tensors of a new-block file with the hash inside it, and returns that hash.
 
-    Raises:
-        CheckpointError: the bytes are not those that were written, or it is no new-block file.
+    Raises CheckpointError if the bytes are not those that were written, or it is no new-block file.
     """
     tensors = read_blocks(file).tensors
     hashes = hash_tensors(tensors.values(), f"hash {file.name}")

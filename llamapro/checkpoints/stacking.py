@@ -38,14 +38,13 @@ class Stacked(NamedTuple):
 def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     """Puts new blocks on their base; the files may have been trained in any layouts.
 
+    Raises CheckpointError if a file is damaged or does not belong to this base, or the vocabulary
+    grew, and ConfigError if a file is given twice.
+
     Args:
         base: the base, whose every byte is then read for its hash; or an expanded model with the
             base inside, whose record has the hash and whose own new blocks are left out.
         paths: new-block files, training checkpoints, run directories or `hf://owner/name`.
-
-    Raises:
-        CheckpointError: a file is damaged, or does not belong to this base; or the vocabulary grew.
-        ConfigError: a file is given twice.
     """
     record = base.config.expansion
     if base_vocab_size(base.config) < base.config.vocab_size:

@@ -152,9 +152,8 @@ def read_conversations(
 def to_conversation(row: dict[str, Any]) -> Conversation:
     """Returns the conversation of a row; text parts of contents are joined.
 
-    Raises:
-        ValueError: the row is no conversation, holds more than text, says two things, or has a key
-            that would change what is learned and is not understood.
+    Raises ValueError if the row is no conversation, holds more than text, says two things, or has a
+    key that would change what is learned and is not understood.
     """
     row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
     _check_row(row)

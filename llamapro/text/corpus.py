@@ -77,7 +77,8 @@ def tokenize(
     If they were prepared in parts, these are put together. The store is the same, to the byte.
 
     Each document is the tokenizer's prefix (BOS or nothing), its tokens, and EOS. A line on
-    standard error says what was read and what was left out.
+    standard error says what was read and what was left out. Raises DataError if a file cannot be
+    used or there is no text, or as `cached` and `find_parts`.
 
     Args:
         patterns: as for `find_files`; sizes and times of the files are part of the cache's key.
@@ -87,9 +88,6 @@ def tokenize(
         label: names the corpus in progress and messages.
         marker: text at which documents are split; "" splits none.
         part: tokenise only this one, unless the whole is in the cache; it may hold no text.
-
-    Raises:
-        DataError: a file cannot be used, there is no text, or as `cached` and `find_parts`.
     """
     files = find_files(patterns)
     counts = Counts()
@@ -136,10 +134,8 @@ def check_texts(
 ) -> None:
     """Reads every corpus, label -> patterns, and prints on standard error what was left out.
 
-    Documents are split at the marker of their label, as by `tokenize`.
-
-    Raises:
-        DataError: files or rows cannot be used; the message names those of all corpora.
+    Documents are split at the marker of their label, as by `tokenize`. Raises DataError if files or
+    rows cannot be used; the message names those of all corpora.
     """
     problems = []
     for label, patterns in corpora.items():

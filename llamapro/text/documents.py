@@ -123,14 +123,12 @@ def read_pieces(
     A document is a text file, or a row of a file that `rows` reads. The first document of every
     file is checked before any file is read, so that one run reports the wrong keys and kinds of all
     files; wrong rows after it are reported together at the end. In a folder, JSON and CSV without
-    such rows are left out: settings lie beside code.
+    such rows are left out: settings lie beside code. Raises DataError that names each file or row
+    that cannot be used.
 
     Args:
         text_key: key of the text in a JSON line, or name of its column.
         counts: grow while the pieces are read.
-
-    Raises:
-        DataError: files or rows cannot be used; the message names each.
     """
     wrong, read = Problems(limit=20), []
     for file in files:

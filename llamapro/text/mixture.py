@@ -193,8 +193,7 @@ def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:
 def parse_named(values: Sequence[str], key: str = "data.val") -> dict[str, list[str]]:
     """Parses values `NAME=PATH` of the option `key`; a repeated name has several paths.
 
-    Raises:
-        ConfigError: a value lacks the name, the path or the sign between them.
+    Raises ConfigError if a value lacks the name, the path or the sign between them.
     """
     named: dict[str, list[str]] = {}
     for value in values:

@@ -185,13 +185,12 @@ class Saver:
     def finish(self) -> dict[str, Any] | None:
         """Waits until the save is written and old ones are removed; every rank must call it.
 
+        Raises UserError on every rank if the main one could not write.
+
         Returns:
             A JSON-able report, the same on every rank: path and step; blocked_s, how long training
             stood still for it, including now; total_s, from its start to its end. None if there was
             nothing to finish.
-
-        Raises:
-            UserError: on every rank, if the main one could not write.
         """
         saved, self._saved = self._saved, None
         if saved is None:
@@ -325,10 +324,7 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
 
     Before anything is deleted the newest is read back from the disk and checked. What cannot be
     removed is said once, and tried again after every save. `keep` and `keep_every` are those of
-    `SaveSettings`; the run directory is locked.
-
-    Raises:
-        CheckpointError: none is intact.
+    `SaveSettings`; the run directory is locked. Raises CheckpointError if none is intact.
     """
     old, failures = list[Path](), list[CheckpointError]()
     try:
