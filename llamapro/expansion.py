@@ -32,15 +32,10 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks of an expanded model, from bottom to top.
+    """The blocks of an expanded model, from bottom to top."""
 
-    Attributes:
-        sources: for each block, the base layer that it is or is copied from.
-        new_layers: the indices of the new blocks.
-    """
-
-    sources: tuple[int, ...]
-    new_layers: tuple[int, ...]
+    sources: tuple[int, ...]  # for each block, the base layer that it is or is copied from
+    new_layers: tuple[int, ...]  # the indices of the new blocks
 
     @property
     def base_layers(self) -> tuple[int, ...]:

@@ -43,17 +43,12 @@ MISTRAL_LAYOUT = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint directory whose files are complete and have the right shapes.
-
-    Attributes:
-        tensors: name -> where it is stored, in the order of the model's own parameters.
-        repository: "owner/name" if it was fetched from the hub.
-    """
+    """An opened checkpoint directory whose files are complete and have the right shapes."""
 
     path: Path
     config: ModelConfig
-    tensors: dict[str, StoredTensor]
-    repository: str | None = None
+    tensors: dict[str, StoredTensor]  # by name, in the order of the model's own parameters
+    repository: str | None = None  # "owner/name" if it was fetched from the hub
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":

@@ -40,23 +40,14 @@ _HASH_KEY = "llamapro_sha256"
 
 @dataclass(frozen=True)
 class BlocksInfo:
-    """The base and the run that a new-block file belongs to.
+    """The base and the run that a new-block file belongs to."""
 
-    Attributes:
-        trainable: "new_blocks" or "all", as in `train.trainable`.
-        base_sha256: hash of the frozen base; "" if all was trained or nothing was expanded.
-        new_layers: the layers that are new blocks; empty in the same cases.
-        step: optimizer steps made.
-        source_layers: the base layer that each new block was copied from; empty in old files too.
-        computation: `ModelConfig.computation` of the model; None in old files.
-    """
-
-    trainable: str
-    base_sha256: str
-    new_layers: tuple[int, ...]
-    step: int
-    source_layers: tuple[int, ...] = ()
-    computation: dict[str, Any] | None = None
+    trainable: str  # "new_blocks" or "all", as in `train.trainable`
+    base_sha256: str  # of the frozen base; "" if all was trained or nothing was expanded
+    new_layers: tuple[int, ...]  # the layers that are new blocks; empty in the same cases
+    step: int  # optimizer steps made
+    source_layers: tuple[int, ...] = ()  # each new block's base layer; empty in old files too
+    computation: dict[str, Any] | None = None  # `ModelConfig.computation`; None in old files
 
     @classmethod
     def of(cls, config: ModelConfig, trainable: str, step: int) -> "BlocksInfo":

@@ -22,17 +22,11 @@ from llamapro.expansion import Layout
 
 
 class Stacked(NamedTuple):
-    """A base with the new blocks of files on it.
+    """A base with the new blocks of files on it."""
 
-    Attributes:
-        checkpoint: of the base's directory, with configuration and names of the whole model.
-        files: in the order of their blocks; the `info` of each has `source_layers`.
-        trained: name of each tensor that comes from a file -> the dtype that the base has there.
-    """
-
-    checkpoint: Checkpoint
-    files: list[NewBlocks]
-    trained: dict[str, str]
+    checkpoint: Checkpoint  # the base's directory; configuration and names of the whole model
+    files: list[NewBlocks]  # in the order of their blocks; the `info` of each has `source_layers`
+    trained: dict[str, str]  # name of each tensor from a file -> the dtype that the base has there
 
 
 def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:

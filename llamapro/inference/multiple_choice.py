@@ -37,17 +37,12 @@ _PROMPTS = ("question", "query", "context", "prompt")
 
 @dataclass(frozen=True)
 class Question:
-    """A tokenised question.
+    """A tokenised question."""
 
-    Attributes:
-        prompt: ids, the tokenizer's prefix (BOS or nothing) first.
-        is_cut: whether the prompt was too long and lost its beginning.
-    """
-
-    prompt: list[int]
+    prompt: list[int]  # the tokenizer's prefix (BOS or nothing) first
     choices: list[list[int]]
     right: frozenset[int]
-    is_cut: bool
+    is_cut: bool  # the prompt was too long and lost its beginning
 
 
 def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -> list[Question]:

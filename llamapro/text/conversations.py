@@ -97,18 +97,13 @@ class ConversationCounts:
 
 
 class Conversation(NamedTuple):
-    """What a row holds.
+    """The content of a row."""
 
-    Attributes:
-        messages: role, content and further keys, which the template may show. A `weight` of 0 says
-            that a turn is seen, and not trained.
-        variables: further variables of the template, such as `tools`.
-        unread: keys of the row that hold something else.
-    """
-
+    # Role, content and further keys, which the template may show. A `weight` of 0 says that a turn
+    # is seen, and not trained.
     messages: list[Message]
-    variables: dict[str, Any]
-    unread: set[str]
+    variables: dict[str, Any]  # further variables of the template, such as `tools`
+    unread: set[str]  # keys of the row that hold something else
 
 
 def read_conversations(

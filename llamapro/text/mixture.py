@@ -144,16 +144,12 @@ class Mixture:
 
 
 class MicroBatch(NamedTuple):
-    """What a rank computes in one forward pass.
+    """What a rank computes in one forward pass."""
 
-    Attributes:
-        columns: inputs, targets and, where the sources have them, documents, each (rows, T) int64.
-        replayed: the number of last rows from the source that is dealt out last; None if no rank
-            has any. The base inside runs on all ranks or on none, because they gather sharded
-            weights together.
-    """
-
+    # Inputs, targets and, where the sources have them, documents, each (rows, T) int64.
     columns: tuple[Tensor, ...]
+    # The number of last rows from the source that is dealt out last; None if no rank has any. The
+    # base inside runs on all ranks or on none, because they gather sharded weights together.
     replayed: int | None
 
 

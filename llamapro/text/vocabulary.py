@@ -61,27 +61,20 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The content of a vocabulary file, independent of the library that reads it.
+    """The content of a vocabulary file, independent of the library that reads it."""
 
-    Attributes:
-        encode: text to ids; names of control tokens are plain characters.
-        pieces: id to the bytes of text that it stands for, without control tokens.
-        added: control tokens, and others that `encode` finds itself.
-        bos_id, eos_id: BOS and EOS according to this file alone, or None.
-        ends: text to ids, and where each ends, in characters of the text before it is normalised;
-            None if the library does not say it.
-        library: the tokenizer of the library tokenizers, for a tokenizer.json.
-        words: id to the bytes of added tokens that are not their names: a normaliser may put a
-            space before them, and they are found with it only.
-    """
-
-    encode: Callable[[str], list[int]]
-    pieces: dict[int, bytes]
-    added: dict[str, AddedToken]
+    encode: Callable[[str], list[int]]  # names of control tokens are plain characters
+    pieces: dict[int, bytes]  # the text that an id stands for, without control tokens
+    added: dict[str, AddedToken]  # control tokens, and others that `encode` finds itself
+    # BOS and EOS according to this file alone, or None.
     bos_id: int | None
     eos_id: int | None
+    # Text to ids, and where each ends, in characters of the text before it is normalised; None if
+    # the library does not say it.
     ends: Callable[[str], tuple[list[int], list[int]]] | None = None
-    library: Any = None
+    library: Any = None  # the tokenizer of the library tokenizers, for a tokenizer.json
+    # The bytes of added tokens that are not their names: a normaliser may put a space before them,
+    # and they are found with it only.
     words: dict[int, bytes] = field(default_factory=dict)
 
 

@@ -60,9 +60,6 @@ class Saver:
     as soon as the main process has copied everything into its memory; a thread then writes, hashes
     and removes while training goes on. The files are the same. As a context it leaves no thread
     behind: even when the body raises, a running save is completed, though no longer reported.
-
-    Attributes:
-        step: step of the latest checkpoint that was started, or from which the run resumed.
     """
 
     def __init__(
@@ -72,7 +69,8 @@ class Saver:
 
         The run directory is locked as long as the saver is used.
         """
-        self.step, self._first_row = step, first_row
+        self.step = step  # of the latest checkpoint that was started or resumed from
+        self._first_row = first_row
         self._run_dir, self._settings, self._ranks = run_dir, settings, ranks
         self._in_background = settings.in_background(ranks.device.type)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
