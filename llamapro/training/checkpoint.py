@@ -132,10 +132,7 @@ class Saver:
     def _save_now(
         self, parameters: Parameters, optimizer: torch.optim.Optimizer, write: Write
     ) -> None:
-        """Gathers each tensor when the main rank has written the one before it.
-
-        A failure to write is voted on like a failure to gather.
-        """
+        """Gathers each tensor when the main rank has written the one before it."""
         failures: list[str] = []
         gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
         if self._ranks.is_main:
