@@ -28,16 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llamapro.checkpoints import run
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.run import (
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    TRAINABLE_FILE,
-    newest_intact,
-    read_state,
-    training_checkpoints,
-    write_manifest,
-)
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import Target, write_safetensors
 from llamapro.errors import CheckpointError, UserError, warn
@@ -218,10 +210,10 @@ class Saver:
         blocks = [Target(s.name, s.dtype, s.shape, [next_tensor]) for s in specs]
         moments = [replace(t, name=f"{t.name}.{m}") for t in blocks for m in MOMENTS]
         with output_directory(target) as aside:
-            write_blocks(aside / TRAINABLE_FILE, blocks, info)
-            write_safetensors(aside / OPTIMIZER_FILE, moments)
-            (aside / STATE_FILE).write_text(state, encoding="utf-8")
-            write_manifest(aside)
+            write_blocks(aside / run.TRAINABLE_FILE, blocks, info)
+            write_safetensors(aside / run.OPTIMIZER_FILE, moments)
+            (aside / run.STATE_FILE).write_text(state, encoding="utf-8")
+            run.write_manifest(aside)
         remove_old(self._run_dir, self._settings.keep, self._settings.keep_every)
         self._ended_s = time.perf_counter()
 
@@ -297,7 +289,7 @@ def make_way(target: Path) -> None:
     if not target.exists():
         return
     try:
-        read_state(target)
+        run.read_state(target)
     except CheckpointError:
         _remove(target)
     else:
@@ -323,12 +315,12 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
     """
     old, failures = list[Path](), list[CheckpointError]()
     try:
-        old = training_checkpoints(run_dir)[:-keep]
+        old = run.training_checkpoints(run_dir)[:-keep]
     except CheckpointError as error:
         failures.append(error)
     if keep_every:
         old = [path for path in old if int(path.name.removeprefix("step-")) % keep_every]
-    newest = newest_intact(run_dir)[0] if old else None
+    newest = run.newest_intact(run_dir)[0] if old else None
     for path in old:
         if path != newest:
             try:
