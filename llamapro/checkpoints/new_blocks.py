@@ -9,7 +9,6 @@ wherever it goes. A run keeps one in every training checkpoint:
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from llamapro.checkpoints.tensors import (
 )
 from llamapro.checkpoints.writing import Target, hashed, write_safetensors
 from llamapro.config import ModelConfig, differences
-from llamapro.errors import CheckpointError, Problems, warn
+from llamapro.errors import CheckpointError, Problems, note, warn
 
 # Only the rows of added tokens are stored: name in the model -> name in the file.
 NEW_ROWS = {
@@ -104,7 +103,7 @@ def find_blocks(path: str | Path) -> Path:
             f"(looked for {TRAINABLE_FILE} and checkpoints/step-*/{TRAINABLE_FILE})"
         )
     for problem in damaged:
-        print(f"{problem}; taking {step.name} instead", file=sys.stderr)
+        note(f"{problem}; taking {step.name} instead")
     return step / TRAINABLE_FILE
 
 

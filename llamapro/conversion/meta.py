@@ -6,7 +6,6 @@ neighbouring pairs. `config.json` keeps under `meta_release` what Hugging Face's
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from llamapro.checkpoints.writing import Target, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion import meta_release
 from llamapro.conversion.companions import write_companions
-from llamapro.errors import CheckpointError, ConfigError, DataError, warn
+from llamapro.errors import CheckpointError, ConfigError, DataError, note, warn
 from llamapro.files import copy_companion, output_directory, refuse_large, refuse_source, write_json
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
@@ -142,7 +141,7 @@ def to_meta(
     written = 0
     companions = {file.name: file for file in checkpoint.companions() if file.is_file()}
     if "tokenizer.model" not in companions:
-        print(f"{ckpt_dir}: no tokenizer.model, so the release has none", file=sys.stderr)
+        note(f"{ckpt_dir}: no tokenizer.model, so the release has none")
     with output_directory(out_dir, force) as aside:
         for index in range(count):
             tensors = {}
@@ -178,10 +177,7 @@ def _read_tokenizer(directory: Path, vocab_size: int) -> tuple[list[Path], dict[
     folders = (directory, directory.absolute().parent)  # Llama 1 and 2: beside the sizes' folders
     found = [f / "tokenizer.model" for f in folders if (f / "tokenizer.model").is_file()][:1]
     if not found:
-        print(
-            f"{directory}: no tokenizer.model, here or one level up; copy one into the result",
-            file=sys.stderr,
-        )
+        note(f"{directory}: no tokenizer.model, here or one level up; copy one into the result")
         bos = LLAMA_3_RANKS if vocab_size == meta_release.LLAMA_3_VOCAB else 1
         return [], {"bos_token_id": bos, "eos_token_id": bos + 1}
     refuse_large(found[0], 1 << 26)  # Llama 3's has 2 MB

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamapro.errors import DataError, warn
+from llamapro.errors import DataError, note, warn
 from llamapro.text import documents
 from llamapro.text.documents import Counts, Piece, read_pieces
 from llamapro.text.parts import Part, find_parts, join, remove_parts
@@ -144,7 +143,7 @@ def check_texts(
             files, marker = find_files(patterns), markers[label]
             deque(_read(files, tokenizer, text_key, counts, label, marker), maxlen=0)
             counts.check(patterns)
-            print(f"{label}: {counts.describe()}", file=sys.stderr)
+            note(f"{label}: {counts.describe()}")
         except DataError as error:
             problems.append(str(error))
     if problems:

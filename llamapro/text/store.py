@@ -5,7 +5,6 @@ import functools
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, note
 from llamapro.files import directory_aside, parse_json, reason, refuse_large, user_path
 from llamapro.known_hashes import WHOLE, known_hashes
 
@@ -199,7 +198,7 @@ def cached(
             with known_hashes(shard, cache_dir) as known:
                 known[WHOLE] = sha256
     origin = f", from the cache {directory}" if is_cached else ""
-    print(f"{label}: {summarize(store)}{origin}", file=sys.stderr)
+    note(f"{label}: {summarize(store)}{origin}")
     return store
 
 
