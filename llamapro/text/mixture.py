@@ -11,7 +11,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llamapro.errors import ConfigError, DataError
 from llamapro.ops import IGNORE_INDEX
+from llamapro.text.packing import PackedConversations
 from llamapro.text.store import Int64s, TokenStore
 
 
@@ -58,16 +59,8 @@ class PackedSequences:
         return [self.store.document_of(start), self.store.document_of(last)]
 
 
-class Source(Protocol):
-    """Numbered sequences of T tokens, from which a mixture is made."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Int64s, ...]:
-        """Returns inputs, targets and, if documents must not see each other, these: (T,) each."""
-
-    def documents(self, index: int) -> list[int | None]:
-        """Returns the numbers of a sequence's documents, or the first and last if consecutive."""
+# Numbered sequences of inputs, targets and, if documents must not see each other, these: (T,) each.
+Source = PackedSequences | PackedConversations
 
 
 class Mixture:
