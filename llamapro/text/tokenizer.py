@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, suggest, warn
+from llamapro.errors import DataError, warn
 from llamapro.files import refuse_stand_in, user_path
 from llamapro.text.comparison import say_differences, say_unread_files, takes_json, what_is_missing
 from llamapro.text.token_files import (
@@ -207,13 +207,6 @@ class Tokenizer:
                 f"{vocab_size:,}: a tokenizer of another vocabulary, or with added tokens that "
                 "have no row; use the model's own, or add rows"
             )
-
-    def token_id(self, name: str) -> int:
-        """Returns the id of a control token, such as "<|eot_id|>"; raises DataError if unknown."""
-        if name not in self.special_tokens:
-            hint = suggest(name, list(self.special_tokens))
-            raise DataError(f"{self.path}: no special token {name!r}{hint}")
-        return self.special_tokens[name]
 
     def encode(
         self,
