@@ -239,7 +239,7 @@ class ModelConfig:
 
     @property
     def computation(self) -> dict[str, Any]:
-        """What decides, beside the weights and their shapes, what the model computes; JSON-able."""
+        """The fields that decide what the model computes, beside weights and shapes; JSON-able."""
         keys = "num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta"
         found = {key: getattr(self, key) for key in f"{keys} sliding_window".split()}
         scaling = self.rope_scaling

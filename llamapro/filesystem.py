@@ -1,4 +1,4 @@
-"""What a file system can do: mounts of object stores, and some network ones, lack parts of it.
+"""Finds what a file system lacks: mounts of object stores, and some network ones, lack parts.
 
 A file must be written from its start to its end, renamed and removed. What else makes writing safer
 or faster is found out by trying, and done without where it is missing.

@@ -137,7 +137,7 @@ class Mixture:
 
 
 class MicroBatch(NamedTuple):
-    """What a rank computes in one forward pass."""
+    """The sequences that a rank computes in one forward pass."""
 
     # Inputs, targets and, where the sources have them, documents, each (rows, T) int64.
     columns: tuple[Tensor, ...]

@@ -39,7 +39,7 @@ DATE = datetime.datetime(2024, 7, 26)
 
 
 class Opening(NamedTuple):
-    """What a document begins with."""
+    """The beginning of a document."""
 
     ids: Sequence[int]
     # Ids that follow the first end token. In a chat the base writes the user's message; these ids
