@@ -51,15 +51,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
 def run(job: Job, objective: NextToken | None = None) -> RunState:
     """Trains in this process, or among those that torchrun started; every one must call it.
 
+    Raises DataError if the run had to end early, for example because the disk is full.
+
     Args:
         objective: minimised instead of the job's own. It holds a whole model on the CPU, with
             `requires_grad` set, which is sharded in place.
 
     Returns:
         The state at the end of the run; its last training checkpoint has the trained tensors.
-
-    Raises:
-        DataError: the run had to end early, for example because the disk is full.
     """
     t = job.settings.train
     if objective is not None:
@@ -142,6 +141,8 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on this rank's part of a global batch.
 
+    Raises Stopped on every rank if a signal came to one of them; the step is dropped.
+
     Args:
         batch: its micro-batches.
         valid: number of targets of the *global* batch. The loss is a mean over them, so it does
@@ -150,9 +151,6 @@ def train_step(
     Returns:
         This rank's part of the loss, (), in nats per token, and the norm of the gradient before
         clipping, (); both stay on the device.
-
-    Raises:
-        Stopped: on every rank, if a signal came to one of them; the step is dropped.
     """
     # FSDP averages gradients over the ranks, hence the factor world_size.
     scale = ranks.world_size / max(1.0, valid)

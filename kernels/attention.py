@@ -192,10 +192,7 @@ def attention(
 
     Gradients are the same bits every time. q, k and v are fp32, fp16 or bf16 with D a multiple of 8
     up to 256, and copied unless they are contiguous and aligned to 16 bytes. `bounds` are an
-    `ops.AttentionBounds`.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit each other.
+    `ops.AttentionBounds`. Raises ValueError if shapes or dtypes do not fit each other.
     """
     first, last = (None, None) if bounds is None else bounds
     _check(q, k, v, first, last)

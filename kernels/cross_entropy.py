@@ -190,10 +190,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
 
     Logits are rounded to x's dtype, as `F.linear` does; softmax, losses and their sum are in fp32.
     The gradient of x is rounded to its dtype before and after it is scaled; that of the weight is
-    summed in fp32 and rounded once.
-
-    Raises:
-        RuntimeError: a target is not below V (on a GPU: a device-side assertion, later).
+    summed in fp32 and rounded once. Raises RuntimeError if a target is not below V (on a GPU: a
+    device-side assertion, later).
     """
     has_graph = torch.is_grad_enabled()  # under no_grad, ctx.needs_input_grad can still be True
     needs_x, needs_weight = has_graph and x.requires_grad, has_graph and weight.requires_grad

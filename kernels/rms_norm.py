@@ -226,8 +226,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `ops.rms_norm`: (..., C), copied if it is not contiguous, and (C,) -> (..., C).
 
-    Raises:
-        ValueError: the weight's shape or dtype does not fit x.
+    Raises ValueError if the weight's shape or dtype does not fit x.
     """
     _check(x, weight)
     return _RMSNorm.apply(x, None, weight, eps)
@@ -237,10 +236,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """As `ops.add_rms_norm`: the sum and its norm, both (..., C).
 
     This is one kernel instead of two: the sum is not read again to be normalised, and in backward
-    its two gradients are not added in a pass of their own.
-
-    Raises:
-        ValueError: the shapes or dtypes do not fit.
+    its two gradients are not added in a pass of their own. Raises ValueError if the shapes or
+    dtypes do not fit.
     """
     _check(x, weight)
     if (residual.shape, residual.dtype) != (x.shape, x.dtype):

@@ -103,9 +103,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `ops.rope`: (B, T, H, D), copied if it is not contiguous -> (B, T, H, D).
 
     The table is a constant: it gets no gradient. Only the first half of its last axis is read.
-
-    Raises:
-        ValueError: the shapes or dtypes do not fit, or D is odd.
+    Raises ValueError if the shapes or dtypes do not fit, or D is odd.
     """
     B, T, _, D = x.shape
     if D % 2:

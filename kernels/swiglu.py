@@ -114,10 +114,7 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """As `ops.swiglu`: (..., F) twice, copied if they are not contiguous -> (..., F).
 
-    Only the two inputs are kept for backward.
-
-    Raises:
-        ValueError: the shapes or dtypes are not the same.
+    Only the two inputs are kept for backward. Raises ValueError if their shapes or dtypes differ.
     """
     if (gate.shape, gate.dtype) != (up.shape, up.dtype):
         raise ValueError(

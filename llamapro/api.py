@@ -30,13 +30,12 @@ def load(
 ) -> LlamaForCausalLM:
     """Loads a checkpoint in Hugging Face layout, frozen and in evaluation mode.
 
+    Raises ConfigError if the model is not of LLaMA's shape, and CheckpointError if a file is
+    missing or damaged.
+
     Args:
         path: a directory, or `hf://owner/name[@revision]`.
         dtype: dtype of the weights and the computation; None takes the checkpoint's.
-
-    Raises:
-        ConfigError: the model is not of LLaMA's shape.
-        CheckpointError: a file is missing or damaged.
     """
     return Checkpoint.open(path).load(dtype, device)
 
@@ -47,14 +46,12 @@ def expand(
     """Inserts evenly spaced identity blocks (section 3.2); the logits stay the same, to the bit.
 
     The result shares the base's tensors; the new blocks have tensors of their own. The
-    configuration records which blocks are new.
+    configuration records which blocks are new. Raises ConfigError if the layers do not split like
+    this; the message lists the numbers that work.
 
     Args:
         num_new_blocks: number of new blocks in all; the layers must split into equal groups.
         blocks_per_group: number of new blocks on top of each group.
-
-    Raises:
-        ConfigError: the layers do not split like this; the message lists the numbers that work.
     """
     layout = interleave(model.config.num_hidden_layers, num_new_blocks, blocks_per_group)
     base = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -67,8 +64,7 @@ def expand(
 def train_only_new(model: LlamaForCausalLM) -> list[nn.Parameter]:
     """Freezes everything except the new blocks and returns their parameters for an optimizer.
 
-    Raises:
-        ConfigError: the model was not expanded.
+    Raises ConfigError if the model was not expanded.
     """
     return [model.get_parameter(name) for name in select_trainable(model, "new_blocks")]
 
@@ -77,15 +73,13 @@ def save(model: LlamaForCausalLM, path: str | Path, force: bool = False) -> None
     """Writes a checkpoint directory that `load` and transformers read.
 
     Tokenizer files are copied from the directory that the model, or its base, was loaded from.
+    Raises ConfigError if the directory exists or cannot be written, or the model's configuration
+    was made field by field.
 
     Args:
         model: in any dtype, on any device.
         path: the directory to create; it appears once it is complete.
         force: replace a checkpoint of this name.
-
-    Raises:
-        ConfigError: the directory exists or cannot be written, or the model's configuration was
-            made field by field.
     """
     if not model.config.raw:
         raise ConfigError(

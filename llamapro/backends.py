@@ -49,8 +49,7 @@ class BackendError(ValueError):
 def parse(choice: str) -> dict[str, str]:
     """Reads a choice such as "auto" or "triton,attention=torch" into a backend for each of `OPS`.
 
-    Raises:
-        ValueError: an op or backend is unknown, or the op has no Triton kernel.
+    Raises ValueError if an op or backend is unknown, or the op has no Triton kernel.
     """
     chosen = dict.fromkeys(OPS, "auto")
     for part in choice.split(","):

@@ -20,27 +20,19 @@ from llamapro.files import read_json
 
 @dataclass(frozen=True)
 class ExpansionRecord:
-    """Which layers of a checkpoint are new blocks. `expand` writes it; nothing recomputes it.
+    """Which layers of a checkpoint are new blocks. `expand` writes it; nothing recomputes it."""
 
-    Attributes:
-        new_layers: the latest expansion's new blocks, as indices in this checkpoint.
-        source_layers: for each of them, the layer of the base that it was copied from.
-        base_sha256: `Checkpoint.sha256()` of the base that was expanded.
-        generations: the earlier expansions, oldest first. Each is a mapping with the same keys, and
-            its `new_layers` are indices in this checkpoint too.
-        base_vocab_size: the number of rows of embedding and head that are the base's; the rows of
-            added tokens follow. None, and absent from the file, if no token was added.
-        computation: `ModelConfig.computation` of the base; None in records of earlier versions.
-        new_sha256: the hash of what `merge` put in, `checkpoints.base.new_sha256`; else None.
-    """
-
-    new_layers: tuple[int, ...]
-    source_layers: tuple[int, ...]
-    base_sha256: str
+    new_layers: tuple[int, ...]  # the latest expansion's new blocks, indices in this checkpoint
+    source_layers: tuple[int, ...]  # for each of them, the base layer that it was copied from
+    base_sha256: str  # `Checkpoint.sha256()` of the base that was expanded
+    # The earlier expansions, oldest first. Each is a mapping with the same keys, and its
+    # `new_layers` are indices in this checkpoint too.
     generations: tuple[dict[str, Any], ...] = ()
+    # The number of rows of embedding and head that are the base's; the rows of added tokens follow.
+    # None, and absent from the file, if no token was added.
     base_vocab_size: int | None = None
-    computation: dict[str, Any] | None = None
-    new_sha256: str | None = None
+    computation: dict[str, Any] | None = None  # the base's; None in records of earlier versions
+    new_sha256: str | None = None  # of what `merge` put in, `checkpoints.base.new_sha256`
 
     @classmethod
     def from_dict(
@@ -142,19 +134,7 @@ MAX_LAYERS = 4096  # building more would take gigabytes, even without weights
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA's hyper-parameters under Hugging Face's names.
-
-    Attributes:
-        model_type: "llama", "mistral", "qwen2" or "qwen3".
-        sliding_window: the number of positions that a token sees, itself included (Mistral 7B
-            v0.1); None means all before it.
-        attention_bias: whether q_proj, k_proj and v_proj have biases.
-        o_proj_bias, mlp_bias: whether o_proj has one, and whether all three of the MLP have.
-        qk_norm: whether queries and keys are normed, head by head, before they are rotated.
-        raw: the whole `config.json`. Keys unknown to this class survive a rewrite.
-        directory: where this, or the base that was expanded, was read from; None if made in memory.
-        expansion: the `llamapro` record, or None for a model that was never expanded.
-    """
+    """A LLaMA's hyper-parameters under Hugging Face's names."""
 
     vocab_size: int
     hidden_size: int
@@ -170,15 +150,18 @@ class ModelConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
-    expansion: ExpansionRecord | None = None
-    model_type: str = "llama"
+    expansion: ExpansionRecord | None = None  # None for a model that was never expanded
+    model_type: str = "llama"  # or "mistral", "qwen2" or "qwen3"
     rope_scaling: RopeScaling | None = None
+    # The number of positions that a token sees, itself included (Mistral 7B v0.1); None means all.
     sliding_window: int | None = None
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q_proj, k_proj and v_proj
     o_proj_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
+    mlp_bias: bool = False  # of all three matrices
+    qk_norm: bool = False  # queries and keys are normed, head by head, before they are rotated
+    # The whole `config.json`: keys unknown to this class survive a rewrite.
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    # Where this, or the base that was expanded, was read from; None if made in memory.
     directory: Path | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -197,9 +180,8 @@ class ModelConfig:
     def from_dict(cls, raw: dict[str, Any], where: str = "config") -> "ModelConfig":
         """Reads the fields of a `config.json`, as transformers 4 or 5 writes it.
 
-        Raises:
-            ConfigError: some fields are missing, impossible or not supported. One message names
-                `where` and all of them, each with its value.
+        Raises ConfigError if fields are missing, impossible or not supported. One message names
+        `where` and all of them, each with its value.
         """
         model_type = raw.get("model_type", "llama")
         if model_type not in [*_DEFAULTS]:  # a list has no hash
@@ -257,7 +239,7 @@ class ModelConfig:
 
     @property
     def computation(self) -> dict[str, Any]:
-        """What decides, beside the weights and their shapes, what the model computes; JSON-able."""
+        """The fields that decide what the model computes, beside weights and shapes; JSON-able."""
         keys = "num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta"
         found = {key: getattr(self, key) for key in f"{keys} sliding_window".split()}
         scaling = self.rope_scaling

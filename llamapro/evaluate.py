@@ -40,15 +40,12 @@ from llamapro.training.objective import NextToken
 
 @dataclass(frozen=True)
 class Text:
-    """The tokenised documents of one --data argument: prefix and text, with no EOS to predict.
-
-    Attributes:
-        bytes: UTF-8 length of the text that is predicted. Without a prefix the first token of a
-            document is predicted from nothing, so neither it nor its bytes count.
-    """
+    """The tokenised documents of one --data argument: prefix and text, with no EOS to predict."""
 
     name: str
     documents: list[list[int]]
+    # UTF-8 length of the text that is predicted. Without a prefix the first token of a document is
+    # predicted from nothing, so neither it nor its bytes count.
     bytes: int
 
 

@@ -32,15 +32,10 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks of an expanded model, from bottom to top.
+    """The blocks of an expanded model, from bottom to top."""
 
-    Attributes:
-        sources: for each block, the base layer that it is or is copied from.
-        new_layers: the indices of the new blocks.
-    """
-
-    sources: tuple[int, ...]
-    new_layers: tuple[int, ...]
+    sources: tuple[int, ...]  # for each block, the base layer that it is or is copied from
+    new_layers: tuple[int, ...]  # the indices of the new blocks
 
     @property
     def base_layers(self) -> tuple[int, ...]:
@@ -66,13 +61,12 @@ def place(num_layers: int, inserted: Mapping[int, Iterable[int]]) -> Layout:
 def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) -> Layout:
     """Places copies of the top P blocks of each of N groups on top of the group, as the paper does.
 
+    Raises ConfigError if the layers do not split like this, with the numbers that work.
+
     Args:
         num_layers: L, the number of the base's layers.
         num_new_blocks: N * P, the number of new blocks in all.
         blocks_per_group: P.
-
-    Raises:
-        ConfigError: the layers do not split like this; the message lists the numbers that work.
     """
     P = blocks_per_group
     # N groups must be equal, and none can copy more blocks than it has.
@@ -94,8 +88,7 @@ def interleave(num_layers: int, num_new_blocks: int, blocks_per_group: int = 1) 
 def insert_after(num_layers: int, layers: Iterable[int]) -> Layout:
     """Places a copy of each listed base layer directly after it.
 
-    Raises:
-        ConfigError: a layer is listed twice or does not exist.
+    Raises ConfigError if a layer is listed twice or does not exist.
     """
     layers = list(layers)
     wrong = sorted({i for i in layers if not 0 <= i < num_layers or layers.count(i) > 1})
@@ -199,12 +192,11 @@ def expand_state_dict(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str
 def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> list[str]:
     """Sets `requires_grad` of every parameter and returns the names of those that train.
 
+    Raises ConfigError if no block is recorded as new.
+
     Args:
         model: the model; its configuration has the expansion record.
         trainable: "new_blocks" (those of the latest expansion) or "all".
-
-    Raises:
-        ConfigError: no block is recorded as new.
     """
     record = model.config.expansion
     if trainable == "new_blocks" and record is None:

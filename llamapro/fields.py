@@ -12,21 +12,15 @@ from llamapro.errors import warn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretches RoPE's frequencies for longer contexts, as `ops.rope_frequencies` describes.
+    """Stretches RoPE's frequencies for longer contexts, as `ops.rope_frequencies` describes."""
 
-    Attributes:
-        kind: "linear" (Chen et al., 2023) or "llama3" (Llama 3.1), which alone has the last three.
-        factor: divides all frequencies ("linear"), or the low ones ("llama3").
-        low_freq_factor, high_freq_factor: a frequency is low, or high, if its wave fits this often
-            into the original context; the frequencies between are blended.
-        original_max_position_embeddings: the original context in tokens.
-    """
-
-    kind: str
-    factor: float
+    kind: str  # "linear" (Chen et al., 2023) or "llama3" (Llama 3.1), which has all fields
+    factor: float  # divides all frequencies ("linear"), or the low ones ("llama3")
+    # A frequency is low, or high, if its wave fits this often into the original context; the
+    # frequencies between are blended.
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
-    original_max_position_embeddings: float = 0.0
+    original_max_position_embeddings: float = 0.0  # the original context in tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the `rope_scaling` entry of a `config.json`."""

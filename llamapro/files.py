@@ -31,9 +31,8 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 def user_path(path: str | Path) -> Path:
     """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes.
 
-    Raises:
-        ConfigError: it begins in the home directory, and there is none, as in some containers; or
-            it has a variable of the shell in it.
+    Raises ConfigError if the path begins in the home directory and there is none, as in some
+    containers, or if a variable of the shell is in it.
     """
     if (meant := os.path.expandvars(path)) != str(path) and not os.path.exists(path):
         raise ConfigError(f"{path}: variables are not replaced in a path; write {meant}")
@@ -79,10 +78,8 @@ def refuse_link(file: Path) -> None:
     """Refuses a file beside weights that is a link to somewhere else.
 
     A stranger's LICENSE could be a link to the user's own secrets, which would leave with the
-    result. Hugging Face's cache is made of links, to `blobs` beside `snapshots`.
-
-    Raises:
-        CheckpointError: the link leaves the directory.
+    result. Hugging Face's cache is made of links, to `blobs` beside `snapshots`. Raises
+    CheckpointError if the link leaves the directory.
     """
     home, found = file.parent.resolve(), file.resolve()
     home = home.parent if home.name in ("original", "additional_chat_templates") else home
@@ -122,9 +119,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Gives a hidden directory, as `directory_aside`, for the output that a user asked for.
 
-    Raises:
-        ConfigError: the directory exists and may not be replaced, or cannot be created.
-        CheckpointError: writing failed; the message names the file.
+    Raises ConfigError if the directory exists and may not be replaced, or cannot be created, and
+    CheckpointError that names the file if writing failed.
     """
     path = Path(path).resolve()  # a link to another disk: written there, and the link stays
     remove_abandoned(path.parent)
@@ -153,13 +149,11 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
 def directory_aside(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Gives a hidden directory beside `path` that takes its name when the body has succeeded.
 
-    The hidden directory is removed if the body fails, and so are those of killed processes.
+    The hidden directory is removed if the body fails, and so are those of killed processes. Raises
+    OSError if something cannot be written; then nothing else was changed.
 
     Args:
         keep_existing: keep, instead of replacing, a directory that another process completed.
-
-    Raises:
-        OSError: something cannot be written; nothing else was changed.
     """
     make_directory(path.parent)
     filesystem.lacks(path.parent)

@@ -1,4 +1,4 @@
-"""What a file system can do: mounts of object stores, and some network ones, lack parts of it.
+"""Finds what a file system lacks: mounts of object stores, and some network ones, lack parts.
 
 A file must be written from its start to its end, renamed and removed. What else makes writing safer
 or faster is found out by trying, and done without where it is missing.
@@ -29,8 +29,7 @@ _lacking: dict[int, set[str]] = {}  # device -> what it cannot do
 def lacks(directory: Path) -> set[str]:
     """Returns what the file system of a directory cannot do; tries once, and then says so.
 
-    Raises:
-        OSError: nothing can be written there, or files cannot be renamed.
+    Raises OSError if nothing can be written there, or files cannot be renamed.
     """
     device = directory.stat().st_dev
     if device not in _lacking:

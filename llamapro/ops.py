@@ -134,15 +134,10 @@ def halves_to_interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 class AttentionBounds(NamedTuple):
-    """The keys that a query sees, beyond causality. Both rise, or stay, along their last axis.
+    """The keys that a query sees, beyond causality. Both rise, or stay, along their last axis."""
 
-    Attributes:
-        first: (B or 1, T) int32, the first key that query t sees.
-        last: (B or 1, S) int32, the last position whose query sees key s.
-    """
-
-    first: Tensor
-    last: Tensor
+    first: Tensor  # (B or 1, T) int32, the first key that query t sees
+    last: Tensor  # (B or 1, S) int32, the last position whose query sees key s
 
 
 def attention_bounds(

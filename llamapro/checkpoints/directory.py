@@ -43,25 +43,19 @@ MISTRAL_LAYOUT = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint directory whose files are complete and have the right shapes.
-
-    Attributes:
-        tensors: name -> where it is stored, in the order of the model's own parameters.
-        repository: "owner/name" if it was fetched from the hub.
-    """
+    """An opened checkpoint directory whose files are complete and have the right shapes."""
 
     path: Path
     config: ModelConfig
-    tensors: dict[str, StoredTensor]
-    repository: str | None = None
+    tensors: dict[str, StoredTensor]  # by name, in the order of the model's own parameters
+    repository: str | None = None  # "owner/name" if it was fetched from the hub
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
         """Opens a directory, or `hf://owner/name[@revision]`; reads headers only.
 
-        Raises:
-            ConfigError: `config.json` is missing or describes another kind of model.
-            CheckpointError: naming the file, and every tensor that does not fit `config.json`.
+        Raises ConfigError if `config.json` is missing or describes another kind of model, and
+        CheckpointError that names the file, and every tensor that does not fit `config.json`.
         """
         name, path = repository(path), resolve(path)
         if not path.is_dir():

@@ -75,9 +75,8 @@ def _parse(path: str | Path) -> re.Match[str] | None:
 def resolve(path: str | Path) -> Path:
     """Returns a local path as it is, and for `hf://owner/name[@revision]` the fetched directory.
 
-    Raises:
-        ConfigError: the name is not of that form, or `huggingface_hub` is not installed.
-        CheckpointError: the hub does not give the files; the message says why and the fix.
+    Raises ConfigError if the name is not of that form or `huggingface_hub` is not installed, and
+    CheckpointError, with the reason and the fix, if the hub does not give the files.
     """
     found = _parse(path)
     if found is None:

@@ -55,9 +55,8 @@ def match(
 ) -> dict[str, StoredTensor]:
     """Checks names and shapes against the configuration; returns them in the model's order.
 
-    Raises:
-        CheckpointError: naming every tensor that is missing, unexpected or of another shape, or a
-            head that is stored beside an embedding to which the configuration ties it.
+    Raises CheckpointError that names every tensor that is missing, unexpected or of another shape,
+    or a head that is stored beside an embedding to which the configuration ties it.
     """
     # Before a model is built, even on the meta device: a config.json can ask for any size.
     widest = max(config.vocab_size, config.intermediate_size)

@@ -9,7 +9,6 @@ wherever it goes. A run keeps one in every training checkpoint:
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from llamapro.checkpoints.tensors import (
 )
 from llamapro.checkpoints.writing import Target, hashed, write_safetensors
 from llamapro.config import ModelConfig, differences
-from llamapro.errors import CheckpointError, Problems, warn
+from llamapro.errors import CheckpointError, Problems, note, warn
 
 # Only the rows of added tokens are stored: name in the model -> name in the file.
 NEW_ROWS = {
@@ -40,23 +39,14 @@ _HASH_KEY = "llamapro_sha256"
 
 @dataclass(frozen=True)
 class BlocksInfo:
-    """The base and the run that a new-block file belongs to.
+    """The base and the run that a new-block file belongs to."""
 
-    Attributes:
-        trainable: "new_blocks" or "all", as in `train.trainable`.
-        base_sha256: hash of the frozen base; "" if all was trained or nothing was expanded.
-        new_layers: the layers that are new blocks; empty in the same cases.
-        step: optimizer steps made.
-        source_layers: the base layer that each new block was copied from; empty in old files too.
-        computation: `ModelConfig.computation` of the model; None in old files.
-    """
-
-    trainable: str
-    base_sha256: str
-    new_layers: tuple[int, ...]
-    step: int
-    source_layers: tuple[int, ...] = ()
-    computation: dict[str, Any] | None = None
+    trainable: str  # "new_blocks" or "all", as in `train.trainable`
+    base_sha256: str  # of the frozen base; "" if all was trained or nothing was expanded
+    new_layers: tuple[int, ...]  # the layers that are new blocks; empty in the same cases
+    step: int  # optimizer steps made
+    source_layers: tuple[int, ...] = ()  # each new block's base layer; empty in old files too
+    computation: dict[str, Any] | None = None  # `ModelConfig.computation`; None in old files
 
     @classmethod
     def of(cls, config: ModelConfig, trainable: str, step: int) -> "BlocksInfo":
@@ -113,7 +103,7 @@ def find_blocks(path: str | Path) -> Path:
             f"(looked for {TRAINABLE_FILE} and checkpoints/step-*/{TRAINABLE_FILE})"
         )
     for problem in damaged:
-        print(f"{problem}; taking {step.name} instead", file=sys.stderr)
+        note(f"{problem}; taking {step.name} instead")
     return step / TRAINABLE_FILE
 
 
@@ -144,8 +134,7 @@ def write_blocks(file: Path, targets: Sequence[Target], info: BlocksInfo) -> Non
 def check_bytes(file: Path) -> str:
     """Compares the tensors of a new-block file with the hash inside it, and returns that hash.
 
-    Raises:
-        CheckpointError: the bytes are not those that were written, or it is no new-block file.
+    Raises CheckpointError if the bytes are not those that were written, or it is no new-block file.
     """
     tensors = read_blocks(file).tensors
     hashes = hash_tensors(tensors.values(), f"hash {file.name}")

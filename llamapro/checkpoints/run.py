@@ -38,9 +38,8 @@ _NUMBERS = (
 def training_checkpoints(run_dir: Path) -> list[Path]:
     """Lists a run's complete training checkpoints, oldest first.
 
-    Raises:
-        CheckpointError: their directory cannot be listed. A run that took it for an empty one
-            would begin anew.
+    Raises CheckpointError if their directory cannot be listed. A run that took it for an empty one
+    would begin anew.
     """
     folder = run_dir / "checkpoints"
     try:
@@ -65,11 +64,10 @@ def write_manifest(path: Path) -> None:
 def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Finds the newest training checkpoint whose files are all as they were saved.
 
+    Raises CheckpointError if all are damaged; starting again would lose them silently.
+
     Returns:
         The checkpoint, or None if the run has none; and a message for each newer damaged one.
-
-    Raises:
-        CheckpointError: all are damaged; starting again would lose them silently.
     """
     damaged: list[str] = []
     listed = training_checkpoints(run_dir)
@@ -183,10 +181,8 @@ def file_sha256(file: Path) -> str:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the records of a run's `metrics.jsonl` in the order they were written.
 
-    A last line without its end is left out: its process was killed, or is still writing it.
-
-    Raises:
-        DataError: there is no log, or a line is not a record; names the file and the line.
+    A last line without its end is left out: its process was killed, or is still writing it. Raises
+    DataError, with the file and the line, if there is no log or a line is not a record.
     """
     path = run_dir / METRICS_FILE
     try:

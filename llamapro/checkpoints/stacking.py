@@ -22,30 +22,23 @@ from llamapro.expansion import Layout
 
 
 class Stacked(NamedTuple):
-    """A base with the new blocks of files on it.
+    """A base with the new blocks of files on it."""
 
-    Attributes:
-        checkpoint: of the base's directory, with configuration and names of the whole model.
-        files: in the order of their blocks; the `info` of each has `source_layers`.
-        trained: name of each tensor that comes from a file -> the dtype that the base has there.
-    """
-
-    checkpoint: Checkpoint
-    files: list[NewBlocks]
-    trained: dict[str, str]
+    checkpoint: Checkpoint  # the base's directory; configuration and names of the whole model
+    files: list[NewBlocks]  # in the order of their blocks; the `info` of each has `source_layers`
+    trained: dict[str, str]  # name of each tensor from a file -> the dtype that the base has there
 
 
 def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     """Puts new blocks on their base; the files may have been trained in any layouts.
 
+    Raises CheckpointError if a file is damaged or does not belong to this base, or the vocabulary
+    grew, and ConfigError if a file is given twice.
+
     Args:
         base: the base, whose every byte is then read for its hash; or an expanded model with the
             base inside, whose record has the hash and whose own new blocks are left out.
         paths: new-block files, training checkpoints, run directories or `hf://owner/name`.
-
-    Raises:
-        CheckpointError: a file is damaged, or does not belong to this base; or the vocabulary grew.
-        ConfigError: a file is given twice.
     """
     record = base.config.expansion
     if base_vocab_size(base.config) < base.config.vocab_size:

@@ -79,10 +79,8 @@ def write_safetensors(
 ) -> None:
     """Writes one safetensors file; with one thread tensor after tensor.
 
-    The header takes `metadata`, texts.
-
-    Raises:
-        OSError: the file cannot be written; `filename` names it.
+    The header takes `metadata`, texts. Raises OSError, whose `filename` names the file, if it
+    cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
@@ -143,10 +141,8 @@ def write_checkpoint(
 
     `directory` must exist. Two threads write, so memory holds two tensors at most, whatever the
     model's size. A file is larger than `max_shard_bytes` only if a single tensor is. `written` is
-    called with each complete file, while it is still in the machine's memory.
-
-    Raises:
-        CheckpointError: a number is NaN or infinite, perhaps only in the dtype that is written.
+    called with each complete file, while it is still in the machine's memory. Raises
+    CheckpointError if a number is NaN or infinite, perhaps only in the dtype that is written.
     """
     shards: list[list[Target]] = [[]]
     for target in targets:

@@ -6,14 +6,13 @@ of the kind "llama" holds sentencepiece's pieces and scores, which become a `tok
 
 import importlib
 import json
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from llamapro.conversion.companions import CONFIG_NAME, SPACE, tokenizer_files
-from llamapro.errors import ConfigError, DataError, suggest
+from llamapro.errors import ConfigError, DataError, note, suggest
 from llamapro.text.template_files import FOR_TOOLS, TOOLS_FILE
 from llamapro.text.vocabulary import JSON_NAME, LLAMA_3_PATTERN, byte_characters
 
@@ -70,7 +69,7 @@ def read_tokenizer(
 
     kind = get("model", "none")
     if kind in ("none", "no_vocab"):
-        print(f"{file}: holds no tokenizer; copy the model's into the result", file=sys.stderr)
+        note(f"{file}: holds no tokenizer; copy the model's into the result")
         return {"bos_token_id": get("bos_token_id")}, {}
     if kind not in ("gpt2", "llama"):
         raise DataError(
@@ -117,10 +116,9 @@ def read_tokenizer(
     try:
         if kind == "gpt2":
             if "tokenizer.ggml.pre" not in metadata:
-                print(
+                note(
                     f"{file}: does not name the way text is cut (tokenizer.ggml.pre); took "
-                    "llama.cpp's 'default', which may not be the model's",
-                    file=sys.stderr,
+                    "llama.cpp's 'default', which may not be the model's"
                 )
             tokenizer = _byte_level(tokens, types, get("merges"), pre, file)
         else:

@@ -6,7 +6,6 @@ neighbouring pairs. `config.json` keeps under `meta_release` what Hugging Face's
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,17 +21,9 @@ from llamapro.checkpoints.matching import META_FIELDS
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPE_CODES, all_finite, tensor_chunks
 from llamapro.checkpoints.writing import Target, write_checkpoint
 from llamapro.config import ModelConfig
+from llamapro.conversion import meta_release
 from llamapro.conversion.companions import write_companions
-from llamapro.conversion.meta_release import (
-    LLAMA_3_VOCAB,
-    Shards,
-    describe,
-    ffn_size,
-    read_params,
-    rope_scaling,
-    tensor_names,
-)
-from llamapro.errors import CheckpointError, ConfigError, DataError, warn
+from llamapro.errors import CheckpointError, ConfigError, DataError, note, warn
 from llamapro.files import copy_companion, output_directory, refuse_large, refuse_source, write_json
 from llamapro.model import build_on_meta
 from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
@@ -60,10 +51,10 @@ def from_meta(
     file = meta_dir / "params.json"
     if (meta_dir / "config.json").exists() and not file.exists():
         raise ConfigError(f"{meta_dir}: in Hugging Face layout already; nothing is to convert")
-    params, shards = read_params(file), Shards(meta_dir)
-    raw, split = describe(params, shards, max_position_embeddings)
+    params, shards = meta_release.read_params(file), meta_release.Shards(meta_dir)
+    raw, split = meta_release.describe(params, shards, max_position_embeddings)
     config = ModelConfig.from_dict(raw, str(file))
-    names = tensor_names(config.num_hidden_layers, split)
+    names = meta_release.tensor_names(config.num_hidden_layers, split)
     shapes = {n: tuple(p.shape) for n, p in build_on_meta(config).named_parameters()}
     all_shapes = {"lm_head.weight": shapes["model.embed_tokens.weight"]} | shapes  # tied: not in it
     expected = {meta: (all_shapes[hf], dim) for meta, (hf, dim) in names.items()}
@@ -150,7 +141,7 @@ def to_meta(
     written = 0
     companions = {file.name: file for file in checkpoint.companions() if file.is_file()}
     if "tokenizer.model" not in companions:
-        print(f"{ckpt_dir}: no tokenizer.model, so the release has none", file=sys.stderr)
+        note(f"{ckpt_dir}: no tokenizer.model, so the release has none")
     with output_directory(out_dir, force) as aside:
         for index in range(count):
             tensors = {}
@@ -186,11 +177,8 @@ def _read_tokenizer(directory: Path, vocab_size: int) -> tuple[list[Path], dict[
     folders = (directory, directory.absolute().parent)  # Llama 1 and 2: beside the sizes' folders
     found = [f / "tokenizer.model" for f in folders if (f / "tokenizer.model").is_file()][:1]
     if not found:
-        print(
-            f"{directory}: no tokenizer.model, here or one level up; copy one into the result",
-            file=sys.stderr,
-        )
-        bos = LLAMA_3_RANKS if vocab_size == LLAMA_3_VOCAB else 1
+        note(f"{directory}: no tokenizer.model, here or one level up; copy one into the result")
+        bos = LLAMA_3_RANKS if vocab_size == meta_release.LLAMA_3_VOCAB else 1
         return [], {"bos_token_id": bos, "eos_token_id": bos + 1}
     refuse_large(found[0], 1 << 26)  # Llama 3's has 2 MB
     if is_ranks(content := found[0].read_bytes()):
@@ -230,7 +218,7 @@ def _release_of(
         )
     if (scaling := config.rope_scaling) is not None and scaling.factor == 1:
         config = dataclasses.replace(config, rope_scaling=None)
-    elif scaling not in (None, scaled := rope_scaling(config.tie_word_embeddings)):
+    elif scaling not in (None, scaled := meta_release.rope_scaling(config.tie_word_embeddings)):
         raise ConfigError(
             f"{file}: {scaling} cannot be said in Meta's layout, whose use_scaled_rope stands for "
             f"{scaled}"
@@ -238,7 +226,8 @@ def _release_of(
     release = config.raw.get("meta_release") or {}
     try:
         params, shards = _params_for(config, release), int(release.get("shards", 1))
-        names = tensor_names(config.num_hidden_layers, release.get("embedding_split", "columns"))
+        split = release.get("embedding_split", "columns")
+        names = meta_release.tensor_names(config.num_hidden_layers, split)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{file}: the 'meta_release' record is damaged ({error!r}); remove it"
@@ -259,14 +248,14 @@ def _params_for(config: ModelConfig, release: dict[str, Any]) -> dict[str, Any]:
         now["max_seq_len"] = positions
     default = {"n_kv_heads": H, "rope_theta": 10000.0, "use_scaled_rope": False}
     params |= {k: v for k, v in now.items() if (params.get(k) or default.get(k)) != v}
-    if "multiple_of" not in params or ffn_size(params) != F:
+    if "multiple_of" not in params or meta_release.ffn_size(params) != F:
         params.pop("ffn_dim_multiplier", None)
         for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
             params["multiple_of"] = multiple
-            if ffn_size(params) == F:
+            if meta_release.ffn_size(params) == F:
                 return params
         # multiple_of is 1 now; + 0.5 makes the formula's int() exact whatever the rounding.
-        params["ffn_dim_multiplier"] = (F + 0.5) / ffn_size(params)
+        params["ffn_dim_multiplier"] = (F + 0.5) / meta_release.ffn_size(params)
     return params
 
 

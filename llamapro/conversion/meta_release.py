@@ -7,7 +7,6 @@ unmapped every 256 MiB, because mapped pages count as resident.
 
 import math
 import re
-import sys
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,7 +20,7 @@ from llamapro.checkpoints.tensors import DTYPE_CODES, same_bytes
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import PLAIN_LLAMA
 from llamapro.conversion.pth_file import load_pth
-from llamapro.errors import CheckpointError, ConfigError, Problems, warn
+from llamapro.errors import CheckpointError, ConfigError, Problems, note, warn
 from llamapro.fields import RopeScaling
 from llamapro.files import read_json
 from llamapro.text.vocabulary import LLAMA_3_RANKS, LLAMA_3_SPECIAL
@@ -249,10 +248,9 @@ def describe(
     if positions is None and (is_scaled or vocab == LLAMA_3_VOCAB):
         positions = 131072 if is_scaled else 8192
     if positions is None:
-        print(
+        note(
             f"{file}: no max_seq_len; wrote max_position_embeddings 2048, LLaMA 1's; the option "
-            "--max-position-embeddings says otherwise (Llama 2: 4096)",
-            file=sys.stderr,
+            "--max-position-embeddings says otherwise (Llama 2: 4096)"
         )
     raw = PLAIN_LLAMA | {
         "vocab_size": vocab,

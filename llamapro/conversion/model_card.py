@@ -7,7 +7,6 @@ shown, because a card is published.
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from llamapro.checkpoints.hub import BASE_CARD_FILE
 from llamapro.checkpoints.new_blocks import BlocksInfo, NewBlocks
 from llamapro.checkpoints.run import MAX_STATE_BYTES, STATE_FILE, TRAINABLE_FILE
 from llamapro.config import ModelConfig
-from llamapro.errors import CheckpointError
+from llamapro.errors import CheckpointError, note
 from llamapro.files import read_json
 from llamapro.formatting import perplexity
 from llamapro.text.template_files import own_template
@@ -70,7 +69,7 @@ class Training:
                 state = read_json(path, MAX_STATE_BYTES)
             except CheckpointError as error:
                 # The weights are checked elsewhere and are worth merging without their story.
-                print(f"{error}; left out of the model card", file=sys.stderr)
+                note(f"{error}; left out of the model card")
         if "chat_template" not in state and (found := own_template(file.parent)):
             state["chat_template"] = found  # of a published file, whose state stays at home
         return cls(blocks.info, state)

@@ -9,12 +9,7 @@ from llamapro.config import ModelConfig
 
 
 class KVCache:
-    """One pair of preallocated buffers per layer.
-
-    Attributes:
-        keys, values: per layer (B, capacity, KV, D).
-        length: the number of filled positions; `LlamaModel.forward` advances it.
-    """
+    """One pair of preallocated buffers per layer: `keys` and `values`, (B, capacity, KV, D)."""
 
     def __init__(
         self,
@@ -28,7 +23,7 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.length = 0
+        self.length = 0  # the number of filled positions; `LlamaModel.forward` advances it
         self.capacity = capacity
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,12 +65,11 @@ class Conversation:
     def answer(self, text: str, show: Callable[[str], None]) -> str:
         """Adds a turn of the user and the assistant's answer; `show` gets the answer's pieces.
 
+        Raises ConfigError if the turn leaves no room in the context for an answer, and DataError if
+        the chat template refuses it; the conversation stays as it was.
+
         Returns:
             A line about the answer: the reason if it is incomplete, tokens, speed, context.
-
-        Raises:
-            ConfigError: the turn leaves no room in the context for an answer.
-            DataError: the chat template refuses the turn. The conversation stays as it was.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._template.encode_prompt(messages)

@@ -37,17 +37,12 @@ _PROMPTS = ("question", "query", "context", "prompt")
 
 @dataclass(frozen=True)
 class Question:
-    """A tokenised question.
+    """A tokenised question."""
 
-    Attributes:
-        prompt: ids, the tokenizer's prefix (BOS or nothing) first.
-        is_cut: whether the prompt was too long and lost its beginning.
-    """
-
-    prompt: list[int]
+    prompt: list[int]  # the tokenizer's prefix (BOS or nothing) first
     choices: list[list[int]]
     right: frozenset[int]
-    is_cut: bool
+    is_cut: bool  # the prompt was too long and lost its beginning
 
 
 def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -> list[Question]:
@@ -55,15 +50,13 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
 
     A row has `choices`, a list of texts or {"text": [...], "label": [...]}. Its `answer` is a
     label, an index from 0, a text, a letter, or a list of these. A `question` or `query` is put
-    between "Question:" and "Answer:"; a `context` or `prompt` is continued as it stands.
+    between "Question:" and "Answer:"; a `context` or `prompt` is continued as it stands. Raises
+    DataError if a file or its rows cannot be used. One message names all wrong rows.
 
     Args:
         context: longest input in tokens; a longer prompt loses its beginning, but not the prefix.
         shots: number of first rows that stand with their answers before each question. They are
             not asked.
-
-    Raises:
-        DataError: a file or its rows cannot be used. One message names all wrong rows.
     """
     rows: list[tuple[str, str, list[str], frozenset[int]]] = []
     problems = Problems(limit=20)

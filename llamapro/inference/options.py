@@ -58,8 +58,7 @@ class ComputeOptions:
     def load(self, checkpoint: Checkpoint) -> LlamaForCausalLM:
         """Loads a model, inside `backends`, and prints its device and backends on standard error.
 
-        Raises:
-            ConfigError: there is no GPU, no kernel for --ops, or no new block to skip.
+        Raises ConfigError if there is no GPU, no kernel for --ops, or no new block to skip.
         """
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         if self.skip_new_blocks:

@@ -57,8 +57,7 @@ class ChatTemplate:
     ) -> None:
         """Compiles a template; a stranger's is rendered in a process of its own.
 
-        Raises:
-            DataError: it is wrong, or jinja2 is missing.
+        Raises DataError if it is wrong, or jinja2 is missing.
         """
         self.source, self.origin = source, origin
         self.date: datetime.datetime | None = None
@@ -92,11 +91,10 @@ class ChatTemplate:
     ) -> "ChatTemplate":
         """Loads the chat template of a model, or the one that the user named.
 
+        Raises DataError if there is no template, it is wrong, or it needs tokens of another model.
+
         Args:
             directory, template: as for `find_template`.
-
-        Raises:
-            DataError: there is no template, it is wrong, or it needs tokens of another model.
         """
         found = find_template(directory, template)
         if found.is_built_in:
@@ -118,8 +116,7 @@ class ChatTemplate:
     ) -> str:
         """Returns a conversation as text, as transformers' `apply_chat_template` does.
 
-        Raises:
-            DataError: the template fails or refuses the conversation.
+        Raises DataError if the template fails or refuses the conversation.
         """
         return RESERVED.sub("", self._render(messages, add_generation_prompt, variables or {}))
 
@@ -130,8 +127,7 @@ class ChatTemplate:
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the token ids up to where the assistant's next answer begins.
 
-        Raises:
-            DataError: as `encode`, but no turn of the assistant is needed.
+        Raises DataError as `encode`, but no turn of the assistant is needed.
         """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))

@@ -97,18 +97,13 @@ class ConversationCounts:
 
 
 class Conversation(NamedTuple):
-    """What a row holds.
+    """The content of a row."""
 
-    Attributes:
-        messages: role, content and further keys, which the template may show. A `weight` of 0 says
-            that a turn is seen, and not trained.
-        variables: further variables of the template, such as `tools`.
-        unread: keys of the row that hold something else.
-    """
-
+    # Role, content and further keys, which the template may show. A `weight` of 0 says that a turn
+    # is seen, and not trained.
     messages: list[Message]
-    variables: dict[str, Any]
-    unread: set[str]
+    variables: dict[str, Any]  # further variables of the template, such as `tools`
+    unread: set[str]  # keys of the row that hold something else
 
 
 def read_conversations(
@@ -152,9 +147,8 @@ def read_conversations(
 def to_conversation(row: dict[str, Any]) -> Conversation:
     """Returns the conversation of a row; text parts of contents are joined.
 
-    Raises:
-        ValueError: the row is no conversation, holds more than text, says two things, or has a key
-            that would change what is learned and is not understood.
+    Raises ValueError if the row is no conversation, holds more than text, says two things, or has a
+    key that would change what is learned and is not understood.
     """
     row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
     _check_row(row)

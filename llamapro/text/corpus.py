@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamapro.errors import DataError, warn
+from llamapro.errors import DataError, note, warn
 from llamapro.text import documents
 from llamapro.text.documents import Counts, Piece, read_pieces
 from llamapro.text.parts import Part, find_parts, join, remove_parts
@@ -77,7 +76,8 @@ def tokenize(
     If they were prepared in parts, these are put together. The store is the same, to the byte.
 
     Each document is the tokenizer's prefix (BOS or nothing), its tokens, and EOS. A line on
-    standard error says what was read and what was left out.
+    standard error says what was read and what was left out. Raises DataError if a file cannot be
+    used or there is no text, or as `cached` and `find_parts`.
 
     Args:
         patterns: as for `find_files`; sizes and times of the files are part of the cache's key.
@@ -87,9 +87,6 @@ def tokenize(
         label: names the corpus in progress and messages.
         marker: text at which documents are split; "" splits none.
         part: tokenise only this one, unless the whole is in the cache; it may hold no text.
-
-    Raises:
-        DataError: a file cannot be used, there is no text, or as `cached` and `find_parts`.
     """
     files = find_files(patterns)
     counts = Counts()
@@ -136,10 +133,8 @@ def check_texts(
 ) -> None:
     """Reads every corpus, label -> patterns, and prints on standard error what was left out.
 
-    Documents are split at the marker of their label, as by `tokenize`.
-
-    Raises:
-        DataError: files or rows cannot be used; the message names those of all corpora.
+    Documents are split at the marker of their label, as by `tokenize`. Raises DataError if files or
+    rows cannot be used; the message names those of all corpora.
     """
     problems = []
     for label, patterns in corpora.items():
@@ -148,7 +143,7 @@ def check_texts(
             files, marker = find_files(patterns), markers[label]
             deque(_read(files, tokenizer, text_key, counts, label, marker), maxlen=0)
             counts.check(patterns)
-            print(f"{label}: {counts.describe()}", file=sys.stderr)
+            note(f"{label}: {counts.describe()}")
         except DataError as error:
             problems.append(str(error))
     if problems:

@@ -39,24 +39,18 @@ _SHOWN = 5  # files left out, in a summary
 
 @dataclass
 class Counts:
-    """Counts of what was read and left out.
-
-    Attributes:
-        bytes: UTF-8 length of all text.
-        files_left_out: their number; `left_out` has the first of them, with the reason.
-        markers: how often names of control tokens stand in the text as plain characters; `end` is
-            the first of them that ends documents.
-    """
+    """Counts of what was read and left out."""
 
     documents: int = 0
-    bytes: int = 0
+    bytes: int = 0  # UTF-8 length of all text
     long_documents: int = 0
     empty_documents: int = 0
     blank_lines: int = 0
     files_left_out: int = 0
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # the first of them, with the reason
+    # How often names of control tokens stand in the text as plain characters.
     markers: dict[str, int] = field(default_factory=dict)
-    end: str = ""
+    end: str = ""  # the first of them that ends documents
 
     def add(self, other: "Counts") -> None:
         """Adds what was read after this, from other files."""
@@ -123,14 +117,12 @@ def read_pieces(
     A document is a text file, or a row of a file that `rows` reads. The first document of every
     file is checked before any file is read, so that one run reports the wrong keys and kinds of all
     files; wrong rows after it are reported together at the end. In a folder, JSON and CSV without
-    such rows are left out: settings lie beside code.
+    such rows are left out: settings lie beside code. Raises DataError that names each file or row
+    that cannot be used.
 
     Args:
         text_key: key of the text in a JSON line, or name of its column.
         counts: grow while the pieces are read.
-
-    Raises:
-        DataError: files or rows cannot be used; the message names each.
     """
     wrong, read = Problems(limit=20), []
     for file in files:

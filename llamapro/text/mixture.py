@@ -11,7 +11,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llamapro.errors import ConfigError, DataError
 from llamapro.ops import IGNORE_INDEX
+from llamapro.text.packing import PackedConversations
 from llamapro.text.store import Int64s, TokenStore
 
 
@@ -58,16 +59,8 @@ class PackedSequences:
         return [self.store.document_of(start), self.store.document_of(last)]
 
 
-class Source(Protocol):
-    """Numbered sequences of T tokens, from which a mixture is made."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Int64s, ...]:
-        """Returns inputs, targets and, if documents must not see each other, these: (T,) each."""
-
-    def documents(self, index: int) -> list[int | None]:
-        """Returns the numbers of a sequence's documents, or the first and last if consecutive."""
+# Numbered sequences of inputs, targets and, if documents must not see each other, these: (T,) each.
+Source = PackedSequences | PackedConversations
 
 
 class Mixture:
@@ -144,16 +137,12 @@ class Mixture:
 
 
 class MicroBatch(NamedTuple):
-    """What a rank computes in one forward pass.
+    """The sequences that a rank computes in one forward pass."""
 
-    Attributes:
-        columns: inputs, targets and, where the sources have them, documents, each (rows, T) int64.
-        replayed: the number of last rows from the source that is dealt out last; None if no rank
-            has any. The base inside runs on all ranks or on none, because they gather sharded
-            weights together.
-    """
-
+    # Inputs, targets and, where the sources have them, documents, each (rows, T) int64.
     columns: tuple[Tensor, ...]
+    # The number of last rows from the source that is dealt out last; None if no rank has any. The
+    # base inside runs on all ranks or on none, because they gather sharded weights together.
     replayed: int | None
 
 
@@ -193,8 +182,7 @@ def stack(samples: Sequence[tuple[Int64s, ...]]) -> tuple[Tensor, ...]:
 def parse_named(values: Sequence[str], key: str = "data.val") -> dict[str, list[str]]:
     """Parses values `NAME=PATH` of the option `key`; a repeated name has several paths.
 
-    Raises:
-        ConfigError: a value lacks the name, the path or the sign between them.
+    Raises ConfigError if a value lacks the name, the path or the sign between them.
     """
     named: dict[str, list[str]] = {}
     for value in values:

@@ -39,11 +39,9 @@ def tokenize_conversations(
     A store holds, as uint32, the tokens of all conversations, with `TRAINED` added to the trained
     ones, and then the conversations' lengths. A line on standard error says what was read.
 
-    Each source, label -> patterns as for `find_files`, becomes a store.
-
-    Raises:
-        DataError: names the problems of all sources with file and row, or the disk is full. No
-            store of a source with a problem is kept.
+    Each source, label -> patterns as for `find_files`, becomes a store. Raises DataError that names
+    the problems of all sources with file and row, or if the disk is full. No store of a source with
+    a problem is kept.
     """
     stores: dict[str, TokenStore] = {}
     problems = Problems(limit=20)
@@ -138,10 +136,8 @@ class PackedConversations:
         """Packs the conversations of a store from `tokenize_conversations`.
 
         The policy is for conversations longer than a window: "drop" leaves them out, "truncate"
-        keeps the beginning, "split" makes pieces of T positions that do not see each other.
-
-        Raises:
-            DataError: nothing is left to train on.
+        keeps the beginning, "split" makes pieces of T positions that do not see each other. Raises
+        DataError if nothing is left to train on.
         """
         self.store = store
         self.seq_len = seq_len

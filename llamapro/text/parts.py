@@ -65,10 +65,8 @@ class Part:
 def find_parts(directory: Path, key: list[Any], label: str) -> list[Path]:
     """Returns the parts of the store at this place, in order; [] if nothing was prepared for it.
 
-    A part's `index.json` has the key, which decides the tokens, as `made_of`.
-
-    Raises:
-        DataError: parts are missing, or were made with another tokenizer or text; names each.
+    A part's `index.json` has the key, which decides the tokens, as `made_of`. Raises DataError that
+    names each if parts are missing, or were made with another tokenizer or text.
     """
     found: dict[int, dict[int, Path]] = {}
     others: list[tuple[str, bool]] = []  # what is wrong, and whether it was meant for this corpus

@@ -38,8 +38,7 @@ def is_call(turn: dict[str, Any]) -> bool:
 def to_message(turn: Any, place: str) -> Message:
     """Returns a turn with role, content, its other keys and, if it has one, its weight.
 
-    Raises:
-        ValueError: it has no role or more than text, or a weight that cannot be honoured.
+    Raises ValueError if there is no role, more than text, or a weight that cannot be honoured.
     """
     if not isinstance(turn, dict):
         raise ValueError(f"{place}: expected role and content, found {type(turn).__name__}")

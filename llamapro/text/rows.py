@@ -264,8 +264,7 @@ def _table_rows(
 def _texts(metadata: Any, columns: Iterable[str]) -> list[str]:
     """Returns the columns of texts, nested ones too, among these.
 
-    Raises:
-        UnreadableError: few bytes of one of these columns expand to gigabytes.
+    Raises UnreadableError if few bytes of one of these columns expand to gigabytes.
     """
     found, wanted = dict[str, None](), set(columns)
     for group in map(metadata.row_group, range(metadata.num_row_groups)):

@@ -83,8 +83,7 @@ def compiled(source: str) -> Render:
 def compiled_apart(source: str) -> Render:
     """Returns a stranger's template, which is compiled and rendered in a process with limits.
 
-    Raises:
-        TemplateError: it is wrong, or takes too much; then it is not started again.
+    Raises TemplateError if it is wrong, or takes too much; then it is not started again.
     """
     return _started(source, os.getpid())  # a fork must not talk to the process of another
 

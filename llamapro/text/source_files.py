@@ -46,10 +46,8 @@ class SourceFile:
 def find_files(patterns: Sequence[str]) -> list[SourceFile]:
     """Returns the files that paths, globs (`**` allowed) and folders name, each once.
 
-    Folders are walked recursively, by name, without hidden entries and `__pycache__`.
-
-    Raises:
-        DataError: no pattern is given, or a file is Arrow's; or patterns match no file.
+    Folders are walked recursively, by name, without hidden entries and `__pycache__`. Raises
+    DataError if no pattern is given, a pattern matches no file, or a file is Arrow's.
     """
     files: dict[str, SourceFile] = {}
     problems = []

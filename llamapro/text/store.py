@@ -5,7 +5,6 @@ import functools
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, note
 from llamapro.files import directory_aside, parse_json, reason, refuse_large, user_path
 from llamapro.known_hashes import WHOLE, known_hashes
 
@@ -46,8 +45,7 @@ class TokenStore:
     def __init__(self, path: str | Path, fingerprint: str | None) -> None:
         """Opens a store made with the tokenizer of this fingerprint, or with any if it is None.
 
-        Raises:
-            DataError: a file is missing, damaged or of another tokenizer.
+        Raises DataError if a file is missing, damaged or of another tokenizer.
         """
         self.path = Path(path)
         file = self.path / INDEX_FILE
@@ -175,6 +173,7 @@ def cached(
 
     A store in the cache is compared with the hashes it was written with, because a byte that was
     changed would silently change the run. Shards that have not changed since are not read again.
+    Raises DataError if the store in the cache is damaged, or a new one cannot be written.
 
     Args:
         key: everything that decides the tokens, as JSON; its hash is the store's name, and the
@@ -182,9 +181,6 @@ def cached(
         index, arrays: as for `write_store`; consumed only if the store is not in the cache.
         label: names the store in the progress bar and in a line on standard error.
         summarize: returns the rest of that line.
-
-    Raises:
-        DataError: the store in the cache is damaged, or a new one cannot be written.
     """
     directory = place_of(cache_dir, key, suffix)
     is_cached = directory.exists()
@@ -202,7 +198,7 @@ def cached(
             with known_hashes(shard, cache_dir) as known:
                 known[WHOLE] = sha256
     origin = f", from the cache {directory}" if is_cached else ""
-    print(f"{label}: {summarize(store)}{origin}", file=sys.stderr)
+    note(f"{label}: {summarize(store)}{origin}")
     return store
 
 
@@ -210,10 +206,8 @@ def write_store(directory: Path, index: dict[str, Any], arrays: Iterable[NDArray
     """Writes a store, complete or not at all; if another process was first, its store stays.
 
     `index` is what `index.json` holds beside the shards. Its counts, a dataclass or a dict, may
-    grow while the arrays are made. The arrays hold the tokens in the dtype of the store.
-
-    Raises:
-        DataError: the disk is full or cannot be written.
+    grow while the arrays are made. The arrays hold the tokens in the dtype of the store. Raises
+    DataError if the disk is full or cannot be written.
     """
     try:
         with directory_aside(directory, keep_existing=True) as aside:

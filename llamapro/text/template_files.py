@@ -33,13 +33,12 @@ class Found(NamedTuple):
 def find_template(directory: str | Path, template: str = "") -> Found:
     """Finds the chat template of a model, or the one that the user named.
 
+    Raises DataError if there is no template, or it cannot be read.
+
     Args:
         directory: holds `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`; the
             one named "default" is taken from a list.
         template: a name in `BUILT_IN` or a .jinja file to use instead.
-
-    Raises:
-        DataError: there is no template, or it cannot be read.
     """
     if template in BUILT_IN:
         return Found(BUILT_IN[template], template, is_built_in=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, suggest, warn
+from llamapro.errors import DataError, warn
 from llamapro.files import refuse_stand_in, user_path
 from llamapro.text.comparison import say_differences, say_unread_files, takes_json, what_is_missing
 from llamapro.text.token_files import (
@@ -138,11 +138,9 @@ class Tokenizer:
 
         `tokenizer.model`, here or in `original`, comes before `tokenizer.json`, which is made from
         it. They must have the same tokens. If they split texts differently, the directory stands
-        for its `tokenizer.json`, as in transformers 5, and that is said.
-
-        Raises:
-            DataError: a file is missing, damaged, of another kind or contradicts one beside it, or
-                the library that reads it is not installed.
+        for its `tokenizer.json`, as in transformers 5, and that is said. Raises DataError if a file
+        is missing, damaged, of another kind or contradicts one beside it, or the library that reads
+        it is not installed.
         """
         try:
             return cls._load(user_path(path))
@@ -210,13 +208,6 @@ class Tokenizer:
                 "have no row; use the model's own, or add rows"
             )
 
-    def token_id(self, name: str) -> int:
-        """Returns the id of a control token, such as "<|eot_id|>"; raises DataError if unknown."""
-        if name not in self.special_tokens:
-            hint = suggest(name, list(self.special_tokens))
-            raise DataError(f"{self.path}: no special token {name!r}{hint}")
-        return self.special_tokens[name]
-
     def encode(
         self,
         text: str,
@@ -226,7 +217,7 @@ class Tokenizer:
         special: bool = False,
         continues: bool = False,
     ) -> list[int]:
-        """Returns the token ids of a text.
+        """Returns the token ids of a text. Raises DataError if UTF-8 cannot encode it.
 
         Args:
             bos: put `prefix` first, as the model's own tokenizer does.
@@ -235,9 +226,6 @@ class Tokenizer:
             special: names of control tokens ("<s>") stand for them instead of being plain
                 characters; for trusted text only.
             continues: the text continues a document, so no space is put before it.
-
-        Raises:
-            DataError: UTF-8 cannot encode the text.
         """
         try:
             text.encode()
@@ -251,8 +239,7 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the ids that a model continues; an empty text starts from BOS, else from EOS.
 
-        Raises:
-            DataError: as `encode`; or the text is empty and the tokenizer names neither.
+        Raises DataError as `encode`, or if the text is empty and the tokenizer names neither.
         """
         named = [i for i in (self.bos_id, self.eos_id) if i is not None]
         ids = self.encode(text, bos=True) or named[:1]

@@ -61,27 +61,20 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The content of a vocabulary file, independent of the library that reads it.
+    """The content of a vocabulary file, independent of the library that reads it."""
 
-    Attributes:
-        encode: text to ids; names of control tokens are plain characters.
-        pieces: id to the bytes of text that it stands for, without control tokens.
-        added: control tokens, and others that `encode` finds itself.
-        bos_id, eos_id: BOS and EOS according to this file alone, or None.
-        ends: text to ids, and where each ends, in characters of the text before it is normalised;
-            None if the library does not say it.
-        library: the tokenizer of the library tokenizers, for a tokenizer.json.
-        words: id to the bytes of added tokens that are not their names: a normaliser may put a
-            space before them, and they are found with it only.
-    """
-
-    encode: Callable[[str], list[int]]
-    pieces: dict[int, bytes]
-    added: dict[str, AddedToken]
+    encode: Callable[[str], list[int]]  # names of control tokens are plain characters
+    pieces: dict[int, bytes]  # the text that an id stands for, without control tokens
+    added: dict[str, AddedToken]  # control tokens, and others that `encode` finds itself
+    # BOS and EOS according to this file alone, or None.
     bos_id: int | None
     eos_id: int | None
+    # Text to ids, and where each ends, in characters of the text before it is normalised; None if
+    # the library does not say it.
     ends: Callable[[str], tuple[list[int], list[int]]] | None = None
-    library: Any = None
+    library: Any = None  # the tokenizer of the library tokenizers, for a tokenizer.json
+    # The bytes of added tokens that are not their names: a normaliser may put a space before them,
+    # and they are found with it only.
     words: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -91,8 +84,7 @@ class Vocabulary:
 def read_vocabulary(path: Path, content: bytes, raw_json: dict[str, Any]) -> Vocabulary:
     """Reads a vocabulary file of any kind; `raw_json` is the content of a tokenizer.json.
 
-    Raises:
-        DataError: the file is damaged or of another kind, or the library for it is not installed.
+    Raises DataError if the file is damaged or of another kind, or its library is not installed.
     """
     if path.suffix == ".json":
         return _read_json(path, content, raw_json)
@@ -136,8 +128,7 @@ def is_ranks(content: bytes) -> bool:
 def parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     """Returns the tokens of Llama 3's `tokenizer.model` and their ranks, which are their ids.
 
-    Raises:
-        DataError: naming `path`, if the content is damaged or another model's.
+    Raises DataError that names `path` if the content is damaged or another model's.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines()):
@@ -248,8 +239,7 @@ def read_beside(path: Path, raw: dict[str, Any]) -> Vocabulary | None:
 def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
     """Returns id to bytes of the tokens in a tokenizer.json, without the added ones.
 
-    Raises:
-        DataError: the decoder is not that of a LLaMA-shaped model, or there is no vocabulary.
+    Raises DataError if the decoder is not that of a LLaMA-shaped model, or there is no vocabulary.
     """
     kinds = {part.get("type") for part in parts_of(raw.get("decoder"), "decoders")}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
@@ -301,14 +291,12 @@ def frame_of(
     A tokenizer.json says it in its post-processor, whatever `add_bos_token` says beside it, as in
     transformers 5. Version 4 differs for the class LlamaTokenizer, which rewrites that part. A
     tokenizer.model alone puts BOS first unless `add_bos_token` is false, as LLaMA was trained and
-    as in version 4; version 5 would have no BOS without an `add_bos_token` that is true.
+    as in version 4; version 5 would have no BOS without an `add_bos_token` that is true. Raises
+    DataError if the post-processor cannot be read.
 
     Args:
         raw: its content, {} if there is none.
         config: `tokenizer_config.json`.
-
-    Raises:
-        DataError: the post-processor cannot be read.
     """
     if not raw:
         pairs = ((bos_id, config.get("add_bos_token", True)), (eos_id, config.get("add_eos_token")))

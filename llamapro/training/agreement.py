@@ -115,7 +115,7 @@ def code_hash() -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the main process has, for a process of every other machine to compare."""
+    """The inputs of the main process, for a process of every other machine to compare."""
 
     files: dict[Path, str]  # text of the run directory's lock, and of the manifest to resume from
     stores: dict[str, tuple[Path, str]]  # label -> path and hash of each corpus

@@ -28,16 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from llamapro.checkpoints import run
 from llamapro.checkpoints.new_blocks import BlocksInfo, write_blocks
-from llamapro.checkpoints.run import (
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    TRAINABLE_FILE,
-    newest_intact,
-    read_state,
-    training_checkpoints,
-    write_manifest,
-)
 from llamapro.checkpoints.tensors import DTYPE_CODES, TensorSpec, tensor_chunks
 from llamapro.checkpoints.writing import Target, write_safetensors
 from llamapro.errors import CheckpointError, UserError, warn
@@ -60,9 +52,6 @@ class Saver:
     as soon as the main process has copied everything into its memory; a thread then writes, hashes
     and removes while training goes on. The files are the same. As a context it leaves no thread
     behind: even when the body raises, a running save is completed, though no longer reported.
-
-    Attributes:
-        step: step of the latest checkpoint that was started, or from which the run resumed.
     """
 
     def __init__(
@@ -72,7 +61,8 @@ class Saver:
 
         The run directory is locked as long as the saver is used.
         """
-        self.step, self._first_row = step, first_row
+        self.step = step  # of the latest checkpoint that was started or resumed from
+        self._first_row = first_row
         self._run_dir, self._settings, self._ranks = run_dir, settings, ranks
         self._in_background = settings.in_background(ranks.device.type)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -134,10 +124,7 @@ class Saver:
     def _save_now(
         self, parameters: Parameters, optimizer: torch.optim.Optimizer, write: Write
     ) -> None:
-        """Gathers each tensor when the main rank has written the one before it.
-
-        A failure to write is voted on like a failure to gather.
-        """
+        """Gathers each tensor when the main rank has written the one before it."""
         failures: list[str] = []
         gathered = _gather(parameters, optimizer, self._ranks, failures, self._first_row)
         if self._ranks.is_main:
@@ -185,13 +172,12 @@ class Saver:
     def finish(self) -> dict[str, Any] | None:
         """Waits until the save is written and old ones are removed; every rank must call it.
 
+        Raises UserError on every rank if the main one could not write.
+
         Returns:
             A JSON-able report, the same on every rank: path and step; blocked_s, how long training
             stood still for it, including now; total_s, from its start to its end. None if there was
             nothing to finish.
-
-        Raises:
-            UserError: on every rank, if the main one could not write.
         """
         saved, self._saved = self._saved, None
         if saved is None:
@@ -224,10 +210,10 @@ class Saver:
         blocks = [Target(s.name, s.dtype, s.shape, [next_tensor]) for s in specs]
         moments = [replace(t, name=f"{t.name}.{m}") for t in blocks for m in MOMENTS]
         with output_directory(target) as aside:
-            write_blocks(aside / TRAINABLE_FILE, blocks, info)
-            write_safetensors(aside / OPTIMIZER_FILE, moments)
-            (aside / STATE_FILE).write_text(state, encoding="utf-8")
-            write_manifest(aside)
+            write_blocks(aside / run.TRAINABLE_FILE, blocks, info)
+            write_safetensors(aside / run.OPTIMIZER_FILE, moments)
+            (aside / run.STATE_FILE).write_text(state, encoding="utf-8")
+            run.write_manifest(aside)
         remove_old(self._run_dir, self._settings.keep, self._settings.keep_every)
         self._ended_s = time.perf_counter()
 
@@ -303,7 +289,7 @@ def make_way(target: Path) -> None:
     if not target.exists():
         return
     try:
-        read_state(target)
+        run.read_state(target)
     except CheckpointError:
         _remove(target)
     else:
@@ -325,19 +311,16 @@ def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:
 
     Before anything is deleted the newest is read back from the disk and checked. What cannot be
     removed is said once, and tried again after every save. `keep` and `keep_every` are those of
-    `SaveSettings`; the run directory is locked.
-
-    Raises:
-        CheckpointError: none is intact.
+    `SaveSettings`; the run directory is locked. Raises CheckpointError if none is intact.
     """
     old, failures = list[Path](), list[CheckpointError]()
     try:
-        old = training_checkpoints(run_dir)[:-keep]
+        old = run.training_checkpoints(run_dir)[:-keep]
     except CheckpointError as error:
         failures.append(error)
     if keep_every:
         old = [path for path in old if int(path.name.removeprefix("step-")) % keep_every]
-    newest = newest_intact(run_dir)[0] if old else None
+    newest = run.newest_intact(run_dir)[0] if old else None
     for path in old:
         if path != newest:
             try:

@@ -73,8 +73,7 @@ class Ranks:
     def on_main(self, work: Callable[[], T]) -> T:
         """Does work on the main rank alone, and returns its result on all; every rank must call it.
 
-        Raises:
-            UserError, Stopped: on every rank, if the work raised it, or an OSError.
+        Raises UserError or Stopped on every rank if the work raised it, or an OSError.
         """
         box: list[Any] = [None, None]
         if self.is_main:
@@ -187,14 +186,13 @@ def make_mesh(kind: str, world_size: int, shard_size: int = 0) -> DeviceMesh:
 def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
     """Joins the processes torchrun started, or makes a group of one: NCCL on GPU, gloo on CPU.
 
+    Raises ConfigError for "cuda" without a GPU, or more processes on a machine than GPUs.
+
     Args:
         device: "auto", "cpu" or "cuda".
         shard_size: divides the number of processes. Groups of neighbouring ranks each hold a copy
             of the weights and average their gradients (HSDP), so weights are gathered within a
             group, ideally a machine. 0 makes one group.
-
-    Raises:
-        ConfigError: "cuda" without a GPU, or more processes on this machine than it has GPUs.
     """
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not gpus:
@@ -245,7 +243,7 @@ def shard(
     that trains is gathered at most once per step, for forward, because backward never reaches it.
 
     The last five arguments are those of `TrainSettings`; rounded matrices need `frozen`
-    "replicate".
+    "replicate". Raises ConfigError for `offload` without a GPU.
 
     Args:
         objective: holds the model, loaded on the CPU, with `requires_grad` set. It becomes the
@@ -253,9 +251,6 @@ def shard(
         compute_dtype: the dtype of matrix products and activations.
         offload: replicated weights stay on the GPU all the same.
         compile: FSDP's hooks run between the blocks, uncompiled.
-
-    Raises:
-        ConfigError: `offload` without a GPU.
     """
     if offload and ranks.device.type != "cuda":
         raise ConfigError(

@@ -137,9 +137,8 @@ class Job:
     def tokenize(self, part: Part | None = None) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
 
-        Raises:
-            DataError: a file cannot be used; for conversations, which have no parts, it names every
-                mistake.
+        Raises DataError if a file cannot be used; for conversations, which have no parts, it names
+        every mistake.
         """
         data, key = self.settings.data, self.tokenizer.fingerprint
         if self.template is not None:
@@ -188,9 +187,8 @@ class Job:
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """Makes the checks that a run would make; returns the plan, JSON-able and as text.
 
-        Raises:
-            ConfigError: the run directory holds a run with other settings.
-            DataError: a conversation cannot be used.
+        Raises ConfigError if the run directory holds a run with other settings, and DataError if a
+        conversation cannot be used.
         """
         earlier, _ = newest_intact(self.run_dir)
         if earlier is not None:
@@ -259,11 +257,8 @@ def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
     """Finds where the run stands, and prints its plan; every rank must call it.
 
     Returns the job with the newest intact training checkpoint to resume from; the state; and the
-    settings that were changed, as text.
-
-    Raises:
-        CheckpointError: there are training checkpoints and none is intact.
-        ConfigError: a setting was changed that decides the result.
+    settings that were changed, as text. Raises CheckpointError if there are training checkpoints
+    and none is intact, and ConfigError if a setting was changed that decides the result.
     """
 
     def find() -> tuple[Path | None, dict[str, Any] | None, list[str]]:

@@ -32,10 +32,7 @@ def open_job(script: str, argv: Sequence[str], prog: str) -> Job:
     """Reads the command line and opens what it names, in step with the other ranks.
 
     A process that is no rank, but was asked for several, starts them and exits with their status.
-
-    Raises:
-        UserError: a mistake, on this rank or on another.
-        SystemExit: after --help, or the ranks have ended.
+    Raises UserError for a mistake on any rank; SystemExit after --help, or when all ranks ended.
     """
     started = world_size() if is_rank() else 0  # by torchrun or by `launch`
 

@@ -21,10 +21,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     """Keeps a second run out of a run directory while the body runs, in one process.
 
     The kernel holds the lock and releases it when the process ends, however it ends. The file
-    `lock` names the holder. A run directory that this made is removed if it is still empty.
-
-    Raises:
-        ConfigError: another run holds the lock, or the directory cannot be locked.
+    `lock` names the holder. A run directory that this made is removed if it is still empty. Raises
+    ConfigError if another run holds the lock, or the directory cannot be locked.
     """
     file, is_new, fd = run_dir / LOCK_FILE, False, None
     try:

@@ -60,6 +60,8 @@ class MetricsLog:
     ) -> None:
         """Opens the log where the run continues.
 
+        Raises DataError if the existing log is damaged before its last line.
+
         Args:
             resume_step: the checkpoint's step. Records of later steps are dropped, because these
                 will be done again, and so is a half-written last line. 0 starts a new log.
@@ -68,9 +70,6 @@ class MetricsLog:
             log_to: trackers. A step that a resumed run does again replaces the old one in
                 TensorBoard only.
             config: the run's settings, for trackers that show them.
-
-        Raises:
-            DataError: the existing log is damaged before its last line.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
@@ -259,8 +258,7 @@ class Run:
 def read_run(path: Path, name: str) -> Run:
     """Reads a run directory.
 
-    Raises:
-        DataError: `run.json` or `metrics.jsonl` is missing or damaged.
+    Raises DataError if `run.json` or `metrics.jsonl` is missing or damaged.
     """
     if not (path / RUN_FILE).exists():
         raise DataError(f"{path}: no {RUN_FILE}; is this a run directory?")

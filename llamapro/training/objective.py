@@ -205,10 +205,7 @@ class Hold(Replay):
         self._move(self._bound(), relative_rate)
 
     def _average(self, kl: Tensor, loss: Tensor) -> None:
-        """Adds this step's KL and loss to their moving averages, which its first values begin.
-
-        A value that is not finite leaves its average as it is.
-        """
+        """Adds this step's KL and loss, where finite, to their moving averages, or begins these."""
         state = self._state
         for name, value in (("kl", kl), ("first_loss", loss), ("loss", loss)):
             is_first = state[name].isnan() & value.isfinite()

@@ -25,8 +25,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """Returns the plan of a run, JSON-able; allocates nothing.
 
-    Raises:
-        ConfigError: `train.ops` names a Triton kernel that cannot run here.
+    Raises ConfigError if `train.ops` names a Triton kernel that cannot run here.
     """
     t = settings.train
     # A dry run starts none of the processes that it plans for.

@@ -32,16 +32,11 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop.
-
-    Attributes:
-        signal: name of the first signal; "" before it.
-        failure: why the run cannot continue; "" if it can.
-    """
+    """Remembers that this process was asked to stop."""
 
     def __init__(self) -> None:
-        self.signal = ""
-        self.failure = ""
+        self.signal = ""  # name of the first signal; "" before it
+        self.failure = ""  # why the run cannot continue; "" if it can
         self._interrupts = False
         self._store: Any = None
 

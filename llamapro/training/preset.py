@@ -38,10 +38,8 @@ def parse(
 ) -> Settings:
     """Reads preset and command line into settings of this kind; `description` heads its help.
 
-    Raises:
-        ConfigError: an option is unknown; or the preset is missing, not TOML, or has unknown keys
-            or values of a wrong type.
-        SystemExit: status 2 on an impossible value, 0 after --help.
+    Raises ConfigError if an option is unknown, or the preset is missing, not TOML, or has unknown
+    keys or values of a wrong type; SystemExit with status 2 on an impossible value, 0 after --help.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?", default="")

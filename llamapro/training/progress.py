@@ -70,8 +70,7 @@ class Progress:
     def writing(self, run_dir: Path, plan: dict[str, Any], changed: list[str]) -> Iterator[None]:
         """Writes the plan to `run.json`, opens the log and logs settings changed on resuming.
 
-        Raises:
-            DataError: on every rank, if the main one cannot write or the log is damaged.
+        Raises DataError on every rank if the main one cannot write or the log is damaged.
         """
         about = plan | {
             "settings": dataclasses.asdict(self._settings),

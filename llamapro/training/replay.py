@@ -39,7 +39,7 @@ DATE = datetime.datetime(2024, 7, 26)
 
 
 class Opening(NamedTuple):
-    """What a document begins with."""
+    """The beginning of a document."""
 
     ids: Sequence[int]
     # Ids that follow the first end token. In a chat the base writes the user's message; these ids
@@ -215,14 +215,12 @@ def written_by_base(
     """Returns text that the base inside a checkpoint writes; it is written once and then cached.
 
     The cache's key holds the base's hash and the settings of the text, but not device and dtype:
-    with others a few draws differ, and the text is as good.
+    with others a few draws differ, and the text is as good. Raises ConfigError and DataError as
+    `read_openings` and `cached`.
 
     Args:
         length: the most tokens of a document.
         dtype, device: of the base while it writes; the device holds it whole.
-
-    Raises:
-        ConfigError, DataError: as `read_openings` and `cached`.
     """
     rows = settings.batch_size or rows_at_a_time(checkpoint.config, length, settings.tokens)
     settings = replace(settings, batch_size=rows)

@@ -71,9 +71,8 @@ def check_identity(
 ) -> None:
     """Refuses to resume with other weights, another tokenizer or other tokens.
 
-    Raises:
-        ConfigError: naming everything that differs, unless `resume.allow` names its setting.
-        CheckpointError: the training checkpoint does not hold an identity.
+    Raises ConfigError that names everything that differs, unless `resume.allow` names its setting,
+    and CheckpointError if the training checkpoint does not hold an identity.
     """
     try:
         before = _named(saved)
@@ -165,8 +164,7 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
 def load_trained(path: Path, model: LlamaForCausalLM, first_row: int = 0) -> None:
     """Puts the trained tensors of a training checkpoint into a loaded model, before it is sharded.
 
-    Raises:
-        CheckpointError: they were trained on another base, or are other tensors.
+    Raises CheckpointError if they were trained on another base, or are other tensors.
     """
     trains = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     shapes = {stored_name(n, first_row): stored_shape(n, p, first_row) for n, p in trains.items()}
@@ -188,8 +186,7 @@ def load_optimizer(
 ) -> None:
     """Loads the moments of a training checkpoint into the optimizer, each rank its own shards.
 
-    Raises:
-        CheckpointError: the file holds the moments of other parameters.
+    Raises CheckpointError if the file holds the moments of other parameters.
     """
     file = path / OPTIMIZER_FILE
     stored = read_safetensors(file)[0]

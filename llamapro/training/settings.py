@@ -50,7 +50,7 @@ class DataSettings:
     """Threads that tokenise; 0: one per core."""
 
     def length(self, positions: int) -> int:
-        """Returns the tokens per sequence for a model of so many positions."""
+        """Returns the tokens per sequence for a model with this number of positions."""
         return self.seq_len or min(4096, positions)
 
 

@@ -117,8 +117,7 @@ class Losses:
     def read(self) -> None:
         """Waits for the device and reads all losses; every rank must call it.
 
-        Raises:
-            DivergedError: too many steps in a row had a gradient that is not finite.
+        Raises DivergedError if too many steps in a row had a gradient that is not finite.
         """
         state, unread, self._unread = self._state, self._unread, []
         with state.timed():

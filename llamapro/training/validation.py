@@ -32,8 +32,7 @@ def evaluate(
 ) -> None:
     """Puts the loss of every validation set into the state, and reports it.
 
-    Raises:
-        Stopped: on every rank, if a signal came to one of them.
+    Raises Stopped on every rank if a signal came to one of them.
     """
     for name, sequences in val.items():
         loss, tokens = mean_loss(objective, sequences, settings, ranks)

@@ -94,7 +94,7 @@ def test_roles_are_traced_where_sentencepiece_changes_a_text(tmp_path: Path) -> 
     for source in (TAGGED, UNTAGGED):
         ids, trained = ChatTemplate(source, tokenizer, "t").encode(CHAT)
         parts = [[i for i, t in zip(ids, trained, strict=True) if t == w] for w in (True, False)]
-        assert parts[0].count(tokenizer.token_id("<|im_end|>")) == 2
+        assert parts[0].count(tokenizer.special_tokens["<|im_end|>"]) == 2
         answer, asked = map(tokenizer.decode, parts)
         assert answer.replace(" ", "") == "Héllofi1a日本.bEndeé"
         assert "Té fix ça 日 a" in asked and "llo" not in asked

@@ -117,15 +117,9 @@ def test_names_of_control_tokens_stand_for_them_if_asked(each: Tokenizer) -> Non
     names = list(each.special_tokens)
     ids = each.encode(names[0] + names[-1] + "a b" + names[1] + "c\n", special=True)
     found = [i for i in ids if i in each.special_tokens.values()]
-    assert found == [each.token_id(name) for name in (names[0], names[-1], names[1])]
+    assert found == [each.special_tokens[name] for name in (names[0], names[-1], names[1])]
     assert ids[:2] == found[:2]
     assert each.decode(ids).lstrip() == "a bc\n"
-
-
-def test_unknown_control_token_is_told_with_the_nearest(real: Tokenizer) -> None:
-    """A name that the tokenizer does not have is an error, not an id."""
-    with pytest.raises(DataError, match=r"no special token '<s'.*did you mean '<s>'"):
-        real.token_id("<s")
 
 
 def test_a_continuation_has_no_space_before_it(each: Tokenizer) -> None:

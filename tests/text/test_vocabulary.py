@@ -54,7 +54,7 @@ def test_added_tokens_and_frame_are_the_checkpoint_s(tmp_path: Path, tokenizer_f
     path = copy_of(tokenizer_file, tmp_path / "a", tokenizer_config=config)
     tokenizer = Tokenizer.load(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (None, 400, 404)
-    assert tokenizer.token_id("<pad>") == 401 and "word" not in tokenizer.special_tokens
+    assert tokenizer.special_tokens["<pad>"] == 401 and "word" not in tokenizer.special_tokens
     # Words are found in any text, control tokens where they are asked for.
     for special in (False, True):
         ids = tokenizer.encode("a word<pad> b<tool>", special=special)
@@ -128,7 +128,7 @@ def test_sentencepiece_comes_before_tokenizer_json(tmp_path: Path, small: Tokeni
     tokenizer = Tokenizer.load(copy_of(small.path, tmp_path, tokenizer=raw))
     assert tokenizer.path.name == "tokenizer.model"
     assert tokenizer.encode("x  y") == small.encode("x  y")
-    assert tokenizer.token_id("<x>") == small.vocab_size
+    assert tokenizer.special_tokens["<x>"] == small.vocab_size
     assert tokenizer.encode("<s>[", special=True)[1:] == small.encode("[")
     # Alone it is read with its library.
     (tmp_path / "tokenizer.model").unlink()

@@ -143,7 +143,7 @@ def test_ends_of_turn_and_of_document_end_an_answer(
     start: Start, tokenizer: Tokenizer, writes: Callable[..., None], stop: int | str
 ) -> None:
     """Those of config.json, of the tokenizer and of the formats; counted, not shown."""
-    stop_id = stop if isinstance(stop, int) else tokenizer.token_id(stop)
+    stop_id = stop if isinstance(stop, int) else tokenizer.special_tokens[stop]
     words = tokenizer.encode("def f(x)")
     writes(*words, stop_id, *words)
     conversation = start(max_new_tokens=50)
@@ -163,9 +163,9 @@ def test_what_the_template_puts_behind_an_answer_ends_it(
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     template = ChatTemplate(source, tokenizer, "x")
-    assert template.end_ids() == {tokenizer.token_id(end)}
+    assert template.end_ids() == {tokenizer.special_tokens[end]}
     words = tokenizer.encode("def f(x)")
-    writes(*words, tokenizer.token_id(end), *words)
+    writes(*words, tokenizer.special_tokens[end], *words)
     conversation = Conversation(model, tokenizer, template, SamplingOptions(max_new_tokens=50))
     conversation.answer("x", ignore)
     assert conversation.messages == [user("x"), assistant("def f(x)")]
@@ -176,7 +176,7 @@ def test_other_control_tokens_do_not_end_an_answer(
 ) -> None:
     """They give no text."""
     words = tokenizer.encode("def f(x)")
-    writes(*words, tokenizer.token_id("<|start_header_id|>"), *words)
+    writes(*words, tokenizer.special_tokens["<|start_header_id|>"], *words)
     conversation = start(max_new_tokens=2 * len(words) + 1)
     note = conversation.answer("x", ignore)
     assert conversation.messages[-1] == assistant("def f(x) def f(x)")
