@@ -30,7 +30,7 @@ _WRAPPERS = {
     r"^module\.": "DistributedDataParallel or DeepSpeed",
 }
 _ROPE_TABLE = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _HINTS = {
     r"self_attn\..*\.bias$": "; is attention_bias true?",
     r"mlp\..*\.bias$": "; is mlp_bias true?",
@@ -78,7 +78,9 @@ def match(
             stored = {_EMBEDDING: replace(stored[_HEAD], name=_EMBEDDING)} | stored
     unexpected = [name for name in stored if name not in expected and name not in derived]
     refuse_wrapped(unexpected, path, _EMBEDDING)
-    layers = len({found[1] for name in stored if (found := _LAYER.match(name))})
+    inside = {found[2] for name in expected if (found := _LAYER.match(name))}
+    matches = [found for name in stored if (found := _LAYER.match(name))]
+    layers = len({found[1] for found in matches if found[2] in inside})
     if layers not in (0, config.num_hidden_layers):
         raise CheckpointError(
             f"{path / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, but the "
