@@ -32,7 +32,7 @@ class PrepareSettings(Settings):
     """Part to tokenise here, such as 3/8, the third of eight. Default: everything."""
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "llamapro prepare") -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m llamapro.prepare") -> None:
     """Runs the command with these arguments, those of the process by default."""
     words = sys.argv[1:] if argv is None else argv
     settings = preset.parse(words, prog, PrepareSettings, DESCRIPTION)
@@ -60,3 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "llamapro prepare") -> N
     if part is not None:
         lines[-1] = f"part {part} is done; when all are, run the same command without --shard"
     cli.print_result({"shard": str(part or ""), "stores": found}, settings.json, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -49,7 +49,7 @@ class Args:
     """Print the result as one JSON object."""
 
 
-def main(argv: list[str] | None = None, prog: str = "llamapro push") -> None:
+def main(argv: list[str] | None = None, prog: str = "python -m llamapro.push") -> None:
     """Runs the command with these arguments, those of the process by default."""
     args = cli.arguments(Args, argv, prog)
     repo, source = check_name(args.repository), user_path(args.source)
@@ -129,3 +129,7 @@ def _with_licence(card: str, name: str) -> str:
     front, _, page = card[4:].partition("\n---\n") if has_front else ("", "", card)
     kept = [line for line in front.splitlines() if not line.startswith("license")]
     return "\n".join(["---", *kept, f"license: {name}", "---", page])
+
+
+if __name__ == "__main__":
+    cli.run(main)
