@@ -146,7 +146,7 @@ class Args(ComputeOptions):
     stride: int = 0
     """Tokens by which the window over a text moves; 0: half the context."""
     batch_size: int = 8
-    """Windows, questions or choices per forward pass."""
+    """Windows, questions or choices per forward pass; of short questions more."""
     text_key: str = "text"
     """Key of a JSON row, or column of a table, that holds the text."""
     shift_prompts: int = 16

@@ -286,17 +286,22 @@ def test_named_binary_file_is_refused_though_its_folder_is_cached(
 # ---- What is told of many mistakes ---------------------------------------------------------------
 
 
+def assert_rows_refused(make: Tokenize, file: Path, told: list[str]) -> None:
+    """One message has a line for each of these rows, in order, and none for another."""
+    with pytest.raises(DataError) as error:
+        make(file)
+    head, *lines = str(error.value).splitlines()
+    assert head == f"{len(told)} rows cannot be used:"
+    assert all(f"{file.name}:{t}" in line for t, line in zip(told, lines, strict=True))
+
+
 def test_all_wrong_rows_are_told_in_one_message(tmp_path: Path, make: Tokenize) -> None:
     """Null counts as an empty document; nothing stays in the cache."""
     good = {"text": "x"}
     wrong = [{"text": 5}, {"id": 1}, {"text": ["x"]}, {"text": None}]
     file = json_lines(tmp_path / "a.jsonl", good, *(r for row in wrong for r in (row, good)))
-    with pytest.raises(DataError) as error:
-        make(file)
-    head, *lines = str(error.value).splitlines()
-    assert head == "3 rows cannot be used:"
     told = ["2: 'text' is int", "4: no 'text' key", "6: 'text' is list"]
-    assert all(f"a.jsonl:{t}" in line for t, line in zip(told, lines, strict=True))
+    assert_rows_refused(make, file, told)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -306,20 +311,12 @@ def test_wrong_rows_before_the_first_good_one_are_told_with_the_others(
     """A file that begins with a wrong row is no file of another kind."""
     wrong = [{"id": 1}, {"text": float("nan")}]
     file = json_lines(tmp_path / "a.jsonl", *wrong, {"text": "x"}, {"text": 5})
-    with pytest.raises(DataError) as error:
-        make(file)
-    head, *lines = str(error.value).splitlines()
-    assert head == "3 rows cannot be used:"
     told = ["1: no 'text' key", "2: 'text' is float, expected a string (nan)", "4: 'text' is int"]
-    assert all(f"a.jsonl:{t}" in line for t, line in zip(told, lines, strict=True))
+    assert_rows_refused(make, file, told)
     table = tmp_path / "a.csv"
     table.write_text("id,text\n1,a, b\n2,cut\nhere\n3,x\n4,y,z\n")
-    with pytest.raises(DataError) as error:
-        make(table)
-    head, *lines = str(error.value).splitlines()
-    assert head == "3 rows cannot be used:"
     told = ["1: more fields", "3: no field for 'text'; put a text with line breaks", "5: more"]
-    assert all(f"a.csv:{t}" in line for t, line in zip(told, lines, strict=True))
+    assert_rows_refused(make, table, told)
     for name, text in {"b.csv": "text,note\nx\n", "c.csv": ",text,\n0,x,\n"}.items():
         (tmp_path / name).write_text(text)  # what is not read may be missing, or have no name
         assert make(tmp_path / name).documents == 1
