@@ -83,8 +83,7 @@ def write(
             ids[row, start:] = torch.tensor(prompts[number])
             documents[row, start:] = 1
         ids, documents = ids.to(weight.device), documents.to(weight.device)
-        capacity = documents.shape[1]
-        cache = KVCache(model.config, len(rows), capacity, weight.dtype, weight.device)
+        cache = KVCache(model, len(rows), documents.shape[1])
         for _ in range(new_tokens):
             x = model.model(ids, cache, documents[:, : cache.length + ids.shape[1]])
             ids = sample(model.lm_head(x[:, -1]), temperature, 1.0, generator)  # (B, 1)

@@ -169,7 +169,7 @@ def test_a_cache_gives_the_logits_of_the_whole_text(base: Path) -> None:
     """Token by token, past the window's end and past the original context."""
     model = Checkpoint.open(base).load()
     ids = random_ids()
-    cache = KVCache(model.config, 2, LENGTH, torch.float32)
+    cache = KVCache(model, 2, LENGTH)
     one_by_one = torch.cat([model(ids[:, i : i + 1], cache=cache) for i in range(LENGTH)], dim=1)
     assert torch.allclose(one_by_one, model(ids), rtol=0, atol=2e-5)
 
@@ -185,7 +185,7 @@ def test_documents_in_one_sequence_are_as_if_alone(base: Path) -> None:
     packed = model(ids, documents=documents)
     assert torch.allclose(packed, alone, rtol=0, atol=2e-5)
     assert not torch.allclose(packed, model(ids), rtol=0, atol=1e-2)
-    cache = KVCache(model.config, 1, LENGTH, torch.float32)
+    cache = KVCache(model, 1, LENGTH)
     parts = [
         model(ids[:, start:end], cache=cache, documents=documents[:, :end])
         for start, end in ((0, 7), (7, 8), (8, 20), (20, 24))

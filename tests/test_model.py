@@ -130,7 +130,7 @@ def test_eighty_greedy_tokens_are_hugging_faces(
     expected = reference.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=80, pad_token_id=0
     )
-    cache = KVCache(config, 4, 9 + 80, torch.float32)
+    cache = KVCache(model, 4, 9 + 80)
     step, tokens = ids, [ids]
     for _ in range(80):
         step = model(step, cache=cache)[:, -1].argmax(-1, keepdim=True)
@@ -147,7 +147,7 @@ def test_chunked_prefill_equals_the_full_forward(
     config = tiny_config()
     model = ours(config, random_tensors(config))
     ids = random_ids(config, 2, 33)
-    cache = KVCache(config, 2, 33, torch.float32)
+    cache = KVCache(model, 2, 33)
     pieces = [model(piece, cache=cache) for piece in ids.split([5, 1, 7, 20], dim=1)]
     full = model(ids)
     assert cache.length == 33

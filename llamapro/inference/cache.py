@@ -2,27 +2,20 @@
 
 from copy import copy
 
-import torch
 from torch import Tensor
 
-from llamapro.config import ModelConfig
+from llamapro.model import LlamaForCausalLM
 
 
 class KVCache:
     """One pair of preallocated buffers per layer: `keys` and `values`, (B, capacity, KV, D)."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, model: LlamaForCausalLM, batch_size: int, capacity: int):
+        config, weight = model.config, model.lm_head.weight  # whose dtype and device they get
         shape = (batch_size, capacity, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.keys = [weight.new_empty(shape) for _ in layers]
+        self.values = [weight.new_empty(shape) for _ in layers]
         self.length = 0  # the number of filled positions; `LlamaModel.forward` advances it
         self.capacity = capacity
 

@@ -54,7 +54,7 @@ class Conversation:
         self._temperature, self._top_p = chosen
         self._stops = stop_ids(model, tokenizer) | template.end_ids()
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._cache = self._new_cache(0)
+        self._cache = KVCache(model, 1, 0)
         self._ids: list[int] = []  # the first _cache.length of them are those in the cache
         self.reset()
 
@@ -131,18 +131,11 @@ class Conversation:
         # The last id of a prompt is always read: its logits are needed.
         pairs = zip(cached, prompt[:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if self._cache.capacity < capacity:
-            old, new = self._cache, self._new_cache(capacity)
-            for kept, copy in zip(old.keys + old.values, new.keys + new.values, strict=True):
-                copy[:, :shared] = kept[:, :shared]
-            self._cache = new
         self._cache.length = shared
+        if self._cache.capacity < capacity:
+            self._cache = self._cache.take(torch.tensor([0]), capacity - shared)
         self._ids = list(prompt)
         return shared
-
-    def _new_cache(self, capacity: int) -> KVCache:
-        weight = self._model.lm_head.weight
-        return KVCache(self._model.config, 1, capacity, weight.dtype, weight.device)
 
 
 def converse(conversation: Conversation, prompt: str, out: TextIO) -> dict[str, Any]:

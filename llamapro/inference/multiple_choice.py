@@ -180,14 +180,14 @@ def _read_prompts(
 
     Padding stands before a prompt and is a document of its own, which no other token sees.
     """
-    weight, length = model.lm_head.weight, max(map(len, prompts))
+    device, length = model.lm_head.weight.device, max(map(len, prompts))
     ids = torch.zeros(len(prompts), length, dtype=torch.int64)  # (B, T)
     documents = torch.zeros(len(prompts), length, dtype=torch.int32)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         documents[row, length - len(prompt) :] = 1
-    ids, documents = ids.to(weight.device), documents.to(weight.device)
-    cache = KVCache(model.config, len(prompts), length, weight.dtype, weight.device)
+    ids, documents = ids.to(device), documents.to(device)
+    cache = KVCache(model, len(prompts), length)
     return cache, documents, model.model(ids, cache, documents)[:, -1]
 
 

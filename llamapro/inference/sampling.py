@@ -164,11 +164,9 @@ def generate(
         (B, 1): the token ids of each step.
     """
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
-    weight = model.lm_head.weight
     if cache is None:
-        capacity = prompt.shape[1] + max_new_tokens
-        cache = KVCache(model.config, prompt.shape[0], capacity, weight.dtype, weight.device)
-    ids = prompt.to(weight.device)
+        cache = KVCache(model, prompt.shape[0], prompt.shape[1] + max_new_tokens)
+    ids = prompt.to(model.lm_head.weight.device)
     for _ in range(max_new_tokens):
         ids = sample(next_logits(model, ids, cache), temperature, top_p, generator)
         yield ids

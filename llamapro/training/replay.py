@@ -91,10 +91,10 @@ def write_documents(
             they are, unless the base has written nothing in them yet.
     """
     generator, draw = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
-    weight, size, capacity = base.lm_head.weight, settings.batch_size, 2 * length
-    cache = KVCache(base.config, size, capacity, weight.dtype, weight.device)
+    device, size, capacity = base.lm_head.weight.device, settings.batch_size, 2 * length
+    cache = KVCache(base, size, capacity)
     rows = [_Row(number, draw.choice(openings)) for number in range(size)]
-    numbers = torch.zeros(size, capacity, dtype=torch.int64, device=weight.device)
+    numbers = torch.zeros(size, capacity, dtype=torch.int64, device=device)
     complete: dict[int, list[int]] = {}
     started, yielded, finished = size, 0, 0
     sampled = [-1] * size  # every document begins with tokens that are given
@@ -118,8 +118,8 @@ def write_documents(
                 buffer[:, :length] = buffer[:, length:].clone()
             cache.length = length
         ids = [row.take(token, end_ids) for row, token in zip(rows, sampled, strict=True)]
-        numbers[:, cache.length] = torch.tensor([r.number for r in rows], device=weight.device)
-        inputs = torch.tensor(ids, device=weight.device)[:, None]  # (B, 1)
+        numbers[:, cache.length] = torch.tensor([r.number for r in rows], device=device)
+        inputs = torch.tensor(ids, device=device)[:, None]  # (B, 1)
         x = base.model(inputs, cache, numbers[:, : cache.length + 1])
         logits = base.lm_head(x[:, -1])  # (B, V)
         sampled = sample(logits, settings.temperature, 1.0, generator)[:, 0].tolist()

@@ -117,7 +117,7 @@ def test_greedy_text_of_the_release_survives_conversion(
     from_meta(source, tmp_path / "out", None)
     model = Checkpoint.open(tmp_path / "out").load()
     params, tensors = json.loads((source / "params.json").read_text()), load_shards(source)[0]
-    ids, cache = [1], KVCache(model.config, 1, 100, torch.float32)
+    ids, cache = [1], KVCache(model, 1, 100)
     with torch.no_grad():
         while len(ids) < 100:
             ids.append(int(model(torch.tensor([ids[-1:]]), cache=cache)[0, -1].argmax()))

@@ -46,8 +46,7 @@ def steps_of(logits_of: Callable[[Tensor, KVCache], Tensor], model: Any, rows: i
     """The logits (STEPS, B, V) of the tokens after a prompt."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (rows, PROMPT + STEPS), generator=generator)
-    dtype = model.lm_head.weight.dtype
-    cache = KVCache(model.config, rows, PROMPT + STEPS, dtype)
+    cache = KVCache(model, rows, PROMPT + STEPS)
     with torch.inference_mode():
         logits_of(ids[:, :PROMPT], cache)
         found = [logits_of(ids[:, i : i + 1], cache) for i in range(PROMPT, PROMPT + STEPS)]
@@ -112,5 +111,5 @@ def test_the_head_reads_its_weight_once(build: Build) -> None:
 
     ids = torch.ones(4, PROMPT, dtype=torch.int64)
     with torch.no_grad(), Copies():
-        next_logits(model, ids, KVCache(model.config, 4, PROMPT, torch.float32))
+        next_logits(model, ids, KVCache(model, 4, PROMPT))
     assert max(copied, default=0) < model.lm_head.weight.numel()

@@ -65,7 +65,7 @@ def test_generation_goes_on_from_a_cache_and_a_generator(model: LlamaForCausalLM
     """A prompt read in two parts, tokens drawn in two calls: the same as all at once."""
     prompt = torch.randint(3, 400, (1, 9), generator=torch.Generator().manual_seed(5))
     whole = torch.cat(list(generate(model, prompt, 12, 1.5, 1.0, 3)), dim=1)
-    cache, generator = KVCache(model.config, 1, 24, torch.float32), torch.Generator().manual_seed(3)
+    cache, generator = KVCache(model, 1, 24), torch.Generator().manual_seed(3)
     model(prompt[:, :4], cache=cache)
     first = torch.cat(list(generate(model, prompt[:, 4:], 7, 1.5, 1.0, generator, cache)), dim=1)
     assert cache.length == 9 + 7 - 1
