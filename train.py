@@ -106,8 +106,7 @@ def shard_objective(
     if job.resume_from is not None:
         resume.load_trained(job.resume_from, model, job.first_new_row)
         objective.resume(state.control)
-    dtype, place = plan.compute_dtype(job.settings), t.placement(ranks.world_size)
-    shard(objective, ranks, dtype, place, t.offload, t.recompute, t.compile, t.frozen_dtype)
+    shard(objective, ranks, plan.compute_dtype(job.settings), t)
     parameters = {name: model.get_parameter(name) for name in trainable}
     if job.first_new_row:
         mask_gradients(parameters, job.first_new_row)

@@ -33,7 +33,7 @@ from llamapro.training.distributed import shard
 from llamapro.training.objective import make_objective
 from llamapro.training.plan import estimate_memory
 from llamapro.training.preset import parse
-from llamapro.training.settings import DataSettings, Settings
+from llamapro.training.settings import DataSettings, Settings, TrainSettings
 from llamapro.training.weights import freeze, is_trained
 
 
@@ -85,9 +85,8 @@ def simulate(settings: Settings, config: ModelConfig, options: Options) -> dict[
         for kind, (replayed, times) in enumerate(kinds.items()):
             model = build()
             objective = make_objective(model, settings.replay)
-            shard(
-                objective, ranks, dtype, t.placement(world)
-            )  # offload moves nothing between ranks
+            # Offloading moves nothing between ranks.
+            shard(objective, ranks, dtype, TrainSettings(frozen=t.placement(world)))
             units = _units(model, t.shard_size or world)
             size = (t.micro_batch_size, settings.data.seq_len)
             for each in record_micro_batch(objective, *size, settings.optim.clip, replayed):

@@ -36,9 +36,10 @@ from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, expand_state_dict, interleave, select_trainable
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.training.distributed import Frozen, Ranks, process_group, shard
+from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
+from llamapro.training.settings import Frozen, TrainSettings
 
 SIDES = ("triton", "torch", "transformers")
 PARTS = ("forward", "backward", "optimizer")
@@ -192,7 +193,7 @@ def build(
     """Returns a side's model, frozen and sharded as train.py does it, and its mean loss."""
     model: Any = build_model(side, size, ranks.device, dtype)
     objective = Transformers(model) if side == "transformers" else NextToken(model)
-    shard(objective, ranks, dtype, frozen)
+    shard(objective, ranks, dtype, TrainSettings(frozen=frozen))
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         loss_sum, count = objective(inputs, targets)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,10 @@ from llamapro.files import reason
 from llamapro.training import peers
 from llamapro.training.objective import NextToken
 from llamapro.training.preemption import Stopped, StopRequest, default_signals
-from llamapro.training.quantized import FrozenDtype, quantize
+from llamapro.training.quantized import quantize
+from llamapro.training.settings import TrainSettings
 from llamapro.training.weights import is_trained
 
-Frozen = Literal["shard", "gather", "replicate"]  # where frozen weights lie: see `shard`
 T = TypeVar("T")
 
 
@@ -226,33 +226,21 @@ def process_group(device: str, shard_size: int = 0) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def shard(
-    objective: NextToken,
-    ranks: Ranks,
-    compute_dtype: torch.dtype,
-    frozen: Frozen = "shard",
-    offload: bool = False,
-    recompute: bool = False,
-    compile: bool = False,
-    frozen_dtype: FrozenDtype = "auto",
-) -> None:
+def shard(objective: NextToken, ranks: Ranks, compute_dtype: torch.dtype, t: TrainSettings) -> None:
     """Spreads the model over the ranks, block by block (FSDP2), and moves it to the device.
 
     Trained weights are always sharded and keep fp32 masters. Frozen weights are stored in the
     compute dtype and have no gradient. Gradients are reduced in fp32. A block below the first one
     that trains is gathered at most once per step, for forward, because backward never reaches it.
-
-    The last five arguments are those of `TrainSettings`; rounded matrices need `frozen`
-    "replicate". Raises ConfigError for `offload` without a GPU.
+    Offloading leaves replicated weights on the GPU. FSDP's hooks run between compiled blocks,
+    uncompiled. Raises ConfigError for `train.offload` without a GPU.
 
     Args:
         objective: holds the model, loaded on the CPU, with `requires_grad` set. It becomes the
             root, so call it and not the model. Only this rank's shards stay in memory.
         compute_dtype: the dtype of matrix products and activations.
-        offload: replicated weights stay on the GPU all the same.
-        compile: FSDP's hooks run between the blocks, uncompiled.
     """
-    if offload and ranks.device.type != "cuda":
+    if t.offload and ranks.device.type != "cuda":
         raise ConfigError(
             f"train.offload true: the device is {ranks.device.type}, whose memory the weights are "
             "in already; set it to false, or train on a GPU"
@@ -261,9 +249,9 @@ def shard(
         fully_shard,
         mesh=ranks.mesh,
         mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        offload_policy=CPUOffloadPolicy() if t.offload else OffloadPolicy(),
     )
-    model = objective.model
+    model, frozen = objective.model, t.placement(ranks.world_size)
     # FSDP leaves these weights alone. Each is a copy: on a CPU it may still be the file, which
     # another program can overwrite.
     whole_on = ranks.device if frozen == "replicate" else None
@@ -273,12 +261,12 @@ def shard(
     if is_trained(model.model.embed_tokens):  # backward goes through all blocks, down to it
         first = 0
     for index, layer in enumerate(layers):  # cast just before sharding: one full block at a time
-        if compile:
+        if t.compile:
             layer.compile()
-        if recompute and index >= first:  # below nothing is kept for backward anyway
+        if t.recompute and index >= first:  # below nothing is kept for backward anyway
             checkpoint(layer)
         if not trains[index]:
-            quantize(layer, frozen_dtype, compute_dtype, ranks.device, index >= first)
+            quantize(layer, t.frozen_dtype, compute_dtype, ranks.device, index >= first)
         _cast(layer, compute_dtype, whole_on)
         if trains[index] or whole_on is None:
             is_kept = frozen == "gather" and index >= first and not trains[index]

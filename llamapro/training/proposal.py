@@ -13,9 +13,8 @@ from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, suggest
 from llamapro.formatting import format_bytes
 from llamapro.model import Linear, build_on_meta
-from llamapro.training.distributed import Frozen
 from llamapro.training.plan import compute_dtype, device_type, estimate_memory
-from llamapro.training.settings import Settings, TrainSettings
+from llamapro.training.settings import Frozen, Settings, TrainSettings
 from llamapro.training.weights import freeze
 
 # Memory in GB, as a GPU is sold. It has as many GiB, 7 % more, which are left to CUDA, NCCL and

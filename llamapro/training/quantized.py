@@ -17,7 +17,7 @@ Shapes: M tokens, K features that go in, N features that come out.
 """
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llamapro.model import Linear
+from llamapro.training.settings import FrozenDtype
 
-FrozenDtype = Literal["auto", "float8", "int8"]
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max  # 448
 TINY = 1e-30  # a row of zeros has a scale that is not 0

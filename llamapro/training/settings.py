@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+Frozen = Literal["shard", "gather", "replicate"]  # where frozen weights lie: `train.frozen`
+FrozenDtype = Literal["auto", "float8", "int8"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -123,7 +126,7 @@ class TrainSettings:
     """Device to compute on; auto takes a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of computation and frozen weights; auto is bfloat16 on a GPU, float32 on a CPU."""
-    frozen_dtype: Literal["auto", "float8", "int8"] = "auto"
+    frozen_dtype: FrozenDtype = "auto"
     """Dtype in which frozen matrices lie in memory; auto: train.dtype.
     int8 halves their memory. float8 is for speed, on GPUs since Ada and Hopper."""
     ops: str = "auto"
@@ -132,7 +135,7 @@ class TrainSettings:
     """On a GPU, take only attention whose gradients have the same bits every time."""
     recompute: bool = False
     """Activation checkpointing: recompute blocks in the backward pass, to save memory."""
-    frozen: Literal["auto", "shard", "gather", "replicate"] = "auto"
+    frozen: Literal["auto"] | Frozen = "auto"
     """Where frozen weights lie; auto: replicate with one process or train.frozen_dtype, else shard.
     shard: a part on each process. gather: the same, but whole from forward to backward.
     replicate: whole on each process."""
@@ -143,7 +146,7 @@ class TrainSettings:
     compile: bool = False
     """Compile every block with torch.compile."""
 
-    def placement(self, world_size: int) -> Literal["shard", "gather", "replicate"]:
+    def placement(self, world_size: int) -> Frozen:
         """Returns where frozen weights lie: `frozen`, or what auto stands for."""
         if self.frozen != "auto":
             return self.frozen

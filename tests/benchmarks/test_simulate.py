@@ -31,11 +31,11 @@ from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError
 from llamapro.expansion import expand_config, interleave, select_trainable
 from llamapro.model import build_on_meta, load_tensors
-from llamapro.training.distributed import Frozen, Ranks, make_mesh, process_group, shard
+from llamapro.training.distributed import Ranks, make_mesh, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
 from llamapro.training.plan import estimate_memory
-from llamapro.training.settings import DataSettings, ModelSettings, Settings, TrainSettings
+from llamapro.training.settings import DataSettings, Frozen, ModelSettings, Settings, TrainSettings
 from llamapro.training.weights import init_random
 
 RANKS, GROUP = 4, 2  # real processes; of a group with HSDP
@@ -70,7 +70,7 @@ def real_run(ranks: Ranks, frozen: Frozen) -> dict[str, Any]:
     load_tensors(model, init_random(CONFIG, seed=0))
     select_trainable(model, "new_blocks")
     objective = NextToken(model)
-    shard(objective, ranks, torch.bfloat16, frozen)
+    shard(objective, ranks, torch.bfloat16, TrainSettings(frozen=frozen))
     optimizer = build_adamw(model.parameters(), (0.9, 0.95), 0.1)
     ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS)
     with Recorder() as recorder:
@@ -124,7 +124,7 @@ def simulated(frozen: Frozen, shard_size: int, config: ModelConfig = CONFIG) -> 
         model = build_on_meta(config)
         select_trainable(model, "new_blocks")
         objective = NextToken(model)
-        shard(objective, ranks, torch.bfloat16, frozen)
+        shard(objective, ranks, torch.bfloat16, TrainSettings(frozen=frozen))
         return record_micro_batch(objective, ROWS, TOKENS, clip=1.0)
 
 

@@ -14,9 +14,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from llamapro.config import ModelConfig
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.training.distributed import Frozen, process_group, shard
+from llamapro.training.distributed import process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
+from llamapro.training.settings import Frozen, TrainSettings
 from llamapro.training.weights import init_random
 
 LAYERS, NEW, LOWEST = 5, (1, 3), 1  # frozen below: 0; frozen above: 2, 4
@@ -112,7 +113,7 @@ def worker(out: str, shard_size: int, dtypes: list[str]) -> None:
         for frozen, dtype in itertools.product(OPTIONS, dtypes):
             objective = NextToken(build())
             model = objective.model
-            shard(objective, ranks, getattr(torch, dtype), frozen)
+            shard(objective, ranks, getattr(torch, dtype), TrainSettings(frozen=frozen))
             kept = sum(whole_or_part(p).nbytes for p in model.parameters())
             seen = train(objective, ranks.rank, ranks.world_size) | {"kept": kept}
             seen["mesh"] = [list(ranks.mesh.mesh_dim_names or ()), ranks.mesh.mesh.tolist()]

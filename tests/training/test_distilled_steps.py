@@ -22,10 +22,10 @@ from llamapro.config import ModelConfig
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.scripts import train
 from llamapro.text.mixture import Mixture, micro_batches
-from llamapro.training.distributed import Frozen, Ranks, process_group, shard
+from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.objective import make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw
-from llamapro.training.settings import DataSettings, ReplaySettings, Settings
+from llamapro.training.settings import DataSettings, Frozen, ReplaySettings, Settings
 from llamapro.training.settings import TrainSettings as Train
 from llamapro.training.weights import init_random
 
@@ -110,7 +110,7 @@ def take_steps(
     settings = Settings(replay=replay, train=Train(micro_batch_size=rows, batch_size=BATCH))
     model = build()
     objective = make_objective(model, replay)
-    shard(objective, ranks, torch.float32, frozen, **options)
+    shard(objective, ranks, torch.float32, Train(frozen=frozen, **options))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
     for group in optimizer.param_groups:
@@ -238,7 +238,7 @@ def gathered(frozen: Frozen, replayed: int | None) -> dict[str, list[int]]:
         model = build_on_meta(CONFIG)
         expansion.select_trainable(model, "new_blocks")
         objective = make_objective(model, DISTILLED)
-        shard(objective, ranks, torch.float32, frozen)
+        shard(objective, ranks, torch.float32, Train(frozen=frozen))
         calls = record_micro_batch(objective, 2, LENGTH, 1.0, replayed)
     found: dict[str, list[int]] = {"forward": [], "backward": []}
     for call in calls:

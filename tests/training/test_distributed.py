@@ -17,8 +17,9 @@ from torch import Tensor
 from llamapro.errors import ConfigError
 from llamapro.model import load_tensors
 from llamapro.training import distributed
-from llamapro.training.distributed import Frozen, process_group, shard
+from llamapro.training.distributed import process_group, shard
 from llamapro.training.objective import NextToken
+from llamapro.training.settings import Frozen, TrainSettings
 
 SPREADING = str(Path(__file__).with_name("spreading.py"))
 SHARED = SimpleNamespace(**runpy.run_path(SPREADING))
@@ -94,7 +95,7 @@ def alone() -> dict[str, dict[str, Any]]:
         found[name] = train(NextToken(build().to(dtype)))
     with process_group("cpu") as ranks:
         objective = NextToken(build())
-        shard(objective, ranks, torch.bfloat16)
+        shard(objective, ranks, torch.bfloat16, TrainSettings(frozen="shard"))
         found["bfloat16"] = train(objective)
     return found
 
@@ -207,7 +208,7 @@ def test_a_tied_head_stays_tied(frozen: Frozen) -> None:
     with process_group("cpu") as ranks:
         model = build(tied=True)
         objective = NextToken(model)
-        shard(objective, ranks, torch.float32, frozen)
+        shard(objective, ranks, torch.float32, TrainSettings(frozen=frozen))
         assert model.lm_head.weight is model.model.embed_tokens.weight
         found, _ = objective(ids[:, :-1], ids[:, 1:])
         assert found.item() == expected.item()
@@ -234,7 +235,8 @@ def test_compiled_blocks_compute_the_same(
         model = build()
         names = list(model.state_dict())
         objective = NextToken(model)
-        shard(objective, ranks, torch.float32, recompute=recompute, compile=True)
+        t = TrainSettings(frozen="shard", recompute=recompute, compile=True)
+        shard(objective, ranks, torch.float32, t)
         assert list(model.state_dict()) == names
         ids = samples(0)
         loss, _ = objective(ids[:, :-1], ids[:, 1:])
@@ -250,7 +252,7 @@ def test_offloading_without_a_gpu_is_refused() -> None:
     with process_group("cpu") as ranks:
         model = build()
         with pytest.raises(ConfigError, match=r"train\.offload true: the device is cpu"):
-            shard(NextToken(model), ranks, torch.float32, offload=True)
+            shard(NextToken(model), ranks, torch.float32, TrainSettings(offload=True))
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
@@ -312,7 +314,7 @@ def test_a_base_that_is_overwritten_in_place_changes_no_run(frozen: Frozen, tmp_
     with process_group("cpu") as ranks:
         model = build()
         load_tensors(model, load_file(file))
-        shard(NextToken(model), ranks, torch.float32, frozen)
+        shard(NextToken(model), ranks, torch.float32, TrainSettings(frozen=frozen))
         before = frozen_bytes(model)
         with open(file, "r+b") as out:
             out.seek(-40_000, 2)

@@ -21,11 +21,11 @@ from llamapro.conversion.strip import strip_checkpoint
 from llamapro.conversion.verify import verify
 from llamapro.errors import CheckpointError, ConfigError
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.training.distributed import Frozen, process_group, shard
+from llamapro.training.distributed import process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
 from llamapro.training.plan import estimate_memory
-from llamapro.training.settings import DataSettings, Settings, TrainSettings
+from llamapro.training.settings import DataSettings, Frozen, Settings, TrainSettings
 from llamapro.training.weights import freeze, mask_gradients
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -90,7 +90,7 @@ def test_the_base_rows_keep_every_bit_through_steps_in_bf16(
     ids = torch.tensor([[1, 400, 5, 6, 401, 400, 7, 401]])
     with process_group("cpu") as ranks:
         objective = NextToken(model)
-        shard(objective, ranks, torch.bfloat16, frozen)
+        shard(objective, ranks, torch.bfloat16, TrainSettings(frozen=frozen))
         parameters = {n: p for n, p in model.named_parameters() if n in names}
         mask_gradients(parameters, 400)
         undecayed = [p for n, p in parameters.items() if n in NEW_ROWS]

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from llamapro import backends
 from llamapro.config import ModelConfig
 from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
-from llamapro.training.distributed import Frozen, process_group, shard
+from llamapro.training.distributed import process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.plan import activation_bytes, estimate_memory
-from llamapro.training.settings import DataSettings, Settings, TrainSettings
+from llamapro.training.settings import DataSettings, Frozen, Settings, TrainSettings
 from llamapro.training.weights import init_random
 
 NEW = (2, 4)
@@ -168,7 +168,7 @@ def test_weights_are_those_that_a_process_holds(config: ModelConfig, frozen: Fro
     with process_group("cpu") as ranks:
         model = build(config)
         objective = NextToken(model)
-        shard(objective, ranks, torch.bfloat16, frozen)
+        shard(objective, ranks, torch.bfloat16, TrainSettings(frozen=frozen))
         at_rest = sum(p.nbytes for p in model.parameters())
         ids = tokens(config)
         loss, _ = objective(ids, ids)

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from llamapro.model import Linear
 from llamapro.training import quantized
-from llamapro.training.quantized import FrozenDtype, QuantizedLinear, to_float8, to_int8
+from llamapro.training.quantized import QuantizedLinear, to_float8, to_int8
+from llamapro.training.settings import FrozenDtype
 
 KINDS: tuple[FrozenDtype, ...] = ("int8", "float8")
 

@@ -18,8 +18,8 @@ from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
 from llamapro.training.plan import estimate_memory
-from llamapro.training.quantized import FrozenDtype, QuantizedLinear, to_int8
-from llamapro.training.settings import DataSettings, Settings, TrainSettings
+from llamapro.training.quantized import QuantizedLinear, to_int8
+from llamapro.training.settings import DataSettings, FrozenDtype, Settings, TrainSettings
 from llamapro.training.weights import init_random
 
 LAYERS, NEW = 5, (1, 3)  # frozen below the lowest new block: 0; frozen above: 2, 4
@@ -69,7 +69,7 @@ def take_steps(
     """Trains; returns this rank's losses, the last gradients, whole, by name, and the model."""
     model = model or build()
     objective = NextToken(model)
-    shard(objective, ranks, dtype, "replicate", frozen_dtype=kind, **how)
+    shard(objective, ranks, dtype, TrainSettings(frozen_dtype=kind, **how))
     parameters = dict(model.named_parameters())
     optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
     for group in optimizer.param_groups:

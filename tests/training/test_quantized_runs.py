@@ -18,8 +18,7 @@ from llamapro.errors import ConfigError
 from llamapro.scripts import train
 from llamapro.training import proposal
 from llamapro.training.checks import check
-from llamapro.training.quantized import FrozenDtype
-from llamapro.training.settings import DataSettings, Settings, TrainSettings
+from llamapro.training.settings import DataSettings, FrozenDtype, Settings, TrainSettings
 
 KINDS: tuple[FrozenDtype, ...] = ("int8", "float8")
 
