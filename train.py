@@ -120,7 +120,7 @@ def build_optimizer(
     o, first_row = job.settings.optim, job.first_new_row
     # Weight decay would move the base's rows of embedding and head.
     undecayed = [parameters[name] for name in NEW_ROWS if first_row and name in parameters]
-    optimizer = build_adamw(parameters.values(), o.betas, o.weight_decay, undecayed=undecayed)
+    optimizer = build_adamw(parameters.values(), o, undecayed)
     if job.resume_from is not None:
         applied = state.step - state.skipped
         resume.load_optimizer(job.resume_from, parameters, optimizer, applied, first_row)

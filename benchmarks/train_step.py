@@ -39,7 +39,7 @@ from llamapro.model import build_on_meta, load_tensors
 from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
-from llamapro.training.settings import Frozen, TrainSettings
+from llamapro.training.settings import Frozen, OptimSettings, TrainSettings
 
 SIDES = ("triton", "torch", "transformers")
 PARTS = ("forward", "backward", "optimizer")
@@ -207,7 +207,7 @@ def build(
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Returns train.py's optimizer at a constant rate."""
-    optimizer = build_adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = build_adamw(model.parameters(), OptimSettings())
     for group in optimizer.param_groups:
         group["lr"] = 2e-4
     return optimizer

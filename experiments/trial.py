@@ -47,7 +47,7 @@ from llamapro.training.optim import build_adamw
 from llamapro.training.plan import compute_dtype
 from llamapro.training.preset import parse
 from llamapro.training.replay import Opening, write_documents
-from llamapro.training.settings import ReplaySettings
+from llamapro.training.settings import OptimSettings, ReplaySettings
 from llamapro.training.weights import init_random
 
 RESULT_FILE, LOG_FILE = "result.json", "log.txt"
@@ -293,7 +293,7 @@ def calibrate(about: dict[str, Any], out: Path) -> dict[str, Any]:
     dtype = compute_dtype(settings)
     select_trainable(model, "new_blocks")
     load_tensors(model, init_random(config, 0))
-    optimizer = build_adamw(model.to(device).parameters(), (0.9, 0.95), 0.1)
+    optimizer = build_adamw(model.to(device).parameters(), OptimSettings())
     shape = (settings.train.batch_size, settings.data.seq_len)
     ids, times = torch.randint(config.vocab_size, shape, device=device), []
     for _ in range(CALIBRATION_STEPS):

@@ -12,16 +12,12 @@ from llamapro.training.settings import OptimSettings
 
 
 def build_adamw(
-    parameters: Iterable[nn.Parameter],
-    betas: tuple[float, float] = (0.9, 0.95),
-    weight_decay: float = 0.1,
-    lr: float = 0.0,
-    undecayed: Iterable[nn.Parameter] = (),
+    parameters: Iterable[nn.Parameter], o: OptimSettings, undecayed: Iterable[nn.Parameter] = ()
 ) -> torch.optim.AdamW:
     """Builds fused AdamW over the parameters with `requires_grad`.
 
     Decay applies to matrices (embeddings included) except the `undecayed` ones, and not to norms
-    and biases, which it would pull to 0. The learning rate is to be set before every step.
+    and biases, which it would pull to 0. The learning rate is 0 until `set_learning_rate`.
     """
     kept = {id(p) for p in undecayed}
     decayed, others = list[nn.Parameter](), list[nn.Parameter]()
@@ -29,36 +25,31 @@ def build_adamw(
         if p.requires_grad:
             (decayed if p.ndim >= 2 and id(p) not in kept else others).append(p)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
+        {"params": decayed, "weight_decay": o.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=o.betas, fused=True)
 
 
-def learning_rate(
-    step: int, steps: int, peak: float, warmup_steps: int, final_ratio: float
-) -> float:
+def learning_rate(step: int, steps: int, o: OptimSettings) -> float:
     """Linear warm-up, then cosine decay. One step has the peak, and none the end of the decay.
 
-    Args:
-        step: optimizer steps already made, 0 to steps - 1.
-        warmup_steps: number of steps in which the rate rises; the first is peak / warmup_steps.
-        final_ratio: where the decay ends, one step after the last, as a fraction of peak.
+    `step` is the number of optimizer steps already made, 0 to steps - 1.
     """
-    top = max(1, warmup_steps)  # the step of the peak, counted from 1
+    top = max(1, round(o.warmup_ratio * steps))  # the step of the peak, counted from 1
     if step < top:
-        return peak * (step + 1) / top
+        return o.lr * (step + 1) / top
     progress = (step + 1 - top) / (steps + 1 - top)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return peak * (final_ratio + (1 - final_ratio) * cosine)
+    return o.lr * (o.final_lr_ratio + (1 - o.final_lr_ratio) * cosine)
 
 
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, step: int, steps: int, o: OptimSettings
 ) -> float:
     """Sets and returns the rate for the step after `step` of `steps` steps."""
-    rate = learning_rate(step, steps, o.lr, round(o.warmup_ratio * steps), o.final_lr_ratio)
+    rate = learning_rate(step, steps, o)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate

@@ -35,7 +35,14 @@ from llamapro.training.distributed import Ranks, make_mesh, process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
 from llamapro.training.plan import estimate_memory
-from llamapro.training.settings import DataSettings, Frozen, ModelSettings, Settings, TrainSettings
+from llamapro.training.settings import (
+    DataSettings,
+    Frozen,
+    ModelSettings,
+    OptimSettings,
+    Settings,
+    TrainSettings,
+)
 from llamapro.training.weights import init_random
 
 RANKS, GROUP = 4, 2  # real processes; of a group with HSDP
@@ -71,7 +78,7 @@ def real_run(ranks: Ranks, frozen: Frozen) -> dict[str, Any]:
     select_trainable(model, "new_blocks")
     objective = NextToken(model)
     shard(objective, ranks, torch.bfloat16, TrainSettings(frozen=frozen))
-    optimizer = build_adamw(model.parameters(), (0.9, 0.95), 0.1)
+    optimizer = build_adamw(model.parameters(), OptimSettings())
     ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS)
     with Recorder() as recorder:
         for _ in range(STEPS):

@@ -17,7 +17,7 @@ from llamapro.model import LlamaForCausalLM, build_on_meta, load_tensors
 from llamapro.training.distributed import process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw, clip_gradients
-from llamapro.training.settings import Frozen, TrainSettings
+from llamapro.training.settings import Frozen, OptimSettings, TrainSettings
 from llamapro.training.weights import init_random
 
 LAYERS, NEW, LOWEST = 5, (1, 3), 1  # frozen below: 0; frozen above: 2, 4
@@ -69,7 +69,7 @@ def train(objective: NextToken, rank: int = 0, world: int = 1) -> dict[str, Any]
     """Trains on this rank's part of every batch, an evaluation between; returns what was seen."""
     model = objective.model
     parameters = dict(model.named_parameters())
-    optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
+    optimizer = build_adamw(parameters.values(), OptimSettings())
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
     seen: dict[str, Any] = {"losses": [], "frozen": [frozen_bytes(model)], "calls": []}
     for step in range(STEPS):

@@ -25,7 +25,7 @@ from llamapro.text.mixture import Mixture, micro_batches
 from llamapro.training.distributed import Ranks, process_group, shard
 from llamapro.training.objective import make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw
-from llamapro.training.settings import DataSettings, Frozen, ReplaySettings, Settings
+from llamapro.training.settings import DataSettings, Frozen, OptimSettings, ReplaySettings, Settings
 from llamapro.training.settings import TrainSettings as Train
 from llamapro.training.weights import init_random
 
@@ -112,7 +112,7 @@ def take_steps(
     objective = make_objective(model, replay)
     shard(objective, ranks, torch.float32, Train(frozen=frozen, **options))
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
+    optimizer = build_adamw(parameters.values(), OptimSettings())
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     guard, found = FiniteGuard(optimizer, 0), {"losses": [], "norms": []}

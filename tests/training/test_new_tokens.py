@@ -25,7 +25,7 @@ from llamapro.training.distributed import process_group, shard
 from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
 from llamapro.training.plan import estimate_memory
-from llamapro.training.settings import DataSettings, Frozen, Settings, TrainSettings
+from llamapro.training.settings import DataSettings, Frozen, OptimSettings, Settings, TrainSettings
 from llamapro.training.weights import freeze, mask_gradients
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -94,7 +94,9 @@ def test_the_base_rows_keep_every_bit_through_steps_in_bf16(
         parameters = {n: p for n, p in model.named_parameters() if n in names}
         mask_gradients(parameters, 400)
         undecayed = [p for n, p in parameters.items() if n in NEW_ROWS]
-        optimizer = build_adamw(parameters.values(), lr=1e-2, undecayed=undecayed)
+        optimizer = build_adamw(parameters.values(), OptimSettings(), undecayed)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
         for _ in range(3):
             loss, _ = objective(ids[:, :-1], ids[:, 1:])
             loss.backward()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from llamapro.training.optim import build_adamw, clip_gradients, learning_rate
+from llamapro.training.settings import OptimSettings
 
 
 def parameter(*shape: int, seed: int = 0) -> nn.Parameter:
@@ -28,12 +29,13 @@ def parameter(*shape: int, seed: int = 0) -> nn.Parameter:
 )
 def test_schedule_has_the_values_worked_out_by_hand(step: int, rate: float) -> None:
     """99 steps, 10 of them warm-up, from 2.0 down to a tenth."""
-    assert learning_rate(step, 99, 2.0, 10, 0.1) == pytest.approx(rate, rel=1e-12)
+    o = OptimSettings(lr=2.0, warmup_ratio=0.1, final_lr_ratio=0.1)
+    assert learning_rate(step, 99, o) == pytest.approx(rate, rel=1e-12)
 
 
 def test_schedule_rises_and_then_falls() -> None:
     """Strictly, on both sides of the one peak; no step is lost to a rate of 0."""
-    rates = [learning_rate(step, 1000, 2e-4, 60, 0.0) for step in range(1000)]
+    rates = [learning_rate(step, 1000, OptimSettings()) for step in range(1000)]
     assert rates[:60] == sorted(set(rates[:60])) and rates[59:] == sorted(set(rates[59:]))[::-1]
     assert max(rates) == rates[59] == 2e-4 > rates[60]
     assert 0 < rates[-1] < 1e-8
@@ -42,7 +44,8 @@ def test_schedule_rises_and_then_falls() -> None:
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 1), (3, 3), (5, 4), (5, 0)])
 def test_short_schedules_stay_within_the_peak(steps: int, warmup: int) -> None:
     """Runs as short as their warm-up never divide by zero, nor pass the peak, nor start at 0."""
-    rates = [learning_rate(step, steps, 1.0, warmup, 0.0) for step in range(steps)]
+    o = OptimSettings(lr=1.0, warmup_ratio=warmup / steps)
+    rates = [learning_rate(step, steps, o) for step in range(steps)]
     assert all(math.isfinite(rate) and 0 < rate <= 1 for rate in rates)
     assert rates.count(1.0) == 1
 
@@ -51,7 +54,7 @@ def test_decay_applies_to_matrices_only() -> None:
     """With zero gradients a matrix shrinks by 1 - lr * decay, a norm's weight keeps its bits."""
     matrix, norm = parameter(4, 3), parameter(4)
     before, norm_before = matrix.detach().clone(), norm.detach().clone()
-    optimizer = build_adamw([norm, matrix], (0.9, 0.95), 0.1)
+    optimizer = build_adamw([norm, matrix], OptimSettings())
     matrix.grad, norm.grad = torch.zeros_like(matrix), torch.zeros_like(norm)
     for group in optimizer.param_groups:
         group["lr"] = 0.5
@@ -65,7 +68,7 @@ def test_two_steps_are_adamw_by_hand() -> None:
     weight = parameter(4, 3)
     expected = weight.detach().double()
     gradients = [torch.full((4, 3), 0.3), torch.full((4, 3), -0.7)]
-    optimizer = build_adamw([weight], (0.8, 0.9), 0.1)
+    optimizer = build_adamw([weight], OptimSettings(betas=(0.8, 0.9)))
     m = v = torch.zeros(4, 3, dtype=torch.float64)
     for step, gradient in enumerate(gradients, 1):
         weight.grad = gradient.clone()
@@ -82,7 +85,7 @@ def test_frozen_parameters_are_not_in_the_optimizer() -> None:
     """Neither state nor decay can touch what is not there; a generator is read once and whole."""
     frozen, trained, norm = parameter(4, 3), parameter(3, 4), parameter(4)
     frozen.requires_grad_(False)
-    optimizer = build_adamw(iter([frozen, trained, norm]), (0.9, 0.95), 0.1)
+    optimizer = build_adamw(iter([frozen, trained, norm]), OptimSettings())
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(trained), id(norm)}
     assert len(held) == 2
@@ -92,7 +95,7 @@ def test_nothing_moves_before_a_rate_is_set() -> None:
     """The placeholder rate is 0: a forgotten schedule shows as no progress, not as a wrong run."""
     weight = parameter(4, 3)
     before = weight.detach().clone()
-    optimizer = build_adamw([weight], (0.9, 0.95), 0.1)
+    optimizer = build_adamw([weight], OptimSettings())
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert torch.equal(weight.detach(), before)

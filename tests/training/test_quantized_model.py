@@ -19,7 +19,13 @@ from llamapro.training.objective import NextToken
 from llamapro.training.optim import build_adamw
 from llamapro.training.plan import estimate_memory
 from llamapro.training.quantized import QuantizedLinear, to_int8
-from llamapro.training.settings import DataSettings, FrozenDtype, Settings, TrainSettings
+from llamapro.training.settings import (
+    DataSettings,
+    FrozenDtype,
+    OptimSettings,
+    Settings,
+    TrainSettings,
+)
 from llamapro.training.weights import init_random
 
 LAYERS, NEW = 5, (1, 3)  # frozen below the lowest new block: 0; frozen above: 2, 4
@@ -71,7 +77,7 @@ def take_steps(
     objective = NextToken(model)
     shard(objective, ranks, dtype, TrainSettings(frozen_dtype=kind, **how))
     parameters = dict(model.named_parameters())
-    optimizer = build_adamw(parameters.values(), (0.9, 0.95), 0.1)
+    optimizer = build_adamw(parameters.values(), OptimSettings())
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     losses = []
