@@ -13,13 +13,12 @@ The order matters and is the method: load, freeze by the checkpoint's record, sh
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
 from llamapro import backends, cli, ops
 from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
-from llamapro.formatting import flatten
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.text.mixture import MicroBatch
 from llamapro.training import launcher, lock, plan, resume
@@ -182,7 +181,7 @@ def train(
     def save() -> None:
         losses.read()
         info = BlocksInfo.of(job.config, s.train.trainable, state.step)
-        kept = state.to_json() | {"settings": flatten(asdict(s))}
+        kept = state.to_json() | {"settings": s.flat()}
         kept["chat_template"] = job.template and job.template.source  # merge hands it on
         progress.saved(saver.save(state.step, parameters, guard.optimizer, info, kept))
 

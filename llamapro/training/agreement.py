@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,6 @@ import torch
 from llamapro import __version__, kernels, scripts
 from llamapro.checkpoints.run import MANIFEST_FILE, find_damage
 from llamapro.errors import ConfigError, Problems, UserError
-from llamapro.formatting import flatten
 from llamapro.text.store import INDEX_FILE, TokenStore
 from llamapro.training import distributed, peers
 from llamapro.training.lock import LOCK_FILE
@@ -97,7 +96,7 @@ def difference(found: list[dict[str, Any]]) -> str:
 
 def facts(settings: Settings) -> Facts:
     """Returns settings, code and versions, which must be the same in every process."""
-    found = {k: json.dumps(v) for k, v in flatten(asdict(settings)).items() if k not in LOCAL}
+    found = {k: json.dumps(v) for k, v in settings.flat().items() if k not in LOCAL}
     return found | {"the code of llamapro": code_hash(), "PyTorch": torch.__version__}
 
 

@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import date
 
 import torch
 
 from llamapro import backends
 from llamapro.errors import ConfigError, suggest, warn
-from llamapro.formatting import flatten
 from llamapro.training import proposal
 from llamapro.training.metrics import is_installed
 from llamapro.training.settings import DataSettings, ReplaySettings, Settings, TrainSettings
@@ -61,7 +59,7 @@ def check(settings: Settings, world_size: int) -> None:
         date.fromisoformat(s.data.date or "2024-01-01")
     except ValueError:
         wrong.append(f"data.date is {s.data.date!r}, expected a day such as '2024-07-26'")
-    flat = flatten(asdict(s))
+    flat = s.flat()
     for kind, names in _OF_FORMAT.items():
         for name in names if kind != s.data.format else ():
             if getattr(s.data, name) != getattr(DataSettings, name):

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeVar
 from llamapro import cli
 from llamapro.errors import ConfigError, suggest
 from llamapro.files import user_path
-from llamapro.formatting import flatten
 from llamapro.scripts import CONFIGS
 from llamapro.training.settings import Settings
 
@@ -54,7 +53,7 @@ def parse(
 
 def _hint(word: str, settings: Settings) -> str:
     """Returns what a word that belongs to no option was meant to be."""
-    names = {f"--{name.replace('_', '-')}" for name in flatten(dataclasses.asdict(settings))}
+    names = {f"--{name.replace('_', '-')}" for name in settings.flat()}
     option = word.partition("=")[0]
     last = option.rpartition(".")[2].lstrip("-")
     if f"--{option.replace('_', '-')}" in names:

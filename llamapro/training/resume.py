@@ -7,7 +7,6 @@ that, so their contents are hashed when a run starts, kept in every `state.json`
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from llamapro.checkpoints.run import OPTIMIZER_FILE, TRAINABLE_FILE
 from llamapro.checkpoints.tensors import combine_hashes, hash_tensors, read_safetensors
 from llamapro.config import ModelConfig
 from llamapro.errors import CheckpointError, ConfigError, warn
-from llamapro.formatting import flatten
 from llamapro.model import LlamaForCausalLM
 from llamapro.text.store import TokenStore
 from llamapro.training.checkpoint import MOMENTS, Parameters
@@ -139,9 +137,9 @@ def changes(before: dict[str, Any], settings: Settings, where: str) -> list[str]
     Returns the allowed differences, for example "train.steps 100 -> 200"; raises ConfigError, which
     names everything that differs and may not.
     """
-    flat = json.loads(json.dumps(flatten(asdict(settings))))
+    flat = json.loads(json.dumps(settings.flat()))
     # A setting that an earlier version did not know had what is now its default.
-    before = json.loads(json.dumps(flatten(asdict(Settings())))) | before
+    before = json.loads(json.dumps(Settings().flat())) | before
     free: list[str] = []
     refused: list[str] = []
     for key, value in flat.items():

@@ -4,8 +4,10 @@ All mistakes are found before anything starts, and one message names them.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from llamapro.formatting import flatten
 
 Frozen = Literal["shard", "gather", "replicate"]  # where frozen weights lie: `train.frozen`
 FrozenDtype = Literal["auto", "float8", "int8"]
@@ -245,6 +247,10 @@ class Settings:
     """GPU that --dry-run plans for, such as h100, or its memory, 48GB. Default: this one."""
     json: bool = False
     """Print the result as one JSON object."""
+
+    def flat(self) -> dict[str, Any]:
+        """Returns every setting by its dotted name, such as train.steps."""
+        return flatten(asdict(self))
 
     def steps(self, samples_per_epoch: int, done: int = 0, samples: int = 0) -> int:
         """Returns the number of optimizer steps of the whole run.
