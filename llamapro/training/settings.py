@@ -137,7 +137,7 @@ class TrainSettings:
     """On a GPU, take only attention whose gradients have the same bits every time."""
     recompute: bool = False
     """Activation checkpointing: recompute blocks in the backward pass, to save memory."""
-    frozen: Literal["auto"] | Frozen = "auto"
+    frozen: Literal["auto", Frozen] = "auto"
     """Where frozen weights lie; auto: replicate with one process or train.frozen_dtype, else shard.
     shard: a part on each process. gather: the same, but whole from forward to backward.
     replicate: whole on each process."""
