@@ -236,8 +236,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """As `ops.add_rms_norm`: the sum and its norm, both (..., C).
 
     This is one kernel instead of two: the sum is not read again to be normalised, and in backward
-    its two gradients are not added in a pass of their own. Raises ValueError if the shapes or
-    dtypes do not fit.
+    its two gradients are not added in a pass of their own. Raises ValueError as `rms_norm`.
     """
     _check(x, weight)
     if (residual.shape, residual.dtype) != (x.shape, x.dtype):

@@ -118,7 +118,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if (gate.shape, gate.dtype) != (up.shape, up.dtype):
         raise ValueError(
-            f"gate is {tuple(gate.shape)} {gate.dtype}, up is {tuple(up.shape)} {up.dtype}: "
-            "must be the same"
+            f"gate is {tuple(gate.shape)} {gate.dtype}, up is {tuple(up.shape)} {up.dtype}"
         )
     return _SwiGLU.apply(gate, up)

@@ -30,8 +30,7 @@ def load(
 ) -> LlamaForCausalLM:
     """Loads a checkpoint in Hugging Face layout, frozen and in evaluation mode.
 
-    Raises ConfigError if the model is not of LLaMA's shape, and CheckpointError if a file is
-    missing or damaged.
+    Raises ConfigError for a model that is no LLaMA, CheckpointError for a missing or damaged file.
 
     Args:
         path: a directory, or `hf://owner/name[@revision]`.

@@ -78,8 +78,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
     context - stride tokens before it.
 
     Yields:
-        (start, end, first): the inputs are tokens[start:end]; the tokens from index `first` to
-        `end` are predicted.
+        (start, end, first): the inputs are tokens[start:end], and tokens[first:end + 1] follow.
     """
     first = 1
     for start in range(0, max(1, length - 1), stride):

@@ -107,8 +107,7 @@ def stack(num_layers: int, num_new_blocks: int, placement: str) -> Layout:
     """
     if not 1 <= num_new_blocks <= num_layers:
         raise ConfigError(
-            f"--num-new-blocks {num_new_blocks}: {placement} placement copies 1 to {num_layers} "
-            "blocks"
+            f"--num-new-blocks {num_new_blocks}: {placement} copies 1 to {num_layers} blocks"
         )
     if placement == "prefix":
         return place(num_layers, {-1: range(num_new_blocks)})
@@ -201,9 +200,8 @@ def select_trainable(model: LlamaForCausalLM, trainable: str = "new_blocks") -> 
     record = model.config.expansion
     if trainable == "new_blocks" and record is None:
         raise ConfigError(
-            "train.trainable 'new_blocks': this model's config.json has no 'llamapro' record; "
-            "run 'llamapro expand' first, or 'llamapro adopt' if another tool expanded it, or set "
-            "train.trainable to 'all'"
+            "train.trainable 'new_blocks': this model's config.json has no 'llamapro' record; run "
+            "'llamapro expand', or 'llamapro adopt' if another tool expanded it, or choose 'all'"
         )
     for name, parameter in model.named_parameters():
         # The record says which blocks are new; the weights are never asked.

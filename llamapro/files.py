@@ -43,8 +43,7 @@ def user_path(path: str | Path) -> Path:
             return Path(path)
         hint = " in --data.cache-dir" if ".cache" in Path(path).parts else ""
         raise ConfigError(
-            f"{path}: there is no home directory (HOME is not set); set it, or give a path without "
-            f"'~'{hint}"
+            f"{path}: there is no home directory: set HOME, or give a path without '~'{hint}"
         ) from None
 
 
@@ -86,8 +85,7 @@ def refuse_link(file: Path) -> None:
     blobs = [folder.with_name("blobs") for folder in home.parents if folder.name == "snapshots"]
     if not found.is_relative_to(home) and found.parent not in blobs:
         raise CheckpointError(
-            f"{file}: a link that leaves its directory, to {found}; put the file itself there, or "
-            "remove the link"
+            f"{file}: a link that leaves its directory, to {found}; put the file there or remove it"
         )
 
 

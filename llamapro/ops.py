@@ -152,8 +152,7 @@ def attention_bounds(
     Args:
         queries, keys: T and S; the queries are the last T of the S positions.
         window: position i sees i - window < j <= i (Mistral, Jiang et al. 2023), itself included.
-        documents: (B, S) the number of each position's document, non-decreasing: a position sees
-            its own document only.
+        documents: (B, S) each position's document, which is all it sees; numbers do not fall.
         device: where the bounds lie, if there are no documents to say it.
     """
     if documents is None:

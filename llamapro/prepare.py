@@ -42,8 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m llamapro.prep
         raise ConfigError("--dry-run: is of 'llamapro train'; leave it out to tokenise")
     if part is not None and settings.data.format == "chat":
         raise ConfigError(
-            f"--shard {part}: conversations are not prepared in parts; leave it out, and all are "
-            "tokenised here"
+            f"--shard {part}: conversations are not prepared in parts; leave it out for all of them"
         )
     # Nothing is computed here, so this machine needs neither the run's GPUs nor its trackers.
     train = replace(settings.train, device="cpu", shard_size=0)

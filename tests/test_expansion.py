@@ -110,8 +110,8 @@ def test_blocks_go_where_they_are_asked_for() -> None:
         (lambda: insert_after(4, [-1]), r"--after -1: \[-1\]"),
         (lambda: insert_after(4, [1, 1, 2]), r"--after 1,1,2: \[1\]"),
         (lambda: insert_after(4, []), "nothing"),
-        (lambda: stack(4, 5, "prefix"), "--num-new-blocks 5: prefix placement copies 1 to 4"),
-        (lambda: stack(4, 0, "suffix"), "--num-new-blocks 0: suffix placement copies 1 to 4"),
+        (lambda: stack(4, 5, "prefix"), "--num-new-blocks 5: prefix copies 1 to 4"),
+        (lambda: stack(4, 0, "suffix"), "--num-new-blocks 0: suffix copies 1 to 4"),
     ],
 )
 def test_an_impossible_placement_is_refused(make: Callable[[], Layout], expected: str) -> None:

@@ -91,8 +91,7 @@ def contained_base(expanded: Checkpoint) -> dict[str, StoredTensor]:
 def contained_checkpoint(expanded: Checkpoint) -> Checkpoint:
     """Returns the base inside as a checkpoint, whose tensors stay in the expanded one's files.
 
-    Loaded, it is bit for bit the base. New blocks are not read: they cost no memory, no time and no
-    room in a KV cache.
+    Loaded, it is bit for bit the base. New blocks are not read and cost neither memory nor time.
     """
     tensors = {tensor.name: tensor for tensor in contained_base(expanded).values()}
     return replace(expanded, config=base_config(expanded), tensors=tensors)

@@ -1,8 +1,7 @@
 """Checkpoint directories in Hugging Face layout, opened with every check.
 
 Names, sizes and shapes are checked before memory is taken for them, because a stranger may have
-made the files. A model is mapped (`load`), so it costs one copy, shared between the processes of a
-machine.
+made the files. `load` maps a model, so the processes of a machine share one copy.
 """
 
 import re
@@ -36,8 +35,7 @@ OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "consolidated*.safet
 _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".distcp", ".h5", ".msgpack", ".npz", ".onnx")
 _STATE = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")  # of trainers
 MISTRAL_LAYOUT = (
-    "this is Mistral's own layout: use the Hugging Face files of the same repository (config.json, "
-    "model*.safetensors)"
+    "this is Mistral's own layout: use config.json and model*.safetensors of the same repository"
 )
 
 

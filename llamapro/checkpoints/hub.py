@@ -57,8 +57,7 @@ def check_name(name: str) -> str:
     is_odd = re.search(r"--|\.\.|\.git$|[.-]$|(^|/)[.-]", repo) or len(repo) > 96
     if found is None or found["revision"] or is_odd:
         raise ConfigError(
-            f"{name}: expected OWNER/NAME, of letters, digits, '-', '_' and '.', for a repository "
-            "of the hub"
+            f"{name}: expected OWNER/NAME of the hub, of letters, digits, '-', '_' and '.'"
         )
     return repo
 

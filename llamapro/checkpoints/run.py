@@ -38,8 +38,7 @@ _NUMBERS = (
 def training_checkpoints(run_dir: Path) -> list[Path]:
     """Lists a run's complete training checkpoints, oldest first.
 
-    Raises CheckpointError if their directory cannot be listed. A run that took it for an empty one
-    would begin anew.
+    Raises CheckpointError if their directory cannot be listed: else the run would begin anew.
     """
     folder = run_dir / "checkpoints"
     try:

@@ -41,8 +41,7 @@ def shift(
     """Ranks each token that the tuned model chose, up to the first of `ends`, by the base.
 
     Returns:
-        The shares of unshifted (rank 1), marginal (2 or 3) and shifted (over 3) positions, and the
-        number of positions.
+        shares of unshifted (rank 1), marginal (2 or 3), shifted (over 3) positions; their number
     """
     device = base.lm_head.weight.device
     ranks: list[int] = []

@@ -55,8 +55,7 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
 
     Args:
         context: longest input in tokens; a longer prompt loses its beginning, but not the prefix.
-        shots: number of first rows that stand with their answers before each question. They are
-            not asked.
+        shots: this many first rows stand, answered, before each question, and are not asked.
     """
     rows: list[tuple[str, str, list[str], frozenset[int]]] = []
     problems = Problems(limit=20)

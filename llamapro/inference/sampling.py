@@ -77,11 +77,10 @@ def choose_sampling(
     taken: list[str] = []
 
     def own(name: str, is_possible: Callable[[Any], bool], expected: str) -> float:
-        value = 1.0 if raw.get(name) is None else raw[name]
+        value, option = 1.0 if raw.get(name) is None else raw[name], f"--{name.replace('_', '-')}"
         if type(value) not in (int, float) or not is_possible(value):
             raise CheckpointError(
-                f"{file}: {name} is {value!r:.80}, expected {expected}; correct it, or give "
-                f"--{name.replace('_', '-')}"
+                f"{file}: {name} is {value!r:.80}, expected {expected}; correct it or give {option}"
             )
         taken.append(f"{name} {value}")
         return float(value)

@@ -52,8 +52,7 @@ def check(settings: Settings, world_size: int) -> None:
         wrong.append("data.train is empty: name files, globs or folders to train on")
     if s.data.weights and len(s.data.weights) != len(s.data.train):
         wrong.append(
-            f"data.weights has {len(s.data.weights)} numbers for {len(s.data.train)} sources in "
-            "data.train"
+            f"data.weights has {len(s.data.weights)} numbers for {len(s.data.train)} sources"
         )
     try:
         date.fromisoformat(s.data.date or "2024-01-01")

@@ -58,8 +58,7 @@ class Ranks:
     def sum(self, *values: torch.Tensor | float) -> list[float]:
         """Returns each value, (), summed over all ranks; every rank must call it.
 
-        All values are on one device. Values on the CPU are summed there, without waiting for the
-        GPU.
+        All values are on one device; those on the CPU do not wait for the GPU.
         """
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
         dist.all_reduce(total)
@@ -128,8 +127,7 @@ def is_rank() -> bool:
     if wrong:
         shown = ", ".join(f"{name} is {os.environ.get(name, 'not set')!r}" for name in wrong)
         raise ConfigError(
-            f"{shown}: unset {' and '.join(VARIABLES)} to train in one process, or let torchrun "
-            "set all of them"
+            f"{shown}: unset {' and '.join(VARIABLES)} to train in one process, or use torchrun"
         )
     return True
 

@@ -137,8 +137,7 @@ class Job:
     def tokenize(self, part: Part | None = None) -> dict[str, TokenStore]:
         """Tokenises every corpus or finds it in the cache; returns label -> its tokens.
 
-        Raises DataError if a file cannot be used; for conversations, which have no parts, it names
-        every mistake.
+        Conversations have no parts. Raises DataError, naming every mistake in conversations.
         """
         data, key = self.settings.data, self.tokenizer.fingerprint
         if self.template is not None:

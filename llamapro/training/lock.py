@@ -34,8 +34,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     except BlockingIOError:
         holder = _holder(file) or "it has just ended"
         raise ConfigError(
-            f"{run_dir}: another run is writing here ({holder}); wait for it, stop it, or choose "
-            "another --run-dir"
+            f"{run_dir}: another run is writing here ({holder}); wait, or choose another --run-dir"
         ) from None
     except OSError as error:
         raise ConfigError(
@@ -69,8 +68,7 @@ def check_holder(run_dir: Path) -> None:
     except BlockingIOError:
         now = f"another run is writing there now ({holder})"
     raise DataError(
-        f"{run_dir}: was replaced while the run was writing to it, and {now}; nothing was written "
-        "over it"
+        f"{run_dir}: was replaced while the run was writing to it, and {now}; it was left alone"
     )
 
 

@@ -67,8 +67,7 @@ class MetricsLog:
                 will be done again, and so is a half-written last line. 0 starts a new log.
             is_evaluated: whether that step was evaluated before it was saved. If not, its
                 evaluation will be done again, and its records are dropped too.
-            log_to: trackers. A step that a resumed run does again replaces the old one in
-                TensorBoard only.
+            log_to: trackers. Only TensorBoard replaces a step that a resumed run does again.
             config: the run's settings, for trackers that show them.
         """
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -81,9 +81,7 @@ def read_toml(path: Path, kind: type[T] = Settings) -> T:  # type: ignore[assign
     except FileNotFoundError:
         known = [str(p) for p in path.parent.glob("*.toml")]
         known += [p.stem for p in CONFIGS.glob("*.toml")]
-        near = difflib.get_close_matches(str(path), known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{path}: no such preset{hint}") from None
+        raise ConfigError(f"{path}: no such preset{suggest(str(path), known)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
     wrong: list[str] = []

@@ -34,8 +34,7 @@ FIELDS = ("recompute", "micro_batch_size", "frozen")
 def usable_bytes(device: str) -> int | None:
     """Returns the memory that a run may plan with on a GPU of `GPUS`, or one of "48GB".
 
-    Empty stands for this machine's GPU, and gives None without one. Raises ConfigError for a GPU
-    that is not known.
+    "" stands for this machine's GPU, None without one. Raises ConfigError for an unknown GPU.
     """
     if not device:
         if not torch.cuda.is_available():

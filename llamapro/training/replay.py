@@ -185,8 +185,7 @@ def read_openings(
             ids = template.encode_prompt([{"role": "user", "content": line}])
         if len(ids) >= length:
             raise DataError(
-                f"{file}:{number}: a prompt of {len(ids)} tokens; a document has data.seq_len "
-                f"{length} at most"
+                f"{file}:{number}: a prompt of {len(ids)} tokens, not under data.seq_len {length}"
             )
         openings.append(Opening(ids))
     if not openings:

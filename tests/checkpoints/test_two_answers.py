@@ -358,12 +358,12 @@ def test_what_stands_in_a_file_s_place_is_named(
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        (["params.json", "consolidated.safetensors"], "this is Mistral's own layout: use the"),
+        (["params.json", "consolidated.safetensors"], "this is Mistral's own layout: use"),
         (["adapter_config.json", "adapter_model.safetensors"], "this is a PEFT adapter: merge it"),
         (["m.gguf"], "run 'llamapro from-gguf FILE OUT_DIR' on m.gguf first"),
         (["model.fp16.safetensors"], "found model.fp16.safetensors"),
         (["adapter_model.safetensors", "rng_state.pth"], "this is a PEFT adapter: merge it"),
-        (["consolidated-00001-of-00002.safetensors"], "this is Mistral's own layout: use the"),
+        (["consolidated-00001-of-00002.safetensors"], "this is Mistral's own layout: use"),
         (["lit_model.pth", "training_args.bin"], "pickled weights (lit_model.pth) are not read"),
         (["hf_model_0001_0.pt"], "pickled weights (hf_model_0001_0.pt) are not read: save the"),
         (["tf_model.h5"], "weights in another format (tf_model.h5) are not read: save the model"),

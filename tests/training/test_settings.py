@@ -124,7 +124,7 @@ def test_missing_preset_names_the_nearest(tmp_path: Path) -> None:
     """A mistyped file name gets the nearest preset beside it."""
     (tmp_path / "llama2-7b.toml").touch()
     (tmp_path / "other.toml").touch()
-    with pytest.raises(ConfigError, match=r"no such preset \(did you mean .*llama2-7b\.toml\?"):
+    with pytest.raises(ConfigError, match=r"no such preset \(did you mean '.*llama2-7b\.toml'\?"):
         parse(["--config", str(tmp_path / "lama2-7b.toml")])
     with pytest.raises(ConfigError, match=r"no such preset$"):
         read_toml(tmp_path / "nowhere" / "zzz.toml")
@@ -134,7 +134,7 @@ def test_a_preset_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path
     """`--config llama2-7b`, wherever the command runs; a file of that name comes first."""
     monkeypatch.chdir(tmp_path)
     assert parse(["--config", "llama2-7b"]).run_dir == "runs/llama2-7b-pro"
-    with pytest.raises(ConfigError, match=r"lama2-7b: no such preset \(did you mean llama2-7b\?"):
+    with pytest.raises(ConfigError, match=r"lama2-7b: no such preset \(did you mean 'llama2-7b'\?"):
         parse(["--config", "lama2-7b"])
     Path("llama2-7b").write_text("log_every = 7\n")
     assert parse(["--config", "llama2-7b"]).log_every == 7
