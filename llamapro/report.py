@@ -18,7 +18,7 @@ import tyro
 from llamapro import cli
 from llamapro.errors import ConfigError, note
 from llamapro.files import user_path
-from llamapro.formatting import flatten, format_bytes, format_count, format_duration, perplexity
+from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.training.metrics import LAST_RECORDS, Run, read_run, summarize
 
 if TYPE_CHECKING:
@@ -88,10 +88,14 @@ def _sentence(summary: dict[str, Any]) -> str:
 
 def _settings_table(runs: Sequence[Run]) -> str:
     parts = ("settings", "new_layers", "tokens_per_step", "device", "world_size", "versions")
-    flat = []
-    for run in runs:
-        info = {key: run.info[key] for key in parts if key in run.info}
-        flat.append({k.removeprefix("settings."): show(v) for k, v in flatten(info).items()})
+    flat = [
+        {
+            n.removeprefix("settings."): show(v)
+            for n, v in run.info.items()
+            if n.split(".")[0] in parts
+        }
+        for run in runs
+    ]
     rows = []
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [settings.get(key, MISSING) for settings in flat]

@@ -36,7 +36,7 @@ from typing import Any
 from llamapro.checkpoints.run import METRICS_FILE, RUN_FILE, read_metrics
 from llamapro.errors import DataError, warn
 from llamapro.files import make_directory, read_json, write_file
-from llamapro.formatting import finite
+from llamapro.formatting import finite, flatten
 
 LAST_RECORDS = 10  # the final training loss is a mean of this many records: one batch is noise
 MEANWHILE = "while the run was writing it"
@@ -235,16 +235,9 @@ class Run:
 
     name: str  # unique among the runs that are compared
     path: Path
-    info: dict[str, Any]  # `run.json`
+    info: dict[str, Any]  # `run.json`, with dotted names such as settings.train.steps
     train: list[dict[str, Any]]
     evals: dict[str, list[dict[str, Any]]]  # by validation set
-
-    def setting(self, *keys: str) -> Any:
-        """Returns the value of `run.json` under these nested keys, or None."""
-        value: Any = self.info
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
 
     def losses(self, name: str) -> tuple[float | None, float | None]:
         """Returns a validation set's loss at step 0 and at the end; None if not evaluated there."""
@@ -261,10 +254,10 @@ def read_run(path: Path, name: str) -> Run:
     """
     if not (path / RUN_FILE).exists():
         raise DataError(f"{path}: no {RUN_FILE}; is this a run directory?")
-    run = Run(name, path, read_json(path / RUN_FILE, error=DataError), [], {})
-    for key in ("trainable", "total"):
-        if type(count := run.setting("parameters", key)) not in (int, type(None)):
-            raise DataError(f"{path / RUN_FILE}: parameters.{key} is {count!r:.80}, not a number")
+    run = Run(name, path, flatten(read_json(path / RUN_FILE, error=DataError)), [], {})
+    for key in ("parameters.trainable", "parameters.total"):
+        if type(count := run.info.get(key)) not in (int, type(None)):
+            raise DataError(f"{path / RUN_FILE}: {key} is {count!r:.80}, not a number")
     for record in read_metrics(path):  # in order, and each step once: see `MetricsLog`
         if record["kind"] == "train":
             run.train.append(record)
@@ -290,9 +283,9 @@ def summarize(run: Run, sets: Sequence[str]) -> dict[str, Any]:
     return {
         "run": run.name,
         "path": str(run.path),
-        "trains": run.setting("settings", "train", "trainable"),
-        "trainable_parameters": run.setting("parameters", "trainable"),
-        "total_parameters": run.setting("parameters", "total"),
+        "trains": run.info.get("settings.train.trainable"),
+        "trainable_parameters": run.info.get("parameters.trainable"),
+        "total_parameters": run.info.get("parameters.total"),
         "steps": max((record["step"] for record in run.train + evals), default=None),
         "tokens": max(tokens, default=None),
         "sets": results,
