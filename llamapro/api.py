@@ -131,17 +131,10 @@ def generate(
     context = model.config.max_position_embeddings
     if len(prompt) >= context:
         raise ConfigError(f"the text has {len(prompt)} tokens: expected 1 to {context - 1}")
-    pieces = write_text(
-        model,
-        StreamingDecoder(tokenizer, prompt),
-        prompt,
-        min(max_new_tokens, context - len(prompt)),
-        temperature,
-        top_p,
-        seed,
-        end_ids(model.config, tokenizer),
-    )
-    return "".join(piece for _, piece in pieces)
+    decoder, ends = StreamingDecoder(tokenizer, prompt), end_ids(model.config, tokenizer)
+    limit = min(max_new_tokens, context - len(prompt))
+    steps = write_text(model, decoder, prompt, limit, temperature, top_p, seed, ends)
+    return "".join(piece for _, piece in steps)
 
 
 _tokenizer_of = lru_cache(maxsize=4)(Tokenizer.load)

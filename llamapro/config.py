@@ -122,13 +122,10 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "transformers_weights": (None, "model.safetensors"),  # a file that it reads instead
 }
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+# The fields that decide what the model computes, beside weights, shapes and `rope_scaling`.
+_COMPUTED = ["num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"]
+_COMPUTED += ["rope_theta", "sliding_window"]
 MAX_LAYERS = 4096  # building more would take gigabytes, even without weights
 
 
@@ -240,8 +237,7 @@ class ModelConfig:
     @property
     def computation(self) -> dict[str, Any]:
         """The fields that decide what the model computes, beside weights and shapes; JSON-able."""
-        keys = "num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_theta"
-        found = {key: getattr(self, key) for key in f"{keys} sliding_window".split()}
+        found = {key: getattr(self, key) for key in _COMPUTED}
         scaling = self.rope_scaling
         return found | {"rope_scaling": None if scaling is None else dataclasses.asdict(scaling)}
 

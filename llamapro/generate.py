@@ -141,16 +141,9 @@ def continue_prompt(checkpoint: Checkpoint, tokenizer: Tokenizer, args: ChatArgs
 
     show(args.prompt)
     pieces, count, started = [], 0, time.perf_counter()
-    for token_id, piece in write_text(
-        model,
-        StreamingDecoder(tokenizer, prompt),
-        prompt,
-        min(args.max_new_tokens, room),
-        temperature,
-        top_p,
-        args.seed,
-        ends,
-    ):
+    decoder, limit = StreamingDecoder(tokenizer, prompt), min(args.max_new_tokens, room)
+    steps = write_text(model, decoder, prompt, limit, temperature, top_p, args.seed, ends)
+    for token_id, piece in steps:
         count += token_id is not None
         pieces.append(piece)
         show(piece)

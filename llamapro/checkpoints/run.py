@@ -29,10 +29,7 @@ FORMAT_VERSION = 2  # of training checkpoints; the first one's manifests do not 
 MAX_STATE_BYTES = 1 << 26  # a state names every corpus file that was given, and no more
 
 # Values of the log that are read again; null where they were not finite.
-_NUMBERS = (
-    *("loss", "learning_rate", "tokens", "tokens_seen", "tokens_per_s"),
-    *("elapsed_s", "memory_bytes"),
-)
+_NUMBERS = "loss learning_rate tokens tokens_seen tokens_per_s elapsed_s memory_bytes".split()
 
 
 def training_checkpoints(run_dir: Path) -> list[Path]:

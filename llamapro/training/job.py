@@ -172,15 +172,9 @@ class Job:
             steps = s.steps(round(trained / s.data.seq_len / (1 - s.replay.share)))
             sequences = math.ceil(steps * s.train.batch_size * s.replay.share / 2)
             tokens = min(max(sequences * s.data.seq_len, s.data.seq_len + 1), MOST_WRITTEN)
-        replay = replace(s.replay, tokens=tokens)
+        replay, data, dtype = replace(s.replay, tokens=tokens), s.data, compute_dtype(s)
         return written_by_base(
-            self.checkpoint,
-            self.tokenizer,
-            replay,
-            length=s.data.seq_len,
-            cache_dir=s.data.cache_dir,
-            dtype=compute_dtype(s),
-            device=device,
+            self.checkpoint, self.tokenizer, replay, data.seq_len, data.cache_dir, dtype, device
         )
 
     def dry_run(self) -> tuple[dict[str, Any], str]:
