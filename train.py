@@ -29,7 +29,7 @@ from llamapro.training.job import Job, find_state
 from llamapro.training.objective import NextToken, make_objective
 from llamapro.training.optim import FiniteGuard, build_adamw, clip_gradients, set_learning_rate
 from llamapro.training.preemption import Stopped
-from llamapro.training.progress import Progress, say
+from llamapro.training.progress import Progress
 from llamapro.training.settings import Settings
 from llamapro.training.state import Losses, RunState
 from llamapro.training.validation import evaluate, to_device
@@ -72,7 +72,7 @@ def run(job: Job, objective: NextToken | None = None) -> RunState:
         try:
             data = load_data(job, state, ranks)
             if state.step >= data.steps and state.evaluated == state.step:
-                say(ranks, f"{job.run_dir} is complete: nothing to do")
+                ranks.say(f"{job.run_dir} is complete: nothing to do")
             else:
                 train(job, data, state, changed, objective or build_objective(job), ranks)
         except Stopped:

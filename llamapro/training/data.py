@@ -14,7 +14,6 @@ from llamapro.text.store import TokenStore
 from llamapro.training import agreement
 from llamapro.training.distributed import Ranks, local_rank, on_several_machines
 from llamapro.training.job import Job
-from llamapro.training.progress import say
 from llamapro.training.resume import check_identity, make_identity
 from llamapro.training.settings import TrainSettings
 from llamapro.training.state import RunState
@@ -116,6 +115,6 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
     tokens = format_count(steps * job.plan["tokens_per_step"])
     about.append(f"steps            {steps} ({tokens} tokens)")
     for text in about:
-        say(ranks, text)
+        ranks.say(text)
     apart = len(sources) if s.replay.is_apart else None
     return Data(mixture, apart, val, steps, s.train)

@@ -25,14 +25,14 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from llamapro.errors import ConfigError, DataError, UserError
+from llamapro.errors import ConfigError, DataError, UserError, note
 from llamapro.files import reason
 from llamapro.training import peers
 from llamapro.training.objective import NextToken
 from llamapro.training.preemption import Stopped, StopRequest, default_signals
 from llamapro.training.quantized import quantize
 from llamapro.training.settings import TrainSettings
-from llamapro.training.weights import is_trained
+from llamapro.training.weights import is_trained, lowest_in_backward
 
 T = TypeVar("T")
 
@@ -63,6 +63,11 @@ class Ranks:
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
         dist.all_reduce(total)
         return total.tolist()
+
+    def say(self, text: str) -> None:
+        """Prints to standard error, where progress goes, on the main rank."""
+        if self.is_main:
+            note(text)
 
     def raise_stopped(self) -> None:
         """Raises Stopped if a rank was asked to stop; every rank must call it, and raises it."""
@@ -255,9 +260,7 @@ def shard(objective: NextToken, ranks: Ranks, compute_dtype: torch.dtype, t: Tra
     whole_on = ranks.device if frozen == "replicate" else None
     layers = list(model.model.layers)
     trains = [is_trained(layer) for layer in layers]
-    first = trains.index(True) if True in trains else len(layers)
-    if is_trained(model.model.embed_tokens):  # backward goes through all blocks, down to it
-        first = 0
+    first = lowest_in_backward(model)
     for index, layer in enumerate(layers):  # cast just before sharding: one full block at a time
         if t.compile:
             layer.compile()

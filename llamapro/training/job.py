@@ -36,7 +36,6 @@ from llamapro.training.distributed import Ranks
 from llamapro.training.objective import allowed
 from llamapro.training.plan import compute_dtype, device_type, make_plan, render
 from llamapro.training.preset import find_preset
-from llamapro.training.progress import say
 from llamapro.training.proposal import check_float8, propose, render_proposal
 from llamapro.training.replay import read_openings, written_by_base
 from llamapro.training.resume import changes
@@ -261,12 +260,12 @@ def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
     resume_from, saved, damaged = ranks.on_main(find)  # which alone reads and hashes
     plan = job.plan | {"resume_from": str(resume_from) if resume_from else None}
     job = replace(job, resume_from=resume_from, plan=plan)
-    say(ranks, render(plan, job.settings))
+    ranks.say(render(plan, job.settings))
     for text in damaged:
-        say(ranks, f"warning          {text}; resuming from the one before it")
+        ranks.say(f"warning          {text}; resuming from the one before it")
     if resume_from is None or saved is None:
         return job, RunState(), []
     changed = changes(saved["settings"], job.settings, str(job.run_dir))
     for text in changed:
-        say(ranks, f"changed          {text}")
+        ranks.say(f"changed          {text}")
     return job, RunState.from_json(saved, resume_from), changed

@@ -17,7 +17,7 @@ from llamapro.model import DecoderLayer, LlamaForCausalLM, RMSNorm, build_on_met
 from llamapro.training.distributed import is_rank, world_size
 from llamapro.training.quantized import stored_bytes
 from llamapro.training.settings import ReplaySettings, Settings
-from llamapro.training.weights import freeze, is_trained
+from llamapro.training.weights import freeze, is_trained, lowest_in_backward
 
 
 def make_plan(
@@ -103,8 +103,7 @@ def estimate_memory(
     root = total - sum(numel for _, numel in blocks)  # embeddings, norm, head
     # With added tokens, embedding and head train.
     root_trained = trainable - sum(numel for trains, numel in blocks if trains)
-    first = next((i for i, (trains, _) in enumerate(blocks) if trains), len(blocks))
-    first = 0 if root_trained else first
+    first = lowest_in_backward(model)
 
     parts = t.shard_size or world_size
     placement = t.placement(world_size)

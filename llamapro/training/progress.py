@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from llamapro.checkpoints.run import RUN_FILE
-from llamapro.errors import note
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.text.mixture import Mixture
 from llamapro.training.distributed import Ranks
@@ -34,12 +33,6 @@ HEADER_EVERY = 20  # progress lines
 # Title -> width of the columns of progress lines.
 COLUMNS = {"step": 13, "loss": 9, "ppl": 10, "grad norm": 11}
 COLUMNS |= {"lr": 10, "tok/s": 8, "memory": 10, "eta": 8}
-
-
-def say(ranks: Ranks, text: str) -> None:
-    """Prints to standard error, where progress goes, on the main rank."""
-    if ranks.is_main:
-        note(text)
 
 
 def speed(since: RunState, now: RunState) -> dict[str, float]:
@@ -134,9 +127,9 @@ class Progress:
             self._logged = replace(state)
         if is_time or state.step in EARLY_STEPS or state.step == self._steps:
             if self._lines % HEADER_EVERY == 0:
-                say(self._ranks, header())
+                self._ranks.say(header())
             record |= speed(self._shown, state) | times
-            say(self._ranks, progress_line(record, self._steps))
+            self._ranks.say(progress_line(record, self._steps))
             self._lines += 1
             self._shown, self._shown_at = replace(state), time.monotonic()
 
@@ -146,11 +139,10 @@ class Progress:
         if (control["steps_at_bound"] or 0) < STEPS_AT_BOUND or self._has_warned:
             return
         self._has_warned = True
-        say(
-            self._ranks,
+        self._ranks.say(
             f"replay.hold {hold} is out of reach: the weight has been at its bound of "
             f"{control['weight']:g} for {control['steps_at_bound']:.0f} steps, and the KL is "
-            f"{control['kl']:.3f}. Raise replay.hold or replay.share, or lower optim.lr",
+            f"{control['kl']:.3f}. Raise replay.hold or replay.share, or lower optim.lr"
         )
 
     def odd(self, kind: str, step: int, first_sample: int, numbers: dict[str, float]) -> None:
@@ -158,7 +150,7 @@ class Progress:
         text = "gradient not finite, not applied"
         if kind == "spike":
             text = f"the loss jumped to {numbers['loss']:.4f} from {numbers['median']:.4f}"
-        say(self._ranks, f"step {step}: {text}")
+        self._ranks.say(f"step {step}: {text}")
         if self._metrics is None:
             return
         read = []
@@ -178,12 +170,12 @@ class Progress:
     def evaluated(self) -> None:
         """Prints all validation losses, with their changes from the base."""
         state = self._state
-        say(self._ranks, evaluation_line(state.step, self._steps, state.eval, state.base_eval))
+        self._ranks.say(evaluation_line(state.step, self._steps, state.eval, state.base_eval))
         if state.control and state.step:
             kl, weight = state.control["kl"] or 0.0, state.control["weight"]
             hold = self._settings.replay.hold
             text = f"replay KL {kl:.4f}, replay.hold {hold}, weight {weight:.3g}"
-            say(self._ranks, f"{'':>{COLUMNS['step']}}        {text}")
+            self._ranks.say(f"{'':>{COLUMNS['step']}}        {text}")
 
     def saved(self, report: dict[str, Any] | None) -> None:
         """Logs and prints the report of `Saver.finish`; does nothing with None."""
@@ -194,7 +186,7 @@ class Progress:
         blocked, total = (format_duration(report[key]) for key in ("blocked_s", "total_s"))
         waited = "" if blocked == total else f", training waited {blocked}"
         place = _place(report["step"], self._steps)
-        say(self._ranks, f"{place}  saved {Path(report['path']).name} in {total}{waited}")
+        self._ranks.say(f"{place}  saved {Path(report['path']).name} in {total}{waited}")
 
 
 def header() -> str:

@@ -65,6 +65,14 @@ def is_trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
+def lowest_in_backward(model: LlamaForCausalLM) -> int:
+    """Returns the lowest block that backward goes through; their number if it reaches none."""
+    if is_trained(model.model.embed_tokens):
+        return 0
+    layers = model.model.layers
+    return next((i for i, layer in enumerate(layers) if is_trained(layer)), len(layers))
+
+
 def first_new_row(config: ModelConfig) -> int:
     """Returns the id of the first token that the latest expansion added, 0 if it added none."""
     return (config.expansion and config.expansion.base_vocab_size) or 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from llamapro.errors import note
 from llamapro.training import progress
 from llamapro.training.preemption import StopRequest
 from llamapro.training.progress import Progress, evaluation_line, header, progress_line
@@ -77,7 +78,9 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Progress, RunSt
         settings = replace(Settings(log_every=4, train=TrainSettings(batch_size=1)), **changes)
         state = RunState()
         cpu = torch.device("cpu")
-        ranks: Any = SimpleNamespace(is_main=True, world_size=1, device=cpu, stop=StopRequest())
+        ranks: Any = SimpleNamespace(
+            is_main=True, world_size=1, device=cpu, stop=StopRequest(), say=note
+        )
         mixture: Any = SimpleNamespace(locate=lambda i: (0, i))
         return Progress(settings, mixture, 40, state, ranks), state, clock
 
