@@ -24,6 +24,7 @@ from llamapro.scripts import train
 from llamapro.training.data import Data
 from llamapro.training.job import Job
 from llamapro.training.preemption import Stopped, StopRequest
+from llamapro.training.state import RunState
 
 
 def train_signalled(
@@ -38,7 +39,7 @@ def train_signalled(
         name: of the signal.
         words: arguments of train.py; those of the command line if None.
     """
-    owners = {"tokenize": Job, "batch": Data}
+    owners = {"tokenize": Job, "batch": Data, "to_json": RunState}
     owner: Any = owners.get(place, train)
     original, calls = getattr(owner, place), itertools.count(1)
 
@@ -105,7 +106,7 @@ def straight(
         ("batch", 1, 2, "SIGTERM", 1),  # it agrees with the others before it computes
         ("clip_gradients", 1, 3, "SIGINT", 3),  # inside a step, which is finished
         ("evaluate", 0, 2, "SIGTERM", 2),
-        ("flatten", 1, 1, "SIGHUP", 2),
+        ("to_json", 1, 1, "SIGHUP", 2),
         # Before the first of two micro-batches: the step is dropped.
         ("to_device", 1, 3, "SIGTERM", 1),
         ("tokenize", 0, 1, "SIGTERM", 0),  # nothing is earned yet

@@ -22,6 +22,7 @@ from llamapro.training.data import Data
 from llamapro.training.job import Job
 from llamapro.training.metrics import MetricsLog
 from llamapro.training.progress import Progress
+from llamapro.training.state import RunState
 
 STEPS = 6
 
@@ -264,7 +265,7 @@ def test_a_full_disk_under_the_log_stops_the_run_in_order(
         ("batch", 2, 1),  # noticed before the step is computed
         ("clip_gradients", 3, 3),  # inside a step, which is finished
         ("mean_loss", 2, 3),
-        ("flatten", 1, 3),
+        ("to_json", 1, 3),
         ("tokenize", 1, 0),  # nothing is earned yet
     ],
 )
@@ -279,7 +280,8 @@ def test_a_signal_saves_all_and_the_run_continues_to_the_same_bits(
     metrics: Callable[[Path, str, str], list[float]],
 ) -> None:
     """Wherever it comes: in a step, an evaluation, while saving, or while data are tokenised."""
-    owner: Any = {"tokenize": Job, "batch": Data, "mean_loss": validation}.get(place, train)
+    owners = {"tokenize": Job, "batch": Data, "mean_loss": validation, "to_json": RunState}
+    owner: Any = owners.get(place, train)
     original, calls = getattr(owner, place), []
 
     def signalled(*args: Any, **kwargs: Any) -> Any:
