@@ -147,7 +147,7 @@ def check_bytes(file: Path) -> str:
         )
     if found != written:
         raise CheckpointError(
-            f"{file}: damaged: sha256 {found[:16]}..., when written {str(written)[:16]}..."
+            f"{file}: damaged: its tensors hash to {found[:16]}..., not {str(written)[:16]}..."
         )
     return found
 
