@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from llamapro.errors import ConfigError, warn
-from llamapro.formatting import flatten
 from llamapro.training.checks import check
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.resume import FREE_TO_CHANGE, changes
@@ -38,7 +37,7 @@ def preset(tmp_path: Path, text: str) -> Path:
 
 def test_learned_defaults_are_the_papers() -> None:
     """Section 4.1: AdamW, 2e-4 with 6 % warm-up, decay 0.1, batch 1024."""
-    flat = flatten(dataclasses.asdict(Settings()))
+    flat = Settings().flat()
     assert (flat["optim.lr"], flat["optim.warmup_ratio"]) == (2e-4, 0.06)
     assert (flat["optim.weight_decay"], flat["optim.clip"]) == (0.1, 1.0)
     assert flat["optim.betas"] == (0.9, 0.95)
@@ -65,7 +64,7 @@ def test_without_a_preset_all_is_default() -> None:
     """No option, no change; an option alone changes that field alone."""
     assert parse([]) == Settings()
     settings = (parse(["--save.keep", "5"]), Settings())
-    changed, default = (flatten(dataclasses.asdict(s)) for s in settings)
+    changed, default = (s.flat() for s in settings)
     assert {key for key in default if changed[key] != default[key]} == {"save.keep"}
 
 
@@ -317,7 +316,7 @@ def test_steps_are_given_or_follow_from_epochs() -> None:
 
 def test_what_a_resumed_run_may_change_are_settings() -> None:
     """No name in the list is misspelt, and what decides the result is not in it."""
-    flat = flatten(dataclasses.asdict(Settings()))
+    flat = Settings().flat()
     assert set(flat) >= FREE_TO_CHANGE
     assert not FREE_TO_CHANGE & {"train.batch_size", "train.seed", "optim.lr", "data.seq_len"}
 
@@ -335,7 +334,7 @@ def test_presets_parse(path: Path) -> None:
 
 def test_a_setting_that_a_run_did_not_know_had_its_default() -> None:
     """A run begun by an earlier version goes on; a value other than the default is a change."""
-    before = json.loads(json.dumps(flatten(dataclasses.asdict(Settings()))))
+    before = json.loads(json.dumps(Settings().flat()))
     del before["train.new_tokens"]
     assert changes(before, Settings(), "run") == []
     grown = Settings(train=TrainSettings(new_tokens=True))

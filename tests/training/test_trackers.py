@@ -16,7 +16,6 @@ import torch
 
 from llamapro.checkpoints.run import read_metrics
 from llamapro.errors import ConfigError, warn
-from llamapro.formatting import flatten
 from llamapro.training.checks import check
 from llamapro.training.metrics import MetricsLog, is_installed
 from llamapro.training.preset import parse, read_toml
@@ -222,7 +221,7 @@ def test_log_to_is_set_by_preset_or_option_and_may_change(tmp_path: Path) -> Non
     preset.write_text('log_to = ["mlflow"]')
     with pytest.raises(ConfigError, match="expected 'tensorboard' or 'wandb' or 'trackio'"):
         read_toml(preset)
-    before = json.loads(json.dumps(flatten(dataclasses.asdict(settings_with()))))
+    before = json.loads(json.dumps(settings_with().flat()))
     found = changes(before, settings_with("wandb"), "run")
     assert found == ['log_to [] -> ["wandb"]']
 
