@@ -138,8 +138,8 @@ def check_stored_base(
 ) -> None:
     """Does what `check_base` does, with `hashes` of whole tensors, the new blocks' left out."""
     # Where tokens were added, the base's rows of embedding and head are hashed here.
-    stored = expanded.tensors.values()
-    grown = [rows for t in stored for rows, new in [split_rows(t, expanded.config)] if new]
+    split = (split_rows(tensor, expanded.config) for tensor in expanded.tensors.values())
+    grown = [base_rows for base_rows, new_rows in split if new_rows is not None]
     check_base(expanded, hashes | hash_tensors(grown, "hash base", cache_dir))
 
 

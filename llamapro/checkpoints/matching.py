@@ -108,16 +108,13 @@ def match(
     for name in derived:
         if name.endswith("inv_freq"):
             _compare_frequencies(stored[name], config)
-        elif (
-            name == _HEAD
-            and name in stored
-            and not have_same_values(stored[_HEAD], stored[_EMBEDDING])
-        ):
-            raise CheckpointError(
-                f"{stored[_HEAD].file}: {_HEAD!r} differs from {_EMBEDDING!r}, but config.json "
-                "says tie_word_embeddings true: set it to false to use the stored head, as "
-                "transformers 5 does, or remove the tensor to tie it, as transformers 4 does"
-            )
+    is_head_twice = config.tie_word_embeddings and _HEAD in stored
+    if is_head_twice and not have_same_values(stored[_HEAD], stored[_EMBEDDING]):
+        raise CheckpointError(
+            f"{stored[_HEAD].file}: {_HEAD!r} differs from {_EMBEDDING!r}, but config.json says "
+            "tie_word_embeddings true: set it to false to use the stored head, as transformers 5 "
+            "does, or remove the tensor to tie it, as transformers 4 does"
+        )
     _compare_params(path / "params.json", config)
     return {name: stored[name] for name in expected}
 
