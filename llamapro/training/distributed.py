@@ -19,7 +19,6 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -273,7 +272,10 @@ def shard(objective: NextToken, ranks: Ranks, compute_dtype: torch.dtype, t: Tra
             is_kept = frozen == "gather" and index >= first and not trains[index]
             unit = sharded(layer, reshard_after_forward=not is_kept)
             if index == first:
-                _end_prefetch(unit)
+                # FSDP gathers ahead of time the unit that ran before: the block below, which
+                # backward does not reach, or the last one of an evaluation. Naming a unit that is
+                # whole already, this one, leaves nothing to gather.
+                unit.set_modules_to_backward_prefetch([unit])
     # Embedding, final norm and head are in no block: they belong to the root unit.
     for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
         _cast(module, compute_dtype, whole_on)
@@ -287,12 +289,3 @@ def _cast(module: nn.Module, compute_dtype: torch.dtype, whole_on: torch.device 
         p.data = p.data.to(torch.float32 if p.requires_grad else compute_dtype)
         if whole_on is not None and not p.requires_grad:
             p.data = p.data.to(whole_on, copy=True)
-
-
-def _end_prefetch(unit: FSDPModule) -> None:
-    """Keeps FSDP from gathering what backward, which ends with this unit, does not reach.
-
-    FSDP gathers ahead of time the unit that ran before: the block below, or the last one of an
-    evaluation. Naming a unit that is whole already, this one, leaves nothing to gather.
-    """
-    unit.set_modules_to_backward_prefetch([unit])
