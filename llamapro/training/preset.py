@@ -42,8 +42,9 @@ def parse(
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?", default="")
-    preset = parser.parse_known_args(argv)[0].config
-    default = read_toml(find_preset(preset), kind) if preset else kind()
+    parser.add_argument("--replay.hold", nargs="?", dest="hold")
+    preset, hold = vars(parser.parse_known_args(argv)[0]).values()
+    default = read_toml(find_preset(preset), kind, hold is None) if preset else kind()
     about = {"description": description, "default": default, "return_unknown_args": True}
     settings, unknown = cli.arguments(kind, argv, prog, **about)
     if unknown:
@@ -74,8 +75,15 @@ def find_preset(name: str, suffix: str = ".toml") -> Path:
     return named if named.is_file() and not path.is_file() else path
 
 
-def read_toml(path: Path, kind: type[T] = Settings) -> T:  # type: ignore[assignment]
-    """Reads a preset into this kind of settings; raises ConfigError with every mistake in it."""
+def read_toml(
+    path: Path,
+    kind: type[T] = Settings,  # type: ignore[assignment]
+    with_hold: bool = True,
+) -> T:
+    """Reads a preset into this kind of settings; raises ConfigError with every mistake in it.
+
+    Without its bound, which the command line replaces, nothing follows from that.
+    """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -84,6 +92,8 @@ def read_toml(path: Path, kind: type[T] = Settings) -> T:  # type: ignore[assign
         raise ConfigError(f"{path}: no such preset{suggest(str(path), known)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+    if not with_hold and isinstance(raw.get("replay"), dict):
+        raw["replay"].pop("hold", None)
     wrong: list[str] = []
     settings = _build(kind, raw, "", wrong)
     if wrong:

@@ -295,6 +295,16 @@ def test_hold_says_it_all(tmp_path: Path) -> None:
     assert ReplaySettings().share == 0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.125])
+def test_the_command_line_takes_the_bound_of_a_preset_away(tmp_path: Path, share: float) -> None:
+    """And with it what follows from it; a share of the preset's own stays."""
+    preset = tmp_path / "preset.toml"
+    preset.write_text(f'[replay]\nhold = "3%"\nshare = {share}\n')
+    given = ["--config", str(preset), "--replay.hold"]
+    assert parse([*given, ""]).replay == ReplaySettings(share=share)
+    assert parse([*given, "0.1"]).replay == ReplaySettings(hold="0.1")
+
+
 @pytest.mark.parametrize(
     ("replay", "trained", "told"),
     [
