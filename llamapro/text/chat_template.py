@@ -11,18 +11,12 @@ import datetime
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llamapro.errors import DataError
-from llamapro.text.messages import (
-    RESERVED,
-    Message,
-    check_messages,
-    check_shown,
-    not_named,
-    with_reasoning,
-)
+from llamapro.text.messages import RESERVED, Forms, Message, check_messages, check_shown, not_named
 from llamapro.text.sandbox import MARK, START, TemplateError, compiled, compiled_apart
 from llamapro.text.template_files import FOR_TOOLS, find_template
 from llamapro.text.tokenizer import Tokenizer
@@ -30,7 +24,7 @@ from llamapro.text.turns import (
     RewrittenError,
     Span,
     added_spans,
-    check_reasoning,
+    is_of,
     tagged_spans,
     trained_turns,
     without_borders,
@@ -65,9 +59,9 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         names = {token.id: name for name, token in tokenizer.added.items()}
         # A token that is missing is not defined, instead of "": some templates test for it.
-        frame = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self._token_names: dict[str, str | None] = dict(tokenizer.named_tokens)
-        self._token_names |= {key: names.get(i) for key, i in frame.items() if i is not None}
+        ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        self._frame: dict[str, Any] = {"tools": None, "documents": None} | tokenizer.named_tokens
+        self._frame |= {key: names.get(i) for key, i in ends.items() if i is not None}
         # Control tokens, and those that the template writes itself, flagged special or not.
         self._control = {t.id for n, t in tokenizer.added.items() if t.special or n in source}
         try:
@@ -107,6 +101,19 @@ class ChatTemplate:
         made = cls(found.source, tokenizer, found.origin, is_trusted=found.is_built_in)
         made.has_other = found.has_other
         return made
+
+    @cached_property
+    def _forms(self) -> Forms:
+        """The forms in which the template takes messages."""
+
+        def show(message: Message) -> str:
+            asked = [{"role": "user", "content": "a"}] * (message["role"] != "user")
+            try:
+                return self._template(self._frame | {"messages": [*asked, message]}, self.date)
+            except TemplateError:
+                return ""
+
+        return Forms.find(show)
 
     def render(
         self,
@@ -203,28 +210,19 @@ class ChatTemplate:
         ids, extents = self._tokenize(without_borders(marked))
         if problems := check_shown(messages, RESERVED.sub("", marked)):
             raise DataError(f"{self.origin}: {problems[0]}")
-        weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         if START in marked:
-            check_reasoning(messages, RESERVED.sub("", marked), self.origin)
-            spans = tagged_spans(marked)
-            if not all(weights):
-                if len(spans) != len(weights):
-                    raise DataError(
-                        f"{self.origin}: has {len(spans)} {{% generation %}} for {len(weights)} "
-                        "turns of the assistant, so a turn's 'weight' cannot be honoured"
-                    )
-                spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
+            spans = tagged_spans(marked, messages, self.origin)
         else:
             spans = added_spans(
                 lambda turns, prompts: self.render(turns, prompts, variables),
                 messages,
-                self._token_names.get("eos_token") or "",
+                self._frame.get("eos_token") or "",
                 self.origin,
             )
             spans = [self._strip_tail(span, ids, extents) for span in spans]
         raw = RESERVED.sub("", marked).encode()
-        trained = [any(_is_of(raw, extent, span) for span in spans) for extent in extents]
-        if not any(trained) and any(weights):
+        trained = [any(is_of(raw, extent, span) for span in spans) for extent in extents]
+        if not any(trained) and any(trained_turns(messages)):
             raise DataError(f"{self.origin}: the template shows nothing of the assistant's turns")
         return ids, trained
 
@@ -239,10 +237,10 @@ class ChatTemplate:
         A template may look for a name, such as "</think>", which it would not find with a mark in
         it. Then names of tokens that are not flagged special get none.
         """
-        frame: dict[str, Any] = {"tools": None, "documents": None} | self._token_names
-        values = {**(variables or {}), "messages": [*map(with_reasoning, messages)]}
+        frame, values = self._frame, {**(variables or {})}
         values["add_generation_prompt"] = add_generation_prompt
         try:
+            values["messages"] = [*map(self._forms.view, messages)]
             marked = self._marked(values, self._names)
             text = self._template(frame | marked, self.date)
             if marked == values:
@@ -315,15 +313,6 @@ class ChatTemplate:
                 return first, extents[n][1]
             tail = self._tokenizer.bytes_of(ids[n]) + tail
         return span
-
-
-def _is_of(raw: bytes, extent: Span, span: Span) -> bool:
-    """Whether a token of a text is of a turn: wholly, or but for white space around its words."""
-    (start, end), (first, last) = extent, span
-    if first <= start < last and end <= last:
-        return True
-    outside = raw[start : min(end, first)] + raw[max(start, last) : end]
-    return not outside.strip() and bool(raw[max(start, first) : min(end, last)].strip())
 
 
 def _first_characters(names: Sequence[str]) -> re.Pattern[str]:

@@ -46,8 +46,8 @@ _VARIABLES = ("tools", "functions", "documents", "chat_template_kwargs")
 _OF_ROWS = (*SWITCHES[:3], "sample_weight", "train", "mask", "ignore", *MASKS)
 _OF_ROWS += ("train_on_input", "train_on_inputs", "train_detail", "training_detail")
 _JUDGED = ("label", "kto_tag")
-_CHECKED = {*_VARIABLES, *FOREIGN, *_OF_ROWS, *_JUDGED}
-_KEYS = {*_BESIDE, *_CHECKED}.union(*_FORMS)
+_CHECKED = {*_VARIABLES, *FOREIGN, *_OF_ROWS}
+_KEYS = {*_BESIDE, *_CHECKED, *_JUDGED}.union(*_FORMS)
 _EXPECTED = "expected messages, conversations, instruction and output, or prompt and response"
 
 
@@ -181,7 +181,7 @@ def _check_row(row: dict[str, Any]) -> None:
         if says and value != (key in SWITCHES or not SAYS_UNTRAINED.search(key)):
             raise ValueError(f"{key!r} is {value!r:.80}: only turns have a weight, 0 or 1")
     for key in _JUDGED:
-        if row.get(key) is False:
+        if str(row.get(key)).lower() == "false":  # a text in CSV
             raise ValueError(f"{key!r} is False: a completion to avoid, as for KTO; leave it out")
 
 

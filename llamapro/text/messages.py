@@ -1,8 +1,9 @@
-"""Messages of a conversation, and what is wrong with them."""
+"""Messages of a conversation, how a template takes them, and what is wrong with them."""
 
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from llamapro.errors import suggest
 from llamapro.text.sandbox import END, MARK, START
@@ -13,14 +14,53 @@ Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names, best first
 # Characters that no text may have, because they mark places in a rendered one.
 RESERVED = re.compile(f"[{MARK}{START}{END}]")
+PARTS = "content_parts"  # the texts of a content that was a list; `content` has them joined
+_PROBE = "\ue000"  # a private character
 
 
-def with_reasoning(message: Message) -> dict[str, Any]:
-    """Returns a message with its reasoning under the names that templates read, as transformers."""
-    said = next((message[key] for key in REASONING if message.get(key)), None)
-    if said is None:
-        return {**message}
-    return {**message, "reasoning_content": said, "thinking": message.get("thinking") or said}
+class Forms(NamedTuple):
+    """The forms in which a template takes what messages have in several."""
+
+    has_parts: bool  # a content as a list of parts, which are joined for other templates
+    has_objects: bool  # a call's arguments as an object, and it would put a text of JSON in quotes
+
+    @classmethod
+    def find(cls, show: Callable[[Message], str]) -> "Forms":
+        """Tries both with `show`, which returns the text that the template makes of a message."""
+        parts = show({"role": "user", "content": [{"type": "text", "text": _PROBE}]})
+        function = {"name": "f", "arguments": json.dumps({_PROBE: 1}, ensure_ascii=False)}
+        call = {"id": "123456789", "type": "function", "function": function}
+        calls = show({"role": "assistant", "content": "", "tool_calls": [call]})
+        return cls(_PROBE in parts and f'"{_PROBE}"' not in parts, f'\\"{_PROBE}' in calls)
+
+    def view(self, message: Message) -> dict[str, Any]:
+        """Returns a message as the template takes it, its reasoning under transformers' names."""
+        view = {key: value for key, value in message.items() if key != PARTS}
+        if self.has_parts and (texts := message.get(PARTS)):
+            view["content"] = [{"type": "text", "text": text} for text in texts]
+        if self.has_objects and message.get("tool_calls"):
+            view["tool_calls"] = [*map(_with_object, message["tool_calls"])]
+        if said := next((message[key] for key in REASONING if message.get(key)), None):
+            view |= {"reasoning_content": said, "thinking": message.get("thinking") or said}
+        return view
+
+
+def _with_object(call: Any) -> Any:
+    """Returns a call with its arguments as an object; OpenAI has them as a text of JSON."""
+    if not isinstance(call, dict):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_object(call["function"])}
+    said = call.get("arguments")
+    try:
+        return {**call, "arguments": json.loads(said or "{}")} if isinstance(said, str) else call
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a call's arguments, {said!r:.40}, are no JSON ({error})") from None
+
+
+def texts_of(message: Message) -> list[str]:
+    """Returns the texts of a message, one for each part of its content."""
+    return message.get(PARTS) or [message["content"]]
 
 
 def says_more(message: Message) -> bool:
@@ -59,7 +99,7 @@ def not_named(
 ) -> set[str]:
     """Returns the keys of messages, and the variables, that are not among a template's words."""
     given = {key for message in messages for key, value in message.items() if value}
-    given = given.union(variables) - {"role", "content", "weight"}
+    given = given.union(variables) - {"role", "content", PARTS, "weight"}
     names = {key: (key, *REASONING[:2]) if key in REASONING else (key,) for key in given}
     return {key for key in given if not any(name in words for name in names[key])}
 
@@ -69,14 +109,16 @@ def check_shown(messages: Sequence[Message], text: str) -> list[str]:
     text = text.casefold()
     shown, problems = frozenset(re.findall(r"\w+", text)), []
     for number, message in enumerate(messages, 1):
-        content, calls = message["content"].casefold().strip(), message.get("tool_calls") or []
-        words = re.findall(r"\w+", content)
-        if words and content not in text and shown.isdisjoint(words):
-            problems.append(
-                f"turn {number}: the template shows nothing of its text, "
-                f"{message['content'][:40]!r} of {message['role']!r}; leave the "
-                f"{'text' if calls else 'turn'} out, or use another template"
-            )
+        calls = message.get("tool_calls") or []
+        for said in texts_of(message):
+            content = said.casefold().strip()
+            words = re.findall(r"\w+", content)
+            if words and content not in text and shown.isdisjoint(words):
+                problems.append(
+                    f"turn {number}: the template shows nothing of its text, "
+                    f"{said[:40]!r} of {message['role']!r}; leave the "
+                    f"{'text' if calls else 'turn'} out, or use another template"
+                )
         for name in map(_called, calls):
             if name.casefold() not in text:
                 problems.append(f"turn {number}: the template does not show its call of {name!r}")

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from llamapro.files import unique_keys
-from llamapro.text.messages import ROLES, Message, says_more
+from llamapro.text.messages import PARTS, ROLES, Message, says_more
 from llamapro.text.rows import quote_names
 
 NAMED_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
@@ -18,7 +18,7 @@ SWITCHES = (*"weight loss_weight loss_mask train_mask train training trainable l
 MASKS = ("masked", "is_masked")
 _WORDS = "train(ed|ing|able)?|learn|loss(es)?|mask(s|ed)?|weights?|ignored?|excluded?"
 SAYS_TRAINED = re.compile(f"(?<!attention)(^|_)({_WORDS})(_|$)")
-SAYS_UNTRAINED = re.compile("mask|ignore|exclude|(^|_)(no|on)_|detail")
+SAYS_UNTRAINED = re.compile("mask|ignore|exclude|(^|_)no_|on_(input|prompt|source|user)|detail")
 
 
 def parsed(key: str, value: Any) -> Any:
@@ -75,10 +75,12 @@ def to_message(turn: Any, place: str) -> Message:
             raise ValueError(f"{place}: a part of the content has {weights[0]!r}: cut the turn")
         if not all(isinstance(part.get("text"), str) for part in parts):
             raise ValueError(f"{place}: the content has a part of type text without a text")
-        content = "".join(part["text"] for part in parts)
+        turn = turn | {PARTS: [part["text"] for part in parts]}
+        content = "".join(turn[PARTS])
     if call := turn.get("function_call"):  # OpenAI's older form of one call
         if turn.get("tool_calls"):
             raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
+        call = parsed(f"{place}: 'function_call'", call)
         turn = turn | {"tool_calls": [{"type": "function", "function": call}]}
     calls = parsed("tool_calls", turn.get("tool_calls"))
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from llamapro.errors import DataError
-from llamapro.text.messages import REASONING, Message
+from llamapro.text.messages import PARTS, REASONING, RESERVED, Message, texts_of
 from llamapro.text.sandbox import END, MARK, START
 
 Span = tuple[int, int]
@@ -32,8 +32,22 @@ def without_borders(marked: str) -> str:
     return _BORDER.sub("", marked)
 
 
-def tagged_spans(marked: str) -> list[Span]:
-    """Returns the spans that {% generation %} enclosed."""
+def is_of(raw: bytes, extent: Span, span: Span) -> bool:
+    """Whether a token of a text is of a turn: wholly, or but for white space around its words."""
+    (start, end), (first, last) = extent, span
+    if first <= start < last and end <= last:
+        return True
+    outside = raw[start : min(end, first)] + raw[max(start, last) : end]
+    return not outside.strip() and bool(raw[max(start, first) : min(end, last)].strip())
+
+
+def tagged_spans(marked: str, messages: Sequence[Message], origin: str) -> list[Span]:
+    """Returns the trained turns of the assistant: what {% generation %} encloses.
+
+    Raises DataError if it encloses other turns than these, so that a weight cannot be honoured, or
+    as `check_reasoning`.
+    """
+    check_reasoning(messages, RESERVED.sub("", marked), origin)
     spans, position, first = [], 0, 0
     for part in _BORDER.split(marked.replace(MARK, "")):
         if part == START:
@@ -42,7 +56,15 @@ def tagged_spans(marked: str) -> list[Span]:
             spans.append((first, position))
         else:
             position += len(part.encode())
-    return spans
+    weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
+    if all(weights):
+        return spans
+    if len(spans) != len(weights):
+        raise DataError(
+            f"{origin}: has {len(spans)} {{% generation %}} for {len(weights)} turns of the "
+            "assistant, so a turn's 'weight' cannot be honoured"
+        )
+    return [span for span, weight in zip(spans, weights, strict=True) if weight]
 
 
 def added_spans(
@@ -75,7 +97,7 @@ def added_spans(
                 f"this one begins is unknown; {_FIX}"
             )
         if index == 0:  # nothing to render before it: its header ends where the content begins
-            shown = render([{**message, "content": _CONTENT}], False)
+            shown = render([{**message, "content": _CONTENT, PARTS: []}], False)
             before, found, _ = shown.partition(_CONTENT)
             if not (after.startswith(before) and found):
                 raise DataError(f"{place} hides where it begins")
@@ -88,8 +110,10 @@ def added_spans(
                 )
         added = after[len(before) :]
         check_reasoning(messages[: index + 1], added, origin, first=index)
-        content = message["content"].strip()  # "" beside a call: a header is in the tail
-        header, _, tail = added.partition(content) if content else ("", "", added)
+        header, tail = "", added  # without content, as beside a call, a header is in the tail
+        for number, content in enumerate(filter(None, map(str.strip, texts_of(message)))):
+            before_it, _, tail = tail.partition(content)
+            header = header if number else before_it
         # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
         # first template puts the next header behind every answer.
         prior = messages[: index or 1]

@@ -11,6 +11,7 @@ import pytest
 
 from llamapro.text import packing
 from llamapro.text.conversations import to_conversation
+from llamapro.text.messages import PARTS
 
 _chats = runpy.run_path(str(Path(__file__).with_name("chats.py")))
 ASKED, ROW, read, lines_of, write = map(_chats.get, ("ASKED", "ROW", "read", "lines_of", "write"))
@@ -52,7 +53,8 @@ IN_PARTS = [{"type": "text", "text": "H"}, {"type": "input_text", "text": "i"}]
 def test_every_form_of_a_row_gives_the_same_messages(row: dict[str, Any]) -> None:
     """messages, ShareGPT, Alpaca, prompt and answer, and contents in parts mean the same."""
     messages, variables, _ = to_conversation(row)
-    assert (messages, variables) == (ASKED, {})
+    texts = [{key: m[key] for key in m if key != PARTS} for m in messages]
+    assert (texts, variables) == (ASKED, {})
 
 
 def test_input_and_system_become_part_of_the_conversation() -> None:
@@ -215,7 +217,13 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ({**ROW, "is_trainable": False}, "'is_trainable' is False: only turns"),
         *(
             ({"messages": [ASKED[0], ASKED[1] | said]}, f"turn 2: '{next(iter(said))}' is not read")
-            for said in ({"mask": True}, {"learn": False}, {"weights": [1]}, {"no_train": 1})
+            for said in (
+                {"mask": True},
+                {"learn": False},
+                {"weights": [1]},
+                {"no_train": 1},
+                {"train_on_turn": False},
+            )
         ),
         (
             {
@@ -227,6 +235,7 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ),
         ({"prompt": "x", "completion": "y", "label": False}, "'label' is False: a completion to"),
         ({"instruction": "x", "output": "y", "kto_tag": False}, "'kto_tag' is False: a completion"),
+        ({"prompt": "x", "completion": "y", "label": "False"}, "'label' is False: a completion to"),
         (
             {"messages": [{**ASKED[0], "value": "x"}, ASKED[1]]},
             "turn 1: 'value' says something else than 'content': keep one",
@@ -291,6 +300,12 @@ def test_a_store_of_another_way_to_read_is_not_used() -> None:
     rows += [pair | more for more in ({"input": "z"}, {"history": [["a", "b"]]}, {"system": "s"})]
     rows += [{"messages": [ASKED[0], {"role": "tool_call", "content": '{"name": "f"}'}]}]
     rows += [{"prompt": ASKED, "completion": "z"}, ROW | {"functions": [1]}, ROW | {"prompt": "z"}]
+    rows += [{"messages": [ASKED[0], ASKED[1] | {"function_call": '{"name": "f"}'}]}]
+    rows += [{"messages": [ASKED[0], ASKED[1] | {"content": [{"type": "text", "text": "x"}]}]}]
+    rows += [
+        {"messages": [ASKED[0], ASKED[1] | {"train_on_turn": False}]},
+        pair | {"label": "False"},
+    ]
     found: list[Any] = []
     for row in rows:
         try:
@@ -298,4 +313,4 @@ def test_a_store_of_another_way_to_read_is_not_used() -> None:
         except ValueError:
             found.append("refused")
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]
-    assert (packing.FORMAT_VERSION, digest) == (6, "952516c3"), found
+    assert (packing.FORMAT_VERSION, digest) == (7, "ae260756"), found
