@@ -16,6 +16,7 @@ HEAD = """# Settings
 
 Every setting of `llamapro train`. On the command line it is an option, `--train.steps 500`. In a
 preset, which is a TOML file, it is a key of its table, `steps = 500` under `[train]`.
+`--train.no-recompute` takes a flag of a preset back.
 `llamapro presets copy NAME FILE` copies a preset to edit. (`python docs/make_settings.py` writes
 this page from the code.)
 """

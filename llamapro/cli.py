@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn
 
 from llamapro.errors import ConfigError, LostProcessError, UserError, note, shorten, speaks
-from llamapro.formatting import finite
+from llamapro.formatting import finite, flatten
 
 
 def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
@@ -94,11 +95,20 @@ def arguments(kind: Any, argv: Sequence[str] | None, prog: str, **more: Any) -> 
     """Reads a command line into a dataclass, or one of several; the texts below fields are help.
 
     Help breaks its lines where a text does, so a text is one line, or each line is a sentence.
+    Raises ConfigError if an option of several values is given twice.
     """
     import tyro
 
-    options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.cli(kind, prog=prog, args=argv, config=options, **more)
+    # A flag has its opposite where a `default`, such as a preset, may have set it.
+    pairs = () if "default" in more else (tyro.conf.FlagCreatePairsOff,)
+    options = (*pairs, tyro.conf.OmitSubcommandPrefixes)
+    found = tyro.cli(kind, prog=prog, args=argv, config=options, **more)
+    words = [word.partition("=")[0].replace("_", "-") for word in argv or sys.argv[1:]]
+    for name, value in flatten(asdict(found[0] if isinstance(found, tuple) else found)).items():
+        option = f"--{name}".replace("_", "-")
+        if value and isinstance(value, tuple) and words.count(option) > 1:
+            raise ConfigError(f"{option}: given twice, and the last would count; name all at once")
+    return found
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:

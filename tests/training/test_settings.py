@@ -60,6 +60,24 @@ def test_options_win_over_the_preset(tmp_path: Path, spelling: str) -> None:
     assert settings.config == str(file)
 
 
+def test_a_flag_of_a_preset_can_be_given_again_or_taken_back() -> None:
+    """The preset `sft` has train.recompute."""
+    for words, wanted in (
+        ([], True),
+        (["--train.recompute"], True),
+        (["--train.no-recompute"], False),
+    ):
+        assert parse(["--config", "sft", *words]).train.recompute is wanted
+
+
+@pytest.mark.parametrize("option", ["--data.train", "--data.val", "--resume.allow"])
+def test_a_list_given_twice_is_refused(option: str) -> None:
+    """The last would count alone. Without values it empties the list."""
+    with pytest.raises(ConfigError, match=f"{option}: given twice"):
+        parse([option, "a=b", f"{option}=c=d"])
+    assert parse([option, "a=b", option]) == Settings()
+
+
 def test_without_a_preset_all_is_default() -> None:
     """No option, no change; an option alone changes that field alone."""
     assert parse([]) == Settings()
