@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,22 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
         raise DataError("\n".join(problems))
     _say_gaps({str(file.path) for file in files.values() if not file.left_out})
     return list(files.values())
+
+
+def check_corpora(corpora: Mapping[str, Sequence[str]]) -> None:
+    """Finds the files of all corpora, label -> patterns, and warns of those that are in several.
+
+    Raises DataError as `find_files`, with the problems of all.
+    """
+    find_files([pattern for patterns in corpora.values() for pattern in patterns])
+    labels: dict[str, list[str]] = {}
+    for label, patterns in corpora.items():
+        for file in find_files(patterns):
+            if not file.left_out:
+                labels.setdefault(os.path.realpath(file.path), []).append(repr(label))
+    shared = [f"{path}: is in {' and '.join(of)}" for path, of in labels.items() if len(of) > 1]
+    if shared:
+        warn(shared[0] + (f"; {len(shared) - 1:,} more are in several" if shared[1:] else ""))
 
 
 def _without_cards(folder: str, files: list[SourceFile]) -> list[SourceFile]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from llamapro.text.corpus import check_texts, tokenize
 from llamapro.text.mixture import parse_named
 from llamapro.text.packing import tokenize_conversations
 from llamapro.text.parts import Part
-from llamapro.text.source_files import find_files
+from llamapro.text.source_files import check_corpora
 from llamapro.text.store import TokenStore
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training import agreement
@@ -91,7 +90,6 @@ class Job:
             directory = source if source.is_dir() else source.parent
             template = ChatTemplate.load(directory, tokenizer, settings.data.chat_template)
         val = parse_named(settings.data.val)
-        find_files([*settings.data.train, *chain(*val.values()), *settings.replay.data])
         if settings.replay.share and not settings.replay.data and checkpoint:  # raises if it cannot
             read_openings(
                 settings.replay.prompts, checkpoint.path, tokenizer, ends, length=data.seq_len
@@ -105,9 +103,11 @@ class Job:
             template.date = datetime.fromisoformat(settings.data.date)
         check_float8(settings, config)
         plan = make_plan(settings, config, run_dir, resume_from)
-        return cls(
+        job = cls(
             settings, run_dir, config, checkpoint, tokenizer, template, val, resume_from, plan
         )
+        check_corpora(job.corpora)
+        return job
 
     @property
     def first_new_row(self) -> int:

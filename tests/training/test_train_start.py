@@ -64,6 +64,23 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert plan["memory_bytes"]["total"] > plan["memory_bytes"]["fp32 masters"] == 4 * 2 * block
 
 
+def test_a_file_of_several_corpora_is_told(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A validation set that is trained on, by a folder or a link, would measure nothing."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text("def f(x):\n    return x\n")
+    (tmp_path / "held.txt").symlink_to(folder / "b.txt")
+    words = {"dry_run": "", "data__train": folder, "data__val": f"v={tmp_path}/held.txt"}
+    run(**words)
+    assert f"{folder}/b.txt: is in 'train {folder}' and 'val v'\n" in capsys.readouterr().err
+    run(**words | {"data__val": f"w={folder}/a.txt x={folder}/*.txt"})
+    told = "and 'val w' and 'val x'; 1 more are in several\n"
+    assert told in capsys.readouterr().err
+
+
 def test_dry_run_reads_every_row_of_every_corpus(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
