@@ -84,6 +84,10 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
     ranks.on_all(compare)
     if job.resume_from is not None:
         check_identity(state.identity, identity, job.run_dir, s.resume.allow)
+        before, now = state.identity["data"], identity["data"]
+        # What the base made of another set is no start of this one.
+        same = {name for name in job.val if before.get(f"val {name}") == now[f"val {name}"]}
+        state.base_eval = {name: x for name, x in state.base_eval.items() if name in same}
     state.identity = identity
 
     about: list[str] = []

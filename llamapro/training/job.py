@@ -268,4 +268,7 @@ def find_state(job: Job, ranks: Ranks) -> tuple[Job, RunState, list[str]]:
     changed = changes(saved["settings"], job.settings, str(job.run_dir))
     for text in changed:
         ranks.say(f"changed          {text}")
-    return job, RunState.from_json(saved, resume_from), changed
+    state = RunState.from_json(saved, resume_from)
+    if any(text.startswith(("eval.sequences ", "data.seq_len ")) for text in changed):
+        state.base_eval = {}  # of other sequences
+    return job, state, changed

@@ -240,11 +240,16 @@ class Run:
     evals: dict[str, list[dict[str, Any]]]  # by validation set
 
     def losses(self, name: str) -> tuple[float | None, float | None]:
-        """Returns a validation set's loss at step 0 and at the end; None if not evaluated there."""
-        records = self.evals.get(name, [])
-        first = next((r.get("loss") for r in records if r["step"] == 0), None)
-        last = records[-1].get("loss") if records and records[-1]["step"] > 0 else None
-        return first, last
+        """Returns a validation set's loss at step 0 and at the end; None if not evaluated there.
+
+        The first is None, too, if it is of another number of tokens: the set was changed.
+        """
+        latest = max((record["step"] for of in self.evals.values() for record in of), default=0)
+        at = {record["step"]: record for record in self.evals.get(name, [])}
+        first, last = at.get(0, {}), at.get(latest, {}) if latest else {}
+        if last and first.get("tokens") != last.get("tokens"):
+            first = {}
+        return first.get("loss"), last.get("loss")
 
 
 def read_run(path: Path, name: str) -> Run:

@@ -34,12 +34,12 @@ def evaluate(
 
     Raises Stopped on every rank if a signal came to one of them.
     """
+    losses = {}
     for name, sequences in val.items():
-        loss, tokens = mean_loss(objective, sequences, settings, ranks)
-        state.eval[name] = loss
-        progress.evaluation(name, loss, tokens)
+        losses[name], tokens = mean_loss(objective, sequences, settings, ranks)
+        progress.evaluation(name, losses[name], tokens)
     ranks.raise_stopped()  # also if the log could not be written: it is evaluated again
-    state.evaluated = state.step
+    state.eval, state.evaluated = losses, state.step
     if state.step == 0:
         state.base_eval = dict(state.eval)
     progress.evaluated()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint
 from llamapro.errors import CheckpointError, ConfigError, DataError, UserError
 from llamapro.kernels import device
+from llamapro.report import write_report
 from llamapro.training.job import Job
 from llamapro.training.preset import parse
 
@@ -62,6 +64,31 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert block == 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 112 + 2 * 64
     assert plan["memory_bytes"]["AdamW moments"] == 8 * 2 * block
     assert plan["memory_bytes"]["total"] > plan["memory_bytes"]["fp32 masters"] == 4 * 2 * block
+
+
+def test_a_change_of_a_validation_set_is_no_change_of_its_loss(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, home: Path
+) -> None:
+    """Losses are compared with the base's on the same set, and one that is gone has none."""
+    (tmp_path / "other.py").write_text("def f(x):\n    return x\n" * 40)
+    sets = [f"code={home / 'val.py'}", f"code={tmp_path}/other.py", f"new={tmp_path}/other.py"]
+    shown = []
+    for steps, sequences, path in ((3, 3, sets[0]), (4, 3, sets[1]), (5, 3, sets[2])):
+        capsys.readouterr()
+        words: dict[str, Any] = {"train__steps": steps, "resume__allow": "data.val"}
+        run(**words, data__val=path, eval__sequences=sequences)
+        shown.append(capsys.readouterr().out.splitlines()[-2])
+    assert re.search(r"3 steps done; code \S+ \(-\S+\)$", shown[0])
+    assert re.search(r"4 steps done; code \S+$", shown[1])
+    assert re.search(r"5 steps done; new \S+$", shown[2])
+    (found,) = write_report([tmp_path / "run"])["runs"]
+    assert found["sets"]["code"]["final_loss"] is None  # it was not evaluated at the end
+    run("more", train__steps=3)
+    run("more", train__steps=4, eval__sequences=2)
+    assert "4 steps done; code" in (told := capsys.readouterr().out)
+    assert "(" not in told[told.index("4 steps done; code") :].split("\n")[0]
+    (found,) = write_report([tmp_path / "more"])["runs"]
+    assert found["sets"]["code"]["final_loss"] and not found["sets"]["code"]["change"]
 
 
 def test_a_file_of_several_corpora_is_told(
