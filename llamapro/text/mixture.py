@@ -34,7 +34,7 @@ class PackedSequences:
     def __init__(self, store: TokenStore, seq_len: int) -> None:
         """Cuts a store; raises DataError if it holds fewer than two tokens."""
         if store.tokens < 2:
-            raise DataError(f"{store.path}: {store.tokens} token: nothing to predict")
+            raise DataError(f"{store.tokens} token: nothing to predict")
         self.store = store
         self.seq_len = seq_len
 

@@ -162,8 +162,8 @@ class PackedConversations:
         pieces = np.concatenate([spans[fits], np.array(parts, dtype=np.int64).reshape(-1, 2)])
         if not len(pieces):
             raise DataError(
-                f"{store.path}: of {count:,} conversations {self.too_long:,} are longer than "
-                f"{seq_len:,} tokens and nothing is left; raise data.seq_len, or split them"
+                f"of {count:,} conversations {self.too_long:,} are longer than {seq_len:,} tokens "
+                "and nothing is left; raise data.seq_len, or set data.too_long to 'split'"
             )
         self._pieces = pieces[np.lexsort((pieces[:, 0], -pieces[:, 1]))]  # longest first
         window = _best_fit(self._pieces[:, 1], seq_len)

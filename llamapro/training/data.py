@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamapro.checkpoints.tensors import hash_tensors
+from llamapro.errors import DataError
 from llamapro.formatting import format_count
 from llamapro.model import build_on_meta
 from llamapro.text.mixture import MicroBatch, Mixture, PackedSequences, Source, micro_batches
@@ -94,9 +95,12 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
 
     def packed(label: str) -> Source:
         store = TokenStore(seen.stores[label][0], fingerprint)
-        if job.template is None:
-            return PackedSequences(store, s.data.seq_len)
-        conversations = PackedConversations(store, s.data.seq_len, s.data.too_long)
+        try:
+            if job.template is None:
+                return PackedSequences(store, s.data.seq_len)
+            conversations = PackedConversations(store, s.data.seq_len, s.data.too_long)
+        except DataError as error:
+            raise DataError(f"{label}: {error}") from None
         about.append(f"{label}: {conversations.describe()}")
         if len(about) == 1:
             decode, is_terminal = job.tokenizer.decode, sys.stderr.isatty()

@@ -210,6 +210,18 @@ def test_what_cannot_be_used_is_found_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_conversations_that_are_all_too_long_are_named(
+    options: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """By their corpus, with the settings that help."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "short.jsonl").write_text(json.dumps({"messages": turns}))
+    with pytest.raises(UserError, match=r"^val chat: of 3 .* data\.too_long to 'split'$"):
+        train.main(
+            options(tmp_path / "run", data__seq_len=40, data__train=tmp_path / "short.jsonl")
+        )
+
+
 def test_a_model_without_a_template_is_told_what_to_give(
     options: Callable[..., list[str]], tmp_path: Path
 ) -> None:
