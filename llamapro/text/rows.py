@@ -51,6 +51,15 @@ class UnreadableError(Exception):
     """The rest of a file cannot be read; the message says why."""
 
 
+class Wrong(str):
+    """What is wrong with a row, in its place."""
+
+    @classmethod
+    def repeated(cls, error: RepeatedKeyError) -> "Wrong":
+        """Of a row with a key twice."""
+        return cls(f"the key {error} in an object: leave one of them")
+
+
 def refuse(problem: str) -> None:
     """Raises a problem as a DataError."""
     raise DataError(problem)
@@ -95,23 +104,12 @@ def read_rows(
                     if not value.strip():
                         on_blank_line()
                         continue
-                    text = value.decode("utf-8-sig")
-                    try:
-                        value = _JSON_DECODER.decode(text)
-                    except RepeatedKeyError as error:
-                        value = error
-                    except (ValueError, RecursionError) as error:
-                        report(f"{path}:{row}: not a line of JSON ({error})")
-                        continue
+                    value = _parsed(value.decode("utf-8-sig"))
                 if isinstance(value, dict):
                     yield f"{path}:{row}", value
-                elif isinstance(value, RepeatedKeyError):
-                    report(f"{path}:{row}: the key {value} in an object: leave one of them")
-                elif isinstance(value, UnreadableError):
-                    report(f"{path}:{row}: {value}")
                 else:
-                    kind = type(value).__name__
-                    report(f"{path}:{row}: expected a JSON object, found {kind}")
+                    kind = f"expected a JSON object, found {type(value).__name__}"
+                    report(f"{path}:{row}: {value if isinstance(value, Wrong) else kind}")
     except UnreadableError as error:
         report(f"{path}:{row + 1}: {error}")
     except UnicodeDecodeError as error:
@@ -126,13 +124,13 @@ def read_rows(
     except OSError as error:
         report(f"{path}:{row + 1}: cannot be read: {error.strerror}")
     except (ValueError, RecursionError) as error:
-        report(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})")
+        report(f"{path}:{getattr(error, 'lineno', 1)}: not one list in JSON ({error})")
 
 
 def _values(
     path: Path, file: IO[bytes], choose: Callable[[list[str]], list[str]], noun: str
 ) -> Iterable[Any]:
-    """Returns the rows of a file; those that are lines of JSON as bytes."""
+    """Returns the rows of a file, or `Wrong` ones; those that are lines of JSON as bytes."""
     suffix, packed = suffixes(path)
     if suffix not in SUFFIXES or (packed and suffix == ".parquet"):
         raise UnreadableError(f"not one of {', '.join(SUFFIXES)}")
@@ -167,15 +165,25 @@ def _values(
         return _list_rows(text)
 
 
+def _parsed(line: str) -> Any:
+    """Returns the row of a line of JSON, or what is wrong with it."""
+    try:
+        return _JSON_DECODER.decode(line)
+    except RepeatedKeyError as error:
+        return Wrong.repeated(error)
+    except (ValueError, RecursionError) as error:
+        return Wrong(f"not a line of JSON ({error})")
+
+
 def _list_rows(text: str) -> Iterator[Any]:
-    """Yields the rows of a JSON list, and in place of each that has a key twice the error."""
+    """Yields the rows of a JSON list, and what is wrong with each that has a key twice."""
     position = text.index("[") + 1
     while (start := _ROW_START.search(text, position)) and start[0] != "]":
         value, position = json.JSONDecoder().raw_decode(text, start.start())
         try:
             _JSON_DECODER.raw_decode(text, start.start())
         except RepeatedKeyError as error:
-            value = error
+            value = Wrong.repeated(error)
         yield value
 
 
@@ -197,7 +205,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 
 def _separated(
     file: IO[bytes], delimiter: str, choose: Callable[[list[str]], list[str]]
-) -> Iterator[dict[str, Any] | UnreadableError]:
+) -> Iterator[dict[str, Any] | Wrong]:
     """Yields the rows of a table in text, or what is wrong with one.
 
     Its first line has the names of the columns. A field that is wanted must be there: a text that
@@ -216,11 +224,12 @@ def _separated(
     for row in rows:
         if None in row:
             fix = f"put a text with {delimiter!r} in quotes"
-            yield UnreadableError(f"more fields than the first line has names; {fix}")
+            yield Wrong(f"more fields than the first line has names; {fix}")
         elif missing := [name for name in wanted if row[name] is None]:
-            yield UnreadableError(
-                f"no field for {quote_names(missing)}; put a text with line breaks in quotes"
-            )
+            fix = "put a text with line breaks in quotes"
+            yield Wrong(f"no field for {quote_names(missing)}; {fix}")
+        elif names[1:] and all(row[name] == name for name in names):
+            yield Wrong("the first line again, as in tables put together: remove it")
         else:
             yield {name: row[name] for name in wanted}
 

@@ -47,6 +47,7 @@ WriteParquet = Callable[..., Path]
         ("a.csv", b"text,id\nx,1\ny,2,3\n", r"a\.csv:2: more fields than the first line has"),
         ("a.csv", b"id, text\n1,long\n", r"a\.csv:1: no 'text' .*; use --data\.text-key ' text'$"),
         ("a.json", b'{"data": [{"text": "x"}]}', r"a\.json:1: no 'text' .*the list 'data'\? Save"),
+        ("a.csv", b"id,text\n1,x\nid,text\n2,y\n", r"a\.csv:2: the first line again"),
         ("a.csv", b"text\rx\ry\r", r"a\.csv:1: its lines end with CR alone; convert it with tr"),
         ("a.jsonl", b'{"text": "x"}\r{"text": "y"}', r"a\.jsonl:1: its lines end with CR alone"),
         ("a.csv", b"text,text\nx,y\n", r"a\.csv:1: two columns have the same name: 'text', 'text'"),
