@@ -127,7 +127,7 @@ def clutter(kind: str, run_dir: Path, step: int, rng: random.Random) -> None:
         with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line[: rng.randrange(1, len(line))])
     elif kind == "stale lock":
-        (run_dir / "lock").write_text(f"pid {os.getpid()} on {platform.node()}\n")
+        (run_dir / ".lock").write_text(f"pid {os.getpid()} on {platform.node()}\n")
     else:
         whole = checkpoints(run_dir)[step]
         for name in (f".step-{step + 1:08d}.partial-{platform.node()}-1", f".{whole.name}.removed"):
@@ -168,7 +168,7 @@ def differ(kind: str, words: list[str], nodes: Path) -> tuple[list[str], list[st
     elif kind == "tokenizer":
         shutil.copyfile(nodes.with_name("other.model"), other / "tokenizer.model")
     elif kind == "checkpoint of the same name" and checkpoints(mine):  # else as "run directory"
-        (other / "lock").symlink_to(mine / "lock")
+        (other / ".lock").symlink_to(mine / ".lock")
         for path in checkpoints(mine).values():
             copy = shutil.copytree(path, other / "checkpoints" / path.name)
             _change_end(copy / "trainable.safetensors")

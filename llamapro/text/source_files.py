@@ -37,10 +37,12 @@ class SourceFile:
     left_out: str = ""  # the reason why it is not read
 
     def state(self) -> list[Any]:
-        """Returns what caches compare: path, how it is read, size, time of change in ns."""
-        status = self.path.lstat() if self.left_out else self.path.stat()
-        how = [self.is_named, self.left_out]
-        return [os.path.abspath(self.path), *how, status.st_size, status.st_mtime_ns]
+        """Returns what caches compare: path, how it is read, and if it is, size and time in ns."""
+        how = [os.path.abspath(self.path), self.is_named, self.left_out]
+        if self.left_out:
+            return [*how, 0, 0]
+        status = self.path.stat()
+        return [*how, status.st_size, status.st_mtime_ns]
 
 
 def find_files(patterns: Sequence[str]) -> list[SourceFile]:
@@ -169,7 +171,7 @@ def _unreadable(path: str | Path) -> str:
 def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
     """Yields the files below a folder, following links, each folder once.
 
-    Installed packages, which lie beside code, are left out, unless the folder is theirs.
+    Installed packages and runs, which lie beside code, are left out, unless the folder is theirs.
     """
     real = os.path.realpath(folder)
     if real in seen:
@@ -182,6 +184,9 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
     names = {entry.name for entry in entries}
     if len(seen) > 1 and (folder.name == "node_modules" or "pyvenv.cfg" in names):
         yield SourceFile(folder, False, "installed packages")
+        return
+    if len(seen) > 1 and {"run.json", "metrics.jsonl"} <= names:
+        yield SourceFile(folder, False, "a run directory")
         return
     if {"blobs", "refs", "snapshots"} <= names:  # Hugging Face's cache
         entries = [entry for entry in entries if entry.name == "snapshots"]

@@ -12,7 +12,7 @@ from llamapro.errors import ConfigError, DataError
 from llamapro.files import make_directory
 from llamapro.training.distributed import Ranks
 
-LOCK_FILE = "lock"
+LOCK_FILE = ".lock"  # hidden: a folder of texts may hold the run directory
 _directories: dict[Path, os.stat_result] = {}  # as they were when they were locked
 
 
@@ -21,7 +21,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     """Keeps a second run out of a run directory while the body runs, in one process.
 
     The kernel holds the lock and releases it when the process ends, however it ends. The file
-    `lock` names the holder. A run directory that this made is removed if it is still empty. Raises
+    `.lock` names the holder. A run directory that this made is removed if it is still empty. Raises
     ConfigError if another run holds the lock, or the directory cannot be locked.
     """
     file, is_new, fd = run_dir / LOCK_FILE, False, None

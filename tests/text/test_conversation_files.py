@@ -208,7 +208,8 @@ def test_a_key_twice_is_a_problem_of_its_row_and_the_others_are_read(tmp_path: P
         f"{listed}:2: the key 'content' {end}",
         f"{listed}:3: the key 'id' {end}",
         f"{broken}:1: the key 'content' {end}",
-        f"{broken}:1: not one list in JSON (Expecting value: line 1 column {column} (char {column - 1}))",
+        f"{broken}:1: not one list in JSON (Expecting value: line 1 column {column} "
+        f"(char {column - 1}))",
     ]
 
 

@@ -133,7 +133,7 @@ def test_other_weights_or_files_on_one_machine_end_both(
 
     done = start()  # now they hold the same
     assert done.statuses == [0, 0], done.stderr
-    lock = machines / "run" / "one" / "lock"
+    lock = machines / "run" / "one" / ".lock"
     lock.write_text("me\n")
     newest = training_checkpoints(lock.parent)[-1]  # as a second machine might see it
     manifest = newest / "manifest.json"

@@ -163,15 +163,15 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
         os.close(held)
-    assert (tmp_path / "run" / "lock").exists()
+    assert (tmp_path / "run" / ".lock").exists()
     with run_lock(tmp_path / "run"):
-        assert f"pid {os.getpid()} " in (tmp_path / "run" / "lock").read_text()
+        assert f"pid {os.getpid()} " in (tmp_path / "run" / ".lock").read_text()
 
 
 def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
     """A run directory stays if it was there before, or holds something now."""
     with run_lock(tmp_path / "a" / "run"):
-        assert (tmp_path / "a" / "run" / "lock").exists()
+        assert (tmp_path / "a" / "run" / ".lock").exists()
     assert not (tmp_path / "a" / "run").exists()
     (tmp_path / "there").mkdir()
     with run_lock(tmp_path / "there"):
@@ -192,7 +192,7 @@ def test_a_lock_file_that_is_removed_meanwhile_locks_nothing(
     def late(fd: int, operation: int) -> None:
         calls.append(fd)
         if len(calls) == 1:
-            (tmp_path / "lock").unlink()
+            (tmp_path / ".lock").unlink()
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
@@ -218,7 +218,7 @@ def test_a_directory_that_another_run_put_in_place_is_not_written_to(tmp_path: P
     with run_lock(run_dir):
         run_dir.rename(tmp_path / "moved")
         check_holder(run_dir)
-        assert f"pid {os.getpid()} " in (run_dir / "lock").read_text()
+        assert f"pid {os.getpid()} " in (run_dir / ".lock").read_text()
         run_dir.rename(tmp_path / "moved-again")
         held, ready = os.pipe()
         if not (other := os.fork()):
@@ -232,15 +232,15 @@ def test_a_directory_that_another_run_put_in_place_is_not_written_to(tmp_path: P
             os.kill(other, signal.SIGKILL)
             os.waitpid(other, 0)
             os.close(held)
-        assert f"pid {other} " in (run_dir / "lock").read_text()
+        assert f"pid {other} " in (run_dir / ".lock").read_text()
         check_holder(run_dir)  # nothing is in it but the lock of a process that is dead
-        assert f"pid {os.getpid()} " in (run_dir / "lock").read_text()
+        assert f"pid {os.getpid()} " in (run_dir / ".lock").read_text()
         shutil.rmtree(run_dir)
         run_dir.mkdir()
         (run_dir / "run.json").write_text("{}")
         with pytest.raises(DataError, match=r"was replaced .* and another run is there now"):
             check_holder(run_dir)
-        assert not (run_dir / "lock").exists()
+        assert not (run_dir / ".lock").exists()
 
 
 def test_checkpoints_that_cannot_be_listed_are_no_new_run(

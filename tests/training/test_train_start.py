@@ -91,6 +91,20 @@ def test_a_change_of_a_validation_set_is_no_change_of_its_loss(
     assert found["sets"]["code"]["final_loss"] and not found["sets"]["code"]["change"]
 
 
+def test_a_run_directory_within_the_corpus_is_left_out(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Neither its lock nor its log is trained on, and the run goes on."""
+    (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 20)
+    (tmp_path / "b.txt").write_text("b" * 999)
+    for steps in (1, 2, 3):
+        capsys.readouterr()
+        run(**{"data__train": tmp_path, "data__val": "", "train__steps": steps})
+        told = capsys.readouterr().err
+        assert "2 documents" in told and ("run (a run directory)" in told) is (steps > 1)
+    assert "from the cache" in told
+
+
 def test_a_file_of_several_corpora_is_told(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
