@@ -208,7 +208,8 @@ class ChatTemplate:
         broken = self._broken if MARK in marked else {}
         self.plain_names = [name for text, name in broken.items() if text in marked]
         ids, extents = self._tokenize(without_borders(marked))
-        if problems := check_shown(messages, RESERVED.sub("", marked)):
+        tools = variables.get("tools") or []
+        if problems := check_shown(messages, RESERVED.sub("", marked), tools):
             raise DataError(f"{self.origin}: {problems[0]}")
         if START in marked:
             spans = tagged_spans(marked, messages, self.origin)

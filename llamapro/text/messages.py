@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -104,10 +105,14 @@ def not_named(
     return {key for key in given if not any(name in words for name in names[key])}
 
 
-def check_shown(messages: Sequence[Message], text: str) -> list[str]:
-    """Returns which turns a template passed over: no word, or not the call, is in its text."""
+def check_shown(messages: Sequence[Message], text: str, tools: Sequence[Any] = ()) -> list[str]:
+    """Returns what a template passed over: a tool, a call, or a turn of which it shows no word."""
     text = text.casefold()
     shown, problems = frozenset(re.findall(r"\w+", text)), []
+    named = Counter(map(_called, tools))  # how often a name has to be there
+    for name in named:
+        if name.casefold() not in text:
+            problems.append(f"the template does not show the tool {name!r}")
     for number, message in enumerate(messages, 1):
         calls = message.get("tool_calls") or []
         for said in texts_of(message):
@@ -120,12 +125,13 @@ def check_shown(messages: Sequence[Message], text: str) -> list[str]:
                     f"{'text' if calls else 'turn'} out, or use another template"
                 )
         for name in map(_called, calls):
-            if name.casefold() not in text:
+            named[name] += 1
+            if text.count(name.casefold()) < named[name]:
                 problems.append(f"turn {number}: the template does not show its call of {name!r}")
     return problems
 
 
 def _called(call: Any) -> str:
-    """Returns the name of the function that a call names, "" if it is none that we know."""
+    """Returns the name of the function of a call or tool, "" if it is none that we know."""
     call = call.get("function", call) if isinstance(call, dict) else call
     return str(call.get("name", "")) if isinstance(call, dict) else ""

@@ -301,7 +301,7 @@ def test_another_template_for_tools_is_not_passed_over(
 ) -> None:
     """transformers takes it for rows with tools, wherever it is stored."""
     path = Path(shutil.copytree(directory, tmp_path / "model"))
-    plain = BUILT_IN["mistral"] + "{# tools #}"
+    plain = BUILT_IN["mistral"] + "{% for t in tools or [] %}{{ t.name }}{% endfor %}"
     named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": "x"}]
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     listed = ChatTemplate.load(path, tokenizer)

@@ -226,6 +226,24 @@ def test_a_call_that_a_template_loses_is_refused(tokenizer: Tokenizer) -> None:
         template.samples([user("Hi"), answer("", tool_calls=[call])])
 
 
+def test_a_tool_that_a_template_does_not_show_is_refused(tokenizer: Tokenizer) -> None:
+    """Nor is a call shown because its tool is: this template has other names for what a call is."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls %}"
+        "{{ c.name }}()</s>{% endfor %}{% if m.role == 'user' and not loop.first %}"
+        "{{ tools | tojson }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    template, tools = ChatTemplate(source, tokenizer, "x"), [{"name": "Weather"}]
+    chat = [user("Hi"), answer("Yes"), user("?"), answer("", tool_calls=[{"name": "Weather"}])]
+    with pytest.raises(DataError, match="the template does not show the tool 'Weather'"):
+        template.encode(chat[:2], {"tools": tools})
+    template.encode(chat, {"tools": tools})
+    chat[3]["tool_calls"] = [{"function": tools[0]}]
+    with pytest.raises(DataError, match="turn 4: the template does not show its call of 'Weather'"):
+        template.encode(chat, {"tools": tools})
+
+
 def test_words_are_shown_as_words_and_in_any_case(tokenizer: Tokenizer) -> None:
     """ "me" within "name" does not show "Let me see"; a template may write in small letters."""
     source = (
