@@ -75,7 +75,7 @@ def check_messages(messages: Sequence[Message], needs_assistant: bool = True) ->
     for number, message in enumerate(messages, 1):
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            hint = suggest(str(role), list(ROLES))
+            hint = suggest(str(role).lower(), list(ROLES))
             problems.append(
                 f"turn {number}: unknown role {role!r}{hint}; known: {', '.join(ROLES)}"
             )

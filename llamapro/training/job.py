@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -188,7 +189,9 @@ class Job:
         cache_dir = user_path(self.settings.data.cache_dir)
         for name, directory in (("run_dir", self.run_dir), ("data.cache_dir", cache_dir)):
             try:
-                filesystem.lacks(filesystem.existing(directory))
+                folder = filesystem.existing(directory)
+                TemporaryDirectory(dir=folder).cleanup()  # the next line tries a disk once
+                filesystem.lacks(folder)
             except OSError as error:
                 raise ConfigError(f"{name} {directory}: not usable: {reason(error)}") from None
         s, plan, text = self.settings, self.plan, render(self.plan, self.settings)

@@ -107,7 +107,9 @@ def _build(kind: Any, raw: dict[str, Any], prefix: str, wrong: list[str]) -> Any
     for key, value in raw.items():
         name = prefix + key
         if key not in hints:
-            wrong.append(f"unknown key {name!r}{suggest(key, list(hints), cutoff=0.5)}")
+            of = [n for n in flatten(dataclasses.asdict(Settings())) if n.endswith(f".{key}")]
+            hint = suggest(key, of, cutoff=0) or suggest(key, list(hints), cutoff=0.5)
+            wrong.append(f"unknown key {name!r}{hint}")
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, dict):
                 values[key] = _build(hints[key], value, name + ".", wrong)
@@ -137,5 +139,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
-        raise TypeError({str: "text", int: "a whole number", float: "a number"}.get(hint, "a bool"))
+        raise TypeError(
+            {str: "text in quotes", int: "a whole number", float: "a number"}.get(hint, "a bool")
+        )
     return value

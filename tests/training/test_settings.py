@@ -90,6 +90,7 @@ def test_all_mistakes_of_a_preset_come_in_one_message(tmp_path: Path) -> None:
     """Unknown keys with the nearest known one, unknown tables, and values of a wrong type."""
     text = """
     log_evry = 3
+    batch_size = 4
     eval = 5
     [trian]
     steps = 1
@@ -105,6 +106,7 @@ def test_all_mistakes_of_a_preset_come_in_one_message(tmp_path: Path) -> None:
     assert message.startswith(f"{file}: ")
     for part in (
         "unknown key 'log_evry' (did you mean 'log_every'?)",
+        "unknown key 'batch_size' (did you mean 'train.batch_size'?)",
         "unknown key 'trian' (did you mean 'train'?)",
         "unknown key 'train.stpes' (did you mean 'steps'?)",
         "unknown key 'train.zzzzzzzz';",
@@ -128,6 +130,7 @@ def test_all_mistakes_of_a_preset_come_in_one_message(tmp_path: Path) -> None:
         ("data.train = [1]", "data.train is [1], expected text"),
         ("train.dtype = 'fp8'", "train.dtype is 'fp8', expected 'auto' or 'float32' or 'bfloat16'"),
         ("model.path = 3", "model.path is 3, expected text"),
+        ("replay.hold = 0.02", "replay.hold is 0.02, expected text in quotes"),
     ],
 )
 def test_wrong_types_are_refused_with_the_value(tmp_path: Path, line: str, told: str) -> None:

@@ -122,6 +122,14 @@ def test_a_file_of_several_corpora_is_told(
     assert told in capsys.readouterr().err
 
 
+def test_dry_run_tries_the_cache_s_place_too(run: Callable[..., Path], tmp_path: Path) -> None:
+    """Also if it is on the disk of the run directory, which was tried."""
+    (tmp_path / "file").write_text("x")
+    for path in ("file", "file/cache"):
+        with pytest.raises(ConfigError, match=r"data\.cache_dir .*file.*: not usable: Not a dir"):
+            run(**{"dry_run": "", "data__cache_dir": tmp_path / path})
+
+
 def test_dry_run_reads_every_row_of_every_corpus(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
