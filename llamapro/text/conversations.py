@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llamapro.errors import Problems
 from llamapro.text.documents import describe_unusual
-from llamapro.text.messages import Message
+from llamapro.text.messages import Message, parsed
 from llamapro.text.row_turns import (
     FOREIGN,
     MASKS,
@@ -20,7 +20,6 @@ from llamapro.text.row_turns import (
     SAYS_UNTRAINED,
     SWITCHES,
     is_call,
-    parsed,
     to_message,
 )
 from llamapro.text.rows import SUFFIXES, UnreadableError, has_rows, quote_names, read_rows

@@ -45,7 +45,6 @@ class Counts:
     bytes: int = 0  # UTF-8 length of all text
     long_documents: int = 0
     empty_documents: int = 0
-    blank_lines: int = 0
     files_left_out: int = 0
     left_out: list[str] = field(default_factory=list)  # the first of them, with the reason
     # How often names of control tokens stand in the text as plain characters.
@@ -79,7 +78,6 @@ class Counts:
             {
                 "long documents tokenised in pieces": self.long_documents,
                 "empty documents left out": self.empty_documents,
-                "blank lines skipped": self.blank_lines,
                 "files left out": self.files_left_out,
             }
         )
@@ -305,10 +303,7 @@ def _read_texts(
         # Without the column, all others are read, because their values show which was meant.
         return [text_key] if text_key in names else names
 
-    def count_blank_line() -> None:
-        counts.blank_lines += 1
-
-    for location, row in read_rows(path, report, choose, "row", raw, count_blank_line):
+    for location, row in read_rows(path, report, choose, "row", raw):
         if text_key not in row:
             kind = "key" if suffixes(path)[0] in (".jsonl", ".ndjson", ".json") else "column"
             found = quote_names(row)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llamapro.errors import suggest
+from llamapro.files import unique_keys
 from llamapro.text.sandbox import END, MARK, START
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -52,11 +53,16 @@ def _with_object(call: Any) -> Any:
         return call
     if "function" in call:
         return {**call, "function": _with_object(call["function"])}
-    said = call.get("arguments")
+    return {**call, "arguments": parsed("arguments", call.get("arguments")) or {}}
+
+
+def parsed(key: str, value: Any) -> Any:
+    """Returns what a text of JSON, as tables often hold, stands for; other values as they are."""
     try:
-        return {**call, "arguments": json.loads(said or "{}")} if isinstance(said, str) else call
+        is_text = isinstance(value, str) and value
+        return json.loads(value, object_pairs_hook=unique_keys) if is_text else value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"a call's arguments, {said!r:.40}, are no JSON ({error})") from None
+        raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
 
 
 def texts_of(message: Message) -> list[str]:

@@ -1,11 +1,9 @@
 """A turn as a row of a file holds it -> a message: role, content, and whether it is trained."""
 
-import json
 import re
 from typing import Any
 
-from llamapro.files import unique_keys
-from llamapro.text.messages import PARTS, ROLES, Message, says_more
+from llamapro.text.messages import PARTS, ROLES, Message, parsed, says_more
 from llamapro.text.rows import quote_names
 
 NAMED_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
@@ -19,15 +17,6 @@ MASKS = ("masked", "is_masked")
 _WORDS = "train(ed|ing|able)?|learn|loss(es)?|mask(s|ed)?|weights?|ignored?|excluded?"
 SAYS_TRAINED = re.compile(f"(?<!attention)(^|_)({_WORDS})(_|$)")
 SAYS_UNTRAINED = re.compile("mask|ignore|exclude|(^|_)no_|on_(input|prompt|source|user)|detail")
-
-
-def parsed(key: str, value: Any) -> Any:
-    """Returns what a text of JSON, as tables often hold, stands for; other values as they are."""
-    try:
-        is_text = isinstance(value, str) and value
-        return json.loads(value, object_pairs_hook=unique_keys) if is_text else value
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
 
 
 def is_call(turn: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ _MAX_RATIO = 500  # of a column's bytes to those in the file, above which it has
 _FIRST_BYTES = 1 << 16  # that tell a list from rows
 _BATCH_ROWS = 256  # rows of a parquet file that are read at once
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # made once: that takes time
+_REPEATED = "the key {} in an object: leave one of them"
 _ROW_START = re.compile(r"[^\s,]")
 
 
@@ -54,11 +55,6 @@ class UnreadableError(Exception):
 class Wrong(str):
     """What is wrong with a row, in its place."""
 
-    @classmethod
-    def repeated(cls, error: RepeatedKeyError) -> "Wrong":
-        """Of a row with a key twice."""
-        return cls(f"the key {error} in an object: leave one of them")
-
 
 def refuse(problem: str) -> None:
     """Raises a problem as a DataError."""
@@ -76,7 +72,6 @@ def read_rows(
     choose: Callable[[list[str]], list[str]] = list,
     noun: str = "row",
     raw: IO[bytes] | None = None,
-    on_blank_line: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields "file:row", counted from 1, and the row by its keys or columns.
 
@@ -89,7 +84,6 @@ def read_rows(
             `UnreadableError`.
         noun: the word for a row in messages.
         raw: the file, already open; it is closed.
-        on_blank_line: called for each blank line.
     """
     row = 0
     try:
@@ -102,7 +96,6 @@ def read_rows(
             for row, value in enumerate(_values(path, file, choose, noun), 1):
                 if isinstance(value, bytes):  # a line
                     if not value.strip():
-                        on_blank_line()
                         continue
                     value = _parsed(value.decode("utf-8-sig"))
                 if isinstance(value, dict):
@@ -170,7 +163,7 @@ def _parsed(line: str) -> Any:
     try:
         return _JSON_DECODER.decode(line)
     except RepeatedKeyError as error:
-        return Wrong.repeated(error)
+        return Wrong(_REPEATED.format(error))
     except (ValueError, RecursionError) as error:
         return Wrong(f"not a line of JSON ({error})")
 
@@ -183,7 +176,7 @@ def _list_rows(text: str) -> Iterator[Any]:
         try:
             _JSON_DECODER.raw_decode(text, start.start())
         except RepeatedKeyError as error:
-            value = Wrong.repeated(error)
+            value = Wrong(_REPEATED.format(error))
         yield value
 
 

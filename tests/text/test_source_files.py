@@ -80,7 +80,7 @@ def test_datasets_saved_as_arrow_are_refused(tmp_path: Path, pattern: str) -> No
 def test_what_is_left_out_is_counted_and_told(
     tmp_path: Path, make: Tokenize, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Empty documents and blank lines are counted, a folder's files that are no text named."""
+    """Empty documents are counted, a folder's files that are no text named."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "lines.jsonl").write_text('{"text": null}\n\n  \n{"text": "x"}\n')
@@ -93,12 +93,12 @@ def test_what_is_left_out_is_counted_and_told(
     (folder / "word.zip").write_bytes(b"PK\0")
     store = make(folder, label="code")
     counts = store.index["counts"]
-    assert (counts["empty_documents"], counts["blank_lines"]) == (2, 2)
+    assert counts["empty_documents"] == 2
     assert counts["files_left_out"] == 6
     captured = capsys.readouterr()
     assert captured.out == "" and f"code: {store.tokens} tokens of 1 documents" in captured.err
     for part in (
-        "2 empty documents", "2 blank lines", "6 files left out", "gone.txt (a link to nothing)",
+        "2 empty documents", "6 files left out", "gone.txt (a link to nothing)",
         "image.png (binary", "latin.txt (not UTF-8", "wide.txt (UTF-16; convert",
         "settings.json (expected a list of rows, or one per line; found one object)",
         " and 1 more",
