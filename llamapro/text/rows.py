@@ -113,7 +113,8 @@ def read_rows(
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         report(f"{path}:{row + 1}: truncated or not {suffixes(path)[1][1:]} ({error})")
     except csv.Error as error:
-        report(f"{path}:{row + 1}: not a line of {suffixes(path)[0][1:]} ({error})")
+        fix = "a quote within a text in quotes is written twice"
+        report(f"{path}:{row + 1}: not a line of {suffixes(path)[0][1:]} ({error}); {fix}")
     except OSError as error:
         report(f"{path}:{row + 1}: cannot be read: {error.strerror}")
     except (ValueError, RecursionError) as error:
