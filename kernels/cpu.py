@@ -38,9 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T, plus the bias if there is one: (..., C), (F, C), (F,) -> (..., F).
 
     oneDNN takes half the time of MKL, which PyTorch uses, for fp32 on AMD processors. It is the
-    operator that `torch.compile` puts in place of `nn.Linear`. Not every build has it.
+    operator that `torch.compile` itself puts in place of `nn.Linear`. Not every build has it.
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and HAS_ONEDNN:
+    is_fp32 = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if is_fp32 and HAS_ONEDNN and not torch.compiler.is_compiling():
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -1,6 +1,7 @@
 """The reference arithmetic against explicit formulas and Hugging Face's own modules."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_fp32_products_are_as_exact_as_torchs(
     for ours, theirs, true in zip(found, plain, exact, strict=True):
         rounding = torch.finfo(torch.float32).eps * true.abs().max()
         assert (ours - true).abs().max() <= 2 * (theirs - true).abs().max() + rounding
+
+
+@only_cpu
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_fp32_products_are_compiled() -> None:
+    """torch.compile has oneDNN's products of its own, and none for a weight in plain layout."""
+    x, weight = (double(*s, seed=0).detach().float().requires_grad_() for s in ((33, 64), (48, 64)))
+    values = [f(x, weight) for f in (torch.compile(cpu.linear), F.linear)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), (x, weight)) for y in values))
 
 
 @pytest.mark.parametrize("H, KV", [(4, 4), (6, 2), (4, 1)])
