@@ -37,8 +37,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T, plus the bias if there is one: (..., C), (F, C), (F,) -> (..., F).
 
-    oneDNN takes half the time of MKL, which PyTorch uses, for fp32 on AMD processors. It is the
-    operator that `torch.compile` itself puts in place of `nn.Linear`. Not every build has it.
+    oneDNN takes half the time of MKL, PyTorch's own, for fp32 on AMD processors, if it is built in.
     """
     is_fp32 = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if is_fp32 and HAS_ONEDNN and not torch.compiler.is_compiling():
