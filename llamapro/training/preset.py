@@ -107,7 +107,7 @@ def _build(kind: Any, raw: dict[str, Any], prefix: str, wrong: list[str]) -> Any
     for key, value in raw.items():
         name = prefix + key
         if key not in hints:
-            of = [n for n in flatten(dataclasses.asdict(Settings())) if n.endswith(f".{key}")]
+            of = [n for n in Settings().flat() if n.endswith(f".{key}")]
             hint = suggest(key, of, cutoff=0) or suggest(key, list(hints), cutoff=0.5)
             wrong.append(f"unknown key {name!r}{hint}")
         elif dataclasses.is_dataclass(hints[key]):
