@@ -88,6 +88,7 @@ class Campaign:
                 found |= {"faults": [asdict(fault) for fault in self._faults]}
                 found |= {"code": code_hash(), "started_at": started_at}
                 self.episodes.append(found)
+                self._faults = []
                 with open(self._file, "a", encoding="utf-8") as log:
                     log.write(json.dumps(found) + "\n")
         self._ranks.close()
