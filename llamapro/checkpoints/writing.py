@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
@@ -141,8 +141,9 @@ def write_checkpoint(
 
     `directory` must exist. Two threads write, so memory holds two tensors at most, whatever the
     model's size. A file is larger than `max_shard_bytes` only if a single tensor is. `written` is
-    called with each complete file, while it is still in the machine's memory. Raises
-    CheckpointError if a number is NaN or infinite, perhaps only in the dtype that is written.
+    called in a thread with one complete file after the other, while the next is written and this
+    one is still in the machine's memory. Raises CheckpointError if a number is NaN or infinite,
+    perhaps only in the dtype that is written.
     """
     shards: list[list[Target]] = [[]]
     for target in targets:
@@ -151,8 +152,9 @@ def write_checkpoint(
         shards[-1].append(target)
     total = sum(target.nbytes for target in targets)
     weight_map: dict[str, str] = {}
-    lock = Lock()
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+    lock, calls = Lock(), list[Future[None]]()
+    bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None)
+    with bar, ThreadPoolExecutor(1) as beside:
 
         def counted(target: Target) -> Iterator[memoryview | bytes]:
             dtype = DTYPES[target.dtype]
@@ -176,7 +178,9 @@ def write_checkpoint(
             write_safetensors(directory / name, checked, threads=2)
             weight_map |= {target.name: name for target in shard}
             if written is not None:
-                written(directory / name)
+                calls.append(beside.submit(written, directory / name))
+        for call in calls:
+            call.result()
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / INDEX_FILE, index)

@@ -1,6 +1,7 @@
 """The logits of base and expanded model are compared block by block, and never by halves."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,22 @@ def test_a_block_of_both_models_runs_once_if_its_bytes_agree(
     assert not compared.bit_equal and compared.max_difference > 0
 
 
-def test_expand_compares_a_file_before_it_writes_the_next(
+def test_expand_compares_a_file_while_it_writes_the_next(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So the disk need not give again what has just been written."""
+    """So the disk need not give again what has just been written, and nothing waits."""
     files: list[int] = []
     output = same_logits._output
 
+    def written() -> int:
+        return len(list(tmp_path.rglob("model-*.safetensors")))
+
     def counting(checkpoint: Checkpoint, *arguments: Any) -> Any:
-        files.append(len(list(tmp_path.rglob("model-*.safetensors"))))
+        if not files:  # the first block, of the first file
+            end = time.monotonic() + 60
+            while written() < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+        files.append(written())
         return output(checkpoint, *arguments)
 
     monkeypatch.setattr(same_logits, "_output", counting)
@@ -53,7 +61,19 @@ def test_expand_compares_a_file_before_it_writes_the_next(
     expand_checkpoint(
         stored, tmp_path / "pro", interleave(4, 2), max_shard_bytes=stored.nbytes // 6
     )
-    assert files == sorted(files) and files[0] < files[2] < files[-1]
+    assert files[0] >= 2
+
+
+def test_an_error_of_the_comparison_beside_the_writing_is_raised(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise CheckpointError("seen")
+
+    monkeypatch.setattr(same_logits, "_output", failing)
+    with pytest.raises(CheckpointError, match="seen"):
+        expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", interleave(4, 2))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_logits_are_not_compared_before_all_blocks_have_run(base: Path, pro: Path) -> None:
