@@ -18,8 +18,6 @@ COMPANIONS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.
 _CONFIG, _ADDED, _ROLES = COMPANIONS
 MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 33 MB
 _FLAGS = ("lstrip", "rstrip", "single_word")
-# transformers makes the tokens of these roles control tokens.
-_CONTROL = tuple(f"{n}_token" for n in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _EXTRA = ("extra_special_tokens", "model_specific_special_tokens")  # lists, or role -> token
 
 
@@ -50,16 +48,21 @@ def read_roles(directory: Path) -> dict[str, Any]:
                 f"{directory}: {key} is {here!r} in {_CONFIG} and {there!r} in {_ROLES}: {taken} "
                 f"counts, as in transformers 5"
             )
-    names = config if has_table else config | roles
+    return config if has_table else config | roles
+
+
+def roles_of(names: dict[str, Any]) -> dict[str, Any]:
+    """Returns role -> token, of any role that ends in "_token" or is one of the model's own."""
+    found = {key: token for key, token in names.items() if key.endswith("_token")}
     for own in map(names.get, _EXTRA):
-        names = names | (own if isinstance(own, dict) else {})
-    return names
+        found |= own if isinstance(own, dict) else {}
+    return {key: token for key, token in found.items() if isinstance(name_of(token), str)}
 
 
 def _lists(names: dict[str, Any]) -> list[Any]:
-    """Returns the tokens without a role that are control tokens all the same."""
-    found = [names.get(key) or [] for key in ("additional_special_tokens", *_EXTRA)]
-    return [token for part in found for token in (part.values() if type(part) is dict else part)]
+    """Returns the tokens without a role that are control tokens if no list says what they are."""
+    found = map(names.get, ("additional_special_tokens", *_EXTRA))
+    return [token for part in found if isinstance(part, list) for token in part]
 
 
 def added_tokens(
@@ -70,8 +73,7 @@ def added_tokens(
     `names` are those of `read_roles`. Raises DataError for an entry that is not a token, or if two
     files disagree about its id.
     """
-    roles = {name_of(token) for key, token in names.items() if key.endswith("_token")}
-    roles |= {name_of(token) for token in _lists(names)}
+    roles = {name_of(token) for token in [*roles_of(names).values(), *_lists(names)]}
     sources: dict[str, list[dict[str, Any]]] = {
         JSON_NAME: raw_json.get("added_tokens", []),
         _CONFIG: [
@@ -147,11 +149,10 @@ def join_tokens(
         # A reserved token may get a name here; two names for one id would be ambiguous.
         tokens = {n: t for n, t in tokens.items() if n == name or t.id != token.id}
         tokens[name] = token
-    all_given = [(key, token) for key, token in names.items() if key.endswith("_token")]
-    all_given += [("extra_special_tokens", token) for token in _lists(names)]
-    for key, raw in all_given:
+    roles = roles_of(names)
+    for key, raw in [*roles.items(), *(("extra_special_tokens", t) for t in _lists(names))]:
         role = name_of(raw)
-        if not isinstance(role, str) or (role in tokens and key not in _CONTROL):
+        if role is None or (role in tokens and key not in roles):
             continue
         found = tokens.get(role) or _piece(vocabulary, role)
         if found is None and key in ("bos_token", "eos_token"):

@@ -21,6 +21,7 @@ from llamapro.text.token_files import (
     names_pattern,
     read_object,
     read_roles,
+    roles_of,
 )
 from llamapro.text.vocabulary import (
     JSON_NAME,
@@ -68,8 +69,7 @@ class Tokenizer:
         own = added_tokens(directory, names, raw_json)
         tokens = join_tokens(directory, names, own, vocabulary)
         self.added = self._tokens = tokens
-        roles = {key: name_of(token) for key, token in names.items() if key.endswith("_token")}
-        self.named_tokens = {key: name for key, name in roles.items() if isinstance(name, str)}
+        self.named_tokens = {key: str(name_of(token)) for key, token in roles_of(names).items()}
         self._encode_text, self._ends = vocabulary.encode, vocabulary.ends
         self._pieces = vocabulary.pieces | {
             t.id: b"" if t.special else vocabulary.words.get(t.id, name.encode())

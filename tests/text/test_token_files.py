@@ -60,6 +60,9 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, int]
     "EOS not read": (BASE, table(*BASE), {"eos_token": "<x>"}, {}, "tokenizer_config.json counts"),
     "EOS is a word": (BASE, {"eos_token": "<w>"}, {}, {}, ""),
     "EOS is a piece": (BASE, {"eos_token": "a"}, {}, {}, ""),
+    "a role of its own": (BASE, {"word_token": "<w>"}, {}, {}, ""),
+    "a role of any name": (BASE, {"extra_special_tokens": {"word": "<w>"}}, {}, {}, ""),
+    "no role": (BASE, {"additional_special_tokens": ["<w>"], "x_token": 5}, {}, {}, ""),
     "no such padding": (BASE, {"pad_token": "<pad>"}, {}, {}, "pad_token '<pad>' is in no list"),
     "one more": (BASE, {"extra_special_tokens": ["<y>"]}, {}, {}, "'<y>' is in no list: token 260"),
     "one more that strips": (
