@@ -106,14 +106,16 @@ class Tokenizer:
                 f"{directory}: the tokenizer puts {shown} behind every text, a prompt too, which "
                 "nothing could follow: left out; a document of training ends with EOS"
             )
-        self.adds_space = b"".join(map(self.bytes_of, self._encode_text("a"))) == b" a"
+        self.adds_space = self._text_of(self._encode_text("a")) == b" a"
         if self.adds_space and not raw_json and names.get("add_prefix_space") is False:
             raise DataError(
                 f"{directory}: add_prefix_space is false, but {self.path.name} puts a space before "
                 "every text; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes a "
                 f"{JSON_NAME} that does not"
             )
-        self._newline = self._encode_text("\n")
+        # What stands before a text that gets no space: the marks that are tokens of their own.
+        marks = ((mark, self._encode_text(mark)) for mark in "\n\0.a")
+        self._marks = [(m, i) for m, i in marks if self._text_of(i) == b" " + m.encode()]
         # Whether the space is also put after each control token: "legacy" in transformers.
         self._spaces_all = (
             has_space_everywhere(raw_json) if raw_json else names.get("legacy") is True
@@ -285,7 +287,7 @@ class Tokenizer:
 
         It is for texts that the tokenizer changes, such as by NFC or `<unk>`; None if unknown.
         """
-        for before in ("", "\n"):
+        for before in ("", *(mark for mark, _ in self._marks)):
             found, ends = self._ends(before + text) if self._ends else ([], [])
             if self._ends and found[len(found) - len(ids) :] == ids:
                 return [max(0, end - len(before)) for end in ends[len(ends) - len(ids) :]]
@@ -300,12 +302,12 @@ class Tokenizer:
         return ids
 
     def _encode_part(self, text: str, continues: bool) -> list[int]:
-        if continues and self.adds_space:
-            # The space goes before a newline, which is then removed together with it.
-            ids = self._encode_text("\n" + text)
-            if ids[: len(self._newline)] == self._newline:
-                return ids[len(self._newline) :]
-        # Without such a newline, in a vocabulary whose tokens hold newlines, the space stays.
+        # The space goes before a mark, which is then removed together with it, unless it became
+        # one token with the text.
+        for mark, own in self._marks if continues and self.adds_space else ():
+            ids = self._encode_text(mark + text)
+            if ids[: len(own)] == own:
+                return ids[len(own) :]
         return self._encode_text(text)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -313,8 +315,11 @@ class Tokenizer:
 
         Control tokens and ids past the vocabulary, the rows of a padded model, give no text.
         """
-        text = b"".join(self.bytes_of(int(i)) for i in ids)
+        text = self._text_of(map(int, ids))
         return text.removeprefix(b" " if self.adds_space else b"").decode(errors="replace")
+
+    def _text_of(self, ids: Iterable[int]) -> bytes:
+        return b"".join(map(self.bytes_of, ids))
 
     def bytes_of(self, token_id: int) -> bytes:
         """Returns the bytes of text that a token stands for, b"" for a control token."""

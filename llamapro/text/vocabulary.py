@@ -73,8 +73,8 @@ class Vocabulary:
     # the library does not say it.
     ends: Callable[[str], tuple[list[int], list[int]]] | None = None
     library: Any = None  # the tokenizer of the library tokenizers, for a tokenizer.json
-    # The bytes of added tokens that are not their names: a normaliser may put a space before them,
-    # and they are found with it only.
+    # The text of added tokens, which is not always their name: a normaliser may put a space before
+    # them, and they are found with it only; or the name is written as those of the pieces.
     words: dict[int, bytes] = field(default_factory=dict)
 
 
@@ -194,7 +194,9 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         raise DataError(f"{path}: {_INSTALL.format('tokenizers')}") from None
     try:
         model = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises plain exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain exceptions; its panics are not even
         raise DataError(f"{path}: not a tokenizer of the tokenizers library ({error})") from None
     if dropout := getattr(model.model, "dropout", None):
         raise DataError(
@@ -220,12 +222,12 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         next((added[name].id for name in names if name in added), None)
         for names in (_BOS_NAMES, _EOS_NAMES)
     )
+    pieces, is_bytes = json_pieces(path, raw), "ByteLevel" in _decoders(raw)
     words = {
-        token.id: _piece_bytes(text)
+        token.id: _word_bytes(model.id_to_token(token.id) or name, is_bytes)
         for name, token in added.items()
-        if (text := model.id_to_token(token.id)) and text != name
     }
-    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos, ends, model, words)
+    return Vocabulary(encode, pieces, added, bos, eos, ends, model, words)
 
 
 def read_beside(path: Path, raw: dict[str, Any]) -> Vocabulary | None:
@@ -241,7 +243,7 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
 
     Raises DataError if the decoder is not that of a LLaMA-shaped model, or there is no vocabulary.
     """
-    kinds = {part.get("type") for part in parts_of(raw.get("decoder"), "decoders")}
+    kinds = _decoders(raw)
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise DataError(
             f"{path}: its decoder is {sorted(map(str, kinds))}, expected ByteLevel, ByteFallback "
@@ -252,13 +254,27 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
         vocab = {name: i for i, (name, _) in enumerate(vocab)}
     if not isinstance(vocab, dict):
         raise DataError(f"{path}: has no vocabulary ('model.vocab')")
-    to_byte = {character: byte for byte, character in enumerate(byte_characters())}
-
-    def to_bytes(name: str) -> bytes:
-        return bytes(map(to_byte.__getitem__, name)) if "ByteLevel" in kinds else _piece_bytes(name)
-
+    to_bytes = _shown_bytes if "ByteLevel" in kinds else _piece_bytes
     added = {token["id"] for token in raw.get("added_tokens", [])}
     return {i: to_bytes(name) for name, i in vocab.items() if i not in added}
+
+
+def _decoders(raw: dict[str, Any]) -> set[Any]:
+    return {part.get("type") for part in parts_of(raw.get("decoder"), "decoders")}
+
+
+def _word_bytes(name: str, is_bytes: bool) -> bytes:
+    """Returns the text of an added token, whose name may be written as those of the pieces."""
+    try:
+        text = _shown_bytes(name) if is_bytes else _piece_bytes(name)
+        return text.decode().encode()
+    except (KeyError, UnicodeDecodeError):  # text as it is, such as "é"
+        return name.encode()
+
+
+def _shown_bytes(name: str) -> bytes:
+    """Returns the bytes of a token that is named in GPT-2's characters for them."""
+    return bytes(map(_TO_BYTE.__getitem__, name))
 
 
 def _piece_bytes(name: str) -> bytes:
@@ -327,3 +343,6 @@ def byte_characters() -> str:
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte if byte in shown else next(others)) for byte in range(256))
+
+
+_TO_BYTE = {character: byte for byte, character in enumerate(byte_characters())}

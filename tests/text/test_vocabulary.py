@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,40 @@ def test_space_after_control_tokens_is_the_checkpoint_s(tmp_path: Path, small: T
         assert Tokenizer.load(path).encode(text, special=True) == expected
 
 
+FLAGS = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+
+
+@pytest.mark.parametrize("has_bytes", [True, False])
+def test_no_space_is_put_after_control_tokens_whatever_newlines_are(
+    tmp_path: Path, small: Tokenizer, has_bytes: bool
+) -> None:
+    """Two newlines may be a token, or a newline `<unk>`, which takes the next one in."""
+    files = tokenizer_files(small.path)
+    if has_bytes:
+        files["tokenizer.json"]["added_tokens"] += [{"id": 400, "content": "\n\n", **FLAGS}]
+    files["tokenizer.json"]["model"]["byte_fallback"] = has_bytes
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    text = "a</s>\n b</s>\n\nc</s>d</s> e\n"
+    expected = AutoTokenizer.from_pretrained(tmp_path).encode(text, add_special_tokens=False)
+    assert Tokenizer.load(tmp_path).encode(text, special=True) == expected
+
+
+def test_added_words_are_text_as_the_library_decodes_it(
+    tmp_path: Path, byte_level: Callable[..., dict[str, Any]]
+) -> None:
+    """Their names may be written in the characters that stand for bytes, as pieces are."""
+    raw = byte_level("<s>")
+    names = ["Ġtool", "<tool>", "ÃŁ", "工具"]
+    raw["added_tokens"] += [{"id": 257 + i, "content": n, **FLAGS} for i, n in enumerate(names)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer, ids = Tokenizer.load(tmp_path), [257, 258, 259, 260]
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.decode(ids) == library.decode(ids) == " tool<tool>ß工具"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw).replace("\\u0120tool", "éé"))
+    assert Tokenizer.load(tmp_path).decode([257]) == "éé"  # which would be no characters
+
+
 def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """A tokenizer.json of a sentencepiece model's tokens, with Llama 2's components."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
@@ -190,6 +225,13 @@ def rank_lines(count: int, skip: int = -1) -> bytes:
     return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
 
 
+# The library cuts two characters off "b", and panics.
+PANIC = (
+    b'{"decoder": {"type": "ByteFallback"}, "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, '
+    b'"ab": 2}, "merges": [["a", "b"]], "continuing_subword_prefix": "##"}}'
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -199,6 +241,7 @@ def rank_lines(count: int, skip: int = -1) -> bytes:
         ("tokenizer.model", b"", "not a sentencepiece model"),
         ("tokenizer.model", b"version https://git-lfs", "a git-lfs pointer"),
         ("tokenizer.json", b"{}", "not a tokenizer of the tokenizers library"),
+        ("tokenizer.json", PANIC, "not a tokenizer of the tokenizers library .*ends at 0"),
         ("tokenizer.json", b"{", r"tokenizer\.json: damaged: JSONDecodeError"),
         ("other", b"", "no tokenizer.model or tokenizer.json"),
     ],
