@@ -9,6 +9,7 @@ The tokenizer's files change; their former content is kept beside them, under `B
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 from llamapro.checkpoints.tensors import CHUNK_BYTES, DTYPES, StoredTensor, tensor_chunks
 from llamapro.errors import ConfigError
 from llamapro.files import write_json
-from llamapro.text.token_files import COMPANIONS, read_object
+from llamapro.text.token_files import COMPANIONS, read_object, read_roles
 from llamapro.text.tokenizer import Tokenizer
-from llamapro.text.vocabulary import JSON_NAME
+from llamapro.text.vocabulary import JSON_NAME, AddedToken
 
 # Matched by `hub.COMPANION_FILES`, so that they travel with the weights.
 BASE_PREFIX = "tokenizer_base."
@@ -90,25 +91,28 @@ def _changed_files(
 ) -> dict[str, dict[str, Any]]:
     """Returns the tokenizer files that are to change, name -> JSON object."""
     tokenizer = Tokenizer.load(directory)
-    fill = [f"<|unused_{i}|>" for i in range(tokenizer.vocab_size, vocab_size)]
-    ids = {name: i for i, name in enumerate([*fill, *tokens], tokenizer.vocab_size)}
-    special = ids.keys() | tokenizer.special_tokens.keys()
+    by_id = {token.id: name for name, token in tokenizer.added.items()}
+    # Those that a role alone names are numbered by whoever reads the files: they are listed now.
+    first = next(i for i in range(tokenizer.vocab_size, 0, -1) if i - 1 not in by_id)
+    names = [by_id.get(i, f"<|unused_{i}|>") for i in range(first, vocab_size)]
+    ids = {name: i for i, name in enumerate([*names, *tokens], first)}
 
     def entry(name: str) -> dict[str, Any]:
-        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        return {"content": name, **flags, "special": name in special}
+        flags = asdict(tokenizer.added.get(name, AddedToken(0, special=True)))
+        return {"content": name, "normalized": False, **flags, "id": (older | ids)[name]}
 
-    found = {name: read_object(directory / name) for name in (JSON_NAME, _CONFIG_NAME, _ADDED_NAME)}
-    raw, config, older = found.values()
-    changed = {}
+    raw, older = (read_object(directory / name) for name in (JSON_NAME, _ADDED_NAME))
+    listed, changed = raw.get("added_tokens", []), {}
+    missing = ids.keys() - {token["content"] for token in listed}
+    listed = sorted([*listed, *map(entry, missing)], key=lambda token: token["id"])
     if raw:
-        listed = raw.get("added_tokens", [])
-        listed = [*listed, *({"id": i, **entry(name)} for name, i in ids.items())]
         changed[JSON_NAME] = raw | {"added_tokens": listed}
+    config = read_object(directory / _CONFIG_NAME)
     if config or not raw:
         # llama.cpp, and transformers without a tokenizer.json, read this table. Where there is one
-        # they read no other, so it must have the older ones.
-        table = {str(i): entry(name) for name, i in (older | ids).items()}
-        table |= config.get("added_tokens_decoder", {})
-        changed[_CONFIG_NAME] = config | {"added_tokens_decoder": table}
+        # transformers reads no other list and no other roles, so it must have the older ones.
+        table = {t["id"]: t for t in [*map(entry, older | ids), *listed]}
+        entries = {str(i): {k: v for k, v in t.items() if k != "id"} for i, t in table.items()}
+        entries |= config.get("added_tokens_decoder", {})
+        changed[_CONFIG_NAME] = read_roles(directory) | {"added_tokens_decoder": entries}
     return changed

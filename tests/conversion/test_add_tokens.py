@@ -14,6 +14,7 @@ from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.new_blocks import NEW_ROWS
 from llamapro.config import ModelConfig
 from llamapro.conversion import add_tokens as growing
+from llamapro.conversion.companions import tokenizer_files
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.inspect import describe
 from llamapro.conversion.strip import strip_checkpoint
@@ -199,6 +200,32 @@ def test_all_readers_see_the_new_tokens_under_the_ids_of_their_rows(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     )
     assert turns.count(ids[0]) == turns.count(ids[1]) == 2
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+def test_transformers_keeps_the_older_tokens_and_roles(
+    name: str, expand: Expand, tmp_path: Path
+) -> None:
+    """Of tokenizer.json, of special_tokens_map.json, and of a role whose token no file lists."""
+    transformers = pytest.importorskip("transformers")
+    base, _ = expand(vocab_size=404)
+    made = tokenizer_files(base / "tokenizer.model")
+    tool = {"id": 400, "content": "<tool>", "special": False, "normalized": False}
+    tool |= {"rstrip": True, "lstrip": False, "single_word": False}
+    made["tokenizer.json"]["added_tokens"].append(tool)
+    made["tokenizer_config.json"] |= {"tokenizer_class": name, "pad_token": "<pad>"}
+    made["special_tokens_map.json"] = {"eos_token": "<tool>"}
+    for file, content in made.items():
+        (base / file).write_text(json.dumps(content))
+    expand_checkpoint(Checkpoint.open(base), tmp_path / "again", LAYOUT, new_tokens=TOKENS)
+    text = "<s>a <tool> b<pad> </s>"
+    before, after = map(transformers.AutoTokenizer.from_pretrained, (base, tmp_path / "again"))
+    assert before(text).input_ids == after(text).input_ids
+    assert before.special_tokens_map == after.special_tokens_map
+    assert after.convert_tokens_to_ids(["<tool>", "<pad>", *TOKENS]) == [400, 401, 404, 405]
+    ours = [Tokenizer.load(path) for path in (base, tmp_path / "again")]
+    assert ours[0].encode(text, special=True) == ours[1].encode(text, special=True)
+    assert (ours[0].bos_id, ours[0].eos_id) == (ours[1].bos_id, ours[1].eos_id) == (1, 400)
 
 
 def test_llama_3s_ranks_grow_too(
