@@ -111,15 +111,16 @@ def say_differences(
         beside: the tokenizer.json as its library reads it.
     """
     config = read_object(path.parent / COMPANIONS[0])
-    if config.get("tokenizer_class") in _READS_FILE:
-        probe = _split_by_class(beside, raw, config)
+    kind, has_choice = _class_of(read_object(path.parent / "config.json"), config)
+    if kind in _READS_FILE:
+        probe = _split_by_class(kind, beside, raw, config)
     else:
         probe = _split_by_transformers(encode, path.parent)
     if probe is not None:
+        fix = f"; PreTrainedTokenizerFast in {COMPANIONS[0]} makes it read the file"
         warn(
-            f"{path}: its rules count here; transformers 5 has others for tokenizer_class "
-            f"{config['tokenizer_class']!r}, which split {probe!r} into different tokens; "
-            f"PreTrainedTokenizerFast in {COMPANIONS[0]} makes it read the file"
+            f"{path}: its rules count here; transformers 5 takes those of tokenizer_class {kind!r},"
+            f" which split {probe!r} into different tokens{fix * has_choice}"
         )
     one_of_each = {
         str({**token, "id": 0, "content": ""}): name
@@ -132,6 +133,18 @@ def say_differences(
         if encode(text, special=True) != _with_names(beside, text, as_text):
             warn(f"{path}: transformers splits {text!r} into other tokens than are read here")
             break
+
+
+def _class_of(model: dict[str, Any], config: dict[str, Any]) -> tuple[str | None, bool]:
+    """Returns the class that transformers 5 takes, and whether tokenizer_config.json can say so.
+
+    `model` is the content of config.json. Mistral's and Qwen2's have theirs, whatever is named.
+    """
+    kind, key = model.get("model_type"), "tokenizer_class"
+    if kind in ("mistral", "qwen2"):
+        return "Qwen2Tokenizer" if kind == "qwen2" else None, False
+    default = "Qwen2Tokenizer" if kind == "qwen3" else None
+    return config.get(key) or model.get(key) or default, True
 
 
 def _split_by_transformers(encode: Callable[..., list[int]], directory: Path) -> str | None:
@@ -157,7 +170,7 @@ def _with_names(vocabulary: Vocabulary, text: str, as_text: bool = False) -> lis
 
 
 def _split_by_class(
-    vocabulary: Vocabulary, raw: dict[str, Any], config: dict[str, Any]
+    kind: str | None, vocabulary: Vocabulary, raw: dict[str, Any], config: dict[str, Any]
 ) -> str | None:
     """Returns a text that transformers 5 splits otherwise than its tokenizer.json says, or None.
 
@@ -166,7 +179,7 @@ def _split_by_class(
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     library, space = vocabulary.library, config.get("add_prefix_space")
-    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    kind = str(kind).removesuffix("Fast")
     is_bytes = any(part.get("type") == "ByteLevel" for part in parts_of(raw["decoder"], "decoders"))
     cutter: pre_tokenizers.PreTokenizer
     normalizer: normalizers.Normalizer | None = None

@@ -274,11 +274,33 @@ def test_rules_of_a_class_that_differ_from_the_file_are_said(
             ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
             is_same = name != kind
             said = capsys.readouterr().err
-            assert (f"others for tokenizer_class '{kind}'" in said) != is_same
+            assert (f"takes those of tokenizer_class '{kind}'" in said) != is_same
             text = " leading 12 e\u0301"
             ids = theirs.encode(text, add_special_tokens=False)
             assert (ours.encode(text) == ids) == is_same
             assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["", "PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("file", ["config", "tokenizer_config"])
+def test_the_class_is_the_one_that_transformers_takes_for_the_model(
+    tmp_path: Path, raw_json: dict[str, Any], capsys: Any, kind: str, name: str, file: str
+) -> None:
+    """Mistral's and Qwen2's have their own, and config.json may name one, too."""
+    raw_json["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False}
+    raw_json["pre_tokenizer"] |= {"trim_offsets": True, "use_regex": False}
+    raw_json["model"]["vocab"]["3."], raw_json["model"]["merges"] = 256, [["3", "."]]
+    files = {"tokenizer": raw_json, "config": {"model_type": kind}, "tokenizer_config": {}}
+    files[file] = files[file] | ({"tokenizer_class": name} if name else {})
+    for part, content in files.items():
+        (tmp_path / f"{part}.json").write_text(json.dumps(content))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "1234567 3.14"
+    is_same = ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    said = capsys.readouterr().err
+    assert ("its rules count here" in said) != is_same
+    assert ("makes it read the file" in said) == (not is_same and kind != "qwen2")
 
 
 def test_names_that_transformers_splits_are_said(write: Callable[..., Path], capsys: Any) -> None:
