@@ -56,6 +56,8 @@ def say_unread_files(candidates: list[Path], directory: Path) -> None:
         warn(
             f"{directory}: the tokenizer's own code (auto_map) is not run, only its files are read"
         )
+    if config.get("fix_mistral_regex"):
+        warn(f"{directory}: fix_mistral_regex is not applied; transformers may cut words otherwise")
     for name in config.get("fast_tokenizer_files") or []:
         if name != JSON_NAME and (directory / name).exists():
             warn(f"{directory / name}: not read; transformers may take it for {JSON_NAME}")

@@ -346,8 +346,10 @@ def test_a_file_that_is_not_read_is_named(
     (path / "tokenizer.4.json").write_text("{}")
     config: dict[str, Any] = {"auto_map": {"AutoTokenizer": ["x.T", None]}}
     config["fast_tokenizer_files"] = [JSON_NAME, "tokenizer.4.json"]
+    config["fix_mistral_regex"] = True
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     Tokenizer.load(path)
     said = capsys.readouterr().err
     assert "own code (auto_map) is not run" in said
     assert "tokenizer.4.json: not read; transformers may take it" in said
+    assert "fix_mistral_regex is not applied" in said
