@@ -266,15 +266,17 @@ def _decoders(raw: dict[str, Any]) -> set[Any]:
 def _word_bytes(name: str, is_bytes: bool) -> bytes:
     """Returns the text of an added token, whose name may be written as those of the pieces."""
     try:
-        text = _shown_bytes(name) if is_bytes else _piece_bytes(name)
-        return text.decode().encode()
-    except (KeyError, UnicodeDecodeError):  # text as it is, such as "é"
+        return (_shown_bytes(name) if is_bytes else _piece_bytes(name)).decode().encode()
+    except UnicodeDecodeError:  # half a character: text as it is, such as "é"
         return name.encode()
 
 
 def _shown_bytes(name: str) -> bytes:
-    """Returns the bytes of a token that is named in GPT-2's characters for them."""
-    return bytes(map(_TO_BYTE.__getitem__, name))
+    """Returns the bytes of a token that is named in GPT-2's characters for them, or is text."""
+    try:
+        return bytes(map(_TO_BYTE.__getitem__, name))
+    except KeyError:
+        return name.encode()
 
 
 def _piece_bytes(name: str) -> bytes:

@@ -129,14 +129,15 @@ def test_no_space_is_put_after_control_tokens_whatever_newlines_are(
 def test_added_words_are_text_as_the_library_decodes_it(
     tmp_path: Path, byte_level: Callable[..., dict[str, Any]]
 ) -> None:
-    """Their names may be written in the characters that stand for bytes, as pieces are."""
-    raw = byte_level("<s>")
+    """Their names, and those of pieces, may be of the characters that stand for bytes, or text."""
+    raw = byte_level()
+    raw["model"]["vocab"] |= {"工": 256}
     names = ["Ġtool", "<tool>", "ÃŁ", "工具"]
-    raw["added_tokens"] += [{"id": 257 + i, "content": n, **FLAGS} for i, n in enumerate(names)]
+    raw["added_tokens"] = [{"id": 257 + i, "content": n, **FLAGS} for i, n in enumerate(names)]
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    tokenizer, ids = Tokenizer.load(tmp_path), [257, 258, 259, 260]
+    tokenizer, ids = Tokenizer.load(tmp_path), [257, 258, 259, 260, 256]
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert tokenizer.decode(ids) == library.decode(ids) == " tool<tool>ß工具"
+    assert tokenizer.decode(ids) == library.decode(ids) == " tool<tool>ß工具工"
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw).replace("\\u0120tool", "éé"))
     assert Tokenizer.load(tmp_path).decode([257]) == "éé"  # which would be no characters
 
