@@ -176,7 +176,8 @@ def _split_by_class(
 ) -> str | None:
     """Returns a text that transformers 5 splits otherwise than its tokenizer.json says, or None.
 
-    For these classes it replaces the file's normaliser and cuts by its own.
+    For these classes it replaces the file's normaliser and cuts by its own, and takes added tokens
+    from an added_tokens_decoder, if there is one, alone.
     """
     from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -197,6 +198,10 @@ def _split_by_class(
         cutter = pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme, split=False)
     else:
         return None
+    if table := config.get("added_tokens_decoder"):
+        known = {*map(name_of, table.values()), *raw["model"]["vocab"]}
+        if lost := [name for name in vocabulary.added if name not in known]:
+            return lost[0]
     name = next((name for name, token in vocabulary.added.items() if token.special), "")
     probes = [*_PROBES, f"a{name}b"]
     before, own = [_with_names(vocabulary, t) for t in probes], library.normalizer

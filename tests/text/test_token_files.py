@@ -303,6 +303,26 @@ def test_the_class_is_the_one_that_transformers_takes_for_the_model(
     assert ("makes it read the file" in said) == (not is_same and kind != "qwen2")
 
 
+@pytest.mark.parametrize("has_table", [True, False])
+def test_tokens_that_a_class_does_not_take_from_the_file_are_said(
+    tmp_path: Path, tokenizer_file: Path, capsys: Any, has_table: bool
+) -> None:
+    """With an added_tokens_decoder in tokenizer_config.json, LlamaTokenizer reads no other list."""
+    raw = tokenizer_files(tokenizer_file)["tokenizer.json"]
+    raw |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}}
+    raw["pre_tokenizer"] |= {"prepend_scheme": "first", "split": False}
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= table(*raw["added_tokens"]) if has_table else {}
+    raw["added_tokens"].append(token(400, "<tool>", False))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "a <tool> b"
+    assert (theirs.encode(text, add_special_tokens=False) == ours.encode(text)) != has_table
+    assert ("which split '<tool>' into different tokens" in capsys.readouterr().err) == has_table
+
+
 def test_names_that_transformers_splits_are_said(write: Callable[..., Path], capsys: Any) -> None:
     """It takes names of tokens for plain text if tokenizer_config.json says so."""
     path = write(BASE, {"split_special_tokens": True})
