@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, warn
+from llamapro.errors import DataError, UserError, warn
 from llamapro.files import refuse_stand_in, user_path
 from llamapro.text.comparison import say_differences, say_unread_files, takes_json, what_is_missing
 from llamapro.text.token_files import (
@@ -106,7 +106,7 @@ class Tokenizer:
                 f"{directory}: the tokenizer puts {shown} behind every text, a prompt too, which "
                 "nothing could follow: left out; a document of training ends with EOS"
             )
-        self.adds_space = self._text_of(self._encode_text("a")) == b" a"
+        self.adds_space = b"".join(map(self.bytes_of, self._encode_text("a"))) == b" a"
         if self.adds_space and not raw_json and names.get("add_prefix_space") is False:
             raise DataError(
                 f"{directory}: add_prefix_space is false, but {self.path.name} puts a space before "
@@ -115,7 +115,7 @@ class Tokenizer:
             )
         # What stands before a text that gets no space: the marks that are tokens of their own.
         marks = ((mark, self._encode_text(mark)) for mark in "\n\0.a")
-        self._marks = [(m, i) for m, i in marks if self._text_of(i) == b" " + m.encode()]
+        self._marks = [(mark, ids) for mark, ids in marks if self.decode(ids) == mark]
         # Whether the space is also put after each control token: "legacy" in transformers.
         self._spaces_all = (
             has_space_everywhere(raw_json) if raw_json else names.get("legacy") is True
@@ -146,15 +146,10 @@ class Tokenizer:
         """
         try:
             return cls._load(user_path(path))
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-            RecursionError,
-        ) as e:
-            # Files of strangers hold values of any kind.
+        except (UserError, OSError, MemoryError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:
+            # Files of strangers hold values of any kind; a panic of tokenizers is no Exception.
             raise DataError(
                 f"{path}: its tokenizer files are damaged ({type(e).__name__}: {str(e)[:200]}); "
                 f"fetch them again"
@@ -315,11 +310,8 @@ class Tokenizer:
 
         Control tokens and ids past the vocabulary, the rows of a padded model, give no text.
         """
-        text = self._text_of(map(int, ids))
+        text = b"".join(self.bytes_of(int(i)) for i in ids)
         return text.removeprefix(b" " if self.adds_space else b"").decode(errors="replace")
-
-    def _text_of(self, ids: Iterable[int]) -> bytes:
-        return b"".join(map(self.bytes_of, ids))
 
     def bytes_of(self, token_id: int) -> bytes:
         """Returns the bytes of text that a token stands for, b"" for a control token."""

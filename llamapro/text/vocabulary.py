@@ -194,9 +194,7 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         raise DataError(f"{path}: {_INSTALL.format('tokenizers')}") from None
     try:
         model = tokenizers.Tokenizer.from_buffer(content)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises plain exceptions; its panics are not even
+    except Exception as error:  # the library raises plain exceptions
         raise DataError(f"{path}: not a tokenizer of the tokenizers library ({error})") from None
     if dropout := getattr(model.model, "dropout", None):
         raise DataError(
@@ -222,12 +220,12 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
         next((added[name].id for name in names if name in added), None)
         for names in (_BOS_NAMES, _EOS_NAMES)
     )
-    pieces, is_bytes = json_pieces(path, raw), "ByteLevel" in _decoders(raw)
-    words = {
-        token.id: _word_bytes(model.id_to_token(token.id) or name, is_bytes)
-        for name, token in added.items()
-    }
-    return Vocabulary(encode, pieces, added, bos, eos, ends, model, words)
+    read, words = _reader_of(path, raw), {}
+    for name, token in added.items():
+        text = read(model.id_to_token(token.id) or name)
+        # Half a character, such as "é" as a byte's name: text as it is.
+        words[token.id] = text if text.decode(errors="ignore").encode() == text else name.encode()
+    return Vocabulary(encode, json_pieces(path, raw), added, bos, eos, ends, model, words)
 
 
 def read_beside(path: Path, raw: dict[str, Any]) -> Vocabulary | None:
@@ -243,32 +241,24 @@ def json_pieces(path: Path, raw: dict[str, Any]) -> dict[int, bytes]:
 
     Raises DataError if the decoder is not that of a LLaMA-shaped model, or there is no vocabulary.
     """
-    kinds = _decoders(raw)
+    read, vocab = _reader_of(path, raw), (raw.get("model") or {}).get("vocab")
+    if isinstance(vocab, list):  # Unigram: names and scores
+        vocab = {name: i for i, (name, _) in enumerate(vocab)}
+    if not isinstance(vocab, dict):
+        raise DataError(f"{path}: has no vocabulary ('model.vocab')")
+    added = {token["id"] for token in raw.get("added_tokens", [])}
+    return {i: read(name) for name, i in vocab.items() if i not in added}
+
+
+def _reader_of(path: Path, raw: dict[str, Any]) -> Callable[[str], bytes]:
+    """Returns what gives a token's bytes for its name; raises DataError for an unknown decoder."""
+    kinds = {part.get("type") for part in parts_of(raw.get("decoder"), "decoders")}
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise DataError(
             f"{path}: its decoder is {sorted(map(str, kinds))}, expected ByteLevel, ByteFallback "
             f"or Metaspace: not the tokenizer of a LLaMA-shaped model"
         )
-    vocab = (raw.get("model") or {}).get("vocab")
-    if isinstance(vocab, list):  # Unigram: names and scores
-        vocab = {name: i for i, (name, _) in enumerate(vocab)}
-    if not isinstance(vocab, dict):
-        raise DataError(f"{path}: has no vocabulary ('model.vocab')")
-    to_bytes = _shown_bytes if "ByteLevel" in kinds else _piece_bytes
-    added = {token["id"] for token in raw.get("added_tokens", [])}
-    return {i: to_bytes(name) for name, i in vocab.items() if i not in added}
-
-
-def _decoders(raw: dict[str, Any]) -> set[Any]:
-    return {part.get("type") for part in parts_of(raw.get("decoder"), "decoders")}
-
-
-def _word_bytes(name: str, is_bytes: bool) -> bytes:
-    """Returns the text of an added token, whose name may be written as those of the pieces."""
-    try:
-        return (_shown_bytes(name) if is_bytes else _piece_bytes(name)).decode().encode()
-    except UnicodeDecodeError:  # half a character: text as it is, such as "é"
-        return name.encode()
+    return _shown_bytes if "ByteLevel" in kinds else _piece_bytes
 
 
 def _shown_bytes(name: str) -> bytes:
