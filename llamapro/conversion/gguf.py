@@ -102,9 +102,8 @@ def from_gguf(
         write_companions(aside, config, [])
         write_json(aside / "generation_config.json", ids)
         for name, content in companions.items():
-            data = content if isinstance(content, bytes) else content.encode()
             (aside / name).parent.mkdir(exist_ok=True)
-            (aside / name).write_bytes(data)
+            (aside / name).write_bytes(content)
     return {
         "parameters": sum(math.prod(target.shape) for target in targets),
         "bytes": sum(target.nbytes for target in targets),

@@ -61,12 +61,11 @@ _LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-
 
 def read_tokenizer(
     metadata: dict[str, Any], vocab_size: int, file: Path
-) -> tuple[dict[str, Any], dict[str, str | bytes]]:
+) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Returns the tokenizer that a GGUF file's metadata hold: ids of control tokens, and files."""
-
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}", default)
-
+    mark = "tokenizer.ggml."
+    own = {key.removeprefix(mark): v for key, v in metadata.items() if key.startswith(mark)}
+    get = own.get
     kind = get("model", "none")
     if kind in ("none", "no_vocab"):
         note(f"{file}: holds no tokenizer; copy the model's into the result")
@@ -83,51 +82,27 @@ def read_tokenizer(
             f"{file}: its tokenizer needs {error.name}: pip install -e '.[gguf]'"
         ) from None
     tokens, types = _tokens(get("tokens"), get("token_type"), vocab_size, file)
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
-    ids: dict[str, int] = {}
-    for role in ("bos", "eos", "unknown", "padding", "eot", "eom"):
-        number = get(f"{role}_token_id", defaults.get(role))
-        if number is None or number == _NO_ID:
-            continue
-        if type(number) is not int or not 0 <= number < len(tokens):
-            raise DataError(
-                f"{file}: tokenizer.ggml.{role}_token_id is {number!r}, expected below "
-                f"{len(tokens):,}, the number of tokens"
-            )
-        ids[role] = number
-        if role != "unknown" and types[number] == USER_DEFINED:
-            types[number] = CONTROL
-    pre = get("pre", "default")
-    has_frame = {
-        "bos": get("add_bos_token", kind == "llama" or pre in _LIKE_LLAMA_3) and "bos" in ids,
-        "eos": get("add_eos_token", False) and "eos" in ids,
-    }
+    ids = _ids(own, len(tokens), file)
+    for number in (i for role, i in ids.items() if role != "unknown"):
+        types[number] = CONTROL if types[number] == USER_DEFINED else types[number]
+    has_bos = kind == "llama" or get("pre") in _LIKE_LLAMA_3
+    frame = {"bos": get("add_bos_token", has_bos), "eos": get("add_eos_token", False)}
+    has_frame = {role: is_on and role in ids for role, is_on in frame.items()}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": tokens[ids[role]] for role, name in _NAMES.items() if role in ids},
-        "add_bos_token": has_frame["bos"],
-        "add_eos_token": has_frame["eos"],
+        **{f"add_{role}_token": is_on for role, is_on in has_frame.items()},
         "clean_up_tokenization_spaces": False,  # true would take spaces away from decoded text
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if (length := metadata.get("llama.context_length")) is not None:
         config["model_max_length"] = length
-    files: dict[str, str | bytes] = {}
+    files: dict[str, bytes] = {}
     try:
         if kind == "gpt2":
-            if "tokenizer.ggml.pre" not in metadata:
-                note(
-                    f"{file}: does not name the way text is cut (tokenizer.ggml.pre); took "
-                    "llama.cpp's 'default', which may not be the model's"
-                )
-            tokenizer = _byte_level(tokens, types, get("merges"), pre, file)
+            tokenizer = _byte_level(tokens, types, get("merges"), get("pre"), file)
         else:
-            if get("remove_extra_whitespaces", False):
-                raise DataError(
-                    f"{file}: tokenizer.ggml.remove_extra_whitespaces is true, not supported"
-                )
-            scores, has_space = get("scores"), get("add_space_prefix", True)
-            tokenizer, model = _sentencepiece(tokens, types, scores, ids, has_space, file)
+            tokenizer, model = _sentencepiece(tokens, types, own, ids, file)
             if USER_DEFINED not in types:  # which the two libraries take differently
                 files["tokenizer.model"] = model
         _frame(tokenizer, tokens, types, ids, has_frame)
@@ -135,20 +110,31 @@ def read_tokenizer(
         raise
     except Exception as error:  # the library raises plain exceptions
         raise DataError(f"{file}: its tokenizer is damaged ({str(error)[:200]})") from None
-    files[JSON_NAME] = tokenizer.to_str(pretty=True) + "\n"
-    files[CONFIG_NAME] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    if template := metadata.get("tokenizer.chat_template"):
-        files["chat_template.jinja"] = str(template)
-    if template := metadata.get(f"tokenizer.chat_template.{FOR_TOOLS}"):
-        files[TOOLS_FILE] = str(template)
+    texts = {JSON_NAME: tokenizer.to_str(pretty=True) + "\n"}
+    texts[CONFIG_NAME] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    for key, name in {"": "chat_template.jinja", f".{FOR_TOOLS}": TOOLS_FILE}.items():
+        texts[name] = str(metadata.get(f"tokenizer.chat_template{key}") or "")
+    files |= {name: text.encode() for name, text in texts.items() if text}
     ends = list(dict.fromkeys(ids[role] for role in ("eos", "eot", "eom") if role in ids))
-    named = {
-        "bos_token_id": ids.get("bos"),
-        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
-    }
-    if "padding" in ids:
-        named["pad_token_id"] = ids["padding"]
-    return named, files
+    named: dict[str, Any] = {"bos_token_id": ids.get("bos")}
+    named["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+    return named | ({"pad_token_id": ids["padding"]} if "padding" in ids else {}), files
+
+
+def _ids(own: dict[str, Any], count: int, file: Path) -> dict[str, int]:
+    """Returns role -> id of the control tokens, each below the number of tokens."""
+    ids, defaults = {}, {"bos": 1, "eos": 2, "unknown": 0} if own["model"] == "llama" else {}
+    for role in ("bos", "eos", "unknown", "padding", "eot", "eom"):
+        number = own.get(f"{role}_token_id", defaults.get(role))
+        if number in (None, _NO_ID):
+            continue
+        if type(number) is not int or not 0 <= number < count:
+            raise DataError(
+                f"{file}: tokenizer.ggml.{role}_token_id is {number!r}, expected below "
+                f"{count:,}, the number of tokens"
+            )
+        ids[role] = number
+    return ids
 
 
 def _tokens(tokens: Any, types: Any, vocab_size: int, file: Path) -> tuple[list[str], list[int]]:
@@ -172,10 +158,18 @@ def _tokens(tokens: Any, types: Any, vocab_size: int, file: Path) -> tuple[list[
     return tokens, list(types)
 
 
-def _byte_level(tokens: list[str], types: list[int], merges: Any, pre: str, file: Path) -> Any:
+def _byte_level(
+    tokens: list[str], types: list[int], merges: Any, pre: str | None, file: Path
+) -> Any:
     """Returns byte-level BPE as a tokenizer of the library, still without control tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    if pre is None:
+        note(
+            f"{file}: does not name the way text is cut (tokenizer.ggml.pre); took llama.cpp's "
+            "'default', which may not be the model's"
+        )
+        pre = "default"
     if pre not in PATTERNS:
         raise DataError(
             f"{file}: tokenizer.ggml.pre is {pre!r}{suggest(str(pre), list(PATTERNS))}, which is "
@@ -200,17 +194,15 @@ def _byte_level(tokens: list[str], types: list[int], merges: Any, pre: str, file
 
 
 def _sentencepiece(
-    tokens: list[str],
-    types: list[int],
-    scores: Any,
-    ids: dict[str, int],
-    has_space: bool,
-    file: Path,
+    tokens: list[str], types: list[int], own: dict[str, Any], ids: dict[str, int], file: Path
 ) -> tuple[Any, bytes]:
     """Returns sentencepiece's BPE as a tokenizer of the library, and as a `tokenizer.model`."""
     from tokenizers import Tokenizer, decoders
 
     proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    if own.get("remove_extra_whitespaces"):
+        raise DataError(f"{file}: tokenizer.ggml.remove_extra_whitespaces is true, not supported")
+    scores = own.get("scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise DataError(
             f"{file}: tokenizer.ggml.scores must list a score for each of {len(tokens):,} tokens"
@@ -243,7 +235,7 @@ def _sentencepiece(
             "all 256 bytes, the only 'llama' tokenizer that is supported"
         )
     tokenizer = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
-    if not has_space:
+    if not own.get("add_space_prefix", True):
         model.normalizer_spec.add_dummy_prefix = False
         tokenizer.pre_tokenizer = None
         parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

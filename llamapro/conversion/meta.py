@@ -23,10 +23,10 @@ from llamapro.checkpoints.writing import Target, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion import meta_release
 from llamapro.conversion.companions import write_companions
-from llamapro.errors import CheckpointError, ConfigError, DataError, note, warn
+from llamapro.errors import CheckpointError, ConfigError, note, warn
 from llamapro.files import copy_companion, output_directory, refuse_large, refuse_source, write_json
 from llamapro.model import build_on_meta
-from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks
+from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks, read_vocabulary
 
 
 def from_meta(
@@ -185,14 +185,8 @@ def _read_tokenizer(directory: Path, vocab_size: int) -> tuple[list[Path], dict[
         # Llama 3's: <|begin_of_text|> and <|end_of_text|> are the first two ids after the ranks.
         bos = len(parse_ranks(found[0], content))
         return found, {"bos_token_id": bos, "eos_token_id": bos + 1}
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(found[0]))
-    except (OSError, RuntimeError):
-        raise DataError(f"{found[0]}: neither a sentencepiece model nor BPE ranks") from None
-    ids = {"bos": model.bos_id(), "eos": model.eos_id()}
-    return found, {f"{token}_token_id": i if i >= 0 else None for token, i in ids.items()}
+    model = read_vocabulary(found[0], content, {})
+    return found, {"bos_token_id": model.bos_id, "eos_token_id": model.eos_id}
 
 
 def _release_of(

@@ -26,8 +26,8 @@ _PROBES = (
     "DON'T https://a.b/c?d=e",
 )
 # What transformers 5 reads a tokenizer.json with, or what is compared without importing it.
-_KINDS = ("PreTrainedTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
-_READS_FILE = (None, "TokenizersBackend", *_KINDS, *(f"{kind}Fast" for kind in _KINDS))
+_KNOWN = {"", "TokenizersBackend", "PreTrainedTokenizer"}
+_KNOWN |= {"LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"}
 
 
 def what_is_missing(directory: Path) -> str:
@@ -114,7 +114,7 @@ def say_differences(
     """
     config = read_object(path.parent / COMPANIONS[0])
     kind, has_choice = _class_of(read_object(path.parent / "config.json"), config)
-    if kind in _READS_FILE:
+    if kind in _KNOWN:
         probe = _split_by_class(kind, beside, raw, config)
     else:
         probe = _split_by_transformers(encode, path.parent)
@@ -137,16 +137,16 @@ def say_differences(
             break
 
 
-def _class_of(model: dict[str, Any], config: dict[str, Any]) -> tuple[str | None, bool]:
+def _class_of(model: dict[str, Any], config: dict[str, Any]) -> tuple[str, bool]:
     """Returns the class that transformers 5 takes, and whether tokenizer_config.json can say so.
 
     `model` is the content of config.json. Mistral's and Qwen2's have theirs, whatever is named.
     """
     kind, key = model.get("model_type"), "tokenizer_class"
+    default = "Qwen2Tokenizer" if kind in ("qwen2", "qwen3") else ""
     if kind in ("mistral", "qwen2"):
-        return "Qwen2Tokenizer" if kind == "qwen2" else None, False
-    default = "Qwen2Tokenizer" if kind == "qwen3" else None
-    return config.get(key) or model.get(key) or default, True
+        return default, False
+    return str(config.get(key) or model.get(key) or default).removesuffix("Fast"), True
 
 
 def _split_by_transformers(encode: Callable[..., list[int]], directory: Path) -> str | None:
@@ -172,7 +172,7 @@ def _with_names(vocabulary: Vocabulary, text: str, as_text: bool = False) -> lis
 
 
 def _split_by_class(
-    kind: str | None, vocabulary: Vocabulary, raw: dict[str, Any], config: dict[str, Any]
+    kind: str, vocabulary: Vocabulary, raw: dict[str, Any], config: dict[str, Any]
 ) -> str | None:
     """Returns a text that transformers 5 splits otherwise than its tokenizer.json says, or None.
 
@@ -182,7 +182,6 @@ def _split_by_class(
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     library, space = vocabulary.library, config.get("add_prefix_space")
-    kind = str(kind).removesuffix("Fast")
     is_bytes = any(part.get("type") == "ByteLevel" for part in parts_of(raw["decoder"], "decoders"))
     cutter: pre_tokenizers.PreTokenizer
     normalizer: normalizers.Normalizer | None = None

@@ -68,7 +68,7 @@ class Tokenizer:
         names = read_roles(directory)
         own = added_tokens(directory, names, raw_json)
         tokens = join_tokens(directory, names, own, vocabulary)
-        self.added = self._tokens = tokens
+        self.added = tokens
         self.named_tokens = {key: str(name_of(token)) for key, token in roles_of(names).items()}
         self._encode_text, self._ends = vocabulary.encode, vocabulary.ends
         self._pieces = vocabulary.pieces | {
@@ -88,15 +88,12 @@ class Tokenizer:
         breaks = (f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in found if len(n) > 1)
         self._break = re.compile(places) if (places := "|".join(breaks)) else None
 
-        def frame_id(key: str, default: int | None) -> int | None:
-            """Returns the id of the BOS or EOS that the files beside the vocabulary name."""
-            if key not in names:
-                return default
-            name = name_of(names[key])
-            return None if name is None else tokens[name].id
-
-        self.bos_id = frame_id("bos_token", vocabulary.bos_id)
-        self.eos_id = frame_id("eos_token", vocabulary.eos_id)
+        # A role that is null has no token; one that no file names has the vocabulary's.
+        ids = {key: tokens[name].id for key, name in self.named_tokens.items()}
+        own_ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
+        self.bos_id, self.eos_id = (
+            ids.get(key, None if key in names else own_id) for key, own_id in own_ids.items()
+        )
         self.prefix, behind = frame_of(directory, raw_json, names, self.bos_id, self.eos_id)
         ends = [] if self.eos_id is None else [self.eos_id]
         self.suffix = [] if ends and ends == self.prefix[:1] else ends
@@ -264,7 +261,7 @@ class Tokenizer:
         """
         for number, part in enumerate(_split(self._patterns[special], text)):
             if number % 2:  # the name of a token
-                token = self._tokens[part if part in self._tokens else part.strip()]
+                token = self.added[part if part in self.added else part.strip()]
                 if token.id >= self._rows:
                     raise DataError(
                         f"{self.path}: a text names {part!r}, token {token.id}, for which the "
@@ -290,11 +287,8 @@ class Tokenizer:
 
     def _encode_plain(self, text: str, continues: bool) -> list[int]:
         """Returns the ids of text in which names of control tokens are plain characters."""
-        first, *others = _split(self._break, text)
-        ids = self._encode_part(first, continues)
-        for part in others:
-            ids += self._encode_part(part, True)
-        return ids
+        parts = enumerate(_split(self._break, text))
+        return [i for n, part in parts for i in self._encode_part(part, continues or n > 0)]
 
     def _encode_part(self, text: str, continues: bool) -> list[int]:
         # The space goes before a mark, which is then removed together with it, unless it became

@@ -256,7 +256,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, release: Callable[..., P
     for content, message in {
         rank_lines([b"ab"])[:-2]: "damaged",
         rank_lines([])[7:]: "damaged",
-        b"\x00nothing": "neither",
+        b"\x00nothing": "not a sentencepiece model",
     }.items():
         (source / "tokenizer.model").write_bytes(content)
         with pytest.raises(DataError, match=rf"tokenizer\.model.*{message}"):
