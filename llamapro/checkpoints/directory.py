@@ -158,7 +158,9 @@ def _weight_files(path: Path) -> list[Path]:
         for name in weight_map.values():
             # A name with a path could read files the user never meant to hand over. A link is
             # followed: the user made it, or Hugging Face's cache, whose files all are links.
-            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            if not isinstance(name, str) or not re.fullmatch(
+                r"[^/\\\x00-\x1f\x7f]+\.safetensors", name
+            ):
                 shown = repr(name)[:80]
                 raise CheckpointError(f"{index}: shard name {shown} is not a plain file name")
             if name not in names and not _is_there(path / name):

@@ -5,6 +5,7 @@ normaliser, cuts or what they do around a control token.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +203,10 @@ def _split_by_class(
         if lost := [name for name in vocabulary.added if name not in known]:
             return lost[0]
     name = next((name for name, token in vocabulary.added.items() if token.special), "")
-    probes = [*_PROBES, f"a{name}b"]
-    before, own = [_with_names(vocabulary, t) for t in probes], library.normalizer
-    own_cutter = library.pre_tokenizer
+    probes, encode = [*_PROBES, f"a{name}b"], partial(_with_names, vocabulary)
+    own, before = (library.normalizer, library.pre_tokenizer), [*map(encode, probes)]
     library.normalizer, library.pre_tokenizer = normalizer, cutter
-    after = [_with_names(vocabulary, text) for text in probes]
-    library.normalizer, library.pre_tokenizer = own, own_cutter
+    after = [*map(encode, probes)]
+    library.normalizer, library.pre_tokenizer = own
     pairs = zip(probes, before, after, strict=True)
     return next((text for text, ids, other in pairs if ids != other), None)

@@ -117,7 +117,6 @@ class Tokenizer:
         self._spaces_all = (
             has_space_everywhere(raw_json) if raw_json else names.get("legacy") is True
         )
-        digest = hashlib.sha256(content)
         changes: dict[str, Any] = {
             "added": {n: t.flags() for n, t in sorted(own.items()) if vocabulary.added.get(n) != t},
             "bos": None if self.bos_id == vocabulary.bos_id else [self.bos_id],
@@ -127,9 +126,8 @@ class Tokenizer:
         usual = ([] if self.bos_id is None else [self.bos_id], ends)
         if (self.prefix, self.suffix) != usual:
             changes["frame"] = [self.prefix, self.suffix]
-        if any(changes.values()):
-            digest.update(json.dumps(changes).encode())
-        self.fingerprint = digest.hexdigest()
+        changed = json.dumps(changes).encode() if any(changes.values()) else b""
+        self.fingerprint = hashlib.sha256(content + changed).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

@@ -297,8 +297,27 @@ def test_a_long_list_of_wrong_tensors_is_cut(
     assert message.endswith("; and 6 more")
 
 
+def test_shards_may_have_any_name(sharded: Path) -> None:
+    """As a browser saves them, for example."""
+    shards, index = sorted(sharded.glob("model-*")), (sharded / INDEX_FILE).read_text()
+    for number, shard in enumerate(shards):
+        index = index.replace(shard.name, f"shard {number}+(1)%20.safetensors")
+        shard.rename(sharded / f"shard {number}+(1)%20.safetensors")
+    (sharded / INDEX_FILE).write_text(index)
+    assert Checkpoint.open(sharded).tensors.keys() == json.loads(index)["weight_map"].keys()
+
+
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin", "", 3]
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "sub/x.safetensors",
+        "x.bin",
+        "\n.safetensors",
+        "",
+        3,
+    ],
 )
 def test_an_index_that_leaves_the_directory_is_refused(
     name: Any, sharded: Path, tmp_path: Path
