@@ -56,14 +56,11 @@ def tokenizer_files(model_file: Path, max_length: int | None = None) -> dict[str
     """
     from sentencepiece import SentencePieceProcessor
 
-    if is_ranks(content := model_file.read_bytes()):
-        try:
-            return _ranks_files(parse_ranks(model_file, content), max_length)
-        except DataError:
-            return {}
     try:
+        if is_ranks(content := model_file.read_bytes()):
+            return _ranks_files(parse_ranks(model_file, content), max_length)
         model = SentencePieceProcessor(model_file=str(model_file))
-    except (OSError, RuntimeError):
+    except (DataError, OSError, RuntimeError):
         return {}
     ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
     names = {f"{name}_token": model.id_to_piece(i) for name, i in ids.items() if i >= 0}

@@ -54,9 +54,7 @@ def say_unread_files(candidates: list[Path], directory: Path) -> None:
             warn(f"{parts}: not read, as in transformers; its tokens are not {whole.name}'s")
     config = read_object(directory / COMPANIONS[0])
     if "AutoTokenizer" in (config.get("auto_map") or {}):
-        warn(
-            f"{directory}: the tokenizer's own code (auto_map) is not run, only its files are read"
-        )
+        warn(f"{directory}: the tokenizer's own code (auto_map) is not run; its files are read")
     if config.get("fix_mistral_regex"):
         warn(f"{directory}: fix_mistral_regex is not applied; transformers may cut words otherwise")
     for name in config.get("fast_tokenizer_files") or []:
@@ -125,11 +123,9 @@ def say_differences(
             f"{path}: its rules count here; transformers 5 takes those of tokenizer_class {kind!r},"
             f" which split {probe!r} into different tokens{fix * has_choice}"
         )
-    one_of_each = {
-        str({**token, "id": 0, "content": ""}): name
-        for token in raw.get("added_tokens", [])
-        if added.get(name := token["content"]) == beside.added.get(name)
-    }
+    listed = {token["content"]: token for token in raw.get("added_tokens", [])}
+    same = [name for name in listed if added.get(name) == beside.added.get(name)]
+    one_of_each = {str({**listed[name], "id": 0, "content": ""}): name for name in same}
     as_text = config.get("split_special_tokens") is True
     for name in one_of_each.values():
         text = f"a {name} b{name}c\n{name}"

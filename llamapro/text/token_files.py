@@ -76,9 +76,7 @@ def added_tokens(
     roles = {name_of(token) for token in [*roles_of(names).values(), *_lists(names)]}
     sources: dict[str, list[dict[str, Any]]] = {
         JSON_NAME: raw_json.get("added_tokens", []),
-        _CONFIG: [
-            {"id": i, **token} for i, token in (names.get("added_tokens_decoder") or {}).items()
-        ],
+        _CONFIG: [{"id": i, **t} for i, t in (names.get("added_tokens_decoder") or {}).items()],
         _ADDED: [
             {"id": i, "content": name, "special": name in roles}
             for name, i in read_object(directory / _ADDED).items()

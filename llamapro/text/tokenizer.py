@@ -143,8 +143,7 @@ class Tokenizer:
             return cls._load(user_path(path))
         except (UserError, OSError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as e:
-            # Files of strangers hold values of any kind; a panic of tokenizers is no Exception.
+        except BaseException as e:  # files hold values of any kind; a panic is no Exception
             raise DataError(
                 f"{path}: its tokenizer files are damaged ({type(e).__name__}: {str(e)[:200]}); "
                 f"fetch them again"
@@ -289,8 +288,7 @@ class Tokenizer:
         return [i for n, part in parts for i in self._encode_part(part, continues or n > 0)]
 
     def _encode_part(self, text: str, continues: bool) -> list[int]:
-        # The space goes before a mark, which is then removed together with it, unless it became
-        # one token with the text.
+        # The space goes before a mark and is removed with it, unless that merged with the text.
         for mark, own in self._marks if continues and self.adds_space else ():
             ids = self._encode_text(mark + text)
             if ids[: len(own)] == own:
