@@ -74,6 +74,12 @@ class Checkpoint:
         checkpoint = cls(path, config, match(path, config, stored), name)
         said = config.raw.get("dtype") or config.raw.get("torch_dtype")
         found = str(checkpoint.dtype).removeprefix("torch.")
+        kinds = sorted({t.dtype for t in checkpoint.tensors.values() if len(t.shape) > 1})
+        if said is None and len(kinds) > 1:
+            warn(
+                f"{path}: matrices are {' and '.join(kinds)}, and config.json names no dtype; they "
+                f"are computed in {found}, by transformers in that of the first tensor"
+            )
         if said is not None and str(said).removeprefix("torch.") not in (found, "auto"):
             warn(
                 f"{path}: the weights are {found}, config.json says dtype {said!r:.80}; they are "

@@ -224,6 +224,25 @@ def test_a_dtype_that_is_not_that_of_the_weights_is_said(
     assert (expected in capsys.readouterr().err) == is_said
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "is_said"),
+    [
+        ("lm_head.weight", {}, True),
+        ("lm_head.weight", {"dtype": "float32"}, False),
+        ("model.norm.weight", {}, False),  # as many models have it
+    ],
+)
+def test_matrices_of_several_dtypes_without_one_in_config_json_are_said(
+    name: str, fields: dict[str, str], is_said: bool, make: Callable[..., Path], capsys: Any
+) -> None:
+    """We compute in the dtype of most, transformers in that of the first tensor."""
+    path = make("c", **fields)
+    tensors = load_file(path / SINGLE_FILE)
+    save_file(tensors | {name: tensors[name].bfloat16()}, path / SINGLE_FILE, {"format": "pt"})
+    assert Checkpoint.open(path).dtype == torch.float32
+    assert ("matrices are BF16 and F32" in capsys.readouterr().err) == is_said
+
+
 def test_a_key_twice_in_config_json_is_refused(make: Callable[..., Path]) -> None:
     """Which of the two counts depends on the reader."""
     path = make("c")
