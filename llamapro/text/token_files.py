@@ -148,6 +148,9 @@ def join_tokens(
         tokens = {n: t for n, t in tokens.items() if n == name or t.id != token.id}
         tokens[name] = token
     roles = roles_of(names)
+    for key in ("bos_token", "eos_token"):
+        if key not in roles and name_of(names.get(key)) is not None:
+            raise DataError(f"{directory}: {key} is {names[key]!r:.80}, which is no token of it")
     for key, raw in [*roles.items(), *(("extra_special_tokens", t) for t in _lists(names))]:
         role = name_of(raw)
         if role is None or (role in tokens and key not in roles):

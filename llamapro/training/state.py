@@ -136,7 +136,7 @@ class Losses:
             raise DivergedError(
                 "the gradient is not finite; neither that step nor what followed was applied. "
                 "Look at its data (metrics.jsonl in the run directory, kind bad_step), lower "
-                "optim.lr or allow optim.skip_bad_steps; the last training checkpoint is intact"
+                "optim.lr or allow optim.skip_bad_steps; training checkpoints are intact"
             )
 
 

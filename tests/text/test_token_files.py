@@ -90,6 +90,7 @@ REFUSED = {
     "another name": (table(token(258, "<z>")), {}, "token 258 is '<z>', but another file there s"),
     "added with another id": ({}, {"<x>": 300}, "added_tokens.json: '<x>' is token 300, but"),
     "no such EOS": ({"eos_token": "<new>"}, {}, "eos_token is '<new>', which is no token"),
+    "an id as EOS": ({"eos_token": 259}, {}, "eos_token is 259, which is no token"),
 }
 
 
