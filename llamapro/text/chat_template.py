@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.errors import DataError
-from llamapro.text.messages import RESERVED, Forms, Message, check_messages, check_shown, not_named
+from llamapro.text.messages import (
+    RESERVED,
+    SYSTEM,
+    Forms,
+    Message,
+    check_messages,
+    check_shown,
+    not_named,
+)
 from llamapro.text.sandbox import MARK, START, TemplateError, compiled, compiled_apart
 from llamapro.text.template_files import FOR_TOOLS, find_template
 from llamapro.text.tokenizer import Tokenizer
@@ -107,13 +115,16 @@ class ChatTemplate:
         """The forms in which the template takes messages."""
 
         def show(message: Message) -> str:
-            asked = [{"role": "user", "content": "a"}] * (message["role"] != "user")
+            asked, is_first = {"role": "user", "content": "a"}, message["role"] in SYSTEM
+            turns = [message, asked] if is_first else [asked, message]
+            if message["role"] == "user":
+                turns = [message]
             try:
-                return self._template(self._frame | {"messages": [*asked, message]}, self.date)
+                return self._template(self._frame | {"messages": turns}, self.date)
             except TemplateError:
                 return ""
 
-        return Forms.find(show)
+        return Forms(show)
 
     def render(
         self,

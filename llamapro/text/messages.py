@@ -4,43 +4,53 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 from llamapro.errors import suggest
 from llamapro.files import unique_keys
 from llamapro.text.sandbox import END, MARK, START
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+SYSTEM = ("system", "developer")
+ROLES = (*SYSTEM, "user", "assistant", "tool", "function", "ipython")
 # Role and content; further keys go to the template as they are. `weight` 0: not trained.
 Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names, best first
 # Characters that no text may have, because they mark places in a rendered one.
 RESERVED = re.compile(f"[{MARK}{START}{END}]")
-PARTS = "content_parts"  # the texts of a content that was a list; `content` has them joined
+PARTS = f"{MARK}parts"  # the texts of a content that was a list; `content` has them joined
 _PROBE = "\ue000"  # a private character
 
 
-class Forms(NamedTuple):
-    """The forms in which a template takes what messages have in several."""
+class Forms:
+    """The forms in which a template takes what messages have in several.
 
-    has_parts: bool  # a content as a list of parts, which are joined for other templates
-    has_objects: bool  # a call's arguments as an object, and it would put a text of JSON in quotes
+    It is asked with `show`, which returns the text that it makes of a message, "" if it cannot.
+    """
 
-    @classmethod
-    def find(cls, show: Callable[[Message], str]) -> "Forms":
-        """Tries both with `show`, which returns the text that the template makes of a message."""
-        parts = show({"role": "user", "content": [{"type": "text", "text": _PROBE}]})
-        function = {"name": "f", "arguments": json.dumps({_PROBE: 1}, ensure_ascii=False)}
-        call = {"id": "123456789", "type": "function", "function": function}
-        calls = show({"role": "assistant", "content": "", "tool_calls": [call]})
-        return cls(_PROBE in parts and f'"{_PROBE}"' not in parts, f'\\"{_PROBE}' in calls)
+    def __init__(self, show: Callable[[Message], str]):
+        def takes_parts(role: str) -> bool:
+            """Whether it takes a content as a list of parts; if not, they are joined."""
+            text = show({"role": role, "content": [{"type": "text", "text": _PROBE}]})
+            return _PROBE in text and f'"{_PROBE}"' not in text
+
+        def show_call(arguments: Any) -> str:
+            function = {"name": "f", "arguments": arguments}
+            call = {"id": "123456789", "type": "function", "function": function}
+            return show({"role": "assistant", "content": "", "tool_calls": [call]})
+
+        self._takes_parts = cache(takes_parts)
+        # Whether it takes a call's arguments as an object, and puts a text of JSON in quotes.
+        said = show_call(json.dumps({_PROBE: 1}, ensure_ascii=False))
+        is_refused = not said and _PROBE in show_call({_PROBE: 1})
+        self._takes_objects = is_refused or f'\\"{_PROBE}' in said
 
     def view(self, message: Message) -> dict[str, Any]:
         """Returns a message as the template takes it, its reasoning under transformers' names."""
         view = {key: value for key, value in message.items() if key != PARTS}
-        if self.has_parts and (texts := message.get(PARTS)):
+        if (texts := message.get(PARTS)) and self._takes_parts(message["role"]):
             view["content"] = [{"type": "text", "text": text} for text in texts]
-        if self.has_objects and message.get("tool_calls"):
+        if self._takes_objects and message.get("tool_calls"):
             view["tool_calls"] = [*map(_with_object, message["tool_calls"])]
         if said := next((message[key] for key in REASONING if message.get(key)), None):
             view |= {"reasoning_content": said, "thinking": message.get("thinking") or said}
@@ -53,7 +63,9 @@ def _with_object(call: Any) -> Any:
         return call
     if "function" in call:
         return {**call, "function": _with_object(call["function"])}
-    return {**call, "arguments": parsed("arguments", call.get("arguments")) or {}}
+    if not isinstance(said := call.get("arguments"), str):
+        return call
+    return {**call, "arguments": parsed("arguments", said) if said else {}}
 
 
 def parsed(key: str, value: Any) -> Any:

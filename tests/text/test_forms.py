@@ -104,3 +104,42 @@ def test_arguments_that_are_no_json_are_refused(tokenizer: Tokenizer) -> None:
     assert "assistant\n{}<|im_end|>" in template.render(chats[0])
     with pytest.raises(DataError, match="'arguments' is a text that is no JSON"):
         template.render(chats[1])
+
+
+def test_a_call_that_a_template_goes_through_gets_an_object(tokenizer: Tokenizer) -> None:
+    """As Qwen3-Coder's, which fails for a text."""
+    shown = "{% for c in m.tool_calls %}{% for k, v in c.function.arguments | items %}{{ k ~ v }}"
+    template = ChatTemplate(f"{HEAD}{shown}{{% endfor %}}{{% endfor %}}{TAIL}", tokenizer, "x")
+    call = {"function": {"name": "f", "arguments": '{"q": 1}'}}
+    text = template.render([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert "assistant\nq1<|im_end|>" in text
+
+
+@pytest.mark.parametrize("arguments", [None, [], {}, 1])
+def test_arguments_that_are_no_text_stay_as_they_are(tokenizer: Tokenizer, arguments: Any) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    chat = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    text = ChatTemplate(HEAD + CALLS + TAIL, tokenizer, "x").render(chat)
+    assert f"assistant\n{json.dumps(arguments)}<|im_end|>" in text
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "assistant"])
+def test_each_role_is_asked_whether_it_takes_parts(tokenizer: Tokenizer, role: str) -> None:
+    """Llama 3.2's takes them of users alone, and would print a system's list."""
+    shown = (
+        f"{{% if m.role == 'user' %}}{TRIMMED}{{% else %}}{{{{ m.content | string }}}}{{% endif %}}"
+    )
+    chat = [{"role": r, "content": parts("a ", "b ")} for r in ("user", "assistant", "user")]
+    chat[0 if role == "system" else 1]["role"] = role
+    chat += [{"role": "assistant", "content": "c"}] * (role != "assistant")  # type: ignore[list-item]
+    messages, *_ = to_conversation({"messages": [*chat, {"role": "assistant", "content": "c"}]})
+    text = ChatTemplate(HEAD + shown + TAIL, tokenizer, "x").render(messages)
+    assert f"{role}\na b <|im_end|>" in text and "user\nab<|im_end|>" in text
+
+
+def test_a_turn_s_own_key_for_parts_is_as_any_other(tokenizer: Tokenizer) -> None:
+    """It neither replaces the content nor breaks what reads it."""
+    chat: Any = [{"role": "user", "content": "Hello", "content_parts": [{"text": "no"}]}]
+    messages, *_ = to_conversation({"messages": [*chat, {"role": "assistant", "content": "c"}]})
+    ids, _ = ChatTemplate(HEAD + TRIMMED + TAIL, tokenizer, "x").encode(messages)
+    assert tokenizer.decode(ids).count("user\nHello") == 1
