@@ -178,6 +178,8 @@ def write_checkpoint(
             write_safetensors(directory / name, checked, threads=2)
             weight_map |= {target.name: name for target in shard}
             if written is not None:
+                for call in calls[-1:]:  # an error is raised soon, and no file has to wait long
+                    call.result()
                 calls.append(beside.submit(written, directory / name))
         for call in calls:
             call.result()

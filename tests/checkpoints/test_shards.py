@@ -13,6 +13,21 @@ from llamapro.checkpoints.tensors import all_finite, read_safetensors, same_byte
 from llamapro.checkpoints.writing import in_memory, write_checkpoint, write_safetensors
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
+from llamapro.errors import CheckpointError
+
+
+def test_an_error_of_what_follows_a_file_ends_the_writing(tmp_path: Path) -> None:
+    """It comes while the next file is written, and no file waits for more than one other."""
+    seen: list[str] = []
+
+    def failing(file: Path) -> None:
+        seen.append(file.name)
+        raise CheckpointError(f"{file.name} is wrong")
+
+    tensors = in_memory({f"t{n}": torch.zeros(100) for n in range(9)})
+    with pytest.raises(CheckpointError, match=r"00001-of-00009\S* is wrong"):
+        write_checkpoint(tmp_path, tensors, max_shard_bytes=100, written=failing)
+    assert len(seen) == 1 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
