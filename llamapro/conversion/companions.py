@@ -56,8 +56,9 @@ def tokenizer_files(model_file: Path, max_length: int | None = None) -> dict[str
     """
     from sentencepiece import SentencePieceProcessor
 
+    content = model_file.read_bytes()
     try:
-        if is_ranks(content := model_file.read_bytes()):
+        if is_ranks(content):
             return _ranks_files(parse_ranks(model_file, content), max_length)
         model = SentencePieceProcessor(model_file=str(model_file))
     except (DataError, OSError, RuntimeError):

@@ -113,7 +113,7 @@ def read_rows(
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         report(f"{path}:{row + 1}: truncated or not {suffixes(path)[1][1:]} ({error})")
     except csv.Error as error:
-        fix = "a quote within a text in quotes is written twice"
+        fix = "a quote within a text in quotes is written twice, one at its end once"
         report(f"{path}:{row + 1}: not a line of {suffixes(path)[0][1:]} ({error}); {fix}")
     except OSError as error:
         report(f"{path}:{row + 1}: cannot be read: {error.strerror}")

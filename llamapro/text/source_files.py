@@ -62,7 +62,8 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
         matches = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
         for match in sorted(matches):
             if os.path.isdir(match):
-                inside = _without_cards(match, list(_walk(Path(match), set())))
+                seen = set() if match == literal else {""}  # what a glob finds is not named
+                inside = _without_cards(match, list(_walk(Path(match), seen)))
                 _say_splits(match, inside)
                 matched += inside
             else:

@@ -141,7 +141,7 @@ class Tokenizer:
         """
         try:
             return cls._load(user_path(path))
-        except (UserError, OSError, MemoryError, KeyboardInterrupt, SystemExit):
+        except (UserError, ImportError, OSError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # files hold values of any kind; a panic is no Exception
             raise DataError(

@@ -137,6 +137,10 @@ def test_installed_packages_beside_code_are_left_out(tmp_path: Path) -> None:
     found = {str(f.path.relative_to(tmp_path)): f.left_out for f in find_files([str(tmp_path)])}
     reason = "installed packages"
     assert found == {"a.py": "", "env": reason, "web/node_modules": reason, "web/d.js": ""}
+    glob = find_files([str(tmp_path / "*")])  # does not name what it finds
+    assert {file.path.name: file.left_out for file in glob if file.left_out} == {
+        "env": reason, "node_modules": reason
+    }  # fmt: skip
     asked = find_files([str(tmp_path / name) for name in ("env", "web/node_modules")])
     assert [file.path.name for file in asked] == ["b.py", "pyvenv.cfg", "c.js"]
 
