@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from llamapro import backends, cli, ops
+from llamapro import backends, cli
 from llamapro.checkpoints.new_blocks import NEW_ROWS, BlocksInfo
 from llamapro.model import build_on_meta, load_tensors
 from llamapro.text.mixture import MicroBatch
@@ -134,6 +134,7 @@ def train_step(
     guard: FiniteGuard,
     batch: Sequence[MicroBatch],
     valid: float,
+    own: float,
     settings: Settings,
     ranks: Ranks,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,12 +144,13 @@ def train_step(
 
     Args:
         batch: its micro-batches.
-        valid: number of targets of the *global* batch. The loss is a mean over them, so it does
-            not depend on how the batch is split.
+        valid: number of targets of the *global* batch. What is minimised is a mean over them, so
+            it does not depend on how the batch is split.
+        own: those of them that are not of sequences with a loss of their own (replay).
 
     Returns:
-        This rank's part of the loss, (), in nats per token, and the norm of the gradient before
-        clipping, (); both stay on the device.
+        This rank's part of the mean loss of the latter, (), in nats per token, and the norm of the
+        gradient before clipping, (); both stay on the device.
     """
     # FSDP averages gradients over the ranks, hence the factor world_size.
     scale = ranks.world_size / max(1.0, valid)
@@ -160,11 +162,11 @@ def train_step(
         objective.set_requires_all_reduce(number == len(batch))  # type: ignore[operator]
         loss, _ = objective(*to_device(columns, ranks.device), replayed=replayed)
         (loss * scale).backward()
-        loss_sum += loss.detach()
+        loss_sum += objective.own_loss(loss).detach()
     norm = clip_gradients(objective.parameters(), settings.optim.clip)
     guard.step(norm)  # not applied if the norm is not finite
     guard.optimizer.zero_grad()
-    return loss_sum / max(1.0, valid), norm
+    return loss_sum / max(1.0, own), norm
 
 
 def train(
@@ -199,15 +201,15 @@ def train(
                     save()
                 with state.timed():
                     batch = data.batch(state.samples, ranks)
-                    targets = sum((b.columns[1] != ops.IGNORE_INDEX).sum() for b in batch)
+                    counts = map(sum, zip(*(part.targets for part in batch), strict=True))
                     # All ranks agree here, at the same step, on events that one of them has seen.
-                    valid, is_stopping, is_written, is_time = ranks.sum(
-                        targets, ranks.stop.is_asked, saver.is_done, progress.is_time
+                    valid, own, is_stopping, is_written, is_time = ranks.sum(
+                        *counts, ranks.stop.is_asked, saver.is_done, progress.is_time
                     )
                     if is_stopping:
                         raise Stopped
                     rate = set_learning_rate(guard.optimizer, state.step, data.steps, s.optim)
-                    loss, norm = train_step(objective, guard, batch, valid, s, ranks)
+                    loss, norm = train_step(objective, guard, batch, valid, own, s, ranks)
                     # Nothing here waits for the device: losses are read when a report needs them.
                     objective.adapt(rate / s.optim.lr)
                     losses.add(state.step + 1, state.samples, loss, norm)

@@ -145,6 +145,12 @@ class MicroBatch(NamedTuple):
     # base inside runs on all ranks or on none, because they gather sharded weights together.
     replayed: int | None
 
+    @property
+    def targets(self) -> tuple[int, int]:
+        """The numbers of targets of all rows, and of those that are not of that source."""
+        counts = (self.columns[1] != IGNORE_INDEX).sum(1)
+        return int(counts.sum()), int(counts[: len(counts) - (self.replayed or 0)].sum())
+
 
 def micro_batches(
     mixture: Mixture,

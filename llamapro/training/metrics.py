@@ -5,11 +5,11 @@ KIND/NUMBER and eval/SET/NUMBER.
 
 A record has a `kind` and a `step`, the number of optimizer steps made:
 
-- `train`, one per logging step: `loss` (nats per token of the global batch; the loss of replayed
-  tokens is multiplied by `replay.weight` and is a KL divergence with `replay.distill`),
-  `learning_rate`, `grad_norm`, `tokens` (trained on so far), `tokens_per_s`, `step_s` (mean seconds
-  per step since the last record), `elapsed_s`, `memory_bytes` (peak); with `replay.hold` also
-  `replay_kl` (geometric moving average, nats per token) and `replay_weight`.
+- `train`, one per logging step: `loss` (nats per token of the global batch, without replayed tokens
+  where these have a loss or weight of their own), `learning_rate`, `grad_norm`, `tokens` (trained
+  on so far), `tokens_per_s`, `step_s` (mean seconds per step since the last record), `elapsed_s`,
+  `memory_bytes` (peak); with `replay.hold` also `replay_kl` (geometric moving average, nats per
+  token) and `replay_weight`.
 - `eval`, one per validation set and evaluation: `set` (its name), `loss`, `perplexity`, `tokens`
   (of the set), `tokens_seen` (trained on so far). At step 0 the model is still the base.
 - `save`, one per training checkpoint: `blocked_s` (seconds that training waited), `total_s`.

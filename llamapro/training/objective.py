@@ -36,6 +36,10 @@ class NextToken(nn.Module):
     def resume(self, control: dict[str, float | None]) -> None:
         """Continues from an earlier `control`."""
 
+    def own_loss(self, loss: Tensor) -> Tensor:
+        """Returns the part of the last micro-batch's loss that is not of replayed sequences."""
+        return loss
+
     def forward(
         self,
         input_ids: Tensor,
@@ -77,9 +81,14 @@ class Replay(NextToken):
         super().__init__(model)
         self.weight: float | Tensor = replay.weight
         self.distill = replay.distill
+        self._own_loss = torch.zeros(())
         record = model.config.expansion
         assert record is not None  # `checks.check` refuses replay where every weight trains
         self.new_layers, self.base_vocab_size = record.new_layers, record.base_vocab_size
+
+    def own_loss(self, loss: Tensor) -> Tensor:
+        """As `NextToken.own_loss`: the domain's loss alone."""
+        return self._own_loss
 
     def forward(
         self,
@@ -118,6 +127,7 @@ class Replay(NextToken):
         self, losses: tuple[Tensor, Tensor], replayed: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Joins loss sum and number of targets of the domain's sequences with those of replay."""
+        self._own_loss = losses[0].detach()
         if replayed is None:
             return losses
         return losses[0] + self.weight * replayed[0], losses[1] + replayed[1]

@@ -125,6 +125,7 @@ class Losses:
             losses = self._ranks.sum(*(loss for _, _, loss, _ in unread)) if unread else []
             state.control = self._objective.control
         for (step, first_sample, _, norm), loss in zip(unread, losses, strict=True):
+            loss = loss or state.loss or 0.0  # 0: all sequences of the step were replayed
             state.loss = loss
             if state.skipped < skipped and not math.isfinite(norm):
                 state.skipped += 1
