@@ -97,10 +97,13 @@ def launch(script: str, argv: Sequence[str], processes: int) -> int:
     # A rank that only lost the others has this status, and leaves the message to them.
     codes = {rank: code for rank, code in codes.items() if code != USER_ERROR} or codes
     code = next(iter(codes.values()))
-    status = code if code > 0 else 128 - code  # negative after a signal
     failed = ", ".join(f"rank {rank}" for rank in codes)
-    note(f"{failed} ended with exit status {status}")
-    return status
+    if code > 0:
+        note(f"{failed} ended with exit status {code}")
+        return code
+    why = " (the machine may lack memory)" * (-code == signal.SIGKILL)
+    note(f"{failed} was killed by signal {-code}{why}; the same command continues the run")
+    return USER_ERROR
 
 
 def _read_message(file: Path) -> str:
