@@ -8,6 +8,7 @@ A checkpoint to read may be hf://owner/name[@revision] (pip install -e '.[hub]')
 An output directory appears when it is complete. --json prints the result as one JSON object.
 """
 
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,7 +38,7 @@ def torch_dtype(name: DType | None) -> Any:
 
 @dataclass(kw_only=True)
 class Output:
-    """Options of the commands that write a directory; `then` is the command that follows."""
+    """Options of the commands that write a directory; `then` is what follows."""
 
     then = ""
     force: bool = False
@@ -54,7 +55,7 @@ class FromMeta(Output):
     """The release directory."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create, in Hugging Face layout."""
-    then = "llamapro expand {0.out_dir} EXPANDED_DIR --num-new-blocks N"
+    then = "llamapro expand {} EXPANDED_DIR --num-new-blocks N"
     dtype: DType | None = None
     """Dtype of the result. Default: the release's own."""
     max_position_embeddings: Annotated[int | None, arg(metavar="N")] = None
@@ -79,7 +80,7 @@ class FromGguf(Output):
     """The .gguf file; of a model in several parts, any of them."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create, in Hugging Face layout."""
-    then = "llamapro expand {0.out_dir} EXPANDED_DIR --num-new-blocks N"
+    then = "llamapro expand {} EXPANDED_DIR --num-new-blocks N"
     dtype: DType | None = None
     """Dtype of the result. Default: the file's float32 or float16, else bfloat16."""
 
@@ -125,7 +126,7 @@ class Export(Output):
     """Round to 8 bits, half the size. Without it nothing is lost."""
     force: bool = False
     """Replace FILE, once the new one is complete."""
-    then = "llama-cli -m {0.file}"
+    then = "llama-cli -m {}"
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.export import export_gguf
@@ -159,7 +160,7 @@ class Expand(Output):
     """Control tokens to add, such as '<|im_start|>'; their rows start as the mean of all rows."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in GB (10^9 bytes)."""
-    then = "llamapro train --config PRESET --model.path {0.out_dir} --data.train PATH... --dry-run"
+    then = "llamapro train --config PRESET --model.path {} --data.train PATH... --dry-run"
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.expand import choose_layout, expand_checkpoint
@@ -221,7 +222,7 @@ class Merge(Output):
     more_and_out: Annotated[Positional[tuple[Path, ...]], arg(metavar="[BLOCKS ...] OUT_DIR")]
     """More BLOCKS, if any, then the checkpoint directory to create."""
     out_dir = Path()
-    then = "llamapro evaluate {0.out_dir} --against BASE_DIR --data FILE..."
+    then = "llamapro evaluate {} --against BASE_DIR --data FILE..."
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.merge import merge, render
@@ -325,12 +326,7 @@ Command = FromMeta | FromGguf | Expand | Adopt | Merge | Strip | ToMeta | Export
 
 
 def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
-    """Runs the command; `llamapro expand` and the like come here with their own `prog`.
-
-    Args:
-        argv: the command and its options; None for those of the process.
-        prog: the name of the program in the help texts.
-    """
+    """Runs the command in `argv`, or that of the process, with the help text of program `prog`."""
     about = (__doc__ or "").replace("convert.py", prog)
     command = cli.arguments(Command, argv, prog, description=about)
     for field in fields(command):
@@ -340,7 +336,9 @@ def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
         elif isinstance(value, tuple) and field.name == "more_and_out":
             setattr(command, field.name, tuple(map(user_path, value)))
     result, text = command.run()
-    text += f"\nnext: {command.then.format(command)}" if command.then else ""
+    if command.then:
+        out = getattr(command, "out_dir", None) or getattr(command, "file", "")
+        text += f"\nnext: {command.then.format(shlex.quote(str(out)))}"
     cli.print_result(result, command.json, text)
     if result.get("hf", {}).get("passed") is False:
         raise SystemExit(1)

@@ -6,6 +6,7 @@ shift (Appendix G): the tuned model writes greedily, and the base ranks each tok
 """
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -292,7 +293,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m llamapro.evaluate
         result = evaluate(args)
     text = render(result)
     if args.against and args.dir.is_dir() and not (args.blocks or args.skip_new_blocks):
-        text += f"\nnext: llamapro push {args.dir} OWNER/NAME --dry-run"
+        text += f"\nnext: llamapro push {shlex.quote(str(args.dir))} OWNER/NAME --dry-run"
     cli.print_result(result, args.json, text)
 
 
