@@ -1,6 +1,7 @@
 """Mistakes in the settings of a run, all of them found before anything starts."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 
@@ -71,6 +72,9 @@ def check(settings: Settings, world_size: int) -> None:
         ]
     if not s.train.steps and s.train.epochs <= 0:
         wrong.append(f"train.epochs is {s.train.epochs}, expected more than 0")
+    wrong += ["data.cache_dir is empty"] * (not s.data.cache_dir)
+    twice = [source for source, n in Counter(s.data.train).items() if n > 1]
+    wrong += [f"data.train: {x!r} comes twice, for which there is data.weights" for x in twice]
     wrong += [f"data.weights: {w} is not more than 0" for w in s.data.weights if w <= 0]
     for key, value in flat.items():  # TOML and the command line take nan and inf
         numbers = value if isinstance(value, tuple) else (value,)

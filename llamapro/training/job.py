@@ -5,10 +5,12 @@ The texts that a run prints before its first step and after its last one are mad
 
 import hashlib
 import math
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -98,6 +100,11 @@ class Job:
         preset = Path(settings.config).stem or "run"
         run_dir = user_path(settings.run_dir or f"runs/{preset}")
         earlier = training_checkpoints(run_dir)
+        sources = [user_path(path) for path in chain(settings.data.train, *val.values())]
+        is_source = run_dir.exists() and any(p.exists() and p.samefile(run_dir) for p in sources)
+        if not earlier and (is_source or (run_dir / "config.json").exists()):
+            held = "is data of the run" if is_source else "holds a model"
+            raise ConfigError(f"run_dir {run_dir}: {held}; give the run a directory of its own")
         resume_from = earlier[-1] if earlier else None
         if template is not None and template.prints_date:
             settings = _with_date(settings, resume_from)
@@ -193,6 +200,8 @@ class Job:
                 TemporaryDirectory(dir=folder).cleanup()  # the next line tries a disk once
                 filesystem.lacks(folder)
             except OSError as error:
+                if directory == cache_dir and any(directory.glob("*/index.json")):
+                    continue  # a cache that is read, and not written, is enough
                 raise ConfigError(f"{name} {directory}: not usable: {reason(error)}") from None
         s, plan, text = self.settings, self.plan, render(self.plan, self.settings)
         if s.data.format == "chat":
@@ -234,7 +243,7 @@ class Job:
         done = f"{self.run_dir}: {state.step} steps done"
         lines.insert(0, f"{done}; {', '.join(losses)}" if losses else done)
         model = self.settings.model.path or self.settings.model.config
-        lines.append(f"next: llamapro merge {model} {self.run_dir} OUT_DIR")
+        lines.append(f"next: llamapro merge {shlex.join((model, str(self.run_dir)))} OUT_DIR")
         return result, "\n".join(lines)
 
 

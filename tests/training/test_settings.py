@@ -240,6 +240,8 @@ def test_valid_settings_pass() -> None:
             "set train.trainable to 'all'",
         ),
         ({"data__train": ()}, "data.train is empty"),
+        ({"data__train": ("a", "b", "a")}, "data.train: 'a' comes twice"),
+        ({"data__cache_dir": ""}, "data.cache_dir is empty"),
         ({"data__weights": (1.0, 2.0)}, "2 numbers for 1 sources"),
         ({"data__weights": (0.0,)}, "data.weights: 0.0 is not more than 0"),
         ({"data__weights": (float("nan"),)}, "data.weights is (nan,), expected finite"),

@@ -1,7 +1,9 @@
 """How a run starts, or goes on: its plan, what is refused before it, and what may change."""
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from llamapro import expansion
+from llamapro import expansion, filesystem
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import training_checkpoints, write_manifest
 from llamapro.conversion.expand import expand_checkpoint
@@ -128,6 +130,38 @@ def test_dry_run_tries_the_cache_s_place_too(run: Callable[..., Path], tmp_path:
     for path in ("file", "file/cache"):
         with pytest.raises(ConfigError, match=r"data\.cache_dir .*file.*: not usable: Not a dir"):
             run(**{"dry_run": "", "data__cache_dir": tmp_path / path})
+
+
+def test_a_run_directory_that_is_something_else_is_refused(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A model, or the data: a run would put its files among theirs."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"run_dir .*: holds a model; give the run a directory"):
+        run(".")
+    (tmp_path / "config.json").rename(tmp_path / "x.txt")
+    with pytest.raises(ConfigError, match=r"run_dir .*: is data of the run; give"):
+        run(".", data__train=tmp_path)
+
+
+def test_dry_run_takes_a_cache_that_is_there_and_cannot_be_written(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system that is mounted read-only, where the run itself would only read."""
+    store, lacks = tmp_path / "cache" / "store", filesystem.lacks
+    store.mkdir(parents=True)
+
+    def read_only(directory: Path) -> set[str]:
+        if directory == store.parent:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return lacks(directory)
+
+    monkeypatch.setattr(filesystem, "lacks", read_only)
+    words = {"dry_run": "", "data__cache_dir": store.parent}
+    with pytest.raises(ConfigError, match="not usable: Read-only"):
+        run(**words)
+    (store / "index.json").write_text("{}")
+    run(**words)
 
 
 def test_dry_run_reads_every_row_of_every_corpus(
