@@ -127,7 +127,7 @@ def ended(preset: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_it_says_first_how_long_it_takes(ended: Ended) -> None:
     """Estimated from a measured step, before anything is made: one of each of 5 variants."""
-    first = ended.first.splitlines()[0]
+    first = next(line for line in ended.first.splitlines() if "trials" in line)
     assert re.match(
         r"5 trials, 2 at a time: about \d.* \(a training step takes .* s with own", first
     )

@@ -329,7 +329,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, tokenizer: Tokenize
     contents = {
         "line.jsonl": (b'{"question"\n', r"line\.jsonl:1: "),
         "latin.jsonl": ('{"question": "ß"}\n'.encode("latin-1"), r"latin\.jsonl:1: not UTF-8"),
-        "broken.json": (b"[", r"broken\.json:1: not JSON"),
+        "broken.json": (b"[", r"broken\.json:1: not one list in JSON"),
         "one.json": (b"{\n}", r"one\.json:1: expected a list of questions, or one per line"),
         "text.txt": (b"x", r"text\.txt:1: not one of \.jsonl"),
         "damaged.parquet": (b"PAR1", r"damaged\.parquet"),
