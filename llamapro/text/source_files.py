@@ -27,6 +27,8 @@ ARCHIVES = (*".zip .tar .tgz .tbz2 .txz .7z .rar .zst .zstd .lz4 .lzma .gzip .br
 # Data of other libraries, which is binary.
 _FOREIGN = (*".feather .orc .avro .npy .npz .h5 .hdf5 .pkl .xlsx .tfrecord .mds .bin .pq".split(),)
 
+MAX_PATTERN = 4096  # characters, as of a path on Linux
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -59,7 +61,9 @@ def find_files(patterns: Sequence[str]) -> list[SourceFile]:
         literal = os.path.expanduser(pattern)
         matched: list[SourceFile] = []
         # A name that exists is taken literally, even if it contains '[' or '*'.
-        matches = [literal] if os.path.exists(literal) else glob.glob(literal, recursive=True)
+        matches = [literal] if os.path.exists(literal) else []
+        if not matches and len(literal) < MAX_PATTERN:  # longer ones could take minutes
+            matches = glob.glob(literal, recursive=True)
         for match in sorted(matches):
             if os.path.isdir(match):
                 seen = set() if match == literal else {""}  # what a glob finds is not named

@@ -62,6 +62,15 @@ def test_pattern_without_files_is_refused(tmp_path: Path, pattern: str) -> None:
     assert pattern in str(error.value)
 
 
+def test_a_pattern_longer_than_any_path_is_not_searched_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python takes minutes for 50,000 brackets."""
+    monkeypatch.setattr("glob.glob", lambda *_, **__: pytest.fail("searched"))
+    with pytest.raises(DataError, match="no such file"):
+        find_files(["a" + "[" * 50_000])
+
+
 @pytest.mark.parametrize("pattern", ["saved", "saved/train", "saved/train/*.arrow"])
 def test_datasets_saved_as_arrow_are_refused(tmp_path: Path, pattern: str) -> None:
     """The message for a folder of `datasets.save_to_disk` says how to save it as parquet."""
