@@ -152,7 +152,8 @@ def write_checkpoint(
         shards[-1].append(target)
     total = sum(target.nbytes for target in targets)
     weight_map: dict[str, str] = {}
-    lock, calls = Lock(), list[Future[None]]()
+    lock, call = Lock(), Future[None]()
+    call.set_result(None)
     bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None)
     with bar, ThreadPoolExecutor(1) as beside:
 
@@ -178,11 +179,9 @@ def write_checkpoint(
             write_safetensors(directory / name, checked, threads=2)
             weight_map |= {target.name: name for target in shard}
             if written is not None:
-                for call in calls[-1:]:  # an error is raised soon, and no file has to wait long
-                    call.result()
-                calls.append(beside.submit(written, directory / name))
-        for call in calls:
-            call.result()
+                call.result()  # an error is raised soon, and no file has to wait long
+                call = beside.submit(written, directory / name)
+        call.result()
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / INDEX_FILE, index)

@@ -102,12 +102,19 @@ def check_corpora(corpora: Mapping[str, Sequence[str]]) -> None:
 
     Raises DataError as `find_files`, with the problems of all.
     """
-    find_files([pattern for patterns in corpora.values() for pattern in patterns])
     labels: dict[str, list[str]] = {}
+    problems = []
     for label, patterns in corpora.items():
-        for file in find_files(patterns):
+        try:
+            files = find_files(patterns)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        for file in files:
             if not file.left_out:
                 labels.setdefault(os.path.realpath(file.path), []).append(repr(label))
+    if problems:
+        raise DataError("\n".join(problems))
     shared = [f"{path}: is in {' and '.join(of)}" for path, of in labels.items() if len(of) > 1]
     if shared:
         warn(shared[0] + (f"; {len(shared) - 1:,} more are in several" if shared[1:] else ""))
