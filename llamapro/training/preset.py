@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from llamapro import cli
 from llamapro.errors import ConfigError, suggest
 from llamapro.files import user_path
+from llamapro.formatting import flatten
 from llamapro.scripts import CONFIGS
 from llamapro.training.settings import Settings
 
@@ -95,24 +96,27 @@ def read_toml(
     if not with_hold and isinstance(raw.get("replay"), dict):
         raw["replay"].pop("hold", None)
     wrong: list[str] = []
-    settings = _build(kind, raw, "", wrong)
+    known_keys = [*flatten(dataclasses.asdict(kind()))]  # type: ignore[call-overload]
+    settings = _build(kind, raw, "", known_keys, wrong)
     if wrong:
         raise ConfigError(f"{path}: " + "; ".join(wrong))
     return settings
 
 
-def _build(kind: Any, raw: dict[str, Any], prefix: str, wrong: list[str]) -> Any:
+def _build(
+    kind: Any, raw: dict[str, Any], prefix: str, known_keys: list[str], wrong: list[str]
+) -> Any:
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in raw.items():
         name = prefix + key
         if key not in hints:
-            of = [n for n in Settings().flat() if n.endswith(f".{key}")]
-            hint = suggest(key, of, cutoff=0) or suggest(key, list(hints), cutoff=0.5)
+            elsewhere = [known for known in known_keys if known.endswith(f".{key}")]
+            hint = suggest(key, elsewhere, cutoff=0) or suggest(key, list(hints), cutoff=0.5)
             wrong.append(f"unknown key {name!r}{hint}")
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, dict):
-                values[key] = _build(hints[key], value, name + ".", wrong)
+                values[key] = _build(hints[key], value, name + ".", known_keys, wrong)
             else:
                 wrong.append(f"{name} is {value!r}, expected a table [{name}]")
         else:

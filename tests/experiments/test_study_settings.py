@@ -74,6 +74,10 @@ def test_an_unknown_key_of_a_preset_is_told(tmp_path: Path) -> None:
         settings("--preset", str(tmp_path / "mine.toml"))
     with pytest.raises(ConfigError, match="no such preset"):
         settings("--preset", "huge")
+    (tmp_path / "mine.toml").write_text("lr = 1\n")  # a key of train.py's presets
+    with pytest.raises(ConfigError) as caught:
+        settings("--preset", str(tmp_path / "mine.toml"))
+    assert "optim.lr" not in str(caught.value)
 
 
 def test_the_preset_of_a_real_base_is_possible() -> None:
