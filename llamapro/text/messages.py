@@ -39,18 +39,19 @@ class Forms:
             call = {"id": "123456789", "type": "function", "function": function}
             return show({"role": "assistant", "content": "", "tool_calls": [call]})
 
-        self._takes_parts = cache(takes_parts)
-        # Whether it takes a call's arguments as an object, and puts a text of JSON in quotes.
-        said = show_call(json.dumps({_PROBE: 1}, ensure_ascii=False))
-        is_refused = not said and _PROBE in show_call({_PROBE: 1})
-        self._takes_objects = is_refused or f'\\"{_PROBE}' in said
+        def needs_objects() -> bool:
+            """Whether it fails for arguments that are a text of JSON, or puts them in quotes."""
+            said = show_call(json.dumps({_PROBE: 1}, ensure_ascii=False))
+            return f'\\"{_PROBE}' in said if said else _PROBE in show_call({_PROBE: 1})
+
+        self._takes_parts, self._needs_objects = cache(takes_parts), cache(needs_objects)
 
     def view(self, message: Message) -> dict[str, Any]:
         """Returns a message as the template takes it, its reasoning under transformers' names."""
         view = {key: value for key, value in message.items() if key != PARTS}
         if (texts := message.get(PARTS)) and self._takes_parts(message["role"]):
             view["content"] = [{"type": "text", "text": text} for text in texts]
-        if self._takes_objects and message.get("tool_calls"):
+        if message.get("tool_calls") and self._needs_objects():
             view["tool_calls"] = [*map(_with_object, message["tool_calls"])]
         if said := next((message[key] for key in REASONING if message.get(key)), None):
             view |= {"reasoning_content": said, "thinking": message.get("thinking") or said}
