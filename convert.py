@@ -38,7 +38,7 @@ def torch_dtype(name: DType | None) -> Any:
 
 @dataclass(kw_only=True)
 class Output:
-    """Options of the commands that write a directory; `then` is what follows."""
+    """Options of the commands that write a directory; `then` is the command that follows."""
 
     then = ""
     force: bool = False
@@ -55,7 +55,7 @@ class FromMeta(Output):
     """The release directory."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create, in Hugging Face layout."""
-    then = "llamapro expand {} EXPANDED_DIR --num-new-blocks N"
+    then = "llamapro expand {out_dir} EXPANDED_DIR --num-new-blocks N"
     dtype: DType | None = None
     """Dtype of the result. Default: the release's own."""
     max_position_embeddings: Annotated[int | None, arg(metavar="N")] = None
@@ -80,7 +80,7 @@ class FromGguf(Output):
     """The .gguf file; of a model in several parts, any of them."""
     out_dir: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
     """The checkpoint directory to create, in Hugging Face layout."""
-    then = "llamapro expand {} EXPANDED_DIR --num-new-blocks N"
+    then = "llamapro expand {out_dir} EXPANDED_DIR --num-new-blocks N"
     dtype: DType | None = None
     """Dtype of the result. Default: the file's float32 or float16, else bfloat16."""
 
@@ -126,7 +126,7 @@ class Export(Output):
     """Round to 8 bits, half the size. Without it nothing is lost."""
     force: bool = False
     """Replace FILE, once the new one is complete."""
-    then = "llama-cli -m {}"
+    then = "llama-cli -m {file}"
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.export import export_gguf
@@ -160,7 +160,7 @@ class Expand(Output):
     """Control tokens to add, such as '<|im_start|>'; their rows start as the mean of all rows."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in GB (10^9 bytes)."""
-    then = "llamapro train --config PRESET --model.path {} --data.train PATH... --dry-run"
+    then = "llamapro train --config PRESET --model.path {out_dir} --data.train PATH... --dry-run"
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.expand import choose_layout, expand_checkpoint
@@ -222,7 +222,7 @@ class Merge(Output):
     more_and_out: Annotated[Positional[tuple[Path, ...]], arg(metavar="[BLOCKS ...] OUT_DIR")]
     """More BLOCKS, if any, then the checkpoint directory to create."""
     out_dir = Path()
-    then = "llamapro evaluate {} --against BASE_DIR --data FILE..."
+    then = "llamapro evaluate {out_dir} --against BASE_DIR --data FILE..."
 
     def run(self) -> tuple[dict[str, Any], str]:
         from llamapro.conversion.merge import merge, render
@@ -337,8 +337,8 @@ def main(argv: list[str] | None = None, prog: str = "convert.py") -> None:
             setattr(command, field.name, tuple(map(user_path, value)))
     result, text = command.run()
     if command.then:
-        out = getattr(command, "out_dir", None) or getattr(command, "file", "")
-        text += f"\nnext: {command.then.format(shlex.quote(str(out)))}"
+        paths = {n: shlex.quote(str(getattr(command, n, ""))) for n in ("out_dir", "file")}
+        text += f"\nnext: {command.then.format(**paths)}"
     cli.print_result(result, command.json, text)
     if result.get("hf", {}).get("passed") is False:
         raise SystemExit(1)

@@ -281,6 +281,15 @@ def test_missing_library_is_told_with_its_extra(
         Tokenizer.load(path)
 
 
+def test_a_missing_library_is_not_called_damaged_files(
+    tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every installation has sentencepiece; a broken one has to say so itself."""
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match="sentencepiece"):
+        Tokenizer.load(tokenizer_file)
+
+
 def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     """The message says that the path does not exist."""
     with pytest.raises(DataError, match=r"nowhere: no such tokenizer"):

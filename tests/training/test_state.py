@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from llamapro.errors import CheckpointError
-from llamapro.training.state import ENOUGH, RECENT, RunState, find_spike
+from llamapro.training.state import ENOUGH, RECENT, Losses, RunState, find_spike
 
 USUAL = [2.0 + 0.01 * (i % 5) for i in range(RECENT)]  # quartiles 2.01 and 2.03
 
@@ -59,3 +62,15 @@ def test_a_state_comes_back_from_its_json() -> None:
     del saved["samples"]
     with pytest.raises(CheckpointError, match=r"^step: state\.json has no 'samples'$"):
         RunState.from_json(saved, Path("step"))
+
+
+def test_a_step_of_replayed_sequences_alone_keeps_the_loss_before_it() -> None:
+    """It has none of the domain; after a 0 the next one would be a spike."""
+    state, found = RunState(loss=2.5), list[str]()
+    guard = SimpleNamespace(check=lambda: (0, 0, False))
+    ranks = SimpleNamespace(sum=lambda *numbers: [float(number) for number in numbers])
+    objective = SimpleNamespace(control={})
+    losses: Any = Losses(state, guard, ranks, 3.0, found.append, objective)  # type: ignore[arg-type]
+    losses.add(1, 0, torch.tensor(0.0), torch.tensor(1.0))
+    losses.read()
+    assert state.loss == 2.5 and state.recent_losses == [2.5] and not found

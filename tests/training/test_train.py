@@ -248,11 +248,11 @@ def test_a_run_ends_with_what_it_forgot_and_the_next_command(
 ) -> None:
     """The change of each set; what would hold one that is worse; where the new blocks go."""
     settings = parse(["--model.path", "pro", *options])
-    job: Any = SimpleNamespace(settings=settings, run_dir=Path("run"))
+    job: Any = SimpleNamespace(settings=settings, run_dir=Path("my run"))
     state = RunState(step=6, eval={"code": 4.5, "wiki": 3.1, "new": 2.0, "same": 1.009})
     state.base_eval = {"code": 5.0, "wiki": 3.0, "same": 1.0}
     _, text = Job.result(job, state)
     told = "code 4.5000 (-0.5000), wiki 3.1000 (+0.1000), new 2.0000, same 1.0090 (+0.0090)"
     worse = [f"wiki is worse by 0.100 nats per token; {fix}"] if fix else []
-    next_command = "next: llamapro merge pro run OUT_DIR"
-    assert text.splitlines() == [f"run: 6 steps done; {told}", *worse, next_command]
+    next_command = "next: llamapro merge pro 'my run' OUT_DIR"
+    assert text.splitlines() == [f"my run: 6 steps done; {told}", *worse, next_command]

@@ -26,13 +26,14 @@ def test_expand_says_what_it_did_and_copies_companions(
     convert: Convert, base: Path, tmp_path: Path
 ) -> None:
     """New blocks, sources and the verification are told; tokenizer and generation files travel."""
-    status, out, _ = convert("expand", base, tmp_path / "pro", "--num-new-blocks", 2)
-    assert status == 0
+    made = tmp_path / "my pro"
+    status, out, _ = convert("expand", base, made, "--num-new-blocks", 2)
+    assert status == 0 and f"--model.path '{made}' --data.train" in out
     assert "4 -> 6 layers" in out and "new blocks   [2, 5]" in out and "[1, 3]" in out
     assert "bit-equal to the base's" in out
     for name in ("tokenizer.model", "generation_config.json"):
-        assert (tmp_path / "pro" / name).read_bytes() == (base / name).read_bytes()
-    config = json.loads((tmp_path / "pro" / "config.json").read_text())
+        assert (made / name).read_bytes() == (base / name).read_bytes()
+    config = json.loads((made / "config.json").read_text())
     assert config["num_hidden_layers"] == 6
     assert config["llamapro"]["new_layers"] == [2, 5]
     assert config["llamapro"]["source_layers"] == [1, 3]
