@@ -80,8 +80,16 @@ WriteParquet = Callable[..., Path]
         ("a.jsonl", '{"text": "日"}'.encode("iso2022_jp"), r"a\.jsonl:1: ISO-2022-JP; convert"),
         ("a.txt", "안녕하세요".encode("iso2022_kr"), r"a\.txt: ISO-2022-KR; convert"),
         ("a.txt", "中文，文本。\n又一行\n再一行".encode("hz"), r"a\.txt: HZ; convert it to UTF-8$"),
-        ("a.txt", gzip.compress(b"x"), r"a\.txt: packed by gzip under another name; rename"),
-        ("a.jsonl", gzip.compress(b"{}"), r"a\.jsonl:1: packed by gzip under another name"),
+        (
+            "a.txt",
+            gzip.compress(b"x", mtime=0),
+            r"a\.txt: packed by gzip under another name; rename",
+        ),
+        (
+            "a.jsonl",
+            gzip.compress(b"{}", mtime=0),
+            r"a\.jsonl:1: packed by gzip under another name",
+        ),
         ("a.docx", b"PK\3\4x", r"a\.docx: a zip archive, as \.docx"),
         ("a.txt", b"{\\rtf1\\ansi Hello}", r"a\.txt: RTF; convert it to text"),
         ("a.pdf", b"%PDF-1.4\nHello", r"a\.pdf: PDF; convert it to text"),
