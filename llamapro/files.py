@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -25,6 +26,8 @@ from llamapro.errors import CheckpointError, ConfigError, UserError
 # which take gigabytes when parsed; that of a LLaMA with 1,000 layers has 1.5 MB.
 MAX_JSON_BYTES = 1 << 24
 REPLACED = "replaced-"  # before the name of a directory that is being replaced
+# Of a shell: at the beginning of a name, or in braces.
+_VARIABLE = re.compile(r"(?:^|/)\$[A-Za-z_]|\$\{\w")
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
@@ -34,8 +37,10 @@ def user_path(path: str | Path) -> Path:
     Raises ConfigError if the path begins in the home directory and there is none, as in some
     containers, or if a variable of the shell is in it.
     """
-    if (meant := os.path.expandvars(path)) != str(path) and not os.path.exists(path):
-        raise ConfigError(f"{path}: variables are not replaced in a path; write {meant}")
+    meant, unset = os.path.expandvars(path), _VARIABLE.search(str(path))
+    if (meant != str(path) or unset) and not os.path.exists(path):
+        fix = f"write {meant}" if meant != str(path) else "write what it stands for"
+        raise ConfigError(f"{path}: variables are not replaced in a path; {fix}")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -137,8 +142,9 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         if not is_created:
             raise ConfigError(f"{path}: cannot be created: {error.strerror}") from None
+        file = str(error.filename or path).replace(str(aside), str(path))
         raise CheckpointError(
-            f"{error.filename or path}: {reason(error)} while writing {path}; "
+            f"{file}: {reason(error)} while writing {path}; "
             "the partial output was removed, nothing else was changed"
         ) from None
 

@@ -160,11 +160,14 @@ def test_a_home_that_is_not_there_is_one_message(monkeypatch: pytest.MonkeyPatch
 def test_a_variable_in_a_path_is_refused_and_makes_no_directory_of_that_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A preset is no shell; a name that exists, or that no variable has, is taken as it is."""
+    """A preset is no shell; a name that exists, or has its $ elsewhere, is taken as it is."""
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     with pytest.raises(ConfigError, match=rf"^\$SCRATCH/x: variables are not .*write {tmp_path}/x"):
         user_path("$SCRATCH/x")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "$SCRATCH").mkdir()
-    for name in ("$SCRATCH", "$nothing/x"):
+    for name in ("$nothing/x", "runs/${nothing}"):
+        with pytest.raises(ConfigError, match=r"variables are not .*write what it stands for"):
+            user_path(name)
+    for name in ("$SCRATCH", "at-5$/x", "price$usd", "$5"):
         assert user_path(name) == Path(name)
