@@ -11,6 +11,7 @@ from typing import Any
 
 from llamapro.errors import DataError, warn
 from llamapro.text.rows import COMPRESSED, has_rows
+from llamapro.text.store import CACHE_TAG
 
 # Beside tables these describe them, and are no data: a data card, a licence, a loader.
 _CARD = re.compile(
@@ -50,7 +51,7 @@ class SourceFile:
 def find_files(patterns: Sequence[str]) -> list[SourceFile]:
     """Returns the files that paths, globs (`**` allowed) and folders name, each once.
 
-    Folders are walked recursively, by name, without hidden entries and `__pycache__`. Raises
+    Folders are walked recursively, by name, without hidden entries and caches. Raises
     DataError if no pattern is given, a pattern matches no file, or a file is Arrow's.
     """
     files: dict[str, SourceFile] = {}
@@ -183,7 +184,7 @@ def _unreadable(path: str | Path) -> str:
 def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
     """Yields the files below a folder, following links, each folder once.
 
-    Installed packages and runs, which lie beside code, are left out, unless the folder is theirs.
+    Installed packages, runs and caches are left out, unless the folder is theirs.
     """
     real = os.path.realpath(folder)
     if real in seen:
@@ -199,6 +200,8 @@ def _walk(folder: Path, seen: set[str]) -> Iterator[SourceFile]:
         return
     if len(seen) > 1 and {"run.json", "metrics.jsonl"} <= names:
         yield SourceFile(folder, False, "a run directory")
+        return
+    if len(seen) > 1 and CACHE_TAG in names:  # not named: the run's own is there from its start on
         return
     if {"blobs", "refs", "snapshots"} <= names:  # Hugging Face's cache
         entries = [entry for entry in entries if entry.name == "snapshots"]

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llamapro.errors import DataError, note
-from llamapro.files import directory_aside, parse_json, reason, refuse_large, user_path
+from llamapro.files import directory_aside, parse_json, reason, refuse_large, user_path, write_file
 from llamapro.known_hashes import WHOLE, known_hashes
 
 INDEX_FILE = "index.json"
+CACHE_TAG = "CACHEDIR.TAG"  # by which backups, and corpora, leave a cache out
 MAX_INDEX_BYTES = 1 << 28  # enough to name two million files of a corpus
 SHARD_TOKENS = 1 << 28
 _COPIED_BYTES = 1 << 24
@@ -215,6 +216,8 @@ def write_store(directory: Path, index: dict[str, Any], arrays: Iterable[NDArray
             index = index | {"tokens": sum(s["tokens"] for s in shards), "shards": shards}
             text = json.dumps(index, indent=1, default=asdict) + "\n"
             (aside / INDEX_FILE).write_text(text, encoding="utf-8")
+        if not (tag := directory.parent / CACHE_TAG).exists():
+            write_file(tag, "Signature: 8a477f597d28d172789f06886806bc55\n")
     except OSError as error:
         raise DataError(
             f"{directory.parent}: {reason(error)} while writing tokens; the partial output was "

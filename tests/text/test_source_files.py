@@ -154,6 +154,13 @@ def test_installed_packages_beside_code_are_left_out(tmp_path: Path) -> None:
     assert [file.path.name for file in asked] == ["b.py", "pyvenv.cfg", "c.js"]
 
 
+def test_a_cache_of_tokens_within_a_corpus_is_left_out(tmp_path: Path, make: Tokenize) -> None:
+    """Its index and hashes are no tables of the corpus; the next start finds the same text."""
+    (tmp_path / "a.txt").write_text("text")
+    assert make(tmp_path).path == make(tmp_path).path
+    assert [file.path.name for file in find_files([str(tmp_path)])] == ["a.txt"]
+
+
 def test_files_without_a_row_are_left_out_and_named(
     tmp_path: Path, make: Tokenize, write_parquet: WriteParquet, capsys: pytest.CaptureFixture[str]
 ) -> None:
