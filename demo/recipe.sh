@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 [ $# -eq 4 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
 base=$1 out=$2
 
-run() { printf '\033[36m$ %s\033[0m\n' "$*" >&2; "$@"; }
+run() { printf '$ %s\n' "$*" >&2; "$@"; }
 train() { run torchrun --nproc-per-node "${PROCESSES:-8}" train.py "$@"; }
 
 [ -e "$out/expanded" ] ||

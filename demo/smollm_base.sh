@@ -4,7 +4,7 @@
 # and smollm-out/labels (short ones of common words) of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-run() { printf '\033[36m$ %s\033[0m\n' "$*"; "$@"; }
+run() { printf '$ %s\n' "$*"; "$@"; }
 
 out=smollm-out
 mkdir -p $out
