@@ -232,6 +232,11 @@ class Tokenizer:
 
         Raises DataError as `encode`, or if the text is empty and the tokenizer names neither.
         """
+        if found := [name for name in self.special_tokens if name in text]:
+            warn(
+                f"{found[0]!r} in the prompt is plain characters here, in transformers the token; "
+                "'llamapro chat' puts tokens around turns"
+            )
         named = [i for i in (self.bos_id, self.eos_id) if i is not None]
         ids = self.encode(text, bos=True) or named[:1]
         if not ids:
