@@ -32,8 +32,8 @@ from llamapro.inference.options import ComputeOptions
 from llamapro.inference.sampling import end_ids
 from llamapro.model import LlamaForCausalLM
 from llamapro.ops import IGNORE_INDEX
-from llamapro.text.corpus import encode_pieces
-from llamapro.text.documents import Counts, Piece, read_pieces
+from llamapro.text.corpus import encode_pieces, read_counted
+from llamapro.text.documents import Counts, Piece
 from llamapro.text.source_files import find_files
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.objective import NextToken
@@ -56,7 +56,7 @@ def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
     documents: list[list[int]] = []
     pieces: list[Piece] = []
     try:
-        for piece in read_pieces(find_files([pattern]), text_key, counts, pattern):
+        for piece in read_counted(find_files([pattern]), tokenizer, text_key, counts, pattern):
             pieces.append(piece)
             if piece.is_last:
                 ids = encode_pieces(pieces, tokenizer)
@@ -64,6 +64,7 @@ def read_text(pattern: str, tokenizer: Tokenizer, text_key: str) -> Text:
                 pieces = []
     except DataError as error:  # the option has another name in training
         raise DataError(str(error).replace("--data.text-key", "--text-key")) from None
+    counts.end = ""  # the option that begins documents there is of training alone
     note(f"{pattern}: {counts.describe()}")
     unpredicted = 0
     if not tokenizer.prefix:  # a space that the tokenizer put first is none of the text's bytes

@@ -5,6 +5,7 @@ leaves what was there before. `output_directory` reports to the user; `directory
 `write_file` raise OSError, for callers with a message of their own.
 """
 
+import codecs
 import errno
 import json
 import math
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import filesystem
-from llamapro.errors import CheckpointError, ConfigError, UserError
+from llamapro.errors import CheckpointError, ConfigError, UserError, warn
 
 # The largest JSON file or safetensors header that is read. The format allows headers of 100 MB,
 # which take gigabytes when parsed; that of a LLaMA with 1,000 layers has 1.5 MB.
@@ -251,9 +252,13 @@ def read_json(
     """
     refuse_large(file, max_bytes, error)
     try:
-        return parse_json(file.read_bytes())
+        content = file.read_bytes()
+        parsed = parse_json(content)
     except (OSError, ValueError, RecursionError) as problem:
         raise error(f"{file}: damaged: {type(problem).__name__}: {problem}") from None
+    if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        warn(f"{file}: begins with a byte order mark; transformers reads UTF-8 without one alone")
+    return parsed
 
 
 def refuse_large(

@@ -296,6 +296,19 @@ def test_what_decides_the_computation_must_be_that_of_the_base(change: dict[str,
     ModelConfig.from_dict(raw | change)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    """Files are copied as they are, and transformers cannot read one that begins with it."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA_2_7B), encoding=encoding)
+    assert ModelConfig.from_file(file) == ModelConfig.from_dict(LLAMA_2_7B)
+    assert f"{file}: begins with a byte order mark" in capsys.readouterr().err
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        transformers.AutoConfig.from_pretrained(tmp_path)
+
+
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     """Missing, not JSON, not an object, not text: each a ConfigError that names the file."""
     file = tmp_path / "config.json"

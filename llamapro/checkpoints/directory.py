@@ -168,7 +168,9 @@ def _weight_files(path: Path) -> list[Path]:
                 r"[^/\\\x00-\x1f\x7f]+\.safetensors", name
             ):
                 shown = repr(name)[:80]
-                raise CheckpointError(f"{index}: shard name {shown} is not a plain file name")
+                raise CheckpointError(
+                    f"{index}: shard name {shown} is not a plain file name in .safetensors"
+                )
             if name not in names and not _is_there(path / name):
                 raise CheckpointError(f"{path / name}: missing, but {INDEX_FILE} lists it")
             names.add(name)

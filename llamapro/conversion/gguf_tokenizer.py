@@ -207,6 +207,11 @@ def _sentencepiece(
         raise DataError(
             f"{file}: tokenizer.ggml.scores must list a score for each of {len(tokens):,} tokens"
         )
+    if len({score for score, kind in zip(scores, types, strict=True) if kind == NORMAL}) == 1:
+        raise DataError(
+            f"{file}: tokenizer.ggml.scores are {scores[-1]} for every piece, so the order of the "
+            "merges is lost; use a file whose tokenizer was converted from a tokenizer.model"
+        )
     if odd := [
         t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED and SPACE in t
     ]:

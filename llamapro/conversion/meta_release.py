@@ -244,6 +244,11 @@ def describe(
         )
     wrong.check(CheckpointError, str(file))
     is_tied, is_scaled = shards.is_tied(), bool(params.get("use_scaled_rope"))
+    if is_scaled and not is_tied and dim < 4096:  # smaller than any Llama 3.1
+        warn(
+            f"{file}: does not name RoPE's factor: took Llama 3.1's, 8; a Llama 3.2 of this size, "
+            "untied by training, has 32: correct rope_scaling in the result's config.json"
+        )
     positions = max_position_embeddings or params.get("max_seq_len")
     if positions is None and (is_scaled or vocab == LLAMA_3_VOCAB):
         positions = 131072 if is_scaled else 8192

@@ -21,10 +21,13 @@ from llamapro.text.tokenizer import Tokenizer
 
 GENERATION_FILE = "generation_config.json"
 # Other settings of that file that would change which token is chosen: name -> value that does not.
-_OF_DRAWING = {"top_k": 0, "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+_OF_DRAWING: dict[str, Any] = {"top_k": 0, "min_p": 0, "typical_p": 1, "top_h": None}
+_OF_DRAWING |= {"epsilon_cutoff": 0, "eta_cutoff": 0}
 _OF_LOGITS = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1}
-_OF_LOGITS |= {"min_length": 0, "min_new_tokens": 0, "guidance_scale": 1}
-_LISTS = "bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias stop_strings"
+_OF_LOGITS |= {"min_length": 0, "min_new_tokens": 0, "guidance_scale": 1, "token_healing": False}
+_OF_LOGITS |= {"encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0}
+_LISTS = "bad_words_ids suppress_tokens begin_suppress_tokens sequence_bias stop_strings "
+_LISTS += "force_words_ids constraints watermarking_config dola_layers penalty_alpha max_time"
 _FORCED = "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty max_new_tokens"
 
 

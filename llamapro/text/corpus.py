@@ -93,7 +93,7 @@ def tokenize(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
     def encode(files: Sequence[SourceFile]) -> Iterator[NDArray[Any]]:
-        pieces = _read(files, tokenizer, text_key, counts, label, marker)
+        pieces = read_counted(files, tokenizer, text_key, counts, label, marker)
         yield from _encode_all(pieces, tokenizer, dtype, workers or os.cpu_count() or 1)
 
     def encode_whole() -> Iterator[NDArray[Any]]:
@@ -141,7 +141,7 @@ def check_texts(
         counts = Counts()
         try:
             files, marker = find_files(patterns), markers[label]
-            deque(_read(files, tokenizer, text_key, counts, label, marker), maxlen=0)
+            deque(read_counted(files, tokenizer, text_key, counts, label, marker), maxlen=0)
             counts.check(patterns)
             note(f"{label}: {counts.describe()}")
         except DataError as error:
@@ -180,13 +180,13 @@ def split_at(pieces: Iterator[Piece], marker: str, counts: Counts, label: str) -
         warn(f'{label}: no text has data.split_at {marker!r}; a preset says a line break as "\\n"')
 
 
-def _read(
+def read_counted(
     files: Sequence[SourceFile],
     tokenizer: Tokenizer,
     text_key: str,
     counts: Counts,
     label: str,
-    marker: str,
+    marker: str = "",
 ) -> Iterator[Piece]:
     """Reads files, splits them at the marker, and counts the names of control tokens in them."""
     pieces = read_pieces(files, text_key, counts, label)

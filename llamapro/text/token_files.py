@@ -186,12 +186,13 @@ def names_pattern(tokens: dict[str, AddedToken]) -> re.Pattern[str] | None:
     if not tokens:
         return None
     ordered = sorted(tokens.items(), key=lambda item: len(item[0]), reverse=True)
+    space = r"[^\S\x1c-\x1f]*"  # these four are white space for Python alone
     parts = (
         r"(?<!\w)" * token.single_word
-        + r"\s*" * token.lstrip
+        + space * token.lstrip
         + re.escape(name)
         + r"(?!\w)" * token.single_word
-        + r"\s*" * token.rstrip
+        + space * token.rstrip
         for name, token in ordered
     )
     return re.compile(f"({'|'.join(parts)})")

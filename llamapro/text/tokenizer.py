@@ -232,6 +232,11 @@ class Tokenizer:
 
         Raises DataError as `encode`, or if the text is empty and the tokenizer names neither.
         """
+        if found := [name for name in self.special_tokens if name in text]:
+            warn(
+                f"{found[0]!r} in the prompt is plain characters here, in transformers the token; "
+                "'llamapro chat' puts tokens around turns"
+            )
         named = [i for i in (self.bos_id, self.eos_id) if i is not None]
         ids = self.encode(text, bos=True) or named[:1]
         if not ids:
@@ -258,7 +263,7 @@ class Tokenizer:
         """
         for number, part in enumerate(_split(self._patterns[special], text)):
             if number % 2:  # the name of a token
-                token = self.added[part if part in self.added else part.strip()]
+                token = self.added.get(part) or self._split_off[self._without_space(part)]
                 if token.id >= self._rows:
                     raise DataError(
                         f"{self.path}: a text names {part!r}, token {token.id}, for which the "
@@ -270,6 +275,11 @@ class Tokenizer:
                 plain = part.replace(mark, "") if mark else part
                 yield plain, self._encode_plain(plain, continues)
                 continues = True
+
+    def _without_space(self, part: str) -> str:
+        """Returns the name in a part of a text that has the white space around it, too."""
+        found = (n for n in self._split_off if n in part and not part.replace(n, "", 1).strip())
+        return max(found, key=len)
 
     def ends_of(self, text: str, ids: list[int]) -> list[int] | None:
         """Returns where each token of a text from `encode_parts` ends, in characters of the text.

@@ -328,7 +328,7 @@ def test_an_index_that_leaves_the_directory_is_refused(
     index = json.loads((sharded / INDEX_FILE).read_text())
     index["weight_map"] = dict.fromkeys(index["weight_map"], name)
     (sharded / INDEX_FILE).write_text(json.dumps(index))
-    assert f"shard name {name!r} is not a plain file name" in refusal(sharded)
+    assert f"shard name {name!r} is not a plain file name in .safetensors" in refusal(sharded)
 
 
 @pytest.mark.parametrize(

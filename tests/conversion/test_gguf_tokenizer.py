@@ -206,7 +206,8 @@ def test_a_cut_that_is_not_named_is_the_default_with_a_note(
         ({"merges": ["a zz"]}, "its tokenizer is damaged"),
         ({"bos_token_id": 5000}, "bos_token_id is 5000, expected below 459"),
         ({"model": "llama", "scores": None}, "scores must list a score for each of 459 tokens"),
-        ({"model": "llama", "scores": [0.5] * 459}, "are not those of sentencepiece's BPE"),
+        ({"model": "llama", "scores": [i / 2 for i in range(459)]}, "not those of sentencepiece's"),
+        ({"model": "llama", "scores": [-1000.0] * 459}, "are -1000.0 for every piece"),
         ({"model": "llama", "remove_extra_whitespaces": True}, "whitespaces is true, not supp"),
     ],
 )

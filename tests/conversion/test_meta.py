@@ -318,8 +318,12 @@ def test_llama_3_releases_compute_metas_formula_in_transformers_too(
     make_tensors: Callable[..., dict[str, Tensor]],
     write_release: Callable[..., Path],
     assert_same_release: Callable[[Path, Path], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Scaled frequencies, by 8, or by 32 with tied embeddings; and back to every byte."""
+    """Scaled frequencies, by 8, or by 32 with tied embeddings; and back to every byte.
+
+    No Llama 3.1 is as small, and a Llama 3.2 may have been untied: that 8 is a guess is said.
+    """
     transformers = pytest.importorskip("transformers")
     params = LLAMA_3 | ({"use_scaled_rope": True} if factor else {})
     tensors = make_tensors(params, rope=False)
@@ -327,6 +331,7 @@ def test_llama_3_releases_compute_metas_formula_in_transformers_too(
         tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
     source = write_release(tmp_path / "release", params, tensors, shards, rows=True)
     from_meta(source, tmp_path / "out", None)
+    assert ("took Llama 3.1's, 8; a Llama 3.2" in capsys.readouterr().err) is (kind == "3.1")
     config = ModelConfig.from_file(tmp_path / "out" / "config.json")
     assert config.tie_word_embeddings is (kind == "3.2")
     assert (config.rope_scaling and config.rope_scaling.factor) == factor

@@ -156,6 +156,18 @@ def test_documents_of_a_jsonl_file_are_kept_apart(
     )
 
 
+def test_names_of_control_tokens_are_said_to_be_plain_characters(
+    args: Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in training: transformers takes them for the tokens."""
+    file = tmp_path / "chat.txt"
+    file.write_text("def f(self)</s>return x</s>")
+    text = read_text(str(file), Tokenizer.load(args.dir), "text")
+    assert 2 not in text.documents[0] and text.bytes == len(file.read_text())
+    said = capsys.readouterr().err
+    assert "'</s>' stands in the text 2 times, as plain characters\n" in said
+
+
 def test_each_argument_is_measured_by_itself(args: Args, tmp_path: Path) -> None:
     """Two files and a folder that holds both: three results; tokens add up."""
     names = []

@@ -175,6 +175,19 @@ LINE = " from generation_config.json"
             "repetition_penalty 1.05 of generation_config.json not applied",
         ),
         (
+            {"encoder_repetition_penalty": 1.2, "watermarking_config": {"bias": 2.0}, "top_h": 0.4},
+            {},
+            (0.0, 1.0),
+            "encoder_repetition_penalty 1.2, watermarking_config {'bias': 2.0} of "
+            "generation_config.json not applied",
+        ),
+        (
+            {"do_sample": True, "temperature": 0.7, "top_h": 0.4, "token_healing": False},
+            {},
+            (0.7, 1.0),
+            f"temperature 0.7{LINE}; top_h 0.4 of generation_config.json not applied",
+        ),
+        (
             {"max_new_tokens": 5},
             {},
             (0, 1),

@@ -224,6 +224,18 @@ def test_an_empty_prompt_starts_from_bos_or_eos(make: Make) -> None:
         assert tokenizer.encode_prompt("a") == tokenizer.encode("a", bos=True)
 
 
+def test_a_name_of_a_control_token_in_a_prompt_is_said(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is plain characters here, and the token in transformers."""
+    path = make()
+    ids = Tokenizer.load(path).encode_prompt("a<e>\nb")
+    assert 257 not in ids and 257 in AutoTokenizer.from_pretrained(path)("a<e>\nb").input_ids
+    assert "warning: '<e>' in the prompt is plain characters here" in capsys.readouterr().err
+    Tokenizer.load(path).encode_prompt("a < e >")
+    assert capsys.readouterr().err == ""
+
+
 def test_the_fingerprint_follows_what_stands_around_a_document(make: Make) -> None:
     """It changes with the ids, and is the file's hash where BOS comes first and EOS last."""
     bos, both = POST_PROCESSORS["bos"], POST_PROCESSORS["bos and eos"]

@@ -137,6 +137,18 @@ def test_tokens_are_those_of_transformers_and_differences_are_said(
     assert found == ({ours.eos_id} if case == "EOS is a piece" else set())
 
 
+@pytest.mark.parametrize("name", ["\n<x>", "<x> ", " <x> ", "\n\n"])
+def test_a_name_with_white_space_of_its_own_takes_more_around_it(
+    write: Callable[..., Path], name: str
+) -> None:
+    """What strips is the token's white space; "\\x1c" is none there, though it is in Python."""
+    path = write([*BASE[:2], token(258, name, lstrip=True, rstrip=True)], {})
+    ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
+    for text in (f"a{name}b", f"a \n{name}\t\u3000 b{name}", f"a\x1c {name} \x1fb"):
+        ids = ours.encode(text, special=True)
+        assert ids == theirs.encode(text, add_special_tokens=False) and 258 in ids
+
+
 def test_a_token_in_place_of_a_piece_is_said(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
