@@ -121,7 +121,14 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
     val = {name: packed(f"val {name}") for name in job.val}
     steps = s.steps(mixture.samples_per_epoch, state.step, state.samples)
     tokens = format_count(steps * job.plan["tokens_per_step"])
-    about.append(f"steps            {steps} ({tokens} tokens)")
+    size, of_epoch = s.train.batch_size, mixture.samples_per_epoch
+    epochs = (state.samples + max(0, steps - state.step) * size) / of_epoch
+    about.append(f"steps            {steps} ({tokens} tokens, {epochs:.3g} epochs)")
+    if not s.train.steps and abs(epochs / s.train.epochs - 1) > 0.1:
+        text = f"a step reads {size:,} sequences (train.batch_size), an epoch has {of_epoch:,}"
+        about.append(
+            f"warning          not train.epochs {s.train.epochs:g} but {epochs:.3g}: {text}"
+        )
     for text in about:
         ranks.say(text)
     apart = len(sources) if s.replay.is_apart else None

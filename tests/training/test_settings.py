@@ -281,8 +281,8 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], told: str) -> 
     assert ";" not in str(caught.value)
 
 
-def test_settings_of_another_format_of_data_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """They would be ignored: most likely data.format is forgotten."""
+def test_settings_that_are_not_read_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of another format of data: most likely it is forgotten. Epochs beside steps."""
     warn.cache_clear()
     check(valid(data__text_key="body", data__split_at="x"), 1)
     check(valid(data__format="chat", data__chat_template="chatml", data__too_long="split"), 1)
@@ -290,10 +290,12 @@ def test_settings_of_another_format_of_data_are_told(capsys: pytest.CaptureFixtu
     check(valid(data__chat_template="chatml", data__date="2024-01-01"), 1)
     check(valid(data__format="chat", data__split_at="x"), 1)
     assert capsys.readouterr().err.splitlines() == [
+    check(valid(train__steps=5, train__epochs=3.0), 1)
         "warning: data.chat_template is not read: it is for data.format 'chat'",
         "warning: data.date is not read: it is for data.format 'chat'",
         "warning: data.split_at is not read: it is for data.format 'text'",
     ]
+        "warning: train.epochs is not read: train.steps is 5",
 
 
 def test_all_impossible_settings_come_in_one_message() -> None:

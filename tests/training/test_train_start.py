@@ -446,3 +446,16 @@ def test_epochs_are_counted_in_samples_when_the_batch_size_changes(
     run(train__epochs=0.3, **options, **allow)
     samples = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())["samples"]
     assert first * 4 == one and abs(samples - 3 * one) <= 8
+
+
+def test_a_batch_that_no_number_of_fits_the_epochs_is_told(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step of 512 reads a small corpus several times; a number of steps is taken as given."""
+    options = {"train__steps": None, "eval__every": 999, "save__every": 999, "data__val": None}
+    run(train__batch_size=512, **options)
+    told = capsys.readouterr().err
+    found = re.search(r"tokens, (.*) epochs\)\nwarning +not train.epochs 1 but (.*): a step", told)
+    assert found and found[1] == found[2] and float(found[1]) > 1.1
+    run("given", train__batch_size=512, **options | {"train__steps": 1})
+    assert "not train.epochs" not in capsys.readouterr().err
