@@ -120,6 +120,7 @@ def test_all_mistakes_of_a_preset_come_in_one_message(tmp_path: Path) -> None:
     ("line", "told"),
     [
         ("train.steps = 1.5", "train.steps is 1.5, expected a whole number"),
+        ("config = 'demo'", "config is 'demo', but a preset reads no other"),
         ("train.steps = true", "train.steps is True, expected a whole number"),
         ("train.recompute = 1", "train.recompute is 1, expected a bool"),
         ("optim.lr = '1e-3'", "optim.lr is '1e-3', expected a number"),
@@ -289,13 +290,13 @@ def test_settings_that_are_not_read_are_told(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == ""
     check(valid(data__chat_template="chatml", data__date="2024-01-01"), 1)
     check(valid(data__format="chat", data__split_at="x"), 1)
-    assert capsys.readouterr().err.splitlines() == [
     check(valid(train__steps=5, train__epochs=3.0), 1)
+    assert capsys.readouterr().err.splitlines() == [
         "warning: data.chat_template is not read: it is for data.format 'chat'",
         "warning: data.date is not read: it is for data.format 'chat'",
         "warning: data.split_at is not read: it is for data.format 'text'",
-    ]
         "warning: train.epochs is not read: train.steps is 5",
+    ]
 
 
 def test_all_impossible_settings_come_in_one_message() -> None:
