@@ -8,17 +8,15 @@ from typing import Any
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.errors import DataError
 from llamapro.formatting import format_count
-from llamapro.model import build_on_meta
 from llamapro.text.mixture import MicroBatch, Mixture, PackedSequences, Source, micro_batches
 from llamapro.text.packing import PackedConversations, mark_trained
 from llamapro.text.store import TokenStore
 from llamapro.training import agreement
 from llamapro.training.distributed import Ranks, local_rank, on_several_machines
 from llamapro.training.job import Job
-from llamapro.training.resume import check_identity, make_identity
+from llamapro.training.resume import check_identity
 from llamapro.training.settings import TrainSettings
 from llamapro.training.state import RunState
-from llamapro.training.weights import freeze, stored_name
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
             if s.replay.share and not s.replay.data:
                 trained = sum(stores[f"train {path}"].tokens for path in s.data.train)
                 stores["replay"] = job.write_replay(ranks.device, trained, state.identity)
-            model = build_on_meta(job.config)
-            trainable = freeze(model, s.train.trainable, s.train.new_tokens)
-            names = [stored_name(name, job.first_new_row) for name in trainable]
-            identity = make_identity(
-                job.checkpoint, names, fingerprint, stores, job.config, s.data.cache_dir
-            )
+            identity = job.identity(stores)
         return agreement.Seen.of(job.run_dir, job.resume_from, stores, hashes.result()), identity
 
     def compare() -> None:

@@ -26,6 +26,7 @@ from llamapro.errors import ConfigError, UserError
 from llamapro.files import reason, user_path
 from llamapro.inference.sampling import end_ids
 from llamapro.text.chat_template import ChatTemplate
+from llamapro.model import build_on_meta
 from llamapro.text.corpus import check_texts, tokenize
 from llamapro.text.mixture import parse_named
 from llamapro.text.packing import tokenize_conversations
@@ -40,10 +41,10 @@ from llamapro.training.plan import compute_dtype, device_type, make_plan, render
 from llamapro.training.preset import find_preset
 from llamapro.training.proposal import check_float8, propose, render_proposal
 from llamapro.training.replay import read_openings, written_by_base
-from llamapro.training.resume import changes
+from llamapro.training.resume import changes, check_identity, make_identity
 from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
-from llamapro.training.weights import first_new_row
+from llamapro.training.weights import first_new_row, freeze, stored_name
 
 FORGOT = 0.01  # nats per token; a smaller rise of a validation loss is not spoken of
 MISSED = 1.5  # times what replay.hold allows; the KL is an average of a few steps
@@ -171,6 +172,14 @@ class Job:
             saved: the run's identity; a run that resumes keeps the text that it had.
         """
         s = self.settings
+    def identity(self, stores: dict[str, TokenStore]) -> dict[str, Any]:
+        """Returns what a resumed run must have, too, as `make_identity`; `stores` by label."""
+        trains, cache_dir = self.settings.train, self.settings.data.cache_dir
+        trainable = freeze(build_on_meta(self.config), trains.trainable, trains.new_tokens)
+        names = [stored_name(name, self.first_new_row) for name in trainable]
+        key = self.tokenizer.fingerprint
+        return make_identity(self.checkpoint, names, key, stores, self.config, cache_dir)
+
         assert self.checkpoint is not None  # else all weights train, which `check` refuses
         tokens = s.replay.tokens
         if not tokens and self.resume_from is not None:
@@ -187,12 +196,13 @@ class Job:
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """Makes the checks that a run would make; returns the plan, JSON-able and as text.
 
-        Raises ConfigError if the run directory holds a run with other settings, and DataError if a
-        conversation cannot be used.
+        Raises ConfigError if the run directory holds a run with other settings or data, and
+        DataError if a conversation cannot be used. What resumes is tokenised, as then.
         """
         earlier, _ = newest_intact(self.run_dir)
-        if earlier is not None:
-            changes(load_state(earlier)["settings"], self.settings, str(self.run_dir))
+        saved = load_state(earlier) if earlier else {}
+        if saved:
+            changes(saved["settings"], self.settings, str(self.run_dir))
         cache_dir = user_path(self.settings.data.cache_dir)
         for name, directory in (("run_dir", self.run_dir), ("data.cache_dir", cache_dir)):
             try:
@@ -204,13 +214,19 @@ class Job:
                     continue  # a cache that is read, and not written, is enough
                 raise ConfigError(f"{name} {directory}: not usable: {reason(error)}") from None
         s, plan, text = self.settings, self.plan, render(self.plan, self.settings)
-        if s.data.format == "chat":
+        if saved:
+            found = self.identity(self.tokenize())
+            before = saved.get("identity", {})
+            if s.replay.share and not s.replay.data and "replay" in before.get("data", {}):
+                found["data"]["replay"] = before["data"]["replay"]  # what the base wrote
+            check_identity(before, found, self.run_dir, s.resume.allow)
+        elif s.data.format == "chat":
             self.tokenize()
         else:
             check_texts(self.corpora, self.tokenizer, s.data.text_key, self._markers)
-        if found := propose(s, self.config, plan["world_size"]):
-            plan = plan | {"proposal": found}
-            text += "\n" + render_proposal(found, s.device)
+        if proposal := propose(s, self.config, plan["world_size"]):
+            plan = plan | {"proposal": proposal}
+            text += "\n" + render_proposal(proposal, s.device)
         more = " and --device" if s.device else ""
         return plan, f"{text}\nnext: the same command without --dry-run{more}"
 

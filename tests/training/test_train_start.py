@@ -459,3 +459,18 @@ def test_a_batch_that_no_number_of_fits_the_epochs_is_told(
     assert found and found[1] == found[2] and float(found[1]) > 1.1
     run("given", train__batch_size=512, **options | {"train__steps": 1})
     assert "not train.epochs" not in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_that_a_run_would_not_resume(run: Callable[..., Path], home: Path) -> None:
+    """It says of a text that was changed what the start itself says."""
+    text = home / "changing.txt"
+    text.write_text("one two three four five six seven\n" * 40)
+    told, options = [], {"data__train": text, "data__val": None}
+    run(train__steps=1, **options)
+    run(train__steps=2, dry_run="", **options)
+    text.write_text("seven six five four three two one\n" * 50)
+    for more in ({"dry_run": ""}, {}):
+        with pytest.raises(ConfigError, match="a run made of other things: data 'train ") as caught:
+            run(train__steps=2, **options, **more)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
