@@ -5,6 +5,7 @@ The texts that a run prints before its first step and after its last one are mad
 
 import hashlib
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,8 +26,8 @@ from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, UserError
 from llamapro.files import reason, user_path
 from llamapro.inference.sampling import end_ids
-from llamapro.text.chat_template import ChatTemplate
 from llamapro.model import build_on_meta
+from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import check_texts, tokenize
 from llamapro.text.mixture import parse_named
 from llamapro.text.packing import tokenize_conversations
@@ -48,6 +49,9 @@ from llamapro.training.weights import first_new_row, freeze, stored_name
 
 FORGOT = 0.01  # nats per token; a smaller rise of a validation loss is not spoken of
 MISSED = 1.5  # times what replay.hold allows; the KL is an average of a few steps
+# Settings that are paths, of which a resumed run may have another spelling.
+PATHS = "model.path model.config model.tokenizer data.train data.val data.chat_template"
+PATHS += " replay.data replay.prompts"
 MOST_WRITTEN = 1_000_000  # tokens that the base writes, unless the user asks for more
 
 
@@ -107,8 +111,13 @@ class Job:
             held = "is data of the run" if is_source else "holds a model"
             raise ConfigError(f"run_dir {run_dir}: {held}; give the run a directory of its own")
         resume_from = earlier[-1] if earlier else None
+        recorded: dict[str, Any] = {}
+        if resume_from is not None:
+            with suppress(UserError):  # a damaged checkpoint is told where it is read
+                recorded = load_state(resume_from)["settings"]
+        settings = _as_recorded(settings, recorded)
         if template is not None and template.prints_date:
-            settings = _with_date(settings, resume_from)
+            settings = _with_date(settings, recorded)
             template.date = datetime.fromisoformat(settings.data.date)
         check_float8(settings, config)
         plan = make_plan(settings, config, run_dir, resume_from)
@@ -164,14 +173,6 @@ class Job:
             for label, paths in self.corpora.items()
         }
 
-    def write_replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
-        """Returns the replayed text that the base writes on this device, as `written_by_base`.
-
-        Args:
-            trained: tokens of an epoch, without replay.
-            saved: the run's identity; a run that resumes keeps the text that it had.
-        """
-        s = self.settings
     def identity(self, stores: dict[str, TokenStore]) -> dict[str, Any]:
         """Returns what a resumed run must have, too, as `make_identity`; `stores` by label."""
         trains, cache_dir = self.settings.train, self.settings.data.cache_dir
@@ -180,6 +181,14 @@ class Job:
         key = self.tokenizer.fingerprint
         return make_identity(self.checkpoint, names, key, stores, self.config, cache_dir)
 
+    def write_replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
+        """Returns the replayed text that the base writes on this device, as `written_by_base`.
+
+        Args:
+            trained: tokens of an epoch, without replay.
+            saved: the run's identity; a run that resumes keeps the text that it had.
+        """
+        s = self.settings
         assert self.checkpoint is not None  # else all weights train, which `check` refuses
         tokens = s.replay.tokens
         if not tokens and self.resume_from is not None:
@@ -263,13 +272,27 @@ class Job:
         return result, "\n".join(lines)
 
 
-def _with_date(settings: Settings, resume_from: Path | None) -> Settings:
+def _as_recorded(settings: Settings, recorded: dict[str, Any]) -> Settings:
+    """Returns the settings with the run's spelling of paths, where it names the same files."""
+
+    def places(values: Any, has_name: bool) -> list[tuple[str, str]]:
+        texts = [values] if isinstance(values, str) else values
+        named = [text.partition("=") if has_name else ("", "", text) for text in texts]
+        return [(name, os.path.realpath(user_path(path))) for name, _, path in named]
+
+    for name in PATHS.split():
+        table, key = name.split(".")
+        part, before = getattr(settings, table), recorded.get(name)
+        now, has_name = getattr(part, key), name == "data.val"
+        if before and now and places(before, has_name) == places(now, has_name):
+            same = tuple(before) if isinstance(before, list) else before
+            settings = replace(settings, **{table: replace(part, **{key: same})})
+    return settings
+
+
+def _with_date(settings: Settings, recorded: dict[str, Any]) -> Settings:
     """Returns the settings with the day that the run's data have: given, recorded, or today."""
-    recorded = ""
-    if resume_from is not None:
-        with suppress(UserError):  # a damaged checkpoint is told where it is read
-            recorded = load_state(resume_from)["settings"].get("data.date", "")
-    day = settings.data.date or recorded or datetime.now().date().isoformat()
+    day = settings.data.date or recorded.get("data.date") or datetime.now().date().isoformat()
     return replace(settings, data=replace(settings.data, date=day))
 
 

@@ -461,6 +461,21 @@ def test_a_batch_that_no_number_of_fits_the_epochs_is_told(
     assert "not train.epochs" not in capsys.readouterr().err
 
 
+def test_a_resumed_run_may_spell_its_paths_otherwise(
+    run: Callable[..., Path], home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Relative, absolute or through a link: the files are the same, and go by the first names."""
+    run(train__steps=1, data__val=f"code={home / 'val.py'}")
+    (tmp_path / "link").symlink_to(home)
+    monkeypatch.chdir(home)
+    spelled = {"model__path": "pro", "data__train": "./train.py"}
+    run_dir = run(train__steps=2, data__val=f"code={tmp_path}/link/val.py", **spelled)
+    state = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
+    assert (state["step"], state["settings"]["data.train"]) == (2, [str(home / "train.py")])
+    with pytest.raises(ConfigError, match=r"data\.val .* -> "):
+        run(train__steps=3, data__val="other=val.py")
+
+
 def test_a_dry_run_tells_that_a_run_would_not_resume(run: Callable[..., Path], home: Path) -> None:
     """It says of a text that was changed what the start itself says."""
     text = home / "changing.txt"
