@@ -74,7 +74,7 @@ def to_message(turn: Any, place: str) -> Message:
     calls = parsed("tool_calls", turn.get("tool_calls"))
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{place}: 'tool_calls' is {calls!r:.80}, expected a list of calls")
-    turn = turn | {"tool_calls": calls}
+    turn = turn | {"tool_calls": calls or None}  # some templates take an empty list for a call
     if content is None and (says_more(turn) or ("content" in turn and role == "tool")):
         content = ""  # a tool may return nothing
     known = ("role", "content", "from", "value", "text", "function_call", *SWITCHES, *MASKS)
