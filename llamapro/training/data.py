@@ -101,6 +101,10 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
         return conversations
 
     sources = [packed(f"train {path}") for path in s.data.train]
+    share = sum(x.store.tokens for x in sources) / (sum(map(len, sources)) * s.data.seq_len)
+    if len(sources) > 1 and share < 0.5:  # as of a pattern that the shell has expanded
+        text = f"{len(sources)} sources fill {share:.0%} of their sequences"
+        about.append(f"warning          {text}: name a folder, or put a pattern in quotes")
     weights = s.data.weights or [1.0] * len(sources)
     if s.replay.share:
         mixture = Mixture(sources, weights, s.train.seed, packed("replay"), s.replay.share)

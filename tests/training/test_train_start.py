@@ -21,6 +21,7 @@ from llamapro.conversion.merge import merge_checkpoint
 from llamapro.errors import CheckpointError, ConfigError, DataError, UserError
 from llamapro.kernels import device
 from llamapro.report import write_report
+from llamapro.scripts import train
 from llamapro.training.job import Job
 from llamapro.training.preset import parse
 
@@ -489,3 +490,18 @@ def test_a_dry_run_tells_that_a_run_would_not_resume(run: Callable[..., Path], h
             run(train__steps=2, **options, **more)
         told.append(str(caught.value))
     assert told[0] == told[1]
+
+
+def test_many_small_sources_are_told(
+    arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A shell puts each file of a pattern on the command line, and each becomes a source."""
+    files = [tmp_path / f"{number}.txt" for number in range(4)]
+    for file in files:
+        file.write_text(f"{file.name} is small")
+    for name, paths in (("many", map(str, files)), ("one", [f"{tmp_path}/*.txt"])):
+        words = arguments(tmp_path / name, train__steps=1, data__train=None, data__val=None)
+        train.main([*words, "--data.train", *paths])
+        told = capsys.readouterr().err
+        found = re.search(r"warning +4 sources fill \d+% of their sequences: name a folder", told)
+        assert bool(found) == (name == "many")
