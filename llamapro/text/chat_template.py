@@ -33,6 +33,7 @@ from llamapro.text.turns import (
     Span,
     added_spans,
     is_of,
+    joined,
     tagged_spans,
     trained_turns,
     without_borders,
@@ -232,7 +233,7 @@ class ChatTemplate:
                 self.origin,
             )
             spans = [self._strip_tail(span, ids, extents) for span in spans]
-        raw = RESERVED.sub("", marked).encode()
+        raw, spans = RESERVED.sub("", marked).encode(), joined(spans)
         trained = [any(is_of(raw, extent, span) for span in spans) for extent in extents]
         if not any(trained) and any(trained_turns(messages)):
             raise DataError(f"{self.origin}: the template shows nothing of the assistant's turns")

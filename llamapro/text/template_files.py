@@ -44,6 +44,7 @@ def find_template(directory: str | Path, template: str = "") -> Found:
         return Found(BUILT_IN[template], template, is_built_in=True)
     known, stored = ", ".join(BUILT_IN), None if template else _stored(directory)
     file = user_path(template) if template else Path(directory, _FILE)
+    has_file = Path(directory, TOOLS_FILE).exists()
     if not template and (other := Path(directory, DEFAULT_FILE)).exists():
         file = other  # as in transformers
     if template or file.exists():
@@ -57,8 +58,7 @@ def find_template(directory: str | Path, template: str = "") -> Found:
             ) from None
         if (stored or source) != source:
             warn(f"{file}: taken, as in transformers; {_CONFIG} has another one")
-        others = Path(directory, TOOLS_FILE)
-        return Found(source, str(file), has_other=not template and others.exists())
+        return Found(source, str(file), has_other=not template and has_file)
     if stored is None and (named := _named(directory)):
         raise DataError(
             f"{Path(directory, _CONFIG)}: chat_template has {', '.join(named)}, and none is named "
@@ -69,7 +69,7 @@ def find_template(directory: str | Path, template: str = "") -> Found:
             f"{directory}: the model has no chat template ({_FILE}, or chat_template in "
             f"{_CONFIG}); give a .jinja file or one of {known}"
         )
-    has_other = _stored(directory, FOR_TOOLS) not in (None, stored)
+    has_other = has_file or _stored(directory, FOR_TOOLS) not in (None, stored)
     return Found(stored, str(Path(directory, _CONFIG)), has_other=has_other)
 
 

@@ -41,6 +41,15 @@ def is_of(raw: bytes, extent: Span, span: Span) -> bool:
     return not outside.strip() and bool(raw[max(start, first) : min(end, last)].strip())
 
 
+def joined(spans: Sequence[Span]) -> list[Span]:
+    """Returns spans as one where they touch, because a token may lie across their border."""
+    found: list[Span] = []
+    for start, end in spans:
+        first = found.pop()[0] if found and found[-1][1] == start else start
+        found.append((first, end))
+    return found
+
+
 def tagged_spans(marked: str, messages: Sequence[Message], origin: str) -> list[Span]:
     """Returns the trained turns of the assistant: what {% generation %} encloses.
 

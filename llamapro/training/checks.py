@@ -64,6 +64,8 @@ def check(settings: Settings, world_size: int) -> None:
         for name in names if kind != s.data.format else ():
             if getattr(s.data, name) != getattr(DataSettings, name):
                 warn(f"data.{name} is not read: it is for data.format {kind!r}")
+    if s.train.steps and s.train.epochs != TrainSettings.epochs:
+        warn(f"train.epochs is not read: train.steps is {s.train.steps}")
     for expected, is_impossible, keys in LIMITS:
         wrong += [
             f"{key} is {flat[key]}, expected {expected}"

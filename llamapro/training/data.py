@@ -8,17 +8,15 @@ from typing import Any
 from llamapro.checkpoints.tensors import hash_tensors
 from llamapro.errors import DataError
 from llamapro.formatting import format_count
-from llamapro.model import build_on_meta
 from llamapro.text.mixture import MicroBatch, Mixture, PackedSequences, Source, micro_batches
 from llamapro.text.packing import PackedConversations, mark_trained
 from llamapro.text.store import TokenStore
 from llamapro.training import agreement
 from llamapro.training.distributed import Ranks, local_rank, on_several_machines
 from llamapro.training.job import Job
-from llamapro.training.resume import check_identity, make_identity
+from llamapro.training.resume import check_identity
 from llamapro.training.settings import TrainSettings
 from llamapro.training.state import RunState
-from llamapro.training.weights import freeze, stored_name
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
             if s.replay.share and not s.replay.data:
                 trained = sum(stores[f"train {path}"].tokens for path in s.data.train)
                 stores["replay"] = job.write_replay(ranks.device, trained, state.identity)
-            model = build_on_meta(job.config)
-            trainable = freeze(model, s.train.trainable, s.train.new_tokens)
-            names = [stored_name(name, job.first_new_row) for name in trainable]
-            identity = make_identity(
-                job.checkpoint, names, fingerprint, stores, job.config, s.data.cache_dir
-            )
+            identity = job.identity(stores)
         return agreement.Seen.of(job.run_dir, job.resume_from, stores, hashes.result()), identity
 
     def compare() -> None:
@@ -108,6 +101,10 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
         return conversations
 
     sources = [packed(f"train {path}") for path in s.data.train]
+    share = sum(x.store.tokens for x in sources) / (sum(map(len, sources)) * s.data.seq_len)
+    if len(sources) > 1 and share < 0.5:  # as of a pattern that the shell has expanded
+        text = f"{len(sources)} sources fill {share:.0%} of their sequences"
+        about.append(f"warning          {text}: name a folder, or put a pattern in quotes")
     weights = s.data.weights or [1.0] * len(sources)
     if s.replay.share:
         mixture = Mixture(sources, weights, s.train.seed, packed("replay"), s.replay.share)
@@ -121,7 +118,14 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
     val = {name: packed(f"val {name}") for name in job.val}
     steps = s.steps(mixture.samples_per_epoch, state.step, state.samples)
     tokens = format_count(steps * job.plan["tokens_per_step"])
-    about.append(f"steps            {steps} ({tokens} tokens)")
+    size, of_epoch = s.train.batch_size, mixture.samples_per_epoch
+    epochs = (state.samples + max(0, steps - state.step) * size) / of_epoch
+    about.append(f"steps            {steps} ({tokens} tokens, {epochs:.3g} epochs)")
+    if not s.train.steps and abs(epochs / s.train.epochs - 1) > 0.1:
+        text = f"a step reads {size:,} sequences (train.batch_size), an epoch has {of_epoch:,}"
+        about.append(
+            f"warning          not train.epochs {s.train.epochs:g} but {epochs:.3g}: {text}"
+        )
     for text in about:
         ranks.say(text)
     apart = len(sources) if s.replay.is_apart else None

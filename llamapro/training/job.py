@@ -5,6 +5,7 @@ The texts that a run prints before its first step and after its last one are mad
 
 import hashlib
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from llamapro.config import ModelConfig
 from llamapro.errors import ConfigError, UserError
 from llamapro.files import reason, user_path
 from llamapro.inference.sampling import end_ids
+from llamapro.model import build_on_meta
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.corpus import check_texts, tokenize
 from llamapro.text.mixture import parse_named
@@ -40,13 +42,16 @@ from llamapro.training.plan import compute_dtype, device_type, make_plan, render
 from llamapro.training.preset import find_preset
 from llamapro.training.proposal import check_float8, propose, render_proposal
 from llamapro.training.replay import read_openings, written_by_base
-from llamapro.training.resume import changes
+from llamapro.training.resume import changes, check_identity, make_identity
 from llamapro.training.settings import Settings
 from llamapro.training.state import RunState
-from llamapro.training.weights import first_new_row
+from llamapro.training.weights import first_new_row, freeze, stored_name
 
 FORGOT = 0.01  # nats per token; a smaller rise of a validation loss is not spoken of
 MISSED = 1.5  # times what replay.hold allows; the KL is an average of a few steps
+# Settings that are paths, of which a resumed run may have another spelling.
+PATHS = "model.path model.config model.tokenizer data.train data.val data.chat_template"
+PATHS += " replay.data replay.prompts"
 MOST_WRITTEN = 1_000_000  # tokens that the base writes, unless the user asks for more
 
 
@@ -106,8 +111,13 @@ class Job:
             held = "is data of the run" if is_source else "holds a model"
             raise ConfigError(f"run_dir {run_dir}: {held}; give the run a directory of its own")
         resume_from = earlier[-1] if earlier else None
+        recorded: dict[str, Any] = {}
+        if resume_from is not None:
+            with suppress(UserError):  # a damaged checkpoint is told where it is read
+                recorded = load_state(resume_from)["settings"]
+        settings = _as_recorded(settings, recorded)
         if template is not None and template.prints_date:
-            settings = _with_date(settings, resume_from)
+            settings = _with_date(settings, recorded)
             template.date = datetime.fromisoformat(settings.data.date)
         check_float8(settings, config)
         plan = make_plan(settings, config, run_dir, resume_from)
@@ -163,6 +173,14 @@ class Job:
             for label, paths in self.corpora.items()
         }
 
+    def identity(self, stores: dict[str, TokenStore]) -> dict[str, Any]:
+        """Returns what a resumed run must have, too, as `make_identity`; `stores` by label."""
+        trains, cache_dir = self.settings.train, self.settings.data.cache_dir
+        trainable = freeze(build_on_meta(self.config), trains.trainable, trains.new_tokens)
+        names = [stored_name(name, self.first_new_row) for name in trainable]
+        key = self.tokenizer.fingerprint
+        return make_identity(self.checkpoint, names, key, stores, self.config, cache_dir)
+
     def write_replay(self, device: torch.device, trained: int, saved: dict[str, Any]) -> TokenStore:
         """Returns the replayed text that the base writes on this device, as `written_by_base`.
 
@@ -187,12 +205,13 @@ class Job:
     def dry_run(self) -> tuple[dict[str, Any], str]:
         """Makes the checks that a run would make; returns the plan, JSON-able and as text.
 
-        Raises ConfigError if the run directory holds a run with other settings, and DataError if a
-        conversation cannot be used.
+        Raises ConfigError if the run directory holds a run with other settings or data, and
+        DataError if a conversation cannot be used. What resumes is tokenised, as then.
         """
         earlier, _ = newest_intact(self.run_dir)
-        if earlier is not None:
-            changes(load_state(earlier)["settings"], self.settings, str(self.run_dir))
+        saved = load_state(earlier) if earlier else {}
+        if saved:
+            changes(saved["settings"], self.settings, str(self.run_dir))
         cache_dir = user_path(self.settings.data.cache_dir)
         for name, directory in (("run_dir", self.run_dir), ("data.cache_dir", cache_dir)):
             try:
@@ -204,13 +223,19 @@ class Job:
                     continue  # a cache that is read, and not written, is enough
                 raise ConfigError(f"{name} {directory}: not usable: {reason(error)}") from None
         s, plan, text = self.settings, self.plan, render(self.plan, self.settings)
-        if s.data.format == "chat":
+        if saved:
+            found = self.identity(self.tokenize())
+            before = saved.get("identity", {})
+            if s.replay.share and not s.replay.data and "replay" in before.get("data", {}):
+                found["data"]["replay"] = before["data"]["replay"]  # what the base wrote
+            check_identity(before, found, self.run_dir, s.resume.allow)
+        elif s.data.format == "chat":
             self.tokenize()
         else:
             check_texts(self.corpora, self.tokenizer, s.data.text_key, self._markers)
-        if found := propose(s, self.config, plan["world_size"]):
-            plan = plan | {"proposal": found}
-            text += "\n" + render_proposal(found, s.device)
+        if proposal := propose(s, self.config, plan["world_size"]):
+            plan = plan | {"proposal": proposal}
+            text += "\n" + render_proposal(proposal, s.device)
         more = " and --device" if s.device else ""
         return plan, f"{text}\nnext: the same command without --dry-run{more}"
 
@@ -247,13 +272,27 @@ class Job:
         return result, "\n".join(lines)
 
 
-def _with_date(settings: Settings, resume_from: Path | None) -> Settings:
+def _as_recorded(settings: Settings, recorded: dict[str, Any]) -> Settings:
+    """Returns the settings with the run's spelling of paths, where it names the same files."""
+
+    def places(values: Any, has_name: bool) -> list[tuple[str, str]]:
+        texts = [values] if isinstance(values, str) else values
+        named = [text.partition("=") if has_name else ("", "", text) for text in texts]
+        return [(name, os.path.realpath(user_path(path))) for name, _, path in named]
+
+    for name in PATHS.split():
+        table, key = name.split(".")
+        part, before = getattr(settings, table), recorded.get(name)
+        now, has_name = getattr(part, key), name == "data.val"
+        if before and now and places(before, has_name) == places(now, has_name):
+            same = tuple(before) if isinstance(before, list) else before
+            settings = replace(settings, **{table: replace(part, **{key: same})})
+    return settings
+
+
+def _with_date(settings: Settings, recorded: dict[str, Any]) -> Settings:
     """Returns the settings with the day that the run's data have: given, recorded, or today."""
-    recorded = ""
-    if resume_from is not None:
-        with suppress(UserError):  # a damaged checkpoint is told where it is read
-            recorded = load_state(resume_from)["settings"].get("data.date", "")
-    day = settings.data.date or recorded or datetime.now().date().isoformat()
+    day = settings.data.date or recorded.get("data.date") or datetime.now().date().isoformat()
     return replace(settings, data=replace(settings.data, date=day))
 
 

@@ -240,13 +240,16 @@ class Run:
     evals: dict[str, list[dict[str, Any]]]  # by validation set
 
     def losses(self, name: str) -> tuple[float | None, float | None]:
-        """Returns a validation set's loss at step 0 and at the end; None if not evaluated there.
+        """Returns a validation set's loss at step 0 and its last after that; None if there is none.
 
-        The first is None, too, if it is of another number of tokens: the set was changed.
+        The last is None, too, if the set was taken out of the run, the first if it was changed and
+        has another number of tokens.
         """
-        latest = max((record["step"] for of in self.evals.values() for record in of), default=0)
-        at = {record["step"]: record for record in self.evals.get(name, [])}
-        first, last = at.get(0, {}), at.get(latest, {}) if latest else {}
+        at = {bool(record["step"]): record for record in self.evals.get(name, [])}
+        first, last = at.get(False, {}), at.get(True, {})
+        if isinstance(sets := self.info.get("settings.data.val"), list):
+            is_there = name in {str(value).partition("=")[0].strip() for value in sets}
+            last = last if is_there else {}
         if last and first.get("tokens") != last.get("tokens"):
             first = {}
         return first.get("loss"), last.get("loss")

@@ -98,6 +98,8 @@ def read_toml(
     wrong: list[str] = []
     known_keys = [*flatten(dataclasses.asdict(kind()))]  # type: ignore[call-overload]
     settings = _build(kind, raw, "", known_keys, wrong)
+    if isinstance(settings, Settings) and settings.config:
+        wrong.append(f"config is {settings.config!r}, but a preset reads no other: copy its tables")
     if wrong:
         raise ConfigError(f"{path}: " + "; ".join(wrong))
     return settings

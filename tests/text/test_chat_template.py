@@ -1,5 +1,6 @@
 """Chat templates: ids as transformers', trained tokens exactly the assistant's, no injection."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -179,6 +180,20 @@ def test_a_token_across_a_border_is_not_trained(tokenizer: Tokenizer) -> None:
     pieces = [tokenizer.bytes_of(i) for i in ids]
     first, last = (n for n, piece in enumerate(pieces) if piece.startswith(b"\n\n"))
     assert trained == [first < n < last for n in range(len(ids))]
+
+
+def test_a_token_across_two_parts_of_an_answer_is_trained(tokenizer: Tokenizer) -> None:
+    """Text and end have a tag each, and the end is no token of its own."""
+    tag = "{% generation %}{{ m.content }}{% endgeneration %}"
+    tag += "{% generation %}{{ '\\n\\nb' }}{% endgeneration %}"
+    source = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    source += tag + "{% endif %}{% endfor %}"
+    chat = [{"role": "user", "content": "a "}, {"role": "assistant", "content": "assist\n"}]
+    ids, trained = ChatTemplate(source, tokenizer, "x").encode(chat)
+    pieces = [tokenizer.bytes_of(token_id) for token_id in ids]
+    assert (
+        b"\n\n\n" in pieces and b"".join(itertools.compress(pieces, trained)) == b" assist\n\n\nb"
+    )
 
 
 def test_space_put_after_a_control_token_is_of_the_text_s_first_token(

@@ -310,7 +310,9 @@ def test_another_template_for_tools_is_not_passed_over(
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates" / "tool_use.jinja").write_text("x")
     beside = ChatTemplate.load(path, tokenizer)
-    for template in (listed, beside, alone):
+    (path / "chat_template.jinja").unlink()
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": plain}))
+    for template in (listed, beside, ChatTemplate.load(path, tokenizer), alone):
         template.encode(CHAT[1:])
         if template is not alone:
             with pytest.raises(

@@ -240,6 +240,14 @@ def test_only_step_0_is_no_final_loss(tmp_path: Path) -> None:
     assert run.losses("general") == (2.0, None)
 
 
+def test_a_set_that_the_last_evaluation_did_not_reach_has_its_value_before(tmp_path: Path) -> None:
+    """A run may end between two sets."""
+    sets = (("code", 0), ("general", 0), ("code", 3), ("general", 3), ("code", 6))
+    records = [{"kind": "eval", "step": n, "set": name, "loss": 9.0 - n} for name, n in sets]
+    run = read_run(write_run(tmp_path, records), "pro")
+    assert (run.losses("code"), run.losses("general")) == ((9.0, 3.0), (9.0, 6.0))
+
+
 def test_without_step_0_there_is_no_base(tmp_path: Path) -> None:
     """The first evaluation there is does not stand in for the base."""
     later = {"kind": "eval", "step": 5, "set": "general", "loss": 2.0, "tokens_seen": 5}

@@ -120,6 +120,7 @@ def test_all_mistakes_of_a_preset_come_in_one_message(tmp_path: Path) -> None:
     ("line", "told"),
     [
         ("train.steps = 1.5", "train.steps is 1.5, expected a whole number"),
+        ("config = 'demo'", "config is 'demo', but a preset reads no other"),
         ("train.steps = true", "train.steps is True, expected a whole number"),
         ("train.recompute = 1", "train.recompute is 1, expected a bool"),
         ("optim.lr = '1e-3'", "optim.lr is '1e-3', expected a number"),
@@ -281,18 +282,20 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], told: str) -> 
     assert ";" not in str(caught.value)
 
 
-def test_settings_of_another_format_of_data_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """They would be ignored: most likely data.format is forgotten."""
+def test_settings_that_are_not_read_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of another format of data: most likely it is forgotten. Epochs beside steps."""
     warn.cache_clear()
     check(valid(data__text_key="body", data__split_at="x"), 1)
     check(valid(data__format="chat", data__chat_template="chatml", data__too_long="split"), 1)
     assert capsys.readouterr().err == ""
     check(valid(data__chat_template="chatml", data__date="2024-01-01"), 1)
     check(valid(data__format="chat", data__split_at="x"), 1)
+    check(valid(train__steps=5, train__epochs=3.0), 1)
     assert capsys.readouterr().err.splitlines() == [
         "warning: data.chat_template is not read: it is for data.format 'chat'",
         "warning: data.date is not read: it is for data.format 'chat'",
         "warning: data.split_at is not read: it is for data.format 'text'",
+        "warning: train.epochs is not read: train.steps is 5",
     ]
 
 

@@ -21,6 +21,7 @@ from llamapro.conversion.merge import merge_checkpoint
 from llamapro.errors import CheckpointError, ConfigError, DataError, UserError
 from llamapro.kernels import device
 from llamapro.report import write_report
+from llamapro.scripts import train
 from llamapro.training.job import Job
 from llamapro.training.preset import parse
 
@@ -446,3 +447,61 @@ def test_epochs_are_counted_in_samples_when_the_batch_size_changes(
     run(train__epochs=0.3, **options, **allow)
     samples = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())["samples"]
     assert first * 4 == one and abs(samples - 3 * one) <= 8
+
+
+def test_a_batch_that_no_number_of_fits_the_epochs_is_told(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step of 512 reads a small corpus several times; a number of steps is taken as given."""
+    options = {"train__steps": None, "eval__every": 999, "save__every": 999, "data__val": None}
+    run(train__batch_size=512, **options)
+    told = capsys.readouterr().err
+    found = re.search(r"tokens, (.*) epochs\)\nwarning +not train.epochs 1 but (.*): a step", told)
+    assert found and found[1] == found[2] and float(found[1]) > 1.1
+    run("given", train__batch_size=512, **options | {"train__steps": 1})
+    assert "not train.epochs" not in capsys.readouterr().err
+
+
+def test_a_resumed_run_may_spell_its_paths_otherwise(
+    run: Callable[..., Path], home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Relative, absolute or through a link: the files are the same, and go by the first names."""
+    run(train__steps=1, data__val=f"code={home / 'val.py'}")
+    (tmp_path / "link").symlink_to(home)
+    monkeypatch.chdir(home)
+    spelled = {"model__path": "pro", "data__train": "./train.py"}
+    run_dir = run(train__steps=2, data__val=f"code={tmp_path}/link/val.py", **spelled)
+    state = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
+    assert (state["step"], state["settings"]["data.train"]) == (2, [str(home / "train.py")])
+    with pytest.raises(ConfigError, match=r"data\.val .* -> "):
+        run(train__steps=3, data__val="other=val.py")
+
+
+def test_a_dry_run_tells_that_a_run_would_not_resume(run: Callable[..., Path], home: Path) -> None:
+    """It says of a text that was changed what the start itself says."""
+    text = home / "changing.txt"
+    text.write_text("one two three four five six seven\n" * 40)
+    told, options = [], {"data__train": text, "data__val": None}
+    run(train__steps=1, **options)
+    run(train__steps=2, dry_run="", **options)
+    text.write_text("seven six five four three two one\n" * 50)
+    for more in ({"dry_run": ""}, {}):
+        with pytest.raises(ConfigError, match="a run made of other things: data 'train ") as caught:
+            run(train__steps=2, **options, **more)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+def test_many_small_sources_are_told(
+    arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A shell puts each file of a pattern on the command line, and each becomes a source."""
+    files = [tmp_path / f"{number}.txt" for number in range(4)]
+    for file in files:
+        file.write_text(f"{file.name} is small")
+    for name, paths in (("many", map(str, files)), ("one", [f"{tmp_path}/*.txt"])):
+        words = arguments(tmp_path / name, train__steps=1, data__train=None, data__val=None)
+        train.main([*words, "--data.train", *paths])
+        told = capsys.readouterr().err
+        found = re.search(r"warning +4 sources fill \d+% of their sequences: name a folder", told)
+        assert bool(found) == (name == "many")
