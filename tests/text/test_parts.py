@@ -13,7 +13,7 @@ from llamapro.text import store as stores
 from llamapro.text.corpus import tokenize
 from llamapro.text.parts import Part
 from llamapro.text.source_files import find_files
-from llamapro.text.store import TokenStore
+from llamapro.text.store import CACHE_TAG, TokenStore
 from llamapro.text.tokenizer import Tokenizer
 
 Tokenize = Callable[..., TokenStore]
@@ -63,7 +63,7 @@ def test_parts_in_any_order_make_the_store_of_one_process(make: Tokenize, of: in
         make(f"{number}/{of}")
     joined = make()
     assert content_of(joined) == content_of(whole)
-    left = {path.name for path in joined.path.parent.iterdir()} - {"hashes"}
+    left = {path.name for path in joined.path.parent.iterdir()} - {"hashes", CACHE_TAG}
     assert left == {whole.path.name}
 
 
@@ -98,7 +98,7 @@ def test_a_damaged_part_is_named_and_nothing_is_made_of_it(make: Tokenize) -> No
     (part.path / "index.json").write_text("{")
     with pytest.raises(DataError, match=r"missing 1/2; .*part-1-of-2 is part 1/2 that is damaged"):
         make()
-    assert len(list(part.path.parent.iterdir())) == 2
+    assert len(list(part.path.parent.iterdir())) == 3  # nothing but the parts and the tag
 
 
 def test_a_part_of_another_tokenizer_is_refused_by_name(
@@ -159,7 +159,8 @@ def test_a_killed_part_leaves_the_others(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(corpus, "encode_pieces", die)
         make("2/2")
-    assert [path.name[-11:] for path in (tmp_path / "cache").iterdir()] == ["part-1-of-2"]
+    left = {path.name[-11:] for path in (tmp_path / "cache").iterdir()}
+    assert left == {"part-1-of-2", CACHE_TAG[-11:]}
     make("2/2")
     assert content_of(make()) == content_of(make(cache="whole"))
 
@@ -186,14 +187,14 @@ def test_two_processes_may_prepare_the_same_part_and_join_at_once(
 
     monkeypatch.setattr(corpus, "join", gone)
     assert content_of(make()) == content_of(make(cache="whole"))
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # the store and the tag
 
 
 def test_a_part_of_what_is_already_there_is_not_made(make: Tokenize) -> None:
     """A late machine finds the whole."""
     whole = make()
     assert make("2/3").path == whole.path
-    assert len(list(whole.path.parent.iterdir())) == 1
+    assert len(list(whole.path.parent.iterdir())) == 2  # the store and the tag
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "1/2/3"])
