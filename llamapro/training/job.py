@@ -275,16 +275,22 @@ class Job:
 def _as_recorded(settings: Settings, recorded: dict[str, Any]) -> Settings:
     """Returns the settings with the run's spelling of paths, where it names the same files."""
 
-    def places(values: Any, has_name: bool) -> list[tuple[str, str]]:
-        texts = [values] if isinstance(values, str) else values
-        named = [text.partition("=") if has_name else ("", "", text) for text in texts]
-        return [(name, os.path.realpath(user_path(path))) for name, _, path in named]
+    def places(value: Any, has_name: bool) -> Any:
+        """Returns where a path or each of several leads; a damaged state holds other values."""
+        if isinstance(value, list | tuple):
+            return [places(one, has_name) for one in value]
+        if not value or not isinstance(value, str):
+            return value
+        name, _, path = value.partition("=") if has_name else ("", "", value)
+        with suppress(ValueError):  # a zero byte in it
+            return name, os.path.realpath(user_path(path))
+        return value
 
     for name in PATHS.split():
         table, key = name.split(".")
         part, before = getattr(settings, table), recorded.get(name)
         now, has_name = getattr(part, key), name == "data.val"
-        if before and now and places(before, has_name) == places(now, has_name):
+        if places(before, has_name) == places(now, has_name):
             same = tuple(before) if isinstance(before, list) else before
             settings = replace(settings, **{table: replace(part, **{key: same})})
     return settings

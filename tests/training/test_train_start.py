@@ -475,6 +475,13 @@ def test_a_resumed_run_may_spell_its_paths_otherwise(
     assert (state["step"], state["settings"]["data.train"]) == (2, [str(home / "train.py")])
     with pytest.raises(ConfigError, match=r"data\.val .* -> "):
         run(train__steps=3, data__val="other=val.py")
+    file = training_checkpoints(run_dir)[-1] / "state.json"
+    for value in (1.5, [None], {"a": 1}, ["a\0b"], "\ud800"):
+        file.write_text(json.dumps(state | {"settings": state["settings"] | {"data.train": value}}))
+        (file.parent / "manifest.json").unlink()
+        write_manifest(file.parent)
+        with pytest.raises(ConfigError, match=r"data\.train"):
+            run(train__steps=3, data__val=None)
 
 
 def test_a_dry_run_tells_that_a_run_would_not_resume(run: Callable[..., Path], home: Path) -> None:
