@@ -98,7 +98,8 @@ def added_spans(
     for index, message in trained_turns(messages):
         place = f"{origin}: turn {index + 1}: the template"
         after = render(messages[: index + 1], False)
-        if not full.startswith(after):  # some templates put EOS behind the last turn only
+        # Some templates put EOS behind the last turn only.
+        if ends_otherwise := not full.startswith(after):
             after = after.removesuffix(eos)
         if not full.startswith(after):
             raise RewrittenError(
@@ -123,6 +124,8 @@ def added_spans(
         for number, content in enumerate(filter(None, map(str.strip, texts_of(message)))):
             before_it, _, tail = tail.partition(content)
             header = header if number else before_it
+        if ends_otherwise and not tail.strip():
+            raise RewrittenError(f"{place} ends it with {eos!r} only while it is the last; {_FIX}")
         # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
         # first template puts the next header behind every answer.
         prior = messages[: index or 1]

@@ -158,6 +158,21 @@ def test_reasoning_that_a_template_never_shows_is_refused(tokenizer: Tokenizer, 
     assert trained_text(tokenizer, sample) == ["y</s>"]
 
 
+@pytest.mark.parametrize("earlier", ["<|eot_id|>", "", "\n"])
+def test_each_answer_learns_the_end_that_it_has_as_the_last(
+    tokenizer: Tokenizer, earlier: str
+) -> None:
+    """As gpt-oss's: EOS behind the last answer, and another token or none behind earlier ones."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if loop.last and not "
+        "add_generation_prompt %}{{ eos_token }}{% else %}" + earlier + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chat = [user("Hi"), answer("Hello"), user("More?"), answer("No.")]
+    samples = ChatTemplate(source, tokenizer, "x").samples(chat)
+    assert [trained_text(tokenizer, sample) for sample in samples] == [["Hello</s>"], ["No.</s>"]]
+
+
 def test_eos_behind_all_turns_but_the_last_ends_them(tokenizer: Tokenizer) -> None:
     """Templates leave the last turn open to continue it; the others end, and that is trained."""
     source = (
