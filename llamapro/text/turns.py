@@ -113,6 +113,8 @@ def added_spans(
                 raise DataError(f"{place} hides where it begins")
         else:
             before = render(messages[:index], True)
+            if not after.startswith(before) and messages[index - 1]["role"] == "assistant":
+                before = _behind_answer(render, messages[: index + 1], before)
             if not after.startswith(before):
                 raise DataError(
                     f"{place} writes {before[-40:]!r} before an answer, and not before this one, "
@@ -140,6 +142,21 @@ def added_spans(
             after += eos  # other templates put it behind all turns but the last
         spans.append((len(before.encode()), len(after.encode())))
     return spans
+
+
+def _behind_answer(
+    render: Callable[[Sequence[Message], bool], str], messages: Sequence[Message], before: str
+) -> str:
+    """Returns what stands before the second of two answers, of which it changes the first.
+
+    It ends with the prompt of an answer; `before`, where the first is not changed, if it does not.
+    """
+    *prior, last = messages
+    prompt, earlier = before.removeprefix(render(prior, False)), texts_of(prior[-1])[-1].strip()
+    shown = render([*prior, {**last, "content": _CONTENT, PARTS: []}], False)
+    head, _, rest = shown.partition(_CONTENT)[0].rpartition(prompt)
+    # Gemma 4's has no prompt between the two: the last one is that of the first answer.
+    return before if earlier in rest or not prompt.strip() else head + prompt
 
 
 def check_reasoning(messages: Sequence[Message], text: str, origin: str, first: int = 0) -> None:

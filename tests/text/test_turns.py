@@ -88,6 +88,35 @@ def test_a_template_that_forgets_reasoning_gives_a_sample_per_answer(
     ]
 
 
+def test_an_answer_behind_one_that_it_changes_is_trained(
+    directory: Path, tokenizer: Tokenizer
+) -> None:
+    """Qwen3's has a place for reasoning in the last turn, and not in the answer before it."""
+    shown = "loop.index0 > ns.last"
+    source = FORGETS.replace(shown, f"{shown} and (loop.last or said)")
+    chat = [user("Hi"), answer("Hello"), answer("More."), user("x"), answer("y")]
+    samples = ChatTemplate(source, tokenizer, "x").samples(chat)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    for count, (ids, _) in zip((2, 3, 5), samples, strict=True):
+        assert ids == theirs.apply_chat_template(
+            chat[:count], chat_template=source, return_dict=False
+        )
+    assert [trained_text(tokenizer, sample) for sample in samples] == [
+        [f"<think>\n\n</think>\n\n{text}<|im_end|>"] for text in ("Hello", "More.", "y")
+    ]
+
+
+def test_an_answer_without_a_prompt_before_it_is_refused(tokenizer: Tokenizer) -> None:
+    """Gemma 4's template puts a second answer behind the first, as nobody would generate it."""
+    source = (
+        "{% for m in messages %}{% if loop.index0 == 0 or m.role != messages[loop.index0-1].role %}"
+        "<|im_start|>{{ m.role }}\n{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"turn 3: .* before an answer, and not before this one"):
+        ChatTemplate(source, tokenizer, "x").samples([user("Hi"), answer("Hello"), answer("More.")])
+
+
 def test_reasoning_behind_tags_gives_a_sample_per_answer(tokenizer: Tokenizer) -> None:
     """With {% generation %} the turns are found in any case, but not what a template left out."""
     shown = "{{- '<think>\\n' + said.strip() + '\\n</think>\\n\\n' -}}"
