@@ -211,8 +211,8 @@ class ChatTemplate:
         problems = check_messages(messages)
         lost = self.hidden(messages, variables).intersection(_SHOWN)
         if self.has_other and variables.get("tools"):
-            fix = "save it as a file, and give that with --data.chat-template"
-            problems.append(f"the model has another chat template for tools, {FOR_TOOLS!r}: {fix}")
+            other = "the model has another chat template for tools"
+            problems.append(f"{other}: name it with --data.chat-template {FOR_TOOLS}")
         problems += [f"the chat template does not show {key!r}" for key in sorted(lost)]
         if problems:
             raise DataError("; ".join(problems))

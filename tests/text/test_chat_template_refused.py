@@ -315,11 +315,32 @@ def test_another_template_for_tools_is_not_passed_over(
     for template in (listed, beside, ChatTemplate.load(path, tokenizer), alone):
         template.encode(CHAT[1:])
         if template is not alone:
-            with pytest.raises(
-                DataError, match="another chat template for tools, 'tool_use': save"
-            ):
+            with pytest.raises(DataError, match=r"name it with --data\.chat-template tool_use"):
                 template.encode(CHAT[1:], {"tools": [{"name": "f"}]})
     alone.encode(CHAT[1:], {"tools": [{"name": "f"}]})
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_one_of_several_templates_of_a_model_is_named(
+    directory: Path, tmp_path: Path, tokenizer: Tokenizer, is_file: bool
+) -> None:
+    """As transformers takes it; wherever it is stored. It serves for all rows."""
+    path = Path(shutil.copytree(directory, tmp_path / "model"))
+    sources = {"default": BUILT_IN["mistral"], "tool_use": BUILT_IN["llama3"]}
+    named = [{"name": name, "template": source} for name, source in sources.items()]
+    if is_file:
+        (path / "additional_chat_templates").mkdir()
+        (path / "chat_template.jinja").write_text(sources["default"])
+        (path / "additional_chat_templates" / "tool_use.jinja").write_text(sources["tool_use"])
+    else:
+        config = json.loads((path / "tokenizer_config.json").read_text())
+        (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    theirs = AutoTokenizer.from_pretrained(path)
+    found = ChatTemplate.load(path, tokenizer, "tool_use")
+    assert found.render(CHAT) == theirs.apply_chat_template(
+        CHAT, chat_template="tool_use", tokenize=False
+    )
+    assert found.source == sources["tool_use"] and not found.has_other
 
 
 def test_missing_jinja_is_told_with_its_extra(
