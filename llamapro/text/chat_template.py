@@ -24,6 +24,7 @@ from llamapro.text.messages import (
     check_messages,
     check_shown,
     not_named,
+    without_arguments,
 )
 from llamapro.text.sandbox import MARK, START, TemplateError, compiled, compiled_apart
 from llamapro.text.template_files import FOR_TOOLS, find_template
@@ -253,7 +254,8 @@ class ChatTemplate:
         frame, values = self._frame, {**(variables or {})}
         values["add_generation_prompt"] = add_generation_prompt
         try:
-            values["messages"] = [*map(self._forms.view, messages)]
+            shown = enumerate(messages, 1)
+            values["messages"] = [self._forms.view(m, f"turn {number}") for number, m in shown]
             marked = self._marked(values, self._names)
             text = self._template(frame | marked, self.date)
             if marked == values:
@@ -269,7 +271,7 @@ class ChatTemplate:
                 )
             return text
         except (TemplateError, ValueError, RecursionError) as error:
-            raise DataError(f"{self.origin}: {error}") from None
+            raise DataError(f"{self.origin}: {error}{without_arguments(messages)}") from None
 
     def _marked(self, value: Any, names: re.Pattern[str]) -> Any:
         """Returns a value in whose texts these names of tokens are broken by marks."""

@@ -46,36 +46,54 @@ class Forms:
 
         self._takes_parts, self._needs_objects = cache(takes_parts), cache(needs_objects)
 
-    def view(self, message: Message) -> dict[str, Any]:
-        """Returns a message as the template takes it, its reasoning under transformers' names."""
+    def view(self, message: Message, place: str) -> dict[str, Any]:
+        """Returns a message as the template takes it, its reasoning under transformers' names.
+
+        Raises ValueError, which names the place, if a call has no object where one is needed.
+        """
         view = {key: value for key, value in message.items() if key != PARTS}
         if (texts := message.get(PARTS)) and self._takes_parts(message["role"]):
             view["content"] = [{"type": "text", "text": text} for text in texts]
         if message.get("tool_calls") and self._needs_objects():
-            view["tool_calls"] = [*map(_with_object, message["tool_calls"])]
+            view["tool_calls"] = [_with_object(call, place) for call in message["tool_calls"]]
         if said := next((message[key] for key in REASONING if message.get(key)), None):
             view |= {"reasoning_content": said, "thinking": message.get("thinking") or said}
         return view
 
 
-def _with_object(call: Any) -> Any:
+def _with_object(call: Any, place: str) -> Any:
     """Returns a call with its arguments as an object; OpenAI has them as a text of JSON."""
     if not isinstance(call, dict):
         return call
     if "function" in call:
-        return {**call, "function": _with_object(call["function"])}
+        return {**call, "function": _with_object(call["function"], place)}
     if not isinstance(said := call.get("arguments"), str):
         return call
-    return {**call, "arguments": parsed("arguments", said) if said else {}}
+    what = f"{place}: the 'arguments' of {_called(call)!r}"
+    return {**call, "arguments": parsed(what, said) if said else {}}
 
 
-def parsed(key: str, value: Any) -> Any:
-    """Returns what a text of JSON, as tables often hold, stands for; other values as they are."""
+def without_arguments(messages: Sequence[Message]) -> str:
+    """Returns a hint for the first call without arguments, with which many templates fail."""
+    for number, message in enumerate(messages, 1):
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call)
+            if isinstance(function, dict) and "arguments" not in function:
+                name = _called(call)
+                return f"; turn {number}: the call of {name!r} has no 'arguments': give {{}}"
+    return ""
+
+
+def parsed(what: str, value: Any) -> Any:
+    """Returns what a text of JSON, as tables often hold, stands for; other values as they are.
+
+    Raises ValueError, which begins with `what`, if it is none.
+    """
     try:
         is_text = isinstance(value, str) and value
         return json.loads(value, object_pairs_hook=unique_keys) if is_text else value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
+        raise ValueError(f"{what} is a text that is no JSON ({error}): {value[:40]!r}") from None
 
 
 def texts_of(message: Message) -> list[str]:

@@ -71,7 +71,7 @@ def to_message(turn: Any, place: str) -> Message:
             raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
         call = parsed(f"{place}: 'function_call'", call)
         turn = turn | {"tool_calls": [{"type": "function", "function": call}]}
-    calls = parsed("tool_calls", turn.get("tool_calls"))
+    calls = parsed(f"{place}: 'tool_calls'", turn.get("tool_calls"))
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{place}: 'tool_calls' is {calls!r:.80}, expected a list of calls")
     turn = turn | {"tool_calls": calls or None}  # some templates take an empty list for a call

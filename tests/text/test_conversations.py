@@ -191,6 +191,15 @@ def test_a_turn_without_weight_keeps_it_and_other_keys_stay(said: dict[str, Any]
         ),
         ({"messages": {"role": "user"}}, "'messages' is dict, expected a list of turns"),
         ({"messages": "x"}, "'messages' is a text that is no JSON"),
+        (
+            {"messages": [ASKED[0], {"role": "function_call", "content": "f(x)"}]},
+            "turn 2: the call is a text that is no JSON (Expecting value: line 1 column 1 (char 0)"
+            "): 'f(x)'",
+        ),
+        (
+            {"messages": [ASKED[0], {"role": "assistant", "tool_calls": "f(x)"}]},
+            "turn 2: 'tool_calls' is a text that is no JSON",
+        ),
         ({"messages": ["x"]}, "turn 1: expected role and content, found str"),
         ({"messages": [{"content": "x"}]}, "turn 1: no role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type image"),
