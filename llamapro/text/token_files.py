@@ -88,10 +88,10 @@ def added_tokens(
     for source, tokens in sources.items():
         for raw in tokens:
             try:
-                name, flags = raw["content"], (raw.get(key, False) for key in _FLAGS)
+                name, flags = raw["content"], {key: raw.get(key, False) for key in _FLAGS}
                 special = bool(raw.get("special", False))
                 changed = bool(raw.get("normalized", not special))  # as in transformers
-                token = AddedToken(int(raw["id"]), special, *flags, normalized=changed)
+                token = AddedToken(int(raw["id"]), special, **flags, normalized=changed)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{directory / source}: added token {raw!r}: {error!r}") from None
             if name == "":  # it stands for nothing, and is not read, as in transformers
