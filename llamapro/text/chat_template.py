@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, warn
 from llamapro.text.messages import (
     RESERVED,
     SYSTEM,
@@ -30,11 +30,13 @@ from llamapro.text.sandbox import MARK, START, TemplateError, compiled, compiled
 from llamapro.text.template_files import FOR_TOOLS, find_template
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.turns import (
+    SPACE,
     RewrittenError,
     Span,
     added_spans,
     is_of,
     joined,
+    places_of,
     tagged_spans,
     trained_turns,
     without_borders,
@@ -42,7 +44,6 @@ from llamapro.text.turns import (
 
 # Keys of a message, and variables, that a template has to show or they would be lost.
 _SHOWN = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tools", "documents")
-_SPACE = "\u2581"  # sentencepiece's
 
 
 class ChatTemplate:
@@ -154,7 +155,7 @@ class ChatTemplate:
         return self._tokenize(without_borders(self._render(messages, True)))[0]
 
     def end_ids(self) -> set[int]:
-        """Returns the control tokens that the template puts behind an answer, if it shows them."""
+        """Returns the control tokens that the template puts behind an answer; says so if none."""
         ends: set[int] = set()
         asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
@@ -166,6 +167,11 @@ class ChatTemplate:
                 ends.add(token_id)
             elif self._tokenizer.bytes_of(token_id).strip():
                 break
+        if not ends:
+            warn(
+                f"{self.origin}: no token ends the last answer of a conversation, so a model does "
+                "not learn from it where to stop; put {{ eos_token }} there"
+            )
         return ends
 
     def samples(
@@ -296,11 +302,11 @@ class ChatTemplate:
             whole = b"".join(pieces)
             if len(part_ids) == 1 and not whole:  # a control token
                 spans.append((begin, end))
-            elif whole.endswith(shown := part.replace(_SPACE, " ").encode()) and (
+            elif whole.endswith(shown := part.replace(SPACE, " ").encode()) and (
                 whole[: -len(shown)] in (b"", b" ")
             ):
                 # Sentencepiece writes a space as U+2581, so that character is one for it.
-                places = _places(part, begin)
+                places = places_of(part, begin)
                 position = len(shown) - len(whole)  # -1: a space put before the text is no part
                 for piece in pieces:
                     start, position = position, position + len(piece)
@@ -335,15 +341,3 @@ def _first_characters(names: Sequence[str]) -> re.Pattern[str]:
     every_name = "|".join(re.escape(name[1:]) for name in names)
     firsts = "".join({re.escape(name[0]) for name in names})
     return re.compile(f"([{firsts}])(?={every_name})" if firsts else "()(?!)")
-
-
-def _places(text: str, begin: int) -> list[int]:
-    """Returns where each byte of a text, and its end, lies if U+2581 is one byte, a space."""
-    places = [begin]
-    for character in text:
-        width = len(character.encode())
-        if character == _SPACE:
-            places.append(places[-1] + width)
-        else:
-            places += range(places[-1] + 1, places[-1] + width + 1)
-    return places

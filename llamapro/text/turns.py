@@ -11,6 +11,7 @@ from llamapro.text.messages import PARTS, REASONING, RESERVED, Message, texts_of
 from llamapro.text.sandbox import END, MARK, START
 
 Span = tuple[int, int]
+SPACE = "\u2581"  # sentencepiece's
 _CONTENT = "\ue000"  # a private character
 _BORDER = re.compile(f"([{START}{END}])")
 _FIX = "put {% generation %} around the assistant's text in a template of your own"
@@ -48,6 +49,18 @@ def joined(spans: Sequence[Span]) -> list[Span]:
         first = found.pop()[0] if found and found[-1][1] == start else start
         found.append((first, end))
     return found
+
+
+def places_of(text: str, begin: int) -> list[int]:
+    """Returns where each byte of a text, and its end, lies if U+2581 is one byte, a space."""
+    places = [begin]
+    for character in text:
+        width = len(character.encode())
+        if character == SPACE:
+            places.append(places[-1] + width)
+        else:
+            places += range(places[-1] + 1, places[-1] + width + 1)
+    return places
 
 
 def tagged_spans(marked: str, messages: Sequence[Message], origin: str) -> list[Span]:

@@ -214,6 +214,19 @@ def test_eos_behind_all_turns_but_the_last_ends_them(tokenizer: Tokenizer) -> No
     assert trained_text(tokenizer, sample) == ["Hello</s>", "No."]
 
 
+@pytest.mark.parametrize("end", ["", "{{ eos_token }}"])
+def test_a_template_that_ends_no_answer_is_said(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    """As GLM 4.5's, in which the next header ends a turn: nothing is trained to stop."""
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + end
+    source += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ends = ChatTemplate(source, tokenizer, "glm.jinja").end_ids()
+    assert ends == ({tokenizer.eos_id} if end else set())
+    said = "glm.jinja: no token ends the last answer of a conversation, so a model does not learn"
+    assert (said in capsys.readouterr().err) == (not end)
+
+
 def test_a_header_behind_a_first_turn_of_the_assistant_is_not_trained(tokenizer: Tokenizer) -> None:
     """Llama 3's first template puts it behind every answer; the first turn may be one."""
     source = (
