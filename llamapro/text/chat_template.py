@@ -23,8 +23,8 @@ from llamapro.text.messages import (
     Message,
     check_messages,
     check_shown,
+    flawed_call,
     not_named,
-    without_arguments,
 )
 from llamapro.text.sandbox import MARK, START, TemplateError, compiled, compiled_apart
 from llamapro.text.template_files import FOR_TOOLS, find_template
@@ -277,7 +277,7 @@ class ChatTemplate:
                 )
             return text
         except (TemplateError, ValueError, RecursionError) as error:
-            raise DataError(f"{self.origin}: {error}{without_arguments(messages)}") from None
+            raise DataError(f"{self.origin}: {error}{flawed_call(messages)}") from None
 
     def _marked(self, value: Any, names: re.Pattern[str]) -> Any:
         """Returns a value in whose texts these names of tokens are broken by marks."""

@@ -73,14 +73,15 @@ def _with_object(call: Any, place: str) -> Any:
     return {**call, "arguments": parsed(what, said) if said else {}}
 
 
-def without_arguments(messages: Sequence[Message]) -> str:
-    """Returns a hint for the first call without arguments, with which many templates fail."""
+def flawed_call(messages: Sequence[Message]) -> str:
+    """Returns a hint for the first call of another form, with which many templates fail."""
     for number, message in enumerate(messages, 1):
         for call in message.get("tool_calls") or []:
-            function = call.get("function", call)
-            if isinstance(function, dict) and "arguments" not in function:
-                name = _called(call)
-                return f"; turn {number}: the call of {name!r} has no 'arguments': give {{}}"
+            place = f"; turn {number}: the call of {_called(call)!r} has no"
+            if not isinstance(function := call.get("function"), dict):
+                return f"{place} 'function', an object with its name and arguments"
+            if "arguments" not in function:
+                return f"{place} 'arguments': give them, or {{}}"
     return ""
 
 
