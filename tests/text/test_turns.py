@@ -301,6 +301,24 @@ def test_a_tool_that_a_template_does_not_show_is_refused(tokenizer: Tokenizer) -
         template.encode(chat, {"tools": tools})
 
 
+@pytest.mark.parametrize("role", ["developer", "system"])
+def test_a_turn_is_not_shown_by_words_that_another_turn_has(
+    tokenizer: Tokenizer, role: str
+) -> None:
+    """Templates pass over a developer's message, or a second one of the system."""
+    source = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') or loop.first %}"
+        "[{{ m.role }}]{{ m.content | replace('\n', ' ') }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer, "x")
+    first = {"role": "system", "content": "You help\nall of the people."}
+    chat = [user("Are you\nthe help?"), answer("<think>all the people</think>Yes")]
+    template.samples([first, *chat])
+    with pytest.raises(DataError, match="turn 2: the template shows nothing of its text"):
+        template.samples([first, {"role": role, "content": "Help all the people."}, *chat])
+
+
 def test_words_are_shown_as_words_and_in_any_case(tokenizer: Tokenizer) -> None:
     """ "me" within "name" does not show "Let me see"; a template may write in small letters."""
     source = (
