@@ -26,7 +26,7 @@ from llamapro.text.messages import (
     flawed_call,
     not_named,
 )
-from llamapro.text.sandbox import MARK, START, TemplateError, compiled, compiled_apart
+from llamapro.text.sandbox import MARK, PLAIN, START, TemplateError, compiled, compiled_apart
 from llamapro.text.template_files import FOR_TOOLS, find_template
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.turns import (
@@ -139,7 +139,8 @@ class ChatTemplate:
 
         Raises DataError if the template fails or refuses the conversation.
         """
-        return RESERVED.sub("", self._render(messages, add_generation_prompt, variables or {}))
+        values = {**(variables or {}), PLAIN: True}
+        return RESERVED.sub("", self._render(messages, add_generation_prompt, values))
 
     def hidden(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
         """Returns the keys of turns, and the variables, that the template never names."""
@@ -152,7 +153,7 @@ class ChatTemplate:
         """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))
-        return self._tokenize(without_borders(self._render(messages, True)))[0]
+        return self._tokenize(self._render(messages, True, {PLAIN: True}))[0]
 
     def end_ids(self) -> set[int]:
         """Returns the control tokens that the template puts behind an answer; says so if none."""
@@ -231,6 +232,9 @@ class ChatTemplate:
         if problems := check_shown(messages, RESERVED.sub("", marked), tools):
             raise DataError(f"{self.origin}: {problems[0]}")
         if START in marked:
+            plain = self.render(messages, False, variables)
+            if plain != RESERVED.sub("", marked):  # a filter took the marks for text
+                raise DataError(f"{self.origin}: changes what {{% generation %}} encloses")
             spans = tagged_spans(marked, messages, self.origin)
         else:
             spans = added_spans(

@@ -151,8 +151,8 @@ def check_shown(messages: Sequence[Message], text: str, tools: Sequence[Any] = (
     """
     text = text.casefold()
     shown, problems = Counter(re.findall(r"\w+", text)), []
-    said = (part.casefold() for message in messages for part in texts_of(message))
-    all_said = Counter(word for part in said for word in re.findall(r"\w+", part))
+    parts = (part.casefold() for message in messages for part in texts_of(message))
+    all_said = Counter(word for part in parts for word in re.findall(r"\w+", part))
     named = Counter(map(_called, tools))  # how often a name has to be there
     for name in named:
         if name.casefold() not in text:

@@ -378,6 +378,21 @@ def test_a_header_is_never_trained(tokenizer: Tokenizer, source: str, answer: st
         template.encode(messages)
 
 
+def test_a_filter_on_what_a_tag_encloses_is_refused(tokenizer: Tokenizer) -> None:
+    """It would meet the marks around it, and leave other text than in transformers."""
+    source = (
+        "{% for m in messages %}{% set text %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endset %}{{ text FILTER }}{{ eos_token }}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Yes "}]
+    ChatTemplate(source.replace("FILTER", ""), tokenizer, "x").encode(chat)
+    trimmed = ChatTemplate(source.replace("FILTER", "| trim"), tokenizer, "x")
+    with pytest.raises(DataError, match=r"x: changes what \{% generation %\} encloses"):
+        trimmed.encode(chat)
+    assert trimmed.render(chat) == "Hi</s>Yes</s>"
+    assert tokenizer.decode(trimmed.encode_prompt(chat)) == "HiYes"  # which trains nothing
+
+
 def test_threads_and_forks_get_their_own_renderings() -> None:
     """One process renders for all threads of a process, and another one for its fork."""
     source = "{{ x }} {{ x * 2 }}"
