@@ -44,7 +44,7 @@ class ChatArgs(ComputeOptions, SamplingOptions):
     system: str = ""
     """System message of the conversation."""
     chat_template: str = ""
-    """Chat template: llama2, llama3, mistral, chatml or a .jinja file. Default: the model's own."""
+    """Chat template: llama2, llama3, mistral, chatml, a .jinja file or a name of the model's."""
     json: bool = False
     """Print the result as one JSON object."""
 

@@ -162,6 +162,7 @@ def _weight_files(path: Path) -> list[Path]:
             raise CheckpointError(f"{index}: not a safetensors index: no 'weight_map'")
         names: set[str] = set()
         for name in weight_map.values():
+            name = name.removeprefix("./") if isinstance(name, str) else name
             # A name with a path could read files the user never meant to hand over. A link is
             # followed: the user made it, or Hugging Face's cache, whose files all are links.
             if not isinstance(name, str) or not re.fullmatch(

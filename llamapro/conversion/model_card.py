@@ -28,7 +28,12 @@ SETTINGS = (
 ).split()
 NAME = "OWNER/NAME"  # stands for the repository until the card is published
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_LICENCE = re.compile(r"license(_name|_link)?: *[\w.:/+-]+")
+# A licence as YAML writes it: plain, in quotes, or a list of these.
+_WORD = r"""(?:[\w.:/+-]+|"[\w.:/+() -]*"|'[\w.:/+() -]*')"""
+_ITEMS = rf"\[ *{_WORD}(?: *, *{_WORD})* *\]|(?: *\n *- +{_WORD})+"
+_LICENCE = re.compile(
+    rf"^license(?:_name|_link)?:(?: +{_WORD}| *(?:{_ITEMS}))(?= *(?: #.*)?$)", re.M
+)
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -157,8 +162,8 @@ def licence(directory: Path) -> list[str]:
         if (directory / name).is_file():
             text = (directory / name).read_text("utf-8", "replace").replace("\r\n", "\n")
             front = text[4:].partition("\n---")[0] if text.startswith("---\n") else ""
-            if found := [line for line in front.splitlines() if _LICENCE.fullmatch(line)]:
-                return found
+            if found := [re.split(r" *\n *- +", entry) for entry in _LICENCE.findall(front)]:
+                return [f"{e[0]} [{', '.join(e[1:])}]" if e[1:] else e[0] for e in found]
     files = sorted(file.name for file in directory.glob("LICENSE*"))
     return ["license: other", f"license_link: {files[0]}"] if files else []
 

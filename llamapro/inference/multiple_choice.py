@@ -108,8 +108,13 @@ def _read(row: dict[str, Any]) -> tuple[str, list[str], frozenset[int]]:
 
 
 def _named(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:
-    """Returns the choices that an answer names by label, or else by index, text or letter."""
+    """Returns the choices that an answer names by label, or else by index, text or letter.
+
+    A label may be a number on one side and its digits on the other, as tables change them.
+    """
     count = len(choices)
+    if str(answer) in map(str, labels) and not isinstance(answer, bool):
+        labels, answer = [*map(str, labels)], str(answer)
     for names in (labels, range(count), choices, [] if labels else ascii_uppercase[:count]):
         named = {i for i, name in enumerate(names) if name == answer and i < count}
         if named and not isinstance(answer, bool):  # True == 1

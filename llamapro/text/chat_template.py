@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, warn
 from llamapro.text.messages import (
     RESERVED,
     SYSTEM,
@@ -23,17 +23,20 @@ from llamapro.text.messages import (
     Message,
     check_messages,
     check_shown,
+    flawed_call,
     not_named,
 )
-from llamapro.text.sandbox import MARK, START, TemplateError, compiled, compiled_apart
+from llamapro.text.sandbox import MARK, PLAIN, START, TemplateError, compiled, compiled_apart
 from llamapro.text.template_files import FOR_TOOLS, find_template
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.text.turns import (
+    SPACE,
     RewrittenError,
     Span,
     added_spans,
     is_of,
     joined,
+    places_of,
     tagged_spans,
     trained_turns,
     without_borders,
@@ -41,7 +44,6 @@ from llamapro.text.turns import (
 
 # Keys of a message, and variables, that a template has to show or they would be lost.
 _SHOWN = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tools", "documents")
-_SPACE = "\u2581"  # sentencepiece's
 
 
 class ChatTemplate:
@@ -137,7 +139,8 @@ class ChatTemplate:
 
         Raises DataError if the template fails or refuses the conversation.
         """
-        return RESERVED.sub("", self._render(messages, add_generation_prompt, variables or {}))
+        values = {**(variables or {}), PLAIN: True}
+        return RESERVED.sub("", self._render(messages, add_generation_prompt, values))
 
     def hidden(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> set[str]:
         """Returns the keys of turns, and the variables, that the template never names."""
@@ -150,10 +153,10 @@ class ChatTemplate:
         """
         if problems := check_messages(messages, needs_assistant=False):
             raise DataError("; ".join(problems))
-        return self._tokenize(without_borders(self._render(messages, True)))[0]
+        return self._tokenize(self._render(messages, True, {PLAIN: True}))[0]
 
     def end_ids(self) -> set[int]:
-        """Returns the control tokens that the template puts behind an answer, if it shows them."""
+        """Returns the control tokens that the template puts behind an answer; says so if none."""
         ends: set[int] = set()
         asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
@@ -165,6 +168,11 @@ class ChatTemplate:
                 ends.add(token_id)
             elif self._tokenizer.bytes_of(token_id).strip():
                 break
+        if not ends:
+            warn(
+                f"{self.origin}: no token ends the last answer of a conversation, so a model does "
+                "not learn from it where to stop; put {{ eos_token }} there"
+            )
         return ends
 
     def samples(
@@ -211,8 +219,8 @@ class ChatTemplate:
         problems = check_messages(messages)
         lost = self.hidden(messages, variables).intersection(_SHOWN)
         if self.has_other and variables.get("tools"):
-            fix = "save it as a file, and give that with --data.chat-template"
-            problems.append(f"the model has another chat template for tools, {FOR_TOOLS!r}: {fix}")
+            other = "the model has another chat template for tools"
+            problems.append(f"{other}: name it with --data.chat-template {FOR_TOOLS}")
         problems += [f"the chat template does not show {key!r}" for key in sorted(lost)]
         if problems:
             raise DataError("; ".join(problems))
@@ -224,6 +232,9 @@ class ChatTemplate:
         if problems := check_shown(messages, RESERVED.sub("", marked), tools):
             raise DataError(f"{self.origin}: {problems[0]}")
         if START in marked:
+            plain = self.render(messages, False, variables)
+            if plain != RESERVED.sub("", marked):  # a filter took the marks for text
+                raise DataError(f"{self.origin}: changes what {{% generation %}} encloses")
             spans = tagged_spans(marked, messages, self.origin)
         else:
             spans = added_spans(
@@ -253,7 +264,8 @@ class ChatTemplate:
         frame, values = self._frame, {**(variables or {})}
         values["add_generation_prompt"] = add_generation_prompt
         try:
-            values["messages"] = [*map(self._forms.view, messages)]
+            shown = enumerate(messages, 1)
+            values["messages"] = [self._forms.view(m, f"turn {number}") for number, m in shown]
             marked = self._marked(values, self._names)
             text = self._template(frame | marked, self.date)
             if marked == values:
@@ -269,7 +281,7 @@ class ChatTemplate:
                 )
             return text
         except (TemplateError, ValueError, RecursionError) as error:
-            raise DataError(f"{self.origin}: {error}") from None
+            raise DataError(f"{self.origin}: {error}{flawed_call(messages)}") from None
 
     def _marked(self, value: Any, names: re.Pattern[str]) -> Any:
         """Returns a value in whose texts these names of tokens are broken by marks."""
@@ -294,11 +306,11 @@ class ChatTemplate:
             whole = b"".join(pieces)
             if len(part_ids) == 1 and not whole:  # a control token
                 spans.append((begin, end))
-            elif whole.endswith(shown := part.replace(_SPACE, " ").encode()) and (
+            elif whole.endswith(shown := part.replace(SPACE, " ").encode()) and (
                 whole[: -len(shown)] in (b"", b" ")
             ):
                 # Sentencepiece writes a space as U+2581, so that character is one for it.
-                places = _places(part, begin)
+                places = places_of(part, begin)
                 position = len(shown) - len(whole)  # -1: a space put before the text is no part
                 for piece in pieces:
                     start, position = position, position + len(piece)
@@ -333,15 +345,3 @@ def _first_characters(names: Sequence[str]) -> re.Pattern[str]:
     every_name = "|".join(re.escape(name[1:]) for name in names)
     firsts = "".join({re.escape(name[0]) for name in names})
     return re.compile(f"([{firsts}])(?={every_name})" if firsts else "()(?!)")
-
-
-def _places(text: str, begin: int) -> list[int]:
-    """Returns where each byte of a text, and its end, lies if U+2581 is one byte, a space."""
-    places = [begin]
-    for character in text:
-        width = len(character.encode())
-        if character == _SPACE:
-            places.append(places[-1] + width)
-        else:
-            places += range(places[-1] + 1, places[-1] + width + 1)
-    return places

@@ -188,7 +188,7 @@ def _messages(row: dict[str, Any], form: tuple[str, ...]) -> tuple[list[Message]
     """Returns the messages that one form of a row gives, and the keys that were read."""
     read = {*form}
     if len(form) == 1:
-        turns = parsed(form[0], row[form[0]])
+        turns = parsed(repr(form[0]), row[form[0]])
         is_table = isinstance(turns, dict) and turns.keys() & {"role", "from"}
         if is_table and all(isinstance(values, list) for values in turns.values()):
             # `datasets` keeps a sequence of turns as a list of the roles and one of the contents.
@@ -243,7 +243,7 @@ def _seen(turn: Any) -> Any:
 def _history(row: dict[str, Any]) -> list[Any]:
     """Returns the turns before the question, which LLaMA-Factory keeps as pairs."""
     turns = []
-    history = parsed("history", row.get("history")) or []
+    history = parsed("'history'", row.get("history")) or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError("'history' is not a list of pairs, a question and its answer")
@@ -261,11 +261,11 @@ def _variables(row: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("has 'functions' and 'tools': keep one")
     for key in _VARIABLES[::-1]:
         kind = dict if key == "chat_template_kwargs" else list
-        value = parsed(key, row.get(key))
+        value = parsed(repr(key), row.get(key))
         if value and not isinstance(value, kind):
             raise ValueError(f"{key!r} is {type(value).__name__}, expected a {kind.__name__}")
         if value and key in ("tools", "functions"):  # each may be a text of JSON, too
-            value = [parsed(key, tool) for tool in value]
+            value = [parsed(repr(key), tool) for tool in value]
             if wrong := [tool for tool in value if not isinstance(tool, dict)]:
                 raise ValueError(f"{key!r} has {wrong[0]!r:.80}, expected objects")
         if value and key == "functions":

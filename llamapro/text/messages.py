@@ -46,36 +46,55 @@ class Forms:
 
         self._takes_parts, self._needs_objects = cache(takes_parts), cache(needs_objects)
 
-    def view(self, message: Message) -> dict[str, Any]:
-        """Returns a message as the template takes it, its reasoning under transformers' names."""
+    def view(self, message: Message, place: str) -> dict[str, Any]:
+        """Returns a message as the template takes it, its reasoning under transformers' names.
+
+        Raises ValueError, which names the place, if a call has no object where one is needed.
+        """
         view = {key: value for key, value in message.items() if key != PARTS}
         if (texts := message.get(PARTS)) and self._takes_parts(message["role"]):
             view["content"] = [{"type": "text", "text": text} for text in texts]
         if message.get("tool_calls") and self._needs_objects():
-            view["tool_calls"] = [*map(_with_object, message["tool_calls"])]
+            view["tool_calls"] = [_with_object(call, place) for call in message["tool_calls"]]
         if said := next((message[key] for key in REASONING if message.get(key)), None):
             view |= {"reasoning_content": said, "thinking": message.get("thinking") or said}
         return view
 
 
-def _with_object(call: Any) -> Any:
+def _with_object(call: Any, place: str) -> Any:
     """Returns a call with its arguments as an object; OpenAI has them as a text of JSON."""
     if not isinstance(call, dict):
         return call
     if "function" in call:
-        return {**call, "function": _with_object(call["function"])}
+        return {**call, "function": _with_object(call["function"], place)}
     if not isinstance(said := call.get("arguments"), str):
         return call
-    return {**call, "arguments": parsed("arguments", said) if said else {}}
+    what = f"{place}: the 'arguments' of {_called(call)!r}"
+    return {**call, "arguments": parsed(what, said) if said else {}}
 
 
-def parsed(key: str, value: Any) -> Any:
-    """Returns what a text of JSON, as tables often hold, stands for; other values as they are."""
+def flawed_call(messages: Sequence[Message]) -> str:
+    """Returns a hint for the first call of another form, with which many templates fail."""
+    for number, message in enumerate(messages, 1):
+        for call in message.get("tool_calls") or []:
+            place = f"; turn {number}: the call of {_called(call)!r} has no"
+            if not isinstance(function := call.get("function"), dict):
+                return f"{place} 'function', an object with its name and arguments"
+            if "arguments" not in function:
+                return f"{place} 'arguments': give them, or {{}}"
+    return ""
+
+
+def parsed(what: str, value: Any) -> Any:
+    """Returns what a text of JSON, as tables often hold, stands for; other values as they are.
+
+    Raises ValueError, which begins with `what`, if it is none.
+    """
     try:
         is_text = isinstance(value, str) and value
         return json.loads(value, object_pairs_hook=unique_keys) if is_text else value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{key!r} is a text that is no JSON ({error})") from None
+        raise ValueError(f"{what} is a text that is no JSON ({error}): {value[:40]!r}") from None
 
 
 def texts_of(message: Message) -> list[str]:
@@ -125,9 +144,15 @@ def not_named(
 
 
 def check_shown(messages: Sequence[Message], text: str, tools: Sequence[Any] = ()) -> list[str]:
-    """Returns what a template passed over: a tool, a call, or a turn of which it shows no word."""
+    """Returns what a template passed over: a tool, a call, or a turn of which it shows no word.
+
+    Words that other turns have too must be there as often, but for the assistant, some of whose
+    words a template may leave out with the reasoning.
+    """
     text = text.casefold()
-    shown, problems = frozenset(re.findall(r"\w+", text)), []
+    shown, problems = Counter(re.findall(r"\w+", text)), []
+    parts = (part.casefold() for message in messages for part in texts_of(message))
+    all_said = Counter(word for part in parts for word in re.findall(r"\w+", part))
     named = Counter(map(_called, tools))  # how often a name has to be there
     for name in named:
         if name.casefold() not in text:
@@ -137,7 +162,8 @@ def check_shown(messages: Sequence[Message], text: str, tools: Sequence[Any] = (
         for said in texts_of(message):
             content = said.casefold().strip()
             words = re.findall(r"\w+", content)
-            if words and content not in text and shown.isdisjoint(words):
+            least = dict.fromkeys(words, 1) if message["role"] == "assistant" else all_said
+            if words and content not in text and all(shown[w] < least[w] for w in words):
                 problems.append(
                     f"turn {number}: the template shows nothing of its text, "
                     f"{said[:40]!r} of {message['role']!r}; leave the "

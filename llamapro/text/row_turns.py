@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from llamapro.text.messages import PARTS, ROLES, Message, parsed, says_more
+from llamapro.text.messages import PARTS, REASONING, ROLES, Message, parsed, says_more
 from llamapro.text.rows import quote_names
 
 NAMED_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
@@ -71,10 +71,11 @@ def to_message(turn: Any, place: str) -> Message:
             raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")
         call = parsed(f"{place}: 'function_call'", call)
         turn = turn | {"tool_calls": [{"type": "function", "function": call}]}
-    calls = parsed("tool_calls", turn.get("tool_calls"))
+    calls = parsed(f"{place}: 'tool_calls'", turn.get("tool_calls"))
     if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{place}: 'tool_calls' is {calls!r:.80}, expected a list of calls")
-    turn = turn | {"tool_calls": calls or None}  # some templates take an empty list for a call
+    # Some templates take an empty list for a call, and an empty reasoning for one.
+    turn = turn | {"tool_calls": calls or None} | {key: turn.get(key) or None for key in REASONING}
     if content is None and (says_more(turn) or ("content" in turn and role == "tool")):
         content = ""  # a tool may return nothing
     known = ("role", "content", "from", "value", "text", "function_call", *SWITCHES, *MASKS)

@@ -31,7 +31,16 @@ MAX_BYTES = 1 << 28
 _MAX_RATIO = 500  # of a column's bytes to those in the file, above which it has to be small
 _FIRST_BYTES = 1 << 16  # that tell a list from rows
 _BATCH_ROWS = 256  # rows of a parquet file that are read at once
-_JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # made once: that takes time
+
+
+def _number(digits: str) -> float:
+    """Returns an integer; one that Python refuses to read, which no text is, as a float."""
+    return int(digits) if len(digits) < 4300 else float(digits)
+
+
+# Made once: that takes time.
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=_number)
+_ANY_KEYS = json.JSONDecoder(parse_int=_number)
 _REPEATED = "the key {} in an object: leave one of them"
 _ROW_START = re.compile(r"[^\s,]")
 
@@ -173,7 +182,7 @@ def _list_rows(text: str) -> Iterator[Any]:
     """Yields the rows of a JSON list, and what is wrong with each that has a key twice."""
     position = text.index("[") + 1
     while (start := _ROW_START.search(text, position)) and start[0] != "]":
-        value, position = json.JSONDecoder().raw_decode(text, start.start())
+        value, position = _ANY_KEYS.raw_decode(text, start.start())
         try:
             _JSON_DECODER.raw_decode(text, start.start())
         except RepeatedKeyError as error:
@@ -184,7 +193,7 @@ def _list_rows(text: str) -> Iterator[Any]:
 def _is_json(line: bytes) -> bool:
     """Whether a line is JSON, as far as its first bytes show."""
     try:
-        json.loads(line)
+        _ANY_KEYS.decode(line.decode())
     except (ValueError, RecursionError):
         return len(line) > _FIRST_BYTES - 8
     return True

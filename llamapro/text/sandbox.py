@@ -17,6 +17,7 @@ from typing import Any
 
 # Unicode's noncharacters: MARK breaks the name of a token, START and END enclose {% generation %}.
 MARK, START, END = "\ufdd0", "\ufdd1", "\ufdd2"
+PLAIN = "_plain"  # a variable that leaves START and END out
 CPU_S, MEMORY = 5, 1 << 30  # of a conversation; of the process
 PROGRAM = "from llamapro.text.sandbox import serve; serve()"
 Render = Callable[[dict[str, Any], datetime.datetime | None], str]
@@ -40,8 +41,9 @@ def environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.CallBlock(self.call_method("_enclose"), [], [], body).set_lineno(line)
 
-        def _enclose(self, caller: Any) -> str:
-            return f"{START}{caller()}{END}"
+        @jinja2.pass_context
+        def _enclose(self, context: Any, caller: Any) -> str:
+            return caller() if context.get(PLAIN) else f"{START}{caller()}{END}"
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -38,10 +38,13 @@ def find_template(directory: str | Path, template: str = "") -> Found:
     Args:
         directory: holds `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`; the
             one named "default" is taken from a list.
-        template: a name in `BUILT_IN` or a .jinja file to use instead.
+        template: a name in `BUILT_IN`, the name of one of the model's own templates, or a .jinja
+            file to use instead.
     """
     if template in BUILT_IN:
         return Found(BUILT_IN[template], template, is_built_in=True)
+    if template and isinstance(source := _all_named(directory).get(template), str):
+        return Found(source, f"{directory}: the chat template {template!r}")
     known, stored = ", ".join(BUILT_IN), None if template else _stored(directory)
     file = user_path(template) if template else Path(directory, _FILE)
     has_file = Path(directory, TOOLS_FILE).exists()
@@ -62,7 +65,7 @@ def find_template(directory: str | Path, template: str = "") -> Found:
     if stored is None and (named := _named(directory)):
         raise DataError(
             f"{Path(directory, _CONFIG)}: chat_template has {', '.join(named)}, and none is named "
-            f"'default'; save the right one in a .jinja file, and give that, or one of {known}"
+            f"'default'; name the right one, a .jinja file, or one of {known}"
         )
     if not isinstance(stored, str):
         raise DataError(
@@ -84,6 +87,14 @@ def _stored(directory: str | Path, name: str = "default") -> Any:
     """Returns the template in tokenizer_config.json, the one of this name of several."""
     stored = read_object(Path(directory, _CONFIG)).get("chat_template")
     return _named(directory).get(name) if isinstance(stored, (list, dict)) else stored
+
+
+def _all_named(directory: str | Path) -> dict[str, Any]:
+    """Returns the model's templates by name, those in files of their own, too."""
+    files = {file.stem: file for file in Path(directory, TOOLS_FILE).parent.glob("*.jinja")}
+    return _named(directory) | {
+        name: file.read_text("utf-8", "replace") for name, file in files.items()
+    }
 
 
 def _named(directory: str | Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ COMPANIONS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.
 _CONFIG, _ADDED, _ROLES = COMPANIONS
 MAX_JSON_BYTES = 1 << 28  # the largest tokenizer.json of a public model has 33 MB
 _FLAGS = ("lstrip", "rstrip", "single_word")
+_SPACE = r"[^\S\x1c-\x1f]"  # these four are white space for Python alone
 _EXTRA = ("extra_special_tokens", "model_specific_special_tokens")  # lists, or role -> token
 
 
@@ -87,8 +88,10 @@ def added_tokens(
     for source, tokens in sources.items():
         for raw in tokens:
             try:
-                name, flags = raw["content"], (raw.get(key, False) for key in _FLAGS)
-                token = AddedToken(int(raw["id"]), bool(raw.get("special", False)), *flags)
+                name, flags = raw["content"], {key: raw.get(key, False) for key in _FLAGS}
+                special = bool(raw.get("special", False))
+                changed = bool(raw.get("normalized", not special))  # as in transformers
+                token = AddedToken(int(raw["id"]), special, **flags, normalized=changed)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{directory / source}: added token {raw!r}: {error!r}") from None
             if name == "":  # it stands for nothing, and is not read, as in transformers
@@ -181,18 +184,33 @@ def _piece(vocabulary: Vocabulary, name: str) -> AddedToken | None:
     return None if found is None else AddedToken(found, special=False)
 
 
-def names_pattern(tokens: dict[str, AddedToken]) -> re.Pattern[str] | None:
-    """Returns a pattern, one group, that matches the tokens' names in a text, longest first."""
+def names_pattern(
+    tokens: dict[str, AddedToken], others: dict[str, AddedToken]
+) -> re.Pattern[str] | None:
+    """Returns a pattern, one group, that matches the tokens' names in a text, longest first.
+
+    A token takes the white space around it up to where a name begins that is found before, or with
+    it; such names of `others` are matched, too.
+    """
     if not tokens:
         return None
-    ordered = sorted(tokens.items(), key=lambda item: len(item[0]), reverse=True)
-    space = r"[^\S\x1c-\x1f]*"  # these four are white space for Python alone
-    parts = (
-        r"(?<!\w)" * token.single_word
-        + space * token.lstrip
-        + re.escape(name)
-        + r"(?!\w)" * token.single_word
-        + space * token.rstrip
-        for name, token in ordered
-    )
-    return re.compile(f"({'|'.join(parts)})")
+    spaced = {n: t for n, t in (others | tokens).items() if re.match(_SPACE, n)}
+
+    def stops(token: AddedToken) -> set[str]:
+        strips = token.lstrip or token.rstrip
+        return {n for n, t in spaced.items() if strips and t.normalized <= token.normalized}
+
+    def part(name: str, token: AddedToken) -> str:
+        names = "|".join(map(re.escape, sorted(stops(token))))
+        space = f"(?:(?!{names}){_SPACE})*" if names else f"{_SPACE}*"
+        return (
+            r"(?<!\w)" * token.single_word
+            + space * token.lstrip
+            + re.escape(name)
+            + r"(?!\w)" * token.single_word
+            + space * token.rstrip
+        )
+
+    found = tokens | {n: spaced[n] for token in tokens.values() for n in stops(token)}
+    ordered = sorted(found.items(), key=lambda item: len(item[0]), reverse=True)
+    return re.compile(f"({'|'.join(part(name, token) for name, token in ordered)})")

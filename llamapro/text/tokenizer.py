@@ -81,7 +81,9 @@ class Tokenizer:
         # Words to split off; the library finds those of the vocabulary itself.
         words = {n: t for n, t in own.items() if not t.special and vocabulary.added.get(n) != t}
         self._split_off = words | control
-        self._patterns = {False: names_pattern(words), True: names_pattern(self._split_off)}
+        plain = {name: token for name, token in tokens.items() if not token.special}
+        splits = {False: words, True: self._split_off}
+        self._patterns = {key: names_pattern(part, plain) for key, part in splits.items()}
         # Control tokens that the library would find in plain text too: their names are broken.
         found = [n for n in control if not vocabulary.added.get(n, control[n]).special]
         found += [n for n in control if control[n].id in vocabulary.pieces]
@@ -263,7 +265,7 @@ class Tokenizer:
         """
         for number, part in enumerate(_split(self._patterns[special], text)):
             if number % 2:  # the name of a token
-                token = self.added.get(part) or self._split_off[self._without_space(part)]
+                token = self.added.get(part) or self.added[self._without_space(part)]
                 if token.id >= self._rows:
                     raise DataError(
                         f"{self.path}: a text names {part!r}, token {token.id}, for which the "
@@ -278,7 +280,7 @@ class Tokenizer:
 
     def _without_space(self, part: str) -> str:
         """Returns the name in a part of a text that has the white space around it, too."""
-        found = (n for n in self._split_off if n in part and not part.replace(n, "", 1).strip())
+        found = (n for n in self.added if n in part and not part.replace(n, "", 1).strip())
         return max(found, key=len)
 
     def ends_of(self, text: str, ids: list[int]) -> list[int] | None:

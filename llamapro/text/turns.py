@@ -11,6 +11,7 @@ from llamapro.text.messages import PARTS, REASONING, RESERVED, Message, texts_of
 from llamapro.text.sandbox import END, MARK, START
 
 Span = tuple[int, int]
+SPACE = "\u2581"  # sentencepiece's
 _CONTENT = "\ue000"  # a private character
 _BORDER = re.compile(f"([{START}{END}])")
 _FIX = "put {% generation %} around the assistant's text in a template of your own"
@@ -48,6 +49,18 @@ def joined(spans: Sequence[Span]) -> list[Span]:
         first = found.pop()[0] if found and found[-1][1] == start else start
         found.append((first, end))
     return found
+
+
+def places_of(text: str, begin: int) -> list[int]:
+    """Returns where each byte of a text, and its end, lies if U+2581 is one byte, a space."""
+    places = [begin]
+    for character in text:
+        width = len(character.encode())
+        if character == SPACE:
+            places.append(places[-1] + width)
+        else:
+            places += range(places[-1] + 1, places[-1] + width + 1)
+    return places
 
 
 def tagged_spans(marked: str, messages: Sequence[Message], origin: str) -> list[Span]:
@@ -98,7 +111,8 @@ def added_spans(
     for index, message in trained_turns(messages):
         place = f"{origin}: turn {index + 1}: the template"
         after = render(messages[: index + 1], False)
-        if not full.startswith(after):  # some templates put EOS behind the last turn only
+        # Some templates put EOS behind the last turn only.
+        if ends_otherwise := not full.startswith(after):
             after = after.removesuffix(eos)
         if not full.startswith(after):
             raise RewrittenError(
@@ -112,6 +126,8 @@ def added_spans(
                 raise DataError(f"{place} hides where it begins")
         else:
             before = render(messages[:index], True)
+            if not after.startswith(before) and messages[index - 1]["role"] == "assistant":
+                before = _behind_answer(render, messages[: index + 1], before)
             if not after.startswith(before):
                 raise DataError(
                     f"{place} writes {before[-40:]!r} before an answer, and not before this one, "
@@ -123,6 +139,8 @@ def added_spans(
         for number, content in enumerate(filter(None, map(str.strip, texts_of(message)))):
             before_it, _, tail = tail.partition(content)
             header = header if number else before_it
+        if ends_otherwise and not tail.strip():
+            raise RewrittenError(f"{place} ends it with {eos!r} only while it is the last; {_FIX}")
         # Llama 2's and Mistral's templates ignore the prompt too, but have no header; Llama 3's
         # first template puts the next header behind every answer.
         prior = messages[: index or 1]
@@ -137,6 +155,21 @@ def added_spans(
             after += eos  # other templates put it behind all turns but the last
         spans.append((len(before.encode()), len(after.encode())))
     return spans
+
+
+def _behind_answer(
+    render: Callable[[Sequence[Message], bool], str], messages: Sequence[Message], before: str
+) -> str:
+    """Returns what stands before the second of two answers, of which it changes the first.
+
+    It ends with the prompt of an answer; `before`, where the first is not changed, if it does not.
+    """
+    *prior, last = messages
+    prompt, earlier = before.removeprefix(render(prior, False)), texts_of(prior[-1])[-1].strip()
+    shown = render([*prior, {**last, "content": _CONTENT, PARTS: []}], False)
+    head, _, rest = shown.partition(_CONTENT)[0].rpartition(prompt)
+    # Gemma 4's has no prompt between the two: the last one is that of the first answer.
+    return before if earlier in rest or not prompt.strip() else head + prompt
 
 
 def check_reasoning(messages: Sequence[Message], text: str, origin: str, first: int = 0) -> None:

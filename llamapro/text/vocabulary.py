@@ -53,10 +53,13 @@ class AddedToken:
     lstrip: bool = False  # includes the white space before it
     rstrip: bool = False
     single_word: bool = False  # not found inside a longer word
+    # Found after the others, in what a normaliser made of the text between them.
+    normalized: bool = field(default=False, compare=False)
 
     def flags(self) -> dict[str, Any]:
         """Returns the fields for a fingerprint, to which one that is not set adds nothing."""
-        return {k: v for k, v in asdict(self).items() if v or k != "single_word"}
+        kept = {k: v for k, v in asdict(self).items() if v or k != "single_word"}
+        return {k: v for k, v in kept.items() if k != "normalized"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,9 @@ def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
     model.no_padding()
     model.encode_special_tokens = True  # as text, which is what their names are
     added = {
-        token.content: AddedToken(i, token.special, token.lstrip, token.rstrip, token.single_word)
+        token.content: AddedToken(
+            i, token.special, token.lstrip, token.rstrip, token.single_word, token.normalized
+        )
         for i, token in model.get_added_tokens_decoder().items()
     }
 

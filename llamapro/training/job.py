@@ -97,6 +97,7 @@ class Job:
         if settings.data.format == "chat":
             directory = source if source.is_dir() else source.parent
             template = ChatTemplate.load(directory, tokenizer, settings.data.chat_template)
+            template.end_ids()  # says so if there is none
         val = parse_named(settings.data.val)
         if settings.replay.share and not settings.replay.data and checkpoint:  # raises if it cannot
             read_openings(

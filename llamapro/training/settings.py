@@ -42,7 +42,7 @@ class DataSettings:
     split_at: str = ""
     """Marker that begins a document within a file, such as "<|endoftext|>". Default: none."""
     chat_template: str = ""
-    """Chat template: llama2, llama3, mistral, chatml or a .jinja file. Default: the model's own."""
+    """Chat template: llama2, llama3, mistral, chatml, a .jinja file or a name of the model's."""
     date: str = ""
     """Today's date in chat templates, YYYY-MM-DD. Default: the day on which the run began."""
     too_long: Literal["drop", "truncate", "split"] = "drop"

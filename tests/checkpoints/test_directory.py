@@ -331,6 +331,15 @@ def test_an_index_that_leaves_the_directory_is_refused(
     assert f"shard name {name!r} is not a plain file name in .safetensors" in refusal(sharded)
 
 
+def test_an_index_may_name_shards_in_its_own_directory(sharded: Path) -> None:
+    """As "./model-00001-of-00002.safetensors", which transformers reads."""
+    index = json.loads((sharded / INDEX_FILE).read_text())
+    index["weight_map"] = {name: f"./{file}" for name, file in index["weight_map"].items()}
+    before = Checkpoint.open(sharded).sha256()
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
+    assert Checkpoint.open(sharded).sha256() == before
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": []}}']
 )

@@ -14,7 +14,7 @@ from llamapro.checkpoints.run import STATE_FILE
 from llamapro.config import ModelConfig
 from llamapro.conversion.expand import expand_checkpoint
 from llamapro.conversion.merge import merge_checkpoint, merge_many
-from llamapro.conversion.model_card import Training, render
+from llamapro.conversion.model_card import Training, licence, render
 
 STATE = {
     "step": 100,
@@ -196,6 +196,32 @@ def test_what_a_file_says_can_be_no_markdown_and_no_front_matter(pro: Checkpoint
     card = render("x", config, [training], Path("none"))
     assert "license" not in card and "base_model" not in card
     assert r"| optim.lr | 1\|2 \#\# \[x\](y) \<b\> |" in card
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "license: 'apache-2.0'",
+        'license: "mit"  # of the code',
+        "license: [mit, other]",
+        "license:\n- mit\n- other\nlicense_name: 'Two licences'",
+        "license:\n  - mit",
+        "license: other\nlicense_link: https://x.org/a",
+    ],
+)
+def test_a_licence_in_any_form_of_yaml_is_kept(tmp_path: Path, said: str) -> None:
+    """In quotes, or a list."""
+    (tmp_path / "README.md").write_text(f"---\n{said}\nlanguage: en\n---\n# Tiny\n")
+    yaml = pytest.importorskip("yaml")
+    assert yaml.safe_load("\n".join(licence(tmp_path))) == yaml.safe_load(said)
+    assert all(line.startswith("license") for line in licence(tmp_path))  # as push looks for it
+
+
+@pytest.mark.parametrize("said", ["license: 'mit", "license: a: b", "license:\n- mit: x"])
+def test_a_licence_that_is_no_name_is_left_out(tmp_path: Path, said: str) -> None:
+    """It could be anything."""
+    (tmp_path / "README.md").write_text(f"---\n{said}\n---\n# Tiny\n")
+    assert licence(tmp_path) == []
 
 
 def test_a_model_of_which_all_was_trained_claims_no_base(

@@ -179,6 +179,7 @@ LABELLED = {"text": ["2", "3", "1"], "label": ["1", "2", "3"]}
         (["B", "A"], "A", {1}),  # the text before the letter
         (["x", "y", "x"], "x", {0, 2}),
         (LABELLED, "2", {1}),  # the label before the text
+        (LABELLED, 2, {1}),  # and before the index, as a table changes it
         (LABELLED, 0, {0}),
         ({"text": ["x", "y"], "label": ["no", "yes"]}, "yes", {1}),
         ({"text": ["x", "y"]}, "B", {1}),

@@ -315,11 +315,32 @@ def test_another_template_for_tools_is_not_passed_over(
     for template in (listed, beside, ChatTemplate.load(path, tokenizer), alone):
         template.encode(CHAT[1:])
         if template is not alone:
-            with pytest.raises(
-                DataError, match="another chat template for tools, 'tool_use': save"
-            ):
+            with pytest.raises(DataError, match=r"name it with --data\.chat-template tool_use"):
                 template.encode(CHAT[1:], {"tools": [{"name": "f"}]})
     alone.encode(CHAT[1:], {"tools": [{"name": "f"}]})
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_one_of_several_templates_of_a_model_is_named(
+    directory: Path, tmp_path: Path, tokenizer: Tokenizer, is_file: bool
+) -> None:
+    """As transformers takes it; wherever it is stored. It serves for all rows."""
+    path = Path(shutil.copytree(directory, tmp_path / "model"))
+    sources = {"default": BUILT_IN["mistral"], "tool_use": BUILT_IN["llama3"]}
+    named = [{"name": name, "template": source} for name, source in sources.items()]
+    if is_file:
+        (path / "additional_chat_templates").mkdir()
+        (path / "chat_template.jinja").write_text(sources["default"])
+        (path / "additional_chat_templates" / "tool_use.jinja").write_text(sources["tool_use"])
+    else:
+        config = json.loads((path / "tokenizer_config.json").read_text())
+        (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    theirs = AutoTokenizer.from_pretrained(path)
+    found = ChatTemplate.load(path, tokenizer, "tool_use")
+    assert found.render(CHAT) == theirs.apply_chat_template(
+        CHAT, chat_template="tool_use", tokenize=False
+    )
+    assert found.source == sources["tool_use"] and not found.has_other
 
 
 def test_missing_jinja_is_told_with_its_extra(
@@ -355,6 +376,21 @@ def test_a_header_is_never_trained(tokenizer: Tokenizer, source: str, answer: st
     template = ChatTemplate(source, tokenizer, "their.jinja")
     with pytest.raises(DataError, match=r"turn 2: .*ignores add_generation_prompt.*assistant"):
         template.encode(messages)
+
+
+def test_a_filter_on_what_a_tag_encloses_is_refused(tokenizer: Tokenizer) -> None:
+    """It would meet the marks around it, and leave other text than in transformers."""
+    source = (
+        "{% for m in messages %}{% set text %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endset %}{{ text FILTER }}{{ eos_token }}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Yes "}]
+    ChatTemplate(source.replace("FILTER", ""), tokenizer, "x").encode(chat)
+    trimmed = ChatTemplate(source.replace("FILTER", "| trim"), tokenizer, "x")
+    with pytest.raises(DataError, match=r"x: changes what \{% generation %\} encloses"):
+        trimmed.encode(chat)
+    assert trimmed.render(chat) == "Hi</s>Yes</s>"
+    assert tokenizer.decode(trimmed.encode_prompt(chat)) == "HiYes"  # which trains nothing
 
 
 def test_threads_and_forks_get_their_own_renderings() -> None:

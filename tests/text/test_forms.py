@@ -102,8 +102,11 @@ def test_arguments_that_are_no_json_are_refused(tokenizer: Tokenizer) -> None:
     calls = [{"function": {"name": "f", "arguments": said}} for said in ("", "{q: 1}")]
     chats = [[{"role": "assistant", "content": "", "tool_calls": [call]}] for call in calls]
     assert "assistant\n{}<|im_end|>" in template.render(chats[0])
-    with pytest.raises(DataError, match="'arguments' is a text that is no JSON"):
+    with pytest.raises(DataError, match="turn 1: the 'arguments' of 'f' is a text that is no JSON"):
         template.render(chats[1])
+    for call, lacks in (({"function": {"name": "f"}}, "arguments"), ({"name": "f"}, "function")):
+        with pytest.raises(DataError, match=f"turn 1: the call of 'f' has no '{lacks}'"):
+            template.render([{**chats[0][0], "tool_calls": [call]}])
 
 
 def test_a_call_that_a_template_goes_through_gets_an_object(tokenizer: Tokenizer) -> None:

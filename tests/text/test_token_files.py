@@ -149,6 +149,22 @@ def test_a_name_with_white_space_of_its_own_takes_more_around_it(
         assert ids == theirs.encode(text, add_special_tokens=False) and 258 in ids
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_leaves_white_space_that_is_a_token_itself(
+    write: Callable[..., Path], normalized: bool, special: bool
+) -> None:
+    """Unless that is looked for later, in what was normalised; whatever is in front or behind."""
+    added = [
+        token(259, "\n\n", special, normalized=normalized),
+        token(260, " <y>", False, rstrip=True),
+    ]
+    path = write([*BASE[:2], STRIPS, *added], {})
+    ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
+    for text in ("a\n\n<x>b", " \n\n<x>\n\n b", "<x> <y> ", "\n\n\n<x>\n\n\n", "<x> \n\n<x>"):
+        assert ours.encode(text, special=True) == theirs.encode(text, add_special_tokens=False)
+
+
 def test_a_token_in_place_of_a_piece_is_said(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,35 @@ def test_a_template_that_forgets_reasoning_gives_a_sample_per_answer(
     ]
 
 
+def test_an_answer_behind_one_that_it_changes_is_trained(
+    directory: Path, tokenizer: Tokenizer
+) -> None:
+    """Qwen3's has a place for reasoning in the last turn, and not in the answer before it."""
+    shown = "loop.index0 > ns.last"
+    source = FORGETS.replace(shown, f"{shown} and (loop.last or said)")
+    chat = [user("Hi"), answer("Hello"), answer("More."), user("x"), answer("y")]
+    samples = ChatTemplate(source, tokenizer, "x").samples(chat)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    for count, (ids, _) in zip((2, 3, 5), samples, strict=True):
+        assert ids == theirs.apply_chat_template(
+            chat[:count], chat_template=source, return_dict=False
+        )
+    assert [trained_text(tokenizer, sample) for sample in samples] == [
+        [f"<think>\n\n</think>\n\n{text}<|im_end|>"] for text in ("Hello", "More.", "y")
+    ]
+
+
+def test_an_answer_without_a_prompt_before_it_is_refused(tokenizer: Tokenizer) -> None:
+    """Gemma 4's template puts a second answer behind the first, as nobody would generate it."""
+    source = (
+        "{% for m in messages %}{% if loop.index0 == 0 or m.role != messages[loop.index0-1].role %}"
+        "<|im_start|>{{ m.role }}\n{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"turn 3: .* before an answer, and not before this one"):
+        ChatTemplate(source, tokenizer, "x").samples([user("Hi"), answer("Hello"), answer("More.")])
+
+
 def test_reasoning_behind_tags_gives_a_sample_per_answer(tokenizer: Tokenizer) -> None:
     """With {% generation %} the turns are found in any case, but not what a template left out."""
     shown = "{{- '<think>\\n' + said.strip() + '\\n</think>\\n\\n' -}}"
@@ -158,6 +187,21 @@ def test_reasoning_that_a_template_never_shows_is_refused(tokenizer: Tokenizer, 
     assert trained_text(tokenizer, sample) == ["y</s>"]
 
 
+@pytest.mark.parametrize("earlier", ["<|eot_id|>", "", "\n"])
+def test_each_answer_learns_the_end_that_it_has_as_the_last(
+    tokenizer: Tokenizer, earlier: str
+) -> None:
+    """As gpt-oss's: EOS behind the last answer, and another token or none behind earlier ones."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if loop.last and not "
+        "add_generation_prompt %}{{ eos_token }}{% else %}" + earlier + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chat = [user("Hi"), answer("Hello"), user("More?"), answer("No.")]
+    samples = ChatTemplate(source, tokenizer, "x").samples(chat)
+    assert [trained_text(tokenizer, sample) for sample in samples] == [["Hello</s>"], ["No.</s>"]]
+
+
 def test_eos_behind_all_turns_but_the_last_ends_them(tokenizer: Tokenizer) -> None:
     """Templates leave the last turn open to continue it; the others end, and that is trained."""
     source = (
@@ -168,6 +212,19 @@ def test_eos_behind_all_turns_but_the_last_ends_them(tokenizer: Tokenizer) -> No
     chat = [user("Hi"), answer("Hello"), user("More?"), answer("No.")]
     (sample,) = ChatTemplate(source, tokenizer, "x").samples(chat)
     assert trained_text(tokenizer, sample) == ["Hello</s>", "No."]
+
+
+@pytest.mark.parametrize("end", ["", "{{ eos_token }}"])
+def test_a_template_that_ends_no_answer_is_said(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    """As GLM 4.5's, in which the next header ends a turn: nothing is trained to stop."""
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + end
+    source += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ends = ChatTemplate(source, tokenizer, "glm.jinja").end_ids()
+    assert ends == ({tokenizer.eos_id} if end else set())
+    said = "glm.jinja: no token ends the last answer of a conversation, so a model does not learn"
+    assert (said in capsys.readouterr().err) == (not end)
 
 
 def test_a_header_behind_a_first_turn_of_the_assistant_is_not_trained(tokenizer: Tokenizer) -> None:
@@ -242,6 +299,24 @@ def test_a_tool_that_a_template_does_not_show_is_refused(tokenizer: Tokenizer) -
     chat[3]["tool_calls"] = [{"function": tools[0]}]
     with pytest.raises(DataError, match="turn 4: the template does not show its call of 'Weather'"):
         template.encode(chat, {"tools": tools})
+
+
+@pytest.mark.parametrize("role", ["developer", "system"])
+def test_a_turn_is_not_shown_by_words_that_another_turn_has(
+    tokenizer: Tokenizer, role: str
+) -> None:
+    """Templates pass over a developer's message, or a second one of the system."""
+    source = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') or loop.first %}"
+        "[{{ m.role }}]{{ m.content | replace('\n', ' ') }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    template = ChatTemplate(source, tokenizer, "x")
+    first = {"role": "system", "content": "You help\nall of the people."}
+    chat = [user("Are you\nthe help?"), answer("<think>all the people</think>Yes")]
+    template.samples([first, *chat])
+    with pytest.raises(DataError, match="turn 2: the template shows nothing of its text"):
+        template.samples([first, {"role": role, "content": "Help all the people."}, *chat])
 
 
 def test_words_are_shown_as_words_and_in_any_case(tokenizer: Tokenizer) -> None:
