@@ -28,7 +28,10 @@ SETTINGS = (
 ).split()
 NAME = "OWNER/NAME"  # stands for the repository until the card is published
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_LICENCE = re.compile(r"license(_name|_link)?: *[\w.:/+-]+")
+# The front matter, and in it a field as its author wrote it: in quotes, before a comment, or as a
+# list, which has lines of its own.
+_FRONT = re.compile(r"\s*---\n((?:.*\n)*?)---[ \t]*(?:\n|\Z)")
+_LICENCE = re.compile(r"^license(?:_name|_link)?:.*\n(?:[ -].*\n)*", re.MULTILINE)
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -151,16 +154,26 @@ def render(
     return "\n".join(["---", *front, "---", "", "\n\n".join(page), ""])
 
 
+def front_matter(card: str) -> tuple[str, list[str], str]:
+    """Splits a card into its front matter without a licence, the licence, and the page below."""
+    found = _FRONT.match(card)
+    front, page = (found[1], card[found.end() :]) if found else ("", card)
+    fields = [field.rstrip() for field in _LICENCE.findall(front)]
+    return _LICENCE.sub("", front), [field for field in fields if not field.endswith(":")], page
+
+
 def licence(directory: Path) -> list[str]:
-    """Returns the lines of front matter that name a model's licence: its base's, or its file."""
+    """Returns the fields of front matter that name a model's licence: its base's, or its file."""
     for name in (CARD_FILE, BASE_CARD_FILE):
-        if (directory / name).is_file():
-            text = (directory / name).read_text("utf-8", "replace").replace("\r\n", "\n")
-            front = text[4:].partition("\n---")[0] if text.startswith("---\n") else ""
-            if found := [line for line in front.splitlines() if _LICENCE.fullmatch(line)]:
-                return found
+        if (directory / name).is_file() and (found := front_matter(read_card(directory / name))[1]):
+            return found
     files = sorted(file.name for file in directory.glob("LICENSE*"))
     return ["license: other", f"license_link: {files[0]}"] if files else []
+
+
+def read_card(file: Path) -> str:
+    """Returns the text of a card, whatever its ends of lines and with or without a byte mark."""
+    return file.read_text("utf-8-sig", "replace")
 
 
 def _training(training: Training) -> list[str]:
