@@ -6,6 +6,7 @@ A command's module is imported when the command runs, so that `llamapro --help` 
 import argparse
 import importlib
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,8 +119,8 @@ def presets(argv: list[str]) -> None:
             file.write(texts[args.name])
     except OSError as error:
         raise ConfigError(f"{args.file}: cannot be written: {error.strerror}") from None
-    text = f"wrote {args.file}\nnext: llamapro train --config {args.file} --dry-run"
-    cli.print_result({"file": str(args.file)}, args.json, text)
+    then = f"llamapro train --config {shlex.quote(str(args.file))} --dry-run"
+    cli.print_result({"file": str(args.file)}, args.json, f"wrote {args.file}\nnext: {then}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -246,9 +247,11 @@ def test_presets_are_listed_and_copied(
     assert run_command(console.main, *copy)[0] == 0
     assert (tmp_path / "mine.toml").read_text() == (root / "configs" / "sft.toml").read_text()
     assert "cannot be written" in run_command(console.main, *copy)[2]
-    other = str(tmp_path / "other.toml")
+    other = str(tmp_path / "an other.toml")
     _, shown, _ = run_command(console.main, *copy[:-1], other, "--json")
     assert json.loads(shown) == {"file": other}
+    _, shown, _ = run_command(console.main, *copy[:-1], tmp_path / "it's mine.toml")
+    assert shlex.split(shown.partition("next: ")[2])[3] == str(tmp_path / "it's mine.toml")
     status, _, message = run_command(console.main, "presets", "copy", "stf", tmp_path / "x")
     assert status == 2 and "did you mean 'sft'?" in message
 
