@@ -8,11 +8,11 @@ import importlib
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamapro import __version__, cli
 from llamapro.errors import ConfigError, suggest
+from llamapro.files import user_path
 from llamapro.scripts import CONFIGS
 
 
@@ -103,7 +103,7 @@ def presets(argv: list[str]) -> None:
     same: Any = {"action": "store_true", "default": argparse.SUPPRESS}
     copy.add_argument("--json", **same, help="print one JSON object")
     copy.add_argument("name", metavar="NAME", help="a preset that 'llamapro presets' lists")
-    copy.add_argument("file", metavar="FILE", type=Path, help="the file to create")
+    copy.add_argument("file", metavar="FILE", help="the file to create")
     args = parser.parse_args(argv)
     texts = {file.stem: file.read_text("utf-8") for file in sorted(CONFIGS.glob("*.toml"))}
     if args.action is None:
@@ -114,6 +114,7 @@ def presets(argv: list[str]) -> None:
     if args.name not in texts:
         hint = suggest(args.name, list(texts)) or f" (there are: {', '.join(texts)})"
         raise ConfigError(f"{args.name}: no such preset{hint}")
+    args.file = user_path(args.file)
     try:
         with open(args.file, "x", encoding="utf-8") as file:
             file.write(texts[args.name])

@@ -238,7 +238,10 @@ def test_unknown_command_suggests_the_nearest(
 
 
 def test_presets_are_listed_and_copied(
-    root: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+    root: Path,
+    tmp_path: Path,
+    run_command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A preset is copied by name; an existing file is never overwritten."""
     _, shown, _ = run_command(console.main, "presets", "--json")
@@ -253,6 +256,9 @@ def test_presets_are_listed_and_copied(
     assert json.loads(shown) == {"file": other}
     _, shown, _ = run_command(console.main, *copy[:-1], tmp_path / "it's mine.toml")
     assert shlex.split(shown.partition("next: ")[2])[3] == str(tmp_path / "it's mine.toml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_command(console.main, *copy[:-1], "~/home.toml")
+    assert (tmp_path / "home.toml").exists()
     status, _, message = run_command(console.main, "presets", "copy", "stf", tmp_path / "x")
     assert status == 2 and "did you mean 'sft'?" in message
 
