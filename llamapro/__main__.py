@@ -6,12 +6,13 @@ A command's module is imported when the command runs, so that `llamapro --help` 
 import argparse
 import importlib
 import os
+import shlex
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamapro import __version__, cli
 from llamapro.errors import ConfigError, suggest
+from llamapro.files import user_path
 from llamapro.scripts import CONFIGS
 
 
@@ -102,7 +103,7 @@ def presets(argv: list[str]) -> None:
     same: Any = {"action": "store_true", "default": argparse.SUPPRESS}
     copy.add_argument("--json", **same, help="print one JSON object")
     copy.add_argument("name", metavar="NAME", help="a preset that 'llamapro presets' lists")
-    copy.add_argument("file", metavar="FILE", type=Path, help="the file to create")
+    copy.add_argument("file", metavar="FILE", help="the file to create")
     args = parser.parse_args(argv)
     texts = {file.stem: file.read_text("utf-8") for file in sorted(CONFIGS.glob("*.toml"))}
     if args.action is None:
@@ -113,13 +114,14 @@ def presets(argv: list[str]) -> None:
     if args.name not in texts:
         hint = suggest(args.name, list(texts)) or f" (there are: {', '.join(texts)})"
         raise ConfigError(f"{args.name}: no such preset{hint}")
+    args.file = user_path(args.file)
     try:
         with open(args.file, "x", encoding="utf-8") as file:
             file.write(texts[args.name])
     except OSError as error:
         raise ConfigError(f"{args.file}: cannot be written: {error.strerror}") from None
-    text = f"wrote {args.file}\nnext: llamapro train --config {args.file} --dry-run"
-    cli.print_result({"file": str(args.file)}, args.json, text)
+    then = f"llamapro train --config {shlex.quote(str(args.file))} --dry-run"
+    cli.print_result({"file": str(args.file)}, args.json, f"wrote {args.file}\nnext: {then}")
 
 
 if __name__ == "__main__":

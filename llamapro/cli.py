@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +18,12 @@ from typing import Any, NoReturn
 from llamapro.errors import ConfigError, LostProcessError, UserError, note, shorten, speaks
 from llamapro.formatting import finite, flatten
 
+_NO_FILE = {  # what an error means that names no file
+    errno.ENOSPC: "standard output: {}",
+    errno.EMFILE: "{}: allow this process more, 'ulimit -n' shows how many",
+    errno.ENOENT: "{}: set TMPDIR",  # of `tempfile`
+}
+
 
 def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Runs a command and exits: 0 on success, 2 on a user's mistake, 130 or 143 on a signal.
@@ -28,6 +35,10 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
             threads sometimes abort a process whose work is done.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    # Each tensor that is mapped holds a descriptor, and many systems allow 1,024 until one asks.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for name in ("stdout", "stderr"):  # None if the caller closed it, as in '>&-'
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -54,11 +65,14 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in _NO_FILE:
             raise
+        message = f"{error.filename}: {error.strerror}"
         if error.filename is None:
+            message = _NO_FILE[error.errno or 0].format(error.strerror)
+        if error.filename is None and error.errno == errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message = shorten(f"{error.filename or 'standard output'}: {error.strerror}")
+        message = shorten(message)
         _tell_launcher(message)
         status = _fail(message, 2)
     sys.stderr.flush()

@@ -18,7 +18,14 @@ from llamapro.checkpoints.hub import ALLOWED, NEVER, check_name, upload
 from llamapro.checkpoints.new_blocks import is_training_output, open_blocks
 from llamapro.checkpoints.run import TRAINABLE_FILE
 from llamapro.checkpoints.stacking import stack
-from llamapro.conversion.model_card import CARD_FILE, NAME, Training, render
+from llamapro.conversion.model_card import (
+    CARD_FILE,
+    NAME,
+    Training,
+    front_matter,
+    read_card,
+    render,
+)
 from llamapro.conversion.verify import verify
 from llamapro.errors import ConfigError, warn
 from llamapro.files import refuse_link, user_path
@@ -59,7 +66,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m llamapro.push") -
     else:
         files, card, left_out = model_files(source)
     card = _with_licence(card.replace(NAME, repo), args.license)
-    if "\nlicense: " not in card.partition("\n---\n")[0]:
+    if not front_matter(card)[1]:
         warn(f"{source}: no licence is known, so the card names none; give --license")
     files[CARD_FILE] = card.encode()
     sizes = {
@@ -86,7 +93,7 @@ def model_files(path: Path) -> tuple[Files, str, list[str]]:
             refuse_link(path / name)
             files[name] = path / name
     if CARD_FILE in files:  # made by merge, and perhaps edited
-        card = (path / CARD_FILE).read_text("utf-8", "replace")
+        card = read_card(path / CARD_FILE)
     elif config.expansion is not None:
         card = render(NAME, config, [], path)
     else:
@@ -125,10 +132,8 @@ def _with_licence(card: str, name: str) -> str:
         return card
     if not re.fullmatch(r"[\w.+-]+", name):
         raise ConfigError(f"--license {name!r}: expected a short name, such as apache-2.0")
-    has_front = card.startswith("---\n")
-    front, _, page = card[4:].partition("\n---\n") if has_front else ("", "", card)
-    kept = [line for line in front.splitlines() if not line.startswith("license")]
-    return "\n".join(["---", *kept, f"license: {name}", "---", page])
+    front, _, page = front_matter(card)
+    return f"---\n{front}license: {name}\n---\n{page}"
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
@@ -236,7 +238,10 @@ def test_unknown_command_suggests_the_nearest(
 
 
 def test_presets_are_listed_and_copied(
-    root: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+    root: Path,
+    tmp_path: Path,
+    run_command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A preset is copied by name; an existing file is never overwritten."""
     _, shown, _ = run_command(console.main, "presets", "--json")
@@ -246,9 +251,14 @@ def test_presets_are_listed_and_copied(
     assert run_command(console.main, *copy)[0] == 0
     assert (tmp_path / "mine.toml").read_text() == (root / "configs" / "sft.toml").read_text()
     assert "cannot be written" in run_command(console.main, *copy)[2]
-    other = str(tmp_path / "other.toml")
+    other = str(tmp_path / "an other.toml")
     _, shown, _ = run_command(console.main, *copy[:-1], other, "--json")
     assert json.loads(shown) == {"file": other}
+    _, shown, _ = run_command(console.main, *copy[:-1], tmp_path / "it's mine.toml")
+    assert shlex.split(shown.partition("next: ")[2])[3] == str(tmp_path / "it's mine.toml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_command(console.main, *copy[:-1], "~/home.toml")
+    assert (tmp_path / "home.toml").exists()
     status, _, message = run_command(console.main, "presets", "copy", "stf", tmp_path / "x")
     assert status == 2 and "did you mean 'sft'?" in message
 
@@ -330,3 +340,31 @@ def test_an_error_of_the_file_system_is_one_message(run_command: Callable[..., A
         Path("/nowhere/file").read_text()
 
     assert run_command(main) == (2, "", "/nowhere/file: No such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "message"),
+    [((40, 200), 0, ""), ((40, 40), 2, "Too many open files: allow this process more, ")],
+    ids=["soft", "hard"],
+)
+def test_a_command_may_open_as_many_files_as_the_system_allows(
+    limits: tuple[int, int], status: int, message: str
+) -> None:
+    """A model of a thousand tensors needs as many; beyond the system's limit it is one message."""
+    code = f"import os, resource; resource.setrlimit(resource.RLIMIT_NOFILE, {limits}); "
+    code += "from llamapro import cli; cli.run(lambda: [os.dup(0) for _ in range(99)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.partition("'")[0]) == (status, message)
+
+
+def test_a_machine_without_a_temporary_directory_is_told_what_to_set(
+    run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose disk cannot be written."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    status, _, message = run_command(lambda *_, **__: tempfile.gettempdir())
+    assert (status, message.strip()) == (
+        2,
+        "No usable temporary directory found in ['/proc']: set TMPDIR",
+    )

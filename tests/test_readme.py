@@ -27,9 +27,10 @@ PAGES = {
 }
 OTHERS = {  # options of programs that are not ours
     "torchrun": {"--nproc-per-node", "--nnodes", "--max-restarts", "--config", "--run-dir"}
-    | {"--rdzv-endpoint", "--rdzv-backend", "--rdzv-id", "--data.train", "--data.cache-dir"},
+    | {"--rdzv-endpoint", "--rdzv-backend", "--rdzv-id", "--data.train", "--data.cache-dir"}
+    | {"--signals-to-handle"},
     "llama.cpp/convert_hf_to_gguf.py": {"--outfile", "--outtype"},
-    "sbatch": {"--nodes", "--dependency", "--config", "--data.train"},
+    "sbatch": {"--nodes", "--dependency", "--signal", "--config", "--data.train"},
     "lm_eval": {"--model", "--model_args", "--batch_size", "--device", "--tasks", "--num_fewshot"}
     | {"--confirm_run_unsafe_code"},
 }

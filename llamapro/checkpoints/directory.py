@@ -5,6 +5,7 @@ made the files. `load` maps a model, so the processes of a machine share one cop
 """
 
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,8 @@ def _weight_files(path: Path) -> list[Path]:
     inside = [f for kind in ("*", "snapshots/*") for f in path.glob(f"{kind}/config.json")]
     foreign = [f for f in path.iterdir() if f.suffix in _FOREIGN and not f.name.startswith(_STATE)]
     if any(path.glob("consolidated*.pth")):
-        fix = f"this is a Meta release: run 'llamapro from-meta {path} OUT_DIR' first"
+        release = shlex.quote(str(path))
+        fix = f"this is a Meta release, convert it first: llamapro from-meta {release} OUT_DIR"
     elif any(path.glob("consolidated*.safetensors")):
         fix = MISTRAL_LAYOUT
     elif any(path.glob("adapter_model*")):

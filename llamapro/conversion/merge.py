@@ -1,5 +1,6 @@
 """Merges new blocks into their base, from one file or several."""
 
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -237,7 +238,7 @@ def _check(
     if is_whole and found != expected:
         settings = training.part("settings")
         model = settings.get("model.path") or settings.get("model.config")
-        fix = f": llamapro merge {model} {blocks_path} OUT_DIR"
+        fix = f": llamapro merge {shlex.join((str(model), str(blocks_path)))} OUT_DIR"
         theirs, ours = _describe(found, expected), _describe(expected, found)
         raise CheckpointError(
             f"{blocks_path}: the run trained all weights of a model of {theirs}; {given} has "

@@ -28,12 +28,14 @@ SETTINGS = (
 ).split()
 NAME = "OWNER/NAME"  # stands for the repository until the card is published
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-# A licence as YAML writes it: plain, in quotes, or a list of these.
-_WORD = r"""(?:[\w.:/+-]+|"[\w.:/+() -]*"|'[\w.:/+() -]*')"""
-_ITEMS = rf"\[ *{_WORD}(?: *, *{_WORD})* *\]|(?: *\n *- +{_WORD})+"
-_LICENCE = re.compile(
-    rf"^license(?:_name|_link)?:(?: +{_WORD}| *(?:{_ITEMS}))(?= *(?: #.*)?$)", re.M
-)
+# The front matter, and in it a field as its author wrote it: in quotes, before a comment, or as a
+# list, which has lines of its own.
+_FRONT = re.compile(r"\s*---\n((?:.*\n)*?)---[ \t]*(?:\n|\Z)")
+_LICENCE = re.compile(r"^license(?:_name|_link)?:.*\n(?:[ -].*\n)*", re.MULTILINE)
+# What is taken for one: a word, a text in quotes, or a list of these.
+_WORD = r"""(?:[\w.:/+-]+|"[\w.:/+() -]*"|'[\w.:/+() -]*')(?: +#.*)?"""
+_ITEMS = rf" *\[ *{_WORD}(?: *, *{_WORD})* *\]|(?: *\n *- +{_WORD})+"
+_SOUND = re.compile(rf"\w+:(?: +{_WORD}|{_ITEMS})")
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,16 +158,26 @@ def render(
     return "\n".join(["---", *front, "---", "", "\n\n".join(page), ""])
 
 
+def front_matter(card: str) -> tuple[str, list[str], str]:
+    """Splits a card into its front matter without a licence, the licence, and the page below."""
+    found = _FRONT.match(card)
+    front, page = (found[1], card[found.end() :]) if found else ("", card)
+    fields = [field.rstrip() for field in _LICENCE.findall(front)]
+    return _LICENCE.sub("", front), [field for field in fields if _SOUND.fullmatch(field)], page
+
+
 def licence(directory: Path) -> list[str]:
-    """Returns the lines of front matter that name a model's licence: its base's, or its file."""
+    """Returns the fields of front matter that name a model's licence: its base's, or its file."""
     for name in (CARD_FILE, BASE_CARD_FILE):
-        if (directory / name).is_file():
-            text = (directory / name).read_text("utf-8", "replace").replace("\r\n", "\n")
-            front = text[4:].partition("\n---")[0] if text.startswith("---\n") else ""
-            if found := [re.split(r" *\n *- +", entry) for entry in _LICENCE.findall(front)]:
-                return [f"{e[0]} [{', '.join(e[1:])}]" if e[1:] else e[0] for e in found]
+        if (directory / name).is_file() and (found := front_matter(read_card(directory / name))[1]):
+            return found
     files = sorted(file.name for file in directory.glob("LICENSE*"))
     return ["license: other", f"license_link: {files[0]}"] if files else []
+
+
+def read_card(file: Path) -> str:
+    """Returns the text of a card, whatever its ends of lines and with or without a byte mark."""
+    return file.read_text("utf-8-sig", "replace")
 
 
 def _training(training: Training) -> list[str]:

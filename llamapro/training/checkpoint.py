@@ -283,9 +283,9 @@ def _vote(ranks: Ranks, failures: list[str]) -> None:
 
 def make_way(target: Path) -> None:
     """Deletes the remains of a killed process, and a damaged training checkpoint at the target."""
-    with suppress(OSError):  # the next save tries again
+    with suppress(OSError):
         for stale in target.parent.glob(".step-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+            _delete(stale)
     if not target.exists():
         return
     try:
@@ -301,9 +301,17 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.removed")
     try:
         path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)  # the next save tries again
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be removed: {error.strerror}") from None
+    _delete(hidden)
+
+
+def _delete(hidden: Path) -> None:
+    """Deletes what nobody sees; what is left, the next save tries again."""
+    with suppress(OSError):
+        if hidden.is_symlink():  # of a user who moved it to another disk, where it stays
+            hidden.unlink()
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def remove_old(run_dir: Path, keep: int, keep_every: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Signals: a first SIGTERM, SIGINT or SIGHUP saves the run and stops it, a second ends it at once.
+"""Signals: a first one of `KINDS` saves the run and stops it, a second ends it at once.
 
 Python runs a signal's handler only between two steps of the interpreter, and a process may wait for
 others for minutes inside PyTorch. So a thread hears of every signal, through Python's wakeup
@@ -19,7 +19,8 @@ from typing import Any
 
 from llamapro.errors import DataError, note, speaks
 
-KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Schedulers send the last two to a job that asks for them.
+KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # torchrun passes on a signal that the terminal has already sent to its workers. Two signals within
 # this time count as one.
 SAME_SIGNAL_S = 2.0

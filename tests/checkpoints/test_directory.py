@@ -217,7 +217,7 @@ def test_a_missing_directory_or_configuration_is_named(single: Path, tmp_path: P
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("consolidated.00.pth", "Meta release: run 'llamapro from-meta"),
+        ("consolidated.00.pth", "convert it first: llamapro from-meta '"),
         ("pytorch_model-00001-of-00002.bin", "pickled weights"),
         ("readme.txt", f"expected {SINGLE_FILE} or {INDEX_FILE}"),
     ],
@@ -225,10 +225,11 @@ def test_a_missing_directory_or_configuration_is_named(single: Path, tmp_path: P
 def test_a_directory_of_another_kind_says_what_to_do(
     name: str, expected: str, tmp_path: Path
 ) -> None:
-    """Meta's release, pickled weights, and neither."""
-    (tmp_path / name).write_bytes(b"")
-    message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path}: no weights found; ") and expected in message
+    """Meta's release, pickled weights, and neither; a command with the path as a shell takes it."""
+    (folder := tmp_path / "a model").mkdir()
+    (folder / name).write_bytes(b"")
+    message = refusal(folder)
+    assert message.startswith(f"{folder}: no weights found; ") and expected in message
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:

@@ -254,3 +254,22 @@ def test_a_licence_that_nobody_knows_is_said(
     assert not said and json.loads(out)["card"] == "---\nlicense: mit\n---\n# Mine\n"
     _, out, _ = run(home / "merged", "jo/m", "--dry-run", "--license", "mit")
     assert out.count("license: ") == 1 and "license: mit" in out
+
+
+@pytest.mark.parametrize(
+    "licence",
+    ['license: "mit"', "license: mit  # ours", "license:\n- mit\n- isc", "license: mit "],
+    ids=["quoted", "comment", "list", "space"],
+)
+def test_a_licence_is_known_however_its_card_writes_it(
+    run: Push, tmp_path: Path, tiny_config: Any, write_random_checkpoint: Any, licence: str
+) -> None:
+    """An expanded model has its base's; --license replaces all lines of it and no other line."""
+    base = write_random_checkpoint(tmp_path / "m", tiny_config(num_hidden_layers=2))
+    (base / "README.md").write_text(f"---\nlanguage:\n- en\n{licence}\ntags: x\n---\n# Mine\n")
+    _, out, said = run(base, "jo/m", "--dry-run", "--license", "isc", "--json")
+    front = "---\nlanguage:\n- en\ntags: x\nlicense: isc\n---\n"
+    assert not said and json.loads(out)["card"] == f"{front}# Mine\n"
+    expand_checkpoint(Checkpoint.open(base), tmp_path / "pro", interleave(2, 1))
+    _, out, said = run(tmp_path / "pro", "jo/m", "--dry-run", "--json")
+    assert not said and f"\n{licence.strip()}\n" in json.loads(out)["card"]

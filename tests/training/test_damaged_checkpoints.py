@@ -102,6 +102,18 @@ def test_the_latest_and_every_nth_stay(
     assert steps(run_dir) == left
 
 
+def test_a_link_to_an_old_one_is_removed_and_not_what_it_leads_to(
+    run_dir: Path, alone: Ranks, tmp_path: Path
+) -> None:
+    """A user moved it to another disk."""
+    step_dir(run_dir, 1).rename(tmp_path / "moved")
+    step_dir(run_dir, 1).symlink_to(tmp_path / "moved")
+    save_step(run_dir, 4, alone, keep=2)
+    names = sorted(path.name for path in step_dir(run_dir, 4).parent.iterdir())
+    assert names == ["step-00000003", "step-00000004"]
+    assert (tmp_path / "moved" / "trainable.safetensors").exists()
+
+
 def test_deletion_spares_the_last_good_one(run_dir: Path) -> None:
     """With the newest two damaged, the one before them is not old."""
     for step in (2, 3):

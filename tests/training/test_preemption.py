@@ -104,6 +104,7 @@ def straight(
     ("place", "rank", "call", "name", "saved"),
     [
         ("batch", 1, 2, "SIGTERM", 1),  # it agrees with the others before it computes
+        ("batch", 0, 2, "SIGUSR1", 1),  # which a job can ask its scheduler for
         ("clip_gradients", 1, 3, "SIGINT", 3),  # inside a step, which is finished
         ("evaluate", 0, 2, "SIGTERM", 2),
         ("to_json", 1, 1, "SIGHUP", 2),
@@ -111,7 +112,7 @@ def straight(
         ("to_device", 1, 3, "SIGTERM", 1),
         ("tokenize", 0, 1, "SIGTERM", 0),  # nothing is earned yet
     ],
-    ids=["step", "in_step", "evaluation", "saving", "micro_batch", "data"],
+    ids=["step", "asked_for", "in_step", "evaluation", "saving", "micro_batch", "data"],
 )
 def test_a_signal_to_one_process_saves_all_and_the_run_continues_to_the_same_bits(
     place: str,

@@ -50,10 +50,10 @@ def test_all_weights_of_another_model_are_refused_and_the_right_command_is_named
         (base.path, other, r"model\.embed_tokens\.weight \[300, 16\]; .*weight \[400, 16\]"),
     ]
     for number, (given, trained, message) in enumerate(cases):
-        run = tmp_path / f"run{number}"
+        run = tmp_path / f"run {number}"
         state = {"settings": {"model.path": str(trained.path)}}
         file = write_step(run, trained, 1, state, trainable="all")
-        fix = rf": llamapro merge {trained.path} {run} OUT_DIR$"
+        fix = rf": llamapro merge {trained.path} '{run}' OUT_DIR$"
         with pytest.raises(CheckpointError, match=f"^{run}: .*{message}.*{fix}"):
             merge(given, [run], tmp_path / "out")
         alone = shutil.copyfile(file, tmp_path / "alone.safetensors")
