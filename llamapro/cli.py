@@ -70,8 +70,8 @@ def run(main: Callable[[], None], leave: Callable[[int], NoReturn] = sys.exit) -
         message = f"{error.filename}: {error.strerror}"
         if error.filename is None:
             message = _NO_FILE[error.errno or 0].format(error.strerror)
-        if error.filename is None and error.errno == errno.ENOSPC:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if error.errno == errno.ENOSPC:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         message = shorten(message)
         _tell_launcher(message)
         status = _fail(message, 2)

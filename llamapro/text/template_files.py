@@ -91,10 +91,8 @@ def _stored(directory: str | Path, name: str = "default") -> Any:
 
 def _all_named(directory: str | Path) -> dict[str, Any]:
     """Returns the model's templates by name, those in files of their own, too."""
-    files = {file.stem: file for file in Path(directory, TOOLS_FILE).parent.glob("*.jinja")}
-    return _named(directory) | {
-        name: file.read_text("utf-8", "replace") for name, file in files.items()
-    }
+    files = Path(directory, TOOLS_FILE).parent.glob("*.jinja")
+    return _named(directory) | {file.stem: file.read_text("utf-8", "replace") for file in files}
 
 
 def _named(directory: str | Path) -> dict[str, Any]:

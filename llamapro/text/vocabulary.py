@@ -58,8 +58,8 @@ class AddedToken:
 
     def flags(self) -> dict[str, Any]:
         """Returns the fields for a fingerprint, to which one that is not set adds nothing."""
-        kept = {k: v for k, v in asdict(self).items() if v or k != "single_word"}
-        return {k: v for k, v in kept.items() if k != "normalized"}
+        fields = asdict(self).items()
+        return {k: v for k, v in fields if k != "normalized" and (v or k != "single_word")}
 
 
 @dataclass(frozen=True)
