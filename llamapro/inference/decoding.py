@@ -8,6 +8,8 @@ Shapes: B batch, T length, S key length, C hidden size, H query heads, KV key/va
 dim, F FFN size, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +25,24 @@ def next_logits(model: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
     """Returns the logits (B, V) after these ids (B, T), and appends them to the cache."""
     is_on_cpu = model.lm_head.weight.device.type == "cpu"
     if ids.shape[1] == 1 and is_on_cpu and backends.takes_cpu():
-        return _step(model, ids[:, 0], cache)
+        with _fast_products(len(ids)):
+            return _step(model, ids[:, 0], cache)
     x = model.model(ids, cache)  # (B, T, C)
     return model.lm_head(x[:, -1])  # of (B, 1, C) with gaps, bmm would copy the weight B times
+
+
+@contextmanager
+def _fast_products(rows: int) -> Iterator[None]:
+    """Lets PyTorch itself multiply one or two rows of bf16 with a matrix.
+
+    oneDNN packs the matrix anew for each product, which takes longer than reading it.
+    """
+    set_flags = torch.backends.mkldnn.set_flags
+    before, *_ = set_flags(_enabled=False if rows <= 2 else None, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        set_flags(_enabled=before, _fp32_precision=None)
 
 
 def _step(llama: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:

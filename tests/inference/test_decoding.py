@@ -1,11 +1,13 @@
 """The short way of a single token on a CPU computes what the model computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,11 +82,47 @@ def test_logits_are_as_exact_as_the_models(build: Build, config: dict[str, Any],
     assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
 
 
-def test_bf16_keeps_the_roundings_of_the_model(build: Build) -> None:
-    """In bf16 every rounding stands where the model has it: the same bits."""
+@pytest.mark.parametrize("rows", [2, 3])
+def test_bf16_keeps_the_roundings_of_the_model(build: Build, rows: int) -> None:
+    """In bf16 every rounding stands where the model has it: the same bits by the same products."""
     model = build(torch.bfloat16)
-    ours = steps_of(partial(next_logits, model), model, 2)
-    assert torch.equal(ours, steps_of(lambda ids, cache: model(ids, cache)[:, -1], model, 2))
+    ours = steps_of(partial(next_logits, model), model, rows)
+
+    def plain(ids: Tensor, cache: KVCache) -> Tensor:
+        with products_of_pytorch() if rows <= 2 and ids.shape[1] == 1 else nullcontext():
+            return model(ids, cache)[:, -1]
+
+    assert torch.equal(ours, steps_of(plain, model, rows))
+
+
+@contextmanager
+def products_of_pytorch() -> Iterator[None]:
+    torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
+    yield
+    torch.backends.mkldnn.set_flags(_enabled=True, _fp32_precision=None)
+
+
+@pytest.mark.parametrize(("rows", "takes_onednn"), [(1, False), (2, False), (3, True)])
+def test_pytorch_itself_multiplies_one_or_two_rows(
+    build: Build, rows: int, takes_onednn: bool, monkeypatch: Any
+) -> None:
+    """oneDNN would pack every matrix anew. After a step, also one that fails, it is as before."""
+    model, seen = build(torch.bfloat16), set[bool]()
+    cache, ids = KVCache(model, rows, 2), torch.ones(rows, 1, dtype=torch.int64)
+    product = F.linear
+
+    def noted(*args: Any) -> Tensor:
+        seen.add(torch.backends.mkldnn.enabled)
+        return product(*args)
+
+    monkeypatch.setattr(F, "linear", noted)
+    with torch.no_grad():
+        next_logits(model, ids, cache)
+        assert seen == {takes_onednn}
+        assert torch.backends.mkldnn.enabled
+        with pytest.raises(IndexError):
+            next_logits(model, ids + model.config.vocab_size, cache)
+    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("ops", ["torch", "auto,attention=torch"])
