@@ -7,9 +7,9 @@ docstrings of the standard library. Code is the new domain. Its text is the libr
 docstrings, so the two do not overlap. Every tenth document is held out for validation.
 """
 
+import argparse
 import ast
 import inspect
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +79,9 @@ def code() -> Iterator[str]:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Collects English and code for the demo.")
+    parser.add_argument("out", type=Path, help="directory to write english/ and code/ to")
+    out = parser.parse_args().out
     for domain, suffix, documents in (("english", "txt", english()), ("code", "py", code())):
         sizes = {"train": 0, "val": 0}
         for number, text in enumerate(documents):
