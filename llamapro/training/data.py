@@ -18,6 +18,9 @@ from llamapro.training.resume import check_identity
 from llamapro.training.settings import TrainSettings
 from llamapro.training.state import RunState
 
+# Passes over replayed text in a run. `experiments/passes.py` measures what more of them do.
+MOST_PASSES = 10
+
 
 @dataclass(frozen=True)
 class Data:
@@ -108,24 +111,33 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
     weights = s.data.weights or [1.0] * len(sources)
     if s.replay.share:
         mixture = Mixture(sources, weights, s.train.seed, packed("replay"), s.replay.share)
-        samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])
-        about.append(
-            f"replay           {samples:,} of the {mixture.samples_per_epoch:,} sequences of an "
-            f"epoch, {samples / sequences:.2f} passes over {sequences:,}"
-        )
     else:
         mixture = Mixture(sources, weights, s.train.seed)
     val = {name: packed(f"val {name}") for name in job.val}
     steps = s.steps(mixture.samples_per_epoch, state.step, state.samples)
     tokens = format_count(steps * job.plan["tokens_per_step"])
     size, of_epoch = s.train.batch_size, mixture.samples_per_epoch
-    epochs = (state.samples + max(0, steps - state.step) * size) / of_epoch
+    read = state.samples + max(0, steps - state.step) * size  # by the whole run
+    epochs = read / of_epoch
     about.append(f"steps            {steps} ({tokens} tokens, {epochs:.3g} epochs)")
     if not s.train.steps and abs(epochs / s.train.epochs - 1) > 0.1:
         text = f"a step reads {size:,} sequences (train.batch_size), an epoch has {of_epoch:,}"
         about.append(
             f"warning          not train.epochs {s.train.epochs:g} but {epochs:.3g}: {text}"
         )
+    if s.replay.share:
+        samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])
+        passes = read * s.replay.share / sequences
+        about.append(
+            f"replay           {samples:,} of the {of_epoch:,} sequences of an epoch; the run "
+            f"passes {passes:.3g} times over {sequences:,}"
+        )
+        if passes > MOST_PASSES:
+            more = "replay.data" if s.replay.data else "replay.tokens, or general text (replay.data)"
+            about.append(
+                "warning          replayed text that repeats so often is learned by heart, and "
+                f"other text is forgotten: give more {more}; up to {MOST_PASSES} passes are safe"
+            )
     for text in about:
         ranks.say(text)
     apart = len(sources) if s.replay.is_apart else None

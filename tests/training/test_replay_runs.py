@@ -183,6 +183,17 @@ def test_a_run_does_not_go_on_with_other_replayed_text(
         run("other", replay__data=text)
 
 
+@pytest.mark.parametrize(("steps", "passes"), [(20, 10), (22, 11)])
+def test_replayed_text_that_repeats_often_is_warned_of(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], steps: int, passes: int
+) -> None:
+    """A replayed sequence a step, of two; the passes are those of the whole run."""
+    run(f"passes{steps}", train__steps=steps, replay__tokens=2 * LENGTH + 1)
+    told = capsys.readouterr().err
+    assert f"the run passes {passes} times over 2\n" in told
+    assert ("learned by heart" in told) == (passes > 10)
+
+
 def test_a_spike_names_replayed_text(run: Callable[..., Path], home: Path, tmp_path: Path) -> None:
     """The replay is a source like the others; and the text can be the user's own."""
     text = home / "general.txt"

@@ -1,0 +1,101 @@
+"""How often may replayed text repeat? The same run with stores of several sizes.
+
+    python experiments/passes.py BASE --train FOLDER --val FOLDER --out DIR --json FILE
+
+Each run trains new blocks under `replay.hold` on text that the base wrote once, and replays equally
+many tokens, so a smaller store repeats more often. Where the model learns a small store by heart,
+its KL on held-out text of the base rises above that on the replayed text. The same command
+continues where it was stopped.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from abilities import Document, divergence
+from options import ROOT
+from trial import HELD_OUT_SEED, write_json
+
+from llamapro.checkpoints.directory import Checkpoint
+from llamapro.inference.sampling import end_ids
+from llamapro.text.tokenizer import Tokenizer
+from llamapro.training.replay import Opening, write_documents
+from llamapro.training.settings import ReplaySettings
+
+HELD_OUT_TOKENS = 20_000
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("base", type=Path, help="checkpoint directory of the base")
+    made.add_argument("--train", required=True, help="text of the new domain")
+    made.add_argument("--val", required=True, help="held-out text of it")
+    made.add_argument("--out", type=Path, required=True, help="directory for runs and models")
+    made.add_argument("--json", type=Path, help="file to write the figures to")
+    made.add_argument("--tokens", type=int, nargs="+", default=[1 << n for n in (10, 13, 16, 19)])
+    made.add_argument("--new-blocks", type=int, default=5)
+    made.add_argument("--seq-len", type=int, default=128)
+    made.add_argument("--steps", type=int, default=3000)
+    made.add_argument("--batch-size", type=int, default=8)
+    made.add_argument("--lr", type=float, default=2e-3)
+    s = made.parse_args()
+    expanded = s.out / "expanded"
+    if not expanded.exists():
+        run("convert.py", "expand", s.base, expanded, "--num-new-blocks", s.new_blocks)
+    base, documents = held_out(s.base, s.seq_len)
+    rows = []
+    for tokens in [0, *s.tokens]:
+        name = f"tokens-{tokens}" if tokens else "plain"
+        hold = ["--replay.hold", "3%", "--replay.tokens", tokens] if tokens else []
+        if not (s.out / name / "model").exists():
+            run(
+                *("train.py", "--model.path", expanded, "--run-dir", s.out / name / "run"),
+                *("--data.train", s.train, "--data.val", f"domain={s.val}"),
+                *("--data.seq-len", s.seq_len, "--train.steps", s.steps),
+                *("--train.batch-size", s.batch_size, "--train.micro-batch-size", s.batch_size),
+                *("--optim.lr", s.lr, "--optim.warmup-ratio", 0.06, "--eval.sequences", 256),
+                *hold,
+            )
+            run("convert.py", "merge", expanded, s.out / name / "run", s.out / name / "model")
+        model = Checkpoint.open(s.out / name / "model").load(torch.float32)
+        row: dict[str, Any] = {"tokens": tokens}
+        row["passes"] = s.steps * s.batch_size * s.seq_len / 8 / tokens if tokens else 0
+        rows.append(row | last_figures(s.out / name / "run") | divergence(base, model, documents))
+        print(json.dumps(rows[-1]), flush=True)
+    settings = {key: str(value) for key, value in vars(s).items()}
+    if s.json:
+        write_json(s.json, {"settings": settings, "held_out": HELD_OUT_TOKENS, "rows": rows})
+
+
+def run(*words: object) -> None:
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+
+
+def held_out(path: Path, length: int) -> tuple[Any, Sequence[Document]]:
+    """Returns the base, and documents that it writes with a seed that no replay uses."""
+    checkpoint = Checkpoint.open(path)
+    base, tokenizer = checkpoint.load(torch.float32), Tokenizer.load(path)
+    settings = ReplaySettings(seed=HELD_OUT_SEED, batch_size=64)
+    ends, openings = end_ids(checkpoint.config, tokenizer), [Opening(tokenizer.document_start())]
+    written = write_documents(base, openings, ends, length, settings, HELD_OUT_TOKENS)
+    return base, [(ids, 1) for ids in written if len(ids) > 1]
+
+
+def last_figures(run_dir: Path) -> dict[str, float | None]:
+    """Returns the domain's held-out loss, and the replayed text's KL and weight, at the end."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = {event["kind"]: event for event in map(json.loads, lines)}
+    tail = [event for event in map(json.loads, lines) if event["kind"] == "train"][-10:]
+    kls = [event["replay_kl"] for event in tail if "replay_kl" in event]
+    replayed = math.exp(sum(map(math.log, kls)) / len(kls)) if kls else None
+    return {"domain": last["eval"]["loss"], "replayed_kl": replayed, "weight": tail[-1].get("replay_weight")}
+
+
+if __name__ == "__main__":
+    main()
