@@ -94,7 +94,11 @@ def last_figures(run_dir: Path) -> dict[str, float | None]:
     tail = [event for event in map(json.loads, lines) if event["kind"] == "train"][-10:]
     kls = [event["replay_kl"] for event in tail if "replay_kl" in event]
     replayed = math.exp(sum(map(math.log, kls)) / len(kls)) if kls else None
-    return {"domain": last["eval"]["loss"], "replayed_kl": replayed, "weight": tail[-1].get("replay_weight")}
+    return {
+        "domain": last["eval"]["loss"],
+        "replayed_kl": replayed,
+        "weight": tail[-1].get("replay_weight"),
+    }
 
 
 if __name__ == "__main__":

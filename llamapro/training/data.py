@@ -133,7 +133,7 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
             f"passes {passes:.3g} times over {sequences:,}"
         )
         if passes > MOST_PASSES:
-            more = "replay.data" if s.replay.data else "replay.tokens, or general text (replay.data)"
+            more = "replay.data" if s.replay.data else "replay.tokens, or text in replay.data"
             about.append(
                 "warning          replayed text that repeats so often is learned by heart, and "
                 f"other text is forgotten: give more {more}; up to {MOST_PASSES} passes are safe"
