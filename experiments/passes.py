@@ -38,7 +38,13 @@ def main() -> None:
     made.add_argument("--val", required=True, help="held-out text of it")
     made.add_argument("--out", type=Path, required=True, help="directory for runs and models")
     made.add_argument("--json", type=Path, help="file to write the figures to")
-    made.add_argument("--tokens", type=int, nargs="+", default=[1 << n for n in (10, 13, 16, 19)])
+    made.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help="sizes of the stores",
+        default=[1 << n for n in (10, 13, 14, 15, 16)],
+    )
     made.add_argument("--new-blocks", type=int, default=5)
     made.add_argument("--seq-len", type=int, default=128)
     made.add_argument("--steps", type=int, default=3000)
@@ -64,7 +70,7 @@ def main() -> None:
             )
             run("convert.py", "merge", expanded, s.out / name / "run", s.out / name / "model")
         model = Checkpoint.open(s.out / name / "model").load(torch.float32)
-        row: dict[str, Any] = {"tokens": tokens}
+        row: dict[str, Any] = {"stored": tokens}
         row["passes"] = s.steps * s.batch_size * s.seq_len / 8 / tokens if tokens else 0
         rows.append(row | last_figures(s.out / name / "run") | divergence(base, model, documents))
         print(json.dumps(rows[-1]), flush=True)
