@@ -125,12 +125,23 @@ def test_a_file_of_several_corpora_is_told(
     assert told in capsys.readouterr().err
 
 
-def test_dry_run_tries_the_cache_s_place_too(run: Callable[..., Path], tmp_path: Path) -> None:
-    """Also if it is on the disk of the run directory, which was tried."""
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("file", "file is a file, not"), ("file/a", "file is a file, not"), ("link", "a link to no")],
+)
+def test_a_place_that_is_no_directory_is_refused(
+    path: str, kind: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of the cache and of the run, in the run itself and in a dry one."""
     (tmp_path / "file").write_text("x")
-    for path in ("file", "file/cache"):
-        with pytest.raises(ConfigError, match=r"data\.cache_dir .*file.*: not usable: Not a dir"):
-            run(**{"dry_run": "", "data__cache_dir": tmp_path / path})
+    (tmp_path / "link").symlink_to("nowhere")
+    for mode in {"dry_run": ""}, {}:
+        with pytest.raises(
+            ConfigError, match=rf"^data\.cache_dir .*/{path}: .*{kind}.*; choose an"
+        ):
+            run(**mode, data__cache_dir=tmp_path / path)
+        with pytest.raises(ConfigError, match=rf"^run_dir .*/{path}: .*{kind}.*; choose another"):
+            run(path, **mode)
 
 
 def test_a_run_directory_that_is_something_else_is_refused(
