@@ -88,6 +88,11 @@ class Job:
                 f"data.seq_len {length} is over max_position_embeddings {most} of {source_name}"
             )
         data = replace(settings.data, seq_len=settings.data.length(most))
+        if 0 < (tokens := settings.replay.tokens) <= data.seq_len:
+            raise ConfigError(
+                f"replay.tokens is {tokens}, expected more than a sequence (data.seq_len "
+                f"{data.seq_len}); leave it out, or raise it"
+            )
         settings = replace(settings, data=data)
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
