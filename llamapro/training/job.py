@@ -5,7 +5,6 @@ The texts that a run prints before its first step and after its last one are mad
 
 import hashlib
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -49,9 +48,6 @@ from llamapro.training.weights import first_new_row, freeze, stored_name
 
 FORGOT = 0.01  # nats per token; a smaller rise of a validation loss is not spoken of
 MISSED = 1.5  # times what replay.hold allows; the KL is an average of a few steps
-# Settings that are paths, of which a resumed run may have another spelling.
-PATHS = "model.path model.config model.tokenizer data.train data.val data.chat_template"
-PATHS += " replay.data replay.prompts"
 MOST_WRITTEN = 1_000_000  # tokens that the base writes, unless the user asks for more
 
 
@@ -126,7 +122,6 @@ class Job:
         if resume_from is not None:
             with suppress(UserError):  # a damaged checkpoint is told where it is read
                 recorded = load_state(resume_from)["settings"]
-        settings = _as_recorded(settings, recorded)
         if template is not None and template.prints_date:
             settings = _with_date(settings, recorded)
             template.date = datetime.fromisoformat(settings.data.date)
@@ -281,30 +276,6 @@ class Job:
         model = self.settings.model.path or self.settings.model.config
         lines.append(f"next: llamapro merge {shlex.join((model, str(self.run_dir)))} OUT_DIR")
         return result, "\n".join(lines)
-
-
-def _as_recorded(settings: Settings, recorded: dict[str, Any]) -> Settings:
-    """Returns the settings with the run's spelling of paths, where it names the same files."""
-
-    def places(value: Any, has_name: bool) -> Any:
-        """Returns where a path or each of several leads; a damaged state holds other values."""
-        if isinstance(value, list | tuple):
-            return [places(one, has_name) for one in value]
-        if not value or not isinstance(value, str):
-            return value
-        name, _, path = value.partition("=") if has_name else ("", "", value)
-        with suppress(ValueError):  # a zero byte in it
-            return name, os.path.realpath(user_path(path))
-        return value
-
-    for name in PATHS.split():
-        table, key = name.split(".")
-        part, before = getattr(settings, table), recorded.get(name)
-        now, has_name = getattr(part, key), name == "data.val"
-        if places(before, has_name) == places(now, has_name):
-            same = tuple(before) if isinstance(before, list) else before
-            settings = replace(settings, **{table: replace(part, **{key: same})})
-    return settings
 
 
 def _with_date(settings: Settings, recorded: dict[str, Any]) -> Settings:
