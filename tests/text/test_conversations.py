@@ -36,6 +36,8 @@ IN_PARTS = [{"type": "text", "text": "H"}, {"type": "input_text", "text": "i"}]
         {"question": "Hi", "answer": "Hello"},
         {"instruction": "Hi", "context": "", "response": "Hello"},
         {"conversation": [{"role": "human", "value": "Hi"}, {"role": "GPT", "text": "Hello"}]},
+        {"messages": [ASKED[0], {"role": "model", "content": "Hello"}]},
+        {"conversations": [{"from": "Human", "value": "Hi"}, {"from": "bot", "value": "Hello"}]},
         {"messages": [{"role": "user", "content": IN_PARTS}, ASKED[1]]},
         {"messages": json.dumps(ASKED), "question": "notes", "answer": "beside it", "context": "c"},
         {"messages": [], "conversations": ASKED, "weight": 1, "mask": False, "train": True},
