@@ -169,7 +169,7 @@ def check_shown(messages: Sequence[Message], text: str, tools: Sequence[Any] = (
                 problems.append(
                     f"turn {number}: the template shows nothing of its text, "
                     f"{said[:40]!r} of {message['role']!r}; leave the "
-                    f"{'text' if calls else 'turn'} out, or use another template"
+                    f"{'text' if calls else 'turn'} out, or name another --data.chat-template"
                 )
         for name in map(_called, calls):
             named[name] += 1
