@@ -16,7 +16,8 @@ STEPS = 12
 TENSOR_FILES = ("trainable.safetensors", "optimizer.safetensors")
 NOT_COMPARED = {"tokens_per_s", "step_s", "elapsed_s", "memory_bytes"}
 EVENTS = {"save", "resume"}  # records of what happened to a run: not in the straight one
-SAVING = ("SIGTERM", "SIGINT", "SIGHUP")  # signals after which the last step must be there
+# Signals after which the last step must be there.
+SAVING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 REMOVED = "run directory removed"
 
 Log = dict[tuple[str, int], dict[str, Any]]  # (kind, step) -> what of the record is compared

@@ -42,7 +42,8 @@ BARE = "pwrite:22,lseek:29,fallocate:95,fsyncdir:22,flock:38"  # what is optiona
 PAUSE = "SIGSTOP, then SIGCONT"
 RUNNING = (
     "SIGKILL rank 0", "SIGKILL rank 1", "SIGKILL all workers", "SIGTERM to a worker",
-    "SIGINT to a worker", "SIGHUP to a worker", PAUSE, REMOVED, *FULL_DISK, FILE_LIMIT, *BROKEN,
+    "SIGINT to a worker", "SIGHUP to a worker", "SIGUSR1 to a worker", "SIGUSR2 to a worker",
+    PAUSE, REMOVED, *FULL_DISK, FILE_LIMIT, *BROKEN,
 )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ import difflib
 import functools
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -58,6 +60,15 @@ def warn(text: str) -> None:
     """
     if speaks():
         note(f"warning: {shorten(text)}")
+
+
+@contextmanager
+def needed(what: str, extra: str, kind: Callable[[str], Exception] = ConfigError) -> Iterator[None]:
+    """Makes of a failed import an error with the extra to install, and with what failed."""
+    try:
+        yield
+    except ImportError as error:  # also of a package that is there and broken
+        raise kind(f"{what}: pip install -e '.[{extra}]' ({error})") from None
 
 
 def suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:

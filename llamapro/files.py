@@ -128,8 +128,7 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     """
     path = Path(path).resolve()  # a link to another disk: written there, and the link stays
     remove_abandoned(path.parent)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path}: exists and is not a directory")
+    filesystem.existing(path, str(path))
     if path.exists() and any(path.iterdir()):
         if not force:
             raise ConfigError(f"{path}: exists and is not empty; choose another or pass --force")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
 
-from llamapro.errors import warn
+from llamapro.errors import ConfigError, warn
 
 # The answers of a file system that cannot do something at all.
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.ENOLCK}
@@ -76,9 +76,16 @@ def _try(folder: Path) -> set[str]:
     return missing
 
 
-def existing(path: Path) -> Path:
-    """Returns the path, or else the nearest folder above it that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+def existing(path: Path, what: str) -> Path:
+    """Returns the path, or else the nearest name above it that exists, also of a link to nothing.
+
+    Raises ConfigError, which begins with `what`, if it is no folder.
+    """
+    found = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not found.is_dir():
+        kind = "a file, not a directory" if found.exists() else "a link to nothing"
+        raise ConfigError(f"{what}: {found} is {kind}; choose another, or remove it")
+    return found
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from llamapro import cli
-from llamapro.errors import ConfigError, note
+from llamapro.errors import ConfigError, needed, note
 from llamapro.files import user_path
 from llamapro.formatting import format_bytes, format_count, format_duration, perplexity
 from llamapro.training.metrics import LAST_RECORDS, Run, read_run, summarize
@@ -136,14 +136,10 @@ def markdown(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], picture: 
 
 def plot(runs: Sequence[Run], summaries: Sequence[dict[str, Any]], file: Path) -> None:
     """Draws validation losses above, and training loss, learning rate and throughput below."""
-    try:
+    with needed("the report's picture needs matplotlib", "report"):
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
         from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import EngFormatter, FuncFormatter
-    except ImportError:
-        raise ConfigError(
-            "the report's picture needs matplotlib: pip install -e '.[report]'"
-        ) from None
     sets = list(summaries[0]["sets"])
     across = 2 if len(sets) == 4 else min(3, max(1, len(sets)))
     rows = -(-len(sets) // across)

@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,10 +220,13 @@ def test_an_output_that_cannot_be_made_is_named(pro: Path, tmp_path: Path) -> No
 
 
 def test_without_matplotlib_the_extra_is_named(pro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says what to install; nothing is written."""
+    """The message says what to install, and what failed; nothing is written."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[report\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[report\]' \(.*matplotlib\.figure"):
         write_report([pro])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.ModuleType("matplotlib.figure"))
+    with pytest.raises(ConfigError, match=r"needs matplotlib: .*\(cannot import name 'Figure'"):
+        write_report([pro])  # one that is there and broken
     assert not (pro / "report.md").exists()
 
 

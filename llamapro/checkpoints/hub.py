@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.checkpoints.run import TRAINABLE_FILE
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError, ConfigError, needed
 from llamapro.files import user_path
 
 BASE_CARD_FILE = "BASE_README.md"  # the model card of the base, where README.md is another's
@@ -132,12 +132,8 @@ def _errors_named(shown: str, done: str, revision: str | None = None) -> Iterato
     before, instead = "", ""
     if done == "fetched":
         before, instead = "not in the cache, and ", "; or give a directory"
-    try:
+    with needed(f"{shown}: needs huggingface_hub", "hub"):
         from huggingface_hub import errors
-    except ImportError:
-        raise ConfigError(
-            f"{shown}: needs huggingface_hub: pip install -e '.[hub]'{instead}"
-        ) from None
     # The bases are those of the HTTP library's own errors, another library in every version.
     unreachable: tuple[type[Exception], ...] = (OSError, ValueError)
     unreachable += errors.HfHubHTTPError.__bases__

@@ -96,7 +96,8 @@ def find_blocks(path: str | Path) -> Path:
         for problem in find_damage(path):
             raise CheckpointError(f"{problem}; {TRAINABLE_FILE} alone may be given by its own name")
         return path / TRAINABLE_FILE
-    step, damaged = newest_intact(path)
+    is_inside = path.name == "checkpoints" and not (path / path.name).exists()  # of a run
+    step, damaged = newest_intact(path.parent if is_inside else path)
     if step is None:
         raise CheckpointError(
             f"{path}: no run directory, training checkpoint or new-block file "

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamapro.errors import CheckpointError, ConfigError
+from llamapro.errors import CheckpointError, ConfigError, needed
 from llamapro.files import refuse_large
 
 # struct's codes of the format's number types; 8 is a text and 9 an array.
@@ -211,11 +211,9 @@ def _parse(file: Path, header: _Header, size: int) -> tuple[dict[str, Any], dict
 
 def _quantisation(file: Path, name: str, code: int) -> tuple[Any, int, int]:
     """Returns a type of the library, its values per block and its bytes per block."""
-    try:
+    with needed(f"{file}: GGUF needs gguf", "gguf"):
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
-    except ImportError:
-        raise ConfigError(f"{file}: GGUF needs gguf: pip install -e '.[gguf]'") from None
     known, kind = {int(k): k for k in GGML_QUANT_SIZES}, f"type {code}"
     try:
         kind = GGMLQuantizationType(code).name

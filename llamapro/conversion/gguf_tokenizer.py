@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.conversion.companions import CONFIG_NAME, SPACE, tokenizer_files
-from llamapro.errors import ConfigError, DataError, note, suggest
+from llamapro.errors import DataError, needed, note, suggest
 from llamapro.text.template_files import FOR_TOOLS, TOOLS_FILE
 from llamapro.text.vocabulary import JSON_NAME, LLAMA_3_PATTERN, byte_characters
 
@@ -74,13 +74,9 @@ def read_tokenizer(
         raise DataError(
             f"{file}: tokenizer.ggml.model is {kind!r}, not supported (only 'gpt2' and 'llama')"
         )
-    try:
+    with needed(f"{file}: its tokenizer needs protobuf and tokenizers", "gguf"):
         import google.protobuf  # noqa: F401
         import tokenizers  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"{file}: its tokenizer needs {error.name}: pip install -e '.[gguf]'"
-        ) from None
     tokens, types = _tokens(get("tokens"), get("token_type"), vocab_size, file)
     ids = _ids(own, len(tokens), file)
     for number in (i for role, i in ids.items() if role != "unknown"):

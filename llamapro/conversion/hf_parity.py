@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llamapro import ops
 from llamapro.checkpoints.directory import Checkpoint
-from llamapro.errors import ConfigError, DataError
+from llamapro.errors import ConfigError, DataError, needed
 from llamapro.text.tokenizer import Tokenizer
 
 PROBE_SHAPE = (2, 64)  # B, T of the random batch
@@ -32,12 +32,8 @@ def random_ids(vocab_size: int, seed: int = 0) -> Tensor:
 
 def load_hf(path: str | Path, dtype: torch.dtype) -> Any:
     """Loads transformers' model of a directory; raises ConfigError if transformers is missing."""
-    try:
+    with needed("comparing with Hugging Face needs transformers", "hf"):
         from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise ConfigError(
-            "comparing with Hugging Face needs transformers: pip install -e '.[hf]'"
-        ) from None
     try:
         # A config.json may turn off the names of results, which the model itself reads.
         how = {"dtype": dtype, "local_files_only": True, "return_dict": True}

@@ -32,8 +32,10 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # list, which has lines of its own.
 _FRONT = re.compile(r"\s*---\n((?:.*\n)*?)---[ \t]*(?:\n|\Z)")
 _LICENCE = re.compile(r"^license(?:_name|_link)?:.*\n(?:[ -].*\n)*", re.MULTILINE)
-# What is taken for one: a word, a text in quotes, or a list of these.
-_WORD = r"""(?:[\w.:/+-]+|"[\w.:/+() -]*"|'[\w.:/+() -]*')(?: +#.*)?"""
+# What is taken for one: a word, a text in quotes, or a list of these. YAML reads other things in
+# some words: `no` is false.
+_OTHER = r"(?i:yes|no|on|off|true|false|null|[\d._:+-]+)(?![\w.:/+-])"
+_WORD = rf"""(?:(?!{_OTHER})[\w.:/+-]+|"[\w.:/+() -]*"|'[\w.:/+() -]*')(?: +#.*)?"""
 _ITEMS = rf" *\[ *{_WORD}(?: *, *{_WORD})* *\]|(?: *\n *- +{_WORD})+"
 _SOUND = re.compile(rf"\w+:(?: +{_WORD}|{_ITEMS})")
 _USE = """```python

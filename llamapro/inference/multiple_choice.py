@@ -110,17 +110,23 @@ def _read(row: dict[str, Any]) -> tuple[str, list[str], frozenset[int]]:
 def _named(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:
     """Returns the choices that an answer names by label, or else by index, text or letter.
 
-    A label may be a number on one side and its digits on the other, as tables change them.
+    A label may be a number on one side and its digits on the other, as tables change them. A label,
+    letter or text in another case or in brackets, and digits, count if they can mean one thing.
     """
-    count = len(choices)
-    if str(answer) in map(str, labels) and not isinstance(answer, bool):
-        labels, answer = [*map(str, labels)], str(answer)
-    for names in (labels, range(count), choices, [] if labels else ascii_uppercase[:count]):
-        named = {i for i, name in enumerate(names) if name == answer and i < count}
-        if named and not isinstance(answer, bool):  # True == 1
-            return named
-    letters = labels or list(ascii_uppercase[:count])
-    raise ValueError(f"'answer' is {answer!r}, expected 0 to {count - 1}, {letters} or the text")
+    count, said = len(choices), str(answer)
+    names = [*map(str, labels)] or list(ascii_uppercase[:count])
+    exact = [(range(count), answer), (choices, answer)]
+    exact.insert(0 if labels else 2, (names, said))
+    found = [{i for i, name in enumerate(form) if name == one} for form, one in exact]
+    bare = said.strip(" ()[].:").casefold()
+    forms = [*enumerate(names), *enumerate(choices), *enumerate(range(count))]
+    alike = {i for i, name in forms if str(name).casefold() == bare}
+    named = next(filter(None, found), alike if len(alike) == 1 else set[int]())
+    if isinstance(answer, bool) or not 0 <= max(named, default=-1) < count:  # True == 1
+        raise ValueError(
+            f"'answer' is {answer!r}, expected 0 (the first) to {count - 1}, {names} or the text"
+        )
+    return named
 
 
 def _tokenize(

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError, warn
+from llamapro.errors import DataError, needed, warn
 from llamapro.text.messages import (
     RESERVED,
     SYSTEM,
@@ -76,13 +76,10 @@ class ChatTemplate:
         # Control tokens, and those that the template writes itself, flagged special or not.
         self._control = {t.id for n, t in tokenizer.added.items() if t.special or n in source}
         try:
-            self._template = compiled(source) if is_trusted else compiled_apart(source)
+            with needed(f"{origin}: chat templates need jinja2", "tokenizers", DataError):
+                self._template = compiled(source) if is_trusted else compiled_apart(source)
         except TemplateError as error:
             raise DataError(f"{origin}: {error}") from None
-        except ImportError:
-            raise DataError(
-                f"{origin}: chat templates need jinja2: pip install -e '.[tokenizers]'"
-            ) from None
         control = [name for name, token in tokenizer.added.items() if token.id in self._control]
         self._names = _first_characters(control)
         self._special_names = _first_characters([n for n in control if tokenizer.added[n].special])

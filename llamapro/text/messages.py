@@ -19,6 +19,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' name
 # Characters that no text may have, because they mark places in a rendered one.
 RESERVED = re.compile(f"[{MARK}{START}{END}]")
 PARTS = f"{MARK}parts"  # the texts of a content that was a list; `content` has them joined
+OBJECT = f"{MARK}object"  # a tool's result that was an object; `content` has its JSON
 _PROBE = "\ue000"  # a private character
 
 
@@ -51,7 +52,8 @@ class Forms:
 
         Raises ValueError, which names the place, if a call has no object where one is needed.
         """
-        view = {key: value for key, value in message.items() if key != PARTS}
+        view = {key: value for key, value in message.items() if key not in (PARTS, OBJECT)}
+        view["content"] = message.get(OBJECT, message["content"])
         if (texts := message.get(PARTS)) and self._takes_parts(message["role"]):
             view["content"] = [{"type": "text", "text": text} for text in texts]
         if message.get("tool_calls") and self._needs_objects():
@@ -138,7 +140,7 @@ def not_named(
 ) -> set[str]:
     """Returns the keys of messages, and the variables, that are not among a template's words."""
     given = {key for message in messages for key, value in message.items() if value}
-    given = given.union(variables) - {"role", "content", PARTS, "weight"}
+    given = given.union(variables) - {"role", "content", PARTS, OBJECT, "weight"}
     names = {key: (key, *REASONING[:2]) if key in REASONING else (key,) for key in given}
     return {key for key in given if not any(name in words for name in names[key])}
 
@@ -167,7 +169,7 @@ def check_shown(messages: Sequence[Message], text: str, tools: Sequence[Any] = (
                 problems.append(
                     f"turn {number}: the template shows nothing of its text, "
                     f"{said[:40]!r} of {message['role']!r}; leave the "
-                    f"{'text' if calls else 'turn'} out, or use another template"
+                    f"{'text' if calls else 'turn'} out, or name another --data.chat-template"
                 )
         for name in map(_called, calls):
             named[name] += 1

@@ -1,13 +1,14 @@
 """A turn as a row of a file holds it -> a message: role, content, and whether it is trained."""
 
+import json
 import re
 from typing import Any
 
-from llamapro.text.messages import PARTS, REASONING, ROLES, Message, parsed, says_more
+from llamapro.text.messages import OBJECT, PARTS, REASONING, ROLES, Message, parsed, says_more
 from llamapro.text.rows import quote_names
 
-NAMED_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
-NAMED_ROLES |= {"tool_response": "tool", "function_call": "assistant", "tool_call": "assistant"}
+NAMED_ROLES = {"human": "user", "observation": "tool", "tool_response": "tool"}
+NAMED_ROLES |= dict.fromkeys("gpt chatgpt model bot function_call tool_call".split(), "assistant")
 _CALLS = ("function_call", "tool_call")  # LLaMA-Factory's and ms-swift's: the content is the call
 _TEXTS = {"text", "input_text", "output_text"}  # types of parts of a content
 FOREIGN = ("image", "images", "audio", "audios", "video", "videos")  # these would be lost
@@ -66,6 +67,8 @@ def to_message(turn: Any, place: str) -> Message:
             raise ValueError(f"{place}: the content has a part of type text without a text")
         turn = turn | {PARTS: [part["text"] for part in parts]}
         content = "".join(turn[PARTS])
+    if isinstance(content, dict) and role in ("tool", "function", "ipython"):
+        turn, content = turn | {OBJECT: content}, json.dumps(content, ensure_ascii=False)
     if call := turn.get("function_call"):  # OpenAI's older form of one call
         if turn.get("tool_calls"):
             raise ValueError(f"{place}: has 'function_call' and 'tool_calls': keep one")

@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, needed
 from llamapro.files import RepeatedKeyError, refuse_stand_in, unique_keys
 from llamapro.text.encodings import describe_foreign
 
@@ -249,10 +249,8 @@ def _without_nulls(value: Any) -> Any:
 def _table_rows(
     file: IO[bytes], choose: Callable[[list[str]], list[str]]
 ) -> Iterator[dict[str, Any]]:
-    try:
+    with needed("needs pyarrow", "data", UnreadableError):
         import pyarrow.parquet
-    except ImportError:
-        raise UnreadableError("needs pyarrow: pip install -e '.[data]'") from None
     try:
         # With `pre_buffer` it would hold all row groups in memory; without a buffer, a whole one.
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 18)

@@ -190,7 +190,7 @@ def names_pattern(
     """Returns a pattern, one group, that matches the tokens' names in a text, longest first.
 
     A token takes the white space around it up to where a name begins that is found before, or with
-    it; such names of `others` are matched, too.
+    it; such names of `others` are matched, too, and longer ones that hold a token's name.
     """
     if not tokens:
         return None
@@ -212,5 +212,8 @@ def names_pattern(
         )
 
     found = tokens | {n: spaced[n] for token in tokens.values() for n in stops(token)}
+    for name, token in tokens.items():
+        longer = {n: t for n, t in others.items() if name in n}
+        found |= {n: t for n, t in longer.items() if t.normalized <= token.normalized}
     ordered = sorted(found.items(), key=lambda item: len(item[0]), reverse=True)
     return re.compile(f"({'|'.join(part(name, token) for name, token in ordered)})")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamapro.errors import DataError
+from llamapro.errors import DataError, needed
 
 JSON_NAME = "tokenizer.json"
 # Meta's Hugging Face repositories keep Llama 3's ranks here, because other programs take a
@@ -41,7 +41,6 @@ LLAMA_3_SPECIAL = [
 # If no file says which tokens begin and end a document, the first of these that exists does.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>")
-_INSTALL = "read with {}: pip install -e '.[tokenizers]'"
 
 
 @dataclass(frozen=True)
@@ -154,10 +153,8 @@ def parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
 
 
 def _read_ranks(path: Path, content: bytes) -> Vocabulary:
-    try:
+    with needed(f"{path}: BPE ranks (Llama 3), read with tiktoken", "tokenizers", DataError):
         import tiktoken
-    except ImportError:
-        raise DataError(f"{path}: BPE ranks (Llama 3), {_INSTALL.format('tiktoken')}") from None
     ranks = parse_ranks(path, content)
     special = {name: len(ranks) + i for i, name in enumerate(LLAMA_3_SPECIAL)}
     encoding = tiktoken.Encoding(
@@ -191,10 +188,8 @@ def _may_have_long_run(text: str) -> bool:
 
 
 def _read_json(path: Path, content: bytes, raw: dict[str, Any]) -> Vocabulary:
-    try:
+    with needed(f"{path}: read with tokenizers", "tokenizers", DataError):
         import tokenizers
-    except ImportError:
-        raise DataError(f"{path}: {_INSTALL.format('tokenizers')}") from None
     try:
         model = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain exceptions

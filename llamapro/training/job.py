@@ -5,7 +5,6 @@ The texts that a run prints before its first step and after its last one are mad
 
 import hashlib
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -49,9 +48,6 @@ from llamapro.training.weights import first_new_row, freeze, stored_name
 
 FORGOT = 0.01  # nats per token; a smaller rise of a validation loss is not spoken of
 MISSED = 1.5  # times what replay.hold allows; the KL is an average of a few steps
-# Settings that are paths, of which a resumed run may have another spelling.
-PATHS = "model.path model.config model.tokenizer data.train data.val data.chat_template"
-PATHS += " replay.data replay.prompts"
 MOST_WRITTEN = 1_000_000  # tokens that the base writes, unless the user asks for more
 
 
@@ -88,6 +84,11 @@ class Job:
                 f"data.seq_len {length} is over max_position_embeddings {most} of {source_name}"
             )
         data = replace(settings.data, seq_len=settings.data.length(most))
+        if 0 < (tokens := settings.replay.tokens) <= data.seq_len:
+            raise ConfigError(
+                f"replay.tokens is {tokens}, expected more than a sequence (data.seq_len "
+                f"{data.seq_len}); leave it out, or raise it"
+            )
         settings = replace(settings, data=data)
         source = resolve(settings.model.tokenizer or settings.model.path)
         tokenizer = Tokenizer.load(source)
@@ -105,6 +106,11 @@ class Job:
             )
         preset = Path(settings.config).stem or "run"
         run_dir = user_path(settings.run_dir or f"runs/{preset}")
+        for name, directory in (
+            ("run_dir", run_dir),
+            ("data.cache_dir", user_path(data.cache_dir)),
+        ):
+            filesystem.existing(directory, f"{name} {directory}")
         earlier = training_checkpoints(run_dir)
         sources = [user_path(path) for path in chain(settings.data.train, *val.values())]
         is_source = run_dir.exists() and any(p.exists() and p.samefile(run_dir) for p in sources)
@@ -116,7 +122,6 @@ class Job:
         if resume_from is not None:
             with suppress(UserError):  # a damaged checkpoint is told where it is read
                 recorded = load_state(resume_from)["settings"]
-        settings = _as_recorded(settings, recorded)
         if template is not None and template.prints_date:
             settings = _with_date(settings, recorded)
             template.date = datetime.fromisoformat(settings.data.date)
@@ -216,7 +221,7 @@ class Job:
         cache_dir = user_path(self.settings.data.cache_dir)
         for name, directory in (("run_dir", self.run_dir), ("data.cache_dir", cache_dir)):
             try:
-                folder = filesystem.existing(directory)
+                folder = filesystem.existing(directory, name)
                 TemporaryDirectory(dir=folder).cleanup()  # the next line tries a disk once
                 filesystem.lacks(folder)
             except OSError as error:
@@ -271,30 +276,6 @@ class Job:
         model = self.settings.model.path or self.settings.model.config
         lines.append(f"next: llamapro merge {shlex.join((model, str(self.run_dir)))} OUT_DIR")
         return result, "\n".join(lines)
-
-
-def _as_recorded(settings: Settings, recorded: dict[str, Any]) -> Settings:
-    """Returns the settings with the run's spelling of paths, where it names the same files."""
-
-    def places(value: Any, has_name: bool) -> Any:
-        """Returns where a path or each of several leads; a damaged state holds other values."""
-        if isinstance(value, list | tuple):
-            return [places(one, has_name) for one in value]
-        if not value or not isinstance(value, str):
-            return value
-        name, _, path = value.partition("=") if has_name else ("", "", value)
-        with suppress(ValueError):  # a zero byte in it
-            return name, os.path.realpath(user_path(path))
-        return value
-
-    for name in PATHS.split():
-        table, key = name.split(".")
-        part, before = getattr(settings, table), recorded.get(name)
-        now, has_name = getattr(part, key), name == "data.val"
-        if places(before, has_name) == places(now, has_name):
-            same = tuple(before) if isinstance(before, list) else before
-            settings = replace(settings, **{table: replace(part, **{key: same})})
-    return settings
 
 
 def _with_date(settings: Settings, recorded: dict[str, Any]) -> Settings:

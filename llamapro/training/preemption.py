@@ -25,7 +25,7 @@ KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SI
 # this time count as one.
 SAME_SIGNAL_S = 2.0
 SETTLE_S = 1.0  # after a failure, before what was saved is looked at again
-POLL_S = 0.5  # between two looks for a signal that came to another process
+POLL_S = 0.5  # between two looks for a signal to another process, and for the end of torchrun
 
 
 class Stopped(BaseException):
@@ -122,9 +122,13 @@ class StopRequest:
     def _watch(self, pipe: int, kinds: list[signal.Signals]) -> None:
         """Runs in a thread of its own, until the other end of the pipe is closed."""
         first_at: float | None = None
+        parent, is_started = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun
         terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         while True:
             if not select.select([pipe], [], [], POLL_S)[0]:
+                if is_started and os.getppid() != parent:  # which was killed, and ends nobody now
+                    parent = os.getppid()
+                    os.kill(os.getpid(), signal.SIGTERM)
                 if self._interrupts and self._store is not None and self._store.check(["stop"]):
                     signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)
                 continue

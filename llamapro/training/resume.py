@@ -73,7 +73,11 @@ def check_identity(
     and CheckpointError if the training checkpoint does not hold an identity.
     """
     try:
-        before = _named(saved)
+        # The same data may lie elsewhere now.
+        olds, news = ([k for k in of["data"] if k.startswith("train ")] for of in (saved, identity))
+        labels = dict(zip(olds, news, strict=True)) if len(olds) == len(news) else {}
+        data = {labels.get(label, label): found for label, found in saved["data"].items()}
+        before = _named(saved | {"data": data})
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(
             f"{run_dir}: its training checkpoints do not say which base, tokenizer and data they "
@@ -120,7 +124,10 @@ def _named(identity: dict[str, Any]) -> dict[tuple[str, str], str]:
 FREE_TO_CHANGE = {
     "config", "run_dir", "processes", "resume.allow", "log_every", "log_seconds", "log_to",
     "log_spikes", "dry_run", "device", "json",
-    "data.cache_dir", "data.workers", "data.date",  # the hashes of the data decide
+    "data.cache_dir", "data.workers",
+    # The hashes of weights, tokenizer and data decide.
+    "model.path", "model.config", "model.tokenizer", "data.train", "data.val", "data.date",
+    "data.chat_template", "replay.data", "replay.prompts",
     "train.steps", "train.epochs", "train.micro_batch_size", "train.device", "train.ops",
     "train.deterministic_attention", "train.recompute", "train.frozen", "train.shard_size",
     "train.offload", "train.compile",

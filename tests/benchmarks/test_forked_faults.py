@@ -114,6 +114,7 @@ def test_where_a_run_resumes_is_judged(
         ("SIGKILL rank 0", [-9, -6], 4, 0, 1),
         ("SIGTERM to a worker", [0], 5, 0, 0),
         ("SIGTERM to a worker", [0], 4, 1, 0),
+        ("SIGUSR1 to a worker", [0], 4, 1, 0),
         ("SIGINT to a worker", [1], 5, 0, 1),
         ("ENOSPC while writing", [2], 4, 0, 0),
         ("EIO while writing", [0], 4, 0, 1),

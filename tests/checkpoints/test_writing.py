@@ -128,12 +128,12 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     for force in (False, True):
         with (
-            pytest.raises(ConfigError, match="out: exists and is not a directory"),
+            pytest.raises(ConfigError, match="out is a file, not a directory; choose"),
             output_directory(tmp_path / "out", force=force),
         ):
             pytest.fail("the body must not run")
     with (
-        pytest.raises(ConfigError, match="cannot be created"),
+        pytest.raises(ConfigError, match="out is a file, not a directory"),
         output_directory(tmp_path / "out" / "below"),
     ):
         pytest.fail("the body must not run")

@@ -206,6 +206,7 @@ def test_what_a_file_says_can_be_no_markdown_and_no_front_matter(pro: Checkpoint
         "license: [mit, other]",
         "license:\n- mit\n- other\nlicense_name: 'Two licences'",
         "license:\n  - mit",
+        "license: nobody-1.0\nlicense_name: 'no'",
         "license: other\nlicense_link: https://x.org/a",
     ],
 )
@@ -217,10 +218,12 @@ def test_a_licence_in_any_form_of_yaml_is_kept(tmp_path: Path, said: str) -> Non
     assert all(line.startswith("license") for line in licence(tmp_path))  # as push looks for it
 
 
-@pytest.mark.parametrize("said", ["license: 'mit", "license: a: b", "license:\n- mit: x"])
+@pytest.mark.parametrize(
+    "said", "'mit|a: b|\n- mit: x|no|Yes # all|null|1.0|2024-01-01|[mit, off]|\n- true".split("|")
+)
 def test_a_licence_that_is_no_name_is_left_out(tmp_path: Path, said: str) -> None:
-    """It could be anything."""
-    (tmp_path / "README.md").write_text(f"---\n{said}\n---\n# Tiny\n")
+    """It could be anything; and YAML reads `no` as false."""
+    (tmp_path / "README.md").write_text(f"---\nlicense: {said}\n---\n# Tiny\n")
     assert licence(tmp_path) == []
 
 

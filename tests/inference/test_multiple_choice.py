@@ -183,6 +183,10 @@ LABELLED = {"text": ["2", "3", "1"], "label": ["1", "2", "3"]}
         (LABELLED, 0, {0}),
         ({"text": ["x", "y"], "label": ["no", "yes"]}, "yes", {1}),
         ({"text": ["x", "y"]}, "B", {1}),
+        ({"text": ["x", "y"], "label": ["a", "b"]}, "B", {1}),
+        (["x", "y", "z"], "(B)", {1}),
+        (["x", "y", "z"], "c.", {2}),
+        (["x", "y", "z"], "2", {2}),
     ],
 )
 def test_answer_is_a_label_index_text_or_letter(
@@ -300,7 +304,10 @@ def test_every_row_that_is_wrong_is_named(read: Callable[..., list[Question]]) -
         (good | {"choices": ["one"]}, "expected a list of two texts or more"),
         (good | {"choices": ["x", " "]}, "one is empty or not a text"),
         (good | {"choices": ["x", 1]}, "one is empty or not a text"),
-        (good | {"answer": 2}, "'answer' is 2, expected 0 to 1, ['A', 'B'] or the text"),
+        (
+            good | {"answer": 2},
+            "'answer' is 2, expected 0 (the first) to 1, ['A', 'B'] or the text",
+        ),
         (good | {"answer": -1}, "'answer' is -1"),
         (good | {"answer": "C"}, "'answer' is 'C'"),
         (good | {"answer": True}, "'answer' is True"),
@@ -308,7 +315,8 @@ def test_every_row_that_is_wrong_is_named(read: Callable[..., list[Question]]) -
             good | {"choices": {"text": ["x", "y"], "label": ["a", "b", "c"]}, "answer": "c"},
             "is 'c'",
         ),
-        (good | {"choices": {"text": ["x", "y"], "label": ["a", "b"]}, "answer": "B"}, "is 'B'"),
+        (good | {"choices": ["b", "A"], "answer": "(B)"}, "is '(B)'"),  # the letter, or the text
+        (good | {"choices": {"text": ["x", "y"], "label": ["a", "A"]}, "answer": "(A)"}, "'(A)'"),
         (good | {"answer": [0, 5]}, "'answer' is 5"),
         (good | {"answer": []}, "'answer' is []"),
         ({"question": "x", "choices": ["x", "y"]}, "'answer' is None"),

@@ -151,7 +151,10 @@ def test_built_in_template_of_another_model_is_refused(tokenizer_file: Path) -> 
         ("{{ messages[9].content.strip() }}", r"mine\.jinja: UndefinedError"),
         ("{{ messages.append(1) }}", r"mine\.jinja: SecurityError"),
         ("{{ ''.__class__.__mro__ }}", r"mine\.jinja: SecurityError"),
-        ("nothing", "turn 1: the template shows nothing of its text, 'Be brief.' of 'system'"),
+        (
+            "nothing",
+            "shows nothing of its text, 'Be brief.' of 'system'; .* name another --data.chat-temp",
+        ),
         (
             "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
             "shows nothing of the assistant",

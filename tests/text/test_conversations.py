@@ -36,6 +36,8 @@ IN_PARTS = [{"type": "text", "text": "H"}, {"type": "input_text", "text": "i"}]
         {"question": "Hi", "answer": "Hello"},
         {"instruction": "Hi", "context": "", "response": "Hello"},
         {"conversation": [{"role": "human", "value": "Hi"}, {"role": "GPT", "text": "Hello"}]},
+        {"messages": [ASKED[0], {"role": "model", "content": "Hello"}]},
+        {"conversations": [{"from": "Human", "value": "Hi"}, {"from": "bot", "value": "Hello"}]},
         {"messages": [{"role": "user", "content": IN_PARTS}, ASKED[1]]},
         {"messages": json.dumps(ASKED), "question": "notes", "answer": "beside it", "context": "c"},
         {"messages": [], "conversations": ASKED, "weight": 1, "mask": False, "train": True},
@@ -325,4 +327,4 @@ def test_a_store_of_another_way_to_read_is_not_used() -> None:
         except ValueError:
             found.append("refused")
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]
-    assert (packing.FORMAT_VERSION, digest) == (9, "673fb16c"), found
+    assert (packing.FORMAT_VERSION, digest) == (10, "673fb16c"), found

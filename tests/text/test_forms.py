@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from llamapro.errors import DataError
 from llamapro.text.chat_template import ChatTemplate
 from llamapro.text.conversations import to_conversation
+from llamapro.text.messages import check_messages
 from llamapro.text.tokenizer import Tokenizer
 
 HEAD = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -80,6 +81,32 @@ def test_a_part_that_a_template_leaves_out_is_refused(tokenizer: Tokenizer) -> N
     chat += [{"role": "assistant", "content": "c"}]  # type: ignore[dict-item]
     with pytest.raises(DataError, match="turn 1: the template shows nothing of its text, 'two b'"):
         ChatTemplate(source, tokenizer, "x").encode(to_conversation({"messages": chat}).messages)
+
+
+@pytest.mark.parametrize(
+    "shown", ["{{ m.content | tojson if m.content is mapping else m.content }}", "{{ m.content }}"]
+)
+def test_a_tool_s_result_may_be_an_object(
+    directory: Path, tokenizer: Tokenizer, shown: str
+) -> None:
+    """The template gets it, as in transformers; one that adds it to a text fails there too."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "f"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": {"a": "é", "b": [1.5, True]}},
+        {"role": "assistant", "content": "c"},
+    ]
+    messages, *_ = to_conversation({"messages": chat})
+    source = HEAD + shown + "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}" + TAIL
+    theirs = AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        chat, chat_template=source, return_dict=True
+    )
+    assert ChatTemplate(source, tokenizer, "x").encode(messages)[0] == theirs["input_ids"]
+    with pytest.raises(DataError, match="concatenate"):
+        ChatTemplate(HEAD + "{{ '' + m.content }}" + TAIL, tokenizer, "x").render(messages)
+    messages, *_ = to_conversation({"messages": [{"role": "user", "content": {"a": 1}}]})
+    assert "turn 1: the content is dict, expected a string" in check_messages(messages)
 
 
 @pytest.mark.parametrize("key", ["tool_calls", "function_call"])

@@ -165,6 +165,18 @@ def test_a_token_leaves_white_space_that_is_a_token_itself(
         assert ours.encode(text, special=True) == theirs.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize(("special", "normalized"), [(True, True), (True, False), (False, False)])
+def test_the_longest_name_is_found_whatever_its_kind(
+    write: Callable[..., Path], normalized: bool, special: bool
+) -> None:
+    """A token's name inside that of another is part of it, unless that is looked for later."""
+    longer = token(259, "<a<x>b>", not special, normalized=normalized)
+    path = write([*BASE[:2], token(258, "<x>", special), longer], {})
+    ours, theirs = Tokenizer.load(path), AutoTokenizer.from_pretrained(path)
+    for text in ("<x> <a<x>b><x>", "<a<x>", "<a<x>b><a<x>b"):
+        assert ours.encode(text, special=True) == theirs.encode(text, add_special_tokens=False)
+
+
 def test_a_token_in_place_of_a_piece_is_said(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

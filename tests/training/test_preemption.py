@@ -259,3 +259,27 @@ def test_a_second_signal_ends_at_once() -> None:
 
 if __name__ == "__main__":
     cli.run(lambda: train_signalled("clip_gradients", "1", 3, "SIGKILL"), leave=os._exit)
+
+
+def test_a_process_saves_and_ends_when_torchrun_was_killed() -> None:
+    """Nobody else would end it; without torchrun its parent may be a shell, which may go."""
+    child = """
+        import time; from llamapro.training.preemption import StopRequest
+        stop = StopRequest()
+        with stop.listening():
+            print("ready", flush=True)
+            until = time.monotonic() + 5
+            while not stop.signal and time.monotonic() < until:
+                time.sleep(0.01)
+        raise SystemExit(f"signal: {stop.signal}")
+    """
+    parent = f"""
+        import os, subprocess, sys
+        words = [sys.executable, "-c", {textwrap.dedent(child)!r}]
+        subprocess.Popen(words, stdout=subprocess.PIPE).stdout.readline()
+        os.kill(os.getpid(), 9)
+    """
+    for environment, name in (({"TORCHELASTIC_RUN_ID": "x"}, "SIGTERM"), ({}, "")):
+        words = [sys.executable, "-c", textwrap.dedent(parent)]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
+        assert done.returncode == -signal.SIGKILL and f"signal: {name}\n" in done.stderr

@@ -253,9 +253,11 @@ def test_a_model_without_a_record_cannot_replay(run: Callable[..., Path], home: 
 
 
 def test_text_that_is_not_there_is_found_before_the_run(run: Callable[..., Path]) -> None:
-    """By --dry-run already, as for any corpus."""
+    """By --dry-run already, as for any corpus; and so is a text that would fill no sequence."""
     with pytest.raises(DataError, match="nowhere"):
         run("none", replay__data="nowhere.txt", dry_run="")
+    with pytest.raises(ConfigError, match=r"replay\.tokens is 24, expected more than .* raise it"):
+        run("none", replay__tokens=LENGTH, dry_run="")
 
 
 def test_prompts_beside_text_of_ones_own_are_a_mistake() -> None:

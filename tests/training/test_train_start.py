@@ -125,12 +125,23 @@ def test_a_file_of_several_corpora_is_told(
     assert told in capsys.readouterr().err
 
 
-def test_dry_run_tries_the_cache_s_place_too(run: Callable[..., Path], tmp_path: Path) -> None:
-    """Also if it is on the disk of the run directory, which was tried."""
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("file", "file is a file, not"), ("file/a", "file is a file, not"), ("link", "a link to no")],
+)
+def test_a_place_that_is_no_directory_is_refused(
+    path: str, kind: str, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of the cache and of the run, in the run itself and in a dry one."""
     (tmp_path / "file").write_text("x")
-    for path in ("file", "file/cache"):
-        with pytest.raises(ConfigError, match=r"data\.cache_dir .*file.*: not usable: Not a dir"):
-            run(**{"dry_run": "", "data__cache_dir": tmp_path / path})
+    (tmp_path / "link").symlink_to("nowhere")
+    for mode in {"dry_run": ""}, {}:
+        with pytest.raises(
+            ConfigError, match=rf"^data\.cache_dir .*/{path}: .*{kind}.*; choose an"
+        ):
+            run(**mode, data__cache_dir=tmp_path / path)
+        with pytest.raises(ConfigError, match=rf"^run_dir .*/{path}: .*{kind}.*; choose another"):
+            run(path, **mode)
 
 
 def test_a_run_directory_that_is_something_else_is_refused(
@@ -462,26 +473,33 @@ def test_a_batch_that_no_number_of_fits_the_epochs_is_told(
     assert "not train.epochs" not in capsys.readouterr().err
 
 
-def test_a_resumed_run_may_spell_its_paths_otherwise(
-    run: Callable[..., Path], home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_resumed_run_may_find_its_files_elsewhere(
+    run: Callable[..., Path],
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Relative, absolute or through a link: the files are the same, and go by the first names."""
+    """Relative, through a link, or moved: the bytes are the same, and it is told once."""
     run(train__steps=1, data__val=f"code={home / 'val.py'}")
     (tmp_path / "link").symlink_to(home)
     monkeypatch.chdir(home)
-    spelled = {"model__path": "pro", "data__train": "./train.py"}
+    shutil.copytree(home / "pro", tmp_path / "moved")
+    shutil.copyfile(home / "train.py", tmp_path / "moved.py")
+    spelled = {"model__path": tmp_path / "moved", "data__train": "./train.py"}
     run_dir = run(train__steps=2, data__val=f"code={tmp_path}/link/val.py", **spelled)
     state = json.loads((training_checkpoints(run_dir)[-1] / "state.json").read_text())
-    assert (state["step"], state["settings"]["data.train"]) == (2, [str(home / "train.py")])
-    with pytest.raises(ConfigError, match=r"data\.val .* -> "):
-        run(train__steps=3, data__val="other=val.py")
-    file = training_checkpoints(run_dir)[-1] / "state.json"
-    for value in (1.5, [None], {"a": 1}, ["a\0b"], "\ud800"):
-        file.write_text(json.dumps(state | {"settings": state["settings"] | {"data.train": value}}))
-        (file.parent / "manifest.json").unlink()
-        write_manifest(file.parent)
-        with pytest.raises(ConfigError, match=r"data\.train"):
-            run(train__steps=3, data__val=None)
+    assert (state["step"], state["settings"]["data.train"]) == (2, ["./train.py"])
+    told = capsys.readouterr().err
+    assert f'{home}/pro" -> "{tmp_path}/moved"' in told
+    spelled["data__train"] = tmp_path / "moved.py"
+    run(train__steps=3, data__val="code=val.py", **spelled)
+    assert 'model.path "' not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"data 'val other' was not there.*data\.val$"):
+        run(train__steps=4, data__val="other=val.py", **spelled)
+    spelled["model__path"] = "pro-bf16"
+    with pytest.raises(ConfigError, match=r"the frozen base model was .*model\.path$"):
+        run(train__steps=4, data__val="code=val.py", **spelled)
 
 
 def test_a_dry_run_tells_that_a_run_would_not_resume(run: Callable[..., Path], home: Path) -> None:

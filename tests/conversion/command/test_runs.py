@@ -52,9 +52,11 @@ def test_merge_and_inspect_take_the_newest_intact_blocks(
 def test_an_intact_run_is_merged_without_a_word(
     convert: Convert, run_dir: Path, tmp_path: Path
 ) -> None:
-    """Its last step; a copy of a training checkpoint under another name will do as well."""
+    """Its last step, also by the folder of all; or a copy of one under another name."""
     shutil.copytree(last(run_dir), tmp_path / "best")
-    for number, blocks in enumerate((run_dir, last(run_dir), tmp_path / "best")):
+    for number, blocks in enumerate(
+        (run_dir, last(run_dir).parent, last(run_dir), tmp_path / "best")
+    ):
         words = ["merge", tmp_path / "pro", blocks, tmp_path / f"out{number}", "--json"]
         status, out, error = convert(*words)
         assert status == 0 and json.loads(out)["step"] == 3 and "damaged" not in error

@@ -254,7 +254,7 @@ def test_a_missing_library_is_named_with_its_extra(
     file = model()
     for name, message in (
         ("gguf.constants", r"GGUF needs gguf: pip install -e '\.\[gguf\]'"),
-        ("tokenizers", r"its tokenizer needs tokenizers: pip install -e '\.\[gguf\]'"),
+        ("tokenizers", r"its tokenizer needs protobuf and tokenizers: pip install -e '\.\[gguf\]'"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
