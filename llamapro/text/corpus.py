@@ -20,7 +20,7 @@ from llamapro.text.source_files import SourceFile, find_files
 from llamapro.text.store import TokenStore, cached, place_of
 from llamapro.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 9  # raised with every change in how a file is read
+FORMAT_VERSION = 10  # raised with every change in how a file is read
 END_OF_TEXT = "<|endoftext|>"  # which many corpora have between documents, for any tokenizer
 
 

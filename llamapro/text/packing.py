@@ -24,7 +24,7 @@ from llamapro.text.conversations import Conversation, ConversationCounts, read_c
 from llamapro.text.source_files import find_files
 from llamapro.text.store import Int64s, TokenStore, cached
 
-FORMAT_VERSION = 9  # raised with every change in how a conversation is read
+FORMAT_VERSION = 10  # raised with every change in how a conversation is read
 TRAINED = 1 << 31  # set in a stored token of an assistant's turn; ids are far below it
 
 

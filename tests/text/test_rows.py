@@ -48,6 +48,11 @@ WriteParquet = Callable[..., Path]
         ("a.csv", b"id, text\n1,long\n", r"a\.csv:1: no 'text' .*; use --data\.text-key ' text'$"),
         ("a.json", b'{"data": [{"text": "x"}]}', r"a\.json:1: no 'text' .*the list 'data'\? Save"),
         ("a.csv", b"id,text\n1,x\nid,text\n2,y\n", r"a\.csv:2: the first line again"),
+        (
+            "a.csv",
+            b"text\nx\ry\n",
+            r"a\.csv:1: not a line of csv \(CR within it\); put a text with line",
+        ),
         ("a.csv", b"text\rx\ry\r", r"a\.csv:1: its lines end with CR alone; convert it with tr"),
         ("a.jsonl", b'{"text": "x"}\r{"text": "y"}', r"a\.jsonl:1: its lines end with CR alone"),
         ("a.csv", b"text,text\nx,y\n", r"a\.csv:1: two columns have the same name: 'text', 'text'"),
@@ -150,6 +155,15 @@ def test_blank_lines_before_a_list_do_not_make_it_rows(tmp_path: Path) -> None:
     """What a .json holds is said by its first line that is not blank."""
     (tmp_path / "a.json").write_text('\n  \n[\n {"text": "x"},\n {"text": "y"}\n]\n')
     assert [row for _, row in read_rows(tmp_path / "a.json")] == [{"text": "x"}, {"text": "y"}]
+
+
+def test_blank_lines_before_the_names_of_columns_are_none(tmp_path: Path) -> None:
+    """As spreadsheets write them; taken for the names, they would hide every row."""
+    (tmp_path / "a.csv").write_text("\n \r\nid,text\n1,x\n\n2,y\n")
+    assert [row for _, row in read_rows(tmp_path / "a.csv")] == [
+        {"id": "1", "text": "x"},
+        {"id": "2", "text": "y"},
+    ]
 
 
 def test_a_file_of_few_bytes_takes_no_memory(
