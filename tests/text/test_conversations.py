@@ -325,4 +325,4 @@ def test_a_store_of_another_way_to_read_is_not_used() -> None:
         except ValueError:
             found.append("refused")
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:8]
-    assert (packing.FORMAT_VERSION, digest) == (9, "673fb16c"), found
+    assert (packing.FORMAT_VERSION, digest) == (10, "673fb16c"), found
