@@ -101,6 +101,8 @@ def find_blocks(path: str | Path) -> Path:
         raise CheckpointError(
             f"{path}: no run directory, training checkpoint or new-block file "
             f"(looked for {TRAINABLE_FILE} and checkpoints/step-*/{TRAINABLE_FILE})"
+            + f"; give {path.parent}"
+            * (path.name == "checkpoints")
         )
     for problem in damaged:
         note(f"{problem}; taking {step.name} instead")

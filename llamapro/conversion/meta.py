@@ -48,6 +48,8 @@ def from_meta(
         JSON-able: parameters and bytes of the result, shards read, dtype.
     """
     refuse_source(out_dir, meta_dir)
+    if meta_dir.is_file():
+        raise ConfigError(f"{meta_dir}: give the directory of the release, {meta_dir.parent}")
     file = meta_dir / "params.json"
     if (meta_dir / "config.json").exists() and not file.exists():
         raise ConfigError(f"{meta_dir}: in Hugging Face layout already; nothing is to convert")

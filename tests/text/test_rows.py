@@ -95,6 +95,7 @@ WriteParquet = Callable[..., Path]
             gzip.compress(b"{}", mtime=0),
             r"a\.jsonl:1: packed by gzip under another name",
         ),
+        ("a.pq", b"PAR1\x15\0", r"a\.pq: parquet under another name; rename it to \*\.parquet"),
         ("a.docx", b"PK\3\4x", r"a\.docx: a zip archive, as \.docx"),
         ("a.txt", b"{\\rtf1\\ansi Hello}", r"a\.txt: RTF; convert it to text"),
         ("a.pdf", b"%PDF-1.4\nHello", r"a\.pdf: PDF; convert it to text"),
