@@ -186,7 +186,7 @@ def _weight_files(path: Path) -> list[Path]:
         fix = MISTRAL_LAYOUT
     elif any((path / name).exists() for name in ("checkpoints", "trainable.safetensors")):
         run = shlex.quote(str(path))
-        fix = f"of a run, which 'llamapro merge EXPANDED_DIR {run} OUT_DIR' makes a model of"
+        fix = f"this is of a run: 'llamapro merge EXPANDED_DIR {run} OUT_DIR' makes a model of it"
     elif any(path.glob("adapter_model*")):
         fix = "this is a PEFT adapter: merge it into its base first (merge_and_unload)"
     elif any(path.glob("*.gguf")):

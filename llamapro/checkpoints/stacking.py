@@ -54,7 +54,7 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     known: dict[object, Path] = {}
     for file, _, info in files:
         run = file.resolve().parent.parent
-        keys = {(identity(file), info.step): "given twice, before as"}
+        keys: dict[object, str] = {(identity(file), info.step): "given twice, before as"}
         keys |= {run: "of the same run as"} if run.name == "checkpoints" else {}
         for key, what in keys.items():
             if (other := known.setdefault(key, file)) is not file:
