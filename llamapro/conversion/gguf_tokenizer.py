@@ -237,7 +237,7 @@ def _sentencepiece(
     if raw is None:
         raise DataError(
             f"{file}: tokenizer.ggml.tokens and scores are not those of sentencepiece's BPE with "
-            "all 256 bytes, the only 'llama' tokenizer that is supported"
+            "all 256 bytes, and pieces of different scores, the only 'llama' tokenizer supported"
         )
     tokenizer = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
     if not own.get("add_space_prefix", True):
