@@ -274,8 +274,14 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
     if not vocabulary.exists():
         return
     if not any(directory.glob("tokenizer*.json")):
-        for name, content in tokenizer_files(vocabulary, config.max_position_embeddings).items():
+        made = tokenizer_files(vocabulary, config.max_position_embeddings)
+        for name, content in made.items():
             write_json(directory / name, content)
+        if made and JSON_NAME not in made:
+            warn(
+                "tokenizer.model: no tokenizer.json can be made that splits every text as it does; "
+                "without one transformers may split some texts differently"
+            )
     if is_ranks(vocabulary.read_bytes()):
         (directory / RANKS_NAME).parent.mkdir()
         vocabulary.rename(directory / RANKS_NAME)

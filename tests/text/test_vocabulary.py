@@ -205,6 +205,7 @@ def test_pieces_of_one_score_have_no_tokenizer_json(
     small: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tiny_config: Callable[..., Any],
 ) -> None:
     """Sentencepiece merges the left of two pairs; a tokenizer.json that says otherwise is told.
 
@@ -218,6 +219,9 @@ def test_pieces_of_one_score_have_no_tokenizer_json(
     assert JSON_NAME not in tokenizer_files(file)
     Tokenizer.load(tmp_path)
     assert not capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    companions.write_companions(tmp_path / "out", tiny_config(), [file])
+    assert "transformers may split some texts differently" in capsys.readouterr().err
     monkeypatch.setattr(companions, "_has_ties", lambda *_: False)
     made = tokenizer_files(file)[JSON_NAME]
     assert len(Tokenizer.load(file).encode("zjzj")) < len(
