@@ -48,13 +48,13 @@ class Question:
 
 
 def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -> list[Question]:
-    """Reads .jsonl, .jsonl.gz, .json (a list) or .parquet files of questions.
+    """Reads files of questions, in the formats of `read_rows`.
 
-    A row has `choices`, a list of texts, {label: text} or {"text": [...], "label": [...]}. Its
-    `answer` is a label, an index from 0, a text, a letter, or a list of these. A `question` or
-    `query` is put between "Question:" and "Answer:"; a `context` or `prompt` is continued as it
-    stands. Other keys are not read, and named. Raises DataError if a file or its rows cannot be
-    used. One message names all wrong rows.
+    A row has `choices`, a list of texts, {label: text} or {"text": [...], "label": [...]}, or
+    columns A, B and so on. Its `answer` is a label, an index from 0, a text, a letter, or a list of
+    these. A `question` or `query` is put between "Question:" and "Answer:"; a `context` or `prompt`
+    is continued as it stands. Other keys are not read, and named. Raises DataError if a file or its
+    rows cannot be used. One message names all wrong rows.
 
     Args:
         context: longest input in tokens; a longer prompt loses its beginning, but not the prefix.
@@ -92,6 +92,8 @@ def _read(row: dict[str, Any], unread: dict[str, None]) -> tuple[str, list[str],
     `unread` gets the keys that are not read.
     """
     row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
+    if {"A", "B"} <= row.keys() and not row.keys() & {*_CHOICES}:  # a table with a column for each
+        row["choices"] = {name: row.pop(name) for name in ascii_uppercase if row.get(name)}
     found = [key for key in _PROMPTS if key in row]
     if len(found) != 1:
         raise ValueError(f"expected one of the keys {', '.join(_PROMPTS)}; found {found}")

@@ -209,6 +209,16 @@ def test_other_names_for_answer_and_choices_are_read(
     assert [q.right for q in read([row, row | {"answer": "a"}])] == [{1}, {0}]
 
 
+def test_a_column_for_each_choice_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """MMLU's tables, also with fewer choices in a row."""
+    (tmp_path / "q.csv").write_text("question,A,B,C,answer\nx,self,parser,args,C\ny,a,b,,B\n")
+    one, other = read_choices(str(tmp_path / "q.csv"), tokenizer, CONTEXT, 0)
+    assert (len(one.choices), one.right) == (3, {2}) and (len(other.choices), other.right) == (
+        2,
+        {1},
+    )
+
+
 def test_keys_and_files_that_are_not_read_are_named(
     tmp_path: Path,
     tokenizer: Tokenizer,
