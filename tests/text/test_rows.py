@@ -46,6 +46,7 @@ WriteParquet = Callable[..., Path]
         ("a.json", b'{\n"text": "x"\n}', r"a\.json:1: expected a list of rows, or one per line"),
         ("a.csv", b"text,id\nx,1\ny,2,3\n", r"a\.csv:2: more fields than the first line has"),
         ("a.csv", b"id, text\n1,long\n", r"a\.csv:1: no 'text' .*; use --data\.text-key ' text'$"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', r"'messages'\); conversations, which "),
         ("a.json", b'{"data": [{"text": "x"}]}', r"a\.json:1: no 'text' .*the list 'data'\? Save"),
         ("a.csv", b"id,text\n1,x\nid,text\n2,y\n", r"a\.csv:2: the first line again"),
         (
