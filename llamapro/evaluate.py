@@ -137,7 +137,7 @@ class Args(ComputeOptions):
     data: tuple[str, ...] = ()
     """Text to predict: files, folders or globs, as in training. Each argument is measured alone."""
     choices: tuple[str, ...] = ()
-    """Questions: .jsonl, .json or .parquet files with question (or prompt), choices and answer."""
+    """Questions: .jsonl, .json, .csv or .parquet, with question (or prompt), choices and answer."""
     shots: int = 0
     """Examples before each question: the first of its --choices, which are then not asked."""
     against: Annotated[Path | None, arg(metavar="BASE_DIR")] = None

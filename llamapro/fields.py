@@ -83,12 +83,18 @@ def read_window(model_type: str, layers: int, fields: Fields) -> int | None:
         key, first = "max_window_layers", raw.get("max_window_layers") if is_qwen else 0
         first = first if type(first) is int else 1  # lowest layer that has the window
         types = [LAYER_TYPES[window is not None and i >= first] for i in range(layers)]
-    if types not in [[kind] * layers for kind in kinds]:
+    types = types if isinstance(types, list) else [None]
+    if types not in [[kind] * len(types) for kind in kinds]:
         allowed = " or ".join(map(repr, kinds))
         fields.wrong.append(
             f"{key} {raw[key]!r:.80} is not supported (only {allowed} for all {layers} layers)"
         )
-    return window if types == [LAYER_TYPES[1]] * layers else None
+    elif len(types) != layers:  # tools that add or remove layers leave the old list
+        warn(
+            f"config.json: layer_types has {len(types)} entries for {layers} layers, which "
+            "transformers refuses; all are alike, so that of each layer is clear"
+        )
+    return window if LAYER_TYPES[1] in types else None
 
 
 def read_rope(raw: dict[str, Any], fields: Fields) -> tuple[float, RopeScaling | None]:

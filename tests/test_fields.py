@@ -62,12 +62,18 @@ def test_other_scaled_rope_is_refused_by_its_type(rope: dict[str, Any]) -> None:
     assert f"rope type {kind!r} is not supported" in message(SIZES | rope)
 
 
-def test_kinds_of_layers_are_compared_with_the_window() -> None:
-    """Mistral's window is that of all layers; a list that says otherwise is refused."""
+def test_kinds_of_layers_are_compared_with_the_window(capsys: pytest.CaptureFixture[str]) -> None:
+    """Mistral's window is that of all layers; a list that says otherwise is refused.
+
+    One of another length is that of the base, before another tool expanded it.
+    """
     mistral = SIZES | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 64}
     config = ModelConfig.from_dict(mistral | {"layer_types": ["sliding_attention"] * 32})
     assert config.sliding_window == 64
     assert config.resized(40, 32000, None).raw["layer_types"] == ["sliding_attention"] * 40
+    config = ModelConfig.from_dict(mistral | {"layer_types": ["sliding_attention"] * 28})
+    assert config.sliding_window == 64
+    assert "28 entries for 32 layers, which transformers refuses" in capsys.readouterr().err
     found = message(mistral | {"layer_types": ["full_attention"] * 32})
     assert "layer_types ['full_attention'" in found and "only 'sliding_attention' for all" in found
 
@@ -182,8 +188,9 @@ def test_impossible_scaling_is_named(change: dict[str, Any], expected: str) -> N
         ({"layer_types": ["full_attention"] * 32, "max_window_layers": 0}, None),
         ({"max_window_layers": 16}, "max_window_layers 16 is not supported (only 'full_att"),
         ({"max_window_layers": "all"}, "max_window_layers 'all' is not supported"),
-        ({"layer_types": ["full_attention"] * 31}, "for all 32 layers"),
+        ({"layer_types": [*["full_attention"] * 30, "sliding_attention"]}, "for all 32 layers"),
         ({"layer_types": {"0": "full_attention"}}, "layer_types {'0'"),
+        ({"layer_types": 32}, "layer_types 32 is not supported"),
         ({"use_sliding_window": False, "layer_types": ["sliding_attention"] * 32}, "layer_types"),
         ({"use_sliding_window": "yes"}, "use_sliding_window is 'yes', expected true or false"),
     ],

@@ -184,6 +184,9 @@ def _weight_files(path: Path) -> list[Path]:
         fix = f"this is a Meta release, convert it first: llamapro from-meta {release} OUT_DIR"
     elif any(path.glob("consolidated*.safetensors")):
         fix = MISTRAL_LAYOUT
+    elif any((path / name).exists() for name in ("checkpoints", "trainable.safetensors")):
+        run = shlex.quote(str(path))
+        fix = f"this is of a run: 'llamapro merge EXPANDED_DIR {run} OUT_DIR' makes a model of it"
     elif any(path.glob("adapter_model*")):
         fix = "this is a PEFT adapter: merge it into its base first (merge_and_unload)"
     elif any(path.glob("*.gguf")):

@@ -33,7 +33,7 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     """Puts new blocks on their base; the files may have been trained in any layouts.
 
     Raises CheckpointError if a file is damaged or does not belong to this base, or the vocabulary
-    grew, and ConfigError if a file is given twice.
+    grew, and ConfigError if a file, or a run, is given twice.
 
     Args:
         base: the base, whose every byte is then read for its hash; or an expanded model with the
@@ -51,13 +51,14 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     else:
         inside = contained_checkpoint(base)
     files = [_open(path, base, record) for path in paths]
-    known: dict[tuple[str, int], Path] = {}
+    known: dict[object, Path] = {}
     for file, _, info in files:
-        if other := known.get(key := (identity(file), info.step)):
-            raise ConfigError(
-                f"{file}: given twice, before as {other}; its blocks would be added twice"
-            )
-        known[key] = file
+        run = file.resolve().parent.parent
+        keys: dict[object, str] = {(identity(file), info.step): "given twice, before as"}
+        keys |= {run: "of the same run as"} if run.name == "checkpoints" else {}
+        for key, what in keys.items():
+            if (other := known.setdefault(key, file)) is not file:
+                raise ConfigError(f"{file}: {what} {other}; its blocks would be added twice")
     layout, trained = _combine(files, inside.config.num_hidden_layers)
     tensors, dtypes = {}, {}
     for name, (source, _) in expansion.expand_names(inside.tensors, layout).items():

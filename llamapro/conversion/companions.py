@@ -6,6 +6,7 @@ the space before a text, with merges in the order of the ids and not of the scor
 makes a tokenizer with BOS and EOS; Meta's own repositories ship a tokenizer.json.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,24 @@ def _is_plain_bpe(model: Any) -> bool:
         and all(f"<0x{byte:02X}>" in known for byte in range(256))
         # BPE's scores are the negative ranks of the merges; unigram's are logarithms.
         and all(model.get_score(i) == int(model.get_score(i)) for i in range(len(pieces)))
+        and not _has_ties(pieces, [model.get_score(i) for i in range(len(pieces))])
     )
+
+
+def _has_ties(pieces: list[str], scores: list[float]) -> bool:
+    """Says whether two pieces of one score may want the same part of a text.
+
+    Sentencepiece then merges the pair on the left, a tokenizer.json always the same of the two.
+    Pieces that were added to a vocabulary for another language often all have the score 0.
+    """
+    known, first, last = set(pieces), defaultdict(set), defaultdict(set)
+    for piece, score in zip(pieces, scores, strict=True):
+        # LLaMA's runs of spaces have one score, and come out the same.
+        for at in range(1, len(piece) if len(set(piece)) > 1 else 0):
+            if piece[:at] in known and piece[at:] in known:
+                first[score, piece[:at]].add(piece)
+                last[score, piece[at:]].add(piece)
+    return any(len(last[part] | first[part]) > 1 for part in first.keys() & last.keys())
 
 
 def _tokenizer_json(model: Any) -> dict[str, Any]:
@@ -256,8 +274,14 @@ def write_companions(directory: Path, config: ModelConfig, files: Iterable[Path]
     if not vocabulary.exists():
         return
     if not any(directory.glob("tokenizer*.json")):
-        for name, content in tokenizer_files(vocabulary, config.max_position_embeddings).items():
+        made = tokenizer_files(vocabulary, config.max_position_embeddings)
+        for name, content in made.items():
             write_json(directory / name, content)
+        if made and JSON_NAME not in made:
+            warn(
+                "tokenizer.model: no tokenizer.json can be made that splits every text as it does; "
+                "without one transformers may split some texts differently"
+            )
     if is_ranks(vocabulary.read_bytes()):
         (directory / RANKS_NAME).parent.mkdir()
         vocabulary.rename(directory / RANKS_NAME)

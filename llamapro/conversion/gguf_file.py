@@ -28,6 +28,7 @@ _FLOAT32, _TEXT, _ARRAY = 6, 8, 9
 MAX_HEADER_BYTES = 1 << 26  # Llama 3's header, with its vocabulary, has 8 MB
 MAX_TENSORS = 1 << 16
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_PIECE = re.compile(r"\.gguf[.-](split|part)")  # of a file that was cut anywhere
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,10 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], list[P
 
 def _read_file(file: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Reads one file's header: metadata, and tensors by name."""
-    if not file.exists():
+    if not file.exists() or file.is_dir():
         raise ConfigError(f"{file}: no such file; give a model's .gguf file")
+    if _PIECE.search(file.name):
+        raise ConfigError(f"{file}: a piece of a file; join all: cat PIECES... > MODEL.gguf")
     refuse_large(file)
     size = file.stat().st_size
     try:

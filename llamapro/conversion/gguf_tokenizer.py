@@ -6,13 +6,14 @@ of the kind "llama" holds sentencepiece's pieces and scores, which become a `tok
 
 import importlib
 import json
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from llamapro.conversion.companions import CONFIG_NAME, SPACE, tokenizer_files
-from llamapro.errors import DataError, needed, note, suggest
+from llamapro.errors import DataError, needed, note, suggest, warn
 from llamapro.text.template_files import FOR_TOOLS, TOOLS_FILE
 from llamapro.text.vocabulary import JSON_NAME, LLAMA_3_PATTERN, byte_characters
 
@@ -55,6 +56,11 @@ _CUTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("default",): (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 PATTERNS = {name: patterns for names, patterns in _CUTS.items() for name in names}
+# The metadata that are read, and those that decide no token.
+_READ = re.compile(
+    r"tokenizer\.(ggml\.(model|pre|tokens|token_type|scores|merges|add_(bos|eos)_token|\w+_token_id"
+    rf"|add_space_prefix|remove_extra_whitespaces)|chat_templates|chat_template(\.{FOR_TOOLS})?)"
+)
 # A piece that is a token is that token, even if no merges lead to it; and BOS is put first.
 _LIKE_LLAMA_3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "tekken")
 
@@ -74,6 +80,10 @@ def read_tokenizer(
         raise DataError(
             f"{file}: tokenizer.ggml.model is {kind!r}, not supported (only 'gpt2' and 'llama')"
         )
+    of_text = ("tokenizer.", "general.sampling.")
+    for key, value in metadata.items():
+        if key.startswith(of_text) and value and not _READ.fullmatch(key):
+            warn(f"{file}: {key[:80]} {value!r:.80} is not known, and not used")
     with needed(f"{file}: its tokenizer needs protobuf and tokenizers", "gguf"):
         import google.protobuf  # noqa: F401
         import tokenizers  # noqa: F401
@@ -233,7 +243,7 @@ def _sentencepiece(
     if raw is None:
         raise DataError(
             f"{file}: tokenizer.ggml.tokens and scores are not those of sentencepiece's BPE with "
-            "all 256 bytes, the only 'llama' tokenizer that is supported"
+            "all 256 bytes, and pieces of different scores, the only 'llama' tokenizer supported"
         )
     tokenizer = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
     if not own.get("add_space_prefix", True):

@@ -23,10 +23,18 @@ from llamapro.checkpoints.writing import Target, write_checkpoint
 from llamapro.config import ModelConfig
 from llamapro.conversion import meta_release
 from llamapro.conversion.companions import write_companions
-from llamapro.errors import CheckpointError, ConfigError, note, warn
+from llamapro.errors import CheckpointError, ConfigError, DataError, note, warn
 from llamapro.files import copy_companion, output_directory, refuse_large, refuse_source, write_json
 from llamapro.model import build_on_meta
-from llamapro.text.vocabulary import LLAMA_3_RANKS, is_ranks, parse_ranks, read_vocabulary
+from llamapro.text.template_files import own_template
+from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.vocabulary import (
+    LLAMA_3_RANKS,
+    LLAMA_3_SPECIAL,
+    is_ranks,
+    parse_ranks,
+    read_vocabulary,
+)
 
 
 def from_meta(
@@ -48,6 +56,8 @@ def from_meta(
         JSON-able: parameters and bytes of the result, shards read, dtype.
     """
     refuse_source(out_dir, meta_dir)
+    if meta_dir.is_file():
+        raise ConfigError(f"{meta_dir}: give the directory of the release, {meta_dir.parent}")
     file = meta_dir / "params.json"
     if (meta_dir / "config.json").exists() and not file.exists():
         raise ConfigError(f"{meta_dir}: in Hugging Face layout already; nothing is to convert")
@@ -140,7 +150,9 @@ def to_meta(
         )
     written = 0
     companions = {file.name: file for file in checkpoint.companions() if file.is_file()}
-    if "tokenizer.model" not in companions:
+    if file := companions.get("tokenizer.model"):
+        _say_lost(checkpoint.path, file)
+    else:
         note(f"{ckpt_dir}: no tokenizer.model, so the release has none")
     with output_directory(out_dir, force) as aside:
         for index in range(count):
@@ -181,12 +193,36 @@ def _read_tokenizer(directory: Path, vocab_size: int) -> tuple[list[Path], dict[
         bos = LLAMA_3_RANKS if vocab_size == meta_release.LLAMA_3_VOCAB else 1
         return [], {"bos_token_id": bos, "eos_token_id": bos + 1}
     refuse_large(found[0], 1 << 26)  # Llama 3's has 2 MB
-    if is_ranks(content := found[0].read_bytes()):
+    size, ids = _ids_of(found[0])
+    problem = f"{found[0]}: {size:,} tokens, but the model has {vocab_size:,} rows"
+    if size > vocab_size:
+        raise DataError(f"{problem}: another model's; put the right one beside params.json")
+    if size < vocab_size:
+        warn(f"{problem}; is it this model's?")
+    return found, ids
+
+
+def _ids_of(file: Path) -> tuple[int, dict[str, Any]]:
+    """Returns the number of tokens of a `tokenizer.model`, and its BOS and EOS ids."""
+    if is_ranks(content := file.read_bytes()):
         # Llama 3's: <|begin_of_text|> and <|end_of_text|> are the first two ids after the ranks.
-        bos = len(parse_ranks(found[0], content))
-        return found, {"bos_token_id": bos, "eos_token_id": bos + 1}
-    model = read_vocabulary(found[0], content, {})
-    return found, {"bos_token_id": model.bos_id, "eos_token_id": model.eos_id}
+        bos = len(parse_ranks(file, content))
+        return bos + len(LLAMA_3_SPECIAL), {"bos_token_id": bos, "eos_token_id": bos + 1}
+    model = read_vocabulary(file, content, {})
+    size = len(model.pieces.keys() | {token.id for token in model.added.values()})
+    return size, {"bos_token_id": model.bos_id, "eos_token_id": model.eos_id}
+
+
+def _say_lost(directory: Path, file: Path) -> None:
+    """Warns of a chat template, and of tokens that a `tokenizer.model` itself does not have."""
+    lost = ["the chat template"] * (own_template(directory) is not None)
+    try:
+        size = _ids_of(file)[0]
+        lost += [n for n, token in Tokenizer.load(directory).added.items() if token.id >= size][:3]
+    except DataError as error:
+        lost.append(f"tokens of other files, if there are any ({error})")
+    if lost:
+        warn(f"{directory}: Meta's layout has no place for {', '.join(lost)}: left out")
 
 
 def _release_of(

@@ -21,10 +21,10 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from llamapro import ops
-from llamapro.errors import DataError, Problems
+from llamapro.errors import DataError, Problems, note
 from llamapro.inference.cache import KVCache
 from llamapro.model import LlamaForCausalLM
-from llamapro.text.rows import read_rows
+from llamapro.text.rows import quote_names, read_rows
 from llamapro.text.source_files import find_files
 from llamapro.text.tokenizer import Tokenizer
 
@@ -33,6 +33,8 @@ from llamapro.text.tokenizer import Tokenizer
 POSITIONS, TOKENS = 2048, 128
 LOGITS = 256  # rows of logits at a time
 _PROMPTS = ("question", "query", "context", "prompt")
+# The names that files of questions have for one thing; the first that a row has counts.
+_CHOICES, _ANSWERS = ("choices", "options"), ("answer", "answerKey", "gold", "label")
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,27 @@ class Question:
 
 
 def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -> list[Question]:
-    """Reads .jsonl, .jsonl.gz, .json (a list) or .parquet files of questions.
+    """Reads files of questions, in the formats of `read_rows`.
 
-    A row has `choices`, a list of texts or {"text": [...], "label": [...]}. Its `answer` is a
-    label, an index from 0, a text, a letter, or a list of these. A `question` or `query` is put
-    between "Question:" and "Answer:"; a `context` or `prompt` is continued as it stands. Raises
-    DataError if a file or its rows cannot be used. One message names all wrong rows.
+    A row has `choices`, a list of texts, {label: text} or {"text": [...], "label": [...]}, or
+    columns A, B and so on. Its `answer` is a label, an index from 0, a text, a letter, or a list of
+    these. A `question` or `query` is put between "Question:" and "Answer:"; a `context` or `prompt`
+    is continued as it stands. Other keys are not read, and named. Raises DataError if a file or its
+    rows cannot be used. One message names all wrong rows.
 
     Args:
         context: longest input in tokens; a longer prompt loses its beginning, but not the prefix.
         shots: this many first rows stand, answered, before each question, and are not asked.
     """
     rows: list[tuple[str, str, list[str], frozenset[int]]] = []
-    problems = Problems(limit=20)
+    problems, unread = Problems(limit=20), dict[str, None]()
     for file in find_files([pattern]):
         if file.left_out:
+            note(f"{file.path}: left out ({file.left_out})")
             continue
         for place, row in read_rows(file.path, problems.add, noun="question"):
             try:
-                rows.append((place, *_read(row)))
+                rows.append((place, *_read(row, unread)))
             except ValueError as error:
                 problems.add(f"{place}: {error}")
     examples = "".join(p + choices[min(right)] + "\n\n" for _, p, choices, right in rows[:shots])
@@ -77,25 +81,40 @@ def read_choices(pattern: str, tokenizer: Tokenizer, context: int, shots: int) -
     problems.check(DataError, "questions that cannot be used", one_per_line=True)
     if not questions:
         raise DataError(f"{pattern}: {len(rows)} questions, none left after --shots {shots}")
+    if unread:
+        note(f"{pattern}: keys that are not read: {quote_names(unread)}")
     return questions
 
 
-def _read(row: dict[str, Any]) -> tuple[str, list[str], frozenset[int]]:
-    """Returns a row's prompt, its choices and the right ones; raises ValueError."""
-    found = [key for key in _PROMPTS if row.get(key) is not None]  # parquet: every column
+def _read(row: dict[str, Any], unread: dict[str, None]) -> tuple[str, list[str], frozenset[int]]:
+    """Returns a row's prompt, its choices and the right ones; raises ValueError.
+
+    `unread` gets the keys that are not read.
+    """
+    row = {key: value for key, value in row.items() if value is not None}  # parquet: every column
+    if {"A", "B"} <= row.keys() and not row.keys() & {*_CHOICES}:  # a table with a column for each
+        row["choices"] = {name: row.pop(name) for name in ascii_uppercase if row.get(name)}
+    found = [key for key in _PROMPTS if key in row]
     if len(found) != 1:
         raise ValueError(f"expected one of the keys {', '.join(_PROMPTS)}; found {found}")
-    prompt, given = row[found[0]], row.get("choices")
-    choices, labels = given, None
+    for names in (_CHOICES, _ANSWERS):
+        if not (known := [key for key in names if key in row]):
+            raise ValueError(f"none of the keys {', '.join(names)}; found {quote_names(row)}")
+        found.append(known[0])
+    prompt, choices, answer = map(row.get, found)
+    labels = None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{found[0]!r} is {prompt!r}, expected a text")
-    if isinstance(given, dict):
-        choices, labels = given.get("text"), given.get("label")
+    if isinstance(choices, dict):
+        choices = (
+            choices if "text" in choices else {"text": [*choices.values()], "label": [*choices]}
+        )
+        choices, labels = choices["text"], choices.get("label")
     if not isinstance(choices, list) or len(choices) < 2:
-        raise ValueError(f"'choices' is {choices!r}, expected a list of two texts or more")
+        raise ValueError(f"{found[1]!r} is {choices!r}, expected a list of two texts or more")
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise ValueError(f"'choices' is {choices!r}: one is empty or not a text")
-    answer = row.get("answer")
+        raise ValueError(f"{found[1]!r} is {choices!r}: one is empty or not a text")
+    unread |= dict.fromkeys(key for key in row if key not in found)
     right: set[int] = set()
     for one in answer if isinstance(answer, list) and answer else [answer]:
         right |= _named(one, choices, labels if isinstance(labels, list) else [])

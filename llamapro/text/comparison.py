@@ -26,6 +26,7 @@ _PROBES = (
     *("naïve Ωμέγα 日本語 😀", "e\u0301 ﬁ", "def f(x):\n    return x**2  # ok"),
     "DON'T https://a.b/c?d=e",
 )
+_SOME, _TOGETHER = 4096, 32  # pieces of a vocabulary that are probes, too; so many make one
 # What transformers 5 reads a tokenizer.json with, or what is compared without importing it.
 _KNOWN = {"", "TokenizersBackend", "PreTrainedTokenizer"}
 _KNOWN |= {"LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"}
@@ -86,11 +87,16 @@ def takes_json(
             f"{path} and {json_path.name} are of different vocabularies; remove the one that is "
             f"not the model's"
         )
-    pairs = ((text, vocabulary.encode(text), beside.encode(text)) for text in _PROBES if beside)
+    # Some pieces from everywhere, and the last ones, which were added for another language.
+    pieces = [piece for piece in rest.values() if len(piece) > 1]
+    pieces = pieces[:: 1 + len(pieces) // _SOME] + pieces[-_SOME:]
+    parts = [b"".join(pieces[at : at + _TOGETHER]) for at in range(0, len(pieces), _TOGETHER)]
+    probes = [*_PROBES, *(part.decode(errors="ignore") for part in parts)]
+    pairs = ((text, vocabulary.encode(text), beside.encode(text)) for text in probes if beside)
     probe = next((text for text, ids, other in pairs if ids != other), None)
     if probe is not None:
         warn(
-            f"{path} and {json_path.name} split {probe!r} into different tokens: "
+            f"{path} and {json_path.name} split {probe!r:.200} into different tokens: "
             f"{path.name if is_named else json_path.name} is read, transformers 5 reads "
             f"{json_path.name}; remove the one that the model was not trained with"
         )

@@ -326,6 +326,8 @@ def _hint(row: dict[str, Any]) -> str:
     """Returns where the text of a row most likely is."""
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
+            if value[0].keys() & {"role", "from"}:
+                return "; conversations, which training reads with --data.format chat"
             return f"; are its rows the list {key!r}? Save that alone"
     # The longest string is most likely the text.
     lengths = {key: len(value) for key, value in row.items() if isinstance(value, str)}

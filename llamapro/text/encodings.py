@@ -14,6 +14,7 @@ _FORMATS = (
     (b"{\\rtf", "RTF; convert it to text"),
     (b"%!PS", "PostScript; convert it to text"),
     (b"PK\3\4", "a zip archive, as .docx and .epub are too; unpack it, or convert it to text"),
+    (b"PAR1", "parquet under another name; rename it to *.parquet"),
     (b"\x1f\x8b", "packed by gzip under another name; rename it to *.gz"),
     (b"BZh91AY&SY", "packed by bzip2 under another name; rename it to *.bz2"),
     (b"\xfd7zXZ\0", "packed by xz under another name; rename it to *.xz"),

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
+from itertools import dropwhile
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -123,6 +124,8 @@ def read_rows(
         report(f"{path}:{row + 1}: truncated or not {suffixes(path)[1][1:]} ({error})")
     except csv.Error as error:
         fix = "a quote within a text in quotes is written twice, one at its end once"
+        if "new-line" in str(error):
+            error, fix = csv.Error("CR within it"), "put a text with line breaks in quotes"
         report(f"{path}:{row + 1}: not a line of {suffixes(path)[0][1:]} ({error}); {fix}")
     except OSError as error:
         report(f"{path}:{row + 1}: cannot be read: {error.strerror}")
@@ -215,7 +218,7 @@ def _separated(
     was cut at a line break would be lost.
     """
     csv.field_size_limit(MAX_BYTES)
-    text = (line.decode("utf-8-sig") for line in _lines(file))
+    text = dropwhile(str.isspace, (line.decode("utf-8-sig") for line in _lines(file)))
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
     if not (names := [*(rows.fieldnames or ())]):
         return

@@ -64,7 +64,10 @@ def _hint(word: str, settings: Settings) -> str:
         if word.endswith(".toml") or find_preset(word).is_file():
             return f"{word}: a preset is named by --config: --config {word}"
         return f"{word}: belongs to no option; 'llamapro train --help' lists them"
-    same = sorted(name for name in names if name.rpartition(".")[2].lstrip("-") == last)
+    # The last part says more than the table, which is easily mistaken.
+    parts = {name: name.rpartition(".")[2].lstrip("-") for name in names}
+    close = difflib.get_close_matches(last, parts.values(), n=1, cutoff=0.8)
+    same = sorted(name for name, part in parts.items() if part in close)
     near = same or difflib.get_close_matches(option.replace("_", "-"), names, n=1)
     return f"{option}: no such option" + (f" (did you mean {' or '.join(near)}?)" if near else "")
 

@@ -151,9 +151,9 @@ def _write_release(
     return path
 
 
-def _release(path: Path, shards: int = 1, **overrides: Any) -> Path:
+def _release(path: Path, shards: int = 1, vocab: int = 400, **overrides: Any) -> Path:
     params = PARAMS | overrides
-    return _write_release(path, params, _make_tensors(params), shards)
+    return _write_release(path, params, _make_tensors(params, vocab), shards)
 
 
 def _load_shards(path: Path) -> list[dict[str, Tensor]]:
@@ -189,7 +189,7 @@ def write_release() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def release() -> Callable[..., Path]:
-    """`release(path, shards=1, **overrides) -> path`: small; overrides are keys of params.json."""
+    """`release(path, shards=1, vocab=400, **overrides) -> path`: small; keys of params.json."""
     return _release
 
 

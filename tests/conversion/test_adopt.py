@@ -70,6 +70,21 @@ def test_identity_blocks_are_found_by_their_zeros(
     assert verify(tmp_path / "out", base.path)["logits_bit_equal"]
 
 
+def test_layer_types_of_the_base_become_those_of_all_layers(
+    base: Checkpoint, tmp_path: Path, convert: Convert
+) -> None:
+    """Scripts that only raise num_hidden_layers leave a list that transformers refuses."""
+    expand_checkpoint(base, tmp_path / "pro", interleave(4, 2))
+    file = forget_record(tmp_path / "pro") / "config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"layer_types": ["full_attention"] * 4})
+    )
+    status, _, error = convert("adopt", tmp_path / "pro", tmp_path / "out")
+    assert status == 0 and "4 entries for 6 layers" in error
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["layer_types"] == ["full_attention"] * 6
+
+
 def test_trained_blocks_are_named_by_the_user(
     base: Checkpoint, tmp_path: Path, convert: Convert, write_trained: Any
 ) -> None:

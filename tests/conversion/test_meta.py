@@ -235,7 +235,7 @@ def test_bpe_ranks_give_llama_3s_special_ids_and_come_back(
     tmp_path: Path, release: Callable[..., Path]
 ) -> None:
     """BOS and EOS are the first two ids after the ranks, whose file the round trip keeps."""
-    source = release(tmp_path / "release")
+    source = release(tmp_path / "release", vocab=258 + 256)
     text = rank_lines([b"ab", b"abc"])
     (source / "tokenizer.model").write_bytes(text)
     from_meta(source, tmp_path / "out", None)
@@ -248,6 +248,22 @@ def test_bpe_ranks_give_llama_3s_special_ids_and_come_back(
     to_meta(tmp_path / "out", tmp_path / "back")
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == text
     assert not (tmp_path / "back" / "original").exists()
+
+
+def test_a_tokenizer_of_another_size_than_the_model_is_told(
+    tmp_path: Path,
+    tokenizer_file: Path,
+    release: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One level up may lie another model's; a few rows more than tokens may be padding."""
+    for vocab in (392, 408):
+        source = release(tmp_path / f"{vocab}" / "release", vocab=vocab)
+        shutil.copy(tokenizer_file, source.parent / "tokenizer.model")
+    with pytest.raises(DataError, match=r"392/tokenizer\.model: 400 tokens, .* has 392 rows: anot"):
+        from_meta(tmp_path / "392" / "release", tmp_path / "out", None)
+    from_meta(tmp_path / "408" / "release", tmp_path / "out", None)
+    assert "400 tokens, but the model has 408 rows; is it" in capsys.readouterr().err
 
 
 def test_a_damaged_tokenizer_is_refused(tmp_path: Path, release: Callable[..., Path]) -> None:

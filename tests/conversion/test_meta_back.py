@@ -207,6 +207,19 @@ def test_a_checkpoint_of_other_origin_becomes_a_release(
     assert Checkpoint.open(tmp_path / "again").sha256() == Checkpoint.open(source).sha256()
 
 
+def test_tokens_and_a_template_without_a_place_are_told(
+    expand: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Meta's layout has the tokenizer.model alone, which added tokens are not in."""
+    base, grown = expand()
+    (grown / "chat_template.jinja").write_text("{{ messages }}")
+    to_meta(grown, tmp_path / "release")
+    told = "no place for the chat template, <|im_start|>, <|im_end|>: left out"
+    assert told in capsys.readouterr().err
+    to_meta(base, tmp_path / "base-release")
+    assert "no place for" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("intermediate_size", "multiple_of"), [(176, 16), (192, 64), (256, 256)])
 def test_derived_params_need_no_multiplier_where_rounding_is_enough(
     tmp_path: Path,

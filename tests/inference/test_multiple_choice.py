@@ -187,6 +187,7 @@ LABELLED = {"text": ["2", "3", "1"], "label": ["1", "2", "3"]}
         (["x", "y", "z"], "(B)", {1}),
         (["x", "y", "z"], "c.", {2}),
         (["x", "y", "z"], "2", {2}),
+        ({"a": "x", "b": "y"}, "b", {1}),
     ],
 )
 def test_answer_is_a_label_index_text_or_letter(
@@ -201,6 +202,41 @@ def test_an_answer_may_name_several_choices(read: Callable[..., list[Question]])
     """By text and by index."""
     (question,) = read([{"query": "x", "choices": ["a", "b", "c"], "answer": ["c", 0]}])
     assert question.right == {0, 2}
+
+
+@pytest.mark.parametrize("key", ["answerKey", "gold", "label"])
+def test_other_names_for_answer_and_choices_are_read(
+    read: Callable[..., list[Question]], key: str
+) -> None:
+    """ARC's, lm-eval's and HellaSwag's names; an "answer" beside them counts."""
+    row = {"question": "x", "options": ["a", "b"], key: "B"}
+    assert [q.right for q in read([row, row | {"answer": "a"}])] == [{1}, {0}]
+
+
+def test_a_column_for_each_choice_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """MMLU's tables, also with fewer choices in a row."""
+    (tmp_path / "q.csv").write_text("question,A,B,C,answer\nx,self,parser,args,C\ny,a,b,,B\n")
+    one, other = read_choices(str(tmp_path / "q.csv"), tokenizer, CONTEXT, 0)
+    assert (len(one.choices), one.right) == (3, {2}) and (len(other.choices), other.right) == (
+        2,
+        {1},
+    )
+
+
+def test_keys_and_files_that_are_not_read_are_named(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    read: Callable[..., list[Question]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A passage changes what is asked; a null, as parquet has it, is no key."""
+    (question,) = read([ROWS[0] | {"passage": "Long ago.", "id": 7, "support": None}])
+    assert question == read(ROWS[:1])[0]
+    name = f"{tmp_path / 'rows.jsonl'}: "
+    assert capsys.readouterr().err.count(f"{name}keys that are not read: 'passage', 'id'\n") == 1
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    assert len(read_choices(str(tmp_path), tokenizer, CONTEXT, 0)) == 1
+    assert "gone.jsonl: left out (a link to nothing)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -300,7 +336,7 @@ def test_every_row_that_is_wrong_is_named(read: Callable[..., list[Question]]) -
         ({}, "expected one of the keys question, query, context, prompt; found []"),
         (good | {"prompt": "x"}, "found ['question', 'prompt']"),
         (good | {"question": " "}, "'question' is ' '"),
-        (good | {"choices": None}, "'choices' is None"),
+        (good | {"choices": None}, "none of the keys choices, options; found 'question', 'answer'"),
         (good | {"choices": ["one"]}, "expected a list of two texts or more"),
         (good | {"choices": ["x", " "]}, "one is empty or not a text"),
         (good | {"choices": ["x", 1]}, "one is empty or not a text"),
@@ -319,7 +355,7 @@ def test_every_row_that_is_wrong_is_named(read: Callable[..., list[Question]]) -
         (good | {"choices": {"text": ["x", "y"], "label": ["a", "A"]}, "answer": "(A)"}, "'(A)'"),
         (good | {"answer": [0, 5]}, "'answer' is 5"),
         (good | {"answer": []}, "'answer' is []"),
-        ({"question": "x", "choices": ["x", "y"]}, "'answer' is None"),
+        ({"question": "x", "choices": ["x", "y"]}, "answerKey, gold, label; found 'question', "),
         (good | {"choices": ["x", "\ud800"]}, "not valid Unicode"),
     ]
     with pytest.raises(DataError) as caught:

@@ -46,8 +46,14 @@ WriteParquet = Callable[..., Path]
         ("a.json", b'{\n"text": "x"\n}', r"a\.json:1: expected a list of rows, or one per line"),
         ("a.csv", b"text,id\nx,1\ny,2,3\n", r"a\.csv:2: more fields than the first line has"),
         ("a.csv", b"id, text\n1,long\n", r"a\.csv:1: no 'text' .*; use --data\.text-key ' text'$"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', r"'messages'\); conversations, which "),
         ("a.json", b'{"data": [{"text": "x"}]}', r"a\.json:1: no 'text' .*the list 'data'\? Save"),
         ("a.csv", b"id,text\n1,x\nid,text\n2,y\n", r"a\.csv:2: the first line again"),
+        (
+            "a.csv",
+            b"text\nx\ry\n",
+            r"a\.csv:1: not a line of csv \(CR within it\); put a text with line",
+        ),
         ("a.csv", b"text\rx\ry\r", r"a\.csv:1: its lines end with CR alone; convert it with tr"),
         ("a.jsonl", b'{"text": "x"}\r{"text": "y"}', r"a\.jsonl:1: its lines end with CR alone"),
         ("a.csv", b"text,text\nx,y\n", r"a\.csv:1: two columns have the same name: 'text', 'text'"),
@@ -90,6 +96,7 @@ WriteParquet = Callable[..., Path]
             gzip.compress(b"{}", mtime=0),
             r"a\.jsonl:1: packed by gzip under another name",
         ),
+        ("a.pq", b"PAR1\x15\0", r"a\.pq: parquet under another name; rename it to \*\.parquet"),
         ("a.docx", b"PK\3\4x", r"a\.docx: a zip archive, as \.docx"),
         ("a.txt", b"{\\rtf1\\ansi Hello}", r"a\.txt: RTF; convert it to text"),
         ("a.pdf", b"%PDF-1.4\nHello", r"a\.pdf: PDF; convert it to text"),
@@ -150,6 +157,15 @@ def test_blank_lines_before_a_list_do_not_make_it_rows(tmp_path: Path) -> None:
     """What a .json holds is said by its first line that is not blank."""
     (tmp_path / "a.json").write_text('\n  \n[\n {"text": "x"},\n {"text": "y"}\n]\n')
     assert [row for _, row in read_rows(tmp_path / "a.json")] == [{"text": "x"}, {"text": "y"}]
+
+
+def test_blank_lines_before_the_names_of_columns_are_none(tmp_path: Path) -> None:
+    """As spreadsheets write them; taken for the names, they would hide every row."""
+    (tmp_path / "a.csv").write_text("\n \r\nid,text\n1,x\n\n2,y\n")
+    assert [row for _, row in read_rows(tmp_path / "a.csv")] == [
+        {"id": "1", "text": "x"},
+        {"id": "2", "text": "y"},
+    ]
 
 
 def test_a_file_of_few_bytes_takes_no_memory(

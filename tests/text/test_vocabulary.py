@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer
 
+from llamapro.conversion import companions
 from llamapro.conversion.companions import tokenizer_files
 from llamapro.errors import DataError
 from llamapro.text import vocabulary
 from llamapro.text.tokenizer import Tokenizer
+from llamapro.text.vocabulary import JSON_NAME
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +198,38 @@ def test_files_that_split_texts_differently_are_said(
     file.write_text(json.dumps(tokenizer_files(small.path)["tokenizer.json"]))
     Tokenizer.load(tmp_path)
     assert not capsys.readouterr().err
+
+
+def test_pieces_of_one_score_have_no_tokenizer_json(
+    tmp_path: Path,
+    small: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_config: Callable[..., Any],
+) -> None:
+    """Sentencepiece merges the left of two pairs; a tokenizer.json that says otherwise is told.
+
+    Vocabularies that were extended for another language give all new pieces the score 0.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(small.path.read_bytes())
+    for piece in ("jz", "zj", "zjzj"):
+        proto.pieces.add(piece=piece, score=0.0)
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(proto.SerializeToString())
+    assert JSON_NAME not in tokenizer_files(file)
+    Tokenizer.load(tmp_path)
+    assert not capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    companions.write_companions(tmp_path / "out", tiny_config(), [file])
+    assert "transformers may split some texts differently" in capsys.readouterr().err
+    monkeypatch.setattr(companions, "_has_ties", lambda *_: False)
+    made = tokenizer_files(file)[JSON_NAME]
+    assert len(Tokenizer.load(file).encode("zjzj")) < len(
+        tokenizers.Tokenizer.from_str(json.dumps(made)).encode("zjzj").ids
+    )
+    (tmp_path / JSON_NAME).write_text(json.dumps(made))
+    assert Tokenizer.load(tmp_path).path.name == JSON_NAME
+    assert "split" in capsys.readouterr().err
 
 
 def test_files_that_contradict_each_other_are_refused(tmp_path: Path, small: Tokenizer) -> None:

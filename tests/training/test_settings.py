@@ -203,6 +203,7 @@ def test_values_of_a_wrong_type_exit_2(
         ("--trian.steps 3", "--trian.steps: no such option (did you mean --train.steps?)"),
         ("--train.lr 1e-3", "--train.lr: no such option (did you mean --optim.lr?)"),
         ("--lr=1", "--lr: no such option (did you mean --optim.lr?)"),
+        ("--train.seq-length 8", "(did you mean --data.seq-len?)"),
         ("--seq_len 8", "--seq_len: no such option (did you mean --data.seq-len?)"),
         ("--train.every 3", "(did you mean --eval.every or --save.every?)"),
         ("--zzz", "--zzz: no such option"),

@@ -182,6 +182,8 @@ def test_verify_finds_nan(convert: Convert, base: Path, tmp_path: Path) -> None:
         (["expand", "{base}", "{base}", "--num-new-blocks", "2"], "{base}"),
         (["merge", "{base}", "{tmp}/none", "{tmp}/o"], "no run directory, training checkpoint"),
         (["from-meta", "{tmp}", "{tmp}/o"], "{tmp}/params.json"),
+        (["from-meta", "{base}/config.json", "{tmp}/o"], "directory of the release, {base}"),
+        (["from-gguf", "{base}", "{tmp}/o"], "no such file; give a model's .gguf file"),
         (["to-meta", "{tmp}/none", "{tmp}/o"], "no such checkpoint"),
         (["inspect", "{tmp}"], "no weights found"),
         (["verify", "{base}", "--base", "{base}"], "not expanded"),
@@ -247,7 +249,9 @@ def test_merge_takes_several_files_and_strip_gives_the_base_back(
         (["merge", "{tmp}/pro", "{tmp}/run"], "OUT_DIR is missing"),
         (["merge", "{base}", "{tmp}/run", "{tmp}/run", "{tmp}/o"], "given twice"),
         (["merge", "{base}/model.safetensors", "{base}", "{tmp}/o"], "the checkpoint directory or"),
+        (["merge", "{tmp}/pro", "{tmp}/run/checkpoints", "{tmp}/o"], "safetensors); give "),
         (["strip", "{base}", "{tmp}/o"], "no 'llamapro' record"),
+        (["strip", "{tmp}/run", "{tmp}/o"], "this is of a run: 'llamapro merge EXPANDED_DIR"),
         (["expand", "hf://owner", "{tmp}/o", "--num-new-blocks", "2"], "hf://owner/name"),
     ],
 )
@@ -275,7 +279,7 @@ def test_every_command_that_reads_a_checkpoint_takes_one_from_the_hub(
     assert "expanded checkpoint" in convert("inspect", "hf://jo/pro")[1]
     assert convert("merge", "hf://jo/pro", run_dir, tmp_path / "out")[0] == 0
     assert "base_model: jo/base\n" in (tmp_path / "out" / "README.md").read_text()
-    first = training_checkpoints(run_dir)[0]
+    first = shutil.copytree(training_checkpoints(run_dir)[0], tmp_path / "first")
     assert convert("merge", "hf://jo/pro", run_dir, first, tmp_path / "two")[0] == 0
     assert "base_model: jo/base\n" in (tmp_path / "two" / "README.md").read_text()
     assert convert("strip", "hf://jo/pro", tmp_path / "back")[0] == 0

@@ -226,6 +226,27 @@ def test_linear_scaling_and_windows_reach_the_configuration(
     assert (config.rope_scaling and config.rope_scaling.factor) == expected
 
 
+def test_metadata_of_tokens_that_are_not_read_are_told(
+    model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a tokenizer, a second template and sampling; tokens by their role decide nothing."""
+    values = {
+        "tokenizer.ggml.normalizer.lowercase": True,
+        "tokenizer.ggml.mask_token_id": 3,
+        "tokenizer.ggml.add_sep_token": False,
+        "tokenizer.chat_template": "a",
+        "tokenizer.chat_template.rag": "b",
+        "general.sampling.temp": 0.7,
+    }
+    from_gguf(model(values=values), tmp_path / "out")
+    said = [line.split(": ")[-1] for line in capsys.readouterr().err.splitlines()]
+    assert [line for line in said if "not known" in line] == [
+        "tokenizer.ggml.normalizer.lowercase True is not known, and not used",
+        "tokenizer.chat_template.rag 'b' is not known, and not used",
+        "general.sampling.temp 0.7 is not known, and not used",
+    ]
+
+
 def test_factors_of_one_mean_no_scaling(model: Callable[..., Path], tmp_path: Path) -> None:
     from_gguf(model(extra={"rope_freqs.weight": torch.ones(8)}), tmp_path / "out")
     assert Checkpoint.open(tmp_path / "out").config.rope_scaling is None

@@ -125,6 +125,15 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["m.gguf-split-a", "m.gguf.part1of2"])
+def test_a_piece_of_a_file_is_no_damaged_file(
+    model: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """Large files were cut for upload; the first piece begins like a whole one."""
+    with pytest.raises(UserError, match=rf"{name}: a piece of a file; join all: cat "):
+        from_gguf(model().rename(tmp_path / name), tmp_path / "out")
+
+
 COUNTS = struct.pack("<4sI", b"GGUF", 3)
 
 
@@ -189,7 +198,7 @@ def test_every_damaged_byte_of_a_header_is_survived(
     ("arguments", "message"),
     [
         (["{tmp}/none.gguf", "{tmp}/out"], "none.gguf: no such file; give a model's .gguf file"),
-        (["{tmp}", "{tmp}/out"], "not a plain file"),
+        (["{tmp}", "{tmp}/out"], "no such file; give a model"),
         (["{tmp}/m.gguf", "{tmp}"], "contains the source"),
         (["{tmp}/m.gguf", "{tmp}/out", "--dtype", "bfloat61"], "bfloat61"),
     ],

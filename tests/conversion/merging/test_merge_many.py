@@ -188,6 +188,7 @@ def test_the_result_has_the_dtype_of_the_base(
         ("all weights", CheckpointError, "holds all weights of a model"),
         ("twice", ConfigError, "given twice, before as"),
         ("same", ConfigError, "given twice, before as"),
+        ("same run", ConfigError, r"step-2/trainable\.safetensors: of the same run as .*/step-1/"),
         ("copy", ConfigError, r"bad\.safetensors: given twice, before as .*; its blocks would"),
         ("no sources", CheckpointError, "do not say from which layers"),
         ("too high", ConfigError, r"its metadata: .* new_layers \[2, 6\]"),
@@ -208,7 +209,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
     message: str,
 ) -> None:
     """The message names the file and why."""
-    good, bad = files[0], tmp_path / "bad.safetensors"
+    good, bad, pair = files[0], tmp_path / "bad.safetensors", files[:2]
     expanded, files = pro, [good, bad]
     if case == "other base":
         other = write_random_checkpoint(tmp_path / "other", base.config, seed=5)
@@ -226,6 +227,12 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
         files = [good, good.parent / "pro" / ".." / good.name]
     elif case == "same":
         files = [good, good]
+    elif case == "same run":  # as a glob names its training checkpoints
+        steps = [tmp_path / "run" / "checkpoints" / f"step-{number}" for number in (1, 2)]
+        for file, step in zip(pair, steps, strict=True):
+            step.mkdir(parents=True)
+            shutil.copy(file, step / "trainable.safetensors")
+        files = [step / "trainable.safetensors" for step in steps]
     elif case == "copy":
         shutil.copy(good, bad)
     elif case in ("no sources", "too high", "too many", "shape"):
