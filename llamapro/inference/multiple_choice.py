@@ -106,9 +106,8 @@ def _read(row: dict[str, Any], unread: dict[str, None]) -> tuple[str, list[str],
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{found[0]!r} is {prompt!r}, expected a text")
     if isinstance(choices, dict):
-        choices = (
-            choices if "text" in choices else {"text": [*choices.values()], "label": [*choices]}
-        )
+        if "text" not in choices:
+            choices = {"text": [*choices.values()], "label": [*choices]}
         choices, labels = choices["text"], choices.get("label")
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError(f"{found[1]!r} is {choices!r}, expected a list of two texts or more")
