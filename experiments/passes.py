@@ -11,6 +11,7 @@ continues where it was stopped.
 import argparse
 import json
 import math
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -74,9 +75,10 @@ def main() -> None:
         row["passes"] = s.steps * s.batch_size * s.seq_len / 8 / tokens if tokens else 0
         rows.append(row | last_figures(s.out / name / "run") | divergence(base, model, documents))
         print(json.dumps(rows[-1]), flush=True)
-    settings = {key: str(value) for key, value in vars(s).items()}
     if s.json:
-        write_json(s.json, {"settings": settings, "held_out": HELD_OUT_TOKENS, "rows": rows})
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        settings = {key: str(value) for key, value in vars(s).items() if key != "json"}
+        write_json(s.json, {"settings": settings, "versions": versions, "rows": rows})
 
 
 def run(*words: object) -> None:
