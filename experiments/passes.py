@@ -12,18 +12,18 @@ import argparse
 import json
 import math
 import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from abilities import Document, divergence
+from bases import command
 from options import ROOT
 from trial import HELD_OUT_SEED, write_json
 
 from llamapro.checkpoints.directory import Checkpoint
+from llamapro.checkpoints.run import read_metrics
 from llamapro.inference.sampling import end_ids
 from llamapro.text.tokenizer import Tokenizer
 from llamapro.training.replay import Opening, write_documents
@@ -33,56 +33,49 @@ HELD_OUT_TOKENS = 20_000
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("base", type=Path, help="checkpoint directory of the base")
-    made.add_argument("--train", required=True, help="text of the new domain")
-    made.add_argument("--val", required=True, help="held-out text of it")
-    made.add_argument("--out", type=Path, required=True, help="directory for runs and models")
-    made.add_argument("--json", type=Path, help="file to write the figures to")
-    made.add_argument(
-        "--tokens",
-        type=int,
-        nargs="+",
-        help="sizes of the stores",
-        default=[1 << n for n in (10, 13, 14, 15, 16)],
-    )
-    made.add_argument("--new-blocks", type=int, default=5)
-    made.add_argument("--seq-len", type=int, default=128)
-    made.add_argument("--steps", type=int, default=3000)
-    made.add_argument("--batch-size", type=int, default=8)
-    made.add_argument("--lr", type=float, default=2e-3)
-    s = made.parse_args()
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("base", type=Path, help="checkpoint directory of the base")
+    parser.add_argument("--train", required=True, help="text of the new domain")
+    parser.add_argument("--val", required=True, help="held-out text of it")
+    parser.add_argument("--out", type=Path, required=True, help="directory for runs and models")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    sizes = [1 << n for n in (10, 13, 14, 15, 16)]
+    parser.add_argument("--tokens", type=int, nargs="+", default=sizes, help="sizes of the stores")
+    parser.add_argument("--new-blocks", type=int, default=5)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    s = parser.parse_args()
     expanded = s.out / "expanded"
     if not expanded.exists():
-        run("convert.py", "expand", s.base, expanded, "--num-new-blocks", s.new_blocks)
+        blocks = ("--num-new-blocks", s.new_blocks)
+        command(ROOT / "convert.py", "expand", s.base, expanded, *blocks)
     base, documents = held_out(s.base, s.seq_len)
     rows = []
     for tokens in [0, *s.tokens]:
         name = f"tokens-{tokens}" if tokens else "plain"
         hold = ["--replay.hold", "3%", "--replay.tokens", tokens] if tokens else []
-        if not (s.out / name / "model").exists():
-            run(
-                *("train.py", "--model.path", expanded, "--run-dir", s.out / name / "run"),
+        run_dir, model_dir = s.out / name / "run", s.out / name / "model"
+        if not model_dir.exists():
+            command(
+                *(ROOT / "train.py", "--model.path", expanded, "--run-dir", run_dir),
                 *("--data.train", s.train, "--data.val", f"domain={s.val}"),
                 *("--data.seq-len", s.seq_len, "--train.steps", s.steps),
                 *("--train.batch-size", s.batch_size, "--train.micro-batch-size", s.batch_size),
                 *("--optim.lr", s.lr, "--optim.warmup-ratio", 0.06, "--eval.sequences", 256),
                 *hold,
             )
-            run("convert.py", "merge", expanded, s.out / name / "run", s.out / name / "model")
-        model = Checkpoint.open(s.out / name / "model").load(torch.float32)
-        row: dict[str, Any] = {"stored": tokens}
-        row["passes"] = s.steps * s.batch_size * s.seq_len / 8 / tokens if tokens else 0
-        rows.append(row | last_figures(s.out / name / "run") | divergence(base, model, documents))
+            command(ROOT / "convert.py", "merge", expanded, run_dir, model_dir)
+        model = Checkpoint.open(model_dir).load(torch.float32)
+        passes = s.steps * s.batch_size * s.seq_len / 8 / tokens if tokens else 0
+        figures = last_figures(run_dir) | divergence(base, model, documents)
+        rows.append({"stored": tokens, "passes": passes} | figures)
         print(json.dumps(rows[-1]), flush=True)
     if s.json:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         settings = {key: str(value) for key, value in vars(s).items() if key != "json"}
         write_json(s.json, {"settings": settings, "versions": versions, "rows": rows})
-
-
-def run(*words: object) -> None:
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
 def held_out(path: Path, length: int) -> tuple[Any, Sequence[Document]]:
@@ -97,13 +90,12 @@ def held_out(path: Path, length: int) -> tuple[Any, Sequence[Document]]:
 
 def last_figures(run_dir: Path) -> dict[str, float | None]:
     """Returns the domain's held-out loss, and the replayed text's KL and weight, at the end."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = {event["kind"]: event for event in map(json.loads, lines)}
-    tail = [event for event in map(json.loads, lines) if event["kind"] == "train"][-10:]
+    events = read_metrics(run_dir)
+    tail = [event for event in events if event["kind"] == "train"][-10:]
     kls = [event["replay_kl"] for event in tail if "replay_kl" in event]
     replayed = math.exp(sum(map(math.log, kls)) / len(kls)) if kls else None
     return {
-        "domain": last["eval"]["loss"],
+        "domain": [event["loss"] for event in events if event["kind"] == "eval"][-1],
         "replayed_kl": replayed,
         "weight": tail[-1].get("replay_weight"),
     }

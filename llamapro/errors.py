@@ -64,7 +64,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def needed(what: str, extra: str, kind: Callable[[str], Exception] = ConfigError) -> Iterator[None]:
-    """Makes of a failed import an error with the extra to install, and with what failed."""
+    """Turns a failed import into an error that names the extra to install and what failed."""
     try:
         yield
     except ImportError as error:  # also of a package that is there and broken

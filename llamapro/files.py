@@ -128,7 +128,7 @@ def output_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     """
     path = Path(path).resolve()  # a link to another disk: written there, and the link stays
     remove_abandoned(path.parent)
-    filesystem.existing(path, str(path))
+    filesystem.existing(path)
     if path.exists() and any(path.iterdir()):
         if not force:
             raise ConfigError(f"{path}: exists and is not empty; choose another or pass --force")

@@ -76,15 +76,15 @@ def _try(folder: Path) -> set[str]:
     return missing
 
 
-def existing(path: Path, what: str) -> Path:
-    """Returns the path, or else the nearest name above it that exists, also of a link to nothing.
+def existing(path: Path, place: str = "") -> Path:
+    """Returns the path, or else the nearest folder above it that exists.
 
-    Raises ConfigError, which begins with `what`, if it is no folder.
+    Raises ConfigError, which begins with `place`, if a file or a link to nothing is in the way.
     """
     found = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not found.is_dir():
         kind = "a file, not a directory" if found.exists() else "a link to nothing"
-        raise ConfigError(f"{what}: {found} is {kind}; choose another, or remove it")
+        raise ConfigError(f"{place}{found} is {kind}; choose another, or remove it")
     return found
 
 

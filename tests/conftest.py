@@ -13,7 +13,7 @@ import runpy
 import shutil
 import signal
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,11 +235,14 @@ def expand(
 ) -> Callable[..., tuple[Path, Path]]:
     """`expand(dtype=..., **config) -> (base, grown)`: 2 layers, then 3 and two added tokens."""
 
-    def make(dtype: torch.dtype = torch.float32, **overrides: Any) -> tuple[Path, Path]:
+    def make(
+        dtype: torch.dtype = torch.float32,
+        tokens: Sequence[str] = ("<|im_start|>", "<|im_end|>"),
+        **overrides: Any,
+    ) -> tuple[Path, Path]:
         config = tiny_config(num_hidden_layers=2, **overrides)
         base = write_random_checkpoint(tmp_path / "base", config, dtype)
         grown, layout = tmp_path / "grown", interleave(2, 1)
-        tokens = ("<|im_start|>", "<|im_end|>")
         expand_checkpoint(Checkpoint.open(base), grown, layout, new_tokens=tokens)
         return base, grown
 

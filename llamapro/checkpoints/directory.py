@@ -178,15 +178,16 @@ def _weight_files(path: Path) -> list[Path]:
             names.add(name)
         return [path / name for name in sorted(names)]
     inside = [f for kind in ("*", "snapshots/*") for f in path.glob(f"{kind}/config.json")]
+    steps = ("", "step-*/", "checkpoints/step-*/")  # a training checkpoint, and where others are
     foreign = [f for f in path.iterdir() if f.suffix in _FOREIGN and not f.name.startswith(_STATE)]
     if any(path.glob("consolidated*.pth")):
         release = shlex.quote(str(path))
         fix = f"this is a Meta release, convert it first: llamapro from-meta {release} OUT_DIR"
     elif any(path.glob("consolidated*.safetensors")):
         fix = MISTRAL_LAYOUT
-    elif any((path / name).exists() for name in ("checkpoints", "trainable.safetensors")):
+    elif any(any(path.glob(f"{kind}trainable.safetensors")) for kind in steps):
         run = shlex.quote(str(path))
-        fix = f"this is of a run: 'llamapro merge EXPANDED_DIR {run} OUT_DIR' makes a model of it"
+        fix = f"this is a run, make a model of it: llamapro merge EXPANDED_DIR {run} OUT_DIR"
     elif any(path.glob("adapter_model*")):
         fix = "this is a PEFT adapter: merge it into its base first (merge_and_unload)"
     elif any(path.glob("*.gguf")):

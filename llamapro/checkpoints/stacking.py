@@ -53,9 +53,10 @@ def stack(base: Checkpoint, paths: Sequence[str | Path]) -> Stacked:
     files = [_open(path, base, record) for path in paths]
     known: dict[object, Path] = {}
     for file, _, info in files:
-        run = file.resolve().parent.parent
+        place = file.resolve()
         keys: dict[object, str] = {(identity(file), info.step): "given twice, before as"}
-        keys |= {run: "of the same run as"} if run.name == "checkpoints" else {}
+        if place.match("checkpoints/step-*/*"):
+            keys[place.parent.parent] = "of the same run as"
         for key, what in keys.items():
             if (other := known.setdefault(key, file)) is not file:
                 raise ConfigError(f"{file}: {what} {other}; its blocks would be added twice")

@@ -218,7 +218,10 @@ def _say_lost(directory: Path, file: Path) -> None:
     lost = ["the chat template"] * (own_template(directory) is not None)
     try:
         size = _ids_of(file)[0]
-        lost += [n for n, token in Tokenizer.load(directory).added.items() if token.id >= size][:3]
+        added = [n for n, token in Tokenizer.load(directory).added.items() if token.id >= size]
+        lost += added[:3]
+        if len(added) > 3:
+            lost.append(f"{len(added) - 3} more tokens")
     except DataError as error:
         lost.append(f"tokens of other files, if there are any ({error})")
     if lost:

@@ -9,7 +9,8 @@ dim, F FFN size, V vocabulary.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,29 +21,35 @@ from llamapro import backends, ops
 from llamapro.inference.cache import KVCache
 from llamapro.model import LlamaForCausalLM
 
+_LOCK = Lock()
+_FOUND: list[bool] = []  # whether oneDNN was on when each of the running steps began
+
 
 def next_logits(model: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
     """Returns the logits (B, V) after these ids (B, T), and appends them to the cache."""
     is_on_cpu = model.lm_head.weight.device.type == "cpu"
     if ids.shape[1] == 1 and is_on_cpu and backends.takes_cpu():
-        with _fast_products(len(ids)):
+        with _fast_products() if len(ids) <= 2 else nullcontext():
             return _step(model, ids[:, 0], cache)
     x = model.model(ids, cache)  # (B, T, C)
     return model.lm_head(x[:, -1])  # of (B, 1, C) with gaps, bmm would copy the weight B times
 
 
 @contextmanager
-def _fast_products(rows: int) -> Iterator[None]:
+def _fast_products() -> Iterator[None]:
     """Lets PyTorch itself multiply one or two rows of bf16 with a matrix.
 
-    oneDNN packs the matrix anew for each product, which takes longer than reading it.
+    oneDNN packs the matrix anew for each product, which takes longer than reading it. The flag is
+    the whole process's: of steps in several threads, the last to end sets it back.
     """
     set_flags = torch.backends.mkldnn.set_flags
-    before, *_ = set_flags(_enabled=False if rows <= 2 else None, _fp32_precision=None)
+    with _LOCK:
+        _FOUND.append(set_flags(_enabled=False, _fp32_precision=None)[0])
     try:
         yield
     finally:
-        set_flags(_enabled=before, _fp32_precision=None)
+        with _LOCK:
+            set_flags(_enabled=_FOUND.pop(), _fp32_precision=None)
 
 
 def _step(llama: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:

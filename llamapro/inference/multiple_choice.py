@@ -106,9 +106,8 @@ def _read(row: dict[str, Any], unread: dict[str, None]) -> tuple[str, list[str],
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{found[0]!r} is {prompt!r}, expected a text")
     if isinstance(choices, dict):
-        if "text" not in choices:
-            choices = {"text": [*choices.values()], "label": [*choices]}
-        choices, labels = choices["text"], choices.get("label")
+        labels = choices.get("label") if "text" in choices else [*choices]
+        choices = choices.get("text", [*choices.values()])
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError(f"{found[1]!r} is {choices!r}, expected a list of two texts or more")
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
@@ -128,23 +127,28 @@ def _read(row: dict[str, Any], unread: dict[str, None]) -> tuple[str, list[str],
 def _named(answer: Any, choices: list[str], labels: list[Any]) -> set[int]:
     """Returns the choices that an answer names by label, or else by index, text or letter.
 
-    A label may be a number on one side and its digits on the other, as tables change them. A label,
-    letter or text in another case or in brackets, and digits, count if they can mean one thing.
+    A label may be a number on one side and its digits on the other, as tables change them. Another
+    case, brackets, a full stop, and an index in digits are taken if they can mean one choice only.
     """
-    count, said = len(choices), str(answer)
+    if isinstance(answer, float) and answer.is_integer():  # a table's numbers beside nulls
+        answer = int(answer)
+    count = len(choices)
     names = [*map(str, labels)] or list(ascii_uppercase[:count])
-    exact = [(range(count), answer), (choices, answer)]
-    exact.insert(0 if labels else 2, (names, said))
-    found = [{i for i, name in enumerate(form) if name == one} for form, one in exact]
-    bare = said.strip(" ()[].:").casefold()
-    forms = [*enumerate(names), *enumerate(choices), *enumerate(range(count))]
-    alike = {i for i, name in forms if str(name).casefold() == bare}
-    named = next(filter(None, found), alike if len(alike) == 1 else set[int]())
+    forms = [(range(count), answer), (choices, answer)]
+    forms.insert(0 if labels else 2, (names, str(answer)))
+    exact = [{i for i, name in enumerate(form) if name == one} for form, one in forms]
+    bare = [(i, _bare(name)) for form, _ in forms for i, name in enumerate(form)]
+    alike = {i for i, name in bare if name == _bare(answer) != ""}
+    named = next(filter(None, exact), alike if len(alike) == 1 else set[int]())
     if isinstance(answer, bool) or not 0 <= max(named, default=-1) < count:  # True == 1
         raise ValueError(
-            f"'answer' is {answer!r}, expected 0 (the first) to {count - 1}, {names} or the text"
+            f"the answer is {answer!r}, expected 0 (the first) to {count - 1}, {names} or the text"
         )
     return named
+
+
+def _bare(name: object) -> str:
+    return str(name).strip(" ()[].:").casefold()
 
 
 def _tokenize(

@@ -287,7 +287,7 @@ class ChatTemplate:
                 raise ValueError("U+FDD0, U+FDD1 and U+FDD2 are no characters; remove them")
             return names.sub(rf"\1{MARK}", value)
         if isinstance(value, dict):
-            return {key: self._marked(item, names) for key, item in value.items()}
+            return {self._marked(k, names): self._marked(v, names) for k, v in value.items()}
         return [self._marked(v, names) for v in value] if isinstance(value, list) else value
 
     def _tokenize(self, text: str) -> tuple[list[int], list[Span]]:

@@ -26,7 +26,7 @@ _PROBES = (
     *("naïve Ωμέγα 日本語 😀", "e\u0301 ﬁ", "def f(x):\n    return x**2  # ok"),
     "DON'T https://a.b/c?d=e",
 )
-_SOME, _TOGETHER = 4096, 32  # pieces of a vocabulary that are probes, too; so many make one
+_SOME, _TOGETHER = 4096, 32  # pieces of a vocabulary that are tried, too; how many at once
 # What transformers 5 reads a tokenizer.json with, or what is compared without importing it.
 _KNOWN = {"", "TokenizersBackend", "PreTrainedTokenizer"}
 _KNOWN |= {"LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"}

@@ -76,8 +76,10 @@ def _with_object(call: Any, place: str) -> Any:
 
 
 def flawed_call(messages: Sequence[Message]) -> str:
-    """Returns a hint for the first call of another form, with which many templates fail."""
+    """Returns a hint for the first call or result of a form with which many templates fail."""
     for number, message in enumerate(messages, 1):
+        if OBJECT in message:
+            return f"; turn {number}: the tool's result is an object: give it as a text of JSON"
         for call in message.get("tool_calls") or []:
             place = f"; turn {number}: the call of {_called(call)!r} has no"
             if not isinstance(function := call.get("function"), dict):

@@ -109,10 +109,8 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
         text = f"{len(sources)} sources fill {share:.0%} of their sequences"
         about.append(f"warning          {text}: name a folder, or put a pattern in quotes")
     weights = s.data.weights or [1.0] * len(sources)
-    if s.replay.share:
-        mixture = Mixture(sources, weights, s.train.seed, packed("replay"), s.replay.share)
-    else:
-        mixture = Mixture(sources, weights, s.train.seed)
+    replay = packed("replay") if s.replay.share else None
+    mixture = Mixture(sources, weights, s.train.seed, replay, s.replay.share)
     val = {name: packed(f"val {name}") for name in job.val}
     steps = s.steps(mixture.samples_per_epoch, state.step, state.samples)
     tokens = format_count(steps * job.plan["tokens_per_step"])
@@ -125,12 +123,11 @@ def load_data(job: Job, state: RunState, ranks: Ranks) -> Data:
         about.append(
             f"warning          not train.epochs {s.train.epochs:g} but {epochs:.3g}: {text}"
         )
-    if s.replay.share:
-        samples, sequences = mixture.samples_per_source[-1], len(mixture.sources[-1])
-        passes = read * s.replay.share / sequences
+    if replay is not None:
+        passes = read * s.replay.share / len(replay)
         about.append(
-            f"replay           {samples:,} of the {of_epoch:,} sequences of an epoch; the run "
-            f"passes {passes:.3g} times over {sequences:,}"
+            f"replay           {mixture.samples_per_source[-1]:,} of the {of_epoch:,} sequences of "
+            f"an epoch; the run passes {passes:.3g} times over {len(replay):,}"
         )
         if passes > MOST_PASSES:
             more = "replay.data" if s.replay.data else "replay.tokens, or text in replay.data"

@@ -106,11 +106,8 @@ class Job:
             )
         preset = Path(settings.config).stem or "run"
         run_dir = user_path(settings.run_dir or f"runs/{preset}")
-        for name, directory in (
-            ("run_dir", run_dir),
-            ("data.cache_dir", user_path(data.cache_dir)),
-        ):
-            filesystem.existing(directory, f"{name} {directory}")
+        filesystem.existing(run_dir, "run_dir: ")
+        filesystem.existing(user_path(data.cache_dir), "data.cache_dir: ")
         earlier = training_checkpoints(run_dir)
         sources = [user_path(path) for path in chain(settings.data.train, *val.values())]
         is_source = run_dir.exists() and any(p.exists() and p.samefile(run_dir) for p in sources)
@@ -221,7 +218,7 @@ class Job:
         cache_dir = user_path(self.settings.data.cache_dir)
         for name, directory in (("run_dir", self.run_dir), ("data.cache_dir", cache_dir)):
             try:
-                folder = filesystem.existing(directory, name)
+                folder = filesystem.existing(directory)
                 TemporaryDirectory(dir=folder).cleanup()  # the next line tries a disk once
                 filesystem.lacks(folder)
             except OSError as error:

@@ -126,8 +126,8 @@ class StopRequest:
         terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         while True:
             if not select.select([pipe], [], [], POLL_S)[0]:
-                if is_started and os.getppid() != parent:  # which was killed, and ends nobody now
-                    parent = os.getppid()
+                # torchrun was killed. A process that was asked before is saving: leave it alone.
+                if is_started and first_at is None and os.getppid() != parent:
                     os.kill(os.getpid(), signal.SIGTERM)
                 if self._interrupts and self._store is not None and self._store.check(["stop"]):
                     signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)

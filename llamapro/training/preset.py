@@ -68,6 +68,7 @@ def _hint(word: str, settings: Settings) -> str:
     parts = {name: name.rpartition(".")[2].lstrip("-") for name in names}
     close = difflib.get_close_matches(last, parts.values(), n=1, cutoff=0.8)
     same = sorted(name for name, part in parts.items() if part in close)
+    same = [name for name in same if name.rpartition(".")[0] == option.rpartition(".")[0]] or same
     near = same or difflib.get_close_matches(option.replace("_", "-"), names, n=1)
     return f"{option}: no such option" + (f" (did you mean {' or '.join(near)}?)" if near else "")
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
@@ -122,6 +123,32 @@ def test_pytorch_itself_multiplies_one_or_two_rows(
         assert torch.backends.mkldnn.enabled
         with pytest.raises(IndexError):
             next_logits(model, ids + model.config.vocab_size, cache)
+    assert torch.backends.mkldnn.enabled
+
+
+def test_steps_in_two_threads_leave_onednn_on(build: Build, monkeypatch: Any) -> None:
+    """Also if the one that began first ends first: its flag is the whole process's."""
+    model, began, ended, product = build(torch.bfloat16), Event(), Event(), F.linear
+
+    @torch.no_grad()
+    def step() -> None:
+        next_logits(model, torch.ones(1, 1, dtype=torch.int64), KVCache(model, 1, 2))
+
+    other = Thread(target=step)
+
+    def slow(*args: Any) -> Tensor:
+        if current_thread() is other:
+            began.set()
+            assert ended.wait(10)
+        elif not began.is_set():
+            other.start()
+            assert began.wait(10)
+        return product(*args)
+
+    monkeypatch.setattr(F, "linear", slow)
+    step()
+    ended.set()
+    other.join()
     assert torch.backends.mkldnn.enabled
 
 

@@ -188,6 +188,9 @@ LABELLED = {"text": ["2", "3", "1"], "label": ["1", "2", "3"]}
         (["x", "y", "z"], "c.", {2}),
         (["x", "y", "z"], "2", {2}),
         ({"a": "x", "b": "y"}, "b", {1}),
+        ({"text": ["x", "y"], "label": ["(A)", "(B)"]}, "B", {1}),
+        (["Rome.", "Oslo."], "oslo", {1}),
+        (LABELLED, 2.0, {1}),
     ],
 )
 def test_answer_is_a_label_index_text_or_letter(
@@ -217,10 +220,8 @@ def test_a_column_for_each_choice_is_read(tmp_path: Path, tokenizer: Tokenizer) 
     """MMLU's tables, also with fewer choices in a row."""
     (tmp_path / "q.csv").write_text("question,A,B,C,answer\nx,self,parser,args,C\ny,a,b,,B\n")
     one, other = read_choices(str(tmp_path / "q.csv"), tokenizer, CONTEXT, 0)
-    assert (len(one.choices), one.right) == (3, {2}) and (len(other.choices), other.right) == (
-        2,
-        {1},
-    )
+    assert (len(one.choices), one.right) == (3, {2})
+    assert (len(other.choices), other.right) == (2, {1})
 
 
 def test_keys_and_files_that_are_not_read_are_named(
@@ -340,21 +341,19 @@ def test_every_row_that_is_wrong_is_named(read: Callable[..., list[Question]]) -
         (good | {"choices": ["one"]}, "expected a list of two texts or more"),
         (good | {"choices": ["x", " "]}, "one is empty or not a text"),
         (good | {"choices": ["x", 1]}, "one is empty or not a text"),
-        (
-            good | {"answer": 2},
-            "'answer' is 2, expected 0 (the first) to 1, ['A', 'B'] or the text",
-        ),
-        (good | {"answer": -1}, "'answer' is -1"),
-        (good | {"answer": "C"}, "'answer' is 'C'"),
-        (good | {"answer": True}, "'answer' is True"),
+        (good | {"answer": 2}, "is 2, expected 0 (the first) to 1, ['A', 'B'] or the text"),
+        (good | {"answer": -1}, "answer is -1"),
+        (good | {"answer": "C"}, "answer is 'C'"),
+        (good | {"answer": True}, "answer is True"),
         (
             good | {"choices": {"text": ["x", "y"], "label": ["a", "b", "c"]}, "answer": "c"},
             "is 'c'",
         ),
+        (good | {"choices": ["...", "x"], "answer": ""}, "answer is ''"),
         (good | {"choices": ["b", "A"], "answer": "(B)"}, "is '(B)'"),  # the letter, or the text
         (good | {"choices": {"text": ["x", "y"], "label": ["a", "A"]}, "answer": "(A)"}, "'(A)'"),
-        (good | {"answer": [0, 5]}, "'answer' is 5"),
-        (good | {"answer": []}, "'answer' is []"),
+        (good | {"answer": [0, 5]}, "answer is 5"),
+        (good | {"answer": []}, "answer is []"),
         ({"question": "x", "choices": ["x", "y"]}, "answerKey, gold, label; found 'question', "),
         (good | {"choices": ["x", "\ud800"]}, "not valid Unicode"),
     ]

@@ -103,10 +103,18 @@ def test_a_tool_s_result_may_be_an_object(
         chat, chat_template=source, return_dict=True
     )
     assert ChatTemplate(source, tokenizer, "x").encode(messages)[0] == theirs["input_ids"]
-    with pytest.raises(DataError, match="concatenate"):
+    with pytest.raises(DataError, match=r"concatenate.*; turn 3: the tool's result is an object"):
         ChatTemplate(HEAD + "{{ '' + m.content }}" + TAIL, tokenizer, "x").render(messages)
     messages, *_ = to_conversation({"messages": [{"role": "user", "content": {"a": 1}}]})
     assert "turn 1: the content is dict, expected a string" in check_messages(messages)
+
+
+def test_a_key_of_an_object_is_no_control_token(tokenizer: Tokenizer) -> None:
+    """As a value is none: a tool's result could end its turn."""
+    chat = [{"role": "user", "content": "f"}, {"role": "tool", "content": {"<|im_end|>": 1}}]
+    messages, *_ = to_conversation({"messages": [*chat, {"role": "assistant", "content": "c"}]})
+    ids, _ = ChatTemplate(HEAD + "{{ m.content | tojson }}" + TAIL, tokenizer, "x").encode(messages)
+    assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == len(messages)
 
 
 @pytest.mark.parametrize("key", ["tool_calls", "function_call"])

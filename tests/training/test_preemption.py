@@ -26,6 +26,8 @@ from llamapro.training.job import Job
 from llamapro.training.preemption import Stopped, StopRequest
 from llamapro.training.state import RunState
 
+ELASTIC = {"TORCHELASTIC_RUN_ID": "x"}  # of a process that torchrun started
+
 
 def train_signalled(
     place: str, rank: str, count: int, name: str, words: Sequence[str] | None = None
@@ -257,21 +259,27 @@ def test_a_second_signal_ends_at_once() -> None:
     assert done.stdout == "still here\n" and done.stderr.count("second signal") == 1
 
 
-if __name__ == "__main__":
-    cli.run(lambda: train_signalled("clip_gradients", "1", 3, "SIGKILL"), leave=os._exit)
-
-
-def test_a_process_saves_and_ends_when_torchrun_was_killed() -> None:
-    """Nobody else would end it; without torchrun its parent may be a shell, which may go."""
-    child = """
-        import time; from llamapro.training.preemption import StopRequest
-        stop = StopRequest()
+@pytest.mark.parametrize(
+    ("environment", "earlier", "name"),
+    [(ELASTIC, "", "SIGTERM"), (ELASTIC, "SIGINT", "SIGINT"), ({}, "", "")],
+    ids=["running", "saving", "shell"],
+)
+def test_a_process_saves_and_ends_when_torchrun_was_killed(
+    environment: dict[str, str], earlier: str, name: str
+) -> None:
+    """Nobody else would end it. One that was asked before goes on saving; a shell may go."""
+    child = f"""
+        import signal, time; from llamapro.training import preemption
+        preemption.SAME_SIGNAL_S, preemption.POLL_S = 0.0, 0.1
+        stop = preemption.StopRequest()
         with stop.listening():
+            if {earlier!r}:
+                signal.raise_signal(signal.{earlier or "SIGINT"})
             print("ready", flush=True)
-            until = time.monotonic() + 5
-            while not stop.signal and time.monotonic() < until:
+            until = time.monotonic() + 1
+            while stop.signal != "SIGTERM" and time.monotonic() < until:
                 time.sleep(0.01)
-        raise SystemExit(f"signal: {stop.signal}")
+        raise SystemExit(f"signal: {{stop.signal}}")
     """
     parent = f"""
         import os, subprocess, sys
@@ -279,7 +287,10 @@ def test_a_process_saves_and_ends_when_torchrun_was_killed() -> None:
         subprocess.Popen(words, stdout=subprocess.PIPE).stdout.readline()
         os.kill(os.getpid(), 9)
     """
-    for environment, name in (({"TORCHELASTIC_RUN_ID": "x"}, "SIGTERM"), ({}, "")):
-        words = [sys.executable, "-c", textwrap.dedent(parent)]
-        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
-        assert done.returncode == -signal.SIGKILL and f"signal: {name}\n" in done.stderr
+    words = [sys.executable, "-c", textwrap.dedent(parent)]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == -signal.SIGKILL and f"signal: {name}\n" in done.stderr
+
+
+if __name__ == "__main__":
+    cli.run(lambda: train_signalled("clip_gradients", "1", 3, "SIGKILL"), leave=os._exit)

@@ -206,6 +206,7 @@ def test_values_of_a_wrong_type_exit_2(
         ("--train.seq-length 8", "(did you mean --data.seq-len?)"),
         ("--seq_len 8", "--seq_len: no such option (did you mean --data.seq-len?)"),
         ("--train.every 3", "(did you mean --eval.every or --save.every?)"),
+        ("--eval.evry 3", "(did you mean --eval.every?)"),
         ("--zzz", "--zzz: no such option"),
         ("configs/x.toml", "a preset is named by --config: --config configs/x.toml"),
         ("--train.steps 3 demo", "demo: a preset is named by --config: --config demo"),

@@ -250,7 +250,8 @@ def test_merge_takes_several_files_and_strip_gives_the_base_back(
         (["merge", "{base}", "{tmp}/run", "{tmp}/run", "{tmp}/o"], "given twice"),
         (["merge", "{base}/model.safetensors", "{base}", "{tmp}/o"], "the checkpoint directory or"),
         (["strip", "{base}", "{tmp}/o"], "no 'llamapro' record"),
-        (["strip", "{tmp}/run", "{tmp}/o"], "this is of a run: 'llamapro merge EXPANDED_DIR"),
+        (["strip", "{tmp}/run", "{tmp}/o"], "run, make a model of it: llamapro merge EXPANDED_DIR"),
+        (["strip", "{tmp}/run/checkpoints", "{tmp}/o"], "EXPANDED_DIR {tmp}/run/checkpoints OUT"),
         (["expand", "hf://owner", "{tmp}/o", "--num-new-blocks", "2"], "hf://owner/name"),
     ],
 )
@@ -258,7 +259,8 @@ def test_mistakes_of_merge_and_strip_write_nothing(
     convert: Convert, base: Path, run_dir: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
     """One message, exit status 2."""
-    status, out, error = convert(*[word.format(base=base, tmp=tmp_path) for word in words])
+    *words, message = [word.format(base=base, tmp=tmp_path) for word in (*words, message)]
+    status, out, error = convert(*words)
     assert status == 2 and out == "" and message in error and "Traceback" not in error
     assert not (tmp_path / "o").exists()
 

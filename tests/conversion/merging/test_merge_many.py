@@ -251,6 +251,16 @@ def test_what_does_not_belong_together_is_refused_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_files_in_folders_of_one_named_checkpoints_are_of_two_runs(
+    pro: Checkpoint, files: list[Path], tmp_path: Path
+) -> None:
+    """Only the names of steps say that a run saved them."""
+    for file in files:
+        (tmp_path / "checkpoints" / file.stem).mkdir(parents=True)
+    copies = [shutil.copy(file, tmp_path / "checkpoints" / file.stem) for file in files]
+    assert merge_many(pro, copies, tmp_path / "out")["blocks"] == [*map(str, copies)]
+
+
 def _rewrite(file: Path, case: str) -> None:
     """Writes the file anew with one thing wrong."""
     _, stored, info = read_blocks(file)
