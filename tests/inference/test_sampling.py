@@ -80,6 +80,15 @@ def test_temperature_0_takes_the_most_likely() -> None:
         assert drawn.tolist() == [[1]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_first_of_equal_logits_is_taken(dtype: torch.dtype) -> None:
+    """In bf16 many are equal."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 1000, generator=generator).round().to(dtype)
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert sample(logits, 0.0, 1.0, generator)[:, 0].tolist() == first
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature_is_the_power_of_the_probabilities(temperature: float) -> None:
     """Shares are p^(1/T) renormalised: below 1 sharper, at 1 the model's own, above 1 flatter."""
