@@ -36,8 +36,10 @@ def user_path(path: str | Path) -> Path:
     """Returns a path as a user means it: a shell leaves `~` alone behind `=` and in quotes.
 
     Raises ConfigError if the path begins in the home directory and there is none, as in some
-    containers, or if a variable of the shell is in it.
+    containers, or if a variable of the shell or a zero byte is in it.
     """
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r:.200}: a path cannot have a zero byte; write it again")
     meant, unset = os.path.expandvars(path), _VARIABLE.search(str(path))
     if (meant != str(path) or unset) and not os.path.exists(path):
         fix = f"write {meant}" if meant != str(path) else "write what it stands for"

@@ -164,6 +164,8 @@ def test_a_variable_in_a_path_is_refused_and_makes_no_directory_of_that_name(
     monkeypatch.setenv("SCRATCH", str(tmp_path))
     with pytest.raises(ConfigError, match=rf"^\$SCRATCH/x: variables are not .*write {tmp_path}/x"):
         user_path("$SCRATCH/x")
+    with pytest.raises(ConfigError, match=r"'a\\x00b': a path cannot have a zero byte"):
+        user_path("a\0b")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "$SCRATCH").mkdir()
     for name in ("$nothing/x", "runs/${nothing}"):
