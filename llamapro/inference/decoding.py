@@ -29,7 +29,7 @@ def next_logits(model: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
     """Returns the logits (B, V) after these ids (B, T), and appends them to the cache."""
     is_on_cpu = model.lm_head.weight.device.type == "cpu"
     if ids.shape[1] == 1 and is_on_cpu and backends.takes_cpu():
-        with _fast_products() if len(ids) <= 2 else nullcontext():
+        with _fast_products() if len(ids) == 1 else nullcontext():
             return _step(model, ids[:, 0], cache)
     x = model.model(ids, cache)  # (B, T, C)
     return model.lm_head(x[:, -1])  # of (B, 1, C) with gaps, bmm would copy the weight B times
@@ -37,10 +37,11 @@ def next_logits(model: LlamaForCausalLM, ids: Tensor, cache: KVCache) -> Tensor:
 
 @contextmanager
 def _fast_products() -> Iterator[None]:
-    """Lets PyTorch itself multiply one or two rows of bf16 with a matrix.
+    """Lets PyTorch itself multiply a single row of bf16 with a matrix.
 
-    oneDNN packs the matrix anew for each product, which takes longer than reading it. The flag is
-    the whole process's: of steps in several threads, the last to end sets it back.
+    oneDNN packs the matrix anew for each product, which takes longer than reading it. With more
+    rows PyTorch would read a large matrix several times. The flag is the whole process's: of steps
+    in several threads, the last to end sets it back.
     """
     set_flags = torch.backends.mkldnn.set_flags
     with _LOCK:

@@ -83,14 +83,14 @@ def test_logits_are_as_exact_as_the_models(build: Build, config: dict[str, Any],
     assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max()
 
 
-@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_bf16_keeps_the_roundings_of_the_model(build: Build, rows: int) -> None:
     """In bf16 every rounding stands where the model has it: the same bits by the same products."""
     model = build(torch.bfloat16)
     ours = steps_of(partial(next_logits, model), model, rows)
 
     def plain(ids: Tensor, cache: KVCache) -> Tensor:
-        with products_of_pytorch() if rows <= 2 and ids.shape[1] == 1 else nullcontext():
+        with products_of_pytorch() if rows == ids.shape[1] == 1 else nullcontext():
             return model(ids, cache)[:, -1]
 
     assert torch.equal(ours, steps_of(plain, model, rows))
@@ -103,8 +103,8 @@ def products_of_pytorch() -> Iterator[None]:
     torch.backends.mkldnn.set_flags(_enabled=True, _fp32_precision=None)
 
 
-@pytest.mark.parametrize(("rows", "takes_onednn"), [(1, False), (2, False), (3, True)])
-def test_pytorch_itself_multiplies_one_or_two_rows(
+@pytest.mark.parametrize(("rows", "takes_onednn"), [(1, False), (2, True)])
+def test_pytorch_itself_multiplies_a_single_row(
     build: Build, rows: int, takes_onednn: bool, monkeypatch: Any
 ) -> None:
     """oneDNN would pack every matrix anew. After a step, also one that fails, it is as before."""
