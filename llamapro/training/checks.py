@@ -32,6 +32,11 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "optim.weight_decay optim.skip_bad_steps train.shard_size save.keep_every log_seconds "
         "log_spikes processes",
     ),
+    (
+        "at most 2^20",  # a typing error beyond it would take all memory
+        lambda x: x > 1 << 20,
+        "train.batch_size train.micro_batch_size replay.batch_size data.workers processes",
+    ),
     ("0 to 1", lambda x: x < 0 or x > 1, "optim.warmup_ratio optim.final_lr_ratio"),
     ("0 to 2^64 - 1", lambda x: x < 0 or x >= 1 << 64, "train.seed replay.seed"),
 )

@@ -255,6 +255,10 @@ def test_valid_settings_pass() -> None:
         ({"train__epochs": 0.0}, "train.epochs is 0.0, expected more than 0"),
         ({"train__epochs": float("inf")}, "train.epochs is inf, expected finite"),
         ({"train__steps": -1}, "train.steps is -1, expected 0 or more"),
+        (
+            {"train__batch_size": 1 << 60},
+            "train.batch_size is 1152921504606846976, expected at most 2^20",
+        ),
         ({"train__seed": -1}, "train.seed is -1, expected 0 to 2^64 - 1"),
         ({"train__seed": 1 << 64}, "expected 0 to 2^64 - 1"),
         ({"train__ops": "tritn"}, "train.ops: 'tritn': no backend 'tritn' (known:"),
