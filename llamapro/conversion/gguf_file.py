@@ -28,7 +28,7 @@ _FLOAT32, _TEXT, _ARRAY = 6, 8, 9
 MAX_HEADER_BYTES = 1 << 26  # Llama 3's header, with its vocabulary, has 8 MB
 MAX_TENSORS = 1 << 16
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_PIECE = re.compile(r"\.gguf[.-](split|part)")  # of a file that was cut anywhere
+_PIECE = re.compile(r"\.gguf[.-](split|part)-?\w")  # of a file that was cut anywhere
 
 
 @dataclass(frozen=True)

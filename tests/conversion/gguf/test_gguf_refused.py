@@ -134,6 +134,12 @@ def test_a_piece_of_a_file_is_no_damaged_file(
         from_gguf(model().rename(tmp_path / name), tmp_path / "out")
 
 
+def test_a_download_that_broke_off_is_no_piece(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf.part").write_bytes(COUNTS)
+    with pytest.raises(UserError, match="truncated"):
+        from_gguf(tmp_path / "m.gguf.part", tmp_path / "out")
+
+
 COUNTS = struct.pack("<4sI", b"GGUF", 3)
 
 
