@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Tests run on two processes; tests that share a module's fixtures stay on the same one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Tests run on two processes; tests that share a module's fixtures stay on the same one. By default
+# the files with the fewest tests come last, which are long ones, and one process waits for the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # LLAMAPRO_SHARED may name a folder of real weights and tokenizers. The tests use what is there,
 # and the study adds its small trained model as a second base.

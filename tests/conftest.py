@@ -41,6 +41,7 @@ from llamapro.checkpoints.writing import MAX_SHARD_BYTES, in_memory, write_check
 from llamapro.config import ModelConfig
 from llamapro.conversion.companions import write_companions
 from llamapro.conversion.expand import expand_checkpoint
+from llamapro.errors import warn
 from llamapro.expansion import interleave
 from llamapro.training.weights import init_random
 
@@ -49,6 +50,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # they skip.
 SHARED = Path(os.environ.get("LLAMAPRO_SHARED") or "$LLAMAPRO_SHARED")
 VOCAB_SIZE = 400
+
+
+@pytest.fixture(autouse=True)
+def _as_a_new_process() -> None:
+    """Forgets the warnings that a test before this one was given, for they are said once."""
+    warn.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llamapro.errors import ConfigError, warn
+from llamapro.errors import ConfigError
 from llamapro.training.checks import check
 from llamapro.training.preset import parse, read_toml
 from llamapro.training.resume import FREE_TO_CHANGE, changes
@@ -290,7 +290,6 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], told: str) -> 
 
 def test_settings_that_are_not_read_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     """Those of another format of data: most likely it is forgotten. Epochs beside steps."""
-    warn.cache_clear()
     check(valid(data__text_key="body", data__split_at="x"), 1)
     check(valid(data__format="chat", data__chat_template="chatml", data__too_long="split"), 1)
     assert capsys.readouterr().err == ""

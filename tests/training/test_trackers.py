@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llamapro.checkpoints.run import read_metrics
-from llamapro.errors import ConfigError, warn
+from llamapro.errors import ConfigError
 from llamapro.training.checks import check
 from llamapro.training.metrics import MetricsLog, is_installed
 from llamapro.training.preset import parse, read_toml
@@ -142,7 +142,6 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(
 ) -> None:
     """Every record is in metrics.jsonl, and the failed tracker is not called again."""
     fake.failing = failing
-    warn.cache_clear()
     write(tmp_path, fake.__name__)
     assert read_metrics(tmp_path) == [EVAL, TRAIN]
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
