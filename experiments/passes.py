@@ -21,6 +21,7 @@ from abilities import Document, divergence
 from bases import command
 from options import ROOT
 from trial import HELD_OUT_SEED, write_json
+from variants import HELD_SHARE
 
 from llamapro.checkpoints.directory import Checkpoint
 from llamapro.checkpoints.run import read_metrics
@@ -33,6 +34,7 @@ HELD_OUT_TOKENS = 20_000
 
 
 def main() -> None:
+    """Trains plain expansion and one model for each size; prints a row of figures for each."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("base", type=Path, help="checkpoint directory of the base")
     parser.add_argument("--train", required=True, help="text of the new domain")
@@ -41,11 +43,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     sizes = [1 << n for n in (10, 13, 14, 15, 16)]
     parser.add_argument("--tokens", type=int, nargs="+", default=sizes, help="sizes of the stores")
-    parser.add_argument("--new-blocks", type=int, default=5)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--new-blocks", type=int, default=5, help="number of new blocks")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of a run")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     s = parser.parse_args()
     expanded = s.out / "expanded"
     if not expanded.exists():
@@ -68,7 +70,7 @@ def main() -> None:
             )
             command(ROOT / "convert.py", "merge", expanded, run_dir, model_dir)
         model = Checkpoint.open(model_dir).load(torch.float32)
-        passes = s.steps * s.batch_size * s.seq_len / 8 / tokens if tokens else 0
+        passes = s.steps * s.batch_size * s.seq_len * HELD_SHARE / tokens if tokens else 0
         figures = last_figures(run_dir) | divergence(base, model, documents)
         rows.append({"stored": tokens, "passes": passes} | figures)
         print(json.dumps(rows[-1]), flush=True)
@@ -89,7 +91,9 @@ def held_out(path: Path, length: int) -> tuple[Any, Sequence[Document]]:
 
 
 def last_figures(run_dir: Path) -> dict[str, float | None]:
-    """Returns the domain's held-out loss, and the replayed text's KL and weight, at the end."""
+    """Returns the domain's held-out loss, the replayed text's KL (geometric mean of the last ten
+    records), both in nats per token, and the weight of the KL.
+    """
     events = read_metrics(run_dir)
     tail = [event for event in events if event["kind"] == "train"][-10:]
     kls = [event["replay_kl"] for event in tail if "replay_kl" in event]
